@@ -1,0 +1,154 @@
+"""What a run is: one frozen, typed section a concern. conf/ holds the values, this file their types and bounds.
+
+Each room is handed its own section and reads no other. Keys of the layout are Megatron's and NeMo's own.
+Unknown keys are refused. Cross-section contradictions are found in checks.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class TrainerConfig(Section):
+    max_steps: PositiveInt  # steps of the loop: one generation, several mini-batches
+    num_nodes: PositiveInt
+    devices: PositiveInt  # processes a node: GPUs, or CPU processes
+    precision: Literal["32", "bf16", "64"]
+    gradient_clip_val: NonNegativeFloat  # global norm; 0 is off
+
+
+class ExpManagerConfig(Section):
+    explicit_log_dir: str  # the run directory
+    resume_if_exists: bool
+    checkpoint_every_n_steps: PositiveInt
+    keep_checkpoints: PositiveInt
+    saved_rollouts: NonNegativeInt  # responses a step written to rollouts/, to read
+    tensorboard: bool
+
+
+class SchedConfig(Section):
+    name: Literal["constant", "linear", "cosine"]
+    warmup_steps: NonNegativeInt  # in optimizer steps (mini-batches)
+    min_lr: NonNegativeFloat
+
+
+class OptimConfig(Section):
+    name: Literal["adam", "sgd"]
+    lr: NonNegativeFloat
+    weight_decay: NonNegativeFloat
+    betas: tuple[float, float]
+    eps: PositiveFloat
+    sched: SchedConfig
+
+
+class ModelConfig(Section):
+    path: str  # a Hugging Face directory (config, tokenizer, safetensors)
+    tensor_model_parallel_size: PositiveInt
+    pipeline_model_parallel_size: PositiveInt
+    virtual_pipeline_model_parallel_size: PositiveInt | None
+    context_parallel_size: PositiveInt
+    sequence_parallel: bool
+    activations_checkpoint_granularity: Literal["selective", "full"] | None
+    token_budget: PositiveInt  # tokens (prompts, responses and padding) in one micro-batch
+    trust_remote_code: bool
+    optim: OptimConfig
+
+
+class ConstraintConfig(Section):
+    """null means the objective's own default (algorithms.build_objective)."""
+
+    kind: Literal["squared_hinge", "kl_regularization", "none"] | None
+    beta: NonNegativeFloat | None
+    delta: NonNegativeFloat | None
+    convention: Literal["paper", "released_code"] | None
+
+
+class AlgorithmConfig(Section):
+    """null means the objective's own default; a parameter that the objective does not take is refused by name."""
+
+    name: str
+    score: Literal["log_likelihood", "likelihood_ratio"] | None
+    tau: float | None
+    lambda_: float | None = Field(alias="lambda")
+    clip_low: float | None
+    clip_high: float | None
+    constraint: ConstraintConfig
+    threshold: Annotated[float, Field(allow_inf_nan=False)]  # a response is correct when its reward is above
+    mini_batch_questions: PositiveInt  # questions an optimizer step
+
+    def objective(self) -> dict[str, Any]:
+        """What build_objective takes: the keys that are set."""
+        mapping = self.model_dump(by_alias=True, exclude_none=True, exclude={"mini_batch_questions"})
+        if not mapping.get("constraint"):
+            mapping.pop("constraint", None)
+        return mapping
+
+
+class GenerationConfig(Section):
+    engine: Literal["megatron", "vllm", "tensorrt_llm"]
+    responses_per_question: PositiveInt
+    temperature: PositiveFloat
+    top_p: Fraction
+    top_k: NonNegativeInt  # 0 is off
+    max_response_length: PositiveInt  # tokens, EOS included
+
+
+class DataConfig(Section):
+    train_files: Annotated[list[str], Field(min_length=1)]
+    questions_per_step: PositiveInt
+    max_prompt_length: PositiveInt  # tokens, after the chat template
+    too_long: Literal["error", "drop"]  # a question over the limit: stop, or drop it and say how many
+    prompt_suffix: str  # appended to the question's text
+    shuffle: bool
+
+
+class RewardConfig(Section):
+    require_think: bool  # reward only what comes after </think>
+    timeout: PositiveFloat  # seconds an answer
+    workers: PositiveInt  # grader processes a node
+
+
+class EvaluationConfig(Section):
+    enabled: bool
+    files: list[str]
+    samples: PositiveInt  # k of avg@k
+    temperature: PositiveFloat
+    top_p: Fraction
+    max_questions: PositiveInt | None  # the first n of each file; null is all
+    every_n_steps: NonNegativeInt  # 0: only before and after training
+
+
+class VerifyConfig(Section):
+    dtype: Literal["float32", "float64", "bfloat16"] | None  # null is trainer.precision
+    rollouts: str | None  # read if the file is there, else written
+    save_gradients: str | None  # one mini-batch's gradient, Hugging Face names, safetensors
+    perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    seed: NonNegativeInt
+    trainer: TrainerConfig
+    exp_manager: ExpManagerConfig
+    model: ModelConfig
+    algorithm: AlgorithmConfig
+    generation: GenerationConfig
+    data: DataConfig
+    reward: RewardConfig
+    evaluation: EvaluationConfig
+    verify: VerifyConfig

@@ -1,0 +1,62 @@
+"""The contract between the loop and a rollout engine, on one screen.
+
+An engine owns sampling and its copy of the weights. It does not own prompts' text, grading or the objective's old
+log-probs (those come from the training engine). The loop never asks which engine runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy; top_k 0 and top_p 1.0 mean the whole vocabulary."""
+
+    temperature: float
+    max_response_length: int
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response.
+
+    tokens: with EOS if it was sampled. log_probs: one a token, of the full distribution on logits over the
+    temperature (before top-k and top-p; at temperature 0, of the plain logits).
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+class Engine(Protocol):
+    """What samples responses for the loop: megatron (in process), vllm, tensorrt_llm."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        """One response a prompt, in order. Equal neighbouring prompts share their prefix. The same (prompt, seed,
+        sampling, weights) gives the same response whatever else is in the call."""
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the policy's weights under Hugging Face names; nothing may be generated from a mixture."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back while the policy trains."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to generate again."""
+        ...
+
+    def close(self) -> None:
+        """End, with every process and buffer that the engine started."""
+        ...
