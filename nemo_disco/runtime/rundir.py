@@ -1,0 +1,181 @@
+"""A run is a directory: its layout, whether it can be written, and the lock that keeps a second job out of it.
+
+Rank 0 alone creates and locks it. The lock dies with the process (flock), so a killed run can be resumed at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_disco.runtime.errors import UserError
+
+HOST = socket.gethostname()
+HEARTBEAT_S = 5.0
+# A holder that flock cannot vouch for is believed dead after this long without a heartbeat.
+SILENCE_S = 60.0
+NO_FLOCK_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The paths of a run, and nothing else until `create` or `lock` is called.
+
+    config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, evaluation/, export/, report.html.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.rollouts = self.path / "rollouts"
+        self.evaluation = self.path / "evaluation"
+        self.export = self.path / "export"
+        self.report = self.path / "report.html"
+        self.lock_file = self.path / ".lock"
+
+    def rollout_file(self, step: int) -> Path:
+        """Where the saved rollouts of a step are: one JSON object a line."""
+        return self.rollouts / f"step_{step}.jsonl"
+
+    def create(self) -> None:
+        """Make the layout. Raises UserError if any of it cannot be made or written."""
+        # export/ is not among them: it appears whole, when the final model is written.
+        directories = (self.tensorboard, self.checkpoints, self.rollouts, self.evaluation)
+        for directory in (self.path, *directories):
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                # Permission bits do not tell (root, read-only mounts, quotas): write something.
+                with tempfile.TemporaryFile(dir=directory) as probe:
+                    probe.write(b"0")
+            except OSError as error:
+                raise UserError(
+                    f"run directory {self.path} cannot be written: {directory}: {error.strerror}; "
+                    "set exp_manager.explicit_log_dir to a directory of yours"
+                ) from error
+
+    @contextlib.contextmanager
+    def lock(self, silence_s: float = SILENCE_S) -> Iterator[None]:
+        """Create the layout and hold it. Raises UserError naming the holder if another live process has it.
+
+        flock decides on one machine and on file systems that carry it across. Where they do not, the record of a holder
+        on another machine is watched for `silence_s` seconds: with a heartbeat it is alive, without one it died.
+        """
+        self.create()
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        _held.add(descriptor)
+        try:
+            if not (self._flock(descriptor) and self._holder().get("host", HOST) == HOST):
+                self._refuse_beating_holder(silence_s)
+            with _heartbeat(descriptor):
+                yield
+        finally:
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+    def _flock(self, descriptor: int) -> bool:
+        """Whether flock was granted; False where the file system has none."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._taken() from None
+        except OSError as error:
+            if error.errno not in NO_FLOCK_HERE:
+                raise
+            return False
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            record = json.loads(self.lock_file.read_text(encoding="utf-8"))
+        except ValueError:
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def _taken(self) -> UserError:
+        holder = self._holder()
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')} (since {holder.get('started', '?')})"
+        return UserError(
+            f"run directory {self.path} is in use by {who}; wait for it, end it, or set exp_manager.explicit_log_dir"
+        )
+
+    def _refuse_beating_holder(self, silence_s: float) -> None:
+        first = self._holder()
+        if not first:
+            return
+        log.info("%s was last held on %s: watching it for %.0f s", self.path, first.get("host"), silence_s)
+        deadline = time.monotonic() + silence_s
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, silence_s / 10))
+            if self._holder() != first:
+                raise self._taken()
+
+
+# Descriptors that a forked worker must not keep, or it would hold the lock of a parent that was killed.
+_held: set[int] = set()
+
+
+def _drop_in_child() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop_in_child)
+
+
+@contextlib.contextmanager
+def _heartbeat(descriptor: int) -> Iterator[None]:
+    """Write who holds the lock, go on counting while it is held, and empty the record at the end."""
+    record: dict[str, Any] = {
+        "host": HOST,
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "beat": 0,
+    }
+    ended = threading.Event()
+
+    def write() -> None:
+        text = json.dumps(record).encode().ljust(256) + b"\n"
+        os.pwrite(descriptor, text, 0)
+        os.fsync(descriptor)
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            record["beat"] += 1
+            write()
+
+    write()
+    thread = threading.Thread(target=beat, name="run-directory-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        os.ftruncate(descriptor, 0)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file whole: a reader, or a crash at any moment, sees the old text or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

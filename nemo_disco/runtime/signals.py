@@ -1,0 +1,42 @@
+"""A polite end: SIGTERM and SIGUSR1 ask the loop to finish its step, save and exit 0.
+
+The handler only sets a flag, so a second signal loses nothing. Ranks must agree on the flag before they act on it (the
+loop's business). Must not import torch.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """While it is entered, SIGTERM and SIGUSR1 set `requested` instead of ending the process.
+
+    Enter it in the main thread (Python installs handlers nowhere else). The earlier handlers come back on exit.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_name is not None
+
+    def __enter__(self) -> StopRequest:
+        for number in STOP_SIGNALS:
+            self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self._earlier.items():
+            # None: the earlier handler was not installed from Python, so it cannot be put back from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._earlier.clear()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name

@@ -1,0 +1,70 @@
+"""A log that says our things once and third parties' noise not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import logging, warnings, io, sys
+from nemo_disco.runtime.logs import setup_logging
+setup_logging({rank}, {world})
+setup_logging({rank}, {world})
+log = logging.getLogger("nemo_disco.test")
+log.info("an info")
+log.warning("a warning")
+logging.getLogger("megatron.core").warning("chatter")
+logging.getLogger("megatron.core").error("a megatron error")
+warnings.warn_explicit("Apex is not installed", UserWarning, "x.py", 1, module="megatron.core.models")
+warnings.warn_explicit("ours matters", UserWarning, "y.py", 1, module="nemo_disco.policy")
+warnings.warn_explicit("not torch's", UserWarning, "z.py", 1, module="torchlike")
+"""
+
+
+def stderr(rank: int, world: int) -> str:
+    program = PROGRAM.format(rank=rank, world=world)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_rank_zero_says_everything_once() -> None:
+    said = stderr(0, 2)
+    for part in (
+        "[rank 0] INFO an info",
+        "[rank 0] WARNING a warning",
+        "ours matters",
+        "not torch's",
+        "a megatron error",
+    ):
+        assert said.count(part) == 1
+    assert "chatter" not in said and "Apex" not in said
+
+
+def test_other_ranks_only_warn() -> None:
+    said = stderr(1, 2)
+    assert "an info" not in said
+    assert "[rank 1] WARNING a warning" in said
+
+
+def test_one_process_has_no_rank() -> None:
+    assert "rank" not in stderr(0, 1)
+
+
+def test_a_live_display_that_replaces_stderr_gets_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from nemo_disco.runtime.logs import setup_logging
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        setup_logging()
+        logging.getLogger("nemo_disco").warning("seen by the replaced stream")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
+    assert "seen by the replaced stream" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""One run directory, one job: refused at once while a holder lives, free at once when it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.runtime import rundir
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.rundir import RunDirectory, write_atomically
+
+HOLD = """
+import sys, time
+from nemo_disco.runtime.rundir import RunDirectory
+with RunDirectory(sys.argv[1]).lock():
+    print("held", flush=True)
+    {body}
+"""
+
+Holder = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[Holder]:
+    """Starts a process that holds tmp_path's lock and then runs `body`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(body: str = "time.sleep(60)") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD.format(body=body), str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):  # the test killed it, and it had no children
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_the_layout(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "new" / "run")
+    run.create()
+    run.create()
+    assert {p.name for p in run.path.iterdir()} == {"tensorboard", "checkpoints", "rollouts", "evaluation"}
+    assert run.rollout_file(7) == run.path / "rollouts" / "step_7.jsonl"
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written.*exp_manager.explicit_log_dir") as caught:
+        RunDirectory(tmp_path / "file" / "run").create()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rundir.tempfile, "TemporaryFile", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        RunDirectory(tmp_path).create()
+
+
+def test_the_second_job_is_told_who_holds_it(tmp_path: Path, holder: Holder) -> None:
+    process = holder()
+    with (
+        pytest.raises(UserError, match=rf"in use by process {process.pid} on {re.escape(rundir.HOST)} \(since "),
+        RunDirectory(tmp_path).lock(),
+    ):
+        pass
+    with pytest.raises(UserError, match=str(process.pid)), RunDirectory(tmp_path).lock():
+        pass  # being refused does not free it
+
+
+def test_a_killed_holder_leaves_it_free(tmp_path: Path, holder: Holder) -> None:
+    process = holder()
+    process.kill()
+    process.wait()
+    with RunDirectory(tmp_path).lock():
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert (tmp_path / ".lock").read_text() == ""
+
+
+def test_a_forked_worker_does_not_keep_a_dead_parents_lock(tmp_path: Path, holder: Holder) -> None:
+    process = holder("import os; child = os.fork(); print('up', flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    process.kill()
+    process.wait()
+    with RunDirectory(tmp_path).lock():
+        pass
+
+
+def test_an_error_inside_frees_it(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path).lock():
+        raise ZeroDivisionError
+    with RunDirectory(tmp_path).lock():
+        pass
+
+
+def write_record(path: Path, beat: int) -> None:
+    record = {"host": "another-node", "pid": 4242, "started": "2026-01-01 00:00:00", "beat": beat}
+    path.write_text(json.dumps(record))
+
+
+def test_a_silent_holder_on_another_machine_died(tmp_path: Path) -> None:
+    write_record(tmp_path / ".lock", 3)
+    begun = time.monotonic()
+    with RunDirectory(tmp_path).lock(silence_s=0.3):
+        assert time.monotonic() - begun >= 0.3
+
+
+def test_a_beating_holder_on_another_machine_is_alive(tmp_path: Path) -> None:
+    write_record(tmp_path / ".lock", 3)
+    timer = threading.Timer(0.2, write_record, (tmp_path / ".lock", 4))
+    timer.start()
+    with pytest.raises(UserError, match="process 4242 on another-node"), RunDirectory(tmp_path).lock(silence_s=10):
+        pass
+    timer.join()
+
+
+def test_the_holder_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "HEARTBEAT_S", 0.02)
+    with RunDirectory(tmp_path).lock():
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / ".lock").read_text())["beat"] < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_write_atomically_leaves_the_old_text_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_atomically(path, "old")
+
+    def fail(_: int) -> None:
+        raise OSError("disk died")
+
+    monkeypatch.setattr(rundir.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk died"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"

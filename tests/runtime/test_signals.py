@@ -1,0 +1,66 @@
+"""A stop is asked for, never forced: the step in hand survives any number of signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nemo_disco.runtime.signals import STOP_SIGNALS, StopRequest
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert stop.signal_name == number.name
+
+
+def test_the_second_signal_loses_nothing() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == "SIGUSR1"
+
+
+def test_earlier_handlers_come_back() -> None:
+    def mine(*_: object) -> None:
+        raise AssertionError("not during this test")
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with StopRequest():
+            assert signal.getsignal(signal.SIGTERM) is not mine
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+LOOP = """
+import time
+from nemo_disco.runtime.signals import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    time.sleep(0.2)
+print("saved after", stop.signal_name, flush=True)
+"""
+
+
+def test_a_process_finishes_its_step_and_exits_zero() -> None:
+    process = subprocess.Popen([sys.executable, "-c", LOOP], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert output == "saved after SIGTERM\n"
+    assert process.returncode == 0
