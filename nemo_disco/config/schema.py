@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -27,7 +27,7 @@ class TrainerConfig(Section):
     max_steps: PositiveInt  # steps of the loop: one generation, several mini-batches
     num_nodes: PositiveInt
     devices: PositiveInt  # processes a node: GPUs, or CPU processes
-    precision: Literal["32", "bf16", "64"]
+    precision: Annotated[Literal["32", "bf16", "64"], BeforeValidator(lambda p: str(p) if type(p) is int else p)]
     gradient_clip_val: NonNegativeFloat  # global norm; 0 is off
 
 

@@ -1,0 +1,130 @@
+"""One run's config: Hydra's composition of conf/, overrides, then the types of schema.py.
+
+Every mistake is a UserError of one line that names the key or the file. Imports hydra; nothing of it is instantiated,
+and YAML is read by its safe loader. Contradictions between keys are checks.py's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from nemo_disco.config import paths
+from nemo_disco.config.keys import known_keys
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.runtime.errors import UserError
+
+
+def compose(name: str = "config", overrides: Sequence[str] = (), config_path: str | None = None) -> RunConfig:
+    """The config `name` (such as quickstart or recipe/disco_logl_1.5b) with Hydra-style overrides.
+
+    Raises UserError: unknown config, group choice or key (with the nearest known), a wrong type, broken YAML.
+    """
+    name = name.removesuffix(".yaml")
+    roots = paths.config_roots(name, config_path)
+    for override in overrides:
+        _check_override(override, roots)
+    OmegaConf.register_new_resolver("assets", paths.assets, replace=True)
+    others = json.dumps([f"file://{root}" for root in roots[1:]])
+    with _one_line(f"config {name}"), initialize_config_dir(str(roots[0]), version_base="1.3"):
+        composed = hydra_compose(name, overrides=[f"hydra.searchpath={others}", *overrides])
+        return _typed(composed)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole config as YAML that `load_run_config` reads back equal."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="python", by_alias=True)))
+
+
+def load_run_config(path: str | Path) -> RunConfig:
+    """The config that a run wrote into its directory (`to_yaml`). Raises UserError."""
+    with _one_line(f"config {path}"):
+        try:
+            loaded = OmegaConf.load(path)
+        except OSError as error:
+            raise UserError(f"config {path}: {error.strerror}") from error
+        if not isinstance(loaded, DictConfig):
+            raise UserError(f"config {path}: expected keys and values, got a list")
+        return _typed(loaded)
+
+
+def overridden(overrides: Sequence[str]) -> set[str]:
+    """The dotted keys (and groups) that the overrides set."""
+    parser = OverridesParser.create()
+    return {str(parser.parse_override(override).key_or_group) for override in overrides}
+
+
+def _check_override(text: str, roots: list[Path]) -> None:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        quoting = f"""special characters in quotes: key='"{text.partition("=")[2]}"'"""
+        raise UserError(f"override '{text}': expected key=value, {quoting} ({_squeeze(error)})") from error
+    key, value = str(override.key_or_group), override.value()
+    if override.is_sweep_override():
+        raise UserError(f"override '{text}': one value is expected; a list is written {key}=[a,b]")
+    choices = paths.options(roots, key) if "." not in key else []
+    if choices:
+        if value is not None and value not in choices:
+            raise UserError(f"override '{text}': {key} has no choice {value}{paths.nearest(str(value), choices)}")
+    elif key not in known_keys():
+        raise UserError(f"override '{text}': unknown key {key}{paths.nearest(key, known_keys())}")
+
+
+def _typed(composed: DictConfig) -> RunConfig:
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        wanted = known_keys().get(missing[0], "a value")
+        raise UserError(f"{', '.join(missing)} must be given: add {missing[0]}=... ({wanted})")
+    container = OmegaConf.to_container(composed, resolve=True)
+    try:
+        # Strict, so that 1.5 is no integer and 1 no boolean; through JSON, so that lists may stand for tuples.
+        return RunConfig.model_validate_json(json.dumps(container), strict=True)
+    except ValidationError as error:
+        raise UserError("; ".join(dict.fromkeys(_describe(detail) for detail in error.errors()))) from error
+
+
+def _describe(detail: Any) -> str:
+    """One pydantic error in a line: which key, what is expected, what was given."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key}{paths.nearest(key, known_keys())}"
+    if detail["type"] == "missing" and key in known_keys():
+        return f"{key} is missing (expected {known_keys()[key]})"
+    whole = key
+    while whole not in known_keys():  # an item of a list
+        whole = whole.rpartition(".")[0]
+    return f"{key}: expected {known_keys()[whole]}, got {json.dumps(detail['input'])}"
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turns what YAML, Hydra and OmegaConf raise into one line each."""
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name} line {mark.line + 1}" if mark is not None else what
+        raise UserError(f"{where}: not valid YAML: {error.problem}") from error
+    except MissingConfigException as error:
+        wanted = str(error.missing_cfg_file)
+        hint = paths.nearest(wanted.rpartition("/")[2], error.options or [])
+        raise UserError(f"{what}: there is no {wanted} to compose{hint}") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{what}: {_squeeze(error)}") from error
+
+
+def _squeeze(error: Exception) -> str:
+    return " ".join(str(error).split("\nSee https")[0].split())

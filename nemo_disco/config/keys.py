@@ -1,0 +1,51 @@
+"""What the schema knows about each dotted key, for error messages: which keys there are and what each expects.
+
+Derived from the schema alone; reads no file.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from nemo_disco.config.schema import RunConfig
+
+
+@cache
+def known_keys() -> dict[str, str]:
+    """Every dotted key of a run with what it expects: {'trainer': 'a section', 'trainer.max_steps': 'an integer ...'}."""
+    schema = RunConfig.model_json_schema()
+    found: dict[str, str] = {}
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for name, field in node["properties"].items():
+            if "$ref" in field:
+                found[prefix + name] = "a section of keys"
+                walk(schema["$defs"][field["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+            else:
+                found[prefix + name] = _expectation(field)
+
+    walk(schema, "")
+    return found
+
+
+def _expectation(field: dict[str, Any]) -> str:
+    """A JSON schema's leaf in words."""
+    if "anyOf" in field:
+        return " or ".join(_expectation(choice) for choice in field["anyOf"])
+    if "enum" in field:
+        return "one of " + ", ".join(map(str, field["enum"]))
+    if field["type"] == "array":
+        if "prefixItems" in field:
+            return f"a list of {len(field['prefixItems'])} numbers"
+        return "a list of texts, such as [a,b]"
+    plain = {
+        "boolean": "true or false",
+        "string": "text",
+        "null": "null",
+        "integer": "an integer",
+        "number": "a number",
+    }
+    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    bounds = [f"{word} {field[bound]:g}" for bound, word in words.items() if bound in field]
+    return " ".join([plain[field["type"]], " and ".join(bounds)]).strip()

@@ -1,0 +1,66 @@
+"""Where configs and packaged files are: --config-path, ./conf, then the copy that is installed with the package.
+
+Pure path arithmetic, in a checkout (conf/ beside nemo_disco/) and in a wheel (nemo_disco/conf/) alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_disco.runtime.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def packaged(name: str) -> Path:
+    """The directory `name` (conf, assets) that came with the package; a wheel has it inside, a checkout beside."""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent / name
+
+
+def assets(relative: str) -> str:
+    """What `${assets:quickstart/model}` in a config stands for: the absolute path of a packaged file."""
+    return str(packaged("assets") / relative)
+
+
+def config_roots(name: str, config_path: str | None) -> list[Path]:
+    """The directories to compose `name` from: first the one that holds it, then the others in their order.
+
+    Raises UserError for a --config-path that is not a directory and for a name that none of them has.
+    """
+    if config_path is not None and not Path(config_path).is_dir():
+        raise UserError(f"--config-path {config_path}: there is no such directory")
+    candidates = [Path(config_path)] if config_path is not None else []
+    candidates += [Path("conf"), packaged("conf")]
+    roots = list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
+    holder = next((root for root in roots if (root / f"{name}.yaml").is_file()), None)
+    if holder is None:
+        known = sorted({known for root in roots for known in config_names(root)})
+        places = ", ".join(str(root) for root in roots)
+        raise UserError(f"--config-name {name}: no such config in {places}{nearest(name, known)}")
+    return [holder] + [root for root in roots if root != holder]
+
+
+def config_names(root: Path) -> list[str]:
+    """The configs of a directory that name a whole run: its own files, and those of recipe/."""
+    files = [*root.glob("*.yaml"), *root.glob("recipe/*.yaml")]
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in files)
+
+
+def options(roots: Iterable[Path], group: str) -> list[str]:
+    """The choices of a config group, such as generation: megatron, vllm, ..."""
+    return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' for the closest known name, compared whole and by its last part; else the top-level ones."""
+    known = list(known)
+    tails = {name.rpartition(".")[2].rpartition("/")[2]: name for name in known}
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    close = close or [tails[t] for t in difflib.get_close_matches(given.rpartition(".")[2], tails, n=1, cutoff=0.6)]
+    if close:
+        return f"; did you mean {close[0]}?"
+    top = [name for name in known if "." not in name] or known
+    return f"; known: {', '.join(top)}" if known else ""
