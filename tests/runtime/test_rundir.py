@@ -97,9 +97,9 @@ def test_a_killed_holder_leaves_it_free(tmp_path: Path, holder: Holder) -> None:
 
 
 def test_a_forked_worker_does_not_keep_a_dead_parents_lock(tmp_path: Path, holder: Holder) -> None:
-    process = holder("import os; child = os.fork(); print('up', flush=True); time.sleep(60)")
+    process = holder("import os; os.fork() or print('up', flush=True); time.sleep(60)")
     assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    assert process.stdout.readline() == "up\n"
     process.kill()
     process.wait()
     with RunDirectory(tmp_path).lock():
