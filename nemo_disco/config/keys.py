@@ -13,7 +13,7 @@ from nemo_disco.config.schema import RunConfig
 
 @cache
 def known_keys() -> dict[str, str]:
-    """Every dotted key of a run with what it expects: {'trainer': 'a section', 'trainer.max_steps': 'an integer ...'}."""
+    """Every dotted key of a run, in order, with what it expects in words."""
     schema = RunConfig.model_json_schema()
     found: dict[str, str] = {}
 

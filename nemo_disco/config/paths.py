@@ -55,7 +55,7 @@ def options(roots: Iterable[Path], group: str) -> list[str]:
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """'; did you mean ...?' for the closest known name, compared whole and by its last part; else the top-level ones."""
+    """'; did you mean X?' for the closest known name, whole or by its last part; else the top-level ones."""
     known = list(known)
     tails = {name.rpartition(".")[2].rpartition("/")[2]: name for name in known}
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)

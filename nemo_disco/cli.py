@@ -1,0 +1,131 @@
+"""The commands; thin. Parses arguments, turns errors into one line and an exit code, and starts the ranks.
+
+Must import nothing heavy at the top: `nemo-disco --help` shows at once. What a command does is in the rooms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_disco import __version__
+from nemo_disco.runtime import launch
+from nemo_disco.runtime.errors import UserError
+
+RUNS = {
+    "train": "train a policy",
+    "evaluate": "score a policy on question files",
+    "verify": "one mini-batch: is the gradient of this layout right, and do engine and trainer agree",
+}
+CONFIG_HELP = """Settings are Hydra's: key=value sets a key (trainer.max_steps=10), group=choice takes another file of a
+group (algorithm=grpo), --config-name recipe/NAME starts from a recipe of the papers."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 2 for bad input (one line on stderr), 130 for an interrupt."""
+    launch.adopt()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if not launch.report(error):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a table left (`| head`); the interpreter must not trip over stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        launch.report(error)
+        raise
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may stand before, between and after options; argparse leaves the later ones over.
+    stray = [word for word in rest if word.startswith("-") or "overrides" not in options]
+    if stray:
+        parser.error(f"unknown argument: {' '.join(stray)} ('nemo-disco {options.command} --help' lists what there is)")
+    if options.command in RUNS:
+        return _run(options.command, options, [*options.overrides, *rest], arguments)
+    if options.command == "plan":
+        return _plan(options, [*options.overrides, *rest])
+    return {"grade": _grade, "doctor": _doctor, "report": _report}[options.command](options)
+
+
+def _run(command: str, options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    from nemo_disco.config.checks import check, check_files
+    from nemo_disco.config.compose import compose, overridden
+
+    config = compose(options.config_name, overrides, options.config_path)
+    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden(overrides)
+    world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, overridden=bool(asked))
+    check(config, world_size)
+    check_files(config, command)
+    launch.default_threads()
+    if world_size > 1 and not launch.launched():
+        return launch.spawn(world_size, arguments)
+
+    from nemo_disco.algorithms import run
+
+    entry = {"train": run.train, "evaluate": run.evaluate, "verify": run.verify}[command]
+    return entry(config)
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    from nemo_disco.config.checks import check
+    from nemo_disco.config.compose import compose
+    from nemo_disco.config.plan import print_plan
+
+    config = compose(options.config_name, overrides, options.config_path)
+    world_size = config.trainer.devices * config.trainer.num_nodes
+    check(config, world_size)
+    print_plan(config, world_size)
+    return 0
+
+
+def _grade(options: argparse.Namespace) -> int:
+    from nemo_disco.rewards.grade_file import grade_file
+
+    return grade_file(options.file, options.out, timeout=options.timeout, workers=options.workers)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from nemo_disco.runtime.doctor import print_doctor
+
+    print_doctor()
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from nemo_disco.evaluation.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nemo-disco", description="DisCO post-training of reasoning models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, words in {**RUNS, "plan": "the batch vocabulary and the memory of a run, without running it"}.items():
+        command = commands.add_parser(name, help=words, description=f"{words}.", epilog=CONFIG_HELP)
+        command.add_argument("--config-name", "-cn", default="config", metavar="NAME", help="default: config")
+        command.add_argument("--config-path", "-cp", metavar="DIR", help="looked in before ./conf and the packaged one")
+        command.add_argument("overrides", nargs="*", metavar="key=value")
+    grade = commands.add_parser("grade", help="reward and reason of each answer in a file")
+    grade.add_argument("file", type=Path, metavar="FILE.jsonl", help="`response` and `answer` a line")
+    grade.add_argument("--out", type=Path, metavar="FILE", help="write the lines there instead of to the screen")
+    grade.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
+    grade.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
+    commands.add_parser("doctor", help="which kernels and engines this machine has, and what is missing for what")
+    report = commands.add_parser("report", help="one HTML page about one or several runs")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    return parser
