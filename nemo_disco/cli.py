@@ -60,17 +60,18 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(command: str, options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
-    from nemo_disco.config.checks import check, check_files
+    from nemo_disco.config.checks import check, check_files, check_objective
     from nemo_disco.config.compose import compose, overridden
 
     config = compose(options.config_name, overrides, options.config_path)
     asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden(overrides)
     world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, overridden=bool(asked))
     check(config, world_size)
-    check_files(config, command)
+    check_files(config, command, first_rank=os.environ.get("RANK", "0") == "0")
     launch.default_threads()
     if world_size > 1 and not launch.launched():
         return launch.spawn(world_size, arguments)
+    check_objective(config)
 
     from nemo_disco.algorithms import run
 
@@ -79,13 +80,14 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
-    from nemo_disco.config.checks import check
+    from nemo_disco.config.checks import check, check_objective
     from nemo_disco.config.compose import compose
     from nemo_disco.config.plan import print_plan
 
     config = compose(options.config_name, overrides, options.config_path)
     world_size = config.trainer.devices * config.trainer.num_nodes
     check(config, world_size)
+    check_objective(config)
     print_plan(config, world_size)
     return 0
 

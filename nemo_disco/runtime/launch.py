@@ -58,8 +58,8 @@ def world_size(devices: int, num_nodes: int, overridden: bool) -> int:
         ) from error
     if overridden and size != asked:
         raise UserError(
-            f"trainer.devices={devices} x trainer.num_nodes={num_nodes} makes {asked} processes, but the launcher started "
-            f"{size} (WORLD_SIZE): leave both out, or make them agree"
+            f"trainer.devices={devices} x trainer.num_nodes={num_nodes} makes {asked} processes, but the launcher "
+            f"started {size} (WORLD_SIZE): leave both out, or make them agree"
         )
     return size
 

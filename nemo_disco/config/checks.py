@@ -1,0 +1,156 @@
+"""Contradictions between keys and with the machine, found before any model is built.
+
+Each refusal is one line that says which numbers clash and which would work. Looks at files, opens no weights;
+must not import torch, but for `check_objective`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.shape import ModelShape, read_shape
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.rundir import RunDirectory
+
+ENGINES = ("megatron",)  # of this version
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Raises UserError if keys contradict each other, or `world_size` processes."""
+    _check_layout(config, world_size)
+    _check_batch(config)
+    _check_lengths(config)
+    _check_optimizer(config)
+    if config.generation.engine not in ENGINES:
+        raise UserError(
+            f"generation.engine={config.generation.engine} is not part of this version; "
+            f"use generation={', '.join(ENGINES)}"
+        )
+
+
+def check_objective(config: RunConfig) -> None:
+    """Raises UserError for what the objective does not take. Imports torch."""
+    from nemo_disco.algorithms import build_objective
+
+    build_objective(config.algorithm.objective())
+
+
+def check_files(config: RunConfig, command: str, first_rank: bool = True) -> None:
+    """Raises UserError for a model, question file or run directory that a command (train, evaluate, verify) cannot use.
+
+    The run directory is made here, by the first rank.
+    """
+    check_shape(config, read_shape(config.model.path))
+    if command in ("train", "verify"):
+        _check_question_files(config.data.train_files, "data.train_files")
+    if command == "evaluate" and not config.evaluation.files:
+        raise UserError("evaluation.files is empty: name the question files to evaluate on")
+    if command == "evaluate" or (command == "train" and config.evaluation.enabled):
+        _check_question_files(config.evaluation.files, "evaluation.files")
+    if command != "verify" and first_rank:
+        RunDirectory(config.exp_manager.explicit_log_dir).create()
+
+
+def check_shape(config: RunConfig, shape: ModelShape) -> None:
+    """Raises UserError if the layout does not divide the model, or the lengths exceed its positions."""
+    model = config.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
+        if count % tensor:
+            raise UserError(
+                f"model.tensor_model_parallel_size={tensor} does not divide the model's {count} {what}; "
+                f"would work: {_listed(_divisors(math.gcd(shape.heads, shape.kv_heads)))}"
+            )
+    stages = pipeline * (model.virtual_pipeline_model_parallel_size or 1)
+    if shape.layers % stages:
+        key = "model.pipeline_model_parallel_size"
+        key += " x virtual_pipeline_model_parallel_size" if stages != pipeline else ""
+        raise UserError(
+            f"{key}={stages} does not divide the model's {shape.layers} layers; "
+            f"would work: {_listed(_divisors(shape.layers))}"
+        )
+    longest, sum_of = _longest(config)
+    if longest > shape.max_positions:
+        raise UserError(f"{sum_of} tokens, but the model has {shape.max_positions} positions")
+
+
+def _check_layout(config: RunConfig, world_size: int) -> None:
+    model = config.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    context, virtual = model.context_parallel_size, model.virtual_pipeline_model_parallel_size
+    size = tensor * pipeline * context
+    if world_size % size:
+        below, above = world_size // size * size, -(-world_size // size) * size
+        raise UserError(
+            f"TP {tensor} x PP {pipeline} x CP {context} needs a multiple of {size} processes, but there are "
+            f"{world_size} (trainer.devices x trainer.num_nodes); "
+            f"would work: {_listed([n for n in (below, above) if n])}"
+        )
+    if model.sequence_parallel and tensor == 1:
+        raise UserError(
+            "model.sequence_parallel=true splits what tensor parallelism leaves whole: it needs "
+            "model.tensor_model_parallel_size above 1"
+        )
+    if virtual is not None and pipeline == 1:
+        raise UserError(
+            f"model.virtual_pipeline_model_parallel_size={virtual} needs model.pipeline_model_parallel_size above 1"
+        )
+
+
+def _check_batch(config: RunConfig) -> None:
+    questions, mini = config.data.questions_per_step, config.algorithm.mini_batch_questions
+    if questions % mini:
+        raise UserError(
+            f"algorithm.mini_batch_questions={mini} does not divide data.questions_per_step={questions}, "
+            f"so the last mini-batch would be smaller; would work: {_listed(_divisors(questions))}"
+        )
+    if config.generation.responses_per_question == 1 and ":" not in config.algorithm.name:
+        raise UserError(
+            f"generation.responses_per_question=1: {config.algorithm.name} compares the responses of a question; "
+            "would work: 2 or more"
+        )
+
+
+def _check_lengths(config: RunConfig) -> None:
+    model = config.model
+    longest, sum_of = _longest(config)
+    # What packing rounds sequences up to: 2 pieces a context-parallel rank, and one a tensor-parallel rank under SP.
+    multiple = 2 * model.context_parallel_size if model.context_parallel_size > 1 else 1
+    multiple = math.lcm(multiple, model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    needed = -(-longest // multiple) * multiple
+    if model.token_budget < needed:
+        raise UserError(
+            f"model.token_budget={model.token_budget} is smaller than one response with its prompt: {sum_of}; "
+            f"would work: model.token_budget={needed} or more"
+        )
+
+
+def _longest(config: RunConfig) -> tuple[int, str]:
+    """The longest sequence in tokens, and how it comes about."""
+    prompt, response = config.data.max_prompt_length, config.generation.max_response_length
+    words = f"data.max_prompt_length={prompt} + generation.max_response_length={response} = {prompt + response}"
+    return prompt + response, words
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    optim = config.model.optim
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"model.optim.betas={list(optim.betas)}: each must be at least 0 and below 1")
+    if optim.sched.min_lr > optim.lr:
+        raise UserError(f"model.optim.sched.min_lr={optim.sched.min_lr:g} is above model.optim.lr={optim.lr:g}")
+
+
+def _check_question_files(files: list[str], key: str) -> None:
+    for file in files:
+        if not Path(file).exists():
+            raise UserError(f"{key}: there is no {file}")
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

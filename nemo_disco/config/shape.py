@@ -1,0 +1,99 @@
+"""The shape of a model, from its Hugging Face config.json alone, for checks and estimates before anything is built.
+
+Reads one JSON file; must not import torch or transformers. Qwen2 and Llama: grouped-query attention, SwiGLU.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_disco.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder; head_dim in numbers a head, max_positions in tokens."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    qkv_bias: bool
+    max_positions: int
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of keys, and of values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        qkv = self.query_width + 2 * self.kv_width
+        attention = self.hidden * qkv + self.query_width * self.hidden + (qkv if self.qkv_bias else 0)
+        return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding; the output layer, where it is not tied, has as many."""
+        return self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        embeddings = self.embedding_parameters * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + embeddings + self.hidden
+
+
+# The published shapes of the papers' models, so that `plan` can speak of a model that is not on this machine.
+_DISTILL: dict[str, Any] = {"tied": False, "max_positions": 131072}
+KNOWN = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": ModelShape(28, 1536, 8960, 12, 2, 128, 151936, qkv_bias=True, **_DISTILL),
+    "DeepSeek-R1-Distill-Qwen-7B": ModelShape(28, 3584, 18944, 28, 4, 128, 152064, qkv_bias=True, **_DISTILL),
+    "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, qkv_bias=False, **_DISTILL),
+}
+
+
+def read_shape(path: str | Path) -> ModelShape:
+    """The shape of the model in a Hugging Face directory.
+
+    Raises UserError if config.json is missing, is not JSON, or lacks a size.
+    """
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"model.path={path}: no Hugging Face model there: {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); the model directory is damaged") from error
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return ModelShape(
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            ffn=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab=config["vocab_size"],
+            tied=config.get("tie_word_embeddings", False),
+            qkv_bias=config.get("attention_bias", config.get("model_type") == "qwen2"),
+            max_positions=config["max_position_embeddings"],
+        )
+    except KeyError as error:
+        raise UserError(
+            f"{file}: {error.args[0]} is missing; only decoders such as Qwen2 and Llama are built"
+        ) from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: not the configuration of a decoder ({error})") from error
