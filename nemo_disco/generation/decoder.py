@@ -1,0 +1,190 @@
+"""One forward pass of the policy's own weights with a KV cache, at any TP x PP: what the megatron engine decodes with.
+
+Reads megatron's parameters where they lie (no copy, no refit) and does the arithmetic of their modules on a batch of
+rows. Knows nothing of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_disco.policy.model import PolicyModel
+from nemo_disco.policy.parallel import Ranks
+
+# Tokens a row by which a full cache grows (it also at least grows by a half).
+_GROWTH = 64
+
+
+class Cache:
+    """Keys and values of B rows, a [B, groups, capacity, d] pair a layer, grown as the rows do."""
+
+    def __init__(self, layers: int, shape: tuple[int, int, int], like: Tensor) -> None:
+        rows, groups, width = shape
+        self.pairs = [[like.new_empty(rows, groups, 0, width) for _ in "kv"] for _ in range(layers)]
+
+    @property
+    def capacity(self) -> int:
+        return self.pairs[0][0].shape[2] if self.pairs else 0
+
+    def reserve(self, tokens: int, most: int) -> None:
+        """Room for `tokens` tokens a row, of at most `most` ever."""
+        if tokens <= self.capacity:
+            return
+        more = min(most, max(tokens + _GROWTH, self.capacity * 3 // 2)) - self.capacity
+        for pair in self.pairs:
+            for i, x in enumerate(pair):
+                pair[i] = torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) some rows."""
+        for pair in self.pairs:
+            for i, x in enumerate(pair):
+                pair[i] = x.index_select(0, rows)
+
+
+class Decoder:
+    """The layers of this rank, in the order in which the whole model runs them."""
+
+    def __init__(self, chunks: Sequence[PolicyModel], ranks: Ranks, tensor_group: Any, pipeline_group: Any) -> None:
+        self.chunks, self.ranks = chunks, ranks
+        self.tensor_group = tensor_group if tensor_group.size() > 1 else None
+        self.pipeline_group = pipeline_group
+        config = chunks[0].config
+        self.eps, self.width = config.layernorm_epsilon, config.kv_channels
+        self.groups = config.num_query_groups // ranks.tensor_size
+        self.heads_a_group = config.num_attention_heads // config.num_query_groups
+        self.hidden = config.hidden_size
+        self.scale = self.width**-0.5
+        self.dtype: torch.dtype = config.params_dtype
+
+    @property
+    def is_last(self) -> bool:
+        return self.ranks.pipeline == self.ranks.pipeline_size - 1
+
+    def new_cache(self, rows: int) -> Cache:
+        layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
+        like = next(self.chunks[0].parameters())
+        return Cache(layers, (rows, self.groups, self.width), like)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache: Cache, start: int, mask: Tensor | None
+    ) -> Tensor | None:
+        """Logits [B, V] after the last of tokens [B, t], on the last pipeline stage; None on the others.
+
+        positions [B, t]: rope's. start: where the t tokens go in the cache. mask, additive: [B, 1, t or 1, start + t];
+        None is causal (t > 1) or everything (t = 1).
+        """
+        angles = self.chunks[0].rope_angles(positions.flatten()).view(*positions.shape, 1, -1)
+        rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        x: Tensor | None = None
+        layer_index = 0
+        for chunk in self.chunks:
+            x = self._embed(chunk, tokens) if chunk.pre_process else self._receive(tokens)
+            for layer in chunk.decoder.layers:
+                x = x + self._attention(layer, x, rope, cache.pairs[layer_index], start, mask)
+                x = x + self._mlp(layer, x)
+                layer_index += 1
+            if chunk.post_process:
+                return self._logits(chunk, x[:, -1])
+            self._send(x)
+        return None
+
+    # --- the modules' arithmetic ---
+
+    def _embed(self, chunk: PolicyModel, tokens: Tensor) -> Tensor:
+        weight: Tensor = chunk.embedding.word_embeddings.weight
+        if self.tensor_group is None:
+            return F.embedding(tokens, weight)
+        local = tokens - self.ranks.tensor * weight.shape[0]
+        foreign = (local < 0) | (local >= weight.shape[0])
+        x = F.embedding(local.masked_fill(foreign, 0), weight).masked_fill(foreign[..., None], 0.0)
+        return self._reduce(x)
+
+    def _attention(
+        self, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor], pair: list[Tensor], start: int, mask: Tensor | None
+    ) -> Tensor:
+        attention, (rows, t) = layer.self_attention, x.shape[:2]
+        x = F.rms_norm(x, (self.hidden,), layer.input_layernorm.weight, self.eps)
+        qkv = F.linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias)
+        # megatron keeps each group's queries, then its key, then its value together
+        qkv = qkv.view(rows, t, self.groups, self.heads_a_group + 2, self.width)
+        qk = _rotate(qkv[..., :-1, :], rope)
+        end = start + t
+        keys, values = pair
+        keys[:, :, start:end] = qk[..., -1, :].transpose(1, 2)
+        values[:, :, start:end] = qkv[..., -1, :].transpose(1, 2)
+        query = qk[..., :-1, :].permute(0, 2, 3, 1, 4)  # [B, groups, heads a group, t, d]
+        if t == 1:  # the group's heads are so many queries of one key head
+            out = F.scaled_dot_product_attention(
+                query.reshape(rows, self.groups, self.heads_a_group, self.width),
+                keys[:, :, :end],
+                values[:, :, :end],
+                attn_mask=mask,
+                scale=self.scale,
+            ).view(rows, 1, -1)
+        else:
+            out = F.scaled_dot_product_attention(
+                query.reshape(rows, -1, t, self.width),
+                keys[:, :, :end],
+                values[:, :, :end],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=True,
+            )
+            out = out.transpose(1, 2).reshape(rows, t, -1)
+        return self._reduce(F.linear(out, attention.linear_proj.weight))
+
+    def _mlp(self, layer: Any, x: Tensor) -> Tensor:
+        x = F.rms_norm(x, (self.hidden,), layer.pre_mlp_layernorm.weight, self.eps)
+        gate, up = F.linear(x, layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
+        return self._reduce(F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight))
+
+    def _logits(self, chunk: PolicyModel, x: Tensor) -> Tensor:
+        x = F.rms_norm(x, (self.hidden,), chunk.decoder.final_layernorm.weight, self.eps)
+        logits = F.linear(x, chunk.output_weight())
+        if self.tensor_group is not None:
+            shards = [torch.empty_like(logits) for _ in range(self.ranks.tensor_size)]
+            dist.all_gather(shards, logits.contiguous(), group=self.tensor_group)
+            logits = torch.cat(shards, dim=-1)
+        logits = logits[:, : chunk.true_vocab_size]
+        return logits if logits.dtype is torch.float64 else logits.float()
+
+    # --- between ranks ---
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        if self.tensor_group is not None:
+            dist.all_reduce(x, group=self.tensor_group)
+        return x
+
+    def _neighbour(self, step: int) -> int:
+        stage = (self.ranks.pipeline + step) % self.ranks.pipeline_size
+        return dist.get_global_rank(self.pipeline_group, stage)
+
+    def _send(self, x: Tensor) -> None:
+        dist.send(x.contiguous(), dst=self._neighbour(+1), group=self.pipeline_group)
+
+    def _receive(self, tokens: Tensor) -> Tensor:
+        x = torch.empty(*tokens.shape, self.hidden, dtype=self.dtype, device=tokens.device)
+        dist.recv(x, src=self._neighbour(-1), group=self.pipeline_group)
+        return x
+
+    def from_last_stage(self, x: Tensor) -> Tensor:
+        """What the last pipeline stage has in x, on every stage."""
+        if self.ranks.pipeline_size > 1:
+            source = dist.get_global_rank(self.pipeline_group, self.ranks.pipeline_size - 1)
+            dist.broadcast(x, src=source, group=self.pipeline_group)
+        return x
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rope on x [B, t, groups, heads, d], by cos and sin [B, t, 1, d]."""
+    cos, sin = (r.unsqueeze(2) for r in rope)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,85 @@
+"""megatron-core 0.16 without CUDA, over gloo: the one place that knows. Inert where CUDA exists.
+
+megatron-core names the GPU in a few dozen places (tensor factories, streams, RNG state, a type string). `enable` answers
+each of them with its CPU counterpart; nothing numerical is replaced. Call it once, before a model is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from typing import Any
+
+import torch
+
+# The modules whose tensor factories say device="cuda" or pin_memory=True.
+_CUDA_LITERALS = (
+    "utils",
+    "transformer.utils",
+    "pipeline_parallel.schedules",
+    "models.common.embeddings.rope_utils",
+    "optimizer.optimizer",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "optimizer.distrib_optimizer",
+)
+_FACTORIES = frozenset({"zeros", "ones", "empty", "tensor", "full", "arange", "empty_like"})
+_enabled = False
+
+
+class _CpuTorch:
+    """Stands for the name `torch` inside one megatron module: the same torch, whose factories build on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name not in _FACTORIES:
+            return value
+
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
+            return value(*args, **kwargs)
+
+        return factory
+
+
+def enable() -> None:
+    """Make megatron-core run on the CPU of this process; does nothing where CUDA is available."""
+    global _enabled
+    if _enabled or torch.cuda.is_available():
+        return
+    _enabled = True
+    _answer_device_questions()
+    for module in _CUDA_LITERALS:
+        importlib.import_module(f"megatron.core.{module}").torch = _CpuTorch()  # type: ignore[attr-defined]
+    _use_cpu_random_state()
+
+
+def _answer_device_questions() -> None:
+    cuda: Any = torch.cuda
+    cpu = torch.device("cpu")
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda *_args, **_kwargs: None
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_args, **_kwargs: self  # tied embeddings under PP, slicing under CP
+    stream = types.SimpleNamespace(wait_stream=lambda *_: None, wait_event=lambda *_: None, synchronize=lambda *_: None)
+    cuda.current_stream = lambda *_args, **_kwargs: stream
+
+    type_of = torch.Tensor.type
+
+    def cuda_spelling(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers accept a parameter when its type() is spelt 'torch.cuda.FloatTensor'.
+        if dtype is None:
+            return str(type_of(self)).replace("torch.", "torch.cuda.", 1)
+        return type_of(self, dtype, *args, **kwargs)
+
+    tensor.type = cuda_spelling
+
+
+def _use_cpu_random_state() -> None:
+    """Activation recomputation saves and restores the RNG; dropout is 0 here, so one CPU state is enough."""
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)

@@ -1,0 +1,90 @@
+"""megatron-core's distributed optimizer and schedule, with the two things a long run needs of them.
+
+A gradient that is not finite is seen before it is applied; and torch's AdamW (what megatron takes where neither
+Transformer Engine nor apex is installed) keeps one step count a parameter through save and load.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_disco.config.schema import OptimConfig
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: of the whole gradient, before clipping. applied: False when it was not finite and nothing changed."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Optimizer:
+    """The optimizer of this rank's chunks and its learning-rate schedule."""
+
+    def __init__(
+        self, network: list[Any], config: OptimConfig, dtype: torch.dtype, clip_grad: float, total_steps: int
+    ) -> None:
+        """total_steps: optimizer steps (mini-batches) of the whole run, over which the schedule decays."""
+        self.clip_grad = clip_grad
+        self.megatron = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer=config.name,
+                lr=config.lr,
+                min_lr=config.sched.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.betas[0],
+                adam_beta2=config.betas[1],
+                adam_eps=config.eps,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+                clip_grad=clip_grad,
+            ),
+            network,
+        )
+        warmup = config.sched.warmup_steps
+        self.schedule = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=config.lr / warmup if warmup else config.lr,
+            max_lr=config.lr,
+            min_lr=config.sched.min_lr,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=max(total_steps, warmup + 1),
+            lr_decay_style=config.sched.name,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    @property
+    def _parts(self) -> list[Any]:
+        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+
+    def zero_grad(self) -> None:
+        self.megatron.zero_grad()
+
+    def reload_weights(self) -> None:
+        """Take the model's weights for the optimizer's own copy of them (after they were changed from outside)."""
+        self.megatron.reload_model_params()
+
+    def step(self) -> StepResult:
+        """Clip and apply the gradient, and move the schedule. Nothing moves if the gradient is not finite."""
+        self.megatron.prepare_grads()
+        norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(norm):
+            return StepResult(norm, applied=False)
+        if self.clip_grad > 0:
+            for part in self._parts:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, norm)
+        self.megatron.step_with_ready_grads()
+        self.schedule.step(increment=1)
+        return StepResult(norm, applied=True)

@@ -1,0 +1,95 @@
+"""The process groups: start torch.distributed and megatron-core's layout, answer who this rank is.
+
+The only place that initialises megatron's parallel state. gloo on CPU, NCCL on CUDA.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.distributed_c10d import HashStore
+
+from nemo_disco.config.schema import ModelConfig
+from nemo_disco.policy import cpu_backend
+
+# A rank that waits longer than this for another is waiting for a dead one.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def start(model: ModelConfig, seed: int = 0) -> None:
+    """Join the process group (RANK, WORLD_SIZE, ... in the environment; alone without them) and cut it as `model` says.
+
+    May be called again with another layout in the same processes: the groups are then made anew.
+    """
+    cpu_backend.enable()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        else:
+            dist.init_process_group(backend, timeout=_TIMEOUT, store=HashStore(), rank=0, world_size=1)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
+    )
+    if cuda:
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. Data-parallel ranks read different responses; context-parallel ones share them."""
+
+    world: int
+    world_size: int
+    tensor: int
+    tensor_size: int
+    pipeline: int
+    pipeline_size: int
+    data: int
+    data_size: int
+    context: int
+    context_size: int
+
+    @classmethod
+    def here(cls) -> Ranks:
+        p = parallel_state
+        return cls(
+            world=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tensor=p.get_tensor_model_parallel_rank(),
+            tensor_size=p.get_tensor_model_parallel_world_size(),
+            pipeline=p.get_pipeline_model_parallel_rank(),
+            pipeline_size=p.get_pipeline_model_parallel_world_size(),
+            data=p.get_data_parallel_rank(),
+            data_size=p.get_data_parallel_world_size(),
+            context=p.get_context_parallel_rank(),
+            context_size=p.get_context_parallel_world_size(),
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """The one that writes files and talks to the user."""
+        return self.world == 0
+
+    @property
+    def speaks_for_log_probs(self) -> bool:
+        """Whether this rank contributes log-probs to a sum over all ranks (its TP peers hold the same ones)."""
+        return self.pipeline == self.pipeline_size - 1 and self.tensor == 0

@@ -1,0 +1,245 @@
+"""The trained policy: a sharded megatron model with its optimizer, as three verbs: log_probs, accumulate, step.
+
+Log-probs and gradients are the same, to rounding, at every layout and token budget. Knows no objective: `accumulate`
+takes a loss of per-token log-probs that is a sum over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from nemo_disco.config.schema import ModelConfig
+from nemo_disco.data.packing import plan_micro_batches
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.policy.hugging_face import HuggingFaceModel, load_hf_config
+from nemo_disco.policy.micro_batch import MicroBatch, build_micro_batch, sequence_lengths
+from nemo_disco.policy.model import Targets
+from nemo_disco.policy.optimizer import Optimizer, StepResult
+from nemo_disco.policy.parallel import Ranks, device
+from nemo_disco.policy.safetensor_files import SafetensorReader, atomic_directory, check_weights, save_hf_directory
+
+# (index [n] into the T response tokens, log_probs [n], entropies [n] | None) -> per-token losses [n]
+TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Policy:
+    """The policy of a run, on this rank."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        temperature: float = 1.0,
+        clip_grad: float = 0.0,
+        total_optimizer_steps: int = 1,
+        trainable: bool = True,
+    ) -> None:
+        """parallel.start must have run. temperature: what log-probs divide the logits by; clip_grad: 0 is off.
+
+        Raises UserError for a missing, damaged or unfitting model directory.
+        """
+        self.config, self.temperature = config, temperature
+        self.ranks, self.device = Ranks.here(), device()
+        self.hf_config = load_hf_config(config.path, config.trust_remote_code)
+        with SafetensorReader(config.path) as reader:
+            check_weights(reader, self.hf_config)
+            self.model = HuggingFaceModel(self.hf_config, dtype, self._megatron_options(dtype))
+            self.model.load(reader.read)
+        self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]
+        if dtype is torch.bfloat16:
+            self.network = [Float16Module(chunk.config, chunk) for chunk in self.network]
+        self.optimizer: Optimizer | None = None
+        if trainable:
+            self.network = [self._data_parallel(i, chunk, dtype) for i, chunk in enumerate(self.network)]
+            if dtype is not torch.float64:  # megatron's optimizers know float32 and bfloat16
+                self.optimizer = Optimizer(self.network, config.optim, dtype, clip_grad, total_optimizer_steps)
+
+    def _megatron_options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """TransformerConfig fields of this run; the architecture's own come from the Hugging Face config."""
+        config = self.config
+        full = config.activations_checkpoint_granularity == "full"
+        return {
+            "params_dtype": dtype,
+            "pipeline_dtype": dtype,
+            "bf16": dtype is torch.bfloat16,
+            "sequence_parallel": config.sequence_parallel,
+            "recompute_granularity": config.activations_checkpoint_granularity,
+            "recompute_method": "uniform" if full else None,
+            "recompute_num_layers": 1 if full else None,
+            "hidden_dropout": 0.0,  # the old and the new log-probs must differ by theta alone
+            "attention_dropout": 0.0,
+            "use_cpu_initialization": self.device.type == "cpu",
+            "perform_initialization": False,
+            "calculate_per_token_loss": True,  # sums, never means: the loss carries its own denominators
+            "finalize_model_grads_func": _finalize_sums,
+            "masked_softmax_fusion": False,
+            "bias_activation_fusion": False,  # known to disturb DeepSeek-R1-Distill-Qwen
+            "bias_dropout_fusion": False,
+            "gradient_accumulation_fusion": False,  # needs apex or Transformer Engine
+            "apply_rope_fusion": False,
+        }
+
+    def _data_parallel(self, index: int, chunk: Any, dtype: torch.dtype) -> DistributedDataParallel:
+        overlap = self.ranks.data_size * self.ranks.context_size > 1
+        ddp = DistributedDataParallel(
+            chunk.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=dtype is torch.bfloat16,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=overlap,
+            ),
+            chunk,
+            disable_bucketing=index > 0,
+        )
+        if overlap:
+            config = chunk.config
+            syncs = config.no_sync_func or []
+            config.no_sync_func = [*syncs, ddp.no_sync] if len(self.model.chunks) > 1 else ddp.no_sync
+        return ddp
+
+    # --- the three verbs ---
+
+    def log_probs(self, rollouts: Rollouts, *, entropies: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[T] log-probs of every response token under the present weights, on every rank, and on request the [T]
+        entropies. float32, or float64 for a float64 model."""
+        rows = 2 if entropies else 1
+        total = int(rollouts.response_lengths.sum())
+        precision = torch.float64 if self._dtype is torch.float64 else torch.float32
+        out = torch.zeros(rows, total, dtype=precision, device=self.device)
+
+        def collect(batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> None:  # noqa: ARG001
+            if self.ranks.speaks_for_log_probs:
+                out[:, batch.index] = output.reshape(rows, -1).to(precision)
+
+        with torch.no_grad():
+            self._schedule(rollouts, collect, entropies, forward_only=True)
+        dist.all_reduce(out)  # each element is written by one rank, the others add zero: exact
+        return out[0], out[1] if entropies else None
+
+    def accumulate(
+        self, rollouts: Rollouts, token_loss: TokenLoss, *, entropies: bool = False, everywhere: bool = False
+    ) -> None:
+        """Forward and backward of the sum over all T tokens of `token_loss`, replacing the gradient.
+
+        Afterwards main_grad is reduced over data parallelism for the shard that this rank's optimizer owns;
+        everywhere=True reduces it whole on every rank (to be exported).
+        """
+        for chunk in self.network:
+            chunk.zero_grad_buffer()
+            chunk.force_all_reduce = everywhere
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+        def loss(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            log_probs, entropy = (output[0], output[1]) if entropies else (output, None)
+            total = token_loss(batch.index, log_probs, entropy).sum()
+            return total, torch.zeros((), dtype=torch.int, device=output.device), {}
+
+        self._schedule(rollouts, loss, entropies, forward_only=False, force_all_reduce=everywhere)
+
+    def step(self) -> StepResult:
+        """Clip and apply the accumulated gradient. A gradient that is not finite is not applied."""
+        assert self.optimizer is not None, "this policy was built without an optimizer"
+        return self.optimizer.step()
+
+    # --- weights in and out ---
+
+    def load(self, read: Callable[[str], Tensor]) -> None:
+        """Take the weights `read(name)` of every Hugging Face name; the optimizer's state stays."""
+        self.model.load(read)
+        if self.optimizer is not None:
+            self.optimizer.reload_weights()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole, under its Hugging Face name. A collective: run it to its end on every rank."""
+        return self.model.named_tensors()
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradient after accumulate(everywhere=True), under Hugging Face names. A collective."""
+        return self.model.named_tensors(lambda p: p.main_grad)  # type: ignore[attr-defined]
+
+    def export(self, directory: str | Path) -> None:
+        """Write the policy as a Hugging Face directory (with the tokenizer of the one it came from). A collective."""
+        if not self.ranks.is_first:
+            for _ in self.named_weights():
+                pass
+        else:
+            with atomic_directory(directory) as work:
+                save_hf_directory(work, self.named_weights(), self.hf_config, self.config.path)
+        dist.barrier()
+
+    # --- the micro-batch schedule ---
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.bridge.config.params_dtype
+        return dtype
+
+    def plan(self, rollouts: Rollouts) -> list[list[tuple[int, ...]]]:
+        """Which responses each data-parallel rank runs in each micro-batch; the same on every rank. Empty responses
+        have nothing to run."""
+        config = self.model.bridge.config
+        lengths = sequence_lengths(rollouts)
+        read = [i for i, n in enumerate(lengths) if n > 0]
+        plan = plan_micro_batches(
+            [lengths[i] for i in read],
+            token_budget=self.config.token_budget,
+            data_parallel_size=self.ranks.data_size,
+            micro_batch_multiple=self._multiple,
+            count_multiple=self.ranks.pipeline_size if config.virtual_pipeline_model_parallel_size else 1,
+            attention_span=12 * config.hidden_size,
+        )
+        return [[tuple(read[i] for i in batch) for batch in rank] for rank in plan.micro_batches]
+
+    @property
+    def _multiple(self) -> int:
+        return self.ranks.tensor_size if self.config.sequence_parallel else 1
+
+    def _schedule(
+        self, rollouts: Rollouts, use: Callable[..., Any], entropies: bool, *, forward_only: bool, **options: Any
+    ) -> None:
+        """Run megatron's pipeline schedule over this rank's micro-batches; `use(batch, output)` on the last stage."""
+        batches = [
+            build_micro_batch(rollouts, responses, multiple=self._multiple, device=self.device)
+            for responses in self.plan(rollouts)[self.ranks.data]
+        ]
+
+        def forward(batches: Iterator[MicroBatch], network: Any) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(batches)
+            targets = Targets(batch.rows, batch.targets, self.temperature, entropies)
+            output = network(
+                batch.input_ids, batch.position_ids, None, packed_seq_params=batch.sequences, labels=targets
+            )
+            return output, partial(use, batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(batches) for _ in self.network],
+            model=self.network,
+            num_microbatches=len(batches),
+            seq_length=self.config.token_budget,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+            **options,
+        )
+
+
+def _finalize_sums(model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """megatron's own reduction over DP, SP and tied embeddings, without its division by the number of tokens."""
+    finalize_model_grads(model, None, **kwargs)
