@@ -30,6 +30,7 @@ setup(
         "transformers>=5.16.1,<5.20",  # 5 moved rope_theta; the upper bound is vLLM 0.32's
         "safetensors",
         "numpy",
+        "packaging",
         "jinja2",  # chat templates
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3.1,<2.4",  # hydra-core 1.3's bound

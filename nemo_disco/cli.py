@@ -70,7 +70,7 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
     check_files(config, command, first_rank=os.environ.get("RANK", "0") == "0")
     launch.default_threads()
     if world_size > 1 and not launch.launched():
-        return launch.spawn(world_size, arguments)
+        return launch.spawn(world_size, [sys.executable, "-m", "nemo_disco", *arguments])
     check_objective(config)
 
     from nemo_disco.algorithms import run
@@ -101,8 +101,7 @@ def _grade(options: argparse.Namespace) -> int:
 def _doctor(_: argparse.Namespace) -> int:
     from nemo_disco.runtime.doctor import print_doctor
 
-    print_doctor()
-    return 0
+    return 0 if print_doctor() else 1
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,8 +29,18 @@ POLL_S = 0.05
 # Peers of a dead rank see their connections close and end by themselves, tidily; a peer that does not is stuck.
 GRACE_S = 2.0
 INTERRUPT_GRACE_S = 10.0
+# What the kernel or a user does to a process. Not SIGABRT: a peer's failure makes NCCL's watchdog abort a sound rank.
+CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 PR_SET_PDEATHSIG = 1
 _LAUNCHER, _REPORTS = "NEMO_DISCO_LAUNCHER", "NEMO_DISCO_REPORTS"
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a rank ended (as Popen says it), and the earliest time at which it may have."""
+
+    code: int
+    seen: float
 
 
 def launched() -> bool:
@@ -64,8 +75,8 @@ def world_size(devices: int, num_nodes: int, overridden: bool) -> int:
     return size
 
 
-def spawn(processes: int, arguments: Sequence[str]) -> int:
-    """Run `python -m nemo_disco ARGUMENTS` as ranks 0 .. processes - 1 of this machine; the exit code of the run.
+def spawn(processes: int, command: Sequence[str]) -> int:
+    """Run a command as ranks 0 .. processes - 1 of this machine; the exit code of the run.
 
     0 if all ranks end with 0; otherwise the code of the rank that failed first (128 + n if signal n killed it).
     SIGINT, SIGTERM and SIGUSR1 are passed on to every rank.
@@ -76,16 +87,15 @@ def spawn(processes: int, arguments: Sequence[str]) -> int:
             try:
                 address = _free_address()
                 for rank in range(processes):
-                    command = [sys.executable, "-m", "nemo_disco", *arguments]
                     environment = os.environ | address | _rank_environment(rank, processes, reports)
                     children.append(
                         # A group of its own: Ctrl-C reaches the ranks once, through us.
                         subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
                     )
-                codes = _watch(children, received, Path(reports))
+                ended = _watch(children, received, Path(reports))
             finally:
                 _kill(children)
-        return _verdict(codes, received, Path(reports))
+        return _verdict(ended, received, Path(reports))
 
 
 def adopt() -> None:
@@ -155,14 +165,17 @@ def _forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[signal
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signals], reports: Path) -> list[int | None]:
-    """Wait until all have ended, or a grace after the first failure or an interrupt. None: still running."""
+def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signals], reports: Path) -> dict[int, _End]:
+    """Wait until all have ended, or a grace after the first failure or an interrupt; those that ended by then."""
+    ended: dict[int, _End] = {}
     deadline: float | None = None
     while True:
-        codes = [child.poll() for child in children]
-        if None not in codes or (deadline is not None and time.monotonic() > deadline):
-            return codes
-        if deadline is None and any(codes):
+        for rank, child in enumerate(children):
+            if rank not in ended and (code := child.poll()) is not None:
+                ended[rank] = _End(code, time.time() - POLL_S)
+        if len(ended) == len(children) or (deadline is not None and time.monotonic() > deadline):
+            return ended
+        if deadline is None and any(end.code for end in ended.values()):
             refused = any(word["kind"] == "user" for word in _reports(reports).values())
             deadline = time.monotonic() + (0 if refused else GRACE_S)
         if deadline is None and signal.SIGINT in received:
@@ -183,21 +196,27 @@ def _reports(directory: Path) -> dict[int, dict[str, Any]]:
     return {int(path.name): json.loads(path.read_text()) for path in directory.iterdir() if path.suffix == ""}
 
 
-def _verdict(codes: list[int | None], received: list[signal.Signals], directory: Path) -> int:
+def _verdict(ended: dict[int, _End], received: list[signal.Signals], directory: Path) -> int:
     """Say which rank failed first, and why, in one line; the exit code."""
     if signal.SIGINT in received:
         return 128 + signal.SIGINT
-    failed = {rank: code for rank, code in enumerate(codes) if code}
+    failed = {rank: end for rank, end in ended.items() if end.code}
     if not failed:
         return 0
     words = _reports(directory)
-    # A rank that was killed leaves no word, and all that its peers say came after.
-    first = min({*failed, *words}, key=lambda rank: words.get(rank, {"time": 0.0})["time"])
-    code, word = codes[first] or 1, words.get(first)
+
+    def failed_at(rank: int) -> float:
+        if rank in words:
+            return float(words[rank]["time"])
+        # A crash leaves no word, and what its peers say of closed connections may be there before its end is seen.
+        return 0.0 if -failed[rank].code in CRASHES else failed[rank].seen
+
+    first = min({*failed, *words}, key=failed_at)
+    code, word = failed[first].code if first in failed else 1, words.get(first)
     if word is not None and word["kind"] == "user":
         print(f"error: {word['message']}", file=sys.stderr)
         return 2
-    if code < 0 and -code in received:
+    if -code in received:
         return 128 - code
     if code < 0:
         why = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

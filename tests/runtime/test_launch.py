@@ -1,0 +1,181 @@
+"""The launcher with real processes: one exit code, the rank that failed first named, nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.runtime import launch
+from nemo_disco.runtime.errors import UserError
+
+PRELUDE = """
+import os, signal, sys, time
+from pathlib import Path
+from nemo_disco.runtime import launch
+from nemo_disco.runtime.errors import UserError
+launch.adopt()
+rank, here = int(os.environ["RANK"]), Path(sys.argv[1])
+(here / f"pid{rank}").write_text(str(os.getpid()))
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """A command whose ranks run `body`, with `rank` and the directory `here` at hand."""
+
+    def command(body: str) -> list[str]:
+        script = tmp_path / "rank.py"
+        script.write_text(PRELUDE + textwrap.dedent(body))
+        return [sys.executable, str(script), str(tmp_path)]
+
+    return command
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def pids(directory: Path, count: int) -> list[int]:
+    files = [directory / f"pid{rank}" for rank in range(count)]
+    wait_for(lambda: all(f.exists() and f.read_text() for f in files))
+    return [int(f.read_text()) for f in files]
+
+
+def start_launcher(command: list[str], processes: int) -> subprocess.Popen[str]:
+    code = f"import sys; from nemo_disco.runtime.launch import spawn; sys.exit(spawn({processes}, sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True)
+
+
+def test_every_rank_gets_its_place_and_one_rendezvous(ranks, tmp_path):
+    body = """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    (here / f"env{rank}").write_text(" ".join(os.environ[name] for name in names))
+    """
+    assert launch.spawn(3, ranks(body)) == 0
+    seen = [(tmp_path / f"env{rank}").read_text().split() for rank in range(3)]
+    assert [place[:4] for place in seen] == [[str(r), str(r), "3", "3"] for r in range(3)]
+    assert len({tuple(place[4:]) for place in seen}) == 1
+    assert seen[0][4] == "127.0.0.1" and int(seen[0][5]) > 0 and seen[0][6] == os.environ.get("OMP_NUM_THREADS", "1")
+
+
+def test_a_failing_rank_is_named_and_ends_its_stuck_peers(ranks, tmp_path, capfd):
+    body = """
+    if rank == 1:
+        error = ValueError("no such\\nlayer")
+        launch.report(error)
+        raise SystemExit(3)
+    time.sleep(600)
+    """
+    started = time.monotonic()
+    assert launch.spawn(3, ranks(body)) == 3
+    assert time.monotonic() - started < launch.GRACE_S + 10
+    assert "error: rank 1 failed: ValueError: no such layer" in capfd.readouterr().err
+    assert not any(alive(pid) for pid in pids(tmp_path, 3))
+
+
+def test_a_killed_rank_is_blamed_though_its_peers_complain_first(ranks, capfd):
+    body = """
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    other = here / "pid2"
+    try:
+        while not other.exists() or not other.read_text() or not os.kill(int(other.read_text()), 0):
+            time.sleep(0.001)
+    except ProcessLookupError:
+        launch.report(ConnectionError("closed by peer"))
+    raise SystemExit(1)
+    """
+    assert launch.spawn(3, ranks(body)) == 128 + signal.SIGKILL
+    error = capfd.readouterr().err
+    assert error.startswith("error: rank 2 was killed by SIGKILL") and error.count("\n") == 1
+
+
+def test_a_rank_that_aborts_after_a_peer_failed_is_not_blamed(ranks, capfd):
+    body = """
+    if rank == 0:
+        launch.report(ValueError("the cause"))
+        sys.exit(1)
+    time.sleep(0.2)
+    os.abort()
+    """
+    assert launch.spawn(2, ranks(body)) == 1
+    assert "error: rank 0 failed: ValueError: the cause" in capfd.readouterr().err
+
+
+def test_bad_input_on_every_rank_is_one_line_and_exit_2(ranks, capfd):
+    body = """
+    launch.report(UserError("model.path=x: no config.json there"))
+    raise SystemExit(2)
+    """
+    assert launch.spawn(3, ranks(body)) == 2
+    assert capfd.readouterr().err == "error: model.path=x: no config.json there\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_polite_stop_reaches_every_rank_and_the_run_ends_with_0(ranks, tmp_path, number):
+    body = f"""
+    stopped = []
+    signal.signal({int(number)}, lambda *_: stopped.append(1))
+    (here / f"ready{{rank}}").touch()
+    while not stopped:
+        time.sleep(0.02)
+    (here / f"saved{{rank}}").touch()
+    """
+    launcher = start_launcher(ranks(body), 2)
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
+    launcher.send_signal(number)
+    assert launcher.wait(20) == 0
+    assert all((tmp_path / f"saved{rank}").exists() for rank in range(2))
+    assert launcher.stderr.read() == ""
+
+
+def test_an_interrupt_ends_everything_with_130(ranks, tmp_path):
+    launcher = start_launcher(ranks("try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    sys.exit(130)"), 2)
+    children = pids(tmp_path, 2)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(20) == 130
+    assert launcher.stderr.read() == ""
+    assert not any(alive(pid) for pid in children)
+
+
+def test_the_ranks_die_with_a_launcher_that_is_killed(ranks, tmp_path):
+    launcher = start_launcher(ranks("time.sleep(600)"), 2)
+    children = pids(tmp_path, 2)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(alive(pid) for pid in children))
+
+
+def test_under_a_launcher_world_size_rules(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launch.world_size(devices=2, num_nodes=1, overridden=False) == 4
+    assert launch.world_size(devices=2, num_nodes=2, overridden=True) == 4
+    with pytest.raises(UserError, match=r"devices=2 x trainer.num_nodes=1 makes 2 processes, but .* 4"):
+        launch.world_size(devices=2, num_nodes=1, overridden=True)
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match="RANK is set but WORLD_SIZE"):
+        launch.world_size(devices=1, num_nodes=1, overridden=False)
+
+
+def test_without_a_launcher_one_machine_only(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert launch.world_size(devices=2, num_nodes=1, overridden=False) == 2
+    with pytest.raises(UserError, match="num_nodes=2 needs a launcher"):
+        launch.world_size(devices=2, num_nodes=2, overridden=True)
