@@ -1,0 +1,179 @@
+"""What an objective sees: one mini-batch's log-probs, packed, and which of them belong to one response and question.
+
+Pure tensors on one device, checked when made; knows no policy, no packing plan and no parallel layout. Axes: T response
+tokens, N responses, Q questions, G the most responses of one question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PER_TOKEN = ("log_probs", "old_log_probs", "entropies", "reference_log_probs", "generation_log_probs")
+_PER_RESPONSE = ("lengths", "question_ids", "rewards", "correct", "truncated")
+_INTEGER = ("lengths", "question_ids")
+_BOOL = ("correct", "truncated")
+
+
+class NonFiniteError(ValueError):
+    """A log-prob or entropy that is NaN or infinite, or a loss that overflows: the policy has diverged."""
+
+
+@dataclass(frozen=True, eq=False)
+class MiniBatch:
+    """N responses in any order, to questions of any number of responses; T response tokens, of which there may be none.
+
+    log_probs [T]: of the current policy, on logits over the temperature. old_log_probs [T]: of the policy that sampled,
+    from the same engine. lengths [N]: tokens, EOS included if it was sampled, may be 0. question_ids [N]: any integers.
+    rewards [N]: finite. max_response_length: the configured limit in tokens.
+    entropies [T]; reference_log_probs [T]; generation_log_probs [T]: the rollout engine's own.
+    correct [N] bool: the grader's verdict before any shaping (else an objective takes rewards > its threshold).
+    truncated [N] bool: cut by the length limit.
+
+    Raises ValueError for shapes and types that do not fit and for a reward that is not finite, naming the response;
+    NonFiniteError for a log-prob or entropy that is not finite, naming its token.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    lengths: Tensor
+    question_ids: Tensor
+    rewards: Tensor
+    max_response_length: int
+    entropies: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+    generation_log_probs: Tensor | None = None
+    correct: Tensor | None = None
+    truncated: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._check_shapes()
+        self._check_types()
+        if int(self.lengths.min()) < 0:
+            i = int(self.lengths.argmin())
+            raise ValueError(f"mini-batch: response {i} has length {int(self.lengths[i])}; lengths are 0 or more")
+        if (total := int(self.lengths.sum())) != len(self.log_probs):
+            raise ValueError(
+                f"mini-batch: the lengths add up to {total}, but there are {len(self.log_probs)} log_probs"
+            )
+        if self.max_response_length < 1:
+            raise ValueError(f"mini-batch: max_response_length is {self.max_response_length}; it must be 1 or more")
+        self._check_finite()
+
+    def _check_shapes(self) -> None:
+        sizes = dict.fromkeys(_PER_TOKEN, len(self.log_probs)) | dict.fromkeys(_PER_RESPONSE, len(self.lengths))
+        for name, size in sizes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != (size,):
+                unit = "log_probs" if name in _PER_TOKEN else "lengths"
+                raise ValueError(f"mini-batch: {name} has shape {list(value.shape)}, but there are {size} {unit}")
+        if not len(self.lengths):
+            raise ValueError("mini-batch: no responses")
+
+    def _check_types(self) -> None:
+        for name in _PER_TOKEN + _PER_RESPONSE:
+            value = getattr(self, name)
+            if value is None or name == "rewards":
+                continue
+            if name in _BOOL:
+                fits, kind = value.dtype == torch.bool, "bool"
+            elif name in _INTEGER:
+                fits, kind = value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8), "integers"
+            else:
+                fits, kind = value.is_floating_point(), "floating point"
+            if not fits:
+                raise ValueError(f"mini-batch: {name} must be {kind}; it is {value.dtype}")
+
+    def _check_finite(self) -> None:
+        if (i := _first_non_finite(self.rewards)) is not None:
+            question = int(self.question_ids[i])
+            raise ValueError(
+                f"mini-batch: the reward of response {i} (question {question}) is {float(self.rewards[i])}; "
+                "rewards must be finite"
+            )
+        for name in _PER_TOKEN:
+            value = getattr(self, name)
+            # An engine that filters by top-p may report -inf, and no objective reads its log-probs.
+            if value is None or name == "generation_log_probs":
+                continue
+            if (t := _first_non_finite(value)) is not None:
+                raise NonFiniteError(f"mini-batch: {name} is {float(value[t])} at {self.describe_token(t)}")
+
+    def describe_token(self, t: int) -> str:
+        """Where token t of the packed T stands, for a message."""
+        i = int((self.lengths.cumsum(0) <= t).sum())
+        start = int(self.lengths[:i].sum())
+        return f"token {t} (number {t - start} of response {i}, question {int(self.question_ids[i])})"
+
+    def to_float64(self) -> MiniBatch:
+        """A detached copy in float64, everything on the device of log_probs."""
+        copies: dict[str, Any] = {
+            f.name: value.detach().to(
+                self.log_probs.device, torch.float64 if f.name in _PER_TOKEN or f.name == "rewards" else None, copy=True
+            )
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **copies)
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return len(self.log_probs)
+
+    def spread(self, per_response: Tensor) -> Tensor:
+        """[N] to [T]: each token gets its response's value."""
+        return per_response.repeat_interleave(self.lengths)
+
+    def token_mean(self, per_token: Tensor) -> Tensor:
+        """[T] to [N]: the mean over each response's tokens, 0 for an empty one."""
+        return torch.segment_reduce(per_token, "sum", lengths=self.lengths.long()) / self.lengths.clamp(min=1)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Which responses answer the same question."""
+        return Groups.of(self.question_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Responses as a table of Q questions by G places, so that a reduction over a group is one over a row.
+
+    row, column [N]: where each response stands. present [Q, G] bool: the places that hold a response.
+    """
+
+    row: Tensor
+    column: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, question_ids: Tensor) -> Groups:
+        """Group responses by question id; questions in the order of their ids, responses in the order given."""
+        _, row, counts = torch.unique(question_ids, return_inverse=True, return_counts=True)
+        by_question = row.argsort(stable=True)
+        starts = counts.cumsum(0) - counts
+        column = torch.empty_like(row)
+        column[by_question] = torch.arange(len(row), device=row.device) - starts[row[by_question]]
+        present = torch.arange(int(counts.max()), device=row.device) < counts[:, None]
+        return cls(row, column, present)
+
+    def __len__(self) -> int:
+        """Q: all questions, also those whose responses are all right, all wrong or all empty."""
+        return len(self.present)
+
+    def table(self, per_response: Tensor) -> Tensor:
+        """[N] to [Q, G]; places without a response hold 0 (False)."""
+        return per_response.new_zeros(self.present.shape).index_put((self.row, self.column), per_response)
+
+    def flat(self, table: Tensor) -> Tensor:
+        """[Q, G] to [N], the inverse of `table`."""
+        return table[self.row, self.column]
+
+
+def _first_non_finite(values: Tensor) -> int | None:
+    bad = (~values.isfinite()).nonzero()
+    return int(bad[0]) if len(bad) else None

@@ -1,0 +1,20 @@
+"""The objectives of the papers, each beside its equation, as plain functions of one mini-batch's log-probs.
+
+Imports torch alone. Must not know a policy, an engine, a packing plan or a configuration's other sections.
+"""
+
+from nemo_disco.algorithms.objectives.base import Objective, ObjectiveOutput, SeparableObjective, Tokens
+from nemo_disco.algorithms.objectives.constraint import Constraint
+from nemo_disco.algorithms.objectives.parameters import parameter
+from nemo_disco.algorithms.objectives.registry import OBJECTIVES, build_objective
+
+__all__ = [
+    "OBJECTIVES",
+    "Constraint",
+    "Objective",
+    "ObjectiveOutput",
+    "SeparableObjective",
+    "Tokens",
+    "build_objective",
+    "parameter",
+]

@@ -1,0 +1,249 @@
+"""What an objective is: a plain function J of one mini-batch's log-probs, differentiated here.
+
+Touches MiniBatch alone, in float64 on its device. Must not know how log-probs are computed, nor micro-batches: the
+step takes `token_weights` (two passes), or `token_loss` where the objective is separable (one pass).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nemo_disco.algorithms.mini_batch import MiniBatch, NonFiniteError
+from nemo_disco.algorithms.objectives.constraint import UNCONSTRAINED, Constraint
+from nemo_disco.algorithms.objectives.parameters import Checked, parameter
+from nemo_disco.algorithms.objectives.user_code import defined_at, is_users, raised_in
+from nemo_disco.runtime.errors import UserError
+
+TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveOutput:
+    """What a mini-batch asks of the policy: the loss has the gradient of sum_t w_t lp_t + v_t H_t.
+
+    loss: 0-d float64, detached. token_weights w [T] = d loss / d log_probs. entropy_weights v [T] = d loss /
+    d entropies, or None if J has no entropy in it. metrics: under the names of metrics.jsonl.
+    """
+
+    loss: Tensor
+    token_weights: Tensor
+    entropy_weights: Tensor | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Checked, ABC):
+    """loss = -J + penalty(KL_hat). A subclass says J; its fields are what a configuration may set.
+
+    Your own, selected by `algorithm.name=my_module:MyObjective`:
+
+        @dataclass(frozen=True, kw_only=True)
+        class MyObjective(Objective):
+            scale: float = parameter(1.0, above=0)
+
+            def value(self, batch: MiniBatch) -> Tensor:
+                return self.scale * (batch.token_mean(batch.log_probs) * batch.rewards).mean()
+
+    threshold: a response is correct when its reward is above, unless the mini-batch brings the grader's verdict.
+    """
+
+    name: ClassVar[str]
+    threshold: float = parameter(0.5)
+    constraint: Constraint = UNCONSTRAINED
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
+    def label(self) -> str:
+        return f"objective {self.name}: "
+
+    @abstractmethod
+    def value(self, batch: MiniBatch) -> Tensor:
+        """J, 0-d, to be maximised, without the constraint. batch: float64, log_probs and entropies differentiable."""
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The optional fields of MiniBatch that J reads."""
+        return frozenset()
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a sum over tokens given only counts and rewards, so that one pass does (`token_loss`)."""
+        return False
+
+    def correct(self, batch: MiniBatch) -> Tensor:
+        """[N] bool: the grader's verdict, or rewards > threshold."""
+        return batch.rewards > self.threshold if batch.correct is None else batch.correct
+
+    def __call__(self, batch: MiniBatch) -> ObjectiveOutput:
+        """The loss, its gradient with respect to every log-prob (and entropy), and the metrics.
+
+        Raises ValueError if the batch lacks what the objective requires, NonFiniteError if the loss overflows, and
+        UserError, with file and line, if a user's objective raises or returns what is not a finite number.
+        """
+        self._check_required(batch, self.requires)
+        with torch.inference_mode(False), torch.enable_grad():
+            batch = batch.to_float64()
+            leaves = [batch.log_probs.requires_grad_()]
+            if batch.entropies is not None and "entropies" in self.requires:
+                leaves.append(batch.entropies.requires_grad_())
+            value = self._call(self.value, batch)
+            if value.ndim:
+                raise UserError(
+                    f"objective {self.name}: value must return a 0-d tensor; its shape is {list(value.shape)}"
+                )
+            penalty = self.constraint.penalty(_kl(batch))
+            loss = penalty - value
+            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        self._check_finite(batch, loss, *gradients)
+        return ObjectiveOutput(
+            loss=loss.detach(),
+            token_weights=gradients[0],
+            entropy_weights=gradients[1] if len(gradients) > 1 else None,
+            metrics=self._metrics(batch, value, penalty),
+        )
+
+    def _call(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+        """function(*args), a method of this objective; if a user wrote it, its failure is named with file and line."""
+        if not is_users(type(self)):
+            return function(*args)
+        try:
+            result = function(*args)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"objective {self.name} raised {raised_in(type(self), error)}") from error
+        if not isinstance(result, Tensor) or not bool(result.isfinite().all()):
+            raise UserError(
+                f"objective {self.name}: {defined_at(function)} must return a finite tensor; it returned {result}"
+            )
+        return result
+
+    def _check_required(self, batch: MiniBatch, names: frozenset[str]) -> None:
+        if missing := sorted(name for name in names if getattr(batch, name) is None):
+            raise ValueError(f"objective {self.name} needs the mini-batch's {' and '.join(missing)}")
+
+    @torch.no_grad()
+    def _check_finite(self, batch: MiniBatch, loss: Tensor, *gradients: Tensor) -> None:
+        if all(bool(x.isfinite().all()) for x in (loss, *gradients)):
+            return
+        what = f"the loss is {float(loss)}, or its gradient is not finite"
+        if is_users(type(self)):
+            raise UserError(f"objective {self.name} ({defined_at(type(self).value)}): {what}")
+        t = int((batch.log_probs - batch.old_log_probs).abs().argmax())
+        change = float(batch.log_probs[t] - batch.old_log_probs[t])
+        raise NonFiniteError(
+            f"objective {self.name}: {what}; the log-prob that moved most, by {change:g}, is {batch.describe_token(t)}"
+        )
+
+    @torch.no_grad()
+    def _metrics(self, batch: MiniBatch, value: Tensor, penalty: Tensor) -> dict[str, float]:
+        log_ratios = batch.log_probs - batch.old_log_probs
+        total, kl = max(batch.n_tokens, 1), float(_kl(batch))
+        correct = batch.groups.table(self.correct(batch))
+        mixed = correct.any(1) & (~correct & batch.groups.present).any(1)
+        metrics = {
+            "objective/value": float(value),
+            "policy/kl": kl,
+            # As policy/kl, an estimate of KL(old || policy), since the tokens were sampled by old.
+            "policy/kl_k3": float((log_ratios.expm1() - log_ratios).sum()) / total,
+            "policy/kl_stderr": float(log_ratios.std()) / total**0.5 if batch.n_tokens > 1 else 0.0,
+            "constraint/active": float(self.constraint.active(kl)),
+            "constraint/penalty": float(penalty),
+            "groups/mixed": float(mixed.double().mean()),
+        }
+        if batch.entropies is not None:
+            metrics["policy/entropy"] = float(batch.entropies.sum()) / total
+        return metrics
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens of a mini-batch, float64 [n] each; total is T, the tokens of the whole mini-batch, at least 1.
+
+    weights: what `response_weights` gave the token's response. entropies, reference_log_probs: None if not there.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    weights: Tensor
+    entropies: Tensor | None
+    reference_log_probs: Tensor | None
+    total: int
+
+
+class SeparableObjective(Objective):
+    """J = sum_t token_values_t, where all that a token needs of the others is its response's weight."""
+
+    @abstractmethod
+    def response_weights(self, batch: MiniBatch) -> Tensor:
+        """[N] what each token of a response weighs in J: an advantage over a divisor, with no log-prob in it."""
+
+    @abstractmethod
+    def token_values(self, tokens: Tokens) -> Tensor:
+        """[n] each token's share of J, elementwise."""
+
+    @property
+    def separable(self) -> bool:
+        return self.constraint.linear
+
+    def value(self, batch: MiniBatch) -> Tensor:
+        every = torch.arange(batch.n_tokens, device=batch.log_probs.device)
+        return self.token_values(self._tokens(batch)(every, batch.log_probs, batch.entropies)).sum()
+
+    def token_loss(self, batch: MiniBatch) -> TokenLoss:
+        """The loss of some tokens, given the rest of the mini-batch: f(index, log_probs, entropies) -> [n] float64.
+
+        index [n]: positions among the T tokens; log_probs, entropies [n]: the current ones, differentiable, of any
+        floating dtype and device; entropies may be None if not required. Summed over all tokens it is the loss of
+        `__call__`. Neither `batch.log_probs` nor `batch.entropies` is read.
+        Raises ValueError if the objective is not separable or the batch lacks what it requires.
+        """
+        if not self.separable:
+            raise ValueError(
+                f"objective {self.name} is not separable under {self.constraint.kind}: its loss needs two passes"
+            )
+        self._check_required(batch, self.requires - {"entropies"})
+        pick = self._tokens(batch.to_float64())
+
+        def loss(index: Tensor, log_probs: Tensor, entropies: Tensor | None = None) -> Tensor:
+            tokens = pick(index, log_probs, entropies)
+            kl_shares = (tokens.old_log_probs - tokens.log_probs) / tokens.total
+            # Linear in KL_hat, so the penalty of a share is that share of the penalty.
+            return self.constraint.penalty(kl_shares) - self._call(self.token_values, tokens)
+
+        return loss
+
+    def _tokens(self, batch: MiniBatch) -> Callable[[Tensor, Tensor, Tensor | None], Tokens]:
+        weights = batch.spread(self._call(self.response_weights, batch))
+
+        def pick(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tokens:
+            if entropies is None and "entropies" in self.requires:
+                raise ValueError(f"objective {self.name} needs the tokens' entropies")
+
+            def at(values: Tensor) -> Tensor:
+                return values[index.to(values.device)].to(log_probs.device)
+
+            reference = batch.reference_log_probs
+            return Tokens(
+                log_probs=log_probs.double(),
+                old_log_probs=at(batch.old_log_probs),
+                weights=at(weights),
+                entropies=None if entropies is None else entropies.double(),
+                reference_log_probs=None if reference is None else at(reference),
+                total=max(batch.n_tokens, 1),
+            )
+
+        return pick
+
+
+def _kl(batch: MiniBatch) -> Tensor:
+    """KL_hat, 0-d: the k1 estimate over all tokens of the mini-batch."""
+    return (batch.old_log_probs - batch.log_probs).sum() / max(batch.n_tokens, 1)

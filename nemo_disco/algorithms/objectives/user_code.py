@@ -1,0 +1,52 @@
+"""Objectives from a user's own file: found by `module:Class`, and named with file and line when they fail.
+
+Imports no torch; must not catch what our own objectives raise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from nemo_disco.runtime.errors import UserError
+
+
+def load(name: str) -> Any:
+    """What `module:attribute` names; modules are also looked for in the working directory. Raises UserError."""
+    module_name, _, attribute = name.partition(":")
+    # An installed command, unlike `python -m`, does not search the directory that it is run in.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"algorithm.name={name}: importing {module_name} raised {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, attribute):
+        raise UserError(f"algorithm.name={name}: {module.__file__} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def is_users(cls: type) -> bool:
+    """Whether a class comes from outside this package."""
+    return cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
+def defined_at(function: Callable[..., Any]) -> str:
+    """file:line of a function's definition."""
+    code = inspect.unwrap(function).__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def raised_in(cls: type, error: Exception) -> str:
+    """The error, and file:line of the innermost line that it came through in a file where the class has a method."""
+    files = {method.__code__.co_filename for method in vars(cls).values() if inspect.isfunction(method)}
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
+    return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {error}"

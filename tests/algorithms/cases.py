@@ -1,0 +1,131 @@
+"""Mini-batches that an objective meets, the odd ones first of all, and every objective with its reference."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_disco.algorithms import MiniBatch, build_objective
+
+from . import reference as ref
+from .reference import Answer, Case
+
+HINGE = {"kind": "squared_hinge", "beta": 1e3, "delta": 1e-4, "convention": "paper"}
+NONE = {"kind": "none", "beta": 0.0, "delta": 0.0, "convention": "paper"}
+PENALTIES = {
+    "paper": HINGE,
+    "released_code": HINGE | {"convention": "released_code", "delta": 0.01},
+    "kl": {"kind": "kl_regularization", "beta": 1e-3, "delta": 0.0, "convention": "paper"},
+    "none": NONE,
+}
+RATIO = {"score": "likelihood_ratio"}
+
+# name: (what build_objective is given, the reference)
+OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], Answer]]] = {
+    "disco": ({"name": "disco"}, ref.disco),
+    "disco ratio": ({"name": "disco"} | RATIO, functools.partial(ref.disco, **RATIO)),
+    "disco tau": ({"name": "disco", "tau": 0.3}, functools.partial(ref.disco, tau=0.3)),
+    "disco_b": ({"name": "disco_b"}, ref.disco_b),
+    "disco_b ratio": ({"name": "disco_b"} | RATIO, functools.partial(ref.disco_b, **RATIO)),
+    "disco_b clipped": (
+        {"name": "disco_b", "clip_low": 0.2, "clip_high": 0.28} | RATIO,
+        functools.partial(ref.disco_b_clipped, low=0.2, high=0.28),
+    ),
+    "disco_b weighted": (
+        {"name": "disco_b", "question_weight": True} | RATIO,
+        functools.partial(ref.disco_b, question_weight=True, **RATIO),
+    ),
+    "drpo": ({"name": "drpo", "lambda": 0.2}, functools.partial(ref.drpo, lambda_=0.2)),
+    "drpo ratio": ({"name": "drpo"} | RATIO, functools.partial(ref.drpo, **RATIO)),
+    "grpo": ({"name": "grpo"}, ref.grpo),
+    "grpo reference": ({"name": "grpo", "kl_coefficient": 1e-3}, functools.partial(ref.grpo, kl=1e-3)),
+    "grpo clips": (
+        {"name": "grpo", "clip_low": 0.1, "clip_high": 0.5},
+        functools.partial(ref.grpo, low=0.1, high=0.5),
+    ),
+    "grpo_er": ({"name": "grpo_er"}, functools.partial(ref.grpo, entropy=1e-3)),
+    "grpo_rw": ({"name": "grpo_rw"}, functools.partial(ref.grpo, advantage=ref.grpo_rw_advantage)),
+    "dr_grpo": ({"name": "dr_grpo"}, ref.dr_grpo),
+    "dapo": ({"name": "dapo"}, ref.dapo),
+    "trpa": ({"name": "trpa"}, ref.trpa),
+    "gpg": ({"name": "gpg"}, ref.gpg),
+    "rloo": ({"name": "rloo"}, functools.partial(ref.grpo, advantage=ref.rloo_advantage)),
+}
+SEPARABLE = [name for name in OBJECTIVES if name.split()[0] not in ("disco", "drpo", "trpa")]
+
+
+def objective(name: str, penalty: dict[str, Any], **rest: Any) -> Any:
+    return build_objective(OBJECTIVES[name][0] | {"constraint": penalty} | rest)
+
+
+def expected(name: str, case: Case, penalty: dict[str, Any]) -> Answer:
+    answer = OBJECTIVES[name][1](case)
+    answer.penalise(**penalty)
+    return answer
+
+
+def batch_of(case: Case, dtype: torch.dtype = torch.float64) -> MiniBatch:
+    def tokens(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype)
+
+    return MiniBatch(
+        log_probs=tokens(case.lp),
+        old_log_probs=tokens(case.old),
+        lengths=torch.tensor(case.lengths),
+        question_ids=torch.tensor(case.questions),
+        rewards=torch.tensor(case.rewards, dtype=torch.float64),
+        max_response_length=case.limit,
+        entropies=tokens(case.entropies),
+        reference_log_probs=tokens(case.reference),
+        correct=None if case.correct is None else torch.tensor(case.correct),
+    )
+
+
+def random_case(
+    seed: int = 0,
+    questions: list[int] | None = None,
+    lengths: list[int] | None = None,
+    rewards: list[float] | None = None,
+    spread: float = 0.3,
+    **rest: Any,
+) -> Case:
+    """Ragged groups in any order, unless said otherwise; spread is the scale of the log-ratios."""
+    rng = random.Random(seed)
+    questions = questions if questions is not None else rng.choices([7, -3, 12, 4, 10**12], k=17)
+    n = len(questions)
+    lengths = lengths if lengths is not None else [rng.randint(1, 9) for _ in range(n)]
+    rewards = rewards if rewards is not None else [float(rng.random() < 0.4) for _ in range(n)]
+    old = [-rng.expovariate(0.7) for _ in range(sum(lengths))]
+    lp = [x + rng.uniform(-1.3, 0.9) * spread for x in old]
+    reference = [x + rng.uniform(-1, 1) * spread for x in old]
+    entropies = [rng.uniform(0, 2) for _ in old]
+    return Case(lp, old, lengths, questions, rewards, rest.pop("limit", 16), entropies, reference, **rest)
+
+
+def odd_cases() -> dict[str, Case]:
+    eight = [0, 0, 0, 0, 1, 1, 1, 1]
+    return {
+        "ragged": random_case(1),
+        "ragged again": random_case(2),
+        "single responses": random_case(3, questions=[5, 1, 4, 2, 3]),
+        "one response": random_case(4, questions=[0]),
+        "all correct": random_case(5, questions=eight, rewards=[1.0] * 8),
+        "all wrong": random_case(6, questions=eight, rewards=[0.0] * 8),
+        "one question mixed": random_case(7, questions=eight, rewards=[1.0] * 5 + [0.0, 1.0, 1.0]),
+        "some empty": random_case(
+            8, questions=eight, lengths=[0, 3, 1, 4, 0, 2, 0, 0], rewards=[1.0, 0, 1, 0, 0, 0, 1, 1]
+        ),
+        "the wrong ones empty": random_case(9, questions=[0] * 4, lengths=[2, 0, 0, 3], rewards=[1.0, 0, 0, 1]),
+        "all empty": random_case(10, questions=eight, lengths=[0] * 8),
+        "extreme ratios": random_case(11, spread=50.0),
+        "unmoved": random_case(12, spread=0.0),
+        "rewards not 0 or 1": random_case(13, questions=eight, rewards=[0.7, 0.2, -1.5, 3.0, 0.7, 0.7, 0.7, 0.7]),
+        "shaped rewards, own verdicts": random_case(
+            14, questions=eight, rewards=[0.1, 0.4, -0.2, 0, 0.3, 0.1, 0, 0], correct=[True, True, False, False] * 2
+        ),
+        "at a threshold of 0": random_case(15, questions=eight, rewards=[0.1, 0, -1, 0.2, 0, -1, 1, 0.5]),
+    }

@@ -1,0 +1,186 @@
+"""build_objective: defaults, a user's own objective, and one clear line for everything that it refuses."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_disco.algorithms import Objective, build_objective
+from nemo_disco.algorithms.objectives import OBJECTIVES
+from nemo_disco.runtime.errors import UserError
+
+from .cases import batch_of, random_case
+
+ALL = ["disco", "disco_b", "drpo", "grpo", "grpo_er", "grpo_rw", "dr_grpo", "dapo", "trpa", "gpg", "rloo"]
+
+
+def test_every_objective_has_its_name() -> None:
+    assert sorted(OBJECTIVES) == sorted(ALL)
+    assert all(build_objective({"name": name}).name == name for name in ALL)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_constraint_by_default(name: str) -> None:
+    hinged = name in ("disco", "disco_b", "drpo")
+    constraint = build_objective({"name": name}).constraint
+    assert constraint.kind == ("squared_hinge" if hinged else "none")
+    assert constraint.convention == "paper"
+    explicit = build_objective({"name": name, "constraint": {"kind": "squared_hinge"}}).constraint
+    assert (explicit.strength, explicit.delta) == (1e3, 1e-4)
+    assert build_objective({"name": name, "constraint": {"kind": "kl_regularization"}}).constraint.strength == 1e-3
+
+
+def test_none_means_the_default() -> None:
+    unset = {"score": None, "tau": None, "lambda": None, "clip_low": None, "clip_high": None, "threshold": None}
+    constraint = {"kind": None, "beta": None, "delta": None, "convention": None}
+    for name in ALL:
+        assert build_objective({"name": name, "constraint": constraint} | unset) == build_objective({"name": name})
+
+
+def test_part_of_a_constraint_keeps_the_rest() -> None:
+    constraint = build_objective({"name": "disco", "constraint": {"delta": 3e-3}}).constraint
+    assert (constraint.kind, constraint.strength, constraint.delta) == ("squared_hinge", 1e3, 3e-3)
+
+
+@pytest.mark.parametrize(("score", "tau"), [("log_likelihood", 10.0), ("likelihood_ratio", 1.0)])
+def test_tau_by_default(score: str, tau: float) -> None:
+    batch = batch_of(random_case(61))
+    for name in ("disco", "drpo"):
+        given = {"name": name, "score": score}
+        default, explicit = build_objective(given)(batch), build_objective(given | {"tau": tau})(batch)
+        assert default.token_weights.equal(explicit.token_weights)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"algorithm.name is missing; known: .*disco"),
+        ({"name": "disko"}, r"no objective 'disko'; known: disco, .*grpo.*module:Class"),
+        ({"name": "GRPO-ER"}, r"no objective 'GRPO-ER'; known: grpo_er, "),
+        (
+            {"name": "disco", "score": "likelihood"},
+            r"disco: score must be one of: .*log_likelihood.*; it is 'likelihood'",
+        ),
+        ({"name": "disco", "tau": 0}, r"disco: tau must be above 0; it is 0"),
+        ({"name": "disco", "tau": -1.0}, r"tau must be above 0"),
+        ({"name": "disco", "tau": math.inf}, r"tau must be finite"),
+        ({"name": "disco", "tau": math.nan}, r"tau must be finite"),
+        ({"name": "disco", "tau": "10"}, r"tau must be a number; it is '10'"),
+        ({"name": "disco", "tau": True}, r"tau must be a number"),
+        ({"name": "disco_b", "tau": 10.0}, r"disco_b does not take 'tau'; it takes: .*score"),
+        ({"name": "grpo", "score": "log_likelihood"}, r"grpo does not take 'score'"),
+        ({"name": "disco", "lambda": 0.1}, r"disco does not take 'lambda'"),
+        ({"name": "disco", "tua": 1.0}, r"does not take 'tua'; it takes: tau, "),
+        ({"name": "drpo", "lambda": 0}, r"drpo: lambda must be above 0"),
+        ({"name": "drpo", "lambda": -math.inf}, r"lambda must be above 0"),
+        ({"name": "drpo", "lambda": math.nan}, r"lambda must be finite"),
+        ({"name": "drpo", "lambda_": 1.0}, r"does not take 'lambda_'; it takes: lambda"),
+        ({"name": "grpo", "clip_low": -0.1}, r"grpo: clip_low must be at least 0; it is -0.1"),
+        ({"name": "grpo", "clip_low": 1.0}, r"clip_low must be below 1"),
+        ({"name": "dapo", "clip_high": -0.1}, r"dapo: clip_high must be at least 0"),
+        ({"name": "dapo", "clip_high": math.inf}, r"clip_high must be finite"),
+        (
+            {"name": "disco_b", "clip_high": 0.2},
+            r"clip_low and clip_high clip the score likelihood_ratio; score is log",
+        ),
+        ({"name": "grpo", "threshold": math.nan}, r"threshold must be finite"),
+        ({"name": "disco_b", "question_weight": "yes"}, r"question_weight must be one of: "),
+        ({"name": "disco", "constraint": "hinge"}, r"constraint must be a mapping; it is 'hinge'"),
+        ({"name": "disco", "constraint": {"kind": "hinge"}}, r"constraint.kind must be one of: squared_hinge, "),
+        ({"name": "disco", "constraint": {"beta": -1}}, r"constraint.beta must be at least 0"),
+        ({"name": "disco", "constraint": {"delta": -1e-4}}, r"constraint.delta must be at least 0"),
+        ({"name": "disco", "constraint": {"beta": math.inf}}, r"constraint.beta must be finite"),
+        ({"name": "disco", "constraint": {"convention": "mine"}}, r"constraint.convention must be one of: .*paper"),
+        ({"name": "disco", "constraint": {"gamma": 1}}, r"constraint does not take 'gamma'; it takes: "),
+        ({"name": "grpo", "constraint": {"delta": 1e-3}}, r"constraint.delta: objective grpo has no constraint unless"),
+        ({"name": "nowhere_at_all:Mine"}, r"importing nowhere_at_all raised ModuleNotFoundError"),
+        ({"name": "math:Mine"}, r"algorithm.name=math:Mine: .*math.* has no 'Mine'"),
+        ({"name": "math:sqrt"}, r"algorithm.name=math:sqrt must be a subclass of nemo_disco.algorithms.Objective"),
+    ],
+)
+def test_bad_input_is_one_clear_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_objective(given)
+    assert "\n" not in str(error.value)
+
+
+MINE = """
+from dataclasses import dataclass
+
+import torch
+
+from nemo_disco.algorithms import Objective
+from nemo_disco.algorithms.objectives import parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(Objective):
+    scale: float = parameter(1.0, above=0)
+
+    def value(self, batch):
+        return self.scale * (batch.token_mean(batch.log_probs) * batch.rewards).mean()
+
+
+class Raises(Objective):
+    def value(self, batch):
+        return batch.log_probs.reshape(-1, 10**9).sum()
+
+
+class NotANumber(Objective):
+    def value(self, batch):
+        return (batch.log_probs * 0).sum() / 0
+
+
+class NanGradient(Objective):
+    def value(self, batch):
+        return (batch.log_probs - batch.log_probs).abs().sqrt().sum()
+
+
+class Vector(Objective):
+    def value(self, batch):
+        return batch.log_probs
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "my_objectives_of_this_test.py"
+    path.write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    return path
+
+
+def test_a_users_own_objective(mine: Path) -> None:
+    own = build_objective({"name": f"{mine.stem}:Reinforce", "scale": 2.0, "constraint": {"kind": "squared_hinge"}})
+    assert isinstance(own, Objective)
+    assert own.name == "Reinforce"
+    assert not own.separable
+    case = random_case(62, spread=0.0)
+    output = own(batch_of(case))
+    n = len(case.lengths)
+    wanted = [-2.0 * case.rewards[i] / n / case.lengths[i] for i in range(n) for _ in case.tokens(i)]
+    torch.testing.assert_close(output.token_weights, torch.tensor(wanted, dtype=torch.float64))
+    with pytest.raises(UserError, match="Reinforce: scale must be above 0"):
+        build_objective({"name": f"{mine.stem}:Reinforce", "scale": 0})
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        ("Raises", r"objective Raises raised RuntimeError at {path}:20: "),
+        ("NotANumber", r"objective NotANumber: {path}:24 must return a finite tensor; it returned nan"),
+        ("NanGradient", r"objective NanGradient \({path}:29\): .*gradient is not finite"),
+        ("Vector", r"objective Vector: value must return a 0-d tensor; its shape is \[\d+\]"),
+    ],
+)
+def test_a_users_mistake_is_named_with_file_and_line(mine: Path, cls: str, message: str) -> None:
+    own = build_objective({"name": f"{mine.stem}:{cls}"})
+    with pytest.raises(UserError, match=message.format(path=mine)):
+        own(batch_of(random_case(63)))

@@ -1,0 +1,86 @@
+"""One pass: a separable objective's token losses, over any split of the tokens, are its loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from .cases import NONE, OBJECTIVES, PENALTIES, SEPARABLE, batch_of, objective, odd_cases, random_case
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_what_is_separable(name: str, penalty: str) -> None:
+    built = objective(name, PENALTIES[penalty])
+    assert built.separable == (name in SEPARABLE and penalty in ("none", "kl"))
+
+
+@pytest.mark.parametrize("case", ["ragged", "some empty", "extreme ratios", "shaped rewards, own verdicts"])
+@pytest.mark.parametrize("penalty", ["none", "kl"])
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_any_split_of_the_tokens_gives_the_loss_and_its_gradient(name: str, penalty: str, case: str) -> None:
+    batch = batch_of(odd_cases()[case])
+    built = objective(name, PENALTIES[penalty])
+    whole = built(batch)
+    # A separable objective must not look at the log-probs of the batch, which the step does not have yet.
+    token_loss = built.token_loss(replace(batch, log_probs=batch.old_log_probs - 1, entropies=None))
+    order = torch.randperm(batch.n_tokens, generator=torch.Generator().manual_seed(1))
+    log_probs, entropies = batch.log_probs.clone().requires_grad_(), batch.entropies.clone().requires_grad_()
+    total = 0.0
+    for index in order.split([4, 0, 1, batch.n_tokens - 5]):
+        loss = token_loss(index, log_probs[index], entropies[index])
+        assert loss.shape == index.shape
+        assert loss.dtype == torch.float64
+        loss.sum().backward()
+        total += float(loss.detach().sum())
+    scale = float(whole.token_weights.abs().max())
+    assert total == pytest.approx(float(whole.loss), rel=1e-12, abs=1e-14 * max(1, scale))
+    torch.testing.assert_close(log_probs.grad, whole.token_weights, rtol=1e-12, atol=1e-18 * scale)
+    if whole.entropy_weights is not None:
+        torch.testing.assert_close(entropies.grad, whole.entropy_weights, rtol=1e-12, atol=0)
+
+
+def test_the_gradient_comes_back_in_the_policys_own_dtype() -> None:
+    batch = batch_of(random_case(51), torch.float32)
+    token_loss = objective("grpo", NONE).token_loss(batch)
+    log_probs = batch.log_probs.clone().requires_grad_()
+    token_loss(torch.arange(batch.n_tokens), log_probs).sum().backward()
+    assert log_probs.grad.dtype == torch.float32
+    wanted = objective("grpo", NONE)(batch).token_weights
+    torch.testing.assert_close(log_probs.grad.double(), wanted, rtol=1e-6, atol=1e-12)
+
+
+def test_a_penalty_on_the_whole_mini_batch_has_no_token_loss() -> None:
+    batch = batch_of(random_case(52))
+    with pytest.raises(ValueError, match="grpo is not separable under squared_hinge"):
+        objective("grpo", PENALTIES["paper"]).token_loss(batch)
+
+
+def test_what_an_objective_requires_is_asked_for_by_name() -> None:
+    batch = replace(batch_of(random_case(53)), entropies=None, reference_log_probs=None)
+    with_entropy, with_reference = objective("grpo_er", NONE), objective("grpo reference", NONE)
+    assert with_entropy.requires == {"entropies"}
+    assert with_reference.requires == {"reference_log_probs"}
+    assert objective("disco", NONE).requires == objective("grpo", NONE).requires == frozenset()
+    with pytest.raises(ValueError, match="grpo_er needs the mini-batch's entropies"):
+        with_entropy(batch)
+    with pytest.raises(ValueError, match="grpo needs the mini-batch's reference_log_probs"):
+        with_reference.token_loss(batch)
+    token_loss = with_entropy.token_loss(batch)
+    with pytest.raises(ValueError, match="needs the tokens' entropies"):
+        token_loss(torch.arange(2), batch.log_probs[:2])
+
+
+def test_the_weights_do_not_touch_the_callers_tensors() -> None:
+    """Pass 1 may run in inference mode and the caller's log-probs may be part of a graph: neither leaks in or out."""
+    with torch.inference_mode():
+        batch = batch_of(random_case(54))
+        output = objective("disco", NONE)(batch)
+    assert output.token_weights.any()
+    attached = replace(batch_of(random_case(54)), log_probs=batch_of(random_case(54)).log_probs.requires_grad_() * 1)
+    again = objective("disco", NONE)(attached)
+    assert again.token_weights.equal(output.token_weights)
+    assert not again.loss.requires_grad
+    assert not again.token_weights.requires_grad
