@@ -19,7 +19,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["nemo_disco", "nemo_disco.*"]) + list(BESIDE),
     package_dir=BESIDE,
-    package_data={"nemo_disco.conf": ["**/*.yaml"], "nemo_disco.assets": ["**/*"], "nemo_disco": ["**/*.html"]},
+    package_data={
+        "nemo_disco.conf": ["**/*.yaml"],
+        "nemo_disco.assets": ["**/*"],
+        "nemo_disco.evaluation": ["assets/*"],
+    },
     entry_points={"console_scripts": ["nemo-disco = nemo_disco.cli:main"]},
     install_requires=[
         "torch==2.13.0",  # the version that everything below was measured with; a range would take CUDA's newest build

@@ -95,7 +95,17 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
 def _grade(options: argparse.Namespace) -> int:
     from nemo_disco.rewards.grade_file import grade_file
 
-    return grade_file(options.file, options.out, timeout=options.timeout, workers=options.workers)
+    settings = {"timeout": options.timeout, "workers": options.workers, "require_think": options.require_think}
+    if options.out is None:
+        grade_file(options.file, sys.stdout, **settings)
+        return 0
+    try:
+        out = options.out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written ({error.strerror})") from error
+    with out:
+        grade_file(options.file, out, **settings)
+    return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -125,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("--out", type=Path, metavar="FILE", help="write the lines there instead of to the screen")
     grade.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
     grade.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
+    grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
     commands.add_parser("doctor", help="which kernels and engines this machine has, and what is missing for what")
     report = commands.add_parser("report", help="one HTML page about one or several runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")

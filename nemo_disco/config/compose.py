@@ -26,6 +26,8 @@ from nemo_disco.config.keys import known_keys
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.runtime.errors import UserError
 
+SHOWN = 3  # mistakes in one line
+
 
 def compose(name: str = "config", overrides: Sequence[str] = (), config_path: str | None = None) -> RunConfig:
     """The config `name` (such as quickstart or recipe/disco_logl_1.5b) with Hydra-style overrides.
@@ -84,23 +86,36 @@ def _check_override(text: str, roots: list[Path]) -> None:
 
 
 def _typed(composed: DictConfig) -> RunConfig:
+    known = known_keys()
+    unknown = [key for key in _keys(OmegaConf.to_container(composed)) if key not in known]
+    if unknown:
+        raise UserError("; ".join(f"unknown key {key}{paths.nearest(key, known)}" for key in unknown))
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        wanted = known_keys().get(missing[0], "a value")
-        raise UserError(f"{', '.join(missing)} must be given: add {missing[0]}=... ({wanted})")
+        raise UserError(f"{', '.join(missing)} must be given: add {missing[0]}=... ({known[missing[0]]})")
     container = OmegaConf.to_container(composed, resolve=True)
     try:
         # Strict, so that 1.5 is no integer and 1 no boolean; through JSON, so that lists may stand for tuples.
         return RunConfig.model_validate_json(json.dumps(container), strict=True)
     except ValidationError as error:
-        raise UserError("; ".join(dict.fromkeys(_describe(detail) for detail in error.errors()))) from error
+        lines = list(dict.fromkeys(_describe(detail) for detail in error.errors()))
+        more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        raise UserError("; ".join(lines[:SHOWN]) + more) from error
+
+
+def _keys(container: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of nested mappings, down to the first that is no section."""
+    keys: list[str] = []
+    for name, value in container.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(value, dict) and keys[-1] in known_keys():
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys
 
 
 def _describe(detail: Any) -> str:
     """One pydantic error in a line: which key, what is expected, what was given."""
     key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {key}{paths.nearest(key, known_keys())}"
     if detail["type"] == "missing" and key in known_keys():
         return f"{key} is missing (expected {known_keys()[key]})"
     whole = key

@@ -1,0 +1,142 @@
+"""Contradictions are found before anything is built, and each says which numbers clash and which would work."""
+
+import pytest
+
+from nemo_disco.config.checks import check, check_files, check_objective
+from nemo_disco.config.compose import compose
+from nemo_disco.runtime.errors import UserError
+
+CLASHES = [
+    (["model.tensor_model_parallel_size=2", "model.context_parallel_size=2"], 6,
+     "TP 2 x PP 1 x CP 2 needs a multiple of 4 processes, but there are 6", "would work: 4, 8"),
+    (["model.pipeline_model_parallel_size=4"], 2, "but there are 2", "would work: 4"),
+    (["model.sequence_parallel=true"], 2, "tensor_model_parallel_size above 1", ""),
+    (["model.virtual_pipeline_model_parallel_size=2"], 2, "pipeline_model_parallel_size above 1", ""),
+    (["data.questions_per_step=30", "algorithm.mini_batch_questions=8"], 2,
+     "mini_batch_questions=8 does not divide data.questions_per_step=30", "would work: 1, 2, 3, 5, 6, 10, 15, 30"),
+    (["data.questions_per_step=32", "algorithm.mini_batch_questions=64"], 2, "mini_batch_questions=64 does not", "16, 32"),
+    (["model.token_budget=255", "data.max_prompt_length=128", "generation.max_response_length=128"], 2,
+     "model.token_budget=255 is smaller than one response with its prompt: data.max_prompt_length=128 + "
+     "generation.max_response_length=128 = 256", "would work: model.token_budget=256 or more"),
+    (["model.token_budget=255", "data.max_prompt_length=127", "generation.max_response_length=126",
+      "model.context_parallel_size=2"], 2, "= 253", "would work: model.token_budget=256 or more"),
+    (["generation.responses_per_question=1"], 2, "disco compares the responses of a question", "would work: 2 or more"),
+    (["generation=vllm"], 2, "generation.engine=vllm is not part of this version", "use generation=megatron"),
+    (["generation=tensorrt_llm"], 2, "generation.engine=tensorrt_llm is not part of this version", "megatron"),
+    (["model.optim.betas=[0.9,1.0]"], 2, "model.optim.betas=[0.9, 1.0]", "below 1"),
+    (["model.optim.lr=1e-6", "model.optim.sched.min_lr=1e-5"], 2, "min_lr=1e-05 is above model.optim.lr=1e-06", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "clash", "remedy"), CLASHES)
+def test_keys_that_contradict_each_other(overrides, world_size, clash, remedy):
+    with pytest.raises(UserError) as raised:
+        check(compose("quickstart", overrides), world_size)
+    assert clash in str(raised.value)
+    assert remedy in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
+        ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"],
+        ["data.max_prompt_length=128", "generation.max_response_length=128", "model.token_budget=256"],
+        ["generation.responses_per_question=1", "algorithm.name=my_module:Mine"],
+    ],
+)
+def test_what_does_not_clash_passes(overrides):
+    check(compose("quickstart", overrides), world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["algorithm=grpo", "algorithm.tau=1"], "objective grpo does not take 'tau'"),
+        (["algorithm.name=disko"], "there is no objective 'disko'; known: disco,"),
+        (["algorithm.tau=0"], "tau must be above 0"),
+    ],
+)
+def test_the_objective_is_made_before_the_model(overrides, line):
+    with pytest.raises(UserError, match=line):
+        check_objective(compose("quickstart", overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["model.tensor_model_parallel_size=3"], "=3 does not divide the model's 4 attention heads; would work: 1, 2$"),
+        (["model.tensor_model_parallel_size=4"], "=4 does not divide the model's 2 key-value heads; would work: 1, 2$"),
+        (["model.pipeline_model_parallel_size=3"], "=3 does not divide the model's 4 layers; would work: 1, 2, 4$"),
+        (
+            ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=4"],
+            "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size=8 does not divide",
+        ),
+        (["generation.max_response_length=400"], "data.max_prompt_length=128 .* = 528 tokens, but .* 512 positions"),
+    ],
+)
+def test_a_layout_or_a_length_that_the_model_does_not_have(overrides, line, model_directory):
+    config = compose("quickstart", [f"model.path={model_directory()}", "data.max_prompt_length=128", *overrides])
+    with pytest.raises(UserError, match=line):
+        check_files(config, "verify")
+
+
+@pytest.fixture
+def usable(model_directory, tmp_path):
+    """Overrides with which every file is there."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"problem": "1+1", "answer": "2"}\n')
+    return [
+        f"model.path={model_directory()}",
+        f"data.train_files=[{questions}]",
+        f"evaluation.files=[{questions}]",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        "data.max_prompt_length=64",
+        "generation.max_response_length=64",
+    ]
+
+
+def test_usable_files_pass_and_only_the_first_rank_makes_the_run_directory(usable, tmp_path):
+    config = compose("quickstart", usable)
+    check_files(config, "train", first_rank=False)
+    assert not (tmp_path / "run").exists()
+    check_files(config, "train")
+    assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "line"),
+    [
+        ("train", "model.path=nowhere", "model.path=nowhere: no Hugging Face model there"),
+        ("train", "data.train_files=[nowhere.json]", "data.train_files: there is no nowhere.json"),
+        ("train", "evaluation.files=[nowhere.json]", "evaluation.files: there is no nowhere.json"),
+        ("evaluate", "evaluation.files=[]", "evaluation.files is empty"),
+        ("evaluate", "evaluation.files=[nowhere.json]", "evaluation.files: there is no nowhere.json"),
+        ("train", "exp_manager.explicit_log_dir=/dev/null/run", "run directory /dev/null/run cannot be written"),
+    ],
+)
+def test_a_file_that_is_not_there(usable, command, override, line):
+    with pytest.raises(UserError, match=line):
+        check_files(compose("quickstart", [*usable, override]), command)
+
+
+def test_what_a_command_does_not_read_need_not_be_there(usable):
+    check_files(compose("quickstart", [*usable, "data.train_files=[nowhere.json]"]), "evaluate")
+    check_files(compose("quickstart", [*usable, "evaluation.files=[x.json]", "evaluation.enabled=false"]), "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{", "not valid JSON"),
+        ('{"hidden_size": 64}', "num_attention_heads is missing"),
+        ("[]", "not the configuration"),
+    ],
+)
+def test_a_damaged_model_config(usable, model_directory, text, line):
+    (model_directory() / "config.json").write_text(text)
+    with pytest.raises(UserError, match=line) as raised:
+        check_files(compose("quickstart", usable), "train")
+    assert "config.json" in str(raised.value) and "\n" not in str(raised.value)

@@ -1,0 +1,186 @@
+"""Composition: what overrides do, where configs are found, and one clear line for each mistake."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.config import paths
+from nemo_disco.config.compose import compose, load_run_config, overridden, to_yaml
+from nemo_disco.runtime.errors import UserError
+
+
+def test_overrides_and_groups_change_what_they_name():
+    config = compose(
+        "quickstart",
+        ["trainer.max_steps=3", "model.optim.lr=2e-6", "algorithm=grpo", "data.train_files=[a.json,b.json]"],
+    )
+    assert config.trainer.max_steps == 3
+    assert config.model.optim.lr == 2e-6
+    assert config.data.train_files == ["a.json", "b.json"]
+    assert config.algorithm.name == "grpo"
+    assert config.algorithm.constraint.delta is None  # quickstart's is the DisCO methods' own
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("trainer.precision=32", lambda c: c.trainer.precision == "32"),
+        ("algorithm.lambda=inf", lambda c: math.isinf(c.algorithm.lambda_)),
+        ("++trainer.max_steps=4", lambda c: c.trainer.max_steps == 4),
+        ("seed=${trainer.max_steps}", lambda c: c.seed == c.trainer.max_steps),
+        ("algorithm.name=my_module:Mine", lambda c: c.algorithm.name == "my_module:Mine"),
+        ("model.optim={lr: 1}", lambda c: c.model.optim.lr == 1.0 and c.model.optim.eps == 1e-8),
+        ('exp_manager.explicit_log_dir="a=b c"', lambda c: c.exp_manager.explicit_log_dir == "a=b c"),
+    ],
+)
+def test_hydra_syntax(override, read):
+    assert read(compose("quickstart", [override]))
+
+
+MISTAKES = [
+    ("trainer.max_step=3", "unknown key trainer.max_step; did you mean trainer.max_steps?"),
+    ("max_steps=3", "unknown key max_steps; did you mean trainer.max_steps?"),
+    ("+trainer.foo=1", "unknown key trainer.foo"),
+    ("hydra.run.dir=x", "unknown key hydra.run.dir; known: seed, trainer, exp_manager"),
+    ("trainer.max_steps=abc", 'trainer.max_steps: expected an integer of at least 1, got "abc"'),
+    ("trainer.max_steps=1.5", "trainer.max_steps: expected an integer of at least 1, got 1.5"),
+    ("trainer.max_steps=true", "trainer.max_steps: expected an integer of at least 1, got true"),
+    ("trainer.max_steps=0", "trainer.max_steps: expected an integer of at least 1, got 0"),
+    ("trainer.max_steps=null", "trainer.max_steps: expected an integer of at least 1, got null"),
+    ("trainer.precision=fp8", 'trainer.precision: expected one of 32, bf16, 64, got "fp8"'),
+    ("model.sequence_parallel=1", "model.sequence_parallel: expected true or false, got 1"),
+    ("model.optim.lr=nan", "model.optim.lr: expected a number of at least 0, got NaN"),
+    ("generation.top_p=0", "generation.top_p: expected a number above 0 and at most 1, got 0"),
+    ("algorithm.tau=x", 'algorithm.tau: expected a number or null, got "x"'),
+    ("model.optim.betas=[0.9]", "model.optim.betas"),
+    ("model.optim.betas=[0.9,b]", 'model.optim.betas.1: expected a list of 2 numbers, got "b"'),
+    ("data.train_files=a.json", 'data.train_files: expected a list of texts, such as [a,b], got "a.json"'),
+    ("data.train_files=[]", "data.train_files: expected a list"),
+    ("model.optim=3", "model.optim: expected a section of keys, got 3"),
+    ("generation=vlm", "generation has no choice vlm; did you mean vllm?"),
+    ("trainer=5", "trainer has no choice 5; known: default"),
+    ("trainer.max_steps=1,2", "one value is expected"),
+    ("trainer.max_steps", "expected key=value"),
+    ("model.path=a=b", """special characters in quotes: key='"a=b"'"""),
+    ("model.path=${nowhere}", "Interpolation key 'nowhere' not found"),
+    ("model.path=???", "model.path must be given"),
+    ("~trainer.max_steps", "trainer.max_steps is missing (expected an integer of at least 1)"),
+    ("+trainer.max_steps=3", "An item is already at 'trainer.max_steps'"),
+]
+
+
+@pytest.mark.parametrize(("override", "line"), MISTAKES)
+def test_a_mistake_in_an_override_is_one_clear_line(override, line):
+    with pytest.raises(UserError) as raised:
+        compose("quickstart", [override])
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_mistake_of_types_is_listed():
+    with pytest.raises(UserError, match=r"^seed: .*; trainer\.devices: .*$"):
+        compose("quickstart", ["seed=-1", "trainer.devices=x"])
+
+
+def test_an_unknown_config_names_the_nearest():
+    with pytest.raises(UserError, match=r"no such config in .*; did you mean quickstart\?"):
+        compose("quickstar")
+    with pytest.raises(UserError, match=r"did you mean recipe/disco_logl_7b\?"):
+        compose("recipe/disco_logl_7")
+
+
+def test_the_default_config_asks_for_what_has_no_default():
+    with pytest.raises(UserError, match=r"data.train_files, model.path must be given: add data.train_files=\.\.\."):
+        compose()
+    assert compose(overrides=["model.path=m", "data.train_files=[q.json]"]).model.path == "m"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_config_path_comes_before_conf_here_and_the_packaged_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = "defaults: [config, _self_]\nmodel: {path: m}\ndata: {train_files: [q.json]}\nseed: %d\n"
+    write(tmp_path / "conf" / "mine.yaml", mine % 11)
+    write(tmp_path / "conf" / "algorithm" / "own.yaml", "defaults: [base, _self_]\nname: gpg\n")
+    write(tmp_path / "elsewhere" / "mine.yaml", mine % 12)
+    assert compose("mine").seed == 11
+    assert compose("mine", config_path="elsewhere").seed == 12
+    assert compose("mine.yaml", ["algorithm=own"]).algorithm.name == "gpg"
+    # A ./conf without the named config falls through, and its groups can still be chosen.
+    assert compose("quickstart", ["algorithm=own"]).algorithm.name == "gpg"
+
+
+def test_a_conf_of_another_project_does_not_get_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "conf" / "config.yaml", "something: else\n")
+    assert compose("quickstart").algorithm.name == "disco"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: [1\nmodel: 2\n", r"bad\.yaml line 2: not valid YAML: expected ',' or '\]'"),
+        ("seed: 1\nseed: 2\n", r"bad\.yaml line 2: not valid YAML: found duplicate key seed"),
+        (
+            "defaults: [config, _self_]\ntrainer: {max_stepz: 3}\n",
+            r"trainer.max_stepz; did you mean trainer.max_steps\?",
+        ),
+        ("defaults: [config, {override algorithm: disko}]\n", r"there is no algorithm/disko .*did you mean disco\?"),
+        ("defaults: [nowhere]\n", "there is no nowhere to compose"),
+        ("- a\n- b\n", r"config bad: .*must be a DictConfig"),
+        ("just text\n", "unknown key just text"),
+        ("seed: 1\n", "trainer is missing .*; and 6 more$"),
+        ("seed: !!python/object/apply:os.system ['touch planted']\n", "could not determine a constructor"),
+        ("seed: !!python/name:os.system\n", "could not determine a constructor"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_clear_line(tmp_path, monkeypatch, text, line):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "conf" / "bad.yaml", text)
+    with pytest.raises(UserError, match=line) as raised:
+        compose("bad")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(tmp_path):
+    write(tmp_path / "mine.yaml", "defaults: [quickstart, _self_]\nmodel:\n  tensor_parallel_size: 2\n")
+    with pytest.raises(UserError, match=r"tensor_parallel_size.*did you mean model.tensor_model_parallel_size\?"):
+        compose("mine", config_path=str(tmp_path))
+
+
+def test_config_path_must_be_a_directory(tmp_path):
+    with pytest.raises(UserError, match="there is no such directory"):
+        compose("quickstart", config_path=str(tmp_path / "nowhere"))
+
+
+def test_the_written_config_reads_back_equal(tmp_path):
+    config = compose(
+        "recipe/disco_lratio_llama_8b", ["algorithm.lambda=inf", "model.optim.lr=1e-7", "data.shuffle=false"]
+    )
+    file = write(tmp_path / "config.yaml", to_yaml(config))
+    assert load_run_config(file) == config
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "seed: 1\n", "seed: [", None, "\0"])
+def test_a_damaged_written_config_is_one_clear_line(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml|is missing") as raised:
+        load_run_config(file)
+    assert "\n" not in str(raised.value)
+
+
+def test_overridden_keys():
+    assert overridden(["trainer.devices=2", "+seed=1", "algorithm=grpo"]) == {"trainer.devices", "seed", "algorithm"}
+
+
+def test_assets_are_the_packaged_ones_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compose("quickstart").model.path == str(paths.packaged("assets") / "quickstart" / "model")

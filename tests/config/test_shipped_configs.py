@@ -1,0 +1,57 @@
+"""Every config that the project ships composes, holds together and describes an objective that exists."""
+
+import pytest
+
+from nemo_disco.config import paths
+from nemo_disco.config.checks import check, check_objective
+from nemo_disco.config.compose import compose
+
+CONF = paths.packaged("conf")
+RUNS = [name for name in paths.config_names(CONF) if name != "config"]
+FILLED = ["model.path=m", "data.train_files=[q.json]"]
+CHOICES = [(group, choice) for group in ("algorithm", "data", "evaluation", "model", "reward", "generation")
+           for choice in paths.options([CONF], group) if choice != "base"]  # fmt: skip
+TAU = {"log_likelihood": 10.0, "likelihood_ratio": 1.0}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_composes_and_holds_together(name):
+    config = compose(name, [] if name != "recipe/authors" else FILLED)
+    check(config, config.trainer.devices * config.trainer.num_nodes)
+    check_objective(config)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_a_group_choice_composes(group, choice):
+    config = compose(overrides=[f"{group}={choice}", *FILLED])
+    check_objective(config)
+    if group == "algorithm":
+        assert config.algorithm.name == choice
+        # What is written for DisCO in the quickstart does not stand in the way of the other objectives.
+        check_objective(compose("quickstart", [f"algorithm={choice}"]))
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b", "llama_8b"])
+@pytest.mark.parametrize("score", ["log_likelihood", "likelihood_ratio"])
+@pytest.mark.parametrize("objective", ["disco", "disco_b"])
+def test_the_recipes_have_the_papers_hyperparameters(objective, score, size):
+    short = {"log_likelihood": "logl", "likelihood_ratio": "lratio"}[score]
+    config = compose(f"recipe/{objective}_{short}_{size}")
+    algorithm, constraint, optim = config.algorithm, config.algorithm.constraint, config.model.optim
+    assert (algorithm.name, algorithm.score) == (objective, score)
+    assert algorithm.tau == (TAU[score] if objective == "disco" else None)
+    assert (constraint.kind, constraint.beta, constraint.delta) == ("squared_hinge", 1e3, 1e-4)
+    assert constraint.convention == "paper"
+    assert (optim.name, optim.lr, optim.weight_decay) == ("adam", 2e-6 if size == "1.5b" else 1e-6, 0.0)
+    assert config.trainer.gradient_clip_val == 1.0
+    assert config.trainer.max_steps == (1400 if size == "1.5b" else 1000)
+    assert (config.data.questions_per_step, algorithm.mini_batch_questions) == (128, 32)
+    assert (config.data.max_prompt_length, config.generation.max_response_length) == (1024, 8192)
+    sampling = config.generation
+    assert (sampling.responses_per_question, sampling.temperature, sampling.top_p) == (8, 0.6, 1.0)
+    evaluation = config.evaluation
+    assert (evaluation.samples, evaluation.temperature, evaluation.top_p, len(evaluation.files)) == (16, 0.6, 0.95, 6)
+    assert config.data.prompt_suffix.strip() == (
+        r"Let's think step by step and output the final answer within \boxed{}."
+    )
+    assert config.reward.require_think
