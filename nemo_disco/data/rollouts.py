@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from nemo_disco.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,26 @@ class Rollouts:
                 f"reward of response {i} (question {int(self.question_ids[i])}) is {float(values[i])}; rewards must be finite"
             )
         return replace(self, rewards=values, correct=values > threshold)
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight_version"}
+        tensors["correct"], tensors["truncated"] = self.correct.to(torch.uint8), self.truncated.to(torch.uint8)
+        work = Path(path).with_name(f".{Path(path).name}.tmp")
+        save_file(tensors, work, metadata={"weight_version": str(self.weight_version)})
+        work.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Rollouts:
+        """Read what `save` wrote. Raises UserError if the file is not that."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                version = int(file.metadata()["weight_version"])
+            tensors["correct"], tensors["truncated"] = tensors["correct"].bool(), tensors["truncated"].bool()
+            return cls(**tensors, weight_version=version)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a rollouts file ({error}); remove it to sample anew") from None
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
 
     Raises UserError if the directory or its config.json is missing, broken, or of an architecture that is not built.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     file = Path(path) / "config.json"
@@ -92,7 +93,10 @@ def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{file}: not a JSON object ({error}); the model directory is damaged") from None
     if model_type not in _BRIDGES:
         raise UserError(f"{file}: model_type {model_type!r} is not built; known: {', '.join(sorted(_BRIDGES))}")
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: transformers refuses it: {' '.join(str(error).split())}") from error
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         raise UserError(f"{file}: rope_type {rope_type!r} is not built; known: {', '.join(_ROPE_TYPES)}")

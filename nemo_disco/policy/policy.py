@@ -123,13 +123,20 @@ class Policy:
         out = torch.zeros(rows, total, dtype=precision, device=self.device)
 
         def collect(batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> None:  # noqa: ARG001
-            if self.ranks.speaks_for_log_probs:
-                out[:, batch.index] = output.reshape(rows, -1).to(precision)
+            out[:, batch.index] = output.reshape(rows, -1).to(precision)
 
         with torch.no_grad():
             self._schedule(rollouts, collect, entropies, forward_only=True)
-        dist.all_reduce(out)  # each element is written by one rank, the others add zero: exact
+        out = self.share(out)
         return out[0], out[1] if entropies else None
+
+    def share(self, values: Tensor) -> Tensor:
+        """What each rank's last stage wrote for its own tokens into zeros, on every rank. Exact: one rank writes an
+        element, the others add zero."""
+        if not self.ranks.speaks_for_log_probs:
+            values = torch.zeros_like(values)
+        dist.all_reduce(values)
+        return values
 
     def accumulate(
         self, rollouts: Rollouts, token_loss: TokenLoss, *, entropies: bool = False, everywhere: bool = False

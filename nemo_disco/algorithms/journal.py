@@ -1,0 +1,89 @@
+"""What a run writes and shows: metrics, saved rollouts, evaluations, progress. Rank 0's; silent on the others.
+
+Reads what the loop hands it; decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from nemo_disco.algorithms.sampling import Questions
+from nemo_disco.config.schema import ExpManagerConfig
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
+from nemo_disco.runtime.progress import Progress
+from nemo_disco.runtime.rundir import RunDirectory, write_atomically
+from nemo_disco.runtime.sinks import Sinks, open_sinks
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """The run directory's writer, and the person's display."""
+
+    def __init__(self, run: RunDirectory, config: ExpManagerConfig, *, writes: bool, delta: float | None) -> None:
+        """writes: whether this is rank 0. delta: what the display compares KL with."""
+        self.run, self.config, self.writes, self.delta = run, config, writes, delta
+        self._sinks: Sinks | None = None
+        self._progress: Progress | None = None
+
+    @contextmanager
+    def watch(self, max_steps: int, start_step: int) -> Iterator[None]:
+        """Open the sinks (a history beyond start_step, of a life that was lost, is dropped) and the display."""
+        if not self.writes:
+            yield
+            return
+        with (
+            open_sinks(self.run, start_step or None, self.config.tensorboard) as self._sinks,
+            Progress(max_steps, start_step, self.delta) as self._progress,
+        ):
+            yield
+        self._sinks = self._progress = None
+
+    def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._sinks is not None and self._progress is not None:
+            self._sinks.write(step, metrics)
+            self._progress.update({"step": step, **metrics})
+
+    def say(self, text: str) -> None:
+        """One line for the person."""
+        if self._progress is not None:
+            self._progress.message(text)
+        elif self.writes:
+            log.info(text)
+
+    def evaluated(self, results: Sequence[EvaluationResult]) -> None:
+        for result in results if self.writes else ():
+            write_evaluation(self.run.evaluation, result)
+            found = result.per_problem()["pass@1"]
+            assert found is not None
+            self.say(
+                f"step {result.step}: {result.name}: Pass@1 (avg@{result.samples}) {found.mean():.3f} "
+                f"on {result.problems} problems"
+            )
+
+    def rollouts(self, step: int, picked: Questions, texts: Sequence[str], rollouts: Rollouts) -> None:
+        """Save the first responses of a step, to read: one JSON object a line."""
+        if not self.writes or not self.config.saved_rollouts:
+            return
+        lines = []
+        for i in range(min(self.config.saved_rollouts, len(texts))):
+            question = picked.questions[i]
+            lines.append(
+                {
+                    "question_id": question.id,
+                    "question": question.text,
+                    "prompt": picked.tokenizer.decode(picked.prompts[i]),
+                    "response": texts[i],
+                    "answer": list(question.answers),
+                    "reward": float(rollouts.rewards[i]),
+                    "correct": bool(rollouts.correct[i]),
+                    "length": int(rollouts.response_lengths[i]),
+                    "truncated": bool(rollouts.truncated[i]),
+                }
+            )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(self.run.rollout_file(step), text)

@@ -1,0 +1,214 @@
+"""The commands' wiring: from a RunConfig to a running algorithm, on every rank. No logic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_disco.algorithms.journal import Journal
+from nemo_disco.algorithms.objectives import Objective, build_objective
+from nemo_disco.algorithms.sampling import Questions, evaluate_set
+from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.config.compose import to_yaml
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.chat import encode_prompts, load_tokenizer, stop_token_ids
+from nemo_disco.data.questions import load_questions
+from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, write_evaluation
+from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy.policy import Policy
+from nemo_disco.rewards import MathGrader
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.logs import setup_logging
+from nemo_disco.runtime.rundir import RunDirectory, write_atomically
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What every command needs: the policy, an engine on it, a grader, a tokenizer."""
+
+    policy: Policy
+    engine: MegatronEngine
+    grader: MathGrader
+    tokenizer: Any
+
+
+def train(config: RunConfig) -> int:
+    """`nemo-disco train`: train, export the policy, and show what changed."""
+    run = RunDirectory(config.exp_manager.explicit_log_dir)
+    with _started(config), _held(run), _room(config) as room:
+        objective = build_objective(config.algorithm.objective())
+        algorithm = DisCO(
+            config,
+            policy=room.policy,
+            engine=room.engine,
+            objective=objective,
+            grader=room.grader,
+            questions=read_questions("train", config.data.train_files, config, room.tokenizer),
+            evaluation_sets=_evaluation_sets(config, room.tokenizer),
+            journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
+        )
+        _resume(algorithm, run, config)
+        if _first():
+            write_atomically(run.config, to_yaml(config))
+        algorithm.fit()
+        if algorithm.step >= config.trainer.max_steps:
+            room.policy.export(run.export)
+            if _first():
+                _show(run)
+    return 0
+
+
+def evaluate(config: RunConfig) -> int:
+    """`nemo-disco evaluate`: score model.path on evaluation.files."""
+    run = RunDirectory(config.exp_manager.explicit_log_dir)
+    with _started(config), _held(run), _room(config, trainable=False) as room:
+        for questions in _evaluation_sets(config, room.tokenizer):
+            result = evaluate_set(room.engine, room.grader, questions, config, step=0)
+            if _first():
+                path = write_evaluation(run.evaluation, result)
+                _print_estimates(result)
+                print(f"written to {path}")
+    return 0
+
+
+def verify(config: RunConfig) -> int:
+    """`nemo-disco verify`: one mini-batch on this layout."""
+    from nemo_disco.algorithms.verify import verify_mini_batch
+
+    with _started(config), _room(config, dtype=_verify_dtype(config)) as room:
+        questions = read_questions("train", config.data.train_files, config, room.tokenizer)
+        objective = build_objective(config.algorithm.objective())
+        report = verify_mini_batch(config, room.policy, room.engine, room.grader, objective, questions)
+        if _first():
+            print(report)
+    return 0
+
+
+# --- parts ---
+
+
+@contextlib.contextmanager
+def _started(config: RunConfig) -> Iterator[None]:
+    setup_logging(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    parallel.start(config.model, config.seed)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _held(run: RunDirectory) -> Iterator[None]:
+    """Rank 0 holds the run directory; the others start when it does."""
+    with run.lock() if _first() else contextlib.nullcontext():
+        dist.barrier()
+        yield
+
+
+@contextlib.contextmanager
+def _room(config: RunConfig, *, dtype: torch.dtype | None = None, trainable: bool = True) -> Iterator[Room]:
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    mini_batches = -(-config.data.questions_per_step // config.algorithm.mini_batch_questions)
+    policy = Policy(
+        config.model,
+        dtype=dtype or DTYPES[config.trainer.precision],
+        temperature=config.generation.temperature,
+        clip_grad=config.trainer.gradient_clip_val,
+        total_optimizer_steps=config.trainer.max_steps * mini_batches,
+        trainable=trainable,
+    )
+    engine = MegatronEngine(policy, stop_token_ids(tokenizer, config.model.path))
+    workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with MathGrader(config.reward.timeout, workers, config.reward.require_think) as grader:
+        yield Room(policy, engine, grader, tokenizer)
+
+
+def read_questions(name: str, files: Sequence[str], config: RunConfig, tokenizer: Any) -> Questions:
+    """Questions and their prompts; what is left out is said, by rank 0."""
+    loaded = load_questions(files)
+    kept, notes = encode_prompts(
+        tokenizer,
+        loaded.questions,
+        suffix=config.data.prompt_suffix,
+        max_prompt_length=config.data.max_prompt_length,
+        too_long=config.data.too_long,
+    )
+    for note in (*loaded.notes, *notes):
+        log.warning("%s", note) if _first() else None
+    return Questions(name, [p.question for p in kept], [p.token_ids for p in kept], tokenizer)
+
+
+def _evaluation_sets(config: RunConfig, tokenizer: Any) -> list[Questions]:
+    if not config.evaluation.enabled:
+        return []
+    sets = [read_questions(Path(file).stem, [file], config, tokenizer) for file in config.evaluation.files]
+    most = config.evaluation.max_questions
+    return [s.repeat(range(min(len(s), most or len(s))), 1) for s in sets]
+
+
+def _resume(algorithm: DisCO, run: RunDirectory, config: RunConfig) -> None:
+    """Go on from the newest intact checkpoint, if there is one."""
+    if checkpoint.latest(run.checkpoints) is None:
+        return
+    if not config.exp_manager.resume_if_exists:
+        raise UserError(
+            f"{run.path} holds checkpoints of an earlier run and exp_manager.resume_if_exists is false: "
+            "set exp_manager.explicit_log_dir to a new directory, or let it resume"
+        )
+    found = checkpoint.load_latest(algorithm.policy, run.checkpoints)
+    assert found is not None
+    algorithm.load_state_dict(found[1])
+    if _first():
+        log.info("resumed from step %d of %s", algorithm.step, run.checkpoints)
+
+
+def _show(run: RunDirectory) -> None:
+    """The before/after table, the report, and where the trained model is."""
+    from rich.console import Console
+
+    from nemo_disco.evaluation.report import write_report
+    from nemo_disco.evaluation.table import compare, rich_table
+
+    console = Console()
+    by_set: dict[str, list[EvaluationResult]] = {}
+    for result in read_evaluations(run.evaluation):
+        by_set.setdefault(result.name, []).append(result)
+    for name, results in by_set.items():
+        if len(results) > 1:
+            title = f"{name}: {results[0].problems} problems, before and after {results[-1].step} steps"
+            console.print(rich_table(compare(results[0], results[-1]), title))
+    console.print(f"report   {write_report([run.path])}", soft_wrap=True, highlight=False)
+    console.print(f"model    {run.export} (a Hugging Face directory)", soft_wrap=True, highlight=False)
+
+
+def _print_estimates(result: EvaluationResult) -> None:
+    print(f"{result.name}: {result.problems} problems x {result.samples} samples")
+    for name, e in result.estimates().items():
+        if e is not None:
+            print(f"  {name:<10} {e.value:.4f}  95% [{e.low:.4f}, {e.high:.4f}]")
+
+
+def _delta(objective: Objective) -> float | None:
+    constraint = objective.constraint
+    return constraint.delta if constraint.kind == "squared_hinge" else None
+
+
+def _verify_dtype(config: RunConfig) -> torch.dtype | None:
+    return getattr(torch, config.verify.dtype) if config.verify.dtype else None
+
+
+def _first() -> bool:
+    return dist.get_rank() == 0

@@ -1,0 +1,96 @@
+"""From questions to graded responses: what training and evaluation share.
+
+Touches an engine, a grader and a tokenizer through their contracts; no policy. Grading is split over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.chat import decode
+from nemo_disco.data.questions import Question
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.evaluation.result import EvaluationResult
+from nemo_disco.generation.engine import Engine, Response, Sampling
+from nemo_disco.rewards import MathGrader
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions with their prompts as token ids, under one name, and the tokenizer that made them."""
+
+    name: str
+    questions: Sequence[Question]
+    prompts: Sequence[Sequence[int]]
+    tokenizer: Any
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def repeat(self, indices: Sequence[int], times: int) -> Questions:
+        """The questions of `indices`, each `times` times in a row."""
+        rows = [i for i in indices for _ in range(times)]
+        return Questions(self.name, [self.questions[i] for i in rows], [self.prompts[i] for i in rows], self.tokenizer)
+
+
+def sample_responses(
+    engine: Engine, picked: Questions, seeds: Sequence[int], sampling: Sampling
+) -> tuple[Rollouts, list[str]]:
+    """One response to each question of `picked`, packed and as text (without the token that ended it)."""
+    responses = engine.generate(picked.prompts, seeds, sampling)
+    rollouts = Rollouts.from_lists(
+        picked.prompts,
+        [r.tokens for r in responses],
+        [r.log_probs for r in responses],
+        [q.id for q in picked.questions],
+        [r.finish_reason == "length" for r in responses],
+        responses[0].weight_version,
+    )
+    return rollouts, [_text(picked.tokenizer, r) for r in responses]
+
+
+def _text(tokenizer: Any, response: Response) -> str:
+    ended = response.finish_reason == "stop"
+    return decode(tokenizer, response.tokens[:-1] if ended else response.tokens)
+
+
+def grade(grader: MathGrader, texts: Sequence[str], picked: Questions) -> list[float]:
+    """The reward of each response, graded a share a rank. A collective."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = range(rank, len(texts), size)
+    rewards = grader.grade([texts[i] for i in mine], [picked.questions[i].answers for i in mine])
+    if size == 1:
+        return rewards
+    shares: list[list[float]] = [[]] * size
+    dist.all_gather_object(shares, rewards)
+    return [shares[i % size][i // size] for i in range(len(texts))]
+
+
+def evaluate_set(
+    engine: Engine, grader: MathGrader, questions: Questions, config: RunConfig, step: int
+) -> EvaluationResult:
+    """k samples and one greedy response to every question of a set, graded. The same seeds at every step."""
+    k, limit = config.evaluation.samples, config.generation.max_response_length
+    everything = range(len(questions))
+    repeated = questions.repeat(everything, k)
+    seeds = np.random.SeedSequence((config.seed, 2**32 - 1)).generate_state(len(repeated), np.uint64) >> 1
+    sampling = Sampling(config.evaluation.temperature, limit, config.evaluation.top_p)
+    rollouts, texts = sample_responses(engine, repeated, [int(s) for s in seeds], sampling)
+    once = questions.repeat(everything, 1)
+    _, greedy = sample_responses(engine, once, [0] * len(once), Sampling(0.0, limit))
+    threshold = config.algorithm.threshold
+    shape = (len(questions), k)
+    return EvaluationResult(
+        name=questions.name,
+        step=step,
+        correct=(np.asarray(grade(grader, texts, repeated)) > threshold).reshape(shape),
+        lengths=rollouts.response_lengths.numpy().reshape(shape),
+        truncated=rollouts.truncated.numpy().reshape(shape),
+        greedy_correct=np.asarray(grade(grader, greedy, once)) > threshold,
+    )

@@ -1,0 +1,116 @@
+"""The exact gradient of one mini-batch, whatever the objective couples: scores, then weights, then a linear pass.
+
+DisCO is not separable over micro-batches: the softmax over a question's wrong answers and the hinge on the mini-batch's
+KL need every response first. Knows the policy's verbs and the objective's contract; neither packing nor layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemo_disco.algorithms.mini_batch import MiniBatch, NonFiniteError
+from nemo_disco.algorithms.objectives import Objective, SeparableObjective
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.clock import Clock
+
+
+@dataclass(frozen=True)
+class OldPolicy:
+    """What the policy that sampled says of the T response tokens: log_probs [T], and [T] where they are used."""
+
+    log_probs: Tensor
+    entropies: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+
+    def at(self, index: Tensor) -> OldPolicy:
+        index = index.to(self.log_probs.device)
+        entropies, reference = self.entropies, self.reference_log_probs
+        return OldPolicy(
+            self.log_probs[index],
+            None if entropies is None else entropies[index],
+            None if reference is None else reference[index],
+        )
+
+
+def accumulate_gradient(
+    policy: Policy,
+    objective: Objective,
+    rollouts: Rollouts,
+    old: OldPolicy,
+    *,
+    max_response_length: int,
+    first: bool = False,
+    everywhere: bool = False,
+    clock: Clock | None = None,
+) -> dict[str, float]:
+    """Put the gradient of the objective's loss on one mini-batch into the policy; returns the objective's metrics.
+
+    first: theta is still what sampled, so that the old log-probs are the scores and no pass is needed for them.
+    everywhere: reduce the whole gradient on every rank (Policy.accumulate).
+    Raises NonFiniteError, on every rank, if the log-probs or the loss are not finite; the gradient is then undefined.
+    """
+    clock = clock or Clock()
+    needs_entropies = "entropies" in objective.requires
+
+    def mini_batch(log_probs: Tensor, entropies: Tensor | None) -> MiniBatch:
+        return MiniBatch(
+            log_probs=log_probs,
+            old_log_probs=old.log_probs,
+            lengths=rollouts.response_lengths.to(policy.device),
+            question_ids=rollouts.question_ids.to(policy.device),
+            rewards=rollouts.rewards.to(policy.device),
+            max_response_length=max_response_length,
+            entropies=entropies,
+            reference_log_probs=old.reference_log_probs,
+            generation_log_probs=rollouts.generation_log_probs.to(policy.device),
+            correct=rollouts.correct.to(policy.device),
+            truncated=rollouts.truncated.to(policy.device),
+        )
+
+    if isinstance(objective, SeparableObjective) and objective.separable:
+        return _one_pass(policy, objective, rollouts, mini_batch(old.log_probs, old.entropies), everywhere, clock)
+
+    with clock("pass1"):
+        if first and (old.entropies is not None or not needs_entropies):
+            scores, entropies = old.log_probs, old.entropies
+        else:
+            scores, entropies = policy.log_probs(rollouts, entropies=needs_entropies)
+    out = objective(mini_batch(scores, entropies))
+
+    def linear(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tensor:
+        loss = out.token_weights[index].to(log_probs.dtype) * log_probs
+        if out.entropy_weights is not None and entropies is not None:
+            loss = loss + out.entropy_weights[index].to(entropies.dtype) * entropies
+        return loss
+
+    with clock("train"):
+        policy.accumulate(rollouts, linear, entropies=out.entropy_weights is not None, everywhere=everywhere)
+    return out.metrics
+
+
+def _one_pass(
+    policy: Policy, objective: SeparableObjective, rollouts: Rollouts, batch: MiniBatch, everywhere: bool, clock: Clock
+) -> dict[str, float]:
+    """An objective whose tokens need only counts and rewards of the others: its loss goes straight into the backward
+    pass, which also shows the log-probs that the metrics are computed from."""
+    needs_entropies = "entropies" in objective.requires
+    token_loss = objective.token_loss(batch)
+    seen = torch.zeros(2 if needs_entropies else 1, batch.n_tokens, dtype=torch.float64, device=policy.device)
+
+    def loss(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tensor:
+        seen[0, index] = log_probs.detach().double()
+        if entropies is not None and needs_entropies:
+            seen[1, index] = entropies.detach().double()
+        return token_loss(index, log_probs, entropies)
+
+    with clock("train"):
+        policy.accumulate(rollouts, loss, entropies=needs_entropies, everywhere=everywhere)
+        seen = policy.share(seen)
+    if not bool(seen.isfinite().all()):
+        raise NonFiniteError(f"objective {objective.name}: the policy's log-probs are not finite")
+    entropies = seen[1] if needs_entropies else None
+    return objective(replace(batch, log_probs=seen[0], entropies=entropies)).metrics

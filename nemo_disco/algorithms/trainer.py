@@ -1,0 +1,236 @@
+"""The loop, in NeMo-Aligner's shape: generate, grade, train on mini-batches, put the weights into the engine, repeat.
+
+Wires rooms that do not know each other; computes nothing itself. Every rank runs the same loop on the same data, and
+rank 0 alone writes files and talks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nemo_disco.algorithms.journal import Journal
+from nemo_disco.algorithms.mini_batch import NonFiniteError
+from nemo_disco.algorithms.objectives import Objective
+from nemo_disco.algorithms.sampling import Questions, grade, sample_responses, evaluate_set
+from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.data.sampler import QuestionSampler
+from nemo_disco.evaluation.result import EvaluationResult
+from nemo_disco.generation.engine import Engine, Sampling
+from nemo_disco.policy import checkpoint
+from nemo_disco.policy.policy import Policy
+from nemo_disco.rewards import MathGrader
+from nemo_disco.runtime.clock import Clock
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.signals import StopRequest
+
+# So many mini-batches in a row whose gradient is not finite end the run: it will not heal by itself.
+MAX_SKIPPED = 3
+log = logging.getLogger(__name__)
+
+
+class DisCO:
+    """One run's algorithm: fit, generate_rollouts, run_training, run_validation, save, state_dict, load_state_dict."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        policy: Policy,
+        engine: Engine,
+        objective: Objective,
+        grader: MathGrader,
+        questions: Questions,
+        evaluation_sets: Sequence[Questions],
+        journal: Journal,
+    ) -> None:
+        self.config, self.policy, self.engine, self.objective = config, policy, engine, objective
+        self.grader, self.questions, self.evaluation_sets = grader, questions, evaluation_sets
+        self.journal = journal
+        self.sampler = QuestionSampler(len(questions), config.data.questions_per_step, config.seed, config.data.shuffle)
+        self.sampling = Sampling(
+            temperature=config.generation.temperature,
+            max_response_length=config.generation.max_response_length,
+            top_p=config.generation.top_p,
+            top_k=config.generation.top_k,
+        )
+        self.step = 0
+        self.skipped = 0  # mini-batches of the whole run that were not applied
+        self.skipped_in_a_row = 0
+
+    # --- the loop ---
+
+    def fit(self) -> None:
+        """Train to trainer.max_steps, or to the step in which SIGTERM or SIGUSR1 asked to stop; save in any case."""
+        limit, every = self.config.trainer.max_steps, self.config.exp_manager.checkpoint_every_n_steps
+        with StopRequest() as stop, self.journal.watch(limit, self.step):
+            if self.step == 0:
+                self.journal.evaluated(self.run_validation())
+            saved = self.step
+            while self.step < limit and not self._any_rank(stop.requested):
+                metrics = self.train_step()
+                self.journal.stepped(self.step, metrics)
+                if self.step % every == 0 or self.step == limit:
+                    self.save()
+                    saved = self.step
+            if saved != self.step:
+                self.save()
+            if self.step < limit:
+                self.journal.say(f"asked to stop by {stop.signal_name}: saved step {self.step}; start again to go on")
+
+    def train_step(self) -> dict[str, float]:
+        """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine."""
+        clock = Clock()
+        with clock("step"):
+            rollouts = self.generate_rollouts(clock)
+            metrics = self.run_training(rollouts, clock)
+            self.step += 1
+            with clock("refit"):
+                self.engine.update_weights(self.policy.named_weights(), self.step)
+            evaluated = self.run_validation() if self._validates() else []
+        self.journal.evaluated(evaluated)
+        metrics |= {name: value for result in evaluated for name, value in result.metrics().items()}
+        return metrics | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+
+    def generate_rollouts(self, clock: Clock) -> Rollouts:
+        """Sample G responses to each of this step's questions, and grade them."""
+        picked = self.questions.repeat(self.sampler.next(), self.config.generation.responses_per_question)
+        seeds = np.random.SeedSequence((self.config.seed, self.step)).generate_state(len(picked), np.uint64) >> 1
+        with clock("generate"):
+            rollouts, texts = sample_responses(self.engine, picked, [int(s) for s in seeds], self.sampling)
+        with clock("grade"):
+            rewards = grade(self.grader, texts, picked)
+            rollouts = rollouts.with_rewards(rewards, self.config.algorithm.threshold)
+        self.journal.rollouts(self.step + 1, picked, texts, rollouts)
+        return rollouts
+
+    def run_training(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
+        """A gradient step on each mini-batch of the rollouts; the step's metrics."""
+        with clock("log_probs"):
+            old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True))
+        history: list[dict[str, float]] = []
+        moved = False
+        for responses in self._mini_batches(rollouts):
+            part = rollouts.select(responses)
+            try:
+                metrics = accumulate_gradient(
+                    self.policy,
+                    self.objective,
+                    part,
+                    old.at(rollouts.token_index(responses)),
+                    max_response_length=self.sampling.max_response_length,
+                    first=not moved,
+                    clock=clock,
+                )
+            except NonFiniteError as error:
+                self._skip(str(error))
+                continue
+            with clock("train"):
+                result = self.policy.step()
+            if not result.applied:
+                self._skip(f"the gradient's norm is {result.grad_norm}")
+                continue
+            moved, self.skipped_in_a_row = True, 0
+            history.append(metrics | {"grad_norm": result.grad_norm})
+        clock.seconds["log_probs"] += clock.seconds["pass1"]
+        return self._summary(rollouts, old, history)
+
+    def run_validation(self) -> list[EvaluationResult]:
+        """Score the present weights on every evaluation set."""
+        if not self.config.evaluation.enabled:
+            return []
+        return [
+            evaluate_set(self.engine, self.grader, questions, self.config, step=self.step)
+            for questions in self.evaluation_sets
+        ]
+
+    # --- state ---
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that decides the future. A collective."""
+        checkpoint.save(
+            self.policy,
+            self.journal.run.checkpoints,
+            self.step,
+            self.state_dict(),
+            self.config.exp_manager.keep_checkpoints,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loop's own state, as JSON; weights, optimizer and torch's RNG are the checkpoint's."""
+        return {
+            "step": self.step,
+            "sampler": self.sampler.state_dict(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.sampler.load_state_dict(state["sampler"])
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.engine.update_weights(self.policy.named_weights(), self.step)
+
+    # --- parts ---
+
+    def _mini_batches(self, rollouts: Rollouts) -> list[torch.Tensor]:
+        """The responses of each mini-batch: whole questions, in the order in which they were sampled."""
+        size = self.config.algorithm.mini_batch_questions
+        questions = list(dict.fromkeys(rollouts.question_ids.tolist()))
+        return [
+            torch.isin(rollouts.question_ids, torch.tensor(questions[i : i + size])).nonzero()[:, 0]
+            for i in range(0, len(questions), size)
+        ]
+
+    def _validates(self) -> bool:
+        every = self.config.evaluation.every_n_steps
+        return self.step == self.config.trainer.max_steps or (every > 0 and self.step % every == 0)
+
+    def _skip(self, why: str) -> None:
+        """Count a mini-batch that is not applied. Raises UserError after MAX_SKIPPED in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.journal.say(f"step {self.step + 1}: a mini-batch was skipped ({self.skipped} so far): {why}")
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"step {self.step + 1}: {MAX_SKIPPED} mini-batches in a row had no finite gradient ({why}); the last "
+                f"checkpoint in {self.journal.run.checkpoints} is intact: lower model.optim.lr, then start again"
+            )
+
+    def _summary(self, rollouts: Rollouts, old: OldPolicy, history: list[dict[str, float]]) -> dict[str, float]:
+        """The step's metrics. KL is the last mini-batch's, whose policy is farthest from the one that sampled;
+        constraint/active is the share of mini-batches; the rest are means over mini-batches."""
+        names = {name for metrics in history for name in metrics}
+        metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
+        if history:
+            metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
+        assert old.entropies is not None
+        difference = (old.log_probs.cpu() - rollouts.generation_log_probs).double()
+        lengths = rollouts.response_lengths.double()
+        correct = rollouts.correct
+        ids = rollouts.question_ids
+        mixed = np.intersect1d(ids[correct].numpy(), ids[~correct].numpy()).size / len(ids.unique())
+        return metrics | {
+            "reward/mean": float(rollouts.rewards.mean()),
+            "response/length_mean": float(lengths.mean()),
+            "response/truncated": float(rollouts.truncated.double().mean()),
+            "policy/entropy": float(old.entropies.mean()) if len(old.entropies) else 0.0,
+            "mismatch/mean_abs": float(difference.abs().mean()) if len(difference) else 0.0,
+            "groups/mixed": float(mixed),
+            "tokens": int(rollouts.total_lengths.sum()),
+            "mini_batches/skipped": self.skipped,
+        }
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether any rank was signalled: all must leave the loop after the same step."""
+        votes = torch.tensor(int(flag), device=self.policy.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes)

@@ -1,0 +1,102 @@
+"""One mini-batch on the present layout: do engine and trainer agree, and what is the gradient.
+
+The same rollouts and the same perturbation at every layout, so that gradients saved by several can be compared.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_disco.algorithms.objectives import Objective
+from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
+from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.data.sampler import QuestionSampler
+from nemo_disco.generation.engine import Engine, Sampling
+from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.safetensor_files import SafetensorReader
+from nemo_disco.rewards import MathGrader
+
+
+def verify_mini_batch(
+    config: RunConfig, policy: Policy, engine: Engine, grader: MathGrader, objective: Objective, questions: Questions
+) -> str:
+    """Sample (or read verify.rollouts), move theta by verify.perturb, take the gradient, write it if asked.
+
+    Returns the lines to print, the same on every rank. A collective.
+    """
+    rollouts = _rollouts(config, engine, grader, questions)
+    old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
+    if config.verify.perturb > 0:
+        with SafetensorReader(config.model.path) as reader:
+            policy.load(_perturbed(reader.read, config.verify.perturb, config.seed))
+    metrics = accumulate_gradient(
+        policy,
+        objective,
+        rollouts,
+        OldPolicy(old_log_probs, entropies),
+        max_response_length=config.generation.max_response_length,
+        everywhere=True,
+    )
+    gradients = {n: g.detach().cpu().clone() for n, g in policy.named_gradients()}
+    if config.verify.save_gradients and dist.get_rank() == 0:
+        save_file({n: g.contiguous() for n, g in gradients.items()}, config.verify.save_gradients)
+    norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
+    difference = (old_log_probs.cpu().double() - rollouts.generation_log_probs.double()) if len(old_log_probs) else None
+    lines = [
+        f"responses           {len(rollouts)} to {len(rollouts.question_ids.unique())} questions, "
+        f"{int(rollouts.response_lengths.sum())} response tokens",
+        f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
+        *([] if difference is None else _mismatch(difference)),
+        *(f"{name:<19} {value:.6g}" for name, value in sorted(metrics.items())),
+        f"gradient norm       {norm:.9g} over {len(gradients)} tensors",
+    ]
+    return "\n".join(lines)
+
+
+def _mismatch(difference: Tensor) -> list[str]:
+    return [
+        f"mismatch mean |d|   {float(difference.abs().mean()):.3e}  (log-probs, trainer minus engine)",
+        f"mismatch max |d|    {float(difference.abs().max()):.3e}",
+        f"mismatch mean e^|d| {float(difference.abs().exp().mean()):.6f}",
+    ]
+
+
+def _rollouts(config: RunConfig, engine: Engine, grader: MathGrader, questions: Questions) -> Rollouts:
+    path = Path(config.verify.rollouts) if config.verify.rollouts else None
+    exists = [path is not None and path.exists()]
+    dist.broadcast_object_list(exists, src=0)
+    if path is not None and exists[0]:
+        return Rollouts.load(path)
+    sampler = QuestionSampler(
+        len(questions), config.algorithm.mini_batch_questions, config.seed, config.data.shuffle
+    )
+    picked = questions.repeat(sampler.next(), config.generation.responses_per_question)
+    seeds = np.random.SeedSequence((config.seed, 0)).generate_state(len(picked), np.uint64) >> 1
+    generation = config.generation
+    sampling = Sampling(generation.temperature, generation.max_response_length, generation.top_p, generation.top_k)
+    rollouts, texts = sample_responses(engine, picked, [int(s) for s in seeds], sampling)
+    rollouts = rollouts.with_rewards(grade(grader, texts, picked), config.algorithm.threshold)
+    if path is not None and dist.get_rank() == 0:
+        rollouts.save(path)
+    return rollouts
+
+
+def _perturbed(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:
+    """`read`, with noise that depends on the seed and the tensor's name alone: the same at every layout."""
+
+    def noisy(name: str) -> Tensor:
+        tensor = read(name).double()
+        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        return tensor + scale * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+    return noisy

@@ -1,0 +1,100 @@
+"""The embedded engine against the training forward and transformers' greedy decoding, on ragged prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import VOCABULARY, model_config, save_model
+from transformers import AutoModelForCausalLM
+
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.generation import megatron
+from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.policy import parallel
+from nemo_disco.policy.policy import Policy
+
+STOP = [1, 7]
+
+
+@pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
+def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    architecture, tying = request.param.split("-")
+    return save_model(tmp_path_factory.mktemp(request.param), architecture, tied=tying == "tied")
+
+
+@pytest.fixture
+def engine(model_path: Path) -> MegatronEngine:
+    config = model_config(model_path)
+    parallel.start(config)
+    return MegatronEngine(Policy(config, temperature=0.6), STOP)
+
+
+def prompts(count: int = 6, copies: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 20, (count,), generator=generator).tolist()
+    return [p for n in lengths for p in [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()] * copies]
+
+
+def test_log_probs_are_the_training_engines(engine: MegatronEngine) -> None:
+    asked = prompts(copies=4)
+    responses = engine.generate(asked, range(len(asked)), Sampling(0.6, 50))
+    rollouts = Rollouts.from_lists(
+        asked,
+        [r.tokens for r in responses],
+        [r.log_probs for r in responses],
+        list(range(len(asked))),
+        [r.finish_reason == "length" for r in responses],
+    )
+    log_probs, _ = engine.policy.log_probs(rollouts)
+    torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
+
+
+def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    for prompt, response in zip(prompts(), engine.generate(prompts(), [0] * 6, Sampling(0.0, 30)), strict=True):
+        ids = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=STOP, pad_token_id=0
+        )
+        assert response.tokens == ids[0, len(prompt) :].tolist()
+
+
+def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: MegatronEngine) -> None:
+    responses = engine.generate(prompts(copies=8), range(48), Sampling(1.0, 12))
+    assert {r.finish_reason for r in responses} == {"stop", "length"}
+    for r in responses:
+        assert len(r.tokens) == len(r.log_probs)
+        assert not set(r.tokens[:-1]) & set(STOP)
+        assert (r.tokens[-1] in STOP) == (r.finish_reason == "stop")
+        assert len(r.tokens) == 12 or r.finish_reason == "stop"
+
+
+def tokens(responses: list[Response]) -> list[list[int]]:
+    return [r.tokens for r in responses]
+
+
+def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
+    engine: MegatronEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, seeds, sampling = prompts(copies=4), list(range(24)), Sampling(0.8, 30)
+    together = tokens(engine.generate(asked, seeds, sampling))
+    alone = [engine.generate([p], [s], sampling)[0].tokens for p, s in zip(asked, seeds, strict=True)]
+    assert together == alone
+    monkeypatch.setattr(megatron, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
+    assert tokens(engine.generate(asked, seeds, sampling)) == together
+    assert tokens(engine.generate(asked, [s + 1 for s in seeds], sampling)) != together
+
+
+def test_responses_carry_the_weight_version(engine: MegatronEngine) -> None:
+    engine.update_weights(engine.policy.named_weights(), version=3)
+    assert engine.generate(prompts(1), [0], Sampling(1.0, 2))[0].weight_version == 3
+
+
+def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
+    before = tokens(engine.generate(prompts(), [0] * 6, Sampling(0.0, 20)))
+    with torch.no_grad():
+        for p in engine.policy.model.chunks[0].parameters():
+            p.mul_(1.5)
+    assert tokens(engine.generate(prompts(), [0] * 6, Sampling(0.0, 20))) != before

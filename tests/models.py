@@ -1,0 +1,122 @@
+"""Tiny Hugging Face models and rollouts for tests: real architectures, random weights, made in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from nemo_disco.config.schema import ModelConfig
+from nemo_disco.data.rollouts import Rollouts
+
+VOCABULARY = 130  # not a multiple of 4: TP 4 has to pad it
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
+    """A 4-layer model with grouped queries, large enough weights to be far from uniform, and norms that are not 1."""
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    } | changes
+    torch.manual_seed(seed)
+    if architecture == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(rope_parameters=LLAMA3_ROPE, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.1)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    return directory
+
+
+def reference_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:
+    """transformers' model in true `dtype`: its RMSNorm computes in float32 even in a float64 model."""
+
+    def rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    for module in model.modules():
+        if isinstance(module, (Qwen2RMSNorm, LlamaRMSNorm)):
+            module.forward = rms_norm.__get__(module)
+    return model
+
+
+def model_config(path: Path, **changes: Any) -> ModelConfig:
+    settings: dict[str, Any] = {
+        "path": str(path),
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "context_parallel_size": 1,
+        "sequence_parallel": False,
+        "activations_checkpoint_granularity": None,
+        "token_budget": 256,
+        "trust_remote_code": False,
+        "optim": {
+            "name": "adam",
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "sched": {"name": "constant", "warmup_steps": 0, "min_lr": 0.0},
+        },
+    }
+    return ModelConfig.model_validate(settings | changes)
+
+
+def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: int = 40) -> Rollouts:
+    """Ragged prompts and responses, some responses empty, rewards at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def tokens(count: int) -> list[int]:
+        return [draw(0, VOCABULARY) for _ in range(count)]
+
+    prompts = [p for _ in range(questions) for p in [tokens(draw(1, 20))] * group]
+    responses = [tokens(draw(0, longest)) for _ in prompts]
+    rollouts = Rollouts.from_lists(
+        prompts,
+        responses,
+        [[0.0] * len(r) for r in responses],
+        [i // group for i in range(len(prompts))],
+        [False] * len(prompts),
+    )
+    return rollouts.with_rewards([float(draw(0, 2)) for _ in prompts])
+
+
+def reference_log_probs(model: Any, rollouts: Rollouts, temperature: float) -> torch.Tensor:
+    """[T] differentiable log-probs by transformers, one sequence at a time, nothing packed."""
+    pieces = []
+    for i in range(len(rollouts)):
+        ids = torch.cat([rollouts.prompt(i), rollouts.response(i)])[None]
+        start = int(rollouts.prompt_lengths[i])
+        log_probs = (model(ids).logits[0] / temperature).log_softmax(-1)
+        pieces.append(log_probs[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0])
+    return torch.cat(pieces)
