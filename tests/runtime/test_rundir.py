@@ -71,7 +71,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypa
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rundir.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr("nemo_disco.runtime.rundir.tempfile.TemporaryFile", full)
     with pytest.raises(UserError, match="No space left on device"):
         RunDirectory(tmp_path).create()
 
@@ -150,7 +150,7 @@ def test_write_atomically_leaves_the_old_text_when_it_fails(tmp_path: Path, monk
     def fail(_: int) -> None:
         raise OSError("disk died")
 
-    monkeypatch.setattr(rundir.os, "fsync", fail)
+    monkeypatch.setattr("nemo_disco.runtime.rundir.os.fsync", fail)
     with pytest.raises(OSError, match="disk died"):
         write_atomically(path, "new")
     assert path.read_text() == "old"

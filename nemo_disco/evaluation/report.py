@@ -1,0 +1,173 @@
+"""The report: one self-contained HTML page over one or several run directories, which needs no network.
+
+Tables are made here, curves and the rollout browser by assets/*.js in the reader's browser from data inside the page.
+Writes the page and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nemo_disco.evaluation.rollout_pack import pack_rollouts
+from nemo_disco.evaluation.run_data import Run, read_runs
+from nemo_disco.evaluation.statistics import Estimate, bootstrap
+from nemo_disco.evaluation.table import HEADER, Row, compare
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.rundir import write_atomically
+
+SCRIPTS = ("charts.js", "curves.js", "browser.js")
+PHASES = ("generate", "grade", "log_probs", "train", "refit")
+
+
+@dataclass(frozen=True)
+class AccuracyTable:
+    """Before and after of one set of one run; `steps` is (before, after)."""
+
+    run: int
+    label: str
+    name: str
+    problems: int
+    steps: tuple[int, int]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Glance:
+    """One run in one line of the overview."""
+
+    label: str
+    steps: str
+    reward: str
+    fired: str
+    step_time: str
+    total_time: str
+
+
+def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
+    """Write the page (default: report.html in the first run directory) and give its path.
+
+    Raises UserError if a directory is not a run's, or if the page cannot be written. Missing parts of a run are noted
+    on the page.
+    """
+    runs = read_runs(run_dirs)
+    path = out or runs[0].directory.report
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the report a file name")
+    try:
+        write_atomically(path, render(runs))
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {path}: {error.strerror}") from error
+    return path
+
+
+def render(runs: list[Run]) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    packed = pack_rollouts(runs)
+    data = {"runs": [_run_data(run) for run in runs], "phases": PHASES, "index": packed.index}
+    keys, differing = _configuration(runs)
+    return environment.from_string(_asset("report.html.jinja")).render(
+        css=_asset("report.css"),
+        js="\n".join(map(_asset, SCRIPTS)),
+        data=_for_script_tag(data),
+        chunks=packed.chunks,
+        rollout_note=packed.note,
+        runs=runs,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        glances=[_glance(run) for run in runs],
+        tables=accuracy_tables(runs),
+        header=HEADER,
+        config_keys=keys,
+        differing=differing,
+        shown=_shown,
+    )
+
+
+def accuracy_tables(runs: list[Run]) -> list[AccuracyTable]:
+    """For each run and set, the first evaluation against the last; a set evaluated once is shown as it is."""
+    tables = []
+    for number, run in enumerate(runs):
+        for name in dict.fromkeys(r.name for r in run.evaluations):
+            of_set = [r for r in run.evaluations if r.name == name]
+            first, last = of_set[0], of_set[-1]
+            rows = compare(first, last)
+            if first is last:
+                rows = [Row(row.metric, row.before, None, None) for row in rows]
+            tables.append(AccuracyTable(number, run.label, name, first.problems, (first.step, last.step), rows))
+    return tables
+
+
+def _run_data(run: Run) -> dict[str, Any]:
+    return {
+        "label": run.label,
+        "steps": run.steps,
+        "series": {name: run.series(name) for name in run.names},
+        "delta": run.delta,
+        "accuracy": _accuracy(run),
+    }
+
+
+def _accuracy(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """For each set: step, value, low, high; without intervals where only metrics.jsonl knows the value."""
+    points: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in run.names:
+        if name.startswith("eval/") and name.endswith("/pass@1"):
+            of_set = points.setdefault(name.removeprefix("eval/").removesuffix("/pass@1"), {})
+            for step, value in zip(run.steps, run.series(name), strict=True):
+                if value is not None:
+                    of_set[step] = {"step": step, "value": value, "low": value, "high": value}
+    for result in run.evaluations:
+        per_problem = result.per_problem()["pass@1"]
+        assert per_problem is not None
+        estimate: Estimate = bootstrap(per_problem)
+        points.setdefault(result.name, {})[result.step] = {"step": result.step, **vars(estimate)}
+    return {name: [of_set[step] for step in sorted(of_set)] for name, of_set in points.items()}
+
+
+def _glance(run: Run) -> Glance:
+    times = [t for t in run.series("time/step") if t is not None]
+    rewards = [r for r in run.series("reward/mean") if r is not None]
+    active = [a for a in run.series("constraint/active") if a is not None]
+    tail = rewards[-max(1, len(rewards) // 10) :]
+    return Glance(
+        label=run.label,
+        steps=f"{run.steps[-1]:,}" if run.steps else "-",
+        reward=f"{rewards[0]:.3f} → {sum(tail) / len(tail):.3f}" if rewards else "-",
+        fired=f"{sum(a > 0 for a in active):,} of {len(active):,}" if active else "-",
+        step_time=f"{sum(times) / len(times):,.1f} s" if times else "-",
+        total_time=f"{sum(times) / 3600:,.2f} h"
+        if sum(times) >= 3600
+        else f"{sum(times) / 60:,.1f} min"
+        if times
+        else "-",
+    )
+
+
+def _configuration(runs: list[Run]) -> tuple[list[str], list[str]]:
+    """All keys, and those on which the runs that have a configuration differ."""
+    known = [run.config for run in runs if run.config]
+    keys = sorted(dict.fromkeys(key for config in known for key in config))
+    return keys, [key for key in keys if len({_shown(config, key) for config in known}) > 1]
+
+
+def _shown(config: dict[str, Any], key: str) -> str:
+    if key not in config:
+        return "(not set)"
+    return json.dumps(config[key], ensure_ascii=False)
+
+
+def _for_script_tag(data: Any) -> str:
+    """JSON that cannot end the script element it stands in, whatever the texts hold."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _asset(name: str) -> str:
+    return (resources.files("nemo_disco.evaluation") / "assets" / name).read_text(encoding="utf-8")

@@ -1,0 +1,121 @@
+"""What one evaluation of one set found: the raw matrices, so that every statistic can be computed again later.
+
+Written as JSON into RUN/evaluation/. Reads and writes files it is told of, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_disco.evaluation.statistics import Estimate, avg_at_k, bootstrap, pass_at_k
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.rundir import write_atomically
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """P problems in the set's order, K samples each.
+
+    name: the set; step: the training step of the weights (0: before training).
+    correct [P, K] bool; lengths [P, K] int64, response tokens; truncated [P, K] bool: cut by the length limit.
+    greedy_correct [P] bool, or None if nothing was sampled greedily.
+    Raises ValueError if the shapes disagree.
+    """
+
+    name: str
+    step: int
+    correct: NDArray[np.bool_]
+    lengths: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+    greedy_correct: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("correct", bool), ("lengths", np.int64), ("truncated", bool), ("greedy_correct", bool)):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, np.asarray(value, dtype=dtype))
+        shapes = {self.correct.shape, self.lengths.shape, self.truncated.shape}
+        if len(shapes) != 1 or self.correct.ndim != 2 or not self.correct.size:
+            raise ValueError(
+                f"evaluation {self.name}: correct, lengths and truncated need one shape [P, K], not {shapes}"
+            )
+        if self.greedy_correct is not None and self.greedy_correct.shape != self.correct.shape[:1]:
+            raise ValueError(
+                f"evaluation {self.name}: {self.greedy_correct.shape} greedy verdicts for {len(self.correct)} problems"
+            )
+
+    @property
+    def problems(self) -> int:
+        return len(self.correct)
+
+    @property
+    def samples(self) -> int:
+        return len(self.correct[0])
+
+    def per_problem(self) -> dict[str, NDArray[np.float64] | None]:
+        """[P] each problem's value of each statistic, by name; None where it was not measured."""
+        greedy = self.greedy_correct
+        # With one sample a problem, pass@k would repeat Pass@1.
+        pass_k = {f"pass@{self.samples}": pass_at_k(self.correct, self.samples)} if self.samples > 1 else {}
+        return {
+            "pass@1": avg_at_k(self.correct),
+            "greedy": None if greedy is None else greedy.astype(np.float64),
+            **pass_k,
+            "length": self.lengths.mean(axis=1),
+            "truncated": self.truncated.mean(axis=1),
+        }
+
+    def estimates(self) -> dict[str, Estimate | None]:
+        """Each statistic's mean over problems with its bootstrap 95% interval."""
+        return {name: None if v is None else bootstrap(v) for name, v in self.per_problem().items()}
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl: eval/<set>/pass@1 and its siblings."""
+        return {f"eval/{self.name}/{k}": float(v.mean()) for k, v in self.per_problem().items() if v is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; the verdicts as 0 and 1, and a summary for people at the top."""
+        summary = {name: None if e is None else [e.value, e.low, e.high] for name, e in self.estimates().items()}
+        return {
+            "name": self.name,
+            "step": self.step,
+            "problems": self.problems,
+            "samples": self.samples,
+            "summary": summary,
+            "greedy_correct": None if self.greedy_correct is None else self.greedy_correct.astype(int).tolist(),
+            "correct": self.correct.astype(int).tolist(),
+            "truncated": self.truncated.astype(int).tolist(),
+            "lengths": self.lengths.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, mapping: dict[str, Any]) -> EvaluationResult:
+        """The inverse of to_json. Raises KeyError or ValueError if the object is not one."""
+        return cls(**{f.name: mapping[f.name] for f in fields(cls)})
+
+
+def write_evaluation(directory: Path, result: EvaluationResult) -> Path:
+    """Write directory/<set>.step_<N>.json whole and give its path; an earlier one of that step is replaced."""
+    path = directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', result.name)}.step_{result.step}.json"
+    write_atomically(path, json.dumps(result.to_json()) + "\n")
+    return path
+
+
+def read_evaluation(path: Path) -> EvaluationResult:
+    """Raises UserError naming the file if it is not an evaluation."""
+    try:
+        return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not an evaluation result ({type(error).__name__}: {error})") from error
+
+
+def read_evaluations(directory: Path) -> list[EvaluationResult]:
+    """Every evaluation of a run, by set and then by step; empty if there is none."""
+    return sorted((read_evaluation(p) for p in directory.glob("*.json")), key=lambda r: (r.name, r.step))

@@ -1,0 +1,103 @@
+"""The before/after table: what training changed, with 95% intervals.
+
+Rows are data; how they look (terminal, text, JSON) is separate. Rich is imported only where a rich table is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_disco.evaluation.result import EvaluationResult
+from nemo_disco.evaluation.statistics import Estimate, bootstrap
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADER = ("metric", "before [95% CI]", "after [95% CI]", "change [95% CI]")
+NOT_MEASURED = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line. `change` is paired over problems, so its interval is narrower than the two others suggest; None where
+    the two evaluations do not hold the same problems."""
+
+    metric: str
+    before: Estimate | None
+    after: Estimate | None
+    change: Estimate | None
+
+    def cells(self) -> tuple[str, str, str, str]:
+        tokens = self.metric.startswith("response length")
+        return (
+            self.metric,
+            _show(self.before, tokens),
+            _show(self.after, tokens),
+            _show(self.change, tokens, sign="+"),
+        )
+
+
+def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
+    """The rows of one set. Raises ValueError if the results are of two sets."""
+    if before.name != after.name:
+        raise ValueError(f"cannot compare an evaluation of {before.name} with one of {after.name}")
+    first, last = before.per_problem(), after.per_problem()
+    rows = []
+    for name in dict.fromkeys((*first, *last)):
+        old, new = first.get(name), last.get(name)
+        paired = old is not None and new is not None and before.problems == after.problems
+        rows.append(
+            Row(
+                metric=_title(name, after.samples),
+                before=None if old is None else bootstrap(old),
+                after=None if new is None else bootstrap(new),
+                change=bootstrap(np.subtract(new, old)) if paired else None,  # type: ignore[arg-type]
+            )
+        )
+    return rows
+
+
+def rich_table(rows: list[Row], title: str) -> Table:
+    """For a terminal."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(HEADER):
+        table.add_column(name.replace("[", r"\["), justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row.cells()))
+    return table
+
+
+def text_table(rows: list[Row], title: str) -> str:
+    """For a log: aligned columns, ASCII only."""
+    lines = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    body = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    return "\n".join([title, *body])
+
+
+def json_table(rows: list[Row]) -> list[dict[str, Any]]:
+    """For a machine: a list of objects, estimates as {value, low, high}."""
+    return [asdict(row) for row in rows]
+
+
+def _title(name: str, samples: int) -> str:
+    titles = {
+        "pass@1": f"Pass@1 (avg@{samples})",
+        "greedy": "greedy accuracy",
+        "length": "response length (tokens)",
+        "truncated": "truncated share",
+    }
+    return titles.get(name, name)
+
+
+def _show(estimate: Estimate | None, tokens: bool, sign: str = "") -> str:
+    if estimate is None:
+        return NOT_MEASURED
+    form = f"{sign},.1f" if tokens else f"{sign}.3f"
+    value, low, high = (format(x, form) for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"

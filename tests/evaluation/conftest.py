@@ -1,0 +1,80 @@
+"""Made-up evaluations and run directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
+from nemo_disco.runtime.rundir import RunDirectory
+
+
+@pytest.fixture
+def make_result() -> Callable[..., EvaluationResult]:
+    def make(accuracy: float = 0.4, step: int = 0, name: str = "arithmetic", problems: int = 64) -> EvaluationResult:
+        rng = np.random.default_rng(7)
+        chance = np.clip(accuracy + 0.2 * rng.normal(size=problems), 0, 1)
+        correct = rng.random((problems, 8)) < chance[:, None]
+        lengths = rng.integers(20, 80, size=correct.shape)
+        return EvaluationResult(name, step, correct, lengths, lengths > 75, chance > 0.5)
+
+    return make
+
+
+def metrics_line(step: int) -> dict[str, Any]:
+    phases = {"generate": 1.0, "grade": 0.1, "log_probs": 0.2, "train": 0.9, "refit": 0.0}
+    return {
+        "step": step,
+        "reward/mean": 0.3 + 0.005 * step,
+        "policy/kl": 1e-4 * step,
+        "policy/kl_stderr": 1e-4,
+        "constraint/active": 1.0 if step > 30 else 0.0,
+        "policy/entropy": 0.5,
+        "response/length_mean": 40.0,
+        "groups/mixed": 0.7,
+        "grad_norm": None if step == 3 else 0.8,
+        "optimizer/lr": 1e-4,
+        **{f"time/{name}": seconds for name, seconds in phases.items()},
+        "time/step": 2.4,
+    }
+
+
+def rollout(step: int, question: int, sample: int) -> dict[str, Any]:
+    right = sample % 2 == 0
+    return {
+        "question": f"What is {question} + {step}?",
+        "prompt": f"<|im_start|>user\nWhat is {question} + {step}?<|im_end|>",
+        "response": f"<b>bold</b> &amp; </script> sample {sample}\n</think>\\boxed{{{question + step}}}",
+        "answer": str(question + step),
+        "reward": float(right),
+        "correct": right,
+        "length": 12 + sample,
+        "truncated": sample == 3,
+        "question_id": question,
+    }
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, make_result: Callable[..., EvaluationResult]) -> Callable[..., Path]:
+    """A run directory; `lr` is the one setting that differs between runs made here."""
+
+    def make(name: str = "run", steps: int = 40, lr: float = 1e-4, questions: int = 3, samples: int = 4) -> Path:
+        run = RunDirectory(tmp_path / name)
+        run.create()
+        run.config.write_text(
+            f"seed: 1\nmodel:\n  optim: {{lr: {lr}, betas: [0.9, 0.95]}}\nalgorithm:\n  constraint: {{delta: 3e-3}}\n"
+        )
+        run.metrics.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(1, steps + 1)))
+        for step, accuracy in ((0, 0.35), (steps, 0.85)):
+            write_evaluation(run.evaluation, make_result(accuracy, step))
+        for step in range(1, steps + 1):
+            rows = [rollout(step, q, i) for q in range(questions) for i in range(samples)]
+            run.rollout_file(step).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run.path
+
+    return make

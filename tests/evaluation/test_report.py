@@ -1,0 +1,185 @@
+"""The page says what the run directories say, holds nothing that runs or fetches, and survives what is missing."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_disco.evaluation.report import write_report
+from nemo_disco.evaluation.rollout_pack import pack_rollouts
+from nemo_disco.evaluation.run_data import read_runs
+from nemo_disco.runtime.errors import UserError
+
+MakeRun = Callable[..., Path]
+
+
+class Elements(HTMLParser):
+    """The page's element names, the targets of its links, and the names of its event handlers."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+def page_data(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
+def page_texts(page: str) -> list[dict[str, Any]]:
+    chunks = re.findall(r'<script type="text/plain" id="chunk-\d+">(.*?)</script>', page, re.DOTALL)
+    return [group for chunk in chunks for group in json.loads(gzip.decompress(base64.b64decode(chunk)))]
+
+
+def visible(page: str) -> str:
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_the_page_holds_the_run(make_run: MakeRun) -> None:
+    run = make_run()
+    path = write_report([run])
+    assert path == run / "report.html"
+    page = path.read_text()
+    (of_run,) = page_data(page)["runs"]
+    assert of_run["steps"] == list(range(1, 41))
+    assert of_run["series"]["reward/mean"][9] == pytest.approx(0.35)
+    assert of_run["series"]["grad_norm"][2] is None
+    assert of_run["delta"] == pytest.approx(3e-3)
+    points = of_run["accuracy"]["arithmetic"]
+    assert [p["step"] for p in points] == [0, 40]
+    assert all(p["low"] < p["value"] < p["high"] for p in points)
+    text = visible(page)
+    for part in ("Pass@1 (avg@8)", "64 problems", "step 0 → 40", "greedy accuracy", "10 of 40", "2.4 s", "1.6 min"):
+        assert part in text
+
+
+def test_every_rollout_is_there_as_it_was(make_run: MakeRun) -> None:
+    run = make_run(steps=5)
+    page = write_report([run]).read_text()
+    index, texts = page_data(page)["index"], page_texts(page)
+    assert index["size"] == [4] * 15 and len(index["reward"]) == 60
+    saved = [json.loads(line) for s in range(1, 6) for line in (run / f"rollouts/step_{s}.jsonl").open()]
+    assert [r for group in texts for r in group["responses"]] == [row["response"] for row in saved]
+    assert index["correct"] == [int(row["correct"]) for row in saved]
+    assert index["truncated"] == [int(row["truncated"]) for row in saved]
+    assert index["slot"] == list(range(15)) and set(index["chunk"]) == {0}
+    assert texts[4]["question"] == "What is 1 + 2?" and texts[4]["answer"] == "3"
+
+
+def test_nothing_in_the_page_fetches_or_runs_what_a_model_wrote(make_run: MakeRun) -> None:
+    run = make_run(name="<img src=x onerror=alert(1)>", steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "</script><b>": 1.0}) + "\n")
+    page = write_report([run]).read_text()
+    assert "</script><b>" not in page and "<img" not in page and "<b>bold" not in page
+    assert "default-src 'none'" in page
+    elements = Elements(page)
+    assert elements.links and all(link.startswith("#") for link in elements.links)
+    assert elements.handlers == [] and "img" not in elements.names
+    assert not re.search(
+        r"\b(innerHTML|outerHTML|insertAdjacentHTML|(document\.write|eval|fetch|import|Function)\()", page
+    )
+    assert set(re.findall(r"https?://[^\s\"'<>`]+", page)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_runs_are_told_apart(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("a/run", lr=1e-4), make_run("b/run", lr=2e-4)]
+    out = tmp_path / "compared.html"
+    assert write_report(runs, out) == out
+    page = out.read_text()
+    assert [run["label"] for run in page_data(page)["runs"]] == ["a/run", "b/run"]
+    differing = page[page.index("Where the runs differ") : page.index("settings</summary>")]
+    assert "model.optim.lr" in differing and "0.0001" in differing and "0.0002" in differing
+    assert "seed" not in differing and "betas" not in differing
+    with pytest.raises(UserError, match="same run directory twice"):
+        write_report([runs[0], runs[0]])
+
+
+def test_missing_parts_are_noted(make_run: MakeRun, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "rew')
+    text = visible(write_report([bare]).read_text())
+    for part in ("No config.yaml", "No evaluation results", "No saved rollouts", "line 2 is not a JSON object", "torn"):
+        assert part in text
+    run = make_run(steps=2)
+    (run / "metrics.jsonl").unlink()
+    (run / "config.yaml").write_text("a: [unclosed")
+    (run / "evaluation" / "odd.json").write_text("{}")
+    text = visible(write_report([run]).read_text())
+    for part in ("No metrics.jsonl", "config.yaml cannot be read", "odd.json is not an evaluation"):
+        assert part in text
+
+
+def test_odd_rollouts_do_not_break_the_page(make_run: MakeRun) -> None:
+    run = make_run(steps=1)
+    lines = ['{"response": "only this", "reward": NaN}', '{"question_id": 3, "answer": ["1", "2"]}', '"text"']
+    lines += [json.dumps({"question_id": 4, "response": "lone \ud800 surrogate"})]
+    (run / "rollouts" / "step_2.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_report([run]).read_text()
+    index, texts = page_data(page)["index"], page_texts(page)
+    assert index["size"][-3:] == [1, 1, 1] and index["reward"][-3:] == [None, None, None]
+    assert [group["answer"] for group in texts[-3:]] == ["", "1  or  2", ""]
+    assert texts[-1]["responses"] == ["lone ? surrogate"]
+    assert "step_2.jsonl: line 3" in visible(page)
+
+
+def test_a_page_has_a_limit_and_says_what_it_left_out(make_run: MakeRun) -> None:
+    run = make_run(steps=1, questions=1, samples=4)
+    path = run / "rollouts" / "step_1.jsonl"
+    rows = [json.loads(line) for line in path.open()]
+    rows[2]["response"] = "a" * 500 + "b" * 9000 + "c" * 500
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    packed = pack_rollouts(read_runs([run]), budget=1200)
+    (group,) = json.loads(gzip.decompress(base64.b64decode(packed.chunks[0])))
+    assert [group["responses"][i] for i in (0, 1, 3)] == [rows[i]["response"] for i in (0, 1, 3)]
+    cut = group["responses"][2]
+    assert re.fullmatch(r"a{500}b*\n\n\[\.\.\. [\d,]+ characters left out of this page \.\.\.\]\n\nb*c{500}", cut)
+    assert sum(map(len, group["responses"])) < 1300
+    assert packed.note is not None and packed.note.startswith("1 of 4 responses")
+    assert pack_rollouts(read_runs([run])).note is None
+
+
+def test_texts_come_in_chunks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_disco.evaluation.rollout_pack.CHUNK", 500)
+    packed = pack_rollouts(read_runs([make_run(steps=6)]))
+    assert len(packed.chunks) > 3
+    for chunk, slot, step in zip(*(packed.index[c] for c in ("chunk", "slot", "step")), strict=True):
+        group = json.loads(gzip.decompress(base64.b64decode(packed.chunks[chunk])))[slot]
+        assert group["question"].endswith(f"+ {step}?")
+
+
+def test_what_is_no_run_directory_is_one_line(tmp_path: Path, make_run: MakeRun) -> None:
+    for paths, message in [
+        ([], "no run directory given"),
+        ([tmp_path / "nowhere"], "is not a directory"),
+        ([tmp_path], "is not a run directory"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            write_report(paths)
+    run = make_run(steps=1)
+    with pytest.raises(UserError, match="is a directory"):
+        write_report([run], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report([run], tmp_path / "file" / "report.html")

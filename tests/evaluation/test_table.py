@@ -1,0 +1,119 @@
+"""What an evaluation says of itself, on disk and beside another one."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nemo_disco.evaluation.result import EvaluationResult, read_evaluation, read_evaluations, write_evaluation
+from nemo_disco.evaluation.table import compare, json_table, rich_table, text_table
+from nemo_disco.runtime.errors import UserError
+
+Make = Callable[..., EvaluationResult]
+
+
+def test_a_file_holds_the_whole_result(tmp_path: Path, make_result: Make) -> None:
+    result = make_result(step=40, name="math/500 test")
+    path = write_evaluation(tmp_path, result)
+    assert path.name == "math_500_test.step_40.json"
+    read = read_evaluation(path)
+    assert (read.name, read.step) == ("math/500 test", 40)
+    for name in ("correct", "lengths", "truncated", "greedy_correct"):
+        mine, theirs = getattr(result, name), getattr(read, name)
+        assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
+    summary = json.loads(path.read_text())["summary"]
+    assert summary["pass@1"][0] == pytest.approx(result.correct.mean())
+    assert summary["pass@1"][1] < summary["pass@1"][0] < summary["pass@1"][2]
+
+
+def test_greedy_may_be_missing(tmp_path: Path, make_result: Make) -> None:
+    result = replace(make_result(), greedy_correct=None)
+    read = read_evaluation(write_evaluation(tmp_path, result))
+    assert read.greedy_correct is None
+    assert "eval/arithmetic/greedy" not in read.metrics()
+
+
+def test_a_run_s_evaluations_come_by_set_and_step(tmp_path: Path, make_result: Make) -> None:
+    for name, step in [("b", 10), ("a", 100), ("a", 9)]:
+        write_evaluation(tmp_path, make_result(step=step, name=name))
+    assert [(r.name, r.step) for r in read_evaluations(tmp_path)] == [("a", 9), ("a", 100), ("b", 10)]
+    assert read_evaluations(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "x"}', '{"name": "x", "step": 0, "correct": [[1], [1, 0]]}'])
+def test_what_is_no_evaluation_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"odd\.json is not an evaluation result"):
+        read_evaluation(path)
+
+
+def test_shapes_that_disagree_are_refused(make_result: Make) -> None:
+    result = make_result(problems=8)
+    with pytest.raises(ValueError, match="one shape"):
+        replace(result, lengths=result.lengths[:4])
+    with pytest.raises(ValueError, match="8 problems"):
+        replace(result, greedy_correct=np.ones(4, dtype=bool))
+
+
+def test_metrics_have_the_contract_s_names(make_result: Make) -> None:
+    result = make_result()
+    metrics = result.metrics()
+    assert metrics["eval/arithmetic/pass@1"] == pytest.approx(result.correct.mean())
+    assert metrics["eval/arithmetic/pass@8"] == pytest.approx(result.correct.any(axis=1).mean())
+    assert metrics["eval/arithmetic/length"] == pytest.approx(result.lengths.mean())
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_the_table_s_rows(make_result: Make) -> None:
+    before, after = make_result(0.3), make_result(0.9, step=50)
+    rows = compare(before, after)
+    assert [row.metric for row in rows] == [
+        "Pass@1 (avg@8)",
+        "greedy accuracy",
+        "pass@8",
+        "response length (tokens)",
+        "truncated share",
+    ]
+    first = rows[0]
+    assert first.before is not None and first.after is not None and first.change is not None
+    assert first.change.value == pytest.approx(after.correct.mean() - before.correct.mean())
+    assert first.change.low > 0
+    assert json.loads(json.dumps(json_table(rows)))[0]["before"]["value"] == pytest.approx(before.correct.mean())
+
+
+def test_a_paired_change_is_narrower_than_the_two_intervals(make_result: Make) -> None:
+    before = make_result(0.5, problems=200)
+    better = before.correct.copy()
+    better[:20, 0] = True
+    row = compare(before, replace(before, correct=better))[0]
+    assert row.before is not None and row.change is not None
+    assert row.change.high - row.change.low < 0.2 * (row.before.high - row.before.low)
+
+
+def test_other_problems_cannot_be_paired(make_result: Make) -> None:
+    rows = compare(make_result(problems=64), make_result(problems=32))
+    assert all(row.change is None for row in rows)
+    with pytest.raises(ValueError, match="cannot compare"):
+        compare(make_result(name="a"), make_result(name="b"))
+
+
+def test_terminal_and_log_show_the_same_cells(make_result: Make) -> None:
+    before = replace(make_result(0.3), greedy_correct=None)
+    rows = compare(before, make_result(0.9, step=50))
+    out = io.StringIO()
+    Console(file=out, width=200).print(rich_table(rows, "arithmetic"))
+    plain = text_table(rows, "arithmetic")
+    assert plain.isascii()
+    assert len({len(line) for line in plain.splitlines()[1:]}) == 1
+    for row in rows:
+        for cell in row.cells():
+            assert cell in out.getvalue() and cell in plain
+    assert "before [95% CI]" in out.getvalue()
