@@ -1,0 +1,154 @@
+"""The promise: one mini-batch's gradient is that of one dense autograd pass through transformers' model, hinge active.
+
+The loss here is written a second time, densely and in loops, on transformers' logits; nothing of ours is in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import model_config, random_rollouts, reference_log_probs, reference_model, save_model
+from safetensors.torch import load_file
+
+from nemo_disco.algorithms import build_objective
+from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.policy import parallel
+from nemo_disco.policy.policy import Policy
+
+TEMPERATURE, TAU, BETA = 0.6, 1.0, 1e3
+LIMIT = 40
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=True)
+
+
+@pytest.fixture(scope="module")
+def rollouts() -> Rollouts:
+    return random_rollouts(questions=32, group=8, longest=LIMIT)
+
+
+def perturbed(model_path: Path) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    weights = load_file(model_path / "model.safetensors")
+    return {n: w.double() - 2e-3 * torch.randn(w.shape, generator=generator).double() for n, w in weights.items()}
+
+
+def disco_loss(scores: torch.Tensor, old: torch.Tensor, rollouts: Rollouts, kind: str) -> tuple[torch.Tensor, float]:
+    """arXiv 2505.12366: -J2 + beta max(KL - delta, 0)^2, by loops; and KL."""
+    start, value = 0, torch.zeros((), dtype=torch.float64)
+    groups: dict[int, dict[bool, list[torch.Tensor]]] = {}
+    for i, length in enumerate(rollouts.response_lengths.tolist()):
+        lp, was = scores[start : start + length], old[start : start + length]
+        start += length
+        group = groups.setdefault(int(rollouts.question_ids[i]), {True: [], False: []})
+        if length:
+            score = lp.mean() if kind == "log_likelihood" else (lp - was).exp().mean()
+            group[bool(rollouts.rewards[i] > 0.5)].append(score)
+    for group in groups.values():
+        if group[True] and group[False]:
+            negatives = torch.stack(group[False])
+            value = value + torch.stack(group[True]).mean() - TAU * (negatives / TAU).exp().mean().log()
+    kl = (old - scores).mean()
+    delta = 0.5 * float(kl)
+    return -value / len(groups) + BETA * (kl - delta).clamp(min=0) ** 2, float(kl)
+
+
+@pytest.fixture(scope="module", params=["log_likelihood", "likelihood_ratio"])
+def reference(
+    request: pytest.FixtureRequest, model_path: Path, rollouts: Rollouts
+) -> tuple[str, dict[str, Any], torch.Tensor, float]:
+    """The score, the dense float64 gradient at perturbed weights, the old log-probs and KL there."""
+    model = reference_model(model_path)
+    with torch.no_grad():
+        old = reference_log_probs(model, rollouts, TEMPERATURE)
+        weights = perturbed(model_path)
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    loss, kl = disco_loss(reference_log_probs(model, rollouts, TEMPERATURE), old, rollouts, request.param)
+    loss.backward()
+    return request.param, {n: p.grad for n, p in model.named_parameters()}, old, kl
+
+
+@pytest.mark.parametrize(
+    ("dtype", "budget", "overall", "worst"),
+    [
+        (torch.float64, 128, 1e-9, 1e-9),
+        (torch.float64, 2048, 1e-9, 1e-9),
+        (torch.float32, 128, 1e-5, 1e-4),
+        (torch.float32, 2048, 1e-5, 1e-4),
+    ],
+)
+def test_gradient_equals_the_dense_pass(
+    reference: tuple[str, dict[str, Any], torch.Tensor, float],
+    model_path: Path,
+    rollouts: Rollouts,
+    dtype: torch.dtype,
+    budget: int,
+    overall: float,
+    worst: float,
+) -> None:
+    score, expected, _, kl = reference
+    assert kl > 0  # else the hinge would not act
+    config = model_config(model_path, token_budget=budget)
+    parallel.start(config)
+    policy = Policy(config, dtype=dtype, temperature=TEMPERATURE)
+    old, _ = policy.log_probs(rollouts)
+    policy.load(perturbed(model_path).__getitem__)
+    objective = build_objective(
+        {"name": "disco", "score": score, "tau": TAU, "constraint": {"beta": BETA, "delta": 0.5 * kl}}
+    )
+    metrics = accumulate_gradient(policy, objective, rollouts, OldPolicy(old), max_response_length=LIMIT)
+    assert metrics["constraint/active"] == 1.0
+    gradients = {n: g.double() for n, g in policy.named_gradients()}
+    errors = {n: float((gradients[n] - g).norm() / g.norm()) for n, g in expected.items()}
+    difference = torch.cat([(gradients[n] - g).flatten() for n, g in expected.items()]).norm()
+    whole = torch.cat([g.flatten() for g in expected.values()]).norm()
+    assert difference <= overall * whole
+    assert max(errors.values()) <= worst, max(errors, key=errors.__getitem__)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gpg", "rloo", "grpo_er"])
+def test_one_pass_gives_the_gradient_and_metrics_of_two(model_path: Path, rollouts: Rollouts, name: str) -> None:
+    config = model_config(model_path, token_budget=512)
+    parallel.start(config)
+    policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
+    old, entropies = policy.log_probs(rollouts, entropies=True)
+    policy.load(perturbed(model_path).__getitem__)
+    objective = build_objective({"name": name})
+    assert objective.separable
+    old_policy = OldPolicy(old, entropies)
+    one = accumulate_gradient(policy, objective, rollouts, old_policy, max_response_length=LIMIT)
+    gradients = {n: g.clone() for n, g in policy.named_gradients()}
+
+    class InTwoPasses:
+        """The same objective, of which the step sees only that it can be called."""
+
+        requires, __call__ = objective.requires, staticmethod(objective.__call__)
+
+    two = accumulate_gradient(policy, InTwoPasses(), rollouts, old_policy, max_response_length=LIMIT)  # type: ignore[arg-type]
+    assert one == pytest.approx(two, rel=1e-9, abs=1e-12)
+    for n, gradient in policy.named_gradients():
+        torch.testing.assert_close(gradients[n], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_first_mini_batch_needs_no_forward_pass(
+    model_path: Path, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model_config(model_path, token_budget=512)
+    parallel.start(config)
+    policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
+    old = OldPolicy(*policy.log_probs(rollouts))
+    objective = build_objective({"name": "disco"})
+    with_pass = accumulate_gradient(policy, objective, rollouts, old, max_response_length=LIMIT)
+    gradients = {n: g.clone() for n, g in policy.named_gradients()}
+    monkeypatch.setattr(policy, "log_probs", None)
+    without = accumulate_gradient(policy, objective, rollouts, old, max_response_length=LIMIT, first=True)
+    assert without == pytest.approx(with_pass, rel=1e-9, abs=1e-12)
+    for n, gradient in policy.named_gradients():
+        torch.testing.assert_close(gradients[n], gradient, rtol=1e-9, atol=1e-12)
