@@ -14,7 +14,7 @@ CLASHES = [
     (["model.virtual_pipeline_model_parallel_size=2"], 2, "pipeline_model_parallel_size above 1", ""),
     (["data.questions_per_step=30", "algorithm.mini_batch_questions=8"], 2,
      "mini_batch_questions=8 does not divide data.questions_per_step=30", "would work: 1, 2, 3, 5, 6, 10, 15, 30"),
-    (["data.questions_per_step=32", "algorithm.mini_batch_questions=64"], 2, "mini_batch_questions=64 does not", "16, 32"),
+    (["data.questions_per_step=32", "algorithm.mini_batch_questions=64"], 2, "=64 does not divide", "16, 32"),
     (["model.token_budget=255", "data.max_prompt_length=128", "generation.max_response_length=128"], 2,
      "model.token_budget=255 is smaller than one response with its prompt: data.max_prompt_length=128 + "
      "generation.max_response_length=128 = 256", "would work: model.token_budget=256 or more"),
