@@ -57,9 +57,7 @@ class MiniBatch:
             i = int(self.lengths.argmin())
             raise ValueError(f"mini-batch: response {i} has length {int(self.lengths[i])}; lengths are 0 or more")
         if (total := int(self.lengths.sum())) != len(self.log_probs):
-            raise ValueError(
-                f"mini-batch: the lengths add up to {total}, but there are {len(self.log_probs)} log_probs"
-            )
+            raise ValueError(f"mini-batch: the lengths add up to {total}, not to the {len(self.log_probs)} log_probs")
         if self.max_response_length < 1:
             raise ValueError(f"mini-batch: max_response_length is {self.max_response_length}; it must be 1 or more")
         self._check_finite()
@@ -68,6 +66,8 @@ class MiniBatch:
         sizes = dict.fromkeys(_PER_TOKEN, len(self.log_probs)) | dict.fromkeys(_PER_RESPONSE, len(self.lengths))
         for name, size in sizes.items():
             value = getattr(self, name)
+            if not isinstance(value, Tensor | None):
+                raise ValueError(f"mini-batch: {name} must be a tensor; it is a {type(value).__name__}")
             if value is not None and tuple(value.shape) != (size,):
                 unit = "log_probs" if name in _PER_TOKEN else "lengths"
                 raise ValueError(f"mini-batch: {name} has shape {list(value.shape)}, but there are {size} {unit}")
@@ -77,16 +77,9 @@ class MiniBatch:
     def _check_types(self) -> None:
         for name in _PER_TOKEN + _PER_RESPONSE:
             value = getattr(self, name)
-            if value is None or name == "rewards":
-                continue
-            if name in _BOOL:
-                fits, kind = value.dtype == torch.bool, "bool"
-            elif name in _INTEGER:
-                fits, kind = value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8), "integers"
-            else:
-                fits, kind = value.is_floating_point(), "floating point"
-            if not fits:
-                raise ValueError(f"mini-batch: {name} must be {kind}; it is {value.dtype}")
+            wanted = "bool" if name in _BOOL else "integers" if name in _INTEGER else "floating point"
+            if value is not None and name != "rewards" and _kind(value) != wanted:
+                raise ValueError(f"mini-batch: {name} must be {wanted}; it is {value.dtype}")
 
     def _check_finite(self) -> None:
         if (i := _first_non_finite(self.rewards)) is not None:
@@ -172,6 +165,12 @@ class Groups:
     def flat(self, table: Tensor) -> Tensor:
         """[Q, G] to [N], the inverse of `table`."""
         return table[self.row, self.column]
+
+
+def _kind(values: Tensor) -> str:
+    if values.dtype == torch.bool:
+        return "bool"
+    return "floating point" if values.is_floating_point() else "integers"
 
 
 def _first_non_finite(values: Tensor) -> int | None:

@@ -36,11 +36,13 @@ def small(**changes: Any) -> MiniBatch:
         ({"old_log_probs": torch.zeros(2)}, r"old_log_probs has shape \[2\], but there are 3 log_probs"),
         ({"log_probs": torch.zeros(3, 1)}, r"log_probs has shape \[3, 1\]"),
         ({"entropies": torch.zeros(4)}, r"entropies has shape \[4\]"),
-        ({"lengths": torch.tensor([1, 1, 2])}, r"lengths add up to 4, but there are 3 log_probs"),
+        ({"lengths": torch.tensor([1, 1, 2])}, r"lengths add up to 4, not to the 3 log_probs"),
         ({"lengths": torch.tensor([3, -1, 1])}, r"response 1 has length -1"),
         ({"lengths": torch.tensor([1.0, 0.0, 2.0])}, r"lengths must be integers"),
         ({"correct": torch.tensor([0.0, 1.0, 1.0])}, r"correct must be bool"),
         ({"log_probs": torch.tensor([1, 2, 3])}, r"log_probs must be floating point"),
+        ({"question_ids": torch.tensor([True, False, True])}, r"question_ids must be integers"),
+        ({"rewards": [0.0, 1.0, 1.0]}, r"rewards must be a tensor; it is a list"),
         ({"max_response_length": 0}, r"max_response_length is 0"),
         (
             dict.fromkeys(("lengths", "question_ids"), torch.tensor([], dtype=torch.int64))

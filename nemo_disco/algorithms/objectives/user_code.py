@@ -45,8 +45,9 @@ def defined_at(function: Callable[..., Any]) -> str:
 
 
 def raised_in(cls: type, error: Exception) -> str:
-    """The error, and file:line of the innermost line that it came through in a file where the class has a method."""
-    files = {method.__code__.co_filename for method in vars(cls).values() if inspect.isfunction(method)}
+    """The error, and file:line of the innermost of its frames in the file of one of the class's own methods."""
+    methods = [method for owner in cls.__mro__ if is_users(owner) for method in vars(owner).values()]
+    files = {method.__code__.co_filename for method in methods if inspect.isfunction(method)}
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {error}"
