@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -88,3 +89,51 @@ class Optimizer:
         self.megatron.step_with_ready_grads()
         self.schedule.step(increment=1)
         return StepResult(norm, applied=True)
+
+    # --- its state, for checkpoints ---
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were applied."""
+        return int(self.schedule.num_steps)
+
+    def sharded_state(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+        """megatron's sharded tensors of the float32 weights and the moments, in the model's own shapes, so that any
+        other layout can read them. model_state: the model's own sharded state. A collective."""
+        self._allocate()
+        metadata = {
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+            "distrib_optim_sharding_type": "fully_reshardable",
+        }
+        return {
+            str(i): part.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)["param_state"]
+            for i, part in enumerate(self._parts)
+        }
+
+    def load_sharded_state(self, state: dict[str, Any], steps: int) -> None:
+        """Take what was read into the tensors of `sharded_state`, at so many applied steps. The learning rate follows
+        from the present configuration."""
+        for i, part in enumerate(self._parts):
+            moments = part.optimizer.state
+            for moment in moments.values():
+                moment.pop("step", None)  # megatron would copy a tensor that the checkpoint does not hold
+            part.load_parameter_state_from_fully_reshardable(state[str(i)])
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                for moment in moments.values():
+                    moment["step"] = torch.tensor(float(steps))  # one each: AdamW counts in place
+            else:
+                for group in part.optimizer.param_groups:
+                    group["step"] = steps
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=steps)
+
+    def _allocate(self) -> None:
+        """Give torch's AdamW the state that its first step would give it: megatron reads the step count there."""
+        for part in self._parts:
+            if not isinstance(part.optimizer, torch.optim.AdamW):
+                continue
+            for group in part.optimizer.param_groups:
+                for p in group["params"]:
+                    if not part.optimizer.state[p]:
+                        zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                        part.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}

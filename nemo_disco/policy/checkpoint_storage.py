@@ -1,0 +1,125 @@
+"""megatron's sharded tensors to and from torch's distributed-checkpoint files.
+
+Writes in this process (megatron's own writer forks helpers that outlive a killed rank, and hang without psutil).
+Reads `.metadata`, a pickle, through an unpickler that admits the classes of a checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import torch as megatron_strategy
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from nemo_disco.runtime.errors import UserError
+
+METADATA = ".metadata"
+# BytesStorageMetadata is left out on purpose: what it announces, torch unpickles without restriction.
+_ADMITTED = {
+    ("torch", "Size"),
+    ("torch", "bfloat16"),
+    ("torch", "float16"),
+    ("torch", "float32"),
+    ("torch", "float64"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+}
+
+
+class SaveStrategy(SaveShardedStrategy):  # type: ignore[misc]
+    """megatron's torch_dist format: every rank writes its shards to one file and syncs it, rank 0 the metadata."""
+
+    can_handle_sharded_objects = True
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        shards, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        save(
+            megatron_strategy.mcore_to_pyt_state_dict(shards),
+            storage_writer=_Writer(checkpoint_dir),
+            planner=megatron_strategy.MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Nothing of where and when it was written: a checkpoint may be moved."""
+
+
+class LoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):  # type: ignore[misc]
+    """megatron's own, with MetadataReader in place of the reader that unpickles freely."""
+
+    def __init__(self, reader: MetadataReader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
+        theirs = megatron_strategy._get_filesystem_reader
+        megatron_strategy._get_filesystem_reader = lambda *_args, **_kwargs: self._reader
+        try:
+            return super().load(sharded_state_dict, checkpoint_dir)
+        finally:
+            megatron_strategy._get_filesystem_reader = theirs
+
+
+class NothingCommon(TorchCommonLoadStrategy):  # type: ignore[misc]
+    """Leaves common.pt, a pickle, closed: what ranks have in common is in checkpoint.json."""
+
+    def load_common(self, _checkpoint_dir: str | Path) -> dict[str, Any]:
+        return {}
+
+
+class MetadataReader(FileSystemReader):
+    """Reads tensors (torch opens them with weights_only) of the `files` of one checkpoint, and no other file."""
+
+    def __init__(self, path: Path, files: Collection[str]) -> None:
+        """Raises UserError if the metadata holds anything but a checkpoint's own classes, or points elsewhere."""
+        super().__init__(path)
+        self._metadata = read_metadata(path / METADATA)
+        elsewhere = {info.relative_path for info in self._metadata.storage_data.values()} - set(files)
+        if elsewhere:
+            raise UserError(f"{path / METADATA} points at {min(elsewhere)!r}, which is not part of the checkpoint")
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+def read_metadata(file: Path) -> Metadata:
+    """The metadata of a torch distributed checkpoint. Raises UserError if it is damaged, or holds anything else."""
+    try:
+        metadata = _Unpickler(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        raise UserError(f"{file}: damaged, not the metadata of a checkpoint") from None
+    if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{file}: not the metadata of a checkpoint")
+    return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Path) -> None:
+        super().__init__(io.BytesIO(file.read_bytes()))
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise UserError(
+                f"{self._file} asks for {module}.{name}, which no checkpoint of ours holds: it was not written by this "
+                "program and is not opened"
+            )
+        return super().find_class(module, name)
