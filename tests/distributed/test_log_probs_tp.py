@@ -1,0 +1,84 @@
+"""token_log_probs over real tensor-parallel processes: the same numbers as one process, whatever TP is."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from nemo_disco.policy.log_probs import token_log_probs
+
+TOKENS, HIDDEN = 700, 6
+# Vocabulary, and rows with padding: an even split; padding within the last rank; TP 4's last rank all padding.
+VOCABULARIES = [(2400, 2400), (2397, 2400), (1800, 2400)]
+
+
+def problem(vocab: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(rows, HIDDEN, generator=generator, dtype=torch.float64) * 3
+    targets = torch.randint(vocab, (TOKENS,), generator=generator)
+    upstream = torch.randn(2, TOKENS, generator=generator, dtype=torch.float64)
+    upstream[:, 100:250] = 0
+    return hidden, weight, targets, upstream
+
+
+def values_and_gradients(vocab: int, rows: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """log-probs, entropies and this rank's gradients of hidden and of its rows of the weight."""
+    hidden, weight, targets, upstream = problem(vocab, rows)
+    ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
+    shard = weight.chunk(ranks)[rank].clone().requires_grad_()
+    hidden.requires_grad_()
+    log_probs, entropies = token_log_probs(
+        hidden,
+        shard,
+        targets,
+        temperature=0.8,
+        tp_group=group,
+        vocab_start=rank * rows // ranks,
+        vocab_size=vocab,
+        entropies=True,
+    )
+    assert entropies is not None
+    loss = (log_probs * upstream[0] + entropies * upstream[1]).sum()
+    return [log_probs.detach(), entropies.detach(), *torch.autograd.grad(loss, [hidden, shard])]
+
+
+def worker(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    for tp, group in ((4, dist.group.WORLD), (2, pairs[rank // 2])):
+        for i, (vocab, rows) in enumerate(VOCABULARIES):
+            log_probs, entropies, grad_hidden, grad_weight = values_and_gradients(vocab, rows, group)
+            dist.all_reduce(grad_hidden, group=group)  # megatron's part: each rank has a partial sum
+            torch.save([log_probs, entropies, grad_hidden, grad_weight], f"{folder}/tp{tp}_{i}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four processes, once: TP 4 of all of them, then TP 2 in each half (where group ranks are not global ranks)."""
+    folder = tmp_path_factory.mktemp("tp")
+    mp.spawn(worker, args=(4, str(folder)), nprocs=4)
+    return folder
+
+
+@pytest.mark.parametrize("case", range(len(VOCABULARIES)), ids=[str(v) for v in VOCABULARIES])
+@pytest.mark.parametrize(("tp", "first"), [(2, 0), (2, 2), (4, 0)])
+def test_equals_one_process(tp: int, first: int, case: int, results: Path) -> None:
+    expected = values_and_gradients(*VOCABULARIES[case], None)
+    found = [torch.load(results / f"tp{tp}_{case}_{rank}.pt") for rank in range(first, first + tp)]
+    for mine in found:
+        for value, right in zip(mine[:3], expected[:3], strict=True):
+            assert (value - right).abs().max() < 1e-12 * right.abs().max()
+        assert torch.equal(mine[0], found[0][0])  # to the bit, so that all ranks take the same decisions
+    whole = torch.cat([mine[3] for mine in found])
+    assert (whole - expected[3]).abs().max() < 1e-12 * expected[3].abs().max()

@@ -1,0 +1,226 @@
+"""token_log_probs against a materialised float64 log_softmax: values, gradients, padding, memory, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_disco.policy import log_probs as module
+from nemo_disco.policy.log_probs import token_log_probs
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "log_probs.py"
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "value_tol", "grad_tol"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 1e-4)]
+)
+
+
+def problem(n: int, vocab: int, h: int, dtype: torch.dtype, spread: float = 6.0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight (logits of standard deviation `spread`) and targets, half of them likely ones."""
+    generator = torch.Generator().manual_seed(n + vocab + h)
+    hidden = torch.randn(n, h, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab, h, generator=generator, dtype=torch.float64) * spread / h**0.5
+    targets = torch.randint(vocab, (n,), generator=generator)
+    targets[::2] = (hidden @ weight.T).argmax(1)[::2]
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The definition, in float64 and with everything in memory."""
+    log_p = (hidden.double() @ weight.double().T / temperature).log_softmax(1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The largest error relative to the largest entry."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def upstream(n: int) -> tuple[Tensor, Tensor]:
+    """Token weights and entropy weights of both signs."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, n, generator=generator, dtype=torch.float64).unbind()
+
+
+@DTYPES
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+# 1100 tokens and 2300 rows are three tiles of each, the last ones ragged; the other two are smaller than one tile.
+@pytest.mark.parametrize(("n", "vocab", "h"), [(1100, 2300, 8), (64, 512, 32), (1, 40, 4)])
+def test_values_and_gradients(
+    n: int, vocab: int, h: int, temperature: float, dtype: torch.dtype, value_tol: float, grad_tol: float
+) -> None:
+    hidden, weight, targets = problem(n, vocab, h, dtype)
+    w, v = upstream(n)
+    for entropy_weight in (0.0, 1.0):
+        expected = reference(hidden, weight, targets, temperature)
+        expected_grads = torch.autograd.grad(
+            (expected[0] * w + entropy_weight * expected[1] * v).sum(), [hidden, weight]
+        )
+        log_probs, entropy = token_log_probs(
+            hidden, weight, targets, temperature=temperature, entropies=bool(entropy_weight)
+        )
+        loss = (log_probs * w).sum()
+        torch.testing.assert_close(log_probs.double(), expected[0], rtol=value_tol, atol=value_tol)
+        assert log_probs.dtype == dtype
+        if entropy_weight:
+            assert entropy is not None
+            torch.testing.assert_close(entropy.double(), expected[1], rtol=value_tol, atol=value_tol)
+            loss = loss + (entropy * v).sum()
+        else:
+            assert entropy is None
+        for found, grad in zip(torch.autograd.grad(loss, [hidden, weight]), expected_grads, strict=True):
+            assert found.dtype == dtype and error(found, grad) < grad_tol
+
+
+def test_gradcheck_through_both_outputs() -> None:
+    hidden, weight, targets = problem(4, 7, 3, torch.float64, spread=2.0)
+
+    def both(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        return token_log_probs(hidden, weight, targets, temperature=0.7, vocab_size=7, entropies=True)
+
+    assert torch.autograd.gradcheck(both, (hidden, weight))
+
+
+def test_gradient_of_entropy_alone() -> None:
+    hidden, weight, targets = problem(30, 40, 5, torch.float64)
+    _, v = upstream(30)
+    expected = torch.autograd.grad((reference(hidden, weight, targets, 1.0)[1] * v).sum(), [hidden, weight])
+    _, entropy = token_log_probs(hidden, weight, targets, temperature=1.0, entropies=True)
+    assert entropy is not None
+    for found, grad in zip(torch.autograd.grad((entropy * v).sum(), [hidden, weight]), expected, strict=True):
+        assert error(found, grad) < 1e-12
+
+
+def test_bf16_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 625 tiles a bf16 sum is 8% off (measured); in float32 only the products' own rounding is left, 0.5%."""
+    monkeypatch.setattr(module, "_CPU_TILE", module._Tile(tokens=32, vocab=16))
+    hidden, weight, targets = problem(20_000, 64, 8, torch.bfloat16, spread=1.0)
+    expected = reference(hidden, weight, targets, 1.0)
+    grads = torch.autograd.grad(expected[0].sum(), [hidden, weight])
+    log_probs, _ = token_log_probs(hidden, weight, targets, temperature=1.0)
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs.double(), expected[0], rtol=0, atol=3e-2)
+    for found, grad in zip(torch.autograd.grad(log_probs.sum(), [hidden, weight]), grads, strict=True):
+        assert found.dtype == torch.bfloat16 and error(found, grad) < 1e-2
+
+
+@pytest.mark.parametrize("offset", [-2000.0, 2000.0])
+def test_extreme_logits_stay_finite(offset: float) -> None:
+    """All logits shifted far away change nothing: the last column of hidden adds `offset` to each."""
+    hidden, weight, targets = problem(20, 1500, 4, torch.float32, spread=3.0)
+    column = torch.ones(20, 1)
+    shifted = torch.cat([hidden, column], 1).detach().requires_grad_()
+    shifted_weight = torch.cat([weight, torch.full((1500, 1), offset)], 1).detach().requires_grad_()
+    log_probs, entropy = token_log_probs(shifted, shifted_weight, targets, temperature=1.0, entropies=True)
+    expected = reference(hidden, weight, targets, 1.0)
+    assert entropy is not None
+    torch.testing.assert_close(log_probs.double(), expected[0], rtol=0, atol=2e-3)  # float32 at 2000: 1.2e-4 a logit
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=0, atol=2e-3)
+    (log_probs.sum() + entropy.sum()).backward()
+    assert shifted.grad is not None and shifted.grad.isfinite().all()
+
+
+def test_padding_rows_have_no_probability_and_no_gradient() -> None:
+    """Padding with huge logits must not matter; nor must NaN, which uninitialised padding can be."""
+    hidden, weight, targets = problem(50, 1100, 6, torch.float64)
+    padded = torch.cat([weight.detach(), torch.full((60, 6), torch.nan, dtype=torch.float64)]).requires_grad_()
+    w, _ = upstream(50)
+    expected = reference(hidden, weight, targets, 1.0)
+    grads = torch.autograd.grad((expected[0] * w).sum(), [hidden, weight])
+    log_probs, _ = token_log_probs(hidden, padded, targets, temperature=1.0, vocab_size=1100)
+    torch.testing.assert_close(log_probs, expected[0], rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad((log_probs * w).sum(), [hidden, padded])
+    assert error(found[0], grads[0]) < 1e-12 and error(found[1][:1100], grads[1]) < 1e-12
+    assert not found[1][1100:].any()
+
+
+def test_tokens_of_weight_zero_are_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = problem(2000, 50, 4, torch.float64)
+    w, v = upstream(2000)
+    w[:1300], v[:1200] = 0, 0
+    expected = reference(hidden, weight, targets, 1.0)
+    grads = torch.autograd.grad((expected[0] * w + expected[1] * v).sum(), [hidden, weight])
+    log_probs, entropy = token_log_probs(hidden, weight, targets, temperature=1.0, entropies=True)
+    assert entropy is not None
+    seen: list[int] = []
+    logits = module._Scratch.logits
+
+    def count(self: module._Scratch, hidden: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        seen.append(len(hidden))
+        return logits(self, hidden, weight, scale)
+
+    monkeypatch.setattr(module._Scratch, "logits", count)
+    found = torch.autograd.grad((log_probs * w + entropy * v).sum(), [hidden, weight])
+    assert sum(seen) == 800
+    assert error(found[0], grads[0]) < 1e-12 and error(found[1], grads[1]) < 1e-12
+
+
+def test_only_what_is_asked_for_is_differentiated_and_kept() -> None:
+    hidden, weight, targets = problem(30, 40, 5, torch.float64)
+    expected = torch.autograd.grad(reference(hidden, weight, targets, 1.0)[0].sum(), [hidden, weight])
+    frozen, _ = token_log_probs(hidden, weight.detach(), targets, temperature=1.0)
+    assert error(torch.autograd.grad(frozen.sum(), hidden)[0], expected[0]) < 1e-12
+    frozen, _ = token_log_probs(hidden.detach(), weight, targets, temperature=1.0)
+    assert error(torch.autograd.grad(frozen.sum(), weight)[0], expected[1]) < 1e-12
+    with torch.no_grad():
+        states = hidden * 2
+        gone = weakref.ref(states)
+        log_probs, _ = token_log_probs(states, weight, targets, temperature=1.0)
+        del states
+    assert not log_probs.requires_grad and gone() is None
+
+
+@pytest.mark.parametrize("loss_of", [lambda x: x.sum(), lambda x: (x * 0).sum()], ids=["no tokens", "no weights"])
+def test_nothing_to_do_gives_zero_gradients(loss_of: object) -> None:
+    n = 0 if loss_of(torch.ones(1)) else 9  # type: ignore[operator]
+    hidden, weight, targets = (
+        torch.ones(n, 4, requires_grad=True),
+        torch.ones(6, 4, requires_grad=True),
+        torch.zeros(n, dtype=torch.int64),
+    )
+    log_probs, entropy = token_log_probs(hidden, weight, targets, temperature=1.0, entropies=True)
+    assert entropy is not None and log_probs.shape == entropy.shape == (n,)
+    loss_of(log_probs).backward()  # type: ignore[operator]
+    assert hidden.grad is not None and hidden.grad.shape == (n, 4) and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature of log-probs must be positive"),
+        ({"targets": torch.tensor([0, 5, 2])}, "below the vocabulary size 5, found 0 to 5"),
+        ({"targets": torch.tensor([0, -1, 2])}, "found -1 to 2"),
+        ({"targets": torch.tensor([0, 1])}, r"not \(3, 4\), \(6, 4\), \(2,\)"),
+        ({"targets": torch.zeros(3)}, "int64 targets, not torch.float32"),
+        ({"hidden": torch.zeros(3, 5)}, r"not \(3, 5\), \(6, 4\)"),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.bfloat16)}, "one floating dtype"),
+        ({"vocab_start": 6}, "does not fit a vocabulary of 5: row 6 and 6 rows a rank, on rank 0 of 1"),
+        ({"vocab_size": 7}, "does not fit a vocabulary of 7"),
+    ],
+)
+def test_refusals(change: dict[str, object], message: str) -> None:
+    inputs = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "targets": torch.tensor([0, 4, 2])}
+    with pytest.raises(ValueError, match=message):
+        token_log_probs(**{**inputs, "temperature": 1.0, "vocab_size": 5, **change})  # type: ignore[arg-type]
+
+
+def measure(variant: str, tokens: int) -> dict[str, float]:
+    """One process of its own: only then is the peak resident memory this variant's."""
+    sizes = ["--tokens", str(tokens), "--vocab", "151936", "--hidden", "32"]
+    command = [sys.executable, str(BENCHMARK), "--one", variant, *sizes]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_peak_memory_is_under_a_tenth_of_the_logits() -> None:
+    """Vocabulary 151,936 and 8,192 tokens, forward and backward through log-probs and entropies."""
+    logits = 8192 * 151_936 * 4
+    assert measure("tiled_entropies", 8192)["extra_bytes"] < logits / 10
+    # That the meter works: plain PyTorch at a thirty-second of the tokens needs at least its logits and their gradient.
+    assert measure("plain", 256)["extra_bytes"] > 2 * logits / 32
