@@ -52,7 +52,8 @@ class Rollouts:
             raise ValueError(f"rollouts: {len(self.tokens)} tokens, but the lengths add up to {total}")
         if len(self.generation_log_probs) != int(self.response_lengths.sum()):
             raise ValueError(
-                f"rollouts: {len(self.generation_log_probs)} log-probs for {int(self.response_lengths.sum())} response tokens"
+                f"rollouts: {len(self.generation_log_probs)} log-probs "
+                f"for {int(self.response_lengths.sum())} response tokens"
             )
 
     def __len__(self) -> int:
@@ -131,7 +132,8 @@ class Rollouts:
         if len(bad):
             i = int(bad[0])
             raise ValueError(
-                f"reward of response {i} (question {int(self.question_ids[i])}) is {float(values[i])}; rewards must be finite"
+                f"reward of response {i} (question {int(self.question_ids[i])}) is {float(values[i])}; "
+                "rewards must be finite"
             )
         return replace(self, rewards=values, correct=values > threshold)
 

@@ -1,0 +1,131 @@
+"""Between text and tokens: the tokenizer of a Hugging Face directory, its chat template, and its stop tokens.
+
+Encodes questions into prompts and decodes responses. Knows nothing of engines or grading; reads local files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nemo_disco.data.questions import Message, Question, first_of
+from nemo_disco.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as token ids, after the chat template and up to where the response begins."""
+
+    question: Question
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """notes: one line if questions over the limit were dropped, naming them."""
+
+    prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...]
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory. Raises UserError: none there, no EOS, no chat template."""
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: there is no such directory; model.path is a Hugging Face directory with a tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and tokenizers raise every kind, down to bare Exception
+        remote = "trust_remote_code" in str(error)
+        mend = "set model.trust_remote_code=true if you trust it" if remote else "it needs a sound tokenizer.json"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+        raise UserError(f"{path}: no usable tokenizer there: {reason}; {mend}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token; set `eos_token` in tokenizer_config.json")
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{path}: the tokenizer has no chat template; put one in chat_template.jinja, or in `chat_template` of "
+            "tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def encode_prompts(
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    suffix: str,
+    max_prompt_length: int,
+    too_long: Literal["error", "drop"],
+) -> Encoded:
+    """Questions as prompts, in order, each with `suffix` after the text of its last user turn if it is not there yet.
+
+    max_prompt_length: tokens, the template's included. Raises UserError naming the question, its length and the limit
+    where one is over it and `too_long` is "error", or where none would be left.
+    """
+    if not questions:
+        return Encoded((), ())
+    rendered = [_render(tokenizer, question, suffix) for question in questions]
+    tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has written the special ones
+    prompts = [Prompt(question, ids) for question, ids in zip(questions, tokens, strict=True)]
+    kept = tuple(prompt for prompt in prompts if len(prompt.tokens) <= max_prompt_length)
+    over = [prompt for prompt in prompts if len(prompt.tokens) > max_prompt_length]
+    if over and (too_long == "error" or not kept):
+        raise UserError(
+            f"{over[0].question.source}: the prompt has {len(over[0].tokens)} tokens, data.max_prompt_length is "
+            f"{max_prompt_length} ({len(over)} of {len(prompts)} questions are over it, the longest has "
+            f"{max(len(p.tokens) for p in over)} tokens); raise it" + (", or set data.too_long=drop" if kept else "")
+        )
+    notes = [
+        f"{len(over)} of {len(prompts)} questions left out, prompts over data.max_prompt_length={max_prompt_length} "
+        f"tokens: {first_of([f'{p.question.source} ({len(p.tokens)})' for p in over], most=5)}"
+    ]
+    return Encoded(kept, tuple(notes if over else ()))
+
+
+def _render(tokenizer: Tokenizer, question: Question, suffix: str) -> str:
+    import jinja2
+
+    *before, last = question.messages
+    turns = [*before, Message(last.role, _with_suffix(last.content, suffix))]
+    conversation = [turn._asdict() for turn in turns]
+    try:
+        text: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{question.source}: the tokenizer's chat template refuses it: {error}") from error
+    if not text:
+        raise UserError(f"{question.source}: the tokenizer's chat template makes an empty prompt of it")
+    return text
+
+
+def _with_suffix(text: str, suffix: str) -> str:
+    if text.rstrip().endswith(suffix.strip()):
+        return text
+    return text + ("" if suffix[0].isspace() or text[-1].isspace() else " ") + suffix
+
+
+def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ...]:
+    """What ends a response, rising: the tokenizer's EOS, and those of generation_config.json where there is one."""
+    path = Path(model_dir) / "generation_config.json"
+    try:
+        config = json.loads(path.read_bytes()) if path.exists() else {}
+        listed = config.get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object: {error}") from error
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
+        raise UserError(f"{path}: `eos_token_id` is {listed}; the tokenizer has ids from 0 to {len(tokenizer) - 1}")
+    return tuple(sorted({int(tokenizer.eos_token_id), *ids}))
+
+
+def decode_responses(tokenizer: Tokenizer, responses: Iterable[Sequence[int]], stop_ids: Sequence[int]) -> list[str]:
+    """Responses as text, without the stop token at the end. Other special tokens stay: `</think>` may be one."""
+    stops = set(stop_ids)
+    bodies = [list(ids[:-1]) if ids and ids[-1] in stops else list(ids) for ids in responses]
+    return [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in bodies]
