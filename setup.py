@@ -44,7 +44,6 @@ setup(
         "pyarrow",  # Parquet
         "rich>=13",
         "tensorboard",
-        "matplotlib",
     ],
     extras_require={
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "setuptools>=77"],  # setuptools: test_packaging builds a wheel

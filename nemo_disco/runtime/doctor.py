@@ -33,7 +33,6 @@ PACKAGES: dict[str, tuple[str, str] | None] = {
     "antlr4-python3-runtime": ("4.9", "4.10"),
     "pyarrow": None,
     "tensorboard": None,
-    "matplotlib": None,
     "transformer-engine": ("2.9", "2.12"),
     "apex": None,
     "vllm": None,
@@ -107,6 +106,7 @@ def features(parts: Mapping[str, Part]) -> list[Feature]:
     return [
         Feature("train on the CPU (gloo)", _missing(parts, TRAINING), needed=True),
         Feature("parts for training on GPUs (NCCL, BF16)", _missing(parts, (*TRAINING, *gpu))),
+        Feature("attention on packed sequences (torch's SDPA)", _missing(parts, ("torch",))),
         Feature("fused optimizer and norms", "" if fused else "transformer-engine or apex; torch's own are used"),
         Feature("FP8 and Transformer Engine layers", LATER),
         Feature("engine megatron", _missing(parts, TRAINING), needed=True),
@@ -115,7 +115,6 @@ def features(parts: Mapping[str, Part]) -> list[Feature]:
         Feature("grade mathematics", _missing(parts, ("math-verify", "antlr4-python3-runtime")), needed=True),
         Feature("Parquet question files", _missing(parts, ("pyarrow",))),
         Feature("TensorBoard", _missing(parts, ("tensorboard",))),
-        Feature("plots", _missing(parts, ("matplotlib",))),
         Feature("Weights & Biases", LATER),
         Feature("NeMo checkpoints", LATER),
         Feature("several nodes under SLURM", _missing(parts, ("SLURM",))),
