@@ -1,0 +1,6 @@
+"""Graders: what a response earns. The caller's process needs the standard library alone; math-verify has its own."""
+
+from nemo_disco.rewards.math_grader import MathGrader
+from nemo_disco.rewards.verdict import Verdict
+
+__all__ = ["MathGrader", "Verdict"]

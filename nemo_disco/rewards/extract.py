@@ -1,0 +1,56 @@
+"""Finds the final answer in a response: the last \\boxed{} after the thinking. Linear in the response's length.
+
+Pure string work: knows nothing of mathematics and never fails on any text.
+"""
+
+from __future__ import annotations
+
+import re
+
+from nemo_disco.rewards import verdict
+
+END_OF_THINKING = "</think>"
+_OPEN = re.compile(r"\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace, \{ or \}, is text
+
+
+class NoAnswerError(ValueError):
+    """The response has no final answer; the message is the verdict's reason."""
+
+
+def final_answer(response: str, require_think: bool) -> str:
+    """The content of the last \\boxed{}, only looked for after the last `</think>` if there is one.
+
+    The last box counts even if it is empty or cut off: an earlier one is not what the response ends with.
+    Raises NoAnswerError without a complete box, or without `</think>` if `require_think`.
+    """
+    _, tag, rest = response.rpartition(END_OF_THINKING)
+    if require_think and not tag:
+        raise NoAnswerError(verdict.NO_THINK)
+    content = boxed(rest)
+    if not content.strip():
+        raise NoAnswerError(verdict.EMPTY_BOX)
+    return content
+
+
+def boxed(text: str) -> str:
+    """The content of the last `\\boxed{...}` in the text. Raises NoAnswerError if there is none or it is not closed."""
+    end = len(text)
+    while (start := text.rfind(r"\boxed", 0, end)) >= 0:
+        if opening := _OPEN.match(text, start + len(r"\boxed")):
+            return _balanced(text, opening.end())
+        end = start
+    raise NoAnswerError(verdict.NO_BOX)
+
+
+def _balanced(text: str, start: int) -> str:
+    """What stands between the brace opened just before `start` and its partner."""
+    depth = 1
+    for token in _BRACE.finditer(text, start):
+        if token[0] == "{":
+            depth += 1
+        elif token[0] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start : token.start()]
+    raise NoAnswerError(verdict.OPEN_BOX)

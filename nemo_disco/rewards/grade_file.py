@@ -1,0 +1,79 @@
+"""Grades a JSONL file of responses: what `nemo-disco grade` does. Owns the grader meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from nemo_disco.rewards.math_grader import MathGrader
+from nemo_disco.runtime.errors import UserError
+
+BATCH = 512  # lines graded together
+
+
+def grade_file(
+    path: str | Path, out: TextIO, *, timeout: float = 5.0, workers: int = 2, require_think: bool = False
+) -> None:
+    """Write one JSON line, `{"reward": ..., "reason": ...}`, to `out` for each line of the file, in order.
+
+    A line has `response`, a string, and `answer`: a string or a number, or a list of alternatives.
+    Raises UserError naming the line and the field, before anything is graded; empty lines are refused too.
+    """
+    for _ in _lines(path):  # all lines are checked before time is spent on the first
+        pass
+    lines = _lines(path)
+    with MathGrader(timeout=timeout, workers=workers, require_think=require_think) as grader:
+        while batch := list(islice(lines, BATCH)):
+            responses, answers = zip(*batch, strict=True)
+            for verdict in grader.grade_with_reasons(responses, answers):
+                out.write(json.dumps({"reward": verdict.reward, "reason": verdict.reason}) + "\n")
+            out.flush()
+
+
+def _lines(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                yield _record(line, f"{path}, line {number}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; give a JSONL file") from error
+
+
+def _record(line: str, where: str) -> tuple[str, list[str]]:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); each line is an object with `response` and `answer`") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not an object; each line is an object with `response` and `answer`")
+    for field in ("response", "answer"):
+        if field not in record:
+            raise UserError(f"{where}: the field `{field}` is missing")
+    if not isinstance(record["response"], str):
+        raise UserError(f"{where}: `response` must be a string, not {_kind(record['response'])}")
+    return record["response"], _alternatives(record["answer"], where)
+
+
+def _alternatives(answer: Any, where: str) -> list[str]:
+    """The gold answers as strings."""
+    answers = answer if isinstance(answer, list) else [answer]
+    if not answers:
+        raise UserError(f"{where}: `answer` is an empty list; give at least one answer")
+    for one in answers:
+        if isinstance(one, bool) or not isinstance(one, str | int | float):
+            raise UserError(f"{where}: `answer` must be a string, a number, or a list of them, not {_kind(one)}")
+        if not str(one).strip():
+            raise UserError(f"{where}: `answer` is empty")
+    return [str(one) for one in answers]
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds = {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return kinds[type(value)]

@@ -1,0 +1,121 @@
+"""Decides plain answers exactly, in microseconds: the same text, or two numerals. All else takes algebra.
+
+Numerals are compared as rational numbers: no false positives, no rounding. Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from nemo_disco.rewards.canonical import based, canonical, quantity, squeezed
+
+MAX_NUMERAL = 400  # characters; Python refuses integers of over 4,300 digits, and none is an answer
+MAX_EXPONENT = 400
+SURE_DIGITS = 6  # a decimal with as many significant digits may stand for a number that has no finite decimal
+
+_INTEGER = r"\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+"
+_DECIMAL = rf"(?P<decimal>(?:{_INTEGER})?\.\d+|(?:{_INTEGER})\.?)"
+_POWER = (
+    r"(?:\s*(?:\\times|\\cdot|\*)\s*10\^(?:(?P<digit>\d)|\{\s*(?P<power>[+-]?\d+)\s*\})|[eE](?P<exponent>[+-]?\d+))?"
+)
+_FRACTION = (
+    r"(?:(?P<whole>\d+)\s*(?=\\frac|\d+\s*/))?"
+    r"(?:\\frac\s*(?:\{\s*(?P<n1>-?\d+)\s*\}|(?P<n2>\d))\s*(?:\{\s*(?P<d1>\d+)\s*\}|(?P<d2>\d))|(?P<n3>\d+)\s*/\s*(?P<d3>\d+))"
+)
+_NUMERAL = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_DECIMAL}{_POWER}|{_FRACTION})\s*(?P<percent>\\%)?", re.ASCII)
+_PLAIN = re.compile(r"-?\d{1,40}", re.ASCII)
+
+
+class Numeral(NamedTuple):
+    value: Fraction  # of the number before a percent sign
+    percent: bool
+    digits: int  # significant digits of a decimal; 0 for a fraction
+
+
+def same(answer: str, gold: str) -> bool | None:
+    """Whether the answer is the gold answer; None if that takes algebra to tell."""
+    if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(gold):
+        return int(answer) == int(gold)
+    answer, gold = canonical(answer), canonical(gold)
+    if _same_text(answer, gold):
+        return True
+    ours, theirs = quantity(answer), quantity(gold)
+    if ours.differs_in_unit(theirs):
+        return False
+    if _same_text(ours.body, theirs.body):
+        return True
+    one, other = numeral(ours.body), numeral(theirs.body)
+    if one and other:
+        return _same_numeral(one, other)
+    return _same_in_base(ours.body, theirs.body)
+
+
+def numeral(text: str) -> Numeral | None:
+    """The exact value of a canonical integer, decimal, power of ten, fraction or mixed number; else None."""
+    if len(text) > MAX_NUMERAL or not (match := _NUMERAL.fullmatch(text)):
+        return None
+    if match["decimal"]:
+        power = int(match["digit"] or match["power"] or match["exponent"] or 0)
+        if abs(power) > MAX_EXPONENT:
+            return None
+        decimal = match["decimal"].replace(",", "").replace(" ", "")
+        value = Fraction(decimal) * Fraction(10) ** power
+        digits = len(decimal.replace(".", "").strip("0"))
+    else:
+        fraction = _fraction(match)
+        if fraction is None:
+            return None
+        value, digits = fraction, 0
+    return Numeral(-value if match["sign"] == "-" else value, bool(match["percent"]), digits)
+
+
+def _fraction(match: re.Match[str]) -> Fraction | None:
+    """A fraction or mixed number; None where LaTeX could mean a product, and for a zero denominator."""
+    over = int(match["n1"] or match["n2"] or match["n3"])
+    under = int(match["d1"] or match["d2"] or match["d3"])
+    if under == 0:
+        return None
+    if match["whole"] is None:
+        return Fraction(over, under)
+    return int(match["whole"]) + Fraction(over, under) if 0 < over < under else None
+
+
+def _same_numeral(answer: Numeral, gold: Numeral) -> bool | None:
+    if answer.percent != gold.percent:
+        return _same_but_for_percent_sign(answer, gold)
+    if answer.value == gold.value:
+        return True
+    rounded = any(n.digits >= SURE_DIGITS for n in (answer, gold))
+    if rounded and not (_terminates(answer.value) and _terminates(gold.value)):
+        return None  # 0.333333 for 1/3
+    return False
+
+
+def _same_but_for_percent_sign(answer: Numeral, gold: Numeral) -> bool:
+    """80% is 0.8, and 80 where the question asks for per cent; but 0.5 and 0.5% are both plausible, and differ."""
+    percent, bare = (answer, gold) if answer.percent else (gold, answer)
+    return percent.value == 100 * bare.value or (percent.value == bare.value and abs(bare.value) >= 1)
+
+
+def _terminates(value: Fraction) -> bool:
+    """Whether the number has a finite decimal: its denominator divides a power of ten."""
+    return pow(10, value.denominator.bit_length(), value.denominator) == 0 or value.denominator == 1
+
+
+def _same_text(answer: str, gold: str) -> bool:
+    ours, theirs = squeezed(answer), squeezed(gold)
+    if ours == theirs:
+        return bool(ours)
+    return len(ours) > 1 and ours.isalpha() and ours.lower() == theirs.lower()
+
+
+def _same_in_base(answer: str, gold: str) -> bool | None:
+    """4343_6 is 4343 where the base is left out, but not 4343_7; None if neither names a base."""
+    ours, theirs = based(answer), based(gold)
+    if ours and theirs:
+        return ours == theirs
+    if ours or theirs:
+        return True if (ours[0] if ours else answer) == (theirs[0] if theirs else gold) else None
+    return None

@@ -1,0 +1,31 @@
+"""What a grader says of one response, and the reasons it may give. Plain data: imports nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+CORRECT: Final = "correct"
+WRONG: Final = "wrong"
+NO_BOX: Final = "no boxed answer"
+OPEN_BOX: Final = "unclosed boxed answer"
+EMPTY_BOX: Final = "empty boxed answer"
+NO_THINK: Final = "no </think>"
+TOO_LONG: Final = "answer too long"
+UNPARSABLE: Final = "unparsable answer"
+UNPARSABLE_GOLD: Final = "unparsable gold answer"
+TIMEOUT: Final = "timeout"
+NO_MEMORY: Final = "out of memory"
+DIED: Final = "grader worker died"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """reward: 1.0 or 0.0; reason: one of the constants above, so 'correct' exactly where the reward is 1."""
+
+    reward: float
+    reason: str
+
+    @classmethod
+    def of(cls, reason: str) -> Verdict:
+        return cls(1.0 if reason == CORRECT else 0.0, reason)

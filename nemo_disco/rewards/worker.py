@@ -1,0 +1,204 @@
+"""The grader's process, `python -m nemo_disco.rewards.worker N`: imports math-verify, forks up to N children to judge.
+
+JSON lines in (id, answer, golds, timeout) and out (id, reason). Only the children touch answers, so it never hangs:
+it kills a child that is late and forks the next in milliseconds. It has one thread, and ends when its input does.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from nemo_disco.rewards import symbolic, verdict
+
+MEMORY = 4 << 30  # bytes of address space a child
+READ = 1 << 16
+# One of each construct: the parser learns its grammar here once, not in every child.
+WARM_UP = (
+    r"\frac{1}{2}", r"-\frac{\sqrt{3}}{2}", r"(1,2)", r"(\frac{3}{2},-13)", r"[-2,7)", r"(-\infty,3]\cup[2,5)",
+    r"x^2+3x-1", r"(a+5)(b+2)", r"2\pi", r"3+4i", r"x=5", r"y=2x+3", r"1,2", r"\{1,2\}", r"3\pm2\sqrt{2}", r"1.5x",
+    r"\text{Evelyn}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"x\le5", r"1<x<2", r"x\in[-2,7]", r"2^{10}", r"10!",
+    r"\binom{5}{2}", r"\sin x", r"\log_2 3", r"|x|",
+)  # fmt: skip
+
+
+@dataclass
+class Child:
+    """One forked judge. `job` is the id of the answer it works on, None when idle; `deadline` in monotonic seconds."""
+
+    pid: int
+    channel: socket.socket
+    job: int | None = None
+    deadline: float = float("inf")
+    reply: bytes = b""
+
+
+class Server:
+    """Hands jobs to idle children, in order; each job's time starts when a child gets it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.children: list[Child] = []
+        self.jobs: deque[dict[str, Any]] = deque()
+        self.partial = b""
+
+    def run(self) -> None:
+        while True:
+            self._assign()
+            wait = min((child.deadline for child in self.children), default=float("inf")) - time.monotonic()
+            sources: list[Any] = [sys.stdin.fileno(), *(child.channel for child in self.children)]
+            ready, _, _ = select.select(sources, [], [], None if wait == float("inf") else max(0.0, wait))
+            if sys.stdin.fileno() in ready and not self._read_jobs():
+                return
+            for child in [c for c in self.children if c.channel in ready]:
+                self._read_reply(child)
+            for child in [c for c in self.children if c.deadline <= time.monotonic()]:
+                self._finish(child, verdict.TIMEOUT)
+                self._remove(child)
+
+    def close(self) -> None:
+        for child in list(self.children):
+            self._remove(child)
+
+    def _read_jobs(self) -> bool:
+        """Take in what the parent sent; False when it has closed its end or died."""
+        data = os.read(sys.stdin.fileno(), READ)
+        *lines, self.partial = (self.partial + data).split(b"\n")
+        self.jobs.extend(json.loads(line) for line in lines)
+        return bool(data)
+
+    def _assign(self) -> None:
+        while self.jobs:
+            child = next((c for c in self.children if c.job is None), None)
+            if child is None and len(self.children) == self.size:
+                return
+            child = child or self._fork()
+            job = self.jobs.popleft()
+            child.job, child.deadline = job["id"], time.monotonic() + job["timeout"]
+            try:
+                child.channel.sendall(json.dumps(job).encode() + b"\n")
+            except OSError:  # it died while idle
+                self._finish(child, verdict.DIED)
+                self._remove(child)
+
+    def _read_reply(self, child: Child) -> None:
+        try:
+            data = child.channel.recv(READ)
+        except ConnectionResetError:
+            data = b""
+        child.reply += data
+        if not data:
+            self._finish(child, verdict.DIED)
+            self._remove(child)
+        elif child.reply.endswith(b"\n"):
+            self._finish(child, child.reply.decode().strip())
+
+    def _finish(self, child: Child, reason: str) -> None:
+        if child.job is not None:
+            send({"id": child.job, "reason": reason})
+        child.job, child.deadline, child.reply = None, float("inf"), b""
+
+    def _remove(self, child: Child) -> None:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        child.channel.close()
+        self.children.remove(child)
+
+    def _fork(self) -> Child:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            for sibling in self.children:  # else a sibling would not see this process's end close
+                sibling.channel.close()
+            serve(theirs)
+        theirs.close()
+        child = Child(pid, ours)
+        self.children.append(child)
+        return child
+
+
+def serve(channel: socket.socket) -> NoReturn:
+    """A child's whole life: one answer after another, until the server goes or kills it."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    limit_resources()
+    sys.dont_write_bytecode = True
+    sys.addaudithook(refuse_effects)
+    try:
+        for line in channel.makefile("rb"):
+            job = json.loads(line)
+            limit_cpu(job["timeout"])
+            channel.sendall(judge(job).encode() + b"\n")
+    finally:
+        os._exit(0)
+
+
+def judge(job: dict[str, Any]) -> str:
+    try:
+        return symbolic.judge(job["answer"], job["golds"])
+    except MemoryError:
+        return verdict.NO_MEMORY
+    except Exception:  # whatever sympy makes of a hostile answer, the answer is wrong
+        return verdict.UNPARSABLE
+
+
+def limit_resources() -> None:
+    limit(resource.RLIMIT_AS, MEMORY)
+    limit(resource.RLIMIT_FSIZE, 0)
+    limit(resource.RLIMIT_CORE, 0)
+
+
+def limit_cpu(timeout: float) -> None:
+    """Should the server be killed, its children end by themselves: the CPU time of one answer is bounded too."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 2)
+
+
+def limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+def refuse_effects(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook, a second line of defence: a judge starts no process, opens no connection and writes no file."""
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    effect = event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty."))
+    if writes or (effect and event not in ("os.listdir", "os.scandir")):  # these two are the import system's
+        raise PermissionError(f"a grader's worker may not do {event}")
+
+
+def send(message: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is ours
+    symbolic.close_eval()
+    for latex in WARM_UP:
+        symbolic.judge(latex, [latex])
+    symbolic.judge("x^2-1", ["(x-1)(x+1)+y"])  # unequal: takes the long way, through simplify
+    gc.collect()
+    gc.freeze()  # keeps the pages shared with the children
+    server = Server(int(sys.argv[1]))
+    send({"ready": os.getpid()})
+    try:
+        server.run()
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    main()
