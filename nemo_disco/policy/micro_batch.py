@@ -5,14 +5,17 @@ Built from the step's Rollouts and the packing plan, both of which every rank ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nemo_disco.data.packing import padded
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.attention import PackedSequences
+from nemo_disco.policy.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,21 @@ class MicroBatch:
     index: Tensor
 
 
+@dataclass(frozen=True)
+class Padding:
+    """What token counts must be multiples of: each sequence's, and each micro-batch's."""
+
+    sequence: int = 1
+    micro_batch: int = 1
+
+    @classmethod
+    def of(cls, ranks: Ranks, sequence_parallel: bool) -> Padding:
+        """CP cuts each sequence in 2 CP chunks; under SP the TP ranks share a micro-batch's tokens (of a CP rank)."""
+        sequence = 2 * ranks.context_size if ranks.context_size > 1 else 1
+        shares = ranks.context_size * (ranks.tensor_size if sequence_parallel else 1)
+        return cls(sequence, math.lcm(sequence, shares))
+
+
 def sequence_lengths(rollouts: Rollouts) -> list[int]:
     """[N] tokens that each response needs the model to read: all but the last, which predicts nothing; 0 for an empty
     response, which has no log-prob and is left out of the micro-batches."""
@@ -39,27 +57,45 @@ def sequence_lengths(rollouts: Rollouts) -> list[int]:
 
 
 def build_micro_batch(
-    rollouts: Rollouts, responses: Sequence[int], *, multiple: int, device: torch.device
+    rollouts: Rollouts,
+    responses: Sequence[int],
+    *,
+    layout: Padding,
+    device: torch.device,
+    context_rank: int = 0,
+    context_size: int = 1,
 ) -> MicroBatch:
-    """Pack `responses`, shortest first (neighbours share an attention call), padded to a multiple of `multiple` tokens
-    with a sequence that predicts nothing."""
+    """Pack `responses`, shortest first (neighbours share an attention call), padded as the layout needs.
+
+    Under context parallelism: this rank's share of the tokens.
+    """
     needed = sequence_lengths(rollouts)
     order = sorted(responses, key=lambda i: (needed[i], i))
-    lengths = [needed[i] for i in order]
-    padding = -sum(lengths) % multiple if lengths else multiple
-    starts = [int(rollouts.token_offsets[i]) for i in order]
-    tokens = [rollouts.tokens[s : s + n] for s, n in zip(starts, lengths, strict=True)]
-    padded = [*lengths, padding] if padding else lengths
-    rows, offset = [], 0
-    for i, n in zip(order, lengths, strict=True):
-        rows.append(torch.arange(offset + int(rollouts.prompt_lengths[i]) - 1, offset + n))
-        offset += n
-    nothing = torch.zeros(0, dtype=torch.int64)
+    lengths = [padded(needed[i], layout.sequence) for i in order]
+    total = max(padded(sum(lengths), layout.micro_batch), layout.micro_batch)
+    if total > sum(lengths):
+        lengths.append(total - sum(lengths))  # one more sequence, which predicts nothing
+    ids, targets, index = (torch.zeros(total, dtype=torch.int64) for _ in range(3))
+    index -= 1
+    start = 0
+    for i, length in zip(order, lengths, strict=False):
+        first, n = int(rollouts.token_offsets[i]), needed[i]
+        ids[start : start + n] = rollouts.tokens[first : first + n]
+        answer = slice(start + int(rollouts.prompt_lengths[i]) - 1, start + n)
+        targets[answer] = rollouts.response(i)
+        index[answer] = torch.arange(int(rollouts.response_offsets[i]), int(rollouts.response_offsets[i + 1]))
+        start += length
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    sequences = PackedSequences.from_lengths(lengths, device, context_rank, context_size)
+    if sequences.local is not None:
+        local = sequences.local.cpu()
+        ids, positions, targets, index = ids[local], positions[local], targets[local], index[local]
+    rows = (index >= 0).nonzero()[:, 0]
     return MicroBatch(
-        input_ids=torch.cat([*tokens, torch.zeros(padding, dtype=torch.int64)])[None].to(device),
-        position_ids=torch.cat([torch.arange(n) for n in padded])[None].to(device),
-        sequences=PackedSequences.from_lengths(padded, device),
-        rows=torch.cat([nothing, *rows]).to(device),
-        targets=torch.cat([nothing, *(rollouts.response(i) for i in order)]).to(device),
-        index=rollouts.token_index(order).to(device),
+        input_ids=ids[None].to(device),
+        position_ids=positions[None].to(device),
+        sequences=sequences,
+        rows=rows.to(device),
+        targets=targets[rows].to(device),
+        index=index[rows].to(device),
     )

@@ -26,7 +26,7 @@ from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.packing import plan_micro_batches
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.hugging_face import HuggingFaceModel, load_hf_config
-from nemo_disco.policy.micro_batch import MicroBatch, build_micro_batch, sequence_lengths
+from nemo_disco.policy.micro_batch import MicroBatch, Padding, build_micro_batch, sequence_lengths
 from nemo_disco.policy.model import Targets
 from nemo_disco.policy.optimizer import Optimizer, StepResult
 from nemo_disco.policy.parallel import Ranks, device
@@ -84,7 +84,6 @@ class Policy:
             "hidden_dropout": 0.0,  # the old and the new log-probs must differ by theta alone
             "attention_dropout": 0.0,
             "use_cpu_initialization": self.device.type == "cpu",
-            "perform_initialization": False,
             "calculate_per_token_loss": True,  # sums, never means: the loss carries its own denominators
             "finalize_model_grads_func": _finalize_sums,
             "masked_softmax_fusion": False,
@@ -207,22 +206,30 @@ class Policy:
             [lengths[i] for i in read],
             token_budget=self.config.token_budget,
             data_parallel_size=self.ranks.data_size,
-            micro_batch_multiple=self._multiple,
+            sequence_multiple=self._padding.sequence,
+            micro_batch_multiple=self._padding.micro_batch,
             count_multiple=self.ranks.pipeline_size if config.virtual_pipeline_model_parallel_size else 1,
             attention_span=12 * config.hidden_size,
         )
         return [[tuple(read[i] for i in batch) for batch in rank] for rank in plan.micro_batches]
 
     @property
-    def _multiple(self) -> int:
-        return self.ranks.tensor_size if self.config.sequence_parallel else 1
+    def _padding(self) -> Padding:
+        return Padding.of(self.ranks, self.config.sequence_parallel)
 
     def _schedule(
         self, rollouts: Rollouts, use: Callable[..., Any], entropies: bool, *, forward_only: bool, **options: Any
     ) -> None:
         """Run megatron's pipeline schedule over this rank's micro-batches; `use(batch, output)` on the last stage."""
         batches = [
-            build_micro_batch(rollouts, responses, multiple=self._multiple, device=self.device)
+            build_micro_batch(
+                rollouts,
+                responses,
+                layout=self._padding,
+                device=self.device,
+                context_rank=self.ranks.context,
+                context_size=self.ranks.context_size,
+            )
             for responses in self.plan(rollouts)[self.ranks.data]
         ]
 
