@@ -71,6 +71,9 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
     launch.default_threads()
     if world_size > 1 and not launch.launched():
         return launch.spawn(world_size, [sys.executable, "-m", "nemo_disco", *arguments])
+    from nemo_disco.runtime.logs import setup_logging
+
+    setup_logging(int(os.environ.get("RANK", 0)), world_size)  # megatron-core warns while it is imported
     check_objective(config)
 
     from nemo_disco.algorithms import run

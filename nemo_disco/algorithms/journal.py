@@ -75,7 +75,7 @@ class Journal:
             lines.append(
                 {
                     "question_id": question.id,
-                    "question": question.text,
+                    "question": "\n\n".join(m.content for m in question.messages),
                     "prompt": picked.tokenizer.decode(picked.prompts[i]),
                     "response": texts[i],
                     "answer": list(question.answers),

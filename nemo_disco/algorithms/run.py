@@ -27,7 +27,6 @@ from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.rewards import MathGrader
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.logs import setup_logging
 from nemo_disco.runtime.rundir import RunDirectory, write_atomically
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
@@ -101,7 +100,6 @@ def verify(config: RunConfig) -> int:
 
 @contextlib.contextmanager
 def _started(config: RunConfig) -> Iterator[None]:
-    setup_logging(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     parallel.start(config.model, config.seed)
     try:
         yield
@@ -183,6 +181,8 @@ def _show(run: RunDirectory) -> None:
     from nemo_disco.evaluation.table import compare, rich_table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # a log has no width of its own, and the table must not be cut
     by_set: dict[str, list[EvaluationResult]] = {}
     for result in read_evaluations(run.evaluation):
         by_set.setdefault(result.name, []).append(result)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.sampling import Questions, grade, sample_responses, evaluate_set
+from nemo_disco.algorithms.sampling import Questions, evaluate_set, grade, sample_responses
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
@@ -217,7 +216,7 @@ class DisCO:
         lengths = rollouts.response_lengths.double()
         correct = rollouts.correct
         ids = rollouts.question_ids
-        mixed = np.intersect1d(ids[correct].numpy(), ids[~correct].numpy()).size / len(ids.unique())
+        mixed = np.intersect1d(ids[correct].numpy(), ids[~correct].numpy()).size / len(np.unique(ids.numpy()))
         return metrics | {
             "reward/mean": float(rollouts.rewards.mean()),
             "response/length_mean": float(lengths.mean()),

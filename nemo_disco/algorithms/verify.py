@@ -53,7 +53,7 @@ def verify_mini_batch(
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
     difference = (old_log_probs.cpu().double() - rollouts.generation_log_probs.double()) if len(old_log_probs) else None
     lines = [
-        f"responses           {len(rollouts)} to {len(rollouts.question_ids.unique())} questions, "
+        f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "
         f"{int(rollouts.response_lengths.sum())} response tokens",
         f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
         *([] if difference is None else _mismatch(difference)),
@@ -77,9 +77,7 @@ def _rollouts(config: RunConfig, engine: Engine, grader: MathGrader, questions: 
     dist.broadcast_object_list(exists, src=0)
     if path is not None and exists[0]:
         return Rollouts.load(path)
-    sampler = QuestionSampler(
-        len(questions), config.algorithm.mini_batch_questions, config.seed, config.data.shuffle
-    )
+    sampler = QuestionSampler(len(questions), config.algorithm.mini_batch_questions, config.seed, config.data.shuffle)
     picked = questions.repeat(sampler.next(), config.generation.responses_per_question)
     seeds = np.random.SeedSequence((config.seed, 0)).generate_state(len(picked), np.uint64) >> 1
     generation = config.generation
