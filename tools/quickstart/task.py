@@ -23,7 +23,7 @@ DIFFERENCE_STORIES = (
     "Leo has {a} coins and Ana has {b}. How many more coins does Leo have?",
     "A tank holds {a} litres and {b} are used. How many litres remain?",
 )
-MIN_DIGITS, MAX_DIGITS = 2, 4
+MIN_DIGITS, MAX_DIGITS = 2, 3
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,4 @@ def stream(seed: int) -> Iterator[Problem]:
 
 
 def _digits(rng: random.Random) -> tuple[int, int]:
-    longer = rng.randint(MIN_DIGITS, MAX_DIGITS)
-    return longer, rng.randint(MIN_DIGITS, longer)
+    return MAX_DIGITS, rng.randint(MIN_DIGITS, MAX_DIGITS)

@@ -13,11 +13,14 @@ from transformers import PreTrainedTokenizerFast
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PIECES = ("<think>", "</think>", "\\boxed{")  # ordinary text, but one token each
 # Real mathematics is encoded too, if at more tokens a word: these are common there.
-COMMON_WORDS = """ the of and is in to for that be if such with are what find value let all as number integer integers positive
- real equation function triangle circle point angle area length ratio probability sequence polynomial greatest least
- smallest largest common divisor multiple prime factor remainder divided sum product difference square root expressed
- form where when then each between possible many different solve compute determine express answer simplified fraction
- frac sqrt left right cdot text begin end"""
+COMMON_WORDS = (
+    " the of and is in to for that be if such with are what find value let all as number integer integers positive"
+    " real equation function triangle circle point angle area length ratio probability sequence polynomial greatest"
+    " least smallest largest common divisor multiple prime factor remainder divided sum product difference square root"
+    " expressed form where when then each between possible many different solve compute determine express answer"
+    " simplified fraction frac sqrt left right cdot text begin end"
+)
+SUFFIX = "Let's think step by step and output the final answer within "
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
