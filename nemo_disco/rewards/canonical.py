@@ -71,12 +71,12 @@ _UNITS = {
         "dollar": "dollar dollars usd",
         "cent": "cent cents",
         "degree": "degree degrees",
-        "mph": "mph",
-        "kph": "kph kmph",
+        "mile/hour": "mph",
+        "km/hour": "kph kmph",
         "hertz": "hz",
         "am": "am",
         "pm": "pm",
-        "": "square sq cubic cu unit units",  # no unit of its own
+        "": "square sq cubic cu unit units per",  # none of their own
     }.items()
     for word in words.split()
 }
@@ -99,7 +99,7 @@ class Quantity(NamedTuple):
 
 
 def canonical(text: str) -> str:
-    """The answer re-spelled; what is equal here is equal in mathematics. Idempotent but for spaces."""
+    """The answer re-spelled; what is equal here is equal in mathematics."""
     text = " ".join(text.translate(_CHARACTERS).split())  # first: the patterns are linear in runs of one space
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -140,7 +140,7 @@ def quantity(text: str) -> Quantity:
         if _MEANING.search(match[2].lower()) or not (is_text or all(word in _UNITS for word in words)):
             break
         body = match[1]
-        unit = next((_UNITS[word] for word in words if _UNITS.get(word)), unit)
+        unit = "/".join(_UNITS[word] for word in words if _UNITS.get(word)) or unit
         power = (match[3] or power).strip("{}")
     return Quantity(_INNER_DEGREES.sub(" ", body).rstrip(".;, "), unit, power)
 

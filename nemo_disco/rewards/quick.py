@@ -21,7 +21,7 @@ _POWER = (
     r"(?:\s*(?:\\times|\\cdot|\*)\s*10\^(?:(?P<digit>\d)|\{\s*(?P<power>[+-]?\d+)\s*\})|[eE](?P<exponent>[+-]?\d+))?"
 )
 _FRACTION = (
-    r"(?:(?P<whole>\d+)\s*(?=\\frac|\d+\s*/))?"
+    r"(?:(?P<whole>\d+)(?:\s*(?=\\frac)|\s+(?=\d+\s*/)))?"
     r"(?:\\frac\s*(?:\{\s*(?P<n1>-?\d+)\s*\}|(?P<n2>\d))\s*(?:\{\s*(?P<d1>\d+)\s*\}|(?P<d2>\d))|(?P<n3>\d+)\s*/\s*(?P<d3>\d+))"
 )
 _NUMERAL = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_DECIMAL}{_POWER}|{_FRACTION})\s*(?P<percent>\\%)?", re.ASCII)

@@ -42,7 +42,7 @@ def close_eval() -> None:
 
     def only_harmless(text: str, *args: Any, **kwargs: Any) -> Any:
         if not _HARMLESS.fullmatch(text):
-            raise ValueError("only arithmetic is parsed from strings here")
+            raise sympy.SympifyError(f"{text[:40]!r}: only arithmetic is parsed from strings here")
         return parse_string(text, *args, **kwargs)
 
     sympy_parser.parse_expr = only_harmless
@@ -71,23 +71,23 @@ def _parse(latex: str) -> Any | None:
 
 
 def _equal(gold: Any, answer: Any) -> bool:
-    smaller = _decimal_places_to_first_digit(gold)
+    zeros = _leading_zeros(gold)
     return bool(
         verify(
             gold,
             answer,
-            float_rounding=_DIGITS + smaller,
-            numeric_precision=_PRECISION + smaller,
+            float_rounding=_DIGITS + zeros,
+            numeric_precision=_PRECISION + zeros,
             allow_set_relation_comp=True,
             timeout_seconds=None,
         )
     )
 
 
-def _decimal_places_to_first_digit(gold: Any) -> int:
-    """How far the gold's value lies below 1, in powers of ten: math-verify rounds absolutely, 2e-9 would equal 3e-9."""
+def _leading_zeros(gold: Any) -> int:
+    """Zeros between the gold's decimal point and first digit: math-verify rounds absolutely, 2e-9 would equal 3e-9."""
     try:
         size = abs(gold.evalf(5))
-        return max(0, -math.floor(float(sympy.log(size, 10)))) if size.is_positive else 0
+        return max(0, -1 - math.floor(float(sympy.log(size, 10)))) if size.is_positive else 0
     except (AttributeError, TypeError, ValueError, OverflowError):
         return 0  # not one number: a set, a matrix, an expression in x

@@ -23,13 +23,15 @@ from nemo_disco.rewards import symbolic, verdict
 
 MEMORY = 4 << 30  # bytes of address space a child
 READ = 1 << 16
-# One of each construct: the parser learns its grammar here once, not in every child.
+# Common constructs: the parser learns its grammar as it goes, and the children inherit what it learned here.
 WARM_UP = (
-    r"\frac{1}{2}", r"-\frac{\sqrt{3}}{2}", r"(1,2)", r"(\frac{3}{2},-13)", r"[-2,7)", r"(-\infty,3]\cup[2,5)",
-    r"x^2+3x-1", r"(a+5)(b+2)", r"2\pi", r"3+4i", r"x=5", r"y=2x+3", r"1,2", r"\{1,2\}", r"3\pm2\sqrt{2}", r"1.5x",
-    r"\text{Evelyn}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"x\le5", r"1<x<2", r"x\in[-2,7]", r"2^{10}", r"10!",
-    r"\binom{5}{2}", r"\sin x", r"\log_2 3", r"|x|",
-)  # fmt: skip
+    r"\frac{\sqrt{3}}{2}",
+    r"(-\infty,3]\cup[2,5)",
+    r"x^2+3x-1",
+    r"y=2x+3",
+    r"1,2",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+)
 
 
 @dataclass
@@ -198,6 +200,7 @@ def main() -> None:
         server.run()
     finally:
         server.close()
+    os._exit(0)  # nothing to clean up, and sympy takes its time
 
 
 if __name__ == "__main__":

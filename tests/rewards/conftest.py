@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from nemo_disco.rewards import MathGrader
+
+
+@pytest.fixture(scope="session")
+def grader() -> Iterator[MathGrader]:
+    """One grader for all tests that do not try to break it; its time limit is far above what a fair answer takes."""
+    with MathGrader(timeout=30.0, workers=2) as grader:
+        yield grader

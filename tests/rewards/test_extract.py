@@ -1,0 +1,56 @@
+"""The final answer is what the response ends with: guards against rewarding a thought, or a box that was taken back."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_disco.rewards.extract import NoAnswerError, final_answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{5} no, \boxed{6}.", "6"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\left\{1,2\right\}}", r"\left\{1,2\right\}"),
+        (r"\boxed{\{x : x > 0\}} as asked", r"\{x : x > 0\}"),
+        (r"\boxed{\}}", r"\}"),
+        (r"\boxed {5}", "5"),
+        ("\\boxed{1\n2}", "1\n2"),
+        (r"\boxed{5}. It is in \boxed as you wished", "5"),
+        (r"\boxed{a \boxed{b}}", "b"),
+        (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+    ],
+)
+def test_last_box(response: str, answer: str) -> None:
+    assert final_answer(response, require_think=False) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("5", "no boxed answer"),
+        ("", "no boxed answer"),
+        (r"\boxed 5", "no boxed answer"),
+        (r"\boxed{1}</think> so it is 1", "no boxed answer"),
+        (r"\boxed{1} \boxed{\frac{1}{2}", "unclosed boxed answer"),
+        (r"\boxed{5} as in \boxed{ }", "empty boxed answer"),
+    ],
+)
+def test_no_answer(response: str, reason: str) -> None:
+    with pytest.raises(NoAnswerError, match=reason):
+        final_answer(response, require_think=False)
+
+
+def test_thinking_must_have_ended() -> None:
+    assert final_answer(r"thoughts</think> \boxed{7}", require_think=True) == "7"
+    with pytest.raises(NoAnswerError, match="no </think>"):
+        final_answer(r"thoughts \boxed{7}", require_think=True)
+
+
+@pytest.mark.parametrize("piece", [r"\boxed", r"\boxed{", "{", r"\boxed  ", "\\", "}"])
+def test_a_megabyte_of_anything_is_read_in_one_pass(piece: str) -> None:
+    """A quadratic scan of this would take minutes."""
+    with pytest.raises(NoAnswerError):
+        final_answer(piece * (1_000_000 // len(piece)), require_think=False)

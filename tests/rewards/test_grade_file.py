@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.rewards.grade_file import grade_file
+from nemo_disco.runtime.errors import UserError
+
+
+def lines(*records: object) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_one_verdict_a_line_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    records = [
+        {"response": r"t</think>\boxed{1/2}", "answer": "0.5"},
+        {"response": r"\boxed{7}", "answer": 7},
+        {"response": r"t</think>\boxed{x+1}", "answer": ["2", "1+x"], "more": 1},
+        {"response": r"t</think>\boxed{142}", "answer": 142.0},
+    ]
+    file.write_text(lines(*records))
+    out = io.StringIO()
+    grade_file(file, out, timeout=30.0, require_think=True)
+    assert [json.loads(line) for line in out.getvalue().splitlines()] == [
+        {"reward": 1.0, "reason": "correct"},
+        {"reward": 0.0, "reason": "no </think>"},
+        {"reward": 1.0, "reason": "correct"},
+        {"reward": 1.0, "reason": "correct"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("", "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ("[1]", "line 2: not an object"),
+        ('{"answer": "1"}', "line 2: the field `response` is missing"),
+        ('{"response": "1"}', "line 2: the field `answer` is missing"),
+        ('{"response": 1, "answer": "1"}', "line 2: `response` must be a string, not a number"),
+        ('{"response": "1", "answer": null}', "line 2: `answer` must be a string.*not null"),
+        ('{"response": "1", "answer": true}', "line 2: `answer` must be a string.*not true"),
+        ('{"response": "1", "answer": ["1", {}]}', "line 2: `answer` must be a string.*not an object"),
+        ('{"response": "1", "answer": []}', "line 2: `answer` is an empty list"),
+        ('{"response": "1", "answer": " "}', "line 2: `answer` is empty"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_graded(tmp_path: Path, bad: str, message: str) -> None:
+    file = tmp_path / "responses.jsonl"
+    file.write_text(lines({"response": r"\boxed{1}", "answer": "1"}) + bad + "\n")
+    out = io.StringIO()
+    with pytest.raises(UserError, match=message):
+        grade_file(file, out)
+    assert out.getvalue() == ""
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read"):
+        grade_file(tmp_path / "none.jsonl", io.StringIO())
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        grade_file(tmp_path / "binary", io.StringIO())

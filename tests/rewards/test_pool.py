@@ -1,0 +1,166 @@
+"""The pool from the outside: threads, deaths, ends, and that its size and the order of answers change nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.rewards import MathGrader, Verdict, pool
+
+CASES = [(rf"\boxed{{{i}+x}}", f"x+{i if i % 3 else i + 1}") for i in range(24)]
+EXPECTED = [1.0 if i % 3 else 0.0 for i in range(24)]
+
+
+def workers_of(parent: int) -> list[int]:
+    """The processes below one process, from /proc."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        if int(fields[1]) == parent and fields[0] != "Z":
+            pid = int(status.parent.name)
+            found += [pid, *workers_of(pid)]
+    return found
+
+
+def server_of(grader: MathGrader) -> int:
+    process = grader._pool._process
+    assert process is not None
+    return process.pid
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def until(condition: object, seconds: float = 20.0) -> bool:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_any_thread_may_grade(grader: MathGrader) -> None:
+    responses, answers = zip(*CASES, strict=True)
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(lambda _: grader.grade(responses, answers), range(6)))
+    assert results == [EXPECTED] * 6
+
+
+def test_neither_size_nor_order_changes_the_result(grader: MathGrader) -> None:
+    responses, answers = zip(*reversed(CASES), strict=True)
+    with MathGrader(timeout=30.0, workers=1) as single:
+        assert single.grade(responses, answers) == EXPECTED[::-1] == grader.grade(responses, answers)
+
+
+def test_a_killed_process_is_replaced_and_its_answers_are_judged_again() -> None:
+    with MathGrader(timeout=2.0, workers=2) as grader:
+        assert grader.grade([r"\boxed{1+x}"], ["x+1"]) == [1.0]
+        server = server_of(grader)
+        results: list[list[float]] = []
+        responses, answers = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^{9^{8}}}}", r"\boxed{2+x}"], ["5", "5", "x+2"]
+        thread = threading.Thread(target=lambda: results.append(grader.grade(responses, answers)))
+        thread.start()
+        time.sleep(0.5)  # the towers are being judged, the third waits behind them
+        orphans = workers_of(server)
+        assert len(orphans) == 2
+        os.kill(server, signal.SIGKILL)
+        thread.join()
+        assert results == [[0.0, 0.0, 1.0]]
+        assert server_of(grader) != server
+        assert until(lambda: not any(map(alive, orphans)))  # their CPU time is limited
+
+
+def test_a_child_that_dies_costs_its_answer_only() -> None:
+    with MathGrader(timeout=20.0, workers=1) as grader:
+        assert grader.grade([r"\boxed{1+x}"], ["x+1"]) == [1.0]
+        [child] = workers_of(server_of(grader))
+        verdicts: list[Verdict] = []
+        thread = threading.Thread(
+            target=lambda: verdicts.extend(
+                grader.grade_with_reasons([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2+x}"], ["5", "x+2"])
+            )
+        )
+        thread.start()
+        time.sleep(0.5)
+        os.kill(child, signal.SIGKILL)
+        thread.join()
+        assert verdicts == [Verdict(0.0, "grader worker died"), Verdict(1.0, "correct")]
+
+
+def test_closing_ends_the_processes() -> None:
+    grader = MathGrader(timeout=30.0, workers=2)
+    grader.grade([r"\boxed{1+x}", r"\boxed{2+x}"], ["x+1", "x+2"])
+    server = server_of(grader)
+    processes = {server, *workers_of(server)}
+    assert len(processes) == 3
+    grader.close()
+    assert until(lambda: not any(map(alive, processes)))
+    with pytest.raises(RuntimeError, match="closed"):
+        grader.grade([r"\boxed{1+x}"], ["x+1"])
+
+
+def test_the_processes_end_with_a_killed_parent() -> None:
+    code = (
+        "import time; from nemo_disco.rewards import MathGrader; grader = MathGrader(timeout=1.0);"
+        r"grader.grade([r'\boxed{1+x}'], ['x+1']); print('ready', flush=True);"
+        r"grader.grade([r'\boxed{9^{9^{9^{9}}}}'] , ['5']); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        processes = workers_of(parent.pid)
+        assert len(processes) >= 2
+        parent.kill()
+    assert until(lambda: not any(map(alive, processes)))
+
+
+def test_a_process_that_cannot_start_is_an_error_not_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Were it graded 0, a broken installation would look like a bad policy."""
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with MathGrader() as grader, pytest.raises(RuntimeError, match="did not start"):
+        grader.grade([r"\boxed{1+x}"], ["x+1"])
+
+
+def test_a_module_in_the_working_directory_is_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sympy.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    with MathGrader(timeout=30.0) as grader:
+        assert grader.grade([r"\boxed{1+x}"], ["x+1"]) == [1.0]
+
+
+def test_an_answer_is_tried_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "ATTEMPTS", 1)
+    with MathGrader(timeout=20.0) as grader:
+        future = grader._pool.submit("9^{9^{9^{9}}}", ["5"])
+        assert until(lambda: workers_of(server_of(grader)))
+        os.kill(server_of(grader), signal.SIGKILL)
+        assert future.result() == "grader worker died"
+
+
+@pytest.mark.parametrize(("timeout", "workers"), [(0.0, 1), (-1.0, 1), (float("nan"), 1), (1.0, 0)])
+def test_bad_limits_are_refused(timeout: float, workers: int) -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        MathGrader(timeout=timeout, workers=workers)
+
+
+def test_lengths_must_agree(grader: MathGrader) -> None:
+    with pytest.raises(ValueError, match="2 responses, but 1 answers"):
+        grader.grade(["a", "b"], ["1"])

@@ -1,0 +1,119 @@
+"""What the caller's process decides alone must be exact: a false positive here is never seen by the algebra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_disco.rewards.canonical import canonical, for_algebra, squeezed
+from nemo_disco.rewards.quick import numeral, same
+
+FRACTIONS = st.fractions(min_value=-1000, max_value=1000, max_denominator=1000)
+
+
+def spellings(value: Fraction) -> list[str]:
+    sign, over, under = "-" if value < 0 else "", abs(value.numerator), value.denominator
+    return [f"{sign}{over}/{under}", rf"{sign}\frac{{{over}}}{{{under}}}", rf"$ {sign}\dfrac{{{over}}}{{{under}}} $"]
+
+
+@given(FRACTIONS, FRACTIONS)
+def test_fractions_are_equal_exactly_when_their_values_are(one: Fraction, other: Fraction) -> None:
+    for ours in spellings(one):
+        for theirs in spellings(other):
+            assert same(ours, theirs) is (one == other)
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(0, 8))
+def test_decimals_with_separators_and_powers_of_ten(digits: int, places: int) -> None:
+    value = Fraction(digits, 10**places)
+    plain = f"{'-' if digits < 0 else ''}{abs(digits) // 10**places}.{abs(digits) % 10**places:0{max(places, 1)}d}"
+    plain = plain if places else str(digits)
+    whole, _, rest = plain.partition(".")
+    separated = f"{int(whole):,}" if not plain.startswith("-0") else whole
+    for spelled in (
+        plain,
+        separated + (f".{rest}" if rest else ""),
+        rf"{digits} \times 10^{{-{places}}}",
+        f"{digits}e-{places}",
+    ):
+        parsed = numeral(canonical(spelled))
+        assert parsed is not None
+        assert parsed.value == value
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "decision"),
+    [
+        ("0.3333", r"\frac{1}{3}", False),
+        ("0.333333", r"\frac{1}{3}", None),  # six digits: the algebra decides
+        ("0.125", r"\frac{1}{8}", True),
+        ("0.1250001", r"\frac{1}{8}", False),
+        ("3e-9", "2e-9", False),
+        ("1 2", "12", None),
+        ("12 12", "1212", None),
+        ("3, 456", "3456", None),  # a list
+        ("3,456", "3456", True),
+        ("1,23", "123", None),
+        (r"2\frac{1}{2}", "2.5", True),
+        (r"-2\frac{1}{2}", "-2.5", True),
+        (r"2\frac{5}{2}", "4.5", None),  # a product, or an improper mixed number
+        (r"\frac{1}{0}", "0", None),
+        ("80\\%", "0.8", True),
+        ("80\\%", "80", True),
+        ("0.5\\%", "0.5", False),
+        ("4343_6", "4343_{6}", True),
+        ("4343_6", "4343_7", False),
+        ("4343", "4343_6", True),
+        ("2", "10_2", None),
+        (r"5\text{ cm}", r"5\text{ m}", False),
+        (r"5\text{ cm}^2", r"5\text{ cm}^3", False),
+        (r"5\text{ square cm}", r"5\mbox{ cm}^2", True),
+        (r"5 \text{ apples}", "5", True),
+        (r"2\text{ million}", "2", False),
+        (r"2\text{ million}", "2,000,000", True),
+        (r"x\text{ is even}", r"x\text{ is odd}", None),
+        ("6m", "6", None),
+        ("\N{MINUS SIGN}3", "-3", True),
+        ("12", "\N{ARABIC-INDIC DIGIT ONE}\N{ARABIC-INDIC DIGIT TWO}", None),
+        ("1" * 5000, "2" * 5000, None),  # over Python's limit for integers
+        ("1e999999999", "1e999999998", None),  # not to be written out
+    ],
+)
+def test_decisions(answer: str, gold: str, decision: bool | None) -> None:
+    assert same(answer, gold) is decision
+
+
+ANSWERS = st.text(alphabet="012345.,/\\{}$%^_ ifractextcm+-", max_size=30)
+
+
+@given(ANSWERS, ANSWERS)
+def test_any_text_equals_itself_and_the_order_does_not_matter(one: str, other: str) -> None:
+    assert same(one, one) is True or not squeezed(canonical(one))
+    assert same(one, other) is same(other, one)
+    for_algebra(one)
+
+
+def test_two_thousand_plain_answers_a_second() -> None:
+    """CPU time, of one core: the promise is for two."""
+    cases = [(str(i), str(i + i % 2)) for i in range(1000)]
+    cases += [(f"{i}.50", rf"{i}\frac{{1}}{{2}}") for i in range(1000)]
+    cases += [(f"{i:,}", rf"\${i}") for i in range(5000, 6000)]
+    start = time.process_time()
+    assert sum(bool(same(answer, gold)) for answer, gold in cases) == 2500
+    assert time.process_time() - start < len(cases) / 2000
+
+
+def test_the_callers_process_stays_light() -> None:
+    """`import nemo_disco` and the fast path must not pull in sympy."""
+    code = (
+        "import sys; from nemo_disco.rewards import MathGrader; "
+        "assert MathGrader().grade([r'\\boxed{1/2}'], ['0.5']) == [1.0]; "
+        "assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,46 @@
+"""The two locks on a judge, each tested alone: sympy's string parser, and what the process may do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.rewards.worker import refuse_effects
+
+
+def test_sympys_parser_takes_arithmetic_only() -> None:
+    """In a process of its own, since nothing opens the parser again. A bare name, `open`, is named, not called."""
+    code = """
+import sympy
+from nemo_disco.rewards.symbolic import close_eval
+
+close_eval()
+for text in ["12", "1.5e-3", "(14+sqrt(196))/50", "open"]:
+    sympy.sympify(text)
+for text in ["__import__('os')", "x.__class__", "f(1)", "x+1", "'a'", "[1]", "lambda: 0", "(1).real", "sqrt.x", "é(1)"]:
+    try:
+        sympy.sympify(text)
+    except sympy.SympifyError:
+        continue
+    raise AssertionError(text)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_effects_are_refused(tmp_path: Path) -> None:
+    for event, arguments in [
+        ("os.system", ("ls",)),
+        ("subprocess.Popen", ()),
+        ("os.fork", ()),
+        ("socket.connect", ()),
+        ("os.remove", (tmp_path,)),
+        ("open", (tmp_path / "x", "w", os.O_WRONLY | os.O_CREAT)),
+    ]:
+        with pytest.raises(PermissionError, match=event):
+            refuse_effects(event, arguments)
+    refuse_effects("open", (tmp_path / "x", "r", os.O_RDONLY))
+    refuse_effects("import", ("sympy",))
