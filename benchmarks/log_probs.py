@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/log_probs.py [--tokens 2048 --vocab 151936 --hidden 256] [--output FILE.json]
 
 Forward and backward in float32 on the CPU, each variant in processes of its own and in turn; a table, then JSON.
+Seconds are processor time, so that what else runs on the machine counts little.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def run_once(step: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: tuple[Ten
 
 
 def measure(variant: str, tokens: int, vocab: int, hidden: int) -> dict[str, float]:
-    """Seconds of forward and backward, and peak bytes beyond inputs, outputs and the gradients of hidden and weight."""
+    """Seconds of forward and backward, and peak bytes beyond inputs, outputs and gradients of hidden and weight."""
     step = VARIANTS[variant]
     small = (torch.ones(8, hidden, requires_grad=True), torch.ones(8, hidden, requires_grad=True), torch.arange(8))
     run_once(step, small)  # the libraries' own buffers, threads and lazily loaded code are not what is measured
@@ -76,9 +77,9 @@ def measure(variant: str, tokens: int, vocab: int, hidden: int) -> dict[str, flo
     states, weight = torch.randn(tokens, hidden), torch.randn(vocab, hidden).mul_(3 / hidden**0.5)
     inputs = (states.requires_grad_(), weight.requires_grad_(), torch.randint(vocab, (tokens,)))
     before = memory("VmRSS")
-    start = time.perf_counter()
+    start = time.process_time()
     out = run_once(step, inputs)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     results = sum(x.numel() * x.element_size() for x in (out, *inputs[:2]))  # a gradient is as large as its input
     return {"seconds": seconds, "extra_bytes": memory("VmHWM") - before - results}
 

@@ -52,7 +52,7 @@ def values_and_gradients(vocab: int, rows: int, group: dist.ProcessGroup | None)
 def worker(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(minutes=5)
     )
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for tp, group in ((4, dist.group.WORLD), (2, pairs[rank // 2])):
