@@ -16,11 +16,13 @@ import torch.distributed as dist
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.objectives import Objective, build_objective
 from nemo_disco.algorithms.sampling import Questions, evaluate_set
+from nemo_disco.algorithms.step import PROVIDED
 from nemo_disco.algorithms.trainer import DisCO
 from nemo_disco.config.compose import to_yaml
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import encode_prompts, load_tokenizer, stop_token_ids
 from nemo_disco.data.questions import load_questions
+from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, write_evaluation
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import checkpoint, parallel
@@ -35,63 +37,77 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Room:
-    """What every command needs: the policy, an engine on it, a grader, a tokenizer."""
+    """What every command needs: the policy, an engine on it, a grader."""
 
     policy: Policy
     engine: MegatronEngine
     grader: MathGrader
-    tokenizer: Any
 
 
 def train(config: RunConfig) -> int:
     """`nemo-disco train`: train, export the policy, and show what changed."""
     run = RunDirectory(config.exp_manager.explicit_log_dir)
-    with _started(config), _held(run), _room(config) as room:
-        objective = build_objective(config.algorithm.objective())
-        algorithm = DisCO(
-            config,
-            policy=room.policy,
-            engine=room.engine,
-            objective=objective,
-            grader=room.grader,
-            questions=read_questions("train", config.data.train_files, config, room.tokenizer),
-            evaluation_sets=_evaluation_sets(config, room.tokenizer),
-            journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
-        )
-        _resume(algorithm, run, config)
-        if _first():
-            write_atomically(run.config, to_yaml(config))
-        algorithm.fit()
-        if algorithm.step >= config.trainer.max_steps:
-            room.policy.export(run.export)
+    objective = _objective(config)
+    with _started(config), _held(run):
+        # What may be refused is read before the policy is built.
+        _refuse_used(run, config)
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        questions = read_questions("train", config.data.train_files, config, tokenizer)
+        sampler = QuestionSampler(len(questions), config.data.questions_per_step, config.seed, config.data.shuffle)
+        evaluation_sets = _evaluation_sets(config, tokenizer)
+        with _room(config, tokenizer) as room:
+            algorithm = DisCO(
+                config,
+                policy=room.policy,
+                engine=room.engine,
+                objective=objective,
+                grader=room.grader,
+                questions=questions,
+                sampler=sampler,
+                evaluation_sets=evaluation_sets,
+                journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
+                reference=_policy(config, trainable=False) if "reference_log_probs" in objective.requires else None,
+            )
+            _resume(algorithm, run)
             if _first():
-                _show(run)
+                write_atomically(run.config, to_yaml(config))
+            algorithm.fit()
+            if algorithm.step >= config.trainer.max_steps:
+                room.policy.export(run.export)
+                if _first():
+                    _show(run)
     return 0
 
 
 def evaluate(config: RunConfig) -> int:
     """`nemo-disco evaluate`: score model.path on evaluation.files."""
     run = RunDirectory(config.exp_manager.explicit_log_dir)
-    with _started(config), _held(run), _room(config, trainable=False) as room:
-        for questions in _evaluation_sets(config, room.tokenizer):
-            result = evaluate_set(room.engine, room.grader, questions, config, step=0)
-            if _first():
-                path = write_evaluation(run.evaluation, result)
-                _print_estimates(result)
-                print(f"written to {path}")
+    with _started(config), _held(run):
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        sets = _evaluation_sets(config, tokenizer)
+        with _room(config, tokenizer, trainable=False) as room:
+            for questions in sets:
+                result = evaluate_set(room.engine, room.grader, questions, config, step=0)
+                if _first():
+                    path = write_evaluation(run.evaluation, result)
+                    _print_estimates(result)
+                    print(f"written to {path}")
     return 0
 
 
 def verify(config: RunConfig) -> int:
     """`nemo-disco verify`: one mini-batch on this layout."""
-    from nemo_disco.algorithms.verify import verify_mini_batch
+    from nemo_disco.algorithms.verify import check_places, verify_mini_batch
 
-    with _started(config), _room(config, dtype=_verify_dtype(config)) as room:
-        questions = read_questions("train", config.data.train_files, config, room.tokenizer)
-        objective = build_objective(config.algorithm.objective())
-        report = verify_mini_batch(config, room.policy, room.engine, room.grader, objective, questions)
-        if _first():
-            print(report)
+    check_places(config.verify)
+    objective = _objective(config)
+    with _started(config):
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        questions = read_questions("train", config.data.train_files, config, tokenizer)
+        with _room(config, tokenizer, dtype=_verify_dtype(config)) as room:
+            report = verify_mini_batch(config, room.policy, room.engine, room.grader, objective, questions)
+            if _first():
+                print(report)
     return 0
 
 
@@ -117,10 +133,19 @@ def _held(run: RunDirectory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _room(config: RunConfig, *, dtype: torch.dtype | None = None, trainable: bool = True) -> Iterator[Room]:
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+def _room(
+    config: RunConfig, tokenizer: Any, *, dtype: torch.dtype | None = None, trainable: bool = True
+) -> Iterator[Room]:
+    policy = _policy(config, dtype=dtype, trainable=trainable)
+    engine = MegatronEngine(policy, stop_token_ids(tokenizer, config.model.path))
+    workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with MathGrader(config.reward.timeout, workers, config.reward.require_think) as grader:
+        yield Room(policy, engine, grader)
+
+
+def _policy(config: RunConfig, *, dtype: torch.dtype | None = None, trainable: bool = True) -> Policy:
     mini_batches = -(-config.data.questions_per_step // config.algorithm.mini_batch_questions)
-    policy = Policy(
+    return Policy(
         config.model,
         dtype=dtype or DTYPES[config.trainer.precision],
         temperature=config.generation.temperature,
@@ -128,10 +153,6 @@ def _room(config: RunConfig, *, dtype: torch.dtype | None = None, trainable: boo
         total_optimizer_steps=config.trainer.max_steps * mini_batches,
         trainable=trainable,
     )
-    engine = MegatronEngine(policy, stop_token_ids(tokenizer, config.model.path))
-    workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with MathGrader(config.reward.timeout, workers, config.reward.require_think) as grader:
-        yield Room(policy, engine, grader, tokenizer)
 
 
 def read_questions(name: str, files: Sequence[str], config: RunConfig, tokenizer: Any) -> Questions:
@@ -157,20 +178,33 @@ def _evaluation_sets(config: RunConfig, tokenizer: Any) -> list[Questions]:
     return [s.repeat(range(min(len(s), most or len(s))), 1) for s in sets]
 
 
-def _resume(algorithm: DisCO, run: RunDirectory, config: RunConfig) -> None:
-    """Go on from the newest intact checkpoint, if there is one."""
-    if checkpoint.latest(run.checkpoints) is None:
-        return
-    if not config.exp_manager.resume_if_exists:
+def _refuse_used(run: RunDirectory, config: RunConfig) -> None:
+    if not config.exp_manager.resume_if_exists and checkpoint.latest(run.checkpoints) is not None:
         raise UserError(
             f"{run.path} holds checkpoints of an earlier run and exp_manager.resume_if_exists is false: "
             "set exp_manager.explicit_log_dir to a new directory, or let it resume"
         )
+
+
+def _resume(algorithm: DisCO, run: RunDirectory) -> None:
+    """Go on from the newest intact checkpoint, if there is one."""
     found = checkpoint.load_latest(algorithm.policy, run.checkpoints)
-    assert found is not None
+    if found is None:
+        return
     algorithm.load_state_dict(found[1])
     if _first():
         log.info("resumed from step %d of %s", algorithm.step, run.checkpoints)
+
+
+def _objective(config: RunConfig) -> Objective:
+    """Raises UserError for an objective that needs what nobody here computes."""
+    objective = build_objective(config.algorithm.objective())
+    if lacking := sorted(objective.requires - PROVIDED):
+        raise UserError(
+            f"objective {objective.name} needs {' and '.join(lacking)}, which this version does not compute; "
+            "take another objective, or its setting that does without"
+        )
+    return objective
 
 
 def _show(run: RunDirectory) -> None:

@@ -17,6 +17,9 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.clock import Clock
 
+# The optional fields of MiniBatch that an objective may require of this step.
+PROVIDED = frozenset({"entropies", "reference_log_probs", "generation_log_probs", "correct", "truncated"})
+
 
 @dataclass(frozen=True)
 class OldPolicy:

@@ -33,6 +33,8 @@ from nemo_disco.runtime.signals import StopRequest
 
 # So many mini-batches in a row whose gradient is not finite end the run: it will not heal by itself.
 MAX_SKIPPED = 3
+# What a mini-batch that was applied says, of the names that every step has in metrics.jsonl.
+MEASURED = ("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr", "constraint/active", "grad_norm")
 log = logging.getLogger(__name__)
 
 
@@ -48,13 +50,15 @@ class DisCO:
         objective: Objective,
         grader: MathGrader,
         questions: Questions,
+        sampler: QuestionSampler,
         evaluation_sets: Sequence[Questions],
         journal: Journal,
+        reference: Policy | None = None,
     ) -> None:
+        """reference: the frozen policy of an objective that requires reference_log_probs."""
         self.config, self.policy, self.engine, self.objective = config, policy, engine, objective
-        self.grader, self.questions, self.evaluation_sets = grader, questions, evaluation_sets
-        self.journal = journal
-        self.sampler = QuestionSampler(len(questions), config.data.questions_per_step, config.seed, config.data.shuffle)
+        self.grader, self.questions, self.sampler = grader, questions, sampler
+        self.evaluation_sets, self.journal, self.reference = evaluation_sets, journal, reference
         self.sampling = Sampling(
             temperature=config.generation.temperature,
             max_response_length=config.generation.max_response_length,
@@ -83,7 +87,8 @@ class DisCO:
             if saved != self.step:
                 self.save()
             if self.step < limit:
-                self.journal.say(f"asked to stop by {stop.signal_name}: saved step {self.step}; start again to go on")
+                done = f"saved step {self.step}" if self.step else "before the first step"
+                self.journal.say(f"asked to stop by {stop.signal_name}: {done}; start again to go on")
 
     def train_step(self) -> dict[str, float]:
         """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine."""
@@ -114,7 +119,8 @@ class DisCO:
     def run_training(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         """A gradient step on each mini-batch of the rollouts; the step's metrics."""
         with clock("log_probs"):
-            old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True))
+            reference = None if self.reference is None else self.reference.log_probs(rollouts)[0]
+            old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True), reference)
         history: list[dict[str, float]] = []
         moved = False
         for responses in self._mini_batches(rollouts):
@@ -199,18 +205,21 @@ class DisCO:
         self.skipped_in_a_row += 1
         self.journal.say(f"step {self.step + 1}: a mini-batch was skipped ({self.skipped} so far): {why}")
         if self.skipped_in_a_row >= MAX_SKIPPED:
+            last = checkpoint.latest(self.journal.run.checkpoints)
+            left = f"the last checkpoint, {last}, is intact" if last else "there is no checkpoint yet"
             raise UserError(
-                f"step {self.step + 1}: {MAX_SKIPPED} mini-batches in a row had no finite gradient ({why}); the last "
-                f"checkpoint in {self.journal.run.checkpoints} is intact: lower model.optim.lr, then start again"
+                f"step {self.step + 1}: {MAX_SKIPPED} mini-batches in a row had no finite gradient ({why}); {left}: "
+                "lower model.optim.lr, then start again"
             )
 
     def _summary(self, rollouts: Rollouts, old: OldPolicy, history: list[dict[str, float]]) -> dict[str, float]:
         """The step's metrics. KL is the last mini-batch's, whose policy is farthest from the one that sampled;
         constraint/active is the share of mini-batches; the rest are means over mini-batches."""
+        if not history:  # every mini-batch was skipped: the names stay, without a number
+            history = [dict.fromkeys(MEASURED, float("nan"))]
         names = {name for metrics in history for name in metrics}
         metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
-        if history:
-            metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
+        metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
         assert old.entropies is not None
         difference = (old.log_probs.cpu() - rollouts.generation_log_probs).double()
         lengths = rollouts.response_lengths.double()

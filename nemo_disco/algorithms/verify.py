@@ -18,13 +18,14 @@ from torch import Tensor
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.schema import RunConfig, VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.generation.engine import Engine, Sampling
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.safetensor_files import SafetensorReader
 from nemo_disco.rewards import MathGrader
+from nemo_disco.runtime.errors import UserError
 
 
 def verify_mini_batch(
@@ -43,7 +44,7 @@ def verify_mini_batch(
         policy,
         objective,
         rollouts,
-        OldPolicy(old_log_probs, entropies),
+        OldPolicy(old_log_probs, entropies, reference_log_probs=old_log_probs),  # the reference is this very model
         max_response_length=config.generation.max_response_length,
         everywhere=True,
     )
@@ -61,6 +62,14 @@ def verify_mini_batch(
         f"gradient norm       {norm:.9g} over {len(gradients)} tensors",
     ]
     return "\n".join(lines)
+
+
+def check_places(verify: VerifyConfig) -> None:
+    """Raises UserError if a file that is to be written has no directory to be in."""
+    for key in ("rollouts", "save_gradients"):
+        path = getattr(verify, key)
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"verify.{key}={path}: there is no directory {Path(path).absolute().parent}; make it")
 
 
 def _mismatch(difference: Tensor) -> list[str]:

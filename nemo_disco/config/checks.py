@@ -116,9 +116,9 @@ def _check_batch(config: RunConfig) -> None:
 def _check_lengths(config: RunConfig) -> None:
     model = config.model
     longest, sum_of = _longest(config)
-    # What packing rounds sequences up to: 2 pieces a context-parallel rank, and one a tensor-parallel rank under SP.
-    multiple = 2 * model.context_parallel_size if model.context_parallel_size > 1 else 1
-    multiple = math.lcm(multiple, model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    # What packing rounds up to: 2 pieces a context-parallel rank, and one a tensor-parallel rank of each under SP.
+    context, tensor = model.context_parallel_size, model.tensor_model_parallel_size
+    multiple = math.lcm(2 * context if context > 1 else 1, context * tensor if model.sequence_parallel else context)
     needed = -(-longest // multiple) * multiple
     if model.token_budget < needed:
         raise UserError(

@@ -86,16 +86,20 @@ class AlgorithmConfig(Section):
     lambda_: float | None = Field(alias="lambda")
     clip_low: float | None
     clip_high: float | None
+    kl_coefficient: float | None  # of the KL to the reference policy, where an objective has one
+    entropy_coefficient: float | None
+    question_weight: bool | None  # disco_b: weigh questions as GRPO does (the papers' ablation)
+    parameters: dict[str, Any]  # of an objective of your own (name: my_module:MyObjective)
     constraint: ConstraintConfig
     threshold: Annotated[float, Field(allow_inf_nan=False)]  # a response is correct when its reward is above
     mini_batch_questions: PositiveInt  # questions an optimizer step
 
     def objective(self) -> dict[str, Any]:
         """What build_objective takes: the keys that are set."""
-        mapping = self.model_dump(by_alias=True, exclude_none=True, exclude={"mini_batch_questions"})
+        mapping = self.model_dump(by_alias=True, exclude_none=True, exclude={"mini_batch_questions", "parameters"})
         if not mapping.get("constraint"):
             mapping.pop("constraint", None)
-        return mapping
+        return mapping | self.parameters
 
 
 class GenerationConfig(Section):

@@ -30,7 +30,7 @@ _CUDA_CACHE_SHARE = 0.6
 
 @dataclass
 class _Rows:
-    """The rows still in the batch: which request each is, its seed, the padding before its prompt, and if it is done."""
+    """The rows still in the batch: each one's request, seed, padding before its prompt, and whether it is done."""
 
     request: Tensor
     seeds: Tensor
@@ -42,7 +42,8 @@ class _Rows:
 
 
 class MegatronEngine:
-    """Engine on the live policy. A collective: every rank calls `generate` with the same requests and gets all responses."""
+    """Engine on the live policy. `generate` is a collective: every rank passes the same requests and gets all
+    responses."""
 
     def __init__(self, policy: Policy, stop_token_ids: Iterable[int]) -> None:
         """stop_token_ids: sampling one of them ends a response, which keeps it."""

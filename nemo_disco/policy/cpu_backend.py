@@ -1,7 +1,7 @@
 """megatron-core 0.16 without CUDA, over gloo: the one place that knows. Inert where CUDA exists.
 
-megatron-core names the GPU in a few dozen places (tensor factories, streams, RNG state, a type string). `enable` answers
-each of them with its CPU counterpart; nothing numerical is replaced. Call it once, before a model is built.
+megatron-core names the GPU in a few dozen places (tensor factories, streams, RNG state, a type string). `enable`
+answers each with its CPU counterpart; nothing numerical is replaced. Call it once, before a model is built.
 """
 
 from __future__ import annotations
