@@ -6,7 +6,7 @@ Encodes questions into prompts and decodes responses. Knows nothing of engines o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,15 +23,7 @@ class Prompt:
     """A question as token ids, after the chat template and up to where the response begins."""
 
     question: Question
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """notes: one line if questions over the limit were dropped, naming them."""
-
-    prompts: tuple[Prompt, ...]
-    notes: tuple[str, ...]
+    token_ids: list[int]
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokenizer:
@@ -63,30 +55,31 @@ def encode_prompts(
     suffix: str,
     max_prompt_length: int,
     too_long: Literal["error", "drop"],
-) -> Encoded:
+) -> tuple[list[Prompt], list[str]]:
     """Questions as prompts, in order, each with `suffix` after the text of its last user turn if it is not there yet.
 
-    max_prompt_length: tokens, the template's included. Raises UserError naming the question, its length and the limit
-    where one is over it and `too_long` is "error", or where none would be left.
+    max_prompt_length: tokens, the template's included. Longer ones are dropped if `too_long` says so: then the second
+    value has the line that names them. Raises UserError naming the question, its length and the limit if `too_long` is
+    "error", or if none would be left.
     """
     if not questions:
-        return Encoded((), ())
+        return [], []
     rendered = [_render(tokenizer, question, suffix) for question in questions]
     tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has written the special ones
     prompts = [Prompt(question, ids) for question, ids in zip(questions, tokens, strict=True)]
-    kept = tuple(prompt for prompt in prompts if len(prompt.tokens) <= max_prompt_length)
-    over = [prompt for prompt in prompts if len(prompt.tokens) > max_prompt_length]
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_length]
+    over = [prompt for prompt in prompts if len(prompt.token_ids) > max_prompt_length]
     if over and (too_long == "error" or not kept):
         raise UserError(
-            f"{over[0].question.source}: the prompt has {len(over[0].tokens)} tokens, data.max_prompt_length is "
+            f"{over[0].question.source}: the prompt has {len(over[0].token_ids)} tokens, data.max_prompt_length is "
             f"{max_prompt_length} ({len(over)} of {len(prompts)} questions are over it, the longest has "
-            f"{max(len(p.tokens) for p in over)} tokens); raise it" + (", or set data.too_long=drop" if kept else "")
+            f"{max(len(p.token_ids) for p in over)} tokens); raise it" + (", or set data.too_long=drop" if kept else "")
         )
     notes = [
         f"{len(over)} of {len(prompts)} questions left out, prompts over data.max_prompt_length={max_prompt_length} "
-        f"tokens: {first_of([f'{p.question.source} ({len(p.tokens)})' for p in over], most=5)}"
+        f"tokens: {first_of([f'{p.question.source} ({len(p.token_ids)})' for p in over], most=5)}"
     ]
-    return Encoded(kept, tuple(notes if over else ()))
+    return kept, notes if over else []
 
 
 def _render(tokenizer: Tokenizer, question: Question, suffix: str) -> str:
@@ -107,7 +100,7 @@ def _render(tokenizer: Tokenizer, question: Question, suffix: str) -> str:
 def _with_suffix(text: str, suffix: str) -> str:
     if text.rstrip().endswith(suffix.strip()):
         return text
-    return text + ("" if suffix[0].isspace() or text[-1].isspace() else " ") + suffix
+    return text + ("" if suffix[0].isspace() else " ") + suffix
 
 
 def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ...]:
@@ -124,8 +117,7 @@ def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ..
     return tuple(sorted({int(tokenizer.eos_token_id), *ids}))
 
 
-def decode_responses(tokenizer: Tokenizer, responses: Iterable[Sequence[int]], stop_ids: Sequence[int]) -> list[str]:
-    """Responses as text, without the stop token at the end. Other special tokens stay: `</think>` may be one."""
-    stops = set(stop_ids)
-    bodies = [list(ids[:-1]) if ids and ids[-1] in stops else list(ids) for ids in responses]
-    return [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in bodies]
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """A response as text. Special tokens stay, since `</think>` may be one; take the stop token off before."""
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text

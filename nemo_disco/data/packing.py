@@ -232,10 +232,10 @@ def _exchange(heavy: list[Bin], light: list[Bin], gap: int, sizes: list[int], co
     whole, h, k = _nearest(_differences([_load([b], costs) for b in heavy], [_load([b], costs) for b in light]), gap)
     given = _Items.of(heavy, sizes, costs, capacity, blanks=False)
     taken = _Items.of(light, sizes, costs, capacity, blanks=True)  # a blank stands for nothing in return
-    grows = _differences(given.size, taken.size)
     blank = taken.size == 0
     lone = np.array([len(heavy[b]) == 1 for b in given.bin], dtype=bool)
-    allowed = (grows <= taken.room) & (-grows <= given.room[:, None]) & ~(lone[:, None] & blank)
+    # What narrows the gap is dearer, so longer, than what comes in return: only the light bin grows.
+    allowed = (_differences(given.size, taken.size) <= taken.room) & ~(lone[:, None] & blank)
     single, i, j = _nearest(np.where(allowed, _differences(given.cost, taken.cost), 0), gap)
     if min(whole, single) >= gap:
         return False

@@ -58,7 +58,7 @@ class QuestionSampler:
         replay = QuestionSampler(self._n, self._per_step, self._seed, self._shuffle)
         for _ in range((state["epoch"] * self._n + state["position"]) // self._per_step):
             replay.next()
-        if replay.state_dict() != state:
+        if replay.state_dict() != dict(state):
             raise UserError(
                 f"the checkpoint's data position (epoch {state['epoch']}, question {state['position']}) is not the "
                 "end of a step; the checkpoint is damaged"

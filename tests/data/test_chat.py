@@ -1,0 +1,176 @@
+"""Text to tokens and back; what a tokenizer directory lacks is said with the file to mend."""
+
+import json
+
+import pytest
+
+from nemo_disco.data.chat import decode, encode_prompts, load_tokenizer, stop_token_ids
+from nemo_disco.data.questions import Message, Question
+from nemo_disco.runtime.errors import UserError
+
+EOS, THINK = 256, 257
+
+
+def ask(text, number=1):
+    return Question(number, text, ("2",), f"q.json, record {number}")
+
+
+def encode(tokenizer, *questions, suffix="", limit=1000, too_long="error"):
+    return encode_prompts(tokenizer, questions, suffix, limit, too_long)
+
+
+def edit(path, **changes):
+    """A change of None removes the key."""
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_a_prompt_is_the_template_up_to_the_response(tokenizer):
+    question = Question(1, (Message("system", "Be brief."), Message("user", "1+1?")), ("2",), "")
+    (prompt,), notes = encode(tokenizer, question)
+    assert tokenizer.decode(prompt.token_ids) == "<system>Be brief.\n<user>1+1?\n<assistant>"
+    assert prompt.question is question and notes == []
+    assert all(type(i) is int for i in prompt.token_ids)
+
+
+def test_token_ids_are_those_of_transformers_own_template_call(tokenizer):
+    (prompt,), _ = encode(tokenizer, ask("Größe? 数"))
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Größe? 数"}], add_generation_prompt=True, return_dict=False
+    )
+    assert prompt.token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "asked"),
+    [
+        ("1+1?", "Think.", "1+1? Think."),
+        ("1+1?", "\nThink.", "1+1?\nThink."),
+        ("1+1? ", "Think.", "1+1?  Think."),
+        ("1+1? Think.", "Think.", "1+1? Think."),
+        ("1+1?\nThink.\n", "\nThink.", "1+1?\nThink.\n"),
+        ("1+1?", "", "1+1?"),
+    ],
+)
+def test_the_suffix_ends_the_last_user_turn_once(tokenizer, text, suffix, asked):
+    turns = (Message("user", "0?"), Message("assistant", "0"), Message("user", text))
+    prompts, _ = encode(tokenizer, ask(text), Question(2, turns, ("2",), ""), suffix=suffix)
+    assert tokenizer.decode(prompts[0].token_ids) == f"<user>{asked}\n<assistant>"
+    assert tokenizer.decode(prompts[1].token_ids) == f"<user>0?\n<assistant>0\n<user>{asked}\n<assistant>"
+
+
+def test_a_question_over_the_limit_is_refused_or_dropped_by_name(tokenizer):
+    fits, over = ask("x" * 9, 1), ask("x" * 10, 2)  # the template adds 18 tokens
+    with pytest.raises(UserError, match=r"q\.json, record 2: the prompt has 28 tokens, data\.max_prompt_length is 27"):
+        encode(tokenizer, fits, over, limit=27)
+    kept, (note,) = encode(tokenizer, fits, over, limit=27, too_long="drop")
+    assert [p.question for p in kept] == [fits]
+    assert note.startswith("1 of 2 questions left out") and note.endswith("q.json, record 2 (28)")
+    assert encode(tokenizer, fits, over, limit=28)[1] == []
+
+
+def test_dropping_every_question_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"2 of 2 questions are over it, the longest has 30 tokens\); raise it$"):
+        encode(tokenizer, ask("x" * 10), ask("x" * 12), limit=20, too_long="drop")
+
+
+def test_no_questions_make_no_prompts(tokenizer):
+    assert encode(tokenizer) == ([], [])
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
+    turns = (Message("user", "a"), Message("system", "b"), Message("user", "c"))
+    with pytest.raises(UserError, match="record 7: the tokenizer's chat template refuses it: system first"):
+        encode(tokenizer, Question(7, turns, ("2",), "q.json, record 7"))
+
+
+def test_a_template_that_writes_nothing_is_named(tokenizer):
+    tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(UserError, match=r"q\.json, record 1: the tokenizer's chat template makes an empty prompt"):
+        encode(tokenizer, ask("?"))
+
+
+def test_decoding_keeps_special_tokens_and_spaces(tokenizer):
+    before, after = tokenizer(["1 , 2 .", "é"], add_special_tokens=False)["input_ids"]
+    ids = [*before, THINK, *after]
+    assert decode(tokenizer, ids) == "1 , 2 .</think>é"
+    assert decode(tokenizer, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, (EOS,)),
+        ({}, (EOS,)),
+        ({"eos_token_id": None}, (EOS,)),
+        ({"eos_token_id": EOS}, (EOS,)),
+        ({"eos_token_id": [THINK, 3]}, (3, EOS, THINK)),
+    ],
+)
+def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tokenizer, tmp_path, config, expected):
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert stop_token_ids(tokenizer, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ('{"eos_token_id": "</s>"}', "`eos_token_id` is </s>"),
+        ('{"eos_token_id": [258]}', "the tokenizer has ids from 0 to 257"),
+        ('{"eos_token_id": -1}', "the tokenizer has ids from 0 to 257"),
+    ],
+)
+def test_a_broken_generation_config_is_named(tokenizer, tmp_path, content, complaint):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        stop_token_ids(tokenizer, tmp_path)
+    assert "generation_config.json: " in str(error.value) and complaint in str(error.value)
+
+
+def test_a_tokenizer_without_eos_is_refused(tokenizer_dir):
+    edit(tokenizer_dir / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(UserError, match=r"no EOS token; set `eos_token` in tokenizer_config\.json"):
+        load_tokenizer(tokenizer_dir)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer_dir):
+    (tokenizer_dir / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"no chat template; put one in chat_template\.jinja"):
+        load_tokenizer(tokenizer_dir)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"a":', '{"model": {"type": "BPE"}}'])
+def test_a_missing_or_corrupt_tokenizer_is_refused(tokenizer_dir, content):
+    file = tokenizer_dir / "tokenizer.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(UserError, match=r"no usable tokenizer there: .*it needs a sound tokenizer\.json") as error:
+        load_tokenizer(tokenizer_dir)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_that_is_not_there_is_not_looked_for_on_a_hub(tmp_path):
+    with pytest.raises(UserError, match="gpt2: there is no such directory"):
+        load_tokenizer(tmp_path / "gpt2")
+
+
+def test_code_in_a_model_directory_runs_only_when_asked_for(tokenizer_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran = tokenizer_dir / "ran"
+    code = (
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n"
+    )
+    (tokenizer_dir / "own.py").write_text(code)
+    edit(
+        tokenizer_dir / "tokenizer_config.json",
+        tokenizer_class="Own",
+        backend=None,
+        auto_map={"AutoTokenizer": [None, "own.Own"]},
+    )
+    with pytest.raises(UserError, match=r"set model\.trust_remote_code=true if you trust it"):
+        load_tokenizer(tokenizer_dir)
+    assert not ran.exists()
+    assert type(load_tokenizer(tokenizer_dir, trust_remote_code=True)).__name__ == "Own" and ran.exists()

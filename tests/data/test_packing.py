@@ -1,0 +1,223 @@
+"""The planner's invariants, one test each and no others; then what it aims at on lengths as real rollouts have them."""
+
+import time
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_disco.data.packing import causal_attention_span, padded, plan_micro_batches, possible_fill
+from nemo_disco.runtime.errors import UserError
+
+LONGEST = 9216
+SHAPES = ("lognormal", "exponential", "beta", "uniform", "bimodal")
+
+
+@st.composite
+def problems(draw):
+    """Lengths, and the planner's options, such that every sequence fits."""
+    options = {
+        "data_parallel_size": draw(st.integers(1, 5)),
+        "sequence_multiple": draw(st.sampled_from([1, 4])),
+        "micro_batch_multiple": draw(st.sampled_from([1, 16])),
+        "count_multiple": draw(st.sampled_from([1, 2, 3])),
+        "attention_span": draw(st.sampled_from([None, 100.0, 3000.0])),
+    }
+    lengths = draw(st.lists(st.integers(1, draw(st.sampled_from([3, 40, 400]))), max_size=70))
+    smallest = padded(padded(max(lengths, default=1), options["sequence_multiple"]), options["micro_batch_multiple"])
+    return lengths, options | {"token_budget": smallest + draw(st.sampled_from([0, 1, 30, 500]))}
+
+
+holds_for_every_problem = given(problems())
+quick = settings(max_examples=150, deadline=None)
+
+
+def slots(plan):
+    return [batch for rank in plan.micro_batches for batch in rank]
+
+
+@quick
+@holds_for_every_problem
+def test_1_every_rank_has_the_same_number_of_micro_batches(problem):
+    lengths, options = problem
+    plan = plan_micro_batches(lengths, **options)
+    assert len(plan.micro_batches) == options["data_parallel_size"]
+    assert {len(rank) for rank in plan.micro_batches} == {plan.count}
+    assert plan.count >= 1 and plan.count % options["count_multiple"] == 0
+
+
+@quick
+@holds_for_every_problem
+def test_2_every_response_is_in_exactly_one(problem):
+    lengths, options = problem
+    assert sorted(i for batch in slots(plan_micro_batches(lengths, **options)) for i in batch) == list(
+        range(len(lengths))
+    )
+
+
+@quick
+@holds_for_every_problem
+def test_3_none_is_over_the_budget_padding_included(problem):
+    lengths, options = problem
+    plan = plan_micro_batches(lengths, **options)
+    totals = [
+        padded(sum(padded(lengths[i], options["sequence_multiple"]) for i in batch), options["micro_batch_multiple"])
+        for batch in slots(plan)
+    ]
+    assert max(totals) <= options["token_budget"]
+    assert plan.padded_tokens == sum(totals)
+
+
+@pytest.mark.parametrize(("seed", "ranks"), list(product(range(3), (2, 8, 16))))
+def test_3_nor_where_exchanges_between_full_slots_level_the_ranks(seed, ranks):
+    lengths = real_lengths("lognormal", seed)
+    plan = plan_micro_batches(lengths, token_budget=LONGEST, data_parallel_size=ranks, attention_span=3000)
+    assert max(sum(lengths[i] for i in batch) for batch in slots(plan)) <= LONGEST
+
+
+@quick
+@holds_for_every_problem
+def test_4_one_is_empty_only_if_there_are_fewer_responses_than_slots(problem):
+    lengths, options = problem
+    filled = [bool(batch) for batch in slots(plan_micro_batches(lengths, **options))]
+    assert sum(filled) == min(len(lengths), len(filled))
+
+
+def test_4_also_where_the_sequences_fit_in_fewer_slots():
+    """Nine slots hold them, the count must be even, and ten cannot be filled longest to emptiest."""
+    lengths = [30, 30, 29, 28, 27, 26, 25, 24, 24, 23, 22, 22, 21, 20, 19, 19, 18, 17, 17, 17, 16]
+    plan = plan_micro_batches(lengths, token_budget=60, count_multiple=2, attention_span=20)
+    assert plan.count == 10 and all(slots(plan))
+
+
+@quick
+@given(problems(), st.randoms(use_true_random=False))
+def test_5_the_lengths_in_each_slot_do_not_depend_on_the_order_of_the_responses(problem, rng):
+    lengths, options = problem
+    shuffled = rng.sample(lengths, len(lengths))
+
+    def shape(lengths):
+        plan = plan_micro_batches(lengths, **options)
+        return [[sorted(lengths[i] for i in batch) for batch in rank] for rank in plan.micro_batches]
+
+    assert shape(lengths) == shape(shuffled)
+    assert plan_micro_batches(lengths, **options) == plan_micro_batches(lengths, **options)
+
+
+def real_lengths(shape, seed, n=256, longest=LONGEST):
+    """Prompts of 40 to 300 tokens and responses with a mean of a third of the limit, cut there."""
+    rng = np.random.default_rng(seed)
+    limit = longest - 300
+    draws = {
+        "lognormal": lambda: np.exp(rng.normal(0, 0.8, n) - 0.32) / 3,
+        "exponential": lambda: rng.exponential(0.35, n),
+        "beta": lambda: rng.beta(1, 2, n),
+        "uniform": lambda: rng.uniform(0, 2 / 3, n),
+        "bimodal": lambda: np.where(rng.random(n) < 0.15, 1.0, np.exp(rng.normal(0, 0.5, n)) * 0.19),
+    }
+    responses = np.minimum(draws[shape]() * limit, limit).astype(int)
+    return (np.maximum(responses, 1) + rng.integers(40, 300, n)).tolist()
+
+
+@pytest.fixture(scope="module")
+def real_plans():
+    """(plan, share of what is arithmetically possible, what is possible) over the settings of real runs."""
+    plans = []
+    for shape, seed, ranks, factor in product(SHAPES, range(4), (2, 3, 4, 8, 16), (1, 1.5, 2, 4)):
+        lengths, budget = real_lengths(shape, seed), int(factor * LONGEST)
+        plan = plan_micro_batches(lengths, token_budget=budget, data_parallel_size=ranks, attention_span=12 * 1536)
+        possible = possible_fill(sum(lengths), budget, ranks)
+        plans.append((plan, plan.fill / possible, possible))
+    return plans
+
+
+def test_the_cost_is_level_over_the_ranks(real_plans):
+    assert max(plan.imbalance for plan, _, _ in real_plans) <= 1.05
+
+
+def test_the_fill_is_what_arithmetic_allows(real_plans):
+    """Also when it allows 99% full slots. Beyond that whole sequences need not fit at all; mostly they still do."""
+    assert min(share for _, share, possible in real_plans if possible <= 0.99) >= 0.97
+    assert np.mean([share >= 0.97 for _, share, _ in real_plans]) >= 0.98
+
+
+@pytest.mark.parametrize(("shape", "factor"), list(product(SHAPES, (1, 2))))
+def test_1024_responses_are_planned_within_50_ms(shape, factor):
+    lengths = real_lengths(shape, 0, n=1024)
+
+    def seconds():
+        start = time.process_time()
+        plan_micro_batches(lengths, token_budget=factor * LONGEST, data_parallel_size=8, attention_span=12 * 1536)
+        return time.process_time() - start
+
+    assert min(seconds() for _ in range(5)) < 0.05
+
+
+@pytest.mark.parametrize(("size", "a_slot"), [(51, 1), (34, 2), (26, 3), (50, 2)])
+def test_sequences_that_share_slots_badly_get_as_many_as_they_need(size, a_slot):
+    plan = plan_micro_batches([size] * 600, token_budget=100, data_parallel_size=2)
+    assert plan.count == 300 // a_slot
+    assert plan.fill == pytest.approx(size * a_slot / 100)
+
+
+def test_slots_that_had_to_be_added_take_their_share():
+    """Two slots would do by arithmetic; the third that is needed does not stay nearly empty."""
+    plan = plan_micro_batches([51, 51, 51, 10, 10, 10, 10], token_budget=100)
+    assert [len(batch) for batch in slots(plan)] == [3, 2, 2]
+
+
+def test_attention_counts_in_the_balance():
+    """One sequence of 1000 tokens costs as much as ten of 100 without attention, and more than twice it with a span
+    of 500: then the ranks' tokens differ."""
+    lengths = [1000, *[100] * 20]
+
+    def tokens(span):
+        plan = plan_micro_batches(lengths, token_budget=3000, data_parallel_size=2, attention_span=span)
+        return [sum(lengths[i] for i in rank[0]) for rank in plan.micro_batches], plan.imbalance
+
+    assert tokens(None) == ([1500, 1500], 1.0)
+    loads, imbalance = tokens(500)
+    assert sorted(loads) == [1000, 2000] and imbalance == pytest.approx(3000 / 2700)
+
+
+def test_the_span_is_where_attention_costs_as_much_as_the_matrix_products():
+    hidden, layers = 64, 3
+    parameters = layers * (4 * hidden**2 + 2 * 4 * hidden**2)  # GPT: q, k, v, o and two of 4 hidden
+    n = round(causal_attention_span(parameters, layers, hidden))
+    matrices = 2 * n * parameters
+    attention = sum(layers * 2 * 2 * hidden * (seen + 1) for seen in range(n))  # q k^T and p v, over what it sees
+    assert n == 12 * hidden and attention / matrices == pytest.approx(1, rel=0.01)
+
+
+def test_numpy_lengths_are_lengths():
+    """Their shifts would overflow."""
+    lengths = np.array(real_lengths("uniform", 1))
+    options = {"token_budget": LONGEST, "data_parallel_size": 4}
+    assert plan_micro_batches(lengths, **options) == plan_micro_batches(lengths.tolist(), **options)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "needed"),
+    [
+        (101, {}, 101),
+        (98, {"sequence_multiple": 16}, 112),
+        (98, {"micro_batch_multiple": 64}, 128),
+        (97, {"sequence_multiple": 4, "micro_batch_multiple": 16}, 112),
+    ],
+)
+def test_a_sequence_over_the_budget_is_refused_with_a_budget_that_works(length, options, needed):
+    with pytest.raises(
+        UserError, match=f"a sequence of {length} tokens.*token_budget is 100; raise it to .* {needed},"
+    ):
+        plan_micro_batches([5, length], token_budget=100, **options)
+    assert plan_micro_batches([5, length], token_budget=needed, **options).count >= 1
+
+
+@pytest.mark.parametrize("wrong", [{"token_budget": 0}, {"data_parallel_size": 0}, {"count_multiple": 0}])
+def test_sizes_below_one_are_refused(wrong):
+    with pytest.raises(ValueError, match="at least 1"):
+        plan_micro_batches([1], **{"token_budget": 10} | wrong)
+    with pytest.raises(ValueError, match="at least one token"):
+        plan_micro_batches([1, 0], token_budget=10)

@@ -1,0 +1,100 @@
+"""The packed arithmetic of Rollouts against plain lists."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.runtime.errors import UserError
+
+PROMPTS = [[1, 2], [1, 2], [3], [4, 5, 6]]
+RESPONSES = [[10, 11, 12], [], [20], [30, 31]]
+LOG_PROBS = [[-1.0, -2.0, -3.0], [], [-4.0], [-5.0, -6.0]]
+
+
+@pytest.fixture
+def rollouts():
+    return Rollouts.from_lists(PROMPTS, RESPONSES, LOG_PROBS, [7, 7, 8, 9], [False, False, True, False], 5)
+
+
+def equal(a, b):
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) and getattr(a, name).dtype == getattr(b, name).dtype
+        for name in Rollouts.__annotations__
+        if name != "weight_version"
+    )
+
+
+def test_packing_gives_back_what_went_in(rollouts):
+    assert len(rollouts) == 4 and rollouts.weight_version == 5
+    assert [rollouts.prompt(i).tolist() for i in range(4)] == PROMPTS
+    assert [rollouts.response(i).tolist() for i in range(4)] == RESPONSES
+    assert rollouts.tokens.tolist() == [1, 2, 10, 11, 12, 1, 2, 3, 20, 4, 5, 6, 30, 31]
+    assert rollouts.total_lengths.tolist() == [5, 2, 2, 5]
+    assert rollouts.truncated.tolist() == [False, False, True, False]
+    assert rollouts.rewards.tolist() == [0.0] * 4 and not rollouts.correct.any()
+
+
+def test_token_index_follows_the_order_asked_for(rollouts):
+    assert rollouts.token_index([3, 1, 0]).tolist() == [4, 5, 0, 1, 2]
+    assert rollouts.generation_log_probs[rollouts.token_index([2, 3])].tolist() == [-4.0, -5.0, -6.0]
+    assert rollouts.token_index([]).tolist() == []
+
+
+def test_select_is_packing_the_selected(rollouts):
+    picked = [3, 1, 0]
+    expected = Rollouts.from_lists(
+        [PROMPTS[i] for i in picked],
+        [RESPONSES[i] for i in picked],
+        [LOG_PROBS[i] for i in picked],
+        [9, 7, 7],
+        [False] * 3,
+        5,
+    )
+    selected = rollouts.select(picked)
+    assert equal(selected, expected) and selected.weight_version == 5
+    assert equal(rollouts.select(torch.tensor(picked)), expected)
+
+
+def test_rewards_and_the_verdict(rollouts):
+    graded = rollouts.with_rewards([0.2, 1.0, 0.5, 0.7])
+    assert graded.rewards.tolist() == [0.2, 1.0, 0.5, 0.7] and graded.rewards.dtype == torch.float64
+    assert graded.correct.tolist() == [False, True, False, True]
+    assert rollouts.with_rewards([0.2, 1.0, 0.5, 0.7], threshold=0.1).correct.all()
+    assert not rollouts.correct.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_not_finite_is_named(rollouts, bad):
+    with pytest.raises(ValueError, match=r"reward of response 2 \(question 8\) is -?(nan|inf); rewards must be finite"):
+        rollouts.with_rewards([0.0, 1.0, bad, bad])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("rewards", torch.zeros(3), "rewards has 3 entries for 4 responses"),
+        ("question_ids", torch.zeros(5), "question_ids has 5 entries for 4 responses"),
+        ("tokens", torch.zeros(13), "13 tokens, but the lengths add up to 14"),
+        ("generation_log_probs", torch.zeros(7), "7 log-probs for 6 response tokens"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(rollouts, field, value, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        replace(rollouts, **{field: value})
+
+
+def test_a_saved_file_is_the_rollouts(rollouts, tmp_path):
+    graded = rollouts.with_rewards([0.2, 1.0, 0.5, 0.7])
+    graded.save(tmp_path / "r.safetensors")
+    loaded = Rollouts.load(tmp_path / "r.safetensors")
+    assert equal(loaded, graded) and loaded.weight_version == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
+def test_a_file_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "r.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"r\.safetensors: not a rollouts file"):
+        Rollouts.load(tmp_path / "r.safetensors")

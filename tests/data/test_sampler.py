@@ -1,0 +1,81 @@
+"""The order of the questions: complete epochs, no repetition in a step, and a position that is everything."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_disco.data.sampler import QuestionSampler
+from nemo_disco.runtime.errors import UserError
+
+sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
+settings.register_profile("quick", max_examples=60, deadline=None)
+
+
+def take(sampler, steps):
+    return [sampler.next() for _ in range(steps)]
+
+
+@settings(settings.get_profile("quick"))
+@given(size=sizes, seed=st.integers(0, 3), shuffle=st.booleans())
+def test_every_epoch_asks_every_question_once_and_no_step_repeats_one(size, seed, shuffle):
+    n, per_step = size
+    steps = take(QuestionSampler(n, per_step, seed, shuffle), 5 * n)
+    assert all(len(step) == len(set(step)) == per_step for step in steps)
+    asked = [i for step in steps for i in step]
+    epochs = [asked[start : start + n] for start in range(0, len(asked) - n + 1, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+
+
+@settings(settings.get_profile("quick"))
+@given(size=sizes, taken=st.integers(0, 50), shuffle=st.booleans())
+def test_a_resumed_sampler_goes_on_where_it_was(size, taken, shuffle):
+    sampler = QuestionSampler(*size, seed=1, shuffle=shuffle)
+    take(sampler, taken)
+    state = json.loads(json.dumps(sampler.state_dict()))
+    resumed = QuestionSampler(*size, seed=1, shuffle=shuffle)
+    take(resumed, 3)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert take(resumed, 20) == take(sampler, 20)
+
+
+def test_without_shuffling_the_order_is_the_files():
+    assert take(QuestionSampler(5, 2, 0, False), 4) == [[0, 1], [2, 3], [4, 0], [1, 2]]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(QuestionSampler(64, 64, seed, True).next()) for seed in range(20)}
+    epochs = take(QuestionSampler(64, 64, 0, True), 20)
+    assert len(orders) == 20 and all(a != b for a, b in pairwise(epochs))
+    assert tuple(range(64)) not in orders
+
+
+def test_too_few_questions_are_refused_with_both_numbers():
+    with pytest.raises(UserError, match="questions_per_step is 4, but there are 3 questions"):
+        QuestionSampler(3, 4, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        ((7, 2, 0, True), "questions=6, this run has 7"),
+        ((6, 3, 0, True), "questions_per_step=2, this run has 3"),
+        ((6, 2, 9, True), "seed=0, this run has 9"),
+        ((6, 2, 0, False), "shuffle=True, this run has False"),
+    ],
+)
+def test_the_state_of_another_order_is_refused(other, complaint):
+    state = QuestionSampler(6, 2, 0, True).state_dict()
+    with pytest.raises(UserError, match=complaint):
+        QuestionSampler(*other).load_state_dict(state)
+
+
+def test_a_position_inside_a_step_is_refused_and_changes_nothing():
+    sampler = QuestionSampler(6, 4, 0, True)
+    before = sampler.state_dict()
+    with pytest.raises(UserError, match="epoch 0, question 3"):
+        sampler.load_state_dict(before | {"position": 3})
+    assert sampler.state_dict() == before
