@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,8 @@ class Optimizer:
         """megatron's sharded tensors of the float32 weights and the moments, in the model's own shapes, so that any
         other layout can read them. model_state: the model's own sharded state. A collective."""
         self._allocate()
+        for part in self._parts:
+            part.get_parameter_state_dp_zero = partial(_padded_parameter_state, part)
         metadata = {
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
             "distrib_optim_sharding_type": "fully_reshardable",
@@ -137,3 +140,23 @@ class Optimizer:
                     if not part.optimizer.state[p]:
                         zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                         part.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:
+    """megatron-core 0.16.1 drops the padding between buckets here and then cuts parameters out by offsets that count
+    it: in every bucket after a padded one it would save the wrong elements. The padding goes back in."""
+    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs)
+    for i, buffer in enumerate(part.buffers if state is not None else []):
+        for tensors in state[i].values():
+            for name, flat in tensors.items():
+                if isinstance(flat, torch.Tensor) and len(flat) < buffer.numel:
+                    tensors[name] = _with_padding(flat, buffer)
+    return state
+
+
+def _with_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:
+    padded = flat.new_zeros(buffer.numel)
+    pieces = torch.split(flat, [bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, piece in zip(buffer.buckets, pieces, strict=True):
+        padded[bucket.offset : bucket.offset + len(piece)] = piece
+    return padded

@@ -1,0 +1,50 @@
+"""Run a function of a test module on several real processes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+TIMEOUT_S = 600
+
+
+@pytest.fixture
+def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """on_ranks(world_size, function, *arguments) -> what the function returned on each rank.
+
+    The function is of a module's top level (processes are spawned, so it is imported anew); the process group stands
+    when it is called. A rank that raises, or a silence of TIMEOUT_S, ends all of them and fails the test.
+    """
+
+    def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        meeting = tmp_path / f"meeting-{secrets.token_hex(4)}"
+        context = torch.multiprocessing.start_processes(
+            _rank, (world_size, meeting, function, arguments), nprocs=world_size, join=False, start_method="spawn"
+        )
+        deadline = time.monotonic() + TIMEOUT_S
+        try:
+            while not context.join(1, grace_period=5):
+                assert time.monotonic() < deadline, f"the ranks still ran after {TIMEOUT_S} s"
+        finally:
+            for process in context.processes:
+                process.kill()
+        return [torch.load(meeting.with_suffix(f".{rank}"), weights_only=False) for rank in range(world_size)]
+
+    return run
+
+
+def _rank(rank: int, world_size: int, meeting: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    torch.save(function(*arguments), meeting.with_suffix(f".{rank}"))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,67 @@
+"""Saves in a loop in a child that is killed at a random moment; the next child resumes and checks what was left.
+
+Run by test_checkpoint.py: kill_saves.py MODEL CHECKPOINTS. Forks, so that the imports are paid once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from models import model_config
+from training import fingerprint, train
+
+from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy.policy import Policy
+
+ROUNDS = 6
+
+
+def resume_and_save(model: Path, directory: Path, tell: int, *, save: bool) -> None:
+    torch.set_num_threads(1)
+    unfinished = len(list(directory.glob("*.tmp-*"))) if directory.exists() else 0
+    config = model_config(model)
+    parallel.start(config)
+    policy = Policy(config)
+    step, state = checkpoint.load_latest(policy, directory) or (0, {})
+    assert step == 0 or state["fingerprint"] == fingerprint(policy), "not the weights that were saved"
+    os.write(tell, json.dumps({"resumed_from": step, "left_unfinished": unfinished}).encode() + b"\n")
+    while save:
+        train(policy, [step])
+        step += 1
+        checkpoint.save(policy, directory, step, {"fingerprint": fingerprint(policy)}, keep=2)
+        os.write(tell, b".")
+
+
+def main() -> None:
+    model, directory = Path(sys.argv[1]), Path(sys.argv[2])
+    luck = random.Random(0)
+    for attempt in range(ROUNDS + 1):
+        hear, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                resume_and_save(model, directory, tell, save=attempt < ROUNDS)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+            os._exit(0)
+        os.close(tell)
+        with os.fdopen(hear, "rb", buffering=0) as ear:
+            sys.stdout.write(ear.readline().decode())
+            if attempt < ROUNDS:
+                assert ear.read(1) == b"."  # one save was finished
+                time.sleep(luck.uniform(0, 0.4))
+                os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert status == (signal.SIGKILL if attempt < ROUNDS else 0), status
+
+
+if __name__ == "__main__":
+    main()
