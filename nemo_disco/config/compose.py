@@ -22,11 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from nemo_disco.config import paths
-from nemo_disco.config.keys import known_keys
+from nemo_disco.config.keys import SECTION, known_keys
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.runtime.errors import UserError
 
 SHOWN = 3  # mistakes in one line
+FREE = {"algorithm.parameters"}  # mappings whose keys are the user's own
 
 
 def compose(name: str = "config", overrides: Sequence[str] = (), config_path: str | None = None) -> RunConfig:
@@ -36,8 +37,7 @@ def compose(name: str = "config", overrides: Sequence[str] = (), config_path: st
     """
     name = name.removesuffix(".yaml")
     roots = paths.config_roots(name, config_path)
-    for override in overrides:
-        _check_override(override, roots)
+    overrides = [_checked(override, roots) for override in overrides]
     OmegaConf.register_new_resolver("assets", paths.assets, replace=True)
     others = json.dumps([f"file://{root}" for root in roots[1:]])
     with _one_line(f"config {name}"), initialize_config_dir(str(roots[0]), version_base="1.3"):
@@ -68,7 +68,8 @@ def overridden(overrides: Sequence[str]) -> set[str]:
     return {str(parser.parse_override(override).key_or_group) for override in overrides}
 
 
-def _check_override(text: str, roots: list[Path]) -> None:
+def _checked(text: str, roots: list[Path]) -> str:
+    """The override as Hydra takes it: keys of a mapping whose names are the user's own need its ++."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -81,8 +82,11 @@ def _check_override(text: str, roots: list[Path]) -> None:
     if choices:
         if value is not None and value not in choices:
             raise UserError(f"override '{text}': {key} has no choice {value}{paths.nearest(str(value), choices)}")
+    elif {key, key.rpartition(".")[0]} & FREE:
+        return f"++{text.lstrip('+')}"
     elif key not in known_keys():
         raise UserError(f"override '{text}': unknown key {key}{paths.nearest(key, known_keys())}")
+    return text
 
 
 def _typed(composed: DictConfig) -> RunConfig:
@@ -108,7 +112,7 @@ def _keys(container: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, value in container.items():
         keys.append(f"{prefix}{name}")
-        if isinstance(value, dict) and keys[-1] in known_keys():
+        if isinstance(value, dict) and known_keys().get(keys[-1]) == SECTION:
             keys += _keys(value, f"{prefix}{name}.")
     return keys
 

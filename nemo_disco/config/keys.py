@@ -10,6 +10,8 @@ from typing import Any
 
 from nemo_disco.config.schema import RunConfig
 
+SECTION = "a section of keys"
+
 
 @cache
 def known_keys() -> dict[str, str]:
@@ -20,7 +22,7 @@ def known_keys() -> dict[str, str]:
     def walk(node: dict[str, Any], prefix: str) -> None:
         for name, field in node["properties"].items():
             if "$ref" in field:
-                found[prefix + name] = "a section of keys"
+                found[prefix + name] = SECTION
                 walk(schema["$defs"][field["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
             else:
                 found[prefix + name] = _expectation(field)
@@ -45,6 +47,7 @@ def _expectation(field: dict[str, Any]) -> str:
         "null": "null",
         "integer": "an integer",
         "number": "a number",
+        "object": "a mapping, such as {name: 1}",
     }
     words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     bounds = [f"{word} {field[bound]:g}" for bound, word in words.items() if bound in field]

@@ -184,3 +184,11 @@ def test_overridden_keys():
 def test_assets_are_the_packaged_ones_wherever_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert compose("quickstart").model.path == str(paths.packaged("assets") / "quickstart" / "model")
+
+
+@pytest.mark.parametrize("override", ["algorithm.parameters.scale=2", "algorithm.parameters={scale: 2}"])
+def test_the_parameters_of_an_objective_of_ones_own_have_any_name(override, tmp_path):
+    config = compose("quickstart", [override])
+    assert config.algorithm.objective()["scale"] == 2
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run_config(tmp_path / "config.yaml") == config
