@@ -72,16 +72,28 @@ def _parse(latex: str) -> Any | None:
 
 def _equal(gold: Any, answer: Any) -> bool:
     zeros = _leading_zeros(gold)
-    return bool(
-        verify(
-            gold,
-            answer,
-            float_rounding=_DIGITS + zeros,
-            numeric_precision=_PRECISION + zeros,
-            allow_set_relation_comp=True,
-            timeout_seconds=None,
-        )
+    equal = verify(
+        gold,
+        answer,
+        float_rounding=_DIGITS + zeros,
+        numeric_precision=_PRECISION + zeros,
+        allow_set_relation_comp=True,
+        timeout_seconds=None,
     )
+    return equal and not _both_without_solution(gold, answer)
+
+
+def _both_without_solution(gold: Any, answer: Any) -> bool:
+    """Whether they are different equations that nothing solves: to math-verify, comparing solutions, those are equal."""
+    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)):
+        return False
+    sides = (gold.lhs, gold.rhs, answer.lhs, answer.rhs)
+    if not all(isinstance(side, sympy.Expr) for side in sides):  # x = {1, 2}
+        return False
+    ours, theirs = answer.lhs - answer.rhs, gold.lhs - gold.rhs
+    if any(sympy.simplify(theirs - sign * ours) == 0 for sign in (1, -1)):
+        return False
+    return not sympy.solve(gold, gold.free_symbols)
 
 
 def _leading_zeros(gold: Any) -> int:

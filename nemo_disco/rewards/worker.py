@@ -165,7 +165,7 @@ def limit_resources() -> None:
 def limit_cpu(timeout: float) -> None:
     """Should the server be killed, its children end by themselves: the CPU time of one answer is bounded too."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 2)
+    limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 1)
 
 
 def limit(kind: int, value: int) -> None:

@@ -78,13 +78,10 @@ def test_a_killed_process_is_replaced_and_its_answers_are_judged_again() -> None
         thread = threading.Thread(target=lambda: results.append(grader.grade(responses, answers)))
         thread.start()
         time.sleep(0.5)  # the towers are being judged, the third waits behind them
-        orphans = workers_of(server)
-        assert len(orphans) == 2
         os.kill(server, signal.SIGKILL)
         thread.join()
         assert results == [[0.0, 0.0, 1.0]]
         assert server_of(grader) != server
-        assert until(lambda: not any(map(alive, orphans)))  # their CPU time is limited
 
 
 def test_a_child_that_dies_costs_its_answer_only() -> None:

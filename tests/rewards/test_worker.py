@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,9 @@ def test_effects_are_refused(tmp_path: Path) -> None:
             refuse_effects(event, arguments)
     refuse_effects("open", (tmp_path / "x", "r", os.O_RDONLY))
     refuse_effects("import", ("sympy",))
+
+
+def test_a_judge_without_a_server_ends_by_itself() -> None:
+    """A server that is killed cannot end its children: their CPU time does."""
+    code = "from nemo_disco.rewards.worker import limit_cpu; limit_cpu(0.1); x = 9 ** 9 ** 9 ** 9"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGXCPU
