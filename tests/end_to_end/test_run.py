@@ -1,0 +1,123 @@
+"""A whole run through the command line, alone and on two ranks: what it leaves, shows and exports."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import QUICKSTART, WHOLE, at, metrics
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_disco.config.compose import load_run_config
+from nemo_disco.data.chat import decode, encode_prompts
+from nemo_disco.data.questions import load_questions
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.evaluation.result import read_evaluation
+from nemo_disco.rewards import MathGrader
+
+CONTRACT = {
+    *("step", "reward/mean", "objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr", "policy/entropy"),
+    *("constraint/active", "response/length_mean", "groups/mixed", "grad_norm", "tokens", "mini_batches/skipped"),
+    *(f"time/{part}" for part in ("generate", "grade", "log_probs", "train", "refit", "step")),
+}
+
+
+def test_the_directory_holds_what_the_contract_names(finished):
+    names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        *("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "rollouts", "evaluation", "export"),
+        "report.html",
+    }
+    assert sorted(path.name for path in (finished.path / "checkpoints").iterdir()) == ["step_2", "step_4"]
+    assert [path.name for path in sorted((finished.path / "rollouts").iterdir())] == [
+        f"step_{n}.jsonl" for n in (1, 2, 3, 4)
+    ]
+    config = load_run_config(finished.path / "config.yaml")
+    assert (config.trainer.max_steps, config.trainer.devices) == (4, finished.ranks)
+    assert "</html>" in (finished.path / "report.html").read_text()
+
+
+def test_every_step_says_every_name_of_the_contract(finished):
+    lines = metrics(finished.path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert set(line) >= CONTRACT
+        assert all(math.isfinite(line[name]) for name in CONTRACT)
+        assert line["time/step"] > line["time/train"] > 0
+        assert line["grad_norm"] > 0 or not line["groups/mixed"]
+    assert any(line["groups/mixed"] and line["policy/kl_stderr"] and line["reward/mean"] for line in lines)
+    assert "eval/test/pass@1" in lines[-1] and not any("eval/test/pass@1" in line for line in lines[:-1])
+    events = EventAccumulator(str(finished.path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("policy/kl")] == [
+        (line["step"], line["policy/kl"]) for line in lines
+    ]
+
+
+def test_some_rollouts_of_a_step_are_there_to_read(finished):
+    lines = [json.loads(line) for line in (finished.path / "rollouts/step_3.jsonl").read_text().splitlines()]
+    assert len(lines) == 8  # exp_manager.saved_rollouts
+    for line in lines:
+        assert line["question"] in line["prompt"] and line["prompt"].endswith("<think>\n")
+        assert line["reward"] == float(line["correct"]) and 0 < line["length"] <= 32
+
+
+def test_it_ends_with_a_table_and_where_the_model_is(finished):
+    assert "test: 8 problems, before and after 4 steps" in finished.done.out
+    for words in ("Pass@1 (avg@4)", "greedy accuracy", "pass@4", "95% CI", f"{finished.path}/export"):
+        assert words in finished.done.out
+    assert finished.done.err == ""
+
+
+def test_the_export_scores_the_same(finished, commands, tmp_path):
+    """Not the means alone: each sample of each problem has the same verdict and length."""
+    overrides = (*WHOLE, f"model.path={finished.path}/export", at(tmp_path / "run"))
+    done = commands("evaluate", *overrides, ranks=finished.ranks).ok()
+    again = read_evaluation(tmp_path / "run/evaluation/test.step_0.json")
+    last = read_evaluation(finished.path / "evaluation/test.step_4.json")
+    first = read_evaluation(finished.path / "evaluation/test.step_0.json")
+    for name in ("correct", "lengths", "truncated", "greedy_correct"):
+        assert (getattr(again, name) == getattr(last, name)).all(), name
+    assert (last.lengths != first.lengths).any()  # the trained policy, not the one it came from
+    assert f"pass@1     {metrics(finished.path)[-1]['eval/test/pass@1']:.4f}" in done.out
+
+
+def test_transformers_computes_the_export_as_the_engine_does(finished, commands, tmp_path):
+    export, file = finished.path / "export", tmp_path / "rollouts.safetensors"
+    commands("verify", f"model.path={export}", f"verify.rollouts={file}", ranks=finished.ranks).ok()
+    model = AutoModelForCausalLM.from_pretrained(export).eval()
+    rollouts = Rollouts.load(file)
+    with torch.no_grad():
+        for i in range(len(rollouts)):
+            response, tokens = rollouts.response(i), torch.cat([rollouts.prompt(i), rollouts.response(i)])
+            logits = model(tokens[None]).logits[0, -len(response) - 1 : -1].double()
+            theirs = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+            ours = rollouts.generation_log_probs[rollouts.token_index([i])].double()
+            assert (theirs - ours).abs().max() < 1e-4
+
+
+def test_transformers_answers_greedily_as_the_final_evaluation_says(finished, commands):
+    model = AutoModelForCausalLM.from_pretrained(finished.path / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished.path / "export")
+    questions = load_questions([commands.directory / "test.jsonl"]).questions
+    prompts, _ = encode_prompts(tokenizer, questions, "", 128, "error")
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.token_ids])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
+        texts.append(decode(tokenizer, out[0, ids.shape[1] :]).removesuffix(tokenizer.eos_token))
+    with MathGrader(require_think=True) as grader:
+        rewards = grader.grade(texts, [q.answers for q in questions])
+    last = read_evaluation(finished.path / "evaluation/test.step_4.json")
+    assert [r == 1 for r in rewards] == last.greedy_correct.tolist()
+
+
+def test_training_moved_the_weights(finished):
+    before = load_file(QUICKSTART / "model/model.safetensors")
+    after = load_file(finished.path / "export/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "bias" not in name)
