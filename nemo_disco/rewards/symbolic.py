@@ -84,7 +84,7 @@ def _equal(gold: Any, answer: Any) -> bool:
 
 
 def _both_without_solution(gold: Any, answer: Any) -> bool:
-    """Whether they are different equations that nothing solves: to math-verify, comparing solutions, those are equal."""
+    """Whether they are different equations that nothing solves: to math-verify, by their solutions, those are equal."""
     if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)):
         return False
     sides = (gold.lhs, gold.rhs, answer.lhs, answer.rhs)

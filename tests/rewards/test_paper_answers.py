@@ -32,8 +32,10 @@ def answers(file: Path) -> list[str]:
 
 
 def respelled(gold: str) -> str:
-    text = gold.replace(r"\frac", r"\dfrac").replace("(", r"\left(").replace(")", r"\right)")
-    return "$ " + re.sub(r"([+=])", r" \1 ", text.strip().strip("$").replace("e+", "e")) + " $"
+    """The same in another LaTeX style: delimiters that grow, displayed fractions, more spaces, dollar signs."""
+    plain = gold.strip().strip("$").replace(r"\left", "").replace(r"\right", "").replace(r"\frac", r"\dfrac")
+    grown = plain.replace("(", r"\left(").replace(")", r"\right)")
+    return "$ " + re.sub(r"([+=])", r" \1 ", grown) + " $"
 
 
 def changed(gold: str, rng: random.Random) -> str:
