@@ -79,7 +79,7 @@ def load(policy: Policy, path: str | Path) -> dict[str, Any]:
     """Take weights, optimizer, schedule and RNG from a checkpoint; the loop_state that was saved with it.
 
     A policy without an optimizer takes the weights alone. Raises UserError if the checkpoint is damaged (the file is
-    named), was not written by this program, or is of another model, dtype or optimizer.
+    named), was not written by this program, or is of another model or dtype.
     """
     try:
         record = _intact(Path(path))
@@ -212,17 +212,12 @@ def _check_fits(policy: Policy, path: Path, record: dict[str, Any]) -> None:
             f"checkpoint {path} is of another model than {policy.config.path}: {'; '.join(differ)}; set model.path to "
             "that model, or exp_manager.explicit_log_dir to another directory"
         )
-    if policy.optimizer is None:
-        return
-    for what, written, ours in (
-        ("dtype", record["dtype"], _dtype(policy)),
-        ("optimizer", record["optimizer"]["name"], policy.config.optim.name),
-    ):
-        if written != ours:
-            raise UserError(
-                f"checkpoint {path} was written with {what} {written}, this run has {ours}: go on with {written}, or "
-                "start another run from its export"
-            )
+    written, ours = record["dtype"], _dtype(policy)
+    if policy.optimizer is not None and written != ours:
+        raise UserError(
+            f"checkpoint {path} was written with dtype {written}, this run has {ours}: set trainer.precision as it "
+            "was, or start another run from its export"
+        )
 
 
 def _random_state() -> dict[str, str]:

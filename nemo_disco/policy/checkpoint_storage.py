@@ -26,9 +26,7 @@ METADATA = ".metadata"
 _ADMITTED = {
     ("torch", "Size"),
     ("torch", "bfloat16"),
-    ("torch", "float16"),
     ("torch", "float32"),
-    ("torch", "float64"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),

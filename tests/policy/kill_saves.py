@@ -21,6 +21,7 @@ from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
 
 ROUNDS = 6
+sys.modules["psutil"] = None  # type: ignore[assignment]  # without it megatron's own writer waits for ever
 
 
 def resume_and_save(model: Path, directory: Path, tell: int, *, save: bool) -> None:
