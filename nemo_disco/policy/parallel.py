@@ -45,6 +45,7 @@ def start(model: ModelConfig, seed: int = 0) -> None:
         context_parallel_size=model.context_parallel_size,
         distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
     )
+    torch.manual_seed(seed)
     if cuda:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
