@@ -1,0 +1,122 @@
+"""Killed and started again, a run ends as if nothing had happened: bit for bit, at any layout.
+
+N steps, a kill -9 at a random moment after their checkpoint, and N more, against 2 N steps in one life.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+import warnings
+
+import pytest
+import torch
+from conftest import WHOLE, at, metrics
+from torch.distributed.checkpoint import FileSystemReader, load
+
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.rundir import RunDirectory
+
+
+def everything(run):
+    """What the future of a run depends on and what its past has left, times aside."""
+    step = run / "checkpoints/step_4"
+    record = json.loads((step / "checkpoint.json").read_text())
+    return {
+        "weights": (run / "export/model.safetensors").read_bytes(),
+        "metrics": [{k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics(run)],
+        "rollouts": [(run / f"rollouts/step_{n}.jsonl").read_text() for n in (1, 2, 3, 4)],
+        "evaluations": [(run / f"evaluation/test.step_{n}.json").read_text() for n in (0, 4)],
+        "loop": record["loop_state"],
+        "random state": record["random_state"],
+        "optimizer steps": record["optimizer"],
+    }
+
+
+def tensors(step):
+    """Every tensor of a checkpoint, by name: the weights and the optimizer's."""
+    reader = FileSystemReader(step)
+    entries = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if hasattr(e, "size")}
+    with warnings.catch_warnings(action="ignore"):  # that it loads in a single process
+        load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_same(run, reference):
+    mine, theirs = everything(run), everything(reference)
+    for name in theirs:
+        assert mine[name] == theirs[name], name
+    mine, theirs = tensors(run / "checkpoints/step_4"), tensors(reference / "checkpoints/step_4")
+    assert mine.keys() == theirs.keys() and any("exp_avg_sq" in name for name in mine)
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def wait_until_free(run):
+    """The ranks die with their launcher, a moment later."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with RunDirectory(run).lock():
+                return
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_killed_after_a_checkpoint_it_ends_as_one_life_does(finished, commands, tmp_path):
+    run = tmp_path / "run"
+    killed = commands.start("train", *WHOLE, at(run), devices=finished.ranks)
+    killed.wait_for(run / "checkpoints/step_2")
+    time.sleep(random.uniform(0, 1))
+    assert killed.process.poll() is None
+    killed.process.kill()
+    assert killed.wait().code == -signal.SIGKILL
+    wait_until_free(run)
+    again = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
+    assert "resumed from step 2" in again.err
+    assert "before and after 4 steps" in again.out
+    assert_same(run, finished.path)
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(finished, commands, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    (run / "export/model.safetensors").unlink()
+    done = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
+    assert "step 5" not in done.out and f"{run}/export" in done.out
+    assert_same(run, finished.path)
+
+
+def test_more_steps_go_on_from_the_last(finished, commands, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    commands("train", *WHOLE, "trainer.max_steps=5", at(run), ranks=finished.ranks).ok()
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
+    assert metrics(run)[:4] == metrics(finished.path)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "checkpoint.json", ".metadata"])
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(name, finished, commands, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    damaged = run / "checkpoints/step_4" / name
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    again = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
+    assert f"damaged checkpoint passed over: {damaged.parent}: {name}" in again.err
+    assert "resumed from step 2" in again.err
+    assert_same(run, finished.path)
+
+
+def test_without_an_intact_checkpoint_nothing_is_trained(finished, commands, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    for n in (2, 4):
+        (run / f"checkpoints/step_{n}/__0_0.distcp").write_bytes(b"")
+    done = commands("train", *WHOLE, at(run), ranks=finished.ranks)
+    assert done.code == 2
+    assert f"error: no intact checkpoint in {run}/checkpoints" in done.err
+    assert metrics(run) == metrics(finished.path)
