@@ -47,7 +47,7 @@ class SchedConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adam", "sgd"]
+    name: Literal["adam"]  # what megatron-core's distributed optimizer takes
     lr: NonNegativeFloat
     weight_decay: NonNegativeFloat
     betas: tuple[float, float]

@@ -1,0 +1,144 @@
+"""The promise: the gradient, the log-probs and the responses do not depend on how the machine is cut.
+
+One launch a world size; inside it the layout is set up anew for each case. The hinge is active (theta is moved after the
+old log-probs), so that an error in KL would show, amplified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import model_config, random_rollouts, save_model
+from safetensors.torch import load_file
+
+from nemo_disco.algorithms import build_objective
+from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.policy import parallel
+from nemo_disco.policy.policy import Policy
+
+Layout = dict[str, Any]
+OBJECTIVE = {"name": "disco", "tau": 1.0, "constraint": {"beta": 1e3, "delta": 1e-4}}
+
+
+def layout(
+    tp: int = 1, pp: int = 1, cp: int = 1, sp: bool = False, vpp: int | None = None, budget: int = 256
+) -> Layout:
+    return {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "context_parallel_size": cp,
+        "sequence_parallel": sp,
+        "virtual_pipeline_model_parallel_size": vpp,
+        "token_budget": budget,
+    }
+
+
+def every_layout(world_size: int) -> list[Layout]:
+    return [
+        layout(tp, pp, cp, sp, vpp, budget)
+        for tp, pp, cp, sp, vpp, budget in product((1, 2, 4), (1, 2, 4), (1, 2), (False, True), (None, 2), (96, 1024))
+        if world_size % (tp * pp * cp) == 0 and (tp > 1 or not sp) and (vpp is None or pp == 2)
+    ]
+
+
+REPRESENTATIVE = {
+    1: [layout(), layout(budget=96)],
+    2: [layout(), layout(tp=2), layout(tp=2, sp=True), layout(pp=2), layout(pp=2, vpp=2), layout(cp=2)],
+    4: [
+        layout(tp=4, sp=True),
+        layout(pp=4),
+        layout(tp=2, pp=2, sp=True, budget=96),
+        layout(tp=2, cp=2, sp=True),
+        layout(pp=2, vpp=2),
+        layout(),
+    ],
+}
+
+
+def measure(model: str, layouts: list[Layout], dtype: torch.dtype) -> list[dict[str, Any]] | None:
+    """For each layout: log-probs, whole gradient, its norm after megatron's own reduction, sampled responses."""
+    weights = load_file(f"{model}/model.safetensors")
+    generator = torch.Generator().manual_seed(9)
+    moved = {n: w.double() - 2e-3 * torch.randn(w.shape, generator=generator).double() for n, w in weights.items()}
+    rollouts = random_rollouts(questions=8, group=4)
+    prompts = [rollouts.prompt(i).tolist() for i in range(len(rollouts))]
+    found = []
+    for changes in layouts:
+        config = model_config(Path(model), **changes)
+        parallel.start(config)
+        policy = Policy(config, dtype=dtype, temperature=0.6)
+        responses = MegatronEngine(policy, [1]).generate(prompts, range(len(prompts)), Sampling(0.6, 12))
+        log_probs, entropies = policy.log_probs(rollouts, entropies=True)
+        policy.load(moved.__getitem__)
+        accumulate_gradient(
+            policy,
+            build_objective(OBJECTIVE),
+            rollouts,
+            OldPolicy(log_probs),
+            max_response_length=40,
+            everywhere=True,
+        )
+        found.append(
+            {
+                "log_probs": log_probs,
+                "entropies": entropies,
+                "responses": [r.tokens for r in responses],
+                "gradients": {n: g.clone() for n, g in policy.named_gradients()},
+                "norm": policy.step().grad_norm if policy.optimizer is not None else None,
+            }
+        )
+    return found if parallel.Ranks.here().is_first else None
+
+
+@pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    architecture, tying = request.param.split("-")
+    return str(save_model(tmp_path_factory.mktemp(request.param), architecture, tied=tying == "tied"))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def check(
+    on_ranks: Callable[..., list[Any]],
+    model: str,
+    cases: dict[int, list[Layout]],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    reference = None
+    for world_size, layouts in cases.items():
+        for changes, found in zip(layouts, on_ranks(world_size, measure, model, layouts, dtype)[0], strict=True):
+            reference = reference or found
+            where = f"{world_size} processes, {changes}"
+            assert found["responses"] == reference["responses"], where
+            torch.testing.assert_close(found["log_probs"], reference["log_probs"], rtol=0, atol=10 * tolerance)
+            torch.testing.assert_close(found["entropies"], reference["entropies"], rtol=0, atol=10 * tolerance)
+            for name, gradient in reference["gradients"].items():
+                assert relative(found["gradients"][name], gradient) <= tolerance, (where, name)
+            if reference["norm"] is not None:
+                assert found["norm"] == pytest.approx(reference["norm"], rel=tolerance), where
+
+
+def test_float64_is_the_same_at_every_layout(on_ranks: Callable[..., list[Any]], model: str) -> None:
+    check(on_ranks, model, REPRESENTATIVE, torch.float64, 1e-9)
+
+
+def test_float32_is_the_same_at_every_layout(on_ranks: Callable[..., list[Any]], model: str) -> None:
+    check(on_ranks, model, {1: REPRESENTATIVE[1], 4: REPRESENTATIVE[4]}, torch.float32, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_the_whole_matrix(on_ranks: Callable[..., list[Any]], model: str, dtype: torch.dtype, tolerance: float) -> None:
+    cases = {world_size: every_layout(world_size) for world_size in (1, 2, 4)}
+    assert sum(map(len, cases.values())) >= 50
+    check(on_ranks, model, cases, dtype, tolerance)
