@@ -6,13 +6,14 @@ Must import nothing heavy at the top: `nemo-disco --help` shows at once. What a 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_disco import __version__
-from nemo_disco.runtime import launch
+from nemo_disco.runtime import launch, srun
 from nemo_disco.runtime.errors import UserError
 
 RUNS = {
@@ -63,7 +64,9 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
     from nemo_disco.config.checks import check, check_files, check_objective
     from nemo_disco.config.compose import compose, overridden
 
+    faulthandler.enable()  # a crash in a kernel leaves its traceback too
     config = compose(options.config_name, overrides, options.config_path)
+    srun.adopt(config.exp_manager.explicit_log_dir)
     asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden(overrides)
     world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, overridden=bool(asked))
     check(config, world_size)

@@ -119,9 +119,10 @@ def _started(config: RunConfig) -> Iterator[None]:
     parallel.start(config.model, config.seed)
     try:
         yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException:
+        parallel.stop(failed=True)
+        raise
+    parallel.stop()
 
 
 @contextlib.contextmanager

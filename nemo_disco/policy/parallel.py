@@ -8,17 +8,23 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.policy import cpu_backend
+from nemo_disco.runtime import srun, watchdog
+from nemo_disco.runtime.watchdog import Watchdog
 
 # A rank that waits longer than this for another is waiting for a dead one.
 _TIMEOUT = datetime.timedelta(minutes=30)
+_MEETING_TIMEOUT = datetime.timedelta(minutes=10)
+_watchdog: Watchdog | None = None
 
 
 def start(model: ModelConfig, seed: int = 0) -> None:
@@ -29,13 +35,10 @@ def start(model: ModelConfig, seed: int = 0) -> None:
     cpu_backend.enable()
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # Where the launcher shows each process its own GPU alone, that is number 0.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
-        else:
-            dist.init_process_group(backend, timeout=_TIMEOUT, store=HashStore(), rank=0, world_size=1)
+        _join("nccl" if cuda else "gloo")
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -48,6 +51,49 @@ def start(model: ModelConfig, seed: int = 0) -> None:
     torch.manual_seed(seed)
     if cuda:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def stop(*, failed: bool = False) -> None:
+    """Leave the process group. A rank that failed leaves it by its end: taking it down would wait for its peers."""
+    global _watchdog
+    if failed and "RANK" in os.environ:
+        watchdog.end_soon()
+        return
+    if _watchdog is not None:
+        _watchdog.stop()
+        _watchdog = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Meet the other ranks, and watch over them from then on."""
+    global _watchdog
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT, store=HashStore(), rank=0, world_size=1)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = os.environ.get(srun.MEETING)
+    if meeting is not None:
+        store = _meet(Path(meeting), rank, world_size)
+    else:
+        store, rank, world_size = next(rendezvous("env://", timeout=_MEETING_TIMEOUT))
+    if world_size > 1:
+        _watchdog = Watchdog(cast(watchdog.Store, PrefixStore("watchdog", store)), rank, world_size)
+        _watchdog.start()  # waits for all of them
+    if meeting is not None and rank == 0:
+        Path(meeting).unlink()
+    dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world_size)
+
+
+def _meet(meeting: Path, rank: int, world_size: int) -> TCPStore:
+    """A store that rank 0 serves on whatever port is free, and the others find through a file."""
+    seconds = _MEETING_TIMEOUT.total_seconds()
+    host, port = (srun.address(), 0) if rank == 0 else srun.find(meeting, seconds)
+    store = TCPStore(host, port, world_size, rank == 0, timeout=_MEETING_TIMEOUT, wait_for_workers=False)
+    if rank == 0:
+        srun.publish(meeting, host, store.port)
+    return store
 
 
 def device() -> torch.device:

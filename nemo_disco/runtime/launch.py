@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nemo_disco.runtime import srun
 from nemo_disco.runtime.errors import UserError
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -110,9 +111,11 @@ def adopt() -> None:
 
 
 def report(error: BaseException) -> bool:
-    """In a rank that `spawn` started: leave word of the error for the launcher; False if no launcher will say it."""
+    """In a rank that `spawn` started: leave word of the error for the launcher; False if no launcher will say it.
+    In a task of srun the word is a line of its log."""
     directory = os.environ.get(_REPORTS)
     if directory is None:
+        srun.report(error)
         return False
     kind = "user" if isinstance(error, UserError) else type(error).__name__
     word = {"time": time.time(), "kind": kind, "message": " ".join(str(error).split())}
