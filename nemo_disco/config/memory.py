@@ -41,7 +41,6 @@ def estimate(config: RunConfig, shape: ModelShape, world_size: int) -> Memory:
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     context = model.context_parallel_size
     parameters = _stage_parameters(shape, tensor, pipeline)
-    optimizer = numbers[2] if model.optim.name == "adam" else numbers[2] // 2
     replicas = world_size // (tensor * pipeline)
     data_parallel = replicas // context
     responses = config.data.questions_per_step * config.generation.responses_per_question
@@ -50,7 +49,7 @@ def estimate(config: RunConfig, shape: ModelShape, world_size: int) -> Memory:
     return Memory(
         weights=parameters * numbers[0],
         gradients=parameters * numbers[1],
-        optimizer=parameters * optimizer // replicas,
+        optimizer=parameters * numbers[2] // replicas,
         activations=_activations(config, shape) * numbers[0],
         log_probs=responses * config.generation.max_response_length * _STEP_COPIES
         + 4 * min(_TILE, model.token_budget // context * shape.vocab // tensor),

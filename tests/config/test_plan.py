@@ -73,7 +73,6 @@ def test_weights_gradients_and_optimizer_state_by_hand():
         (["model.activations_checkpoint_granularity=null"], "activations", 5.0, 40.0),
         (["model.token_budget=73728"], "activations", 1.99, 2.01),
         (["trainer.precision=32"], "weights", 2.0, 2.0),
-        (["model.optim.name=sgd"], "optimizer", 0.3, 0.7),
     ],
 )
 def test_a_layout_shrinks_what_it_splits(overrides, part, least, most):
