@@ -33,8 +33,11 @@ from nemo_disco.runtime.signals import StopRequest
 
 # So many mini-batches in a row whose gradient is not finite end the run: it will not heal by itself.
 MAX_SKIPPED = 3
-# What a mini-batch that was applied says, of the names that every step has in metrics.jsonl.
-MEASURED = ("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr", "constraint/active", "grad_norm")
+# What only a mini-batch that was applied says, of the names that every line of metrics.jsonl has.
+MEASURED = (
+    *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
+    *("constraint/active", "constraint/penalty", "grad_norm"),
+)
 log = logging.getLogger(__name__)
 
 

@@ -41,7 +41,7 @@ class ObjectiveOutput:
 class Objective(Checked, ABC):
     """loss = -J + penalty(KL_hat). A subclass says J; its fields are what a configuration may set.
 
-    Your own, selected by `algorithm.name=my_module:MyObjective`:
+    Your own, selected by `algorithm=base algorithm.name=my_module:MyObjective`:
 
         @dataclass(frozen=True, kw_only=True)
         class MyObjective(Objective):
