@@ -5,54 +5,17 @@ N steps, a kill -9 at a random moment after their checkpoint, and N more, agains
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
 import time
-import warnings
 
 import pytest
-import torch
 from conftest import WHOLE, at, metrics
-from torch.distributed.checkpoint import FileSystemReader, load
+from same_run import assert_same
 
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory
-
-
-def everything(run):
-    """What the future of a run depends on and what its past has left, times aside."""
-    step = run / "checkpoints/step_4"
-    record = json.loads((step / "checkpoint.json").read_text())
-    return {
-        "weights": (run / "export/model.safetensors").read_bytes(),
-        "metrics": [{k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics(run)],
-        "rollouts": [(run / f"rollouts/step_{n}.jsonl").read_text() for n in (1, 2, 3, 4)],
-        "evaluations": [(run / f"evaluation/test.step_{n}.json").read_text() for n in (0, 4)],
-        "loop": record["loop_state"],
-        "random state": record["random_state"],
-        "optimizer steps": record["optimizer"],
-    }
-
-
-def tensors(step):
-    """Every tensor of a checkpoint, by name: the weights and the optimizer's."""
-    reader = FileSystemReader(step)
-    entries = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items() if hasattr(e, "size")}
-    with warnings.catch_warnings(action="ignore"):  # that it loads in a single process
-        load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def assert_same(run, reference):
-    mine, theirs = everything(run), everything(reference)
-    for name in theirs:
-        assert mine[name] == theirs[name], name
-    mine, theirs = tensors(run / "checkpoints/step_4"), tensors(reference / "checkpoints/step_4")
-    assert mine.keys() == theirs.keys() and any("exp_avg_sq" in name for name in mine)
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
 def wait_until_free(run):

@@ -1,0 +1,83 @@
+"""Asked to stop, a run saves and ends well; robbed of a rank, it ends at once and says which. Real signals."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import psutil
+import pytest
+from conftest import WHOLE, at, metrics
+from same_run import assert_same
+
+FOREVER = ("trainer.max_steps=1000000",)
+
+
+def ranks_of(started):
+    """The rank processes of a command that started them itself, by rank."""
+    children = psutil.Process(started.process.pid).children()
+    return {int(c.environ()["RANK"]): c for c in children if "RANK" in c.environ()}
+
+
+def test_sigterm_saves_the_step_and_the_next_life_ends_as_one(finished, commands, tmp_path):
+    run = tmp_path / "run"
+    never = "exp_manager.checkpoint_every_n_steps=1000"  # so that it is the signal that saves
+    stopped = commands.start("train", *WHOLE, never, at(run), devices=finished.ranks)
+    stopped.wait_for(run / "rollouts/step_2.jsonl")
+    stopped.process.send_signal(signal.SIGTERM)
+    done = stopped.wait().ok()
+    said = re.search(r"asked to stop by SIGTERM: saved step (\d)", done.out)
+    assert said is not None, done.out
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{said[1]}"]
+    assert len(metrics(run)) == int(said[1]) < 4
+    assert not (run / "export").exists()
+    commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
+    assert_same(run, finished.path)
+
+
+def test_a_second_job_is_refused_and_the_first_goes_on_until_sigusr1(commands, tmp_path):
+    run = tmp_path / "run"
+    first = commands.start("train", *FOREVER, at(run))
+    first.wait_for(run / "rollouts/step_1.jsonl")
+    second = commands("train", *FOREVER, at(run))
+    assert second.code == 2
+    assert re.fullmatch(rf"error: run directory {run} is in use by process {first.process.pid} on .*\n", second.err)
+    steps = len(metrics(run))
+    first.wait_for(run / f"rollouts/step_{steps + 2}.jsonl")
+    first.process.send_signal(signal.SIGUSR1)
+    done = first.wait().ok()
+    last = len(metrics(run))
+    assert f"asked to stop by SIGUSR1: saved step {last}" in done.out
+    assert (run / f"checkpoints/step_{last}").is_dir()
+
+
+def test_asked_before_the_first_step_it_ends_well_too(commands, tmp_path):
+    """While the evaluation before training runs; there is nothing to save."""
+    run = tmp_path / "run"
+    long = ("evaluation.enabled=true", "evaluation.samples=200")
+    started = commands.start("train", *FOREVER, *long, at(run))
+    started.wait_for(run / "metrics.jsonl")
+    started.process.send_signal(signal.SIGTERM)
+    done = started.wait().ok()
+    assert "asked to stop by SIGTERM: before the first step" in done.out
+    assert not any((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_and_is_named(victim, commands, tmp_path):
+    run = tmp_path / "run"
+    started = commands.start("train", *FOREVER, at(run), devices=2)
+    started.wait_for(run / "rollouts/step_1.jsonl")
+    ranks = ranks_of(started)
+    assert sorted(ranks) == [0, 1]
+    family = [child for rank in ranks.values() for child in (rank, *rank.children(recursive=True))]
+    os.kill(ranks[victim].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    done = started.wait()
+    assert time.monotonic() - killed < 10
+    assert done.code == 128 + signal.SIGKILL
+    last = done.err.splitlines()[-1]
+    assert last == f"error: rank {victim} was killed by SIGKILL (out of memory?); the other ranks were ended"
+    assert psutil.wait_procs(family, timeout=10)[1] == []  # nobody is left behind, graders included
