@@ -19,6 +19,7 @@ from typing import Any
 
 import nemo_disco
 from nemo_disco.rewards import verdict
+from nemo_disco.runtime.signals import spared_children
 
 ATTEMPTS = 2  # an answer that was in the process twice when it died is given up
 
@@ -70,14 +71,15 @@ class WorkerPool:
         root = str(Path(nemo_disco.__file__).parents[1])
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
         # -P: no sympy.py of the user's directory is imported. One hash seed: terms have one order in every process.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nemo_disco.rewards.worker", str(self._workers)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-            start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone
-        )
+        with spared_children():  # a judge that a request to stop ended would look like a wrong answer
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "nemo_disco.rewards.worker", str(self._workers)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+                start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone
+            )
         atexit.unregister(self.close)
         atexit.register(self.close)
         threading.Thread(target=self._listen, args=(self._process,), name="grader", daemon=True).start()

@@ -6,7 +6,9 @@ loop's business). Must not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -40,3 +42,13 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal_name = self.signal_name or signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def spared_children() -> Iterator[None]:
+    """Processes that are started in here never get these signals: SLURM sends them to all that a task started."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit the mask, through exec too
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)

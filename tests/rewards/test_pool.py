@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -99,6 +100,20 @@ def test_a_child_that_dies_costs_its_answer_only() -> None:
         os.kill(child, signal.SIGKILL)
         thread.join()
         assert verdicts == [Verdict(0.0, "grader worker died"), Verdict(1.0, "correct")]
+
+
+def test_a_request_to_stop_leaves_the_processes_alone() -> None:
+    """SLURM signals whatever a task started; a judge that died of it would be a wrong answer."""
+    with MathGrader(timeout=60.0, workers=2) as grader, ThreadPoolExecutor() as executor:
+        grades = executor.submit(grader.grade, *map(list, zip(*CASES, strict=True)))
+        assert until(lambda: grader._pool._process is not None)
+        while not grades.done():  # from the server's start on
+            for pid in workers_of(os.getpid()):
+                for number in (signal.SIGUSR1, signal.SIGTERM):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            time.sleep(0.01)
+        assert grades.result() == EXPECTED
 
 
 def test_closing_ends_the_processes() -> None:
