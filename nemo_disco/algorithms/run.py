@@ -18,7 +18,7 @@ from nemo_disco.algorithms.objectives import Objective, build_objective
 from nemo_disco.algorithms.sampling import Questions, evaluate_set
 from nemo_disco.algorithms.step import PROVIDED
 from nemo_disco.algorithms.trainer import DisCO
-from nemo_disco.config.compose import to_yaml
+from nemo_disco.config.compose import changes, load_run_config, to_yaml
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import encode_prompts, load_tokenizer, stop_token_ids
 from nemo_disco.data.questions import load_questions
@@ -54,7 +54,7 @@ def train(config: RunConfig) -> int:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         questions = read_questions("train", config.data.train_files, config, tokenizer)
         sampler = QuestionSampler(len(questions), config.data.questions_per_step, config.seed, config.data.shuffle)
-        evaluation_sets = _evaluation_sets(config, tokenizer)
+        evaluation_sets = _evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
         with _room(config, tokenizer) as room:
             algorithm = DisCO(
                 config,
@@ -68,7 +68,7 @@ def train(config: RunConfig) -> int:
                 journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
                 reference=_policy(config, trainable=False) if "reference_log_probs" in objective.requires else None,
             )
-            _resume(algorithm, run)
+            _resume(algorithm, run, config)
             if _first():
                 write_atomically(run.config, to_yaml(config))
             algorithm.fit()
@@ -82,6 +82,8 @@ def train(config: RunConfig) -> int:
 def evaluate(config: RunConfig) -> int:
     """`nemo-disco evaluate`: score model.path on evaluation.files."""
     run = RunDirectory(config.exp_manager.explicit_log_dir)
+    # In the directory of a training run the result must not pass for the one before training.
+    directory = run.path / "evaluate" if run.metrics.exists() else run.evaluation
     with _started(config), _held(run):
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         sets = _evaluation_sets(config, tokenizer)
@@ -89,7 +91,7 @@ def evaluate(config: RunConfig) -> int:
             for questions in sets:
                 result = evaluate_set(room.engine, room.grader, questions, config, step=0)
                 if _first():
-                    path = write_evaluation(run.evaluation, result)
+                    path = write_evaluation(directory, result)
                     _print_estimates(result)
                     print(f"written to {path}")
     return 0
@@ -172,8 +174,9 @@ def read_questions(name: str, files: Sequence[str], config: RunConfig, tokenizer
 
 
 def _evaluation_sets(config: RunConfig, tokenizer: Any) -> list[Questions]:
-    if not config.evaluation.enabled:
-        return []
+    names = [Path(file).stem for file in config.evaluation.files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"evaluation.files: two files are named {twice[0]}, and results go by that name; rename one")
     sets = [read_questions(Path(file).stem, [file], config, tokenizer) for file in config.evaluation.files]
     most = config.evaluation.max_questions
     return [s.repeat(range(min(len(s), most or len(s))), 1) for s in sets]
@@ -187,14 +190,17 @@ def _refuse_used(run: RunDirectory, config: RunConfig) -> None:
         )
 
 
-def _resume(algorithm: DisCO, run: RunDirectory) -> None:
-    """Go on from the newest intact checkpoint, if there is one."""
+def _resume(algorithm: DisCO, run: RunDirectory, config: RunConfig) -> None:
+    """Go on from the newest intact checkpoint, if there is one; settings that changed since are said."""
     found = checkpoint.load_latest(algorithm.policy, run.checkpoints)
     if found is None:
         return
     algorithm.load_state_dict(found[1])
     if _first():
         log.info("resumed from step %d of %s", algorithm.step, run.checkpoints)
+        with contextlib.suppress(UserError):  # another version's config.yaml, or none
+            if changed := changes(load_run_config(run.config), config):
+                log.warning("other settings than before: %s", "; ".join(changed))
 
 
 def _objective(config: RunConfig) -> Objective:

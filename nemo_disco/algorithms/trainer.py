@@ -80,6 +80,8 @@ class DisCO:
         with StopRequest() as stop, self.journal.watch(limit, self.step):
             if self.step == 0:
                 self.journal.evaluated(self.run_validation())
+            elif self.step >= limit:
+                self.journal.say(f"step {self.step} of {limit}: nothing is left to train")
             saved = self.step
             while self.step < limit and not self._any_rank(stop.requested):
                 metrics = self.train_step()

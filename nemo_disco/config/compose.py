@@ -62,6 +62,13 @@ def load_run_config(path: str | Path) -> RunConfig:
         return _typed(loaded)
 
 
+def changes(before: RunConfig, now: RunConfig) -> list[str]:
+    """`key: value before -> value now`, for each setting that differs."""
+    old, new = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (before, now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}" for key in keys]
+
+
 def overridden(overrides: Sequence[str]) -> set[str]:
     """The dotted keys (and groups) that the overrides set."""
     parser = OverridesParser.create()
@@ -115,6 +122,13 @@ def _keys(container: Any, prefix: str = "") -> list[str]:
         if isinstance(value, dict) and known_keys().get(keys[-1]) == SECTION:
             keys += _keys(value, f"{prefix}{name}.")
     return keys
+
+
+def _flat(container: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in container.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _describe(detail: Any) -> str:

@@ -117,6 +117,14 @@ def test_evaluation_questions_are_read_before_training_too(refused, tmp_path):
     assert f"{tmp_path}/e.jsonl, line 1: a list, not an object with fields" in line
 
 
+def test_evaluation_files_whose_results_would_have_one_name(refused, tmp_path):
+    for directory in ("a", "b"):
+        (tmp_path / directory).mkdir()
+        questions(tmp_path / directory / "set.jsonl", GOOD)
+    line = refused(f"evaluation.files=[{tmp_path}/a/set.jsonl,{tmp_path}/b/set.jsonl]", command="evaluate")
+    assert "evaluation.files: two files are named set" in line
+
+
 def test_a_run_directory_that_cannot_be_made(refused, tmp_path):
     (tmp_path / "file").touch()
     line = refused(run=tmp_path / "file/run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -84,6 +85,15 @@ def test_the_export_scores_the_same(finished, commands, tmp_path):
         assert (getattr(again, name) == getattr(last, name)).all(), name
     assert (last.lengths != first.lengths).any()  # the trained policy, not the one it came from
     assert f"pass@1     {metrics(finished.path)[-1]['eval/test/pass@1']:.4f}" in done.out
+
+
+def test_evaluating_in_a_runs_own_directory_leaves_its_results(finished, commands, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    done = commands("evaluate", f"model.path={run}/export", at(run)).ok()
+    assert f"written to {run}/evaluate/test.step_0.json" in done.out
+    for file in finished.path.glob("evaluation/*.json"):
+        assert (run / "evaluation" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_transformers_computes_the_export_as_the_engine_does(finished, commands, tmp_path):
