@@ -104,6 +104,7 @@ class DisCO:
             self.step += 1
             with clock("refit"):
                 self.engine.update_weights(self.policy.named_weights(), self.step)
+        with clock("evaluate"):
             evaluated = self.run_validation() if self._validates() else []
         self.journal.evaluated(evaluated)
         metrics |= {name: value for result in evaluated for name, value in result.metrics().items()}

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from . import task, warm_start
 from . import tokenizer as tokenizers
-from . import warm_start
-from .task import Problem, stream
 
 SEED = 0
 VOCABULARY = 512
-TEST, DEVELOPMENT, TRAIN = 256, 128, 4096
+TEST, DEVELOPMENT, TRAIN = 256, 256, 4096
 
 
 def main() -> None:
@@ -28,44 +26,37 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path("assets/quickstart"))
     output: Path = parser.parse_args().output
     torch.set_num_threads(1)
-    # One stream of problems that never repeats, cut into splits: disjoint by construction, and checked below.
-    problems = stream(SEED)
-    test, development, train = (list(islice(problems, n)) for n in (TEST, DEVELOPMENT, TRAIN))
-    tokenizer = make_tokenizer(train)
-    supervised = recorded(problems, seen := [])
-    model = warm_start.new_model(tokenizer, SEED)
     recipe = warm_start.Recipe()
+    test, development, train, supervised = splits(recipe)
+    tokenizer = make_tokenizer(train)
+    model = warm_start.new_model(tokenizer, SEED)
     warm_start.train(model, tokenizer, supervised, development, recipe)
-    check_disjoint(test, development, train, seen)
     for temperature in (1.0, 0.6):
         print(f"test, temperature {temperature}: {warm_start.accuracy(model, tokenizer, test, temperature)}")
     model.save_pretrained(output / "model")
+    (output / "model" / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(output / "model")
     write(output / "test.jsonl", test)
     write(output / "train.jsonl", train)
 
 
-def make_tokenizer(problems: Sequence[Problem]) -> PreTrainedTokenizerFast:
+def splits(recipe: warm_start.Recipe) -> tuple[list[task.Problem], ...]:
+    """test, development, train, supervised: one stream that never repeats; the last two avoid what is held out."""
+    problems = task.stream(SEED)
+    test, development = task.hold_out(problems, TEST), task.hold_out(problems, DEVELOPMENT)
+    problems = task.without(problems, [*test, *development])
+    train, supervised = task.take(problems, TRAIN), task.take(problems, recipe.batch * recipe.max_steps)
+    task.check_held_out([*test, *development], [*train, *supervised])
+    return test, development, train, supervised
+
+
+def make_tokenizer(problems: Sequence[task.Problem]) -> PreTrainedTokenizerFast:
     """Roles and common words are repeated so that they become single tokens beside thousands of questions."""
     common = [tokenizers.COMMON_WORDS] * 30 + ["user\nassistant\nsystem\n" + tokenizers.SUFFIX] * 300
     return tokenizers.train([*common, *(t for p in problems for t in (p.question, p.solution))], VOCABULARY)
 
 
-def recorded(problems: Iterator[Problem], seen: list[Problem]) -> Iterator[Problem]:
-    """The same problems, each noted in `seen` as it is used."""
-    for problem in problems:
-        seen.append(problem)
-        yield problem
-
-
-def check_disjoint(*splits: Sequence[Problem]) -> None:
-    """Raises ValueError if a calculation is in two splits or twice in one."""
-    keys = [p.key for split in splits for p in split]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"{len(keys) - len(set(keys))} problems are not held out: they appear twice")
-
-
-def write(path: Path, problems: Sequence[Problem]) -> None:
+def write(path: Path, problems: Sequence[task.Problem]) -> None:
     path.write_text("".join(json.dumps(p.row()) + "\n" for p in problems))
 
 

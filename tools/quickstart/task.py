@@ -1,6 +1,7 @@
-"""The quickstart's task: sums and differences as short stories, worked digit by digit, with verifiable answers.
+"""The quickstart's task: sums of a few small numbers as short stories, worked one step at a time, with one answer.
 
-Pure and seeded: the same seed gives the same questions anywhere. No question is in two splits, whatever its wording.
+Pure and seeded: the same seed gives the same questions anywhere. No held-out question's numbers are in training, in any
+order or wording.
 """
 
 from __future__ import annotations
@@ -8,85 +9,87 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
-SUM_STORIES = (
-    "What is {a} + {b}?",
-    "Find the sum of {a} and {b}.",
-    "A farm has {a} hens and buys {b} more. How many hens are there now?",
-    "Mia read {a} pages in May and {b} in June. How many pages in total?",
-    "A train carries {a} people and {b} more get on. How many are on it?",
+STORIES = (
+    "What is {sum}?",
+    "Find {sum}.",
+    "Mia scores {list} points. What is her total?",
+    "A bus picks up {list} people. How many is that?",
+    "Boxes hold {list} pens. How many pens in all?",
 )
-DIFFERENCE_STORIES = (
-    "What is {a} - {b}?",
-    "Subtract {b} from {a}.",
-    "A shop had {a} pens and sold {b}. How many pens are left?",
-    "Leo has {a} coins and Ana has {b}. How many more coins does Leo have?",
-    "A tank holds {a} litres and {b} are used. How many litres remain?",
-)
-MIN_DIGITS, MAX_DIGITS = 2, 3
+FEWEST_NUMBERS, MOST_NUMBERS = 4, 6  # the spread of difficulty: an error in any step spoils the answer
+SMALLEST, LARGEST = 2, 9
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question: a + b or a - b (a >= b), told as one of the stories."""
+    """One question: add up the numbers, told as one of the stories."""
 
-    a: int
-    b: int
-    sign: str
+    numbers: tuple[int, ...]
     story: str
 
     @property
-    def key(self) -> tuple[int, int, str]:
-        """What makes two questions the same: the calculation, in either order, however it is worded."""
-        return (max(self.a, self.b), min(self.a, self.b), self.sign)
+    def key(self) -> tuple[int, ...]:
+        """The numbers whatever their order: what a held-out question may not share with training."""
+        return tuple(sorted(self.numbers))
 
     @property
     def question(self) -> str:
-        return self.story.format(a=self.a, b=self.b)
+        words = [str(n) for n in self.numbers]
+        return self.story.format(sum=" + ".join(words), list=f"{', '.join(words[:-1])} and {words[-1]}")
 
     @property
     def answer(self) -> str:
-        return str(self.a + self.b if self.sign == "+" else self.a - self.b)
+        return str(sum(self.numbers))
 
     @property
     def solution(self) -> str:
         """A worked response, as it follows the generation prompt (which ends inside <think>)."""
-        return "\n".join(_columns(self)) + f"\n</think>\n\\boxed{{{self.answer}}}"
+        total, lines = self.numbers[0], []
+        for n in self.numbers[1:]:
+            lines.append(f"{total}+{n}={total + n}")
+            total += n
+        return "\n".join([*lines, "</think>", f"\\boxed{{{self.answer}}}"])
 
     def row(self) -> dict[str, str]:
         """The question as the data files hold it."""
         return {"problem": self.question, "answer": self.answer}
 
 
-def _columns(problem: Problem) -> list[str]:
-    """One line a decimal place, ones first: 7+6=13 then 4+8+1=13; 13-6=7 (borrowed) then 2-1=1."""
-    lines, carry = [], 0
-    for place in range(len(str(problem.a))):
-        x, y = (n // 10**place % 10 for n in (problem.a, problem.b))
-        if problem.sign == "+":
-            total = x + y + carry
-            lines.append(f"{x}+{y}{'+1' if carry else ''}={total}")
-            carry = total // 10
-        else:
-            x -= carry
-            carry = int(x < y)
-            lines.append(f"{x + 10 * carry}-{y}={x + 10 * carry - y}")
-    return lines
-
-
 def stream(seed: int) -> Iterator[Problem]:
-    """Problems without end, no two with the same key."""
+    """Problems without end, no two with the same numbers in the same order."""
     rng = random.Random(seed)
-    seen: set[tuple[int, int, str]] = set()
+    seen: set[tuple[int, ...]] = set()
     while True:
-        sign = rng.choice("+-")
-        a, b = (rng.randrange(10 ** (d - 1), 10**d) for d in _digits(rng))
-        a, b = max(a, b), min(a, b)
-        problem = Problem(a, b, sign, rng.choice(SUM_STORIES if sign == "+" else DIFFERENCE_STORIES))
-        if problem.key not in seen:
-            seen.add(problem.key)
+        count = rng.randint(FEWEST_NUMBERS, MOST_NUMBERS)
+        problem = Problem(tuple(rng.randint(SMALLEST, LARGEST) for _ in range(count)), rng.choice(STORIES))
+        if problem.numbers not in seen:
+            seen.add(problem.numbers)
             yield problem
 
 
-def _digits(rng: random.Random) -> tuple[int, int]:
-    return MAX_DIGITS, rng.randint(MIN_DIGITS, MAX_DIGITS)
+def hold_out(problems: Iterator[Problem], count: int) -> list[Problem]:
+    """The next `count` problems, no two with the same numbers in any order."""
+    held_out: dict[tuple[int, ...], Problem] = {}
+    while len(held_out) < count:
+        problem = next(problems)
+        held_out.setdefault(problem.key, problem)
+    return list(held_out.values())
+
+
+def without(problems: Iterator[Problem], held_out: list[Problem]) -> Iterator[Problem]:
+    """The problems that share their numbers, in any order, with none that is held out."""
+    keys = {p.key for p in held_out}
+    return (p for p in problems if p.key not in keys)
+
+
+def check_held_out(held_out: list[Problem], training: list[Problem]) -> None:
+    """Raises ValueError if a held-out problem's numbers, in any order, are in training."""
+    shared = {p.key for p in held_out} & {p.key for p in training}
+    if shared:
+        raise ValueError(f"{len(shared)} held-out problems are in training, such as {min(shared)}")
+
+
+def take(problems: Iterator[Problem], count: int) -> list[Problem]:
+    return list(islice(problems, count))

@@ -159,6 +159,8 @@ class Objective(Checked, ABC):
             "constraint/penalty": float(penalty),
             "groups/mixed": float(mixed.double().mean()),
         }
+        if not self.constraint.linear:
+            metrics["constraint/delta"] = self.constraint.delta
         if batch.entropies is not None:
             metrics["policy/entropy"] = float(batch.entropies.sum()) / total
         return metrics
