@@ -8,7 +8,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: env quickstart test lint
+.PHONY: env quickstart test test-slow test-slurm lint
 
 env: $(STAMP)
 
@@ -24,7 +24,18 @@ quickstart: env
 	$(BIN)/nemo-disco train --config-name quickstart
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# The whole matrix of layouts, checkpoints over four processes, ...: as many minutes again.
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+# A real SLURM of two nodes on this machine, started and ended by the tests.
+test-slurm: env
+	@PATH=$$PATH:/usr/sbin; if ! { command -v slurmctld && command -v munged && command -v shellcheck; } >/dev/null; then \
+		test "$$(id -u)" = 0 || { echo "error: as root, once: apt-get install slurm-wlm munge shellcheck" >&2; exit 2; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq slurm-wlm munge shellcheck; fi
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: env
 	$(BIN)/ruff check .

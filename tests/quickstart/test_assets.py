@@ -1,4 +1,4 @@
-"""The quickstart's assets are what README.md there says: held out, verifiable, byte-level, and of a shape that divides."""
+"""The quickstart assets are what README.md there says: held out, verifiable, byte-level, of a shape that divides."""
 
 import json
 from collections import Counter
