@@ -1,7 +1,7 @@
-"""The promise: the gradient, the log-probs and the responses do not depend on how the machine is cut.
+"""The promise: gradient, log-probs and responses do not depend on how the machine is cut.
 
-One launch a world size; inside it the layout is set up anew for each case. The hinge is active (theta is moved after the
-old log-probs), so that an error in KL would show, amplified.
+One launch a world size; inside it the layout is set up anew for each case. The hinge is active (theta is moved after
+the old log-probs), so that an error in KL would show, amplified.
 """
 
 from __future__ import annotations
