@@ -60,6 +60,7 @@ def stop(*, failed: bool = False) -> None:
         watchdog.end_soon()
         return
     if _watchdog is not None:
+        dist.barrier()  # until the last one is done they are watched
         _watchdog.stop()
         _watchdog = None
     if dist.is_initialized():

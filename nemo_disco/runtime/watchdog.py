@@ -12,6 +12,7 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from nemo_disco.runtime import launch, srun
 BEAT_S = 2.0
 # Longer than what holds Python's lock (loading a library from a cold file system); with the beats, half a minute.
 SILENCE_S = 30.0
+FAREWELL_S = 5.0
 CLEAN_UP_S = 20.0
 _DONE = "done"
 
@@ -53,22 +55,16 @@ class Watchdog:
         self._meeting.set(f"beat/{self._rank}", "0")
         names = self._meeting.multi_get([f"node/{rank}" for rank in self._watched])
         self._nodes = {rank: name.decode() for rank, name in zip(self._watched, names, strict=True)}
-        self._line = self._connect()
+        # A connection of its own, since a blocking call on the other would block the beats; it gives up soon.
+        self._line = self._meeting.clone()
+        self._line.set_timeout(datetime.timedelta(seconds=4 * BEAT_S))
         self._beating.start()
         threading.Thread(target=self._judge, name="watchdog-judge", daemon=True).start()
 
     def stop(self) -> None:
-        """Say goodbye, so that a silence from now on means nothing."""
+        """Say goodbye, so that a silence from now on means nothing. Rank 0, which holds the store, leaves last."""
         self._stopped.set()
-        self._beating.join()  # a beat after the goodbye would take it back
-        with contextlib.suppress(RuntimeError):  # rank 0, which holds the store, may have gone first
-            self._line.set(f"beat/{self._rank}", _DONE)
-
-    def _connect(self) -> Store:
-        """A connection of our own: a blocking call on another's would block the beats."""
-        line = self._meeting.clone()
-        line.set_timeout(datetime.timedelta(seconds=4 * BEAT_S))
-        return line
+        self._beating.join(FAREWELL_S)
 
     def _beat(self) -> None:
         beat = 0
@@ -81,7 +77,14 @@ class Watchdog:
             except RuntimeError:
                 # Rank 0 is gone or slow: _judge counts. A late answer must not be taken for that of the next question.
                 with contextlib.suppress(RuntimeError):
-                    self._line = self._connect()
+                    self._line = self._line.clone()
+        with contextlib.suppress(RuntimeError):
+            self._line.set(f"beat/{self._rank}", _DONE)
+            deadline = time.monotonic() + FAREWELL_S
+            while self._rank == 0 and time.monotonic() < deadline:
+                if all(value == _DONE.encode() for value in self._line.multi_get(keys)):
+                    break
+                time.sleep(0.02)
 
     def _judge(self) -> None:
         """Counts checks, not seconds: a job that was suspended as a whole goes on."""

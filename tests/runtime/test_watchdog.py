@@ -68,9 +68,18 @@ def test_a_silent_rank_0_is_named_by_the_others(ranks):
         assert "error: rank 0 on node0 has been silent" in process.stderr.read()
 
 
-def test_who_ends_early_or_is_busy_is_not_dead(ranks):
-    for process in ranks(2 * SILENCE_S, 0, 2 * SILENCE_S):
-        assert process.wait(20) == 0, process.stderr.read()
+@pytest.mark.parametrize("first", [0, 1])
+def test_who_ends_early_or_is_busy_is_not_dead(ranks, first):
+    for process in ranks(*(0 if rank == first else 2 * SILENCE_S for rank in range(3))):
+        assert process.wait(30) == 0, process.stderr.read()
+
+
+def test_a_rank_0_that_left_without_a_word_holds_nobody_up(ranks):
+    """A store's connection that is tried again for minutes would."""
+    processes = ranks(60, 1, 1)
+    processes[0].kill()
+    for process in processes[1:]:
+        assert process.wait(30) in (0, 1)
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(ranks):
