@@ -1,93 +1,112 @@
 """The watchdog between real processes: a rank that falls silent ends the run and is named; nothing else does."""
 
+from __future__ import annotations
+
+import datetime
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from nemo_disco.runtime import srun, watchdog
 
 SILENCE_S = 2.0
-RANK = f"""
-import datetime, os, sys, time
-from pathlib import Path
-import torch.distributed as dist
-from nemo_disco.runtime import srun, watchdog
-watchdog.BEAT_S, watchdog.SILENCE_S = 0.1, {SILENCE_S}
-rank, meeting, sleep = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-os.environ["SLURMD_NODENAME"] = f"node{{rank}}"
-host, port = ("127.0.0.1", 0) if rank == 0 else srun.find(meeting, 60)
-store = dist.TCPStore(host, port, 3, rank == 0, timeout=datetime.timedelta(seconds=60), wait_for_workers=False)
-if rank == 0:
-    srun.publish(meeting, host, store.port)
-dog = watchdog.Watchdog(store, rank, 3)
-dog.start()
-print("watched", flush=True)
-time.sleep(sleep)
-dog.stop()
-"""
+Start = Callable[..., list[BaseProcess]]
+
+
+def run_rank(rank: int, here: Path, sleep: float) -> None:
+    """One of three ranks: watched, busy for `sleep` seconds, gone."""
+    sys.stderr = (here / f"{rank}.log").open("w")
+    os.dup2(sys.stderr.fileno(), 2)
+    watchdog.BEAT_S, watchdog.SILENCE_S = 0.1, SILENCE_S
+    os.environ["SLURMD_NODENAME"] = f"node{rank}"
+    host, port = ("127.0.0.1", 0) if rank == 0 else srun.find(here / "meeting", 60)
+    store = dist.TCPStore(host, port, 3, rank == 0, timeout=datetime.timedelta(seconds=60), wait_for_workers=False)
+    if rank == 0:
+        srun.publish(here / "meeting", host, store.port)
+    dog = watchdog.Watchdog(store, rank, 3)
+    dog.start()
+    (here / f"{rank}.ready").touch()
+    time.sleep(sleep)
+    dog.stop()
+    os._exit(0)
 
 
 @pytest.fixture
-def ranks(tmp_path):
-    """start(seconds of work of each of three ranks): their processes, once all are watched."""
-    started: list[subprocess.Popen[str]] = []
+def ranks(tmp_path: Path) -> Iterator[Start]:
+    """ranks(seconds of work of each of the three): their processes, once all are watched."""
+    started: list[BaseProcess] = []
 
-    def start(*sleeps: float) -> list[subprocess.Popen[str]]:
-        for rank, sleep in enumerate(sleeps):
-            command = [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meeting"), str(sleep)]
-            started.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-            )
-        for process in started:
-            assert process.stdout.readline() == "watched\n"
+    def start(*sleeps: float) -> list[BaseProcess]:
+        for rank, sleep in enumerate(sleeps):  # forked: torch is imported already
+            process = multiprocessing.get_context("fork").Process(target=run_rank, args=(rank, tmp_path, sleep))
+            process.start()
+            started.append(process)
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.ready"))) < len(sleeps):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         return started
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.join()
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    process.join(30)
+    return process.exitcode
+
+
+def send(process: BaseProcess, number: signal.Signals) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_silent_rank_is_named_by_rank_0(ranks, number):
+def test_a_silent_rank_is_named_by_rank_0(ranks: Start, tmp_path: Path, number: signal.Signals) -> None:
     processes = ranks(60, 60, 60)
-    processes[2].send_signal(number)
-    assert processes[0].wait(20) == 1
-    words = processes[0].stderr.read()
+    send(processes[2], number)
+    assert exit_code(processes[0]) == 1
+    words = (tmp_path / "0.log").read_text()
     assert "error: rank 2 on node2 has been silent for 2 s" in words
-    assert 'File "<string>", line' in words  # where rank 0 was
+    assert "in run_rank" in words  # where rank 0 was
 
 
-def test_a_silent_rank_0_is_named_by_the_others(ranks):
+def test_a_silent_rank_0_is_named_by_the_others(ranks: Start, tmp_path: Path) -> None:
     processes = ranks(60, 60, 60)
-    processes[0].send_signal(signal.SIGSTOP)
-    for process in processes[1:]:
-        assert process.wait(20) == 1
-        assert "error: rank 0 on node0 has been silent" in process.stderr.read()
+    send(processes[0], signal.SIGSTOP)
+    for rank in (1, 2):
+        assert exit_code(processes[rank]) == 1
+        assert "error: rank 0 on node0 has been silent" in (tmp_path / f"{rank}.log").read_text()
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_who_ends_early_or_is_busy_is_not_dead(ranks, first):
-    for process in ranks(*(0 if rank == first else 2 * SILENCE_S for rank in range(3))):
-        assert process.wait(30) == 0, process.stderr.read()
+def test_who_ends_early_or_is_busy_is_not_dead(ranks: Start, first: int) -> None:
+    processes = ranks(*(0 if rank == first else 2 * SILENCE_S for rank in range(3)))
+    assert [exit_code(process) for process in processes] == [0, 0, 0]
 
 
-def test_a_rank_0_that_left_without_a_word_holds_nobody_up(ranks):
-    """A store's connection that is tried again for minutes would."""
+def test_a_rank_0_that_left_without_a_word_holds_nobody_up(ranks: Start) -> None:
+    """Connecting to its store once more, with the patience of a start, would."""
     processes = ranks(60, 1, 1)
-    processes[0].kill()
-    for process in processes[1:]:
-        assert process.wait(30) in (0, 1)
+    send(processes[0], signal.SIGKILL)
+    assert {exit_code(process) for process in processes[1:]} <= {0, 1}
 
 
-def test_a_job_that_is_suspended_as_a_whole_goes_on(ranks):
-    processes = ranks(4, 4, 4)
+def test_a_job_that_is_suspended_as_a_whole_goes_on(ranks: Start) -> None:
+    processes = ranks(7, 7, 7)
     for process in processes:
-        process.send_signal(signal.SIGSTOP)
+        send(process, signal.SIGSTOP)
     time.sleep(2 * SILENCE_S)
     for process in processes:
-        process.send_signal(signal.SIGCONT)
-    for process in processes:
-        assert process.wait(20) == 0, process.stderr.read()
+        send(process, signal.SIGCONT)
+    assert [exit_code(process) for process in processes] == [0, 0, 0]
