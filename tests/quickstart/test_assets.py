@@ -1,6 +1,7 @@
 """The quickstart assets are what README.md there says: held out, verifiable, byte-level, of a shape that divides."""
 
 import json
+import unicodedata
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -81,8 +82,8 @@ def test_every_worked_solution_adds_up_and_ends_in_the_boxed_answer(supervised):
         "Find $\\frac{1}{2}$ of 1234567890, <think> and \\boxed{9^{9}} </think>.",
     ],
 )
-def test_any_text_round_trips(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_any_text_round_trips_but_for_nfc(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 def test_every_byte_is_a_token(tokenizer):

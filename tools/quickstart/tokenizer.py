@@ -1,14 +1,16 @@
 """A byte-level BPE tokenizer with a chat template, trained on given text.
 
-Every byte is in its alphabet, so any text round-trips; digits are always single tokens.
+Every byte is in its alphabet, so any text round-trips, but for Unicode's NFC, which transformers applies to every
+Qwen2 directory whatever its files say (so this is one from the start); digits are always single tokens.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import Qwen2Tokenizer
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PIECES = ("<think>", "</think>", "\\boxed{")  # ordinary text, but one token each
@@ -29,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
     """A tokenizer of exactly `vocabulary` tokens; raises ValueError if the text gives too few merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -43,14 +45,18 @@ def train(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in PIECES])
-    if tokenizer.get_vocab_size() != vocabulary:
-        raise ValueError(f"the text gives {tokenizer.get_vocab_size()} tokens, {vocabulary} were asked for")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    model = json.loads(tokenizer.to_str())["model"]
+    result = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        unk_token=None,
         eos_token=END,
         pad_token=PAD,
         additional_special_tokens=[START],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+    result.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in PIECES])
+    if len(result) != vocabulary:
+        raise ValueError(f"the text gives {len(result)} tokens, {vocabulary} were asked for")
+    return result
