@@ -73,14 +73,17 @@ class Commands:
         )
         assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
 
-    def __call__(self, command: str, *overrides: str, ranks: int = 1, **environment: str) -> Done:
-        """ranks: processes, started as torchrun does."""
+    def __call__(
+        self, command: str, *overrides: str, ranks: int = 1, life: float | None = None, **environment: str
+    ) -> Done:
+        """ranks: processes, started as torchrun does. life: seconds until they are killed."""
         assert self._server.stdin is not None and self._server.stdout is not None
         devices = ("trainer.devices=1",) if ranks == 1 else ()  # else WORLD_SIZE rules
         files = self._files()
         job: dict[str, Any] = {
             "arguments": [command, *self._small, *devices, *overrides],
             "ranks": ranks,
+            "life": life,
             "environment": environment,
             **{name: str(path) for name, path in files.items()},
         }

@@ -1,7 +1,8 @@
 """Commands in processes forked from this one, which has imported everything: a run starts in milliseconds, not seconds.
 
-A job is a JSON line on stdin: arguments, environment, ranks (processes, told who they are as torchrun tells them), and
-the files that take stdout and stderr. The answer is a line with the exit code: of the first rank that failed, or 0.
+A job is a JSON line on stdin: arguments, environment, ranks (processes, told who they are as torchrun tells them), the
+files that take stdout and stderr, and the seconds after which it is killed (or null). The answer is a line with the
+exit code: of the first rank that failed, or 0.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from typing import Any, NoReturn
 
 from nemo_disco.runtime.logs import setup_logging
@@ -59,6 +61,10 @@ def run(job: dict[str, Any], rank: int, port: int) -> NoReturn:
     for descriptor, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if job["life"] is not None:
+        end = threading.Timer(job["life"], os.kill, (os.getpid(), signal.SIGKILL))
+        end.daemon = True  # a command that is done by then is left alone
+        end.start()
     sys.exit(main(job["arguments"]))
 
 

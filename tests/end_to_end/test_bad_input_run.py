@@ -107,7 +107,7 @@ def test_fewer_questions_than_a_step_asks(refused, tmp_path):
 def test_a_question_over_the_limit(refused, tmp_path):
     long = {"problem": "What is 1 + 1? " * 100, "answer": "2"}
     line = refused(questions(tmp_path / "q.jsonl", GOOD, GOOD, long, GOOD, GOOD))
-    assert re.search(rf"{tmp_path}/q.jsonl, line 3: the prompt has \d+ tokens, data.max_prompt_length is 128", line)
+    assert re.search(rf"{tmp_path}/q.jsonl, line 3: the prompt has \d+ tokens, data.max_prompt_length is \d+", line)
     assert "data.too_long=drop" in line
 
 

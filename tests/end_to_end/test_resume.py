@@ -45,6 +45,20 @@ def test_killed_after_a_checkpoint_it_ends_as_one_life_does(finished, commands, 
     assert_same(run, finished.path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [2], indirect=True, ids=["DP2"])
+def test_killed_at_any_moment_again_and_again_it_ends_as_one_life_does(finished, commands, tmp_path):
+    """Each life is longer than the one before, so that one of them sees the end."""
+    overrides = (*WHOLE, "exp_manager.checkpoint_every_n_steps=1", at(tmp_path / "run"))
+    codes, life = [], 1.0
+    while 0 not in codes:
+        codes.append(commands("train", *overrides, ranks=2, life=random.uniform(0.7, 1) * life).code)
+        life *= 1.5
+        wait_until_free(tmp_path / "run")
+    assert set(codes) == {-signal.SIGKILL, 0}
+    assert_same(tmp_path / "run", finished.path)
+
+
 def test_a_finished_run_started_again_has_nothing_to_do(finished, commands, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)
