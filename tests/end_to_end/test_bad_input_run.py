@@ -143,7 +143,7 @@ def test_a_run_directory_that_cannot_be_made(refused, tmp_path):
         ("algorithm.name=nowhere:Mine", "algorithm.name=nowhere:Mine: importing nowhere raised ModuleNotFoundError"),
         ("algorithm.clip_low=0.2", "objective disco does not take 'clip_low'"),
         ("algorithm.kl_coefficient=0.1", "objective disco does not take 'kl_coefficient'"),
-        ("model.token_budget=150", "model.token_budget=150 is smaller than one response with its prompt"),
+        ("model.token_budget=100", "model.token_budget=100 is smaller than one response with its prompt"),
         ("model.tensor_model_parallel_size=3", "needs a multiple of 3 processes, but there are 1"),
         ("algorithm.mini_batch_questions=3", "mini_batch_questions=3 does not divide data.questions_per_step=4"),
         ("generation.max_response_length=9999", "tokens, but the model has 4096 positions"),

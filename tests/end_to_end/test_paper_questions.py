@@ -36,7 +36,7 @@ def test_a_question_over_the_limit_is_named(commands, tmp_path):
     file = PAPER_DATA / "train/math.json"
     done = commands("train", f"data.train_files=[{file}]", at(tmp_path / "run"))
     assert done.code == 2
-    assert re.search(rf"error: {file}, record \d+: the prompt has \d+ tokens, data.max_prompt_length is 128", done.err)
+    assert re.search(rf"error: {file}, record \d+: the prompt has \d+ tokens, data.max_prompt_length is \d+", done.err)
 
 
 def test_two_kinds_of_files_in_one_run(commands, tmp_path):
