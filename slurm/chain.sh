@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# A long run as several jobs, each going on where the one before stopped, for clusters that do not requeue:
+#   slurm/chain.sh LINKS [sbatch's options] slurm/train_multi_node.sbatch ARGUMENTS...
+# A link that fails takes those after it along.
+set -euo pipefail
+if (($# < 2)) || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: slurm/chain.sh LINKS [sbatch's options] slurm/train_multi_node.sbatch ARGUMENTS..." >&2
+    exit 2
+fi
+links=$1
+shift
+NEMO_DISCO_CHAIN=$(date +%s).$$
+export NEMO_DISCO_CHAIN
+job=
+for ((link = 1; link <= links; link++)); do
+    job=$(sbatch --parsable --no-requeue --kill-on-invalid-dep=yes ${job:+"--dependency=afterok:$job"} "$@")
+    job=${job%%;*}
+    echo "link $link of $links: job $job"
+done
