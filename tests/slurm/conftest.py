@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
+    # Whatever ends pytest ends the jobs.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Short, for a socket lies in it.
     with tempfile.TemporaryDirectory(prefix="slurm-") as directory, cluster(Path(directory) / "c") as running:
         yield running
