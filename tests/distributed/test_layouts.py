@@ -135,6 +135,7 @@ def test_float64_is_the_same_at_every_layout(on_ranks: Callable[..., list[Any]],
     check(on_ranks, model, REPRESENTATIVE, torch.float64, 1e-9)
 
 
+@pytest.mark.slow
 def test_float32_is_the_same_at_every_layout(on_ranks: Callable[..., list[Any]], model: str) -> None:
     check(on_ranks, model, {1: REPRESENTATIVE[1], 4: REPRESENTATIVE[4]}, torch.float32, 1e-5)
 
