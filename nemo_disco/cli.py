@@ -64,7 +64,7 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
     from nemo_disco.config.checks import check, check_files, check_objective
     from nemo_disco.config.compose import compose, overridden
 
-    faulthandler.enable()  # a crash in a kernel leaves its traceback too
+    faulthandler.enable(sys.__stderr__ or 2)  # a crash in a kernel leaves its traceback too
     config = compose(options.config_name, overrides, options.config_path)
     srun.adopt(config.exp_manager.explicit_log_dir)
     asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden(overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import run_rank
 
 TIMEOUT_S = 600
 
@@ -27,7 +26,7 @@ def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         meeting = tmp_path / f"meeting-{secrets.token_hex(4)}"
         context = torch.multiprocessing.start_processes(
-            _rank, (world_size, meeting, function, arguments), nprocs=world_size, join=False, start_method="spawn"
+            run_rank, (world_size, meeting, function, arguments), nprocs=world_size, join=False, start_method="spawn"
         )
         deadline = time.monotonic() + TIMEOUT_S
         try:
@@ -39,12 +38,3 @@ def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
         return [torch.load(meeting.with_suffix(f".{rank}"), weights_only=False) for rank in range(world_size)]
 
     return run
-
-
-def _rank(rank: int, world_size: int, meeting: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    torch.save(function(*arguments), meeting.with_suffix(f".{rank}"))
-    dist.barrier()
-    dist.destroy_process_group()

@@ -1,156 +1,15 @@
-"""Whole commands on real processes, on the quickstart's model and questions, with steps of about a second."""
+"""A server of commands, and two runs that every module may look at."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import PAPER_DATA, WHOLE, Commands, Finished, at
 
-from nemo_disco.config.paths import packaged
-
-QUICKSTART = packaged("assets") / "quickstart"
-REPO = Path(__file__).resolve().parents[2]
-PAPER_DATA = Path(os.environ.get("NEMO_DISCO_PAPER_DATA", REPO.parent / "shared" / "data")) / "deepscaler"
 # Needs the papers' files, which no checkout has.
 collect_ignore = [] if PAPER_DATA.is_dir() else ["test_paper_questions.py"]
-# Two mini-batches a step, of two micro-batches each.
-SMALL = (
-    "--config-name=quickstart",
-    "trainer.max_steps=1",
-    "data.questions_per_step=4",
-    "algorithm.mini_batch_questions=2",
-    "generation.responses_per_question=4",
-    "generation.max_response_length=64",
-    "model.token_budget=256",
-    "evaluation.enabled=false",
-    "exp_manager.tensorboard=false",
-)
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-    def ok(self) -> Done:
-        assert self.code == 0, self.err + self.out
-        return self
-
-
-class Commands:
-    """`nemo-disco COMMAND` on a few questions with SMALL settings: `commands(...)` runs one to its end,
-    `commands.start(...)` is the real command line in the background."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._small = [*SMALL]
-        for key, name, count in (("data.train_files", "train", 64), ("evaluation.files", "test", 8)):
-            lines = (QUICKSTART / f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]
-            (directory / f"{name}.jsonl").write_text("".join(lines))
-            self._small.append(f"{key}=[{directory}/{name}.jsonl]")
-        self._count = 0
-        self._started: list[Started] = []
-        server = Path(__file__).with_name("preloaded.py")
-        self._server = subprocess.Popen(
-            [sys.executable, str(server)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=_environment(),
-            start_new_session=True,
-        )
-        assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
-
-    def __call__(
-        self, command: str, *overrides: str, ranks: int = 1, life: float | None = None, **environment: str
-    ) -> Done:
-        """ranks: processes, started as torchrun does. life: seconds until they are killed."""
-        assert self._server.stdin is not None and self._server.stdout is not None
-        devices = ("trainer.devices=1",) if ranks == 1 else ()  # else WORLD_SIZE rules
-        files = self._files()
-        job: dict[str, Any] = {
-            "arguments": [command, *self._small, *devices, *overrides],
-            "ranks": ranks,
-            "life": life,
-            "environment": environment,
-            **{name: str(path) for name, path in files.items()},
-        }
-        began = time.monotonic()
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        code = int(self._server.stdout.readline())
-        return Done(code, files["stdout"].read_text(), files["stderr"].read_text(), time.monotonic() - began)
-
-    def start(self, command: str, *overrides: str, devices: int = 1, **environment: str) -> Started:
-        """devices: processes, started by the command itself."""
-        files = self._files()
-        arguments = [
-            sys.executable,
-            "-m",
-            "nemo_disco",
-            command,
-            *self._small,
-            f"trainer.devices={devices}",
-            *overrides,
-        ]
-        with files["stdout"].open("w") as out, files["stderr"].open("w") as err:
-            process = subprocess.Popen(arguments, stdout=out, stderr=err, env=_environment() | environment)
-        self._started.append(Started(process, files["stdout"], files["stderr"], time.monotonic()))
-        return self._started[-1]
-
-    def close(self) -> None:
-        for started in self._started:
-            started.process.kill()
-            started.process.wait()
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
-
-    def _files(self) -> dict[str, Path]:
-        self._count += 1
-        files = {name: self.directory / f"{name}.{self._count}" for name in ("stdout", "stderr")}
-        for path in files.values():
-            path.touch()
-        return files
-
-
-@dataclass(frozen=True)
-class Started:
-    """A command that runs in the background."""
-
-    process: subprocess.Popen[bytes]
-    stdout: Path
-    stderr: Path
-    began: float
-
-    def wait(self, timeout: float = 240) -> Done:
-        code = self.process.wait(timeout)
-        return Done(code, self.stdout.read_text(), self.stderr.read_text(), time.monotonic() - self.began)
-
-    def wait_for(self, path: Path, timeout: float = 240) -> None:
-        """Until the path is there; fails if the command ends before."""
-        deadline = time.monotonic() + timeout
-        while not path.exists():
-            assert self.process.poll() is None, self.stderr.read_text() + self.stdout.read_text()
-            assert time.monotonic() < deadline, f"{path} did not appear in {timeout} s"
-            time.sleep(0.01)
-
-
-def _environment() -> dict[str, str]:
-    mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return mine | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -160,38 +19,11 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     running.close()
 
 
-# Four steps with a checkpoint at the second and the last, evaluated before and after.
-WHOLE = (
-    "trainer.max_steps=4",
-    "exp_manager.checkpoint_every_n_steps=2",
-    "evaluation.enabled=true",
-    "evaluation.samples=4",
-    "exp_manager.tensorboard=true",
-)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run of WHOLE settings: on so many ranks (data-parallel), its directory, and how the command ended."""
-
-    ranks: int
-    path: Path
-    done: Done
-
-
 @pytest.fixture(scope="session", params=[1, 2], ids=["DP1", "DP2"])
 def finished(request: pytest.FixtureRequest, commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The command line as a user starts it; with two devices, it starts its ranks itself."""
     path = tmp_path_factory.mktemp("finished") / "run"
     return Finished(request.param, path, commands.start("train", *WHOLE, at(path), devices=request.param).wait().ok())
-
-
-def at(path: Path) -> str:
-    return f"exp_manager.explicit_log_dir={path}"
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

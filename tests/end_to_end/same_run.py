@@ -6,7 +6,7 @@ import json
 import warnings
 
 import torch
-from conftest import metrics
+from commands import metrics
 from torch.distributed.checkpoint import FileSystemReader, load
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from conftest import QUICKSTART, WHOLE, at
+from commands import QUICKSTART, WHOLE, at
 
 MODEL = QUICKSTART / "model"
 ALONE = pytest.mark.parametrize("finished", [1], indirect=True, ids=["DP1"])

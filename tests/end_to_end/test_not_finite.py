@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import at, metrics
+from commands import at, metrics
 from safetensors.torch import load_file
 
 MODULE = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import QUICKSTART, at, metrics
+from commands import QUICKSTART, at, metrics
 from safetensors.torch import load_file
 
 KINDS = {

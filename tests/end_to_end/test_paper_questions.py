@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import PAPER_DATA, at, metrics
+from commands import PAPER_DATA, at, metrics
 
 from nemo_disco.data.questions import load_questions
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import QUICKSTART, at, metrics
+from commands import QUICKSTART, at, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_disco.data.chat import encode_prompts

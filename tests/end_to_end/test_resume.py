@@ -11,7 +11,7 @@ import signal
 import time
 
 import pytest
-from conftest import WHOLE, at, metrics
+from commands import WHOLE, at, metrics
 from same_run import assert_same
 
 from nemo_disco.runtime.errors import UserError

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import QUICKSTART, WHOLE, at, metrics
+from commands import QUICKSTART, WHOLE, at, metrics
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer

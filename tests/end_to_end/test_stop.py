@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from conftest import WHOLE, at, metrics
+from commands import WHOLE, at, metrics
 from same_run import assert_same
 
 FOREVER = ("trainer.max_steps=1000000",)

@@ -1,0 +1,26 @@
+"""What a process of the fixture `on_ranks` runs.
+
+Not in the fixture's own conftest.py: every conftest is the module `conftest`, the last one collected keeps the name,
+and a spawned process would look for this function in another directory's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_rank(
+    rank: int, world_size: int, meeting: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    torch.save(function(*arguments), meeting.with_suffix(f".{rank}"))
+    dist.barrier()
+    dist.destroy_process_group()
