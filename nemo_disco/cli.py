@@ -10,6 +10,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nemo_disco import __version__
@@ -57,7 +58,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _run(options.command, options, [*options.overrides, *rest], arguments)
     if options.command == "plan":
         return _plan(options, [*options.overrides, *rest])
-    return {"grade": _grade, "doctor": _doctor, "report": _report}[options.command](options)
+    return {"grade": _grade, "doctor": _doctor, "report": _report, "data": _data}[options.command](options)
 
 
 def _run(command: str, options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
@@ -114,6 +115,33 @@ def _grade(options: argparse.Namespace) -> int:
     return 0
 
 
+def _data(options: argparse.Namespace) -> int:
+    from nemo_disco.data.survey import describe, keep, survey, write_questions
+    from nemo_disco.rewards import MathGrader
+
+    count = None
+    if options.model is not None:
+        from nemo_disco.data.chat import load_tokenizer, prompt_lengths
+
+        count = partial(prompt_lengths, load_tokenizer(options.model))
+    elif options.max_tokens is not None:
+        raise UserError("--max-tokens counts a tokenizer's tokens: name its directory with --model")
+    with MathGrader() as grader:
+        found = survey(
+            options.files,
+            against=options.against,
+            rollouts=options.rollouts,
+            count_tokens=count,
+            unread=grader.unread,
+        )
+    print(describe(found))
+    if options.out is not None:
+        kept, notes = keep(found, options.drop, options.max_tokens)
+        write_questions(options.out, kept)
+        print("\n".join([*notes, f"{options.out}: {len(kept):,} questions"]))
+    return 0
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from nemo_disco.runtime.doctor import print_doctor
 
@@ -142,6 +170,17 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
     grade.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
+    data = commands.add_parser("data", help="what is in question files; filter and convert them")
+    data.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
+    data.add_argument("--model", type=Path, metavar="DIR", help="count prompt tokens with this directory's tokenizer")
+    data.add_argument("--against", type=Path, nargs="+", default=[], metavar="FILE", help="evaluation files: overlap")
+    data.add_argument(
+        "--rollouts", type=Path, nargs="+", default=[], metavar="FILE", help="pass rates: rollouts/*.jsonl"
+    )
+    data.add_argument("--out", type=Path, metavar="FILE", help="write what is left as .jsonl, .json or .parquet")
+    data.add_argument("--max-tokens", type=int, metavar="N", help="with --out: leave longer prompts out")
+    drop = ("duplicates", "contaminated", "unparsable")
+    data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave these out as well")
     commands.add_parser("doctor", help="which kernels and engines this machine has, and what is missing for what")
     report = commands.add_parser("report", help="one HTML page about one or several runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")

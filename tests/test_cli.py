@@ -13,7 +13,7 @@ from nemo_disco import cli
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
 
-COMMANDS = ("train", "evaluate", "verify", "plan", "grade", "doctor", "report")
+COMMANDS = ("train", "evaluate", "verify", "plan", "grade", "doctor", "report", "data")
 
 
 def run(*arguments, **environment):
@@ -94,6 +94,8 @@ def test_bad_input_from_every_rank_is_one_line(usable):
         ["verify", "--config-name", "quickstart", "generation=vllm"],
         ["plan", "--config-path", "nowhere"],
         ["grade", "nowhere.jsonl"],
+        ["data", "nowhere.jsonl"],
+        ["data", "nowhere.jsonl", "--max-tokens", "5"],
         ["report", "nowhere"],
     ],
 )

@@ -52,8 +52,10 @@ def train(config: RunConfig) -> int:
         # What may be refused is read before the policy is built.
         _refuse_used(run, config)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        questions = read_questions("train", config.data.train_files, config, tokenizer)
-        sampler = QuestionSampler(len(questions), config.data.questions_per_step, config.seed, config.data.shuffle)
+        questions = read_questions("train", config.data.train_files, config, tokenizer, config.data.train_weights)
+        weights = [q.weight for q in questions.questions]
+        per_step, shuffle = config.data.questions_per_step, config.data.shuffle
+        sampler = QuestionSampler(len(questions), per_step, config.seed, shuffle, weights)
         evaluation_sets = _evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
         with _room(config, tokenizer) as room:
             algorithm = DisCO(
@@ -158,9 +160,11 @@ def _policy(config: RunConfig, *, dtype: torch.dtype | None = None, trainable: b
     )
 
 
-def read_questions(name: str, files: Sequence[str], config: RunConfig, tokenizer: Any) -> Questions:
+def read_questions(
+    name: str, files: Sequence[str], config: RunConfig, tokenizer: Any, weights: Sequence[float] | None = None
+) -> Questions:
     """Questions and their prompts; what is left out is said, by rank 0."""
-    loaded = load_questions(files)
+    loaded = load_questions(files, weights)
     kept, notes = encode_prompts(
         tokenizer,
         loaded.questions,

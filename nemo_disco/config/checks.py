@@ -21,6 +21,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Raises UserError if keys contradict each other, or `world_size` processes."""
     _check_layout(config, world_size)
     _check_batch(config)
+    _check_weights(config)
     _check_lengths(config)
     _check_optimizer(config)
     if config.generation.engine not in ENGINES:
@@ -110,6 +111,14 @@ def _check_batch(config: RunConfig) -> None:
         raise UserError(
             f"generation.responses_per_question=1: {config.algorithm.name} compares the responses of a question; "
             "would work: 2 or more"
+        )
+
+
+def _check_weights(config: RunConfig) -> None:
+    files, weights = config.data.train_files, config.data.train_weights
+    if weights is not None and len(weights) != len(files):
+        raise UserError(
+            f"data.train_weights has {len(weights)} weights for {len(files)} data.train_files; give one each"
         )
 
 

@@ -113,6 +113,7 @@ class GenerationConfig(Section):
 
 class DataConfig(Section):
     train_files: Annotated[list[str], Field(min_length=1)]
+    train_weights: list[PositiveFloat] | None  # one a file: how often an epoch asks it; null is 1 each
     questions_per_step: PositiveInt
     max_prompt_length: PositiveInt  # tokens, after the chat template
     too_long: Literal["error", "drop"]  # a question over the limit: stop, or drop it and say how many

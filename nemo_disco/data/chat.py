@@ -82,6 +82,12 @@ def encode_prompts(
     return kept, notes if over else []
 
 
+def prompt_lengths(tokenizer: Tokenizer, questions: Sequence[Question], suffix: str = "") -> list[int]:
+    """The tokens of each question's prompt. Raises UserError where the chat template refuses it."""
+    rendered = [_render(tokenizer, question, suffix) for question in questions]
+    return [len(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]] if rendered else []
+
+
 def _render(tokenizer: Tokenizer, question: Question, suffix: str) -> str:
     import jinja2
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ class Question:
     id: its position over all records of all files, in the order given (records that were left out count too).
     text: what the user asks; or, if it is more than one user turn, the conversation, which ends with a user turn.
     answers: alternatives, any of which is right. source: file and record, for messages. metadata: the other fields.
+    weight: how often an epoch asks it, on the average of its file.
     """
 
     id: int
@@ -41,6 +42,7 @@ class Question:
     answers: tuple[str, ...]
     source: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -56,12 +58,13 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load_questions(paths: Sequence[str | Path]) -> Loaded:
+def load_questions(paths: Sequence[str | Path], weights: Sequence[float] | None = None) -> Loaded:
     """The questions of all files, in order; records without an answer are left out and noted.
 
     A record has its question in `problem`, `question`, `prompt` or `messages` (text or a list of role and content) and
     its answer in `answer` or `reward_model.ground_truth` (text, a number or a list of alternatives). An assistant turn
     at the end of a list is the reference: not part of the question, and the answer if there is no other.
+    weights: one a file (default: 1 each).
     Raises UserError naming file, record and field.
     """
     if not paths:
@@ -69,7 +72,7 @@ def load_questions(paths: Sequence[str | Path]) -> Loaded:
     questions: list[Question] = []
     notes: list[str] = []
     position = 0
-    for path in map(Path, paths):
+    for path, weight in zip(map(Path, paths), weights or [1.0] * len(paths), strict=True):
         records = read_records(path)
         missing: dict[str, list[str]] = {}
         kept = len(questions)
@@ -79,7 +82,7 @@ def load_questions(paths: Sequence[str | Path]) -> Loaded:
             if lack:
                 missing.setdefault(lack, []).append(place)
             else:
-                questions.append(question)
+                questions.append(replace(question, weight=weight))
         if len(questions) == kept:
             fields_seen = ", ".join(records[0].fields)
             raise UserError(

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.canonical import for_algebra
+from nemo_disco.rewards.canonical import canonical, for_algebra, quantity
 from nemo_disco.rewards.extract import NoAnswerError, boxed, final_answer
 from nemo_disco.rewards.pool import WorkerPool
-from nemo_disco.rewards.quick import same
+from nemo_disco.rewards.quick import numeral, same
 from nemo_disco.rewards.verdict import Verdict
 
 MAX_ANSWER = 10_000  # characters of a box that are worth parsing
@@ -58,6 +58,22 @@ class MathGrader:
                 asked[question] = self._pool.submit(*question)
             outcomes.append(asked[question])
         return [Verdict.of(o if isinstance(o, str) else o.result()) for o in outcomes]
+
+    def unread(self, answers: Sequence[str]) -> list[str]:
+        """For each gold answer what hinders algebra with it, "" where nothing does: such an answer is only right as it
+        is spelled. Raises as `grade`."""
+        asked: dict[str, str | Future[str]] = {}
+        for answer in dict.fromkeys(answers):
+            gold = _unboxed(answer)
+            if numeral(quantity(canonical(gold)).body) is not None:
+                asked[answer] = verdict.CORRECT
+            elif len(gold) > MAX_ANSWER or not gold.strip():
+                asked[answer] = verdict.TOO_LONG if gold.strip() else verdict.EMPTY_BOX
+            else:
+                algebra = for_algebra(gold)
+                asked[answer] = self._pool.submit(algebra, (algebra,))
+        reasons = {a: o if isinstance(o, str) else o.result() for a, o in asked.items()}
+        return ["" if reasons[answer] == verdict.CORRECT else reasons[answer] for answer in answers]
 
     def close(self) -> None:
         """End the processes. The grader cannot be used again."""

@@ -1,6 +1,7 @@
 """The order of the questions: complete epochs, no repetition in a step, and a position that is everything."""
 
 import json
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -79,3 +80,35 @@ def test_a_position_inside_a_step_is_refused_and_changes_nothing():
     with pytest.raises(UserError, match="epoch 0, question 3"):
         sampler.load_state_dict(before | {"position": 3})
     assert sampler.state_dict() == before
+
+
+def test_weights_say_how_often_an_epoch_asks():
+    """Ten questions twice, ten once, ten every other epoch: over two epochs exactly so."""
+    weights = [2.0] * 10 + [1.0] * 10 + [0.5] * 10
+    sampler = QuestionSampler(30, 5, 0, True, weights)
+    steps = take(sampler, 14)  # 35 questions an epoch
+    assert all(len(set(step)) == 5 for step in steps)
+    asked = Counter(i for step in steps for i in step)
+    # A question that a step skipped comes right after it, so that it may slip over the end of the second epoch.
+    expected = [4] * 10 + [2] * 10 + [1] * 10
+    assert sum(abs(asked[i] - n) for i, n in enumerate(expected)) <= 2
+    assert sampler.state_dict() == {
+        "epoch": 1, "position": 35, "questions": 30, "questions_per_step": 5, "seed": 0, "shuffle": True,
+        "questions_per_epoch": 35,
+    }  # fmt: skip
+
+
+def test_a_weighted_sampler_resumes():
+    weights = [3.0, 1.0, 0.4, 0.4, 1.0, 1.0, 1.0, 0.4]
+    sampler, resumed = (QuestionSampler(8, 2, 1, True, weights) for _ in range(2))
+    take(sampler, 17)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    assert take(resumed, 30) == take(sampler, 30)
+    with pytest.raises(UserError, match="questions_per_epoch"):
+        QuestionSampler(8, 2, 1, True).load_state_dict({**sampler.state_dict(), "questions_per_epoch": 9})
+
+
+@pytest.mark.parametrize("weights", [[100.0, 1.0, 1.0, 1.0], [0.01] * 4])
+def test_weights_that_no_step_can_follow_are_refused(weights):
+    with pytest.raises(UserError, match="train_weights"):
+        QuestionSampler(4, 2, 0, True, weights)

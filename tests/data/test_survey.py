@@ -1,0 +1,121 @@
+"""`nemo-disco data`: every fault is found and named, every filter takes what it says, every format holds the same."""
+
+import json
+
+import pytest
+
+from nemo_disco import cli
+from nemo_disco.data.normalize import text_key
+from nemo_disco.data.questions import load_questions
+from nemo_disco.data.survey import describe, keep, pass_rates, survey, write_questions
+from nemo_disco.runtime.errors import UserError
+
+RECORDS = [
+    {"problem": "What is $1+1$?", "answer": "2", "level": 1},
+    {"problem": "what is 1 + 1", "answer": "2"},
+    {"problem": "What is \\( 1+1 \\)?  Let's think step by step and output the answer.", "answer": 3},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a set."}],
+     "answer": ["\\{1\\}", "1"]},
+    {"prompt": [{"role": "user", "content": "A long one: " + "x" * 300}], "reward_model": {"ground_truth": "x^{"}},
+]  # fmt: skip
+
+
+@pytest.fixture
+def found(write):
+    held_out = write("test.json", [{"problem": "Name a  SET", "answer": "1"}, {"problem": "Other?", "answer": "1"}])
+    return survey(
+        [write("train.jsonl", RECORDS)],
+        against=[held_out],
+        count_tokens=lambda questions: [len(q.messages[-1].content) for q in questions],
+        unread=lambda answers: ["unparsable answer" if a == "x^{" else "" for a in answers],
+    )
+
+
+def test_each_fault_is_found(found):
+    assert found.repeated == {1: 0, 2: 0}
+    assert found.conflicting == [2]
+    assert {i: q.text for i, q in found.overlapping.items()} == {3: "Name a  SET"}
+    assert found.unread == {4: "unparsable answer"}
+    assert found.longer_than(100) == [4]
+
+
+def test_the_description_names_records(found):
+    text = describe(found)
+    assert "5 questions" in text and "max 312" in text
+    assert "asked before: 2 of 5" in text and "line 3 = " in text
+    assert "x^{" in text and "also in an evaluation file: 1 of 5" in text
+
+
+@pytest.mark.parametrize(
+    ("drop", "tokens", "left"),
+    [
+        ([], None, [0, 1, 2, 3, 4]),
+        (["duplicates"], None, [0, 3, 4]),
+        (["contaminated"], None, [0, 1, 2, 4]),
+        (["unparsable"], None, [0, 1, 2, 3]),
+        ([], 311, [0, 1, 2, 3]),
+        (["duplicates", "contaminated"], 312, [0, 4]),
+    ],
+)
+def test_filters_take_what_they_say(found, drop, tokens, left):
+    kept, notes = keep(found, drop, tokens)
+    assert [q.id for q in kept] == left
+    assert bool(notes) == (len(left) < 5)
+
+
+def test_what_always_comes_out_the_same_is_left_out(write):
+    verdicts = {"What is $1+1$?": [True, True], "Name a set.": [False], "A long one: " + "x" * 300: [True, False]}
+    lines = [{"question": q, "correct": v} for q, of in verdicts.items() for v in of]
+    rollouts = [write("step_1.jsonl", lines[:2]), write("step_2.jsonl", lines[2:])]
+    found = survey([write("train.jsonl", RECORDS)], rollouts=rollouts)
+    assert found.pass_rates == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 0.5}
+    assert [q.id for q in keep(found, [], None)[0]] == [4]
+    assert "always wrong 1, always right 3" in describe(found)
+    # A question that no rollout measured stays.
+    assert len(keep(survey([write("new.json", [RECORDS[3], {"problem": "New", "answer": 1}])],
+                           rollouts=rollouts), [], None)[0]) == 1  # fmt: skip
+
+
+def test_a_line_that_is_no_rollout_is_named(write):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2: a rollout has `question`"):
+        pass_rates([write("x.jsonl", [{"question": "a", "correct": True}, {"question": "a"}])])
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json", "out.parquet"])
+def test_converted_questions_are_the_same_questions(name, write, tmp_path):
+    records = RECORDS[:3] if name == "out.parquet" else RECORDS  # a column of Parquet holds one schema
+    before = load_questions([write("train.jsonl", records)]).questions
+    write_questions(tmp_path / name, before)
+    after = load_questions([tmp_path / name]).questions
+    assert [(q.messages, q.answers) for q in after] == [(q.messages, q.answers) for q in before]
+    assert after[0].metadata["level"] in (1, "1")
+
+
+def test_unusable_targets_are_refused(found, tmp_path):
+    with pytest.raises(UserError, match=r"name it \.jsonl, \.json, \.parquet"):
+        write_questions(tmp_path / "out.csv", found.questions)
+    with pytest.raises(UserError, match="no question is left"):
+        write_questions(tmp_path / "out.json", [])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Find $\\frac{1}{2}$.", "find \\dfrac{1}{2}", True),
+        ("Find 1.5", "Find 15", False),
+        ("Find x^2", "Find x2", False),
+        ("Is 3 < 5?", "Is 3 > 5?", False),
+        ("a. b", "a b", True),
+    ],
+)
+def test_the_key_ignores_typesetting_and_nothing_else(one, other, same):
+    assert (text_key(one) == text_key(other)) is same
+
+
+def test_the_command_prints_and_writes(write, tokenizer_dir, tmp_path, capsys):
+    file, out = write("train.jsonl", RECORDS), tmp_path / "out.json"
+    more = ["--drop", "unparsable", "--max-tokens", "300"]
+    assert cli.main(["data", str(file), "--model", str(tokenizer_dir), "--out", str(out), *more]) == 0
+    printed = capsys.readouterr().out
+    assert "prompt tokens: min" in printed and "(unparsable answer): x^{" in printed
+    assert f"{out}: 4 questions" in printed and len(json.loads(out.read_text())) == 4
