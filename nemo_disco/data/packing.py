@@ -1,16 +1,18 @@
 """The packing plan of a mini-batch: pure, deterministic, in integers, so that every rank computes the same. Invariants:
 (1) every rank has the same number of micro-batches, a multiple of count_multiple; (2) every response is in exactly one;
 (3) none is over the token budget, padding included; (4) one is empty only if there are fewer responses than slots;
-(5) the lengths in each slot do not depend on the responses' order. Aims: as few micro-batches as the budget allows, at
-least 0.97 of `possible_fill`, and an attention-aware cost that is level over the ranks (max/mean <= 1.05).
+(5) the lengths in each slot do not depend on the responses' order. Aims: 0.97 of `possible_fill` wherever whole
+sequences allow it, and an attention-aware cost that is level over the ranks (max/mean <= 1.05).
 """
 
 from __future__ import annotations
 
 import heapq
+import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from operator import neg
 
 import numpy as np
@@ -23,6 +25,9 @@ Ints = npt.NDArray[np.int64]
 
 _LEVEL = 1.005  # ranks this close to the mean are left alone
 _CANDIDATES = 128  # sizes that a subset is chosen from: 8,000 pairs, 300,000 triples
+# Where room is tight, so many bins are taken apart and filled anew, so many times: 20 ms.
+_REPAIRED, _REPAIRS = 8, 250
+_SPLITS = 24  # ways that are tried of sharing the sequences of two bins
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def _pack(sizes: list[int], costs: list[int], capacity: int, ranks: int, count_m
     slots = max(step, padded(-(-sum(sizes) // capacity), step))
     bins = _spread(sizes, costs, capacity, slots)
     if bins is None:
-        bins = _fill(sizes, capacity, slots)
+        bins = _repair(_fill(sizes, capacity, slots), sizes, capacity, slots)
         slots = padded(len(bins), step)
         bins = _spread(sizes, costs, capacity, slots) or bins + [[] for _ in range(slots - len(bins))]
     for empty in (b for b in bins if not b):
@@ -177,14 +182,42 @@ def _fill(sizes: list[int], capacity: int, slots: int) -> list[Bin]:
     return bins
 
 
+def _repair(bins: list[Bin], sizes: list[int], capacity: int, slots: int) -> list[Bin]:
+    """Fewer bins, `slots` at best: the emptiest and some others are filled anew, and kept if fuller ones come of it."""
+    rng = random.Random(0)
+    loads = [sum(sizes[i] for i in b) for b in bins]
+    for _ in range(_REPAIRS):
+        if len(bins) <= slots:
+            break
+        emptiest = loads.index(min(loads))
+        chosen = {emptiest, *rng.sample(range(len(bins)), min(_REPAIRED, len(bins)))}
+        pool = sorted(i for b in chosen for i in bins[b])
+        filled = [[pool[k] for k in b] for b in _fill([sizes[i] for i in pool], capacity, len(chosen) - 1)]
+        filled_loads = [sum(sizes[i] for i in b) for b in filled]
+        # Of equally many bins the more uneven are the better: what is free then lies together.
+        if (len(filled), -_squares(filled_loads)) <= (len(chosen), -_squares(loads[b] for b in chosen)):
+            for b in sorted(chosen, reverse=True):
+                del bins[b], loads[b]
+            bins += filled
+            loads += filled_loads
+    return bins
+
+
+def _squares(numbers: Iterable[int]) -> int:
+    return sum(n * n for n in numbers)
+
+
 def _best_subset(sizes: list[int], room: int, slack: int) -> tuple[list[int], int]:
     """Rising positions of a set whose sum is within `slack` of `room`, or as near below it as was found; and its sum.
 
-    Subset sums of at most _CANDIDATES sizes, evenly chosen, longest first: bit s of reach[k] says that s is the sum of
-    some of the first k.
+    sizes: falling. At most _CANDIDATES of them, evenly chosen, longest first, are looked at.
     """
     fitting = range(bisect_left(sizes, -room, key=neg), len(sizes))
-    candidates = fitting[:: max(1, -(-len(fitting) // _CANDIDATES))]
+    return _subset_sum(sizes, fitting[:: max(1, -(-len(fitting) // _CANDIDATES))], room, slack)
+
+
+def _subset_sum(sizes: list[int], candidates: Sequence[int], room: int, slack: int) -> tuple[list[int], int]:
+    """See _best_subset; bit s of reach[k] says that s is the sum of some of the first k candidates."""
     reach, keep = [1], (1 << (room + 1)) - 1
     for k in candidates:
         reach.append((reach[-1] | reach[-1] << sizes[k]) & keep)
@@ -223,7 +256,11 @@ def _level(ranks: list[list[Bin]], sizes: list[int], costs: list[int], capacity:
         if loads[top] * len(ranks) <= _LEVEL * sum(loads):
             return
         others = by_load[:-1]
-        if not any(_exchange(ranks[top], ranks[r], loads[top] - loads[r], sizes, costs, capacity) for r in others):
+        if not any(
+            change(ranks[top], ranks[r], loads[top] - loads[r], sizes, costs, capacity)
+            for change in (_exchange, _share)
+            for r in others
+        ):
             return
 
 
@@ -248,6 +285,29 @@ def _exchange(heavy: list[Bin], light: list[Bin], gap: int, sizes: list[int], co
     if not blank[j]:
         target.remove(taken.item[j])
         source.append(taken.item[j])
+    return True
+
+
+def _share(heavy: list[Bin], light: list[Bin], gap: int, sizes: list[int], costs: list[int], capacity: int) -> bool:
+    """Where full bins leave no room for an exchange: share the sequences of a heavy and a light bin anew, in the way
+    of those tried that comes nearest to halving the gap; False if none narrows it."""
+    rng = random.Random(0)
+    best: tuple[int, int, int, Bin] = (gap, 0, 0, [])
+    for (h, full), (k, other) in product(enumerate(heavy), enumerate(light)):
+        pool = sorted(full + other)
+        pool_sizes = [sizes[i] for i in pool]
+        slack = max(0, 2 * capacity - sum(pool_sizes))
+        for _ in range(_SPLITS):
+            picked, total = _subset_sum(pool_sizes, rng.sample(range(len(pool)), len(pool)), capacity, slack)
+            if 0 < len(picked) < len(pool) and sum(pool_sizes) - total <= capacity:
+                kept = [pool[i] for i in picked]
+                left = abs(gap - 2 * (_load([full], costs) - _load([kept], costs)))
+                best = min(best, (left, h, k, kept))
+    if best[0] >= gap:
+        return False
+    _, h, k, kept = best
+    light[k] = sorted(set(heavy[h] + light[k]) - set(kept))
+    heavy[h] = sorted(kept)
     return True
 
 
