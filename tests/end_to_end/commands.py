@@ -16,6 +16,7 @@ from nemo_disco.config.paths import packaged
 QUICKSTART = packaged("assets") / "quickstart"
 REPO = Path(__file__).resolve().parents[2]
 PAPER_DATA = Path(os.environ.get("NEMO_DISCO_PAPER_DATA", REPO.parent / "shared" / "data")) / "deepscaler"
+LIMIT = 64  # tokens of a response
 # Two mini-batches a step, of two micro-batches each.
 SMALL = (
     "--config-name=quickstart",
@@ -23,7 +24,7 @@ SMALL = (
     "data.questions_per_step=4",
     "algorithm.mini_batch_questions=2",
     "generation.responses_per_question=4",
-    "generation.max_response_length=64",
+    f"generation.max_response_length={LIMIT}",
     "model.token_budget=256",
     "evaluation.enabled=false",
     "exp_manager.tensorboard=false",

@@ -24,11 +24,3 @@ def finished(request: pytest.FixtureRequest, commands: Commands, tmp_path_factor
     """The command line as a user starts it; with two devices, it starts its ranks itself."""
     path = tmp_path_factory.mktemp("finished") / "run"
     return Finished(request.param, path, commands.start("train", *WHOLE, at(path), devices=request.param).wait().ok())
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs, one after the other, are minutes: `make test-slow` runs them."""
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.slow)

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from commands import QUICKSTART, WHOLE, at, metrics
+from commands import LIMIT, QUICKSTART, WHOLE, at, metrics
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,7 +64,7 @@ def test_some_rollouts_of_a_step_are_there_to_read(finished):
     assert len(lines) == 8  # exp_manager.saved_rollouts
     for line in lines:
         assert line["question"] in line["prompt"] and line["prompt"].endswith("<think>\n")
-        assert line["reward"] == float(line["correct"]) and 0 < line["length"] <= 32
+        assert line["reward"] == float(line["correct"]) and 0 < line["length"] <= LIMIT
 
 
 def test_it_ends_with_a_table_and_where_the_model_is(finished):
@@ -118,7 +118,7 @@ def test_transformers_answers_greedily_as_the_final_evaluation_says(finished, co
     texts = []
     for prompt in prompts:
         ids = torch.tensor([prompt.token_ids])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LIMIT)
         texts.append(decode(tokenizer, out[0, ids.shape[1] :]).removesuffix(tokenizer.eos_token))
     with MathGrader(require_think=True) as grader:
         rewards = grader.grade(texts, [q.answers for q in questions])
