@@ -27,7 +27,7 @@ from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, wri
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
-from nemo_disco.rewards import MathGrader
+from nemo_disco.rewards.registry import Grader, build_verifier
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory, write_atomically
 
@@ -41,7 +41,7 @@ class Room:
 
     policy: Policy
     engine: MegatronEngine
-    grader: MathGrader
+    grader: Grader
 
 
 def train(config: RunConfig) -> int:
@@ -144,7 +144,7 @@ def _room(
     policy = _policy(config, dtype=dtype, trainable=trainable)
     engine = MegatronEngine(policy, stop_token_ids(tokenizer, config.model.path))
     workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with MathGrader(config.reward.timeout, workers, config.reward.require_think) as grader:
+    with build_verifier(config.reward, workers) as grader:
         yield Room(policy, engine, grader)
 
 

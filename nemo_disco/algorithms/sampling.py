@@ -18,7 +18,7 @@ from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.generation.engine import Engine, Response, Sampling
-from nemo_disco.rewards import MathGrader
+from nemo_disco.rewards.registry import Grader
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _text(tokenizer: Any, response: Response) -> str:
     return decode(tokenizer, response.tokens[:-1] if ended else response.tokens)
 
 
-def grade(grader: MathGrader, texts: Sequence[str], picked: Questions) -> list[float]:
+def grade(grader: Grader, texts: Sequence[str], picked: Questions) -> list[float]:
     """The reward of each response, graded a share a rank. A collective."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = range(rank, len(texts), size)
@@ -73,7 +73,7 @@ def grade(grader: MathGrader, texts: Sequence[str], picked: Questions) -> list[f
 
 
 def evaluate_set(
-    engine: Engine, grader: MathGrader, questions: Questions, config: RunConfig, step: int
+    engine: Engine, grader: Grader, questions: Questions, config: RunConfig, step: int
 ) -> EvaluationResult:
     """k samples and one greedy response to every question of a set, graded. The same seeds at every step."""
     k, limit = config.evaluation.samples, config.generation.max_response_length

@@ -26,7 +26,7 @@ from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.generation.engine import Engine, Sampling
 from nemo_disco.policy import checkpoint
 from nemo_disco.policy.policy import Policy
-from nemo_disco.rewards import MathGrader
+from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.clock import Clock
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import StopRequest
@@ -51,7 +51,7 @@ class DisCO:
         policy: Policy,
         engine: Engine,
         objective: Objective,
-        grader: MathGrader,
+        grader: Grader,
         questions: Questions,
         sampler: QuestionSampler,
         evaluation_sets: Sequence[Questions],

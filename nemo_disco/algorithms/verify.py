@@ -24,12 +24,12 @@ from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.generation.engine import Engine, Sampling
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.safetensor_files import SafetensorReader
-from nemo_disco.rewards import MathGrader
+from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
 
 
 def verify_mini_batch(
-    config: RunConfig, policy: Policy, engine: Engine, grader: MathGrader, objective: Objective, questions: Questions
+    config: RunConfig, policy: Policy, engine: Engine, grader: Grader, objective: Objective, questions: Questions
 ) -> str:
     """Sample (or read verify.rollouts), move theta by verify.perturb, take the gradient, write it if asked.
 
@@ -80,7 +80,7 @@ def _mismatch(difference: Tensor) -> list[str]:
     ]
 
 
-def _rollouts(config: RunConfig, engine: Engine, grader: MathGrader, questions: Questions) -> Rollouts:
+def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Questions) -> Rollouts:
     path = Path(config.verify.rollouts) if config.verify.rollouts else None
     exists = [path is not None and path.exists()]
     dist.broadcast_object_list(exists, src=0)

@@ -122,6 +122,8 @@ class DataConfig(Section):
 
 
 class RewardConfig(Section):
+    verifier: str  # math, exact, numeric, choice, python_tests, or module:name of your own
+    parameters: dict[str, Any]  # of the verifier, beside those below
     require_think: bool  # reward only what comes after </think>
     timeout: PositiveFloat  # seconds an answer
     workers: PositiveInt  # grader processes a node

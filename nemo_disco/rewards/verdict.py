@@ -17,11 +17,15 @@ UNPARSABLE_GOLD: Final = "unparsable gold answer"
 TIMEOUT: Final = "timeout"
 NO_MEMORY: Final = "out of memory"
 DIED: Final = "grader worker died"
+NO_CHOICE: Final = "no choice"
+NO_CODE: Final = "no code block"
+FAILED_TEST: Final = "failed a test"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """reward: 1.0 or 0.0; reason: one of the constants above, so 'correct' exactly where the reward is 1."""
+    """reward: 1.0 or 0.0, or what a function of yours says; reason: one of the constants above, "correct" exactly where
+    the reward is 1."""
 
     reward: float
     reason: str

@@ -5,32 +5,17 @@ Imports no torch; must not catch what our own objectives raise.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime import user_code
 
 
 def load(name: str) -> Any:
     """What `module:attribute` names; modules are also looked for in the working directory. Raises UserError."""
-    module_name, _, attribute = name.partition(":")
-    # An installed command, unlike `python -m`, does not search the directory that it is run in.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"algorithm.name={name}: importing {module_name} raised {type(error).__name__}: {error}"
-        ) from error
-    if not hasattr(module, attribute):
-        raise UserError(f"algorithm.name={name}: {module.__file__} has no {attribute!r}")
-    return getattr(module, attribute)
+    return user_code.load("algorithm.name", name)
 
 
 def is_users(cls: type) -> bool:

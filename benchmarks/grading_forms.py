@@ -1,0 +1,65 @@
+"""The same answer written otherwise, and another answer written alike: what a grader must tell apart.
+
+Pure string work on gold answers.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from fractions import Fraction
+
+from nemo_disco.rewards.canonical import canonical
+from nemo_disco.rewards.quick import numeral
+
+_EXPRESSION = re.compile(r"(?:\\(?:frac|sqrt|pi|cdot|sin|cos|tan|log|ln)(?![a-zA-Z])|[0-9a-zA-Z+*/^(){} -])+")
+_WORD = re.compile(r"\\text|\\mbox|[a-zA-Z]{2,}|[A-Z]")
+_LIST = re.compile(r"[^,()\[\]\\]+(?:,[^,()\[\]\\]+)+")
+
+
+def rewritten(gold: str) -> dict[str, str]:
+    """Equivalent forms by name, each only where it surely means the same."""
+    forms = {"style": _style(gold)}
+    if (value := _value(gold)) is not None:
+        over, under = value.numerator, value.denominator
+        forms["fraction"] = rf"\frac{{{3 * over}}}{{{3 * under}}}"
+        forms["arithmetic"] = rf"{over - 7 * under}/{under} + 7"
+        if under == 1:
+            forms["decimal"] = f"{over}.0"
+            forms["thousands"] = f"{over:,}"
+    elif _is_expression(gold):
+        forms["halved twice"] = rf"\frac{{2\left({gold}\right)}}{{2}}"
+        forms["plus nothing"] = rf"7 + {gold} - 7"
+    elif _LIST.fullmatch(gold.strip().strip("$")) and not re.search(r"\d,\d{3}(?!\d)", gold):
+        forms["other order"] = ",".join(reversed(gold.strip().strip("$").split(",")))
+    if "pmatrix" in gold:
+        forms["brackets"] = gold.replace("pmatrix", "bmatrix")
+    return forms
+
+
+def changed(gold: str, rng: random.Random) -> str:
+    """The same with one digit another; without digits, one more."""
+    places = [match.start() for match in re.finditer(r"\d", gold)]
+    if not places:
+        return gold + "+1"
+    at = rng.choice(places)
+    return gold[:at] + str((int(gold[at]) + rng.randint(1, 9)) % 10) + gold[at + 1 :]
+
+
+def _style(gold: str) -> str:
+    """Another LaTeX style: delimiters that grow, displayed fractions, more spaces, dollar signs."""
+    plain = gold.strip().strip("$").replace(r"\left", "").replace(r"\right", "").replace(r"\frac", r"\dfrac")
+    grown = plain.replace("(", r"\left(").replace(")", r"\right)")
+    return "$ " + re.sub(r"([+=])", r" \1 ", grown) + " $"
+
+
+def _value(gold: str) -> Fraction | None:
+    number = numeral(canonical(gold))
+    return number.value if number is not None and not number.percent else None
+
+
+def _is_expression(gold: str) -> bool:
+    """One number or term: no words, no list, no relation, no single letter that names a choice."""
+    plain = canonical(gold)
+    commands = re.sub(r"\\[a-zA-Z]+", "", plain)
+    return bool(_EXPRESSION.fullmatch(plain)) and not _WORD.search(commands) and len(plain) > 1

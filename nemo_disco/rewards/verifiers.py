@@ -1,0 +1,157 @@
+"""Verifiers without mathematics, behind MathGrader's interface: exact match, a number, a choice, the user's function.
+
+Plain comparison in the caller's process; none of them runs what a response says.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from nemo_disco.rewards import verdict
+from nemo_disco.rewards.canonical import canonical, quantity
+from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
+from nemo_disco.rewards.quick import numeral
+from nemo_disco.rewards.verdict import Verdict
+from nemo_disco.runtime.errors import UserError
+
+Alternatives = str | Sequence[str]
+
+
+class Verifier(ABC):
+    """What gives a response its reward. `close` it, or use it as a context manager."""
+
+    def __init__(self, require_think: bool = False) -> None:
+        """require_think: whether a response without `</think>` gets 0. Where there is one, what follows it counts."""
+        self._require_think = require_think
+
+    def grade(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[float]:
+        """The reward of each response; `answers[i]` is its gold answer, or several of which any counts.
+
+        Raises ValueError if the lengths differ.
+        """
+        return [verdict.reward for verdict in self.grade_with_reasons(responses, answers)]
+
+    def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
+        """As `grade`, each reward with its reason."""
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
+        pairs = zip(responses, answers, strict=True)
+        return [self._verdict(r, (a,) if isinstance(a, str) else tuple(a)) for r, a in pairs]
+
+    def close(self) -> None:  # noqa: B027 - not abstract: most hold nothing
+        """Let go of what is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _verdict(self, response: str, golds: tuple[str, ...]) -> Verdict:
+        _, tag, said = response.rpartition(END_OF_THINKING)
+        if self._require_think and not tag:
+            return Verdict.of(verdict.NO_THINK)
+        return self._judge(said, golds)
+
+    @abstractmethod
+    def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
+        """said: the response after its thinking."""
+
+
+class ExactMatch(Verifier):
+    """The last box, or all that is said where there is none, is a gold answer, spaces at the ends and runs apart."""
+
+    def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
+        given = _words(_box_or(said, said))
+        return Verdict.of(verdict.CORRECT if given in map(_words, golds) else verdict.WRONG)
+
+
+class NumericMatch(Verifier):
+    """The number in the last box, or the last number of what is said, is within `tolerance` of a gold answer's.
+
+    tolerance: relative to the gold answer; at 0 the two are compared exactly, as fractions.
+    """
+
+    _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][+-]?\d+)?(?:\s*/\s*\d+)?\s*%?")
+
+    def __init__(self, require_think: bool = False, tolerance: float = 1e-6) -> None:
+        super().__init__(require_think)
+        if not 0 <= tolerance < 1:
+            raise UserError(f"reward.parameters.tolerance={tolerance} is a share of the answer: at least 0, below 1")
+        self._tolerance = tolerance
+
+    def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
+        numbers = [n for n in self._NUMBER.findall(said) if n.strip()]
+        text = _box_or(said, numbers[-1] if numbers else "")
+        if not text.strip():
+            return Verdict.of(verdict.NO_BOX)
+        given = numeral(quantity(canonical(text)).body)
+        if given is None:
+            return Verdict.of(verdict.UNPARSABLE)
+        wanted = [n for gold in golds if (n := numeral(quantity(canonical(gold)).body)) is not None]
+        if not wanted:
+            return Verdict.of(verdict.UNPARSABLE_GOLD)
+        ours = given.value / (100 if given.percent else 1)
+        theirs = [n.value / (100 if n.percent else 1) for n in wanted]
+        right = any(abs(ours - value) <= abs(value) * self._tolerance for value in theirs)
+        return Verdict.of(verdict.CORRECT if right else verdict.WRONG)
+
+
+class MultipleChoice(Verifier):
+    """The letter in the last box, or the last "answer is (C)", or all that is said, is the gold answer's letter."""
+
+    _SAID = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?\**([A-Z])\b\**\)?", re.IGNORECASE)
+    _LETTER = re.compile(r"[\s({\[]*(?:\\(?:text|mathrm|textbf)\s*\{)?[\s(]*([A-Za-z])[\s)\]}.:]*(?:\s.*)?", re.DOTALL)
+
+    def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
+        found = self._SAID.findall(said)
+        given = self._LETTER.fullmatch(_box_or(said, found[-1] if found else said.strip()))
+        if given is None:
+            return Verdict.of(verdict.NO_CHOICE)
+        letters = {match[1].upper() for gold in golds if (match := self._LETTER.fullmatch(gold))}
+        if not letters:
+            return Verdict.of(verdict.UNPARSABLE_GOLD)
+        return Verdict.of(verdict.CORRECT if given[1].upper() in letters else verdict.WRONG)
+
+
+class UserFunction(Verifier):
+    """`function(response, answers) -> reward`: the whole response and the gold answers, a tuple of texts; the reward is
+    a finite number.
+
+    What it raises, and a reward that is no number, ends the run: a reward that fails silently would train on noise.
+    """
+
+    def __init__(
+        self, function: Callable[[str, tuple[str, ...]], float], name: str, require_think: bool = False
+    ) -> None:
+        super().__init__(require_think)
+        self._function, self._name = function, name
+
+    def _verdict(self, response: str, golds: tuple[str, ...]) -> Verdict:
+        if self._require_think and END_OF_THINKING not in response:
+            return Verdict.of(verdict.NO_THINK)
+        return self._judge(response, golds)
+
+    def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
+        reward = self._function(said, golds)
+        if isinstance(reward, str) or not math.isfinite(reward):
+            raise UserError(f"reward.verifier={self._name} returned {reward!r}; it must be a finite number")
+        return Verdict(float(reward), verdict.CORRECT if reward == 1 else f"reward {float(reward):g}")
+
+
+def _box_or(said: str, otherwise: str) -> str:
+    try:
+        return boxed(said)
+    except NoAnswerError:
+        return otherwise
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())

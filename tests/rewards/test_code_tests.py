@@ -1,0 +1,119 @@
+"""Code is rewarded for passing its tests and for nothing else, and can do nothing but compute."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.rewards.code_tests import PythonTests
+from nemo_disco.rewards.sandbox import filter_program
+from nemo_disco.runtime.errors import UserError
+
+LIMIT = 2.0
+TESTS = "assert double(2) == 4\nassert double(-3) == -6"
+ECHO = json.dumps({"inputs": ["3\n4\n", "5"], "outputs": ["6\n8", "10"]})
+RIGHT = "def double(x):\n    return 2 * x"
+PROGRAM = "import sys\nfor line in sys.stdin:\n    print(2 * int(line))"
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[PythonTests]:
+    with PythonTests(timeout=LIMIT, workers=2) as verifier:
+        yield verifier
+
+
+def block(code: str) -> str:
+    return f"Thus.</think> First ```python\n1/0\n``` then\n```python\n{code}\n```\nDone."
+
+
+@pytest.mark.parametrize(
+    ("code", "tests", "reason"),
+    [
+        (RIGHT, TESTS, "correct"),
+        ("print('x' * 100)\n" + RIGHT, TESTS, "correct"),
+        ("def double(x):\n    return x + 2", TESTS, "failed a test"),
+        ("def double(x:", TESTS, "failed a test"),
+        ("raise SystemExit(0)", TESTS, "failed a test"),
+        ("import os\nos._exit(0)", TESTS, "failed a test"),
+        (PROGRAM, ECHO, "correct"),
+        (PROGRAM + "\nraise SystemExit", ECHO, "correct"),
+        (PROGRAM.replace("2 *", "3 *"), ECHO, "failed a test"),
+        (PROGRAM + "\n1/0", ECHO, "failed a test"),
+        ("while True: pass", TESTS, "timeout"),
+        ("import time\ntime.sleep(60)", ECHO, "timeout"),
+        ("x = [0] * 10**9", TESTS, "out of memory"),
+        ("def f(n): return f(n + 1)\nf(0)", TESTS, "failed a test"),
+        ("print('x' * 10**8)", ECHO, "failed a test"),
+    ],
+)  # fmt: skip
+def test_verdicts(verifier: PythonTests, code: str, tests: str, reason: str) -> None:
+    began = time.monotonic()
+    [verdict] = verifier.grade_with_reasons([block(code)], [tests])
+    assert (verdict.reason, verdict.reward) == (reason, float(reason == "correct"))
+    assert time.monotonic() - began < LIMIT + 1.5
+
+
+def test_a_response_without_code_and_one_without_thinking() -> None:
+    with PythonTests(require_think=True) as verifier:
+        verdicts = verifier.grade_with_reasons(["</think> 4", f"```python\n{RIGHT}\n```"], [TESTS] * 2)
+    assert [v.reason for v in verdicts] == ["no code block", "no </think>"]
+
+
+FORBIDDEN = {
+    "socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
+    "fork": "import os\nif os.fork() == 0:\n    open('{mark}', 'w')",
+    "subprocess": "import subprocess\nsubprocess.run(['touch', '{mark}'])",
+    "system": "import os\nassert os.system('touch {mark}') == 0",
+    "spawn": "import os\nos.posix_spawn('/bin/touch', ['touch', '{mark}'], {{}})",
+    "write": "open('{mark}', 'w').write('x')",
+    "append": "open('{kept}', 'a').write('x')",
+    "remove": "import os\nos.remove('{kept}')",
+    "rename": "import os\nos.rename('{kept}', '{mark}')",
+    "truncate": "import os\nos.truncate('{kept}', 0)",
+    "kill": "import os\nos.kill({pid}, 0)",
+    "limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
+    "libc": "import ctypes\nassert ctypes.CDLL(None).socket(2, 1, 0) >= 0",
+    "trace": "import ctypes\nassert ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0",
+    "environment": "import os\nassert 'PATH' in os.environ",
+}
+
+
+@pytest.mark.parametrize("code", FORBIDDEN.values(), ids=FORBIDDEN.keys())
+def test_nothing_but_computing(verifier: PythonTests, tmp_path: Path, code: str) -> None:
+    """Each is refused by the kernel, so that it fails, and nothing of it is seen outside."""
+    kept, mark = tmp_path / "kept", tmp_path / "mark"
+    kept.write_text("kept")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.0)
+        filled = code.format(port=server.getsockname()[1], mark=mark, kept=kept, pid=os.getpid())
+        assert verifier.grade([block(filled)], ["pass"]) == [0.0]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert not mark.exists() and kept.read_text() == "kept"
+
+
+def test_threads_and_the_standard_library_may_be_used(verifier: PythonTests) -> None:
+    code = "import threading, math, collections, itertools, heapq, re\nt = threading.Thread(target=print)\nt.start()"
+    assert verifier.grade([block(code + "\nt.join()")], ["assert math.gcd(4, 6) == 2"]) == [1.0]
+
+
+def test_many_at_once_keep_their_order(verifier: PythonTests) -> None:
+    codes = [f"x = {i}" for i in range(12)]
+    assert verifier.grade([block(c) for c in codes], [f"assert x == {i % 3}" for i in range(12)]) == [
+        float(i < 3) for i in range(12)
+    ]
+
+
+def test_damaged_tests_and_settings_are_refused(verifier: PythonTests) -> None:
+    with pytest.raises(UserError, match="`inputs` and `outputs`"):
+        verifier.grade([block(PROGRAM)], ['{"inputs": ["1"], "outputs": []}'])
+    with pytest.raises(UserError, match="memory_mb=5"):
+        PythonTests(memory_mb=5)
+    with pytest.raises(OSError, match="no seccomp table for sparc"):
+        filter_program("sparc")

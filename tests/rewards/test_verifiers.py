@@ -1,0 +1,114 @@
+"""The verifiers without mathematics, and the settings that choose one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_disco.config.compose import compose
+from nemo_disco.rewards.math_grader import MathGrader
+from nemo_disco.rewards.registry import VERIFIERS, build_verifier
+from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserFunction, Verifier
+from nemo_disco.runtime.errors import UserError
+
+CASES: list[tuple[type[Verifier], str, str | list[str], float]] = [
+    (ExactMatch, r"</think> It is \boxed{New  York}.", "New York", 1.0),
+    (ExactMatch, "</think> New York\n", "New York", 1.0),
+    (ExactMatch, "</think> new york", "New York", 0.0),
+    (ExactMatch, "</think> 0.5", ["1/2", "0.5"], 1.0),
+    (ExactMatch, "Berlin </think> Paris", "Berlin", 0.0),
+    (NumericMatch, "#### 1,234", "1234", 1.0),
+    (NumericMatch, "so 3 apples and 4 pears make 7.", "7", 1.0),
+    (NumericMatch, "so 3 apples and 4 pears make 7.", "4", 0.0),
+    (NumericMatch, r"\boxed{\frac{1}{2}} and then 9", "0.5", 1.0),
+    (NumericMatch, "50%", "0.5", 1.0),
+    (NumericMatch, "-2.5e3", "-2500", 1.0),
+    (NumericMatch, "0.3333333333", "1/3", 1.0),
+    (NumericMatch, "0.333", "1/3", 0.0),
+    (NumericMatch, "none", "1", 0.0),
+    (MultipleChoice, r"\boxed{C}", "C", 1.0),
+    (MultipleChoice, r"\boxed{\text{(c)}}", "(C)", 1.0),
+    (MultipleChoice, "A or B? The answer is (B).", "B", 1.0),
+    (MultipleChoice, "A or B? The answer is **A**.", "B", 0.0),
+    (MultipleChoice, "B", "B) Berlin", 1.0),
+    (MultipleChoice, "Berlin of course", "B", 0.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "response", "gold", "reward"), CASES)
+def test_verdicts(kind: type[Verifier], response: str, gold: str | list[str], reward: float) -> None:
+    with kind() as verifier:
+        [verdict] = verifier.grade_with_reasons([response], [gold])
+    assert verdict.reward == reward and (verdict.reason == "correct") == (reward == 1.0)
+
+
+WRONG = {ExactMatch: "wrong", NumericMatch: "wrong", MultipleChoice: "no choice"}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_thinking_may_be_required(kind: type[Verifier]) -> None:
+    verifier = kind(require_think=True)
+    assert [v.reason for v in verifier.grade_with_reasons(["7", "</think> 7 "], ["7", "8"])] == [
+        "no </think>",
+        WRONG[kind],
+    ]
+
+
+@pytest.mark.parametrize(("tolerance", "reward"), [(0.0, 0.0), (0.01, 1.0)])
+def test_a_tolerance_is_a_share_of_the_answer(tolerance: float, reward: float) -> None:
+    assert NumericMatch(tolerance=tolerance).grade(["99.5"], ["100"]) == [reward]
+
+
+def test_a_function_of_yours_sees_the_whole_response_and_may_shape() -> None:
+    seen: list[Any] = []
+
+    def half(response: str, answers: tuple[str, ...]) -> float:
+        seen.append((response, answers))
+        return 0.5
+
+    [verdict] = UserFunction(half, "m:half").grade_with_reasons(["thought </think> 4"], [["4", "5"]])
+    assert (verdict.reward, verdict.reason) == (0.5, "reward 0.5")
+    assert seen == [("thought </think> 4", ("4", "5"))]
+    with pytest.raises(UserError, match="m:bad returned nan"):
+        UserFunction(lambda *_: float("nan"), "m:bad").grade(["x"], ["y"])
+
+
+def settings(*overrides: str) -> Any:
+    return compose("quickstart", [*overrides]).reward
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_each_verifier_is_chosen_by_name(name: str) -> None:
+    with build_verifier(settings(f"reward.verifier={name}"), workers=1) as verifier:
+        assert isinstance(verifier, VERIFIERS[name])  # type: ignore[arg-type]
+
+
+def test_a_verifier_of_yours_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        "from nemo_disco.rewards import MathGrader\n"
+        "def shout(response, answers):\n    return float(response.isupper())\n"
+        "class Strict(MathGrader):\n    def __init__(self, limit, **rest):\n        super().__init__(**rest)\n"
+        "        self.limit = limit\nnumber = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    function = build_verifier(settings("reward.verifier=my_reward:shout", "reward.require_think=false"), workers=1)
+    assert function.grade(["YES", "no"], ["", ""]) == [1.0, 0.0]
+    with pytest.raises(UserError, match="neither function nor class"):
+        build_verifier(settings("reward.verifier=my_reward:number"), workers=1)
+    with build_verifier(settings("reward.verifier=my_reward:Strict", "reward.parameters.limit=3"), workers=1) as mine:
+        assert isinstance(mine, MathGrader) and mine.limit == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("reward.verifier=maths", "there are math, exact"),
+        ("reward.verifier=nowhere:f", "importing nowhere raised ModuleNotFoundError"),
+        ("reward.parameters.tolerance=1", "math takes no 'tolerance'; it takes no parameters"),
+    ],
+)
+def test_what_there_is_not_is_refused(override: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        build_verifier(settings(override), workers=1)
