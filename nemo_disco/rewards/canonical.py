@@ -28,7 +28,7 @@ _REWRITES = [
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " "),
         (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # mathematics delimiters and dollar signs
-        (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?:\s*[CF]$)?|\\degree(?![a-zA-Z])", r"\\text{ degrees}"),
+        (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?:\s*[CF]\s*$)?|\\degree(?![a-zA-Z])", r"\\text{ degrees}"),
         (r"\\text\s*\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}", r"\1"),
         (r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}", ", "),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi"),
@@ -41,6 +41,12 @@ _TRAILING_TEXT = re.compile(r"^(.*\S)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*(\d|\{-?
 _TRAILING_WORDS = re.compile(r"^(.*[\d})])\s*((?:\s[a-zA-Z][a-zA-Z.]+)+)(?:\^(\d|\{-?\d+\}))?$")
 _INNER_DEGREES = re.compile(r"\\text\{ degrees\}(?=\s*\S)")
 _BASED = re.compile(r"^(?:\\text\s*\{)?(-?[0-9A-F]+)\}?_\{?(\d+)\}?$")
+_SCIENTIFIC = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d+)", re.ASCII)
+_WHOLE = re.compile(r"([+-]?\d+)(?:\.(\d+))?\s*\\times\s*10\s*\^\s*\{?(\d{1,3})\}?", re.ASCII)
+# math-verify's grammar takes \gamma for a function and \Omega for \omega; a subscript makes them letters of their own.
+_GREEK = re.compile(
+    r"\\(gamma|Delta|Lambda|Omega|Phi|Pi|Psi|Sigma|Theta|Upsilon|Xi)(?![a-zA-Z])(?:_\s*(?:\{(\w+)\}|(\w)))?"
+)
 _LETTERS = re.compile(r"\\(?:text|begin|end|operatorname)\s*\{[^{}]*\}|\\?[a-zA-Z]+")
 _INDEX_I = re.compile(r"_\s*\{?\s*i(?![a-zA-Z])|(?<![a-zA-Z\\])i\s*=")
 
@@ -112,7 +118,22 @@ def for_algebra(text: str) -> str:
     Its percent sign crashes there, and its i would be a variable, real in `9i` but not in `9 i`.
     """
     body = quantity(canonical(text)).body.replace(r"\%", r"\times\frac{1}{100}")
+    if scientific := _SCIENTIFIC.fullmatch(body):
+        body = rf"{scientific[1]} \times 10^{{{scientific[2]}}}"  # 2e3 would be 2 times Euler's e times 3
+    body = _GREEK.sub(_letter, _WHOLE.sub(_written_out, body) if _WHOLE.fullmatch(body) else body)
     return body if _INDEX_I.search(body) else _LETTERS.sub(_imaginary, body)
+
+
+def _written_out(number: re.Match[str]) -> str:
+    """8.7 times 10^8 as 870000000, which is exact, where it is a whole number."""
+    digits, zeros = number[2] or "", int(number[3])
+    return number[0] if len(digits) > zeros else number[1] + digits + "0" * (zeros - len(digits))
+
+
+def _letter(greek: re.Match[str]) -> str:
+    """A subscript of a capital letter (or gamma) is kept, behind a mark: \\Omega_0 is \\omega_{9x0}."""
+    name = "varrho" if greek[1] == "gamma" else greek[1].lower()
+    return rf"\{name}_{{9x{greek[2] or greek[3] or ''}}}"
 
 
 def _imaginary(token: re.Match[str]) -> str:

@@ -44,7 +44,7 @@ def same(answer: str, gold: str) -> bool | None:
     ours, theirs = quantity(answer), quantity(gold)
     if ours.differs_in_unit(theirs):
         return False
-    if _same_text(ours.body, theirs.body):
+    if _same_text(ours.body, theirs.body) or _same_list(ours.body, theirs.body):
         return True
     one, other = numeral(ours.body), numeral(theirs.body)
     if one and other:
@@ -109,6 +109,14 @@ def _same_text(answer: str, gold: str) -> bool:
     if ours == theirs:
         return bool(ours)
     return len(ours) > 1 and ours.isalpha() and ours.lower() == theirs.lower()
+
+
+def _same_list(answer: str, gold: str) -> bool:
+    """The same items between top-level commas, in any order; brackets would make them a point or an interval."""
+    if "," not in answer or any(bracket in answer + gold for bracket in "([|"):
+        return False
+    ours, theirs = (sorted(squeezed(item) for item in text.split(",")) for text in (answer, gold))
+    return ours == theirs and all(ours)
 
 
 def _same_in_base(answer: str, gold: str) -> bool | None:

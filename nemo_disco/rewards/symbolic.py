@@ -67,7 +67,8 @@ def judge(answer: str, golds: Sequence[str]) -> str:
 def _parse(latex: str) -> Any | None:
     """The sympy object that the LaTeX means; None if it is not understood."""
     found = parse(f"${latex}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0] if found else None
+    # zoo, nan: a division by zero, equal to every other one
+    return found[0] if found and not getattr(found[0], "has", lambda *_: False)(sympy.zoo, sympy.nan) else None
 
 
 def _equal(gold: Any, answer: Any) -> bool:
