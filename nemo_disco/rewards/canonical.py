@@ -41,7 +41,7 @@ _TRAILING_TEXT = re.compile(r"^(.*\S)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*(\d|\{-?
 _TRAILING_WORDS = re.compile(r"^(.*[\d})])\s*((?:\s[a-zA-Z][a-zA-Z.]+)+)(?:\^(\d|\{-?\d+\}))?$")
 _INNER_DEGREES = re.compile(r"\\text\{ degrees\}(?=\s*\S)")
 _BASED = re.compile(r"^(?:\\text\s*\{)?(-?[0-9A-F]+)\}?_\{?(\d+)\}?$")
-_SCIENTIFIC = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))[eE]([+-]?\d+)", re.ASCII)
+_SCIENTIFIC = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([+-]?\d+)", re.ASCII)
 _WHOLE = re.compile(r"([+-]?\d+)(?:\.(\d+))?\s*\\times\s*10\s*\^\s*\{?(\d{1,3})\}?", re.ASCII)
 # math-verify's grammar takes \gamma for a function and \Omega for \omega; a subscript makes them letters of their own.
 _GREEK = re.compile(
