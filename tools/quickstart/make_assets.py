@@ -29,13 +29,13 @@ def main() -> None:
     recipe = warm_start.Recipe()
     test, development, train, supervised = splits(recipe)
     tokenizer = make_tokenizer(train)
+    tokenizer.save_pretrained(output / "model")  # now: the warm start's padding would be saved with it
     model = warm_start.new_model(tokenizer, SEED)
     warm_start.train(model, tokenizer, supervised, development, recipe)
     for temperature in (1.0, 0.6):
         print(f"test, temperature {temperature}: {warm_start.accuracy(model, tokenizer, test, temperature)}")
     model.save_pretrained(output / "model")
     (output / "model" / "model.safetensors").chmod(0o644)
-    tokenizer.save_pretrained(output / "model")
     write(output / "test.jsonl", test)
     write(output / "train.jsonl", train)
 
