@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from nemo_disco.algorithms.mini_batch import NonFiniteError
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.sampling import Questions, evaluate_set, grade, sample_responses
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.algorithms.throughput import Throughput
+from nemo_disco.config.flops import peak_flops
 from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.shape import read_shape
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.evaluation.result import EvaluationResult
@@ -27,8 +31,9 @@ from nemo_disco.generation.engine import Engine, Sampling
 from nemo_disco.policy import checkpoint
 from nemo_disco.policy.policy import Policy
 from nemo_disco.rewards.registry import Grader
-from nemo_disco.runtime.clock import Clock
+from nemo_disco.runtime.clock import Clock, device_clock
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.profiler import profiled
 from nemo_disco.runtime.signals import StopRequest
 
 # So many mini-batches in a row whose gradient is not finite end the run: it will not heal by itself.
@@ -68,6 +73,7 @@ class DisCO:
             top_p=config.generation.top_p,
             top_k=config.generation.top_k,
         )
+        self.shape = read_shape(config.model.path)
         self.step = 0
         self.skipped = 0  # mini-batches of the whole run that were not applied
         self.skipped_in_a_row = 0
@@ -97,8 +103,8 @@ class DisCO:
 
     def train_step(self) -> dict[str, float]:
         """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine."""
-        clock = Clock()
-        with clock("step"):
+        clock = device_clock()
+        with clock("step"), self._profiled():
             rollouts = self.generate_rollouts(clock)
             metrics = self.run_training(rollouts, clock)
             self.step += 1
@@ -114,7 +120,7 @@ class DisCO:
         """Sample G responses to each of this step's questions, and grade them."""
         picked = self.questions.repeat(self.sampler.next(), self.config.generation.responses_per_question)
         seeds = np.random.SeedSequence((self.config.seed, self.step)).generate_state(len(picked), np.uint64) >> 1
-        with clock("generate"):
+        with clock("generate"), self.policy.resting():
             rollouts, texts = sample_responses(self.engine, picked, [int(s) for s in seeds], self.sampling)
         with clock("grade"):
             rewards = grade(self.grader, texts, picked)
@@ -128,6 +134,7 @@ class DisCO:
             reference = None if self.reference is None else self.reference.log_probs(rollouts)[0]
             old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True), reference)
         history: list[dict[str, float]] = []
+        throughput = Throughput(self.shape, dist.get_world_size(), peak_flops(self.policy.device_name))
         moved = False
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)
@@ -144,6 +151,7 @@ class DisCO:
             except NonFiniteError as error:
                 self._skip(str(error))
                 continue
+            throughput.trained(part)
             with clock("train"):
                 result = self.policy.step()
             if not result.applied:
@@ -152,7 +160,9 @@ class DisCO:
             moved, self.skipped_in_a_row = True, 0
             history.append(metrics | {"grad_norm": result.grad_norm})
         clock.seconds["log_probs"] += clock.seconds["pass1"]
-        return self._summary(rollouts, old, history)
+        seconds = clock.seconds
+        metrics = throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"]) if history else {}
+        return self._summary(rollouts, old, history) | metrics
 
     def run_validation(self) -> list[EvaluationResult]:
         """Score the present weights on every evaluation set."""
@@ -191,6 +201,11 @@ class DisCO:
         self.engine.update_weights(self.policy.named_weights(), self.step)
 
     # --- parts ---
+
+    def _profiled(self) -> AbstractContextManager[None]:
+        if self.step + 1 not in self.config.exp_manager.profile_steps:
+            return nullcontext()
+        return profiled(self.journal.run.profile / f"step_{self.step + 1}", dist.get_rank())
 
     def _mini_batches(self, rollouts: Rollouts) -> list[torch.Tensor]:
         """The responses of each mini-batch: whole questions, in the order in which they were sampled."""

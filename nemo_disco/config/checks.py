@@ -20,6 +20,7 @@ ENGINES = ("megatron",)  # of this version
 def check(config: RunConfig, world_size: int) -> None:
     """Raises UserError if keys contradict each other, or `world_size` processes."""
     _check_layout(config, world_size)
+    _check_fp8(config)
     _check_batch(config)
     _check_weights(config)
     _check_lengths(config)
@@ -100,6 +101,19 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _check_fp8(config: RunConfig) -> None:
+    model = config.model
+    if model.fp8 is None and model.fp8_param_gather:
+        raise UserError("model.fp8_param_gather=true needs model.fp8=delayed, current or blockwise")
+    if model.fp8 is not None and config.trainer.precision != "bf16":
+        raise UserError(f"model.fp8={model.fp8} needs trainer.precision=bf16, not {config.trainer.precision}")
+    for key in ("fp8", "apply_rope_fusion"):
+        if getattr(model, key) and model.transformer_engine is False:
+            raise UserError(
+                f"model.{key} is Transformer Engine's, and model.transformer_engine=false; set it to null or true"
+            )
+
+
 def _check_batch(config: RunConfig) -> None:
     questions, mini = config.data.questions_per_step, config.algorithm.mini_batch_questions
     if questions % mini:
@@ -127,7 +141,8 @@ def _check_lengths(config: RunConfig) -> None:
     longest, sum_of = _longest(config)
     # What packing rounds up to: 2 pieces a context-parallel rank, and one a tensor-parallel rank of each under SP.
     context, tensor = model.context_parallel_size, model.tensor_model_parallel_size
-    multiple = math.lcm(2 * context if context > 1 else 1, context * tensor if model.sequence_parallel else context)
+    shares = context * tensor if model.sequence_parallel else context
+    multiple = math.lcm(2 * context if context > 1 else 1, shares * model.fp8_tokens)
     needed = -(-longest // multiple) * multiple
     if model.token_budget < needed:
         raise UserError(

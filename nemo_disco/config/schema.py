@@ -38,6 +38,7 @@ class ExpManagerConfig(Section):
     keep_checkpoints: PositiveInt
     saved_rollouts: NonNegativeInt  # responses a step written to rollouts/, to read
     tensorboard: bool
+    profile_steps: list[PositiveInt]  # steps of which a trace is written to profile/
 
 
 class SchedConfig(Section):
@@ -52,6 +53,8 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat
     betas: tuple[float, float]
     eps: PositiveFloat
+    moments_dtype: Literal["float32", "bfloat16"]  # bfloat16 needs Transformer Engine
+    offload: bool  # its state waits in host memory while an engine samples
     sched: SchedConfig
 
 
@@ -65,7 +68,17 @@ class ModelConfig(Section):
     activations_checkpoint_granularity: Literal["selective", "full"] | None
     token_budget: PositiveInt  # tokens (prompts, responses and padding) in one micro-batch
     trust_remote_code: bool
+    transformer_engine: bool | None  # the layers' make; null: where it is installed, on CUDA
+    fp8: Literal["delayed", "current", "blockwise"] | None  # how Transformer Engine scales; null is no FP8
+    fp8_param_gather: bool  # keep and gather the weights in FP8 too
+    apply_rope_fusion: bool  # Transformer Engine's
+    bias_activation_fusion: bool  # megatron-core's
     optim: OptimConfig
+
+    @property
+    def fp8_tokens(self) -> int:
+        """What FP8 matrix products need the tokens of a micro-batch to be a multiple of."""
+        return {None: 1, "delayed": 16, "current": 16, "blockwise": 128}[self.fp8]
 
 
 class ConstraintConfig(Section):

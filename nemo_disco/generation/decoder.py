@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_disco.policy.layers import mlp_norm_weight, qkv_norm_weight
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.policy.parallel import Ranks
 
@@ -110,7 +111,7 @@ class Decoder:
         self, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor], pair: list[Tensor], start: int, mask: Tensor | None
     ) -> Tensor:
         attention, (rows, t) = layer.self_attention, x.shape[:2]
-        x = F.rms_norm(x, (self.hidden,), layer.input_layernorm.weight, self.eps)
+        x = F.rms_norm(x, (self.hidden,), qkv_norm_weight(layer), self.eps)
         qkv = F.linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias)
         # megatron keeps each group's queries, then its key, then its value together
         qkv = qkv.view(rows, t, self.groups, self.heads_a_group + 2, self.width)
@@ -142,7 +143,7 @@ class Decoder:
         return self._reduce(F.linear(out, attention.linear_proj.weight))
 
     def _mlp(self, layer: Any, x: Tensor) -> Tensor:
-        x = F.rms_norm(x, (self.hidden,), layer.pre_mlp_layernorm.weight, self.eps)
+        x = F.rms_norm(x, (self.hidden,), mlp_norm_weight(layer), self.eps)
         gate, up = F.linear(x, layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
         return self._reduce(F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight))
 

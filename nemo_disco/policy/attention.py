@@ -1,14 +1,18 @@
 """Core attention for megatron-core's local layer spec: causal attention inside each sequence of a packed micro-batch.
 
-Runs on CPU and CUDA without Transformer Engine. Knows nothing of the model around it: the model has applied rope.
+Without Transformer Engine: torch's flash kernel in half precision on CUDA (not run), else SDPA. Knows nothing of the
+model around it: the model has applied rope.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
+# torch 2.11's flash kernel takes grouped queries as they are; later ones want to be told.
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 # Under causal attention right-padding needs no mask (no real token attends to what follows it), so neighbours of
 # similar length share one call. Past this share of padding, a call of its own is cheaper on a CPU.
 _MAX_PADDING = 0.2
@@ -40,17 +47,6 @@ class Bucket:
     scatter: Tensor | None
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Under context parallelism: this rank's tokens [start, stop) attend, causally, to the gathered keys
-    [keys_start, keys_stop), with which they end."""
-
-    start: int
-    stop: int
-    keys_start: int
-    keys_stop: int
-
-
 @dataclass
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """The sequences of one micro-batch, back to back; order them by length, so that neighbours share a bucket.
@@ -58,24 +54,49 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     The format stays "sbhd" with a batch of one: megatron then applies rope to the micro-batch as a whole (the model
     passes each token's own angle) instead of slicing it sequence by sequence.
 
+    cu_seqlens_q, cu_seqlens_kv [pieces + 1] int32, max_seqlen_q, max_seqlen_kv: as the flash kernels take them.
+
     Under context parallelism each sequence is a multiple of 2 CP long and cut in 2 CP chunks, of which rank r has the
     r-th and the r-th from the end (equal work under causal attention). local [S / CP]: which tokens of the whole
-    micro-batch those are; natural [S]: where each token of the whole stands among the gathered shares of all ranks.
+    micro-batch those are; keys: for each piece of this rank's tokens in turn, where the keys that it attends to stand
+    among the gathered shares of all ranks; stretches: how many queries and keys a piece has. Its queries are the last
+    of its keys.
     """
 
     qkv_format: str = "sbhd"
-    buckets: tuple[Bucket, ...] = ()
-    stretches: tuple[Stretch, ...] = ()
+    lengths: tuple[int, ...] = ()
+    stretches: tuple[tuple[int, int], ...] = ()
     local: Tensor | None = None
-    natural: Tensor | None = None
+    keys: Tensor | None = None
 
     @classmethod
     def from_lengths(
         cls, lengths: Sequence[int], device: torch.device | str = "cpu", context_rank: int = 0, context_size: int = 1
     ) -> PackedSequences:
         if context_size > 1:
-            return _cut(cls, lengths, device, context_rank, context_size)
-        buckets, first, start = [], 0, 0
+            return cls(lengths=tuple(lengths), **_cut(lengths, device, context_rank, context_size))
+        starts = _starts(lengths).to(device)
+        longest = max(lengths)
+        return cls(
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            lengths=tuple(lengths),
+        )
+
+    @cached_property
+    def whole(self) -> PackedSeqParams:
+        """The sequences as Transformer Engine takes them ("thd"): whole ones, also under context parallelism."""
+        starts = _starts(self.lengths).to(self.cu_seqlens_q.device)
+        longest = max(self.lengths)
+        # No cu_seqlens_padded: Transformer Engine would compare it with this on the host, in every layer.
+        return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """For SDPA, without context parallelism."""
+        lengths, buckets, first, start = self.lengths, [], 0, 0
         while first < len(lengths):
             last, total, width = first, 0, 0
             while last < len(lengths):
@@ -84,27 +105,36 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
                 if padding > _MAX_PADDING * (total + lengths[last]):
                     break
                 last, total, width = last + 1, total + lengths[last], grown
-            buckets.append(_bucket(start, lengths[first:last], width, device))
+            buckets.append(_bucket(start, lengths[first:last], width, self.cu_seqlens_q.device))
             first, start = last, start + total
-        return cls(buckets=tuple(buckets))
+        return tuple(buckets)
 
 
-def _cut(
-    cls: type[PackedSequences], lengths: Sequence[int], device: torch.device | str, rank: int, size: int
-) -> PackedSequences:
+def _starts(lengths: Sequence[int]) -> Tensor:
+    """[n + 1] where each starts, and the end."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _cut(lengths: Sequence[int], device: torch.device | str, rank: int, size: int) -> dict[str, Any]:
     shares: list[list[Tensor]] = [[] for _ in range(size)]
-    stretches, start, stop = [], 0, 0
+    reach, start = [], 0
     for length in lengths:
         chunks = torch.arange(start, start + length).chunk(2 * size)
         for r, share in enumerate(shares):
             share += [chunks[r], chunks[2 * size - 1 - r]]
-        for chunk in shares[rank][-2:]:
-            stretches.append(Stretch(stop, stop + len(chunk), start, int(chunk[-1]) + 1))
-            stop += len(chunk)
+        reach += [torch.arange(start, int(chunk[-1]) + 1) for chunk in shares[rank][-2:]]
         start += length
-    gathered = torch.cat([chunk for share in shares for chunk in share])
-    local = torch.cat(shares[rank])
-    return cls(stretches=tuple(stretches), local=local.to(device), natural=gathered.argsort().to(device))
+    standing = torch.cat([chunk for share in shares for chunk in share]).argsort()
+    queries, keys = ([len(x) for x in pieces] for pieces in (shares[rank], reach))
+    return {
+        "cu_seqlens_q": _starts(queries).to(device),
+        "cu_seqlens_kv": _starts(keys).to(device),
+        "max_seqlen_q": max(queries),
+        "max_seqlen_kv": max(keys),
+        "local": torch.cat(shares[rank]).to(device),
+        "keys": standing[torch.cat(reach)].to(device),
+        "stretches": tuple(zip(queries, keys, strict=True)),
+    }
 
 
 def _bucket(start: int, lengths: Sequence[int], width: int, device: torch.device | str) -> Bucket:
@@ -117,6 +147,11 @@ def _bucket(start: int, lengths: Sequence[int], width: int, device: torch.device
     gather[real] = torch.arange(total)
     scatter = real.flatten().nonzero().flatten()
     return Bucket(start, start + total, count, width, gather.flatten().to(device), scatter.to(device))
+
+
+def has_flash_kernel(query: Tensor) -> bool:
+    """Whether torch's flash attention takes these: half precision on CUDA. Not run."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
 
 
 class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
@@ -137,27 +172,46 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
         **__: Any,
     ) -> Tensor:
         """[S, 1, heads * d]; masks that megatron passes are not read: the packing says who attends to whom."""
+        packed = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
-        if packed_seq_params.natural is None:
-            out = torch.cat([self._attend(q, k, v, bucket) for bucket in packed_seq_params.buckets])
+        if packed.keys is not None:
+            # Every rank's keys and values are gathered (grouped queries keep them small), the queries stay.
+            k, v = (
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(
+                    0, packed.keys
+                )
+                for x in (k, v)
+            )
+        if has_flash_kernel(q):
+            out = self._flash(q, k, v, packed)
+        elif packed.keys is None:
+            out = torch.cat([self._attend(q, k, v, bucket) for bucket in packed.buckets])
         else:
-            out = self._attend_across_ranks(q, k, v, packed_seq_params)
+            out = self._attend_in_stretches(q, k, v, packed)
         return out.reshape(query.shape[0], 1, -1)
 
-    def _attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """Every rank's keys and values are gathered (grouped queries keep them small), the queries stay."""
-        key, value = (
-            gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(
-                0, packed.natural
-            )
-            for x in (key, value)
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """torch's flash kernel for ragged sequences, whose causal mask is aligned to the last query and key."""
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self.scale,
+            window_size=(-1, 0),
+            **_GROUPED,
         )
+        return cast(Tensor, out)
+
+    def _attend_in_stretches(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        queries, counts = (list(sizes) for sizes in zip(*packed.stretches, strict=True))
+        parts = (torch.split(x, sizes) for x, sizes in ((query, queries), (key, counts), (value, counts)))
         pieces = []
-        for s in packed.stretches:
-            q, k, v = (
-                x.transpose(0, 1)[None]
-                for x in (query[s.start : s.stop], key[s.keys_start : s.keys_stop], value[s.keys_start : s.keys_stop])
-            )
+        for stretch in zip(*parts, strict=True):
+            q, k, v = (x.transpose(0, 1)[None] for x in stretch)
             mask = causal_lower_right(q.shape[2], k.shape[2])
             grouped = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped)

@@ -20,7 +20,8 @@ from mbridge.models.qwen2 import Qwen2Bridge
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_disco.policy.model import PolicyModel, local_layer_spec
+from nemo_disco.policy.layers import layer_spec
+from nemo_disco.policy.model import PolicyModel
 from nemo_disco.runtime.errors import UserError
 
 # The local spec keeps norms as modules of their own; mbridge names them as Transformer Engine fuses them.
@@ -119,9 +120,11 @@ class _Entry:
 class HuggingFaceModel:
     """This rank's chunks of a megatron model, and their tensors under Hugging Face names."""
 
-    def __init__(self, hf_config: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    def __init__(
+        self, hf_config: Any, dtype: torch.dtype, options: dict[str, Any], transformer_engine: bool = False
+    ) -> None:
         """hf_config: of a local directory. options: TransformerConfig fields. Weights are not initialised."""
-        self.hf_config = hf_config
+        self.hf_config, self.transformer_engine = hf_config, transformer_engine
         self.bridge: Any = _BRIDGES[hf_config.model_type](hf_config, dtype, options)
         stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
         self.chunks = [self._build_chunk(stage) for stage in (range(stages) if stages else [None])]
@@ -135,7 +138,7 @@ class HuggingFaceModel:
             true_vocab_size=self.hf_config.vocab_size,
             inv_freq=LlamaRotaryEmbedding(self.hf_config).inv_freq,
             config=self.bridge.config,
-            transformer_layer_spec=local_layer_spec(self.bridge.config, vp_stage),
+            transformer_layer_spec=layer_spec(self.bridge.config, self.transformer_engine, vp_stage),
             vocab_size=self.bridge.padded_vocab_size,
             max_sequence_length=self.hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**edge),
@@ -172,6 +175,9 @@ class HuggingFaceModel:
                 shard = self.bridge._weight_split_across_tp(name, whole, p, size)[rank]
                 with torch.no_grad():
                     p.copy_(shard)
+                if hasattr(p, "_high_precision_init_val"):
+                    # Of an FP8 parameter Transformer Engine keeps what it began as, and the optimizer starts from that.
+                    p._high_precision_init_val = shard.to(dtype=torch.bfloat16, device="cpu")
 
     def named_tensors(self, of: Callable[[Tensor], Tensor] = lambda p: p.detach()) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model under its Hugging Face name, whole, on every rank, one megatron parameter at a

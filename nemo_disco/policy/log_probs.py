@@ -179,12 +179,17 @@ class _Tokens(NamedTuple):
 
 def _active_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
     """The tokens with a non-zero gradient, None for all: unmixed groups have weight 0 and need no recomputation."""
-    if not grad_log_probs.is_cpu:  # their number would have to be waited for
+    if not _may_look(grad_log_probs):
         return None
     active = grad_log_probs != 0
     if grad_entropy is not None:
         active |= grad_entropy != 0
     return None if active.all() else active.nonzero().squeeze(1)
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether its values are at hand. A GPU's would have to be waited for, in the middle of the micro-batches."""
+    return tensor.is_cpu
 
 
 def _accumulate_gradients(
@@ -269,6 +274,6 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
     if hidden.dtype != weight.dtype or not hidden.is_floating_point() or targets.dtype != torch.int64:
         dtypes = f"{hidden.dtype}, {weight.dtype}, {targets.dtype}"
         raise ValueError(f"log-probs need hidden and weight of one floating dtype and int64 targets, not {dtypes}")
-    if targets.is_cpu and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
+    if _may_look(targets) and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
         found = f"{int(targets.min())} to {int(targets.max())}"
         raise ValueError(f"targets must be token ids below the vocabulary size {vocab_size}, found {found}")

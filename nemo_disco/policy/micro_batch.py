@@ -42,11 +42,12 @@ class Padding:
     micro_batch: int = 1
 
     @classmethod
-    def of(cls, ranks: Ranks, sequence_parallel: bool) -> Padding:
-        """CP cuts each sequence in 2 CP chunks; under SP the TP ranks share a micro-batch's tokens (of a CP rank)."""
+    def of(cls, ranks: Ranks, sequence_parallel: bool, fp8_tokens: int = 1) -> Padding:
+        """CP cuts each sequence in 2 CP chunks; under SP the TP ranks share a micro-batch's tokens (of a CP rank).
+        fp8_tokens: what the tokens of a share must be a multiple of."""
         sequence = 2 * ranks.context_size if ranks.context_size > 1 else 1
         shares = ranks.context_size * (ranks.tensor_size if sequence_parallel else 1)
-        return cls(sequence, math.lcm(sequence, shares))
+        return cls(sequence, math.lcm(sequence, shares * fp8_tokens))
 
 
 def sequence_lengths(rollouts: Rollouts) -> list[int]:

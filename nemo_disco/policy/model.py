@@ -1,24 +1,22 @@
 """The policy's network: megatron-core's GPTModel, ending in log-probs of chosen tokens instead of logits.
 
-Touches megatron-core alone. The layer spec is the local one (no Transformer Engine) with our packed core attention.
+Touches megatron-core alone. Its layers are layers.py's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from nemo_disco.policy.attention import PackedCausalAttention
 from nemo_disco.policy.log_probs import token_log_probs
 
 
@@ -34,28 +32,6 @@ class Targets:
     tokens: Tensor
     temperature: float
     entropies: bool = False
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's, with what megatron asks of a norm: its constructor, and the mark by which gradients are summed under
-    sequence parallelism (the stock local norm refuses it)."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def local_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, from modules that run on any device."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedCausalAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
@@ -83,6 +59,12 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         """[S] positions -> [S, 1, 1, d] angles, float32."""
         angles = torch.outer(positions.float(), self.inv_freq)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
+        """megatron's, but that Transformer Engine's own state (FP8 scales, found anew in a step) may be missing: a
+        checkpoint of the local layers has none."""
+        own = {name: value for name, value in self.state_dict().items() if name.endswith("._extra_state")}
+        return super().load_state_dict({**own, **state}, strict=strict, **kwargs)
 
     def output_weight(self) -> Tensor:
         """[v_local, h] this rank's rows of the output embedding."""

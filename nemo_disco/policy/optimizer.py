@@ -31,27 +31,16 @@ class StepResult:
 class Optimizer:
     """The optimizer of this rank's chunks and its learning-rate schedule."""
 
-    def __init__(
-        self, network: list[Any], config: OptimConfig, dtype: torch.dtype, clip_grad: float, total_steps: int
-    ) -> None:
-        """total_steps: optimizer steps (mini-batches) of the whole run, over which the schedule decays."""
-        self.clip_grad = clip_grad
-        self.megatron = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer=config.name,
-                lr=config.lr,
-                min_lr=config.sched.min_lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.betas[0],
-                adam_beta2=config.betas[1],
-                adam_eps=config.eps,
-                bf16=dtype is torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=True,
-                clip_grad=clip_grad,
-            ),
-            network,
-        )
+    def __init__(self, network: list[Any], config: OptimConfig, settings: OptimizerConfig, total_steps: int) -> None:
+        """settings: options.optimizer_config's. total_steps: optimizer steps (mini-batches) of the whole run, over
+        which the schedule decays."""
+        self.clip_grad = settings.clip_grad
+        self.megatron = get_megatron_optimizer(settings, network)
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for part in self._parts:
+            if isinstance(part.optimizer, torch.optim.AdamW) and torch.cuda.is_available():
+                for group in part.optimizer.param_groups:
+                    group["fused"] = True  # one kernel for all parameters; not run
         warmup = config.sched.warmup_steps
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -86,10 +75,43 @@ class Optimizer:
             return StepResult(norm, applied=False)
         if self.clip_grad > 0:
             for part in self._parts:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, norm)
+                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, norm, use_decoupled_grad=decoupled)
         self.megatron.step_with_ready_grads()
         self.schedule.step(increment=1)
         return StepResult(norm, applied=True)
+
+    def offload(self) -> None:
+        """Move the moments and the main weights to the host; their memory on the device is free until `restore`."""
+        cuda = torch.cuda.is_available()
+        kept = {id(tensor): host for tensor, host in self._waiting}
+        self._waiting = []
+        for tensor in self._state_tensors():
+            host = kept.get(id(tensor))
+            if host is None:  # once: page-locked memory is dear to get
+                host = torch.empty_like(tensor, device="cpu", pin_memory=cuda)
+            host.copy_(tensor, non_blocking=True)
+            self._waiting.append((tensor, host))
+        if cuda:
+            torch.cuda.synchronize()
+        for tensor, _ in self._waiting:
+            tensor.untyped_storage().resize_(0)
+        if cuda:
+            torch.cuda.empty_cache()
+
+    def restore(self) -> None:
+        """Bring back what `offload` moved."""
+        for tensor, host in self._waiting:
+            tensor.untyped_storage().resize_(host.untyped_storage().nbytes())
+            tensor.copy_(host, non_blocking=True)
+
+    def _state_tensors(self) -> list[torch.Tensor]:
+        """The moments, and under bf16 the float32 weights; in float32 these are the model's own."""
+        tensors = []
+        for part in self._parts:
+            tensors += [t for state in part.optimizer.state.values() for t in state.values() if _is_large(t)]
+            tensors += [p for group in part.shard_fp32_from_float16_groups for p in group if p is not None]
+        return tensors
 
     # --- its state, for checkpoints ---
 
@@ -122,8 +144,9 @@ class Optimizer:
                 moment.pop("step", None)  # megatron would copy a tensor that the checkpoint does not hold
             part.load_parameter_state_from_fully_reshardable(state[str(i)])
             if isinstance(part.optimizer, torch.optim.AdamW):
-                for moment in moments.values():
-                    moment["step"] = torch.tensor(float(steps))  # one each: AdamW counts in place
+                for group in part.optimizer.param_groups:
+                    for p in group["params"]:
+                        moments[p]["step"] = _step_count(group, p, steps)  # one each: AdamW counts in place
             else:
                 for group in part.optimizer.param_groups:
                     group["step"] = steps
@@ -139,7 +162,16 @@ class Optimizer:
                 for p in group["params"]:
                     if not part.optimizer.state[p]:
                         zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                        part.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+                        part.optimizer.state[p] = {"step": _step_count(group, p, 0), **zeros}
+
+
+def _step_count(group: dict[str, Any], parameter: torch.Tensor, steps: int) -> torch.Tensor:
+    """As AdamW keeps it: where the parameter is if it is fused, else on the host."""
+    return torch.tensor(float(steps), device=parameter.device if group.get("fused") else "cpu")
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:

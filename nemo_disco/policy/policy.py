@@ -7,6 +7,7 @@ takes a loss of per-token log-probs that is a sum over tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
-    DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,9 +26,11 @@ from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.packing import plan_micro_batches
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.hugging_face import HuggingFaceModel, load_hf_config
+from nemo_disco.policy.layers import uses_transformer_engine
 from nemo_disco.policy.micro_batch import MicroBatch, Padding, build_micro_batch, sequence_lengths
 from nemo_disco.policy.model import Targets
 from nemo_disco.policy.optimizer import Optimizer, StepResult
+from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_options
 from nemo_disco.policy.parallel import Ranks, device
 from nemo_disco.policy.safetensor_files import SafetensorReader, atomic_directory, check_weights, save_hf_directory
 
@@ -55,10 +57,12 @@ class Policy:
         """
         self.config, self.temperature = config, temperature
         self.ranks, self.device = Ranks.here(), device()
+        self.transformer_engine = uses_transformer_engine(config)
         self.hf_config = load_hf_config(config.path, config.trust_remote_code)
         with SafetensorReader(config.path) as reader:
             check_weights(reader, self.hf_config)
-            self.model = HuggingFaceModel(self.hf_config, dtype, self._megatron_options(dtype))
+            options = transformer_options(config, dtype, self.device, _finalize_sums)
+            self.model = HuggingFaceModel(self.hf_config, dtype, options, self.transformer_engine)
             self.model.load(reader.read)
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]
         if dtype is torch.bfloat16:
@@ -67,43 +71,18 @@ class Policy:
         if trainable:
             self.network = [self._data_parallel(i, chunk, dtype) for i, chunk in enumerate(self.network)]
             if dtype is not torch.float64:  # megatron's optimizers know float32 and bfloat16
-                self.optimizer = Optimizer(self.network, config.optim, dtype, clip_grad, total_optimizer_steps)
+                settings = optimizer_config(config.optim, dtype, clip_grad, config.fp8)
+                self.optimizer = Optimizer(self.network, config.optim, settings, total_optimizer_steps)
 
-    def _megatron_options(self, dtype: torch.dtype) -> dict[str, Any]:
-        """TransformerConfig fields of this run; the architecture's own come from the Hugging Face config."""
-        config = self.config
-        full = config.activations_checkpoint_granularity == "full"
-        return {
-            "params_dtype": dtype,
-            "pipeline_dtype": dtype,
-            "bf16": dtype is torch.bfloat16,
-            "sequence_parallel": config.sequence_parallel,
-            "recompute_granularity": config.activations_checkpoint_granularity,
-            "recompute_method": "uniform" if full else None,
-            "recompute_num_layers": 1 if full else None,
-            "hidden_dropout": 0.0,  # the old and the new log-probs must differ by theta alone
-            "attention_dropout": 0.0,
-            "use_cpu_initialization": self.device.type == "cpu",
-            "calculate_per_token_loss": True,  # sums, never means: the loss carries its own denominators
-            "finalize_model_grads_func": _finalize_sums,
-            "masked_softmax_fusion": False,
-            "bias_activation_fusion": False,  # known to disturb DeepSeek-R1-Distill-Qwen
-            "bias_dropout_fusion": False,
-            "gradient_accumulation_fusion": False,  # needs apex or Transformer Engine
-            "apply_rope_fusion": False,
-        }
+    @property
+    def device_name(self) -> str:
+        """As CUDA names it; "cpu" without CUDA."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def _data_parallel(self, index: int, chunk: Any, dtype: torch.dtype) -> DistributedDataParallel:
         overlap = self.ranks.data_size * self.ranks.context_size > 1
         ddp = DistributedDataParallel(
-            chunk.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=dtype is torch.bfloat16,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=overlap,
-            ),
-            chunk,
-            disable_bucketing=index > 0,
+            chunk.config, data_parallel_config(self.config, dtype, overlap), chunk, disable_bucketing=index > 0
         )
         if overlap:
             config = chunk.config
@@ -163,6 +142,26 @@ class Policy:
         assert self.optimizer is not None, "this policy was built without an optimizer"
         return self.optimizer.step()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While an engine samples: the gradient's memory goes back to the device, and with model.optim.offload the
+        optimizer's state waits in the host's. Afterwards the gradient is zero."""
+        if self.optimizer is None:
+            yield
+            return
+        for chunk in self.network:
+            chunk.offload_grad_buffers()
+        offload = self.config.optim.offload
+        if offload:
+            self.optimizer.offload()
+        try:
+            yield
+        finally:
+            for chunk in self.network:
+                chunk.restore_grad_buffers()
+            if offload:
+                self.optimizer.restore()
+
     # --- weights in and out ---
 
     def load(self, read: Callable[[str], Tensor]) -> None:
@@ -215,7 +214,7 @@ class Policy:
 
     @property
     def _padding(self) -> Padding:
-        return Padding.of(self.ranks, self.config.sequence_parallel)
+        return Padding.of(self.ranks, self.config.sequence_parallel, self.config.fp8_tokens)
 
     def _schedule(
         self, rollouts: Rollouts, use: Callable[..., Any], entropies: bool, *, forward_only: bool, **options: Any

@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 class RunDirectory:
     """The paths of a run, and nothing else until `create` or `lock` is called.
 
-    config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, evaluation/, export/, report.html.
+    config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, evaluation/, export/, report.html, and
+    profile/ where steps are profiled.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -47,6 +48,7 @@ class RunDirectory:
         self.export = self.path / "export"
         self.report = self.path / "report.html"
         self.lock_file = self.path / ".lock"
+        self.profile = self.path / "profile"
 
     def rollout_file(self, step: int) -> Path:
         """Where the saved rollouts of a step are: one JSON object a line."""

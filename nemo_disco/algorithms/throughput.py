@@ -1,0 +1,34 @@
+"""How fast a step's training part was, per device: tokens and model FLOPs a second, and the share of the datasheet's.
+
+Counts what the lengths of the responses need, not what a layout or recomputation makes of it.
+"""
+
+from __future__ import annotations
+
+from nemo_disco.config.flops import TRAINING, forward_flops
+from nemo_disco.config.shape import ModelShape
+from nemo_disco.data.rollouts import Rollouts
+
+
+class Throughput:
+    """Adds up the mini-batches of one step that went through a forward and a backward pass."""
+
+    def __init__(self, shape: ModelShape, devices: int, peak_flops: float | None) -> None:
+        """peak_flops: of one device; None (a CPU, an unknown GPU) leaves MFU out."""
+        self.shape, self.devices, self.peak_flops = shape, devices, peak_flops
+        self.tokens = self.flops = 0
+
+    def trained(self, rollouts: Rollouts) -> None:
+        """The last token of a response predicts nothing and is not read; an empty response is not run."""
+        lengths = (rollouts.total_lengths - 1)[rollouts.response_lengths > 0].tolist()
+        self.tokens += sum(lengths)
+        self.flops += TRAINING * forward_flops(self.shape, lengths, int(rollouts.response_lengths.sum()))
+
+    def metrics(self, train_s: float, training_part_s: float) -> dict[str, float]:
+        """train_s: of forward, backward and optimizer. training_part_s: with the log-probs before them."""
+        rate = self.flops / train_s / self.devices
+        metrics = {
+            "throughput/tokens_per_second": self.tokens / training_part_s / self.devices,
+            "throughput/tflops": rate / 1e12,
+        }
+        return metrics if self.peak_flops is None else metrics | {"throughput/mfu": rate / self.peak_flops}

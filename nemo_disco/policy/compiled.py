@@ -1,0 +1,39 @@
+"""torch.compile for the element-wise parts of the local layers, on CUDA (not run). On a CPU they stay as they are.
+
+Compiled code rounds where the plain code does, so that the policy stays the model that was read: fused activations and
+rope that do not are known to disturb DeepSeek-R1-Distill-Qwen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """`function`, compiled at its first call where CUDA is."""
+
+    @cache
+    def best() -> Callable[..., Any]:
+        if not torch.cuda.is_available():
+            return function
+        return torch.compile(function, options={"emulate_precision_casts": True})
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return best()(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@cache
+def compile_rope() -> None:
+    """megatron's rope as one kernel, on CUDA."""
+    if torch.cuda.is_available():
+        rope_utils._apply_rotary_pos_emb_bshd = compiled(rope_utils._apply_rotary_pos_emb_bshd)

@@ -1,0 +1,150 @@
+"""The policy's layers in two makes: `local`, from modules that run on any device, and `transformer_engine`, on CUDA.
+
+Touches megatron-core alone. Both hold the same tensors under the same names in a checkpoint. What is of CUDA or of
+Transformer Engine here: not run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from nemo_disco.config.schema import ModelConfig
+from nemo_disco.policy.attention import PackedCausalAttention
+from nemo_disco.policy.compiled import compile_rope, compiled
+from nemo_disco.runtime.errors import UserError
+
+
+def uses_transformer_engine(config: ModelConfig) -> bool:
+    """Whether the layers are Transformer Engine's. Raises UserError if a setting needs it and it is not there."""
+    there = bool(gpt_layer_specs.HAVE_TE) and torch.cuda.is_available()
+    needs = {
+        "transformer_engine=true": config.transformer_engine,
+        f"fp8={config.fp8}": config.fp8,
+        "apply_rope_fusion=true": config.apply_rope_fusion,
+        f"optim.moments_dtype={config.optim.moments_dtype}": config.optim.moments_dtype != "float32",
+    }
+    for setting in (key for key, needed in needs.items() if needed and not there):
+        raise UserError(f"model.{setting} needs Transformer Engine and CUDA, which are not here: see nemo-disco doctor")
+    return there if config.transformer_engine is None else config.transformer_engine
+
+
+def layer_spec(config: Any, transformer_engine: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage."""
+    layer, norm = _transformer_engine_layer(config) if transformer_engine else _local_layer(config)
+    # Dropout is 0, and megatron's own would still launch it.
+    layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
+    if not config.bias_activation_fusion:
+        # The one place where megatron's MLP lets an activation be given to it, whoever made it.
+        config.use_te_activation_func = True
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def residual_add(training: bool, fused: bool) -> Any:  # noqa: ARG001 - megatron's signature
+    """What stands for megatron's bias-dropout-add: there is neither bias nor dropout."""
+    return lambda x_with_bias, residual, _: residual + x_with_bias[0]
+
+
+@compiled
+def swiglu(x: Tensor) -> Tensor:
+    """[..., 2 f] gate and up -> [..., f]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class SwiGLU(torch.nn.Module):
+    """Between the MLP's two matrices: one kernel on CUDA, which keeps no more than its input for backward."""
+
+    def __init__(self, config: Any) -> None:  # noqa: ARG002 - megatron's signature
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """There is no state."""
+        return {}
+
+
+# --- local ---
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's, with what megatron asks of a norm: its constructor, and the mark by which gradients are summed under
+    sequence parallelism (the stock local norm refuses it)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
+    compile_rope()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedCausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer, RMSNorm
+
+
+# --- Transformer Engine ---
+
+
+def _transformer_engine_layer(config: Any) -> tuple[ModuleSpec, type]:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer.submodules.self_attention.submodules.core_attention = _transformer_engine_attention()
+    return layer, TENorm
+
+
+def _transformer_engine_attention() -> type:
+    """Transformer Engine's attention on packed sequences ("thd"), its context parallelism included.
+
+    Outwards the micro-batch stays [S, 1, ...]: megatron applies rope to it as a whole, with each token's own angle.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    class PackedAttention(TEDotProductAttention):  # type: ignore[misc]
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any, **__: Any
+        ) -> Tensor:
+            q, k, v = (x.squeeze(1) for x in (query, key, value))
+            kind = AttnMaskType.padding_causal
+            out: Tensor = super().forward(q, k, v, None, kind, packed_seq_params=packed_seq_params.whole)
+            return out.reshape(query.shape[0], 1, -1)
+
+    return PackedAttention
+
+
+# --- what reads the weights directly ---
+
+
+def qkv_norm_weight(layer: Any) -> Tensor:
+    """[h] of the norm before attention, wherever the make of the layer keeps it."""
+    return _norm_weight(layer.self_attention.linear_qkv, layer.input_layernorm)
+
+
+def mlp_norm_weight(layer: Any) -> Tensor:
+    """[h] of the norm before the MLP."""
+    return _norm_weight(layer.mlp.linear_fc1, layer.pre_mlp_layernorm)
+
+
+def _norm_weight(linear: Any, norm: Any) -> Tensor:
+    fused: Tensor | None = getattr(linear, "layer_norm_weight", None)
+    return norm.weight if fused is None else fused

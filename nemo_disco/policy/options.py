@@ -1,0 +1,103 @@
+"""What megatron-core is told of a run: its TransformerConfig, data-parallel and optimizer settings, from ours.
+
+Pure: builds nothing. Every fusion or overlap that is left off has its reason beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from nemo_disco.config.schema import ModelConfig, OptimConfig
+
+# Ours -> Transformer Engine's number format and megatron's name of the recipe.
+_FP8 = {"delayed": ("hybrid", "delayed"), "current": ("hybrid", "tensorwise"), "blockwise": ("e4m3", "blockwise")}
+# Delayed scaling looks back over so many steps, as in Transformer Engine's own default.
+_AMAX_HISTORY = 1024
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_options(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, finalize: Callable[..., None]
+) -> dict[str, Any]:
+    """TransformerConfig fields of this run; the architecture's own come from the Hugging Face config. finalize: what
+    reduces gradients after the last micro-batch."""
+    full = config.activations_checkpoint_granularity == "full"
+    interleaved = config.virtual_pipeline_model_parallel_size is not None and device.type == "cuda"
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "sequence_parallel": config.sequence_parallel,
+        "recompute_granularity": config.activations_checkpoint_granularity,
+        "recompute_method": "uniform" if full else None,
+        "recompute_num_layers": 1 if full else None,
+        "hidden_dropout": 0.0,  # the old and the new log-probs must differ by theta alone
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": device.type == "cpu",
+        "calculate_per_token_loss": True,  # sums, never means: the loss carries its own denominators
+        "finalize_model_grads_func": finalize,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,  # there is neither
+        "apply_rope_fusion": config.apply_rope_fusion,
+        "bias_activation_fusion": config.bias_activation_fusion,
+        # Adds a matrix product straight into main_grad; the kernel is apex's.
+        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # Interleaved pipeline stages send while they compute.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        **_fp8_options(config),
+    }
+
+
+def _fp8_options(config: ModelConfig) -> dict[str, Any]:
+    if config.fp8 is None:
+        return {}
+    number_format, recipe = _FP8[config.fp8]
+    return {
+        "fp8": number_format,
+        "fp8_recipe": recipe,
+        "fp8_param": config.fp8_param_gather,
+        "fp8_amax_history_len": _AMAX_HISTORY,
+        "fp8_amax_compute_algo": "max",
+    }
+
+
+def data_parallel_config(config: ModelConfig, dtype: torch.dtype, overlap: bool) -> DistributedDataParallelConfig:
+    """BF16 weights get float32 main gradients. Parameters are not gathered during the next forward pass: the engine
+    `megatron` reads them before it."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype is torch.bfloat16,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        fp8_param_gather=config.fp8_param_gather,
+    )
+
+
+def optimizer_config(
+    config: OptimConfig, dtype: torch.dtype, clip_grad: float, fp8: str | None = None
+) -> OptimizerConfig:
+    """Float32 main weights; the moments in config.moments_dtype (bfloat16 needs Transformer Engine's Adam)."""
+    moments = _DTYPES[config.moments_dtype]
+    return OptimizerConfig(
+        optimizer=config.name,
+        lr=config.lr,
+        min_lr=config.sched.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        fp8_recipe=None if fp8 is None else _FP8[fp8][1],
+        use_distributed_optimizer=True,
+        clip_grad=clip_grad,
+        use_precision_aware_optimizer=moments is not torch.float32,
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
+    )

@@ -1,0 +1,108 @@
+"""Two makes of layers, one model: names in checkpoints and in Hugging Face files, and which make is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fused_layers
+import pytest
+import torch
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from models import model_config, random_rollouts, save_model
+from training import train
+
+from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.policy import checkpoint, layers, parallel
+from nemo_disco.policy import policy as policy_module
+from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=False)
+
+
+@pytest.fixture
+def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """build(fused) -> a policy of plain or of fused layers, the latter by the way that Transformer Engine's go."""
+    monkeypatch.setattr(layers, "_transformer_engine_layer", fused_layers.fused_layer)
+
+    def make(fused: bool) -> Policy:
+        monkeypatch.setattr(policy_module, "uses_transformer_engine", lambda _: fused)
+        config = model_config(model_path)
+        parallel.start(config)
+        return Policy(config)
+
+    return make
+
+
+def test_megatron_fuses_norm_and_linear_in_transformer_engines_layers() -> None:
+    """What the fused layers of these tests are modelled on."""
+    assert TESpecProvider().fuse_layernorm_and_linear()
+
+
+def test_both_makes_are_the_same_function_of_the_same_files(build: Any) -> None:
+    rollouts, found = random_rollouts(), []
+    for fused in (False, True):
+        policy = build(fused)
+        weights = {name: w.clone() for name, w in policy.named_weights()}
+        responses = MegatronEngine(policy, [1]).generate([[5, 9, 3]] * 2, [1, 2], Sampling(1.0, 10))
+        found.append((policy.log_probs(rollouts)[0], weights, [r.tokens for r in responses]))
+    (log_probs, weights, tokens), (fused_log_probs, fused_weights, fused_tokens) = found
+    torch.testing.assert_close(fused_log_probs, log_probs, rtol=0, atol=1e-5)
+    assert weights.keys() == fused_weights.keys()
+    assert all(torch.equal(weights[name], fused_weights[name]) for name in weights)
+    assert tokens == fused_tokens
+
+
+def test_both_makes_have_the_same_names_in_a_checkpoint(build: Any) -> None:
+    keys = []
+    for fused in (False, True):
+        state = build(fused).model.chunks[0].sharded_state_dict()
+        keys.append({t.key for t in state.values() if not isinstance(t, ShardedObject)})
+    assert keys[0] == keys[1]
+    assert {"decoder.layers.self_attention.linear_qkv.layer_norm_weight", "decoder.final_layernorm.weight"} < keys[0]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_checkpoint_of_one_make_goes_on_in_the_other(build: Any, tmp_path: Path, first: bool) -> None:
+    policy = build(first)
+    train(policy, [1, 2])
+    checkpoint.save(policy, tmp_path, 2, {}, keep=1)
+    train(policy, [3])
+    expected = policy.log_probs(random_rollouts())[0]
+    other = build(not first)
+    checkpoint.load_latest(other, tmp_path)
+    train(other, [3])
+    torch.testing.assert_close(other.log_probs(random_rollouts())[0], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"transformer_engine": True}, "transformer_engine=true"),
+        ({"fp8": "delayed"}, "fp8=delayed"),
+        ({"apply_rope_fusion": True}, "apply_rope_fusion=true"),
+    ],
+)
+def test_what_needs_transformer_engine_says_so(model_path: Path, changes: dict[str, Any], setting: str) -> None:
+    config = model_config(model_path, **changes)
+    parallel.start(config)
+    with pytest.raises(UserError, match=f"model.{setting} needs Transformer Engine and CUDA"):
+        Policy(config)
+
+
+def test_the_activation_is_one_function_of_the_first_matrix(model_path: Path) -> None:
+    """What is compiled on CUDA: megatron calls it with gate and up side by side."""
+    config = model_config(model_path)
+    parallel.start(config)
+    mlp = Policy(config).model.chunks[0].decoder.layers[0].mlp
+    x = torch.randn(5, 1, 64)
+    gate, up = (x @ mlp.linear_fc1.weight.T).chunk(2, -1)
+    expected = (gate * gate.sigmoid() * up) @ mlp.linear_fc2.weight.T
+    assert isinstance(mlp.activation_func, layers.SwiGLU)
+    torch.testing.assert_close(mlp(x)[0], expected)
