@@ -8,7 +8,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: env quickstart test test-slow test-slurm lint
+.PHONY: env quickstart test test-slow test-triton test-slurm lint
 
 env: $(STAMP)
 
@@ -29,6 +29,11 @@ test: env
 # The whole matrix of layouts, checkpoints over four processes, ...: as many minutes again.
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+# The GPU's kernels in Triton's interpreter, on the CPU. Triton (600 MB) stays out of the environment.
+test-triton: env
+	test -d .triton || $(BIN)/python -m pip install --disable-pip-version-check --no-deps --target .triton triton==3.6.0
+	TRITON_INTERPRET=1 PYTHONPATH=.triton $(BIN)/python -m pytest -m triton tests/triton_kernels
 
 # A real SLURM of two nodes on this machine, started and ended by the tests.
 test-slurm: env

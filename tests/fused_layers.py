@@ -41,7 +41,7 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
 
 
 def fused_layer(config: Any) -> tuple[Any, type]:
-    """In place of layers._transformer_engine_layer: megatron-core's spec has no norm of its own where they are fused."""
+    """In place of layers._transformer_engine_layer: there the norms' own places are empty."""
     layer, norm = layers._local_layer(config)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     layer.submodules.self_attention.submodules.linear_qkv = NormLinear

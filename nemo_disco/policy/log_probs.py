@@ -1,13 +1,17 @@
 """Log-probs and entropies of tokens from hidden states, tile by tile over tokens and vocabulary.
 
 Touches tensors and the tensor-parallel group that it is given, nothing else: no megatron, no configuration.
-It must never hold the logits of more than one tile: backward computes them again.
+It must never hold the logits of more than one tile: backward computes them again. In half precision on CUDA the Triton
+kernels of log_probs_kernel hold none at all.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +136,8 @@ def _local_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _He
     m, sum exp(x - m), x at the target (0 if it is elsewhere), sum exp(x - m) (x - m) (0 unless entropies are wanted).
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if (kernel := _kernel(hidden, weight)) is not None and len(weight) and len(hidden):
+        return _merge(kernel.statistics(hidden, weight, targets, head.scale, head.entropies))
     stats = torch.zeros(4, len(hidden), dtype=dtype, device=hidden.device)
     # A shard of padding alone: half of the lowest number, so that differences from it are finite and exp makes them 0.
     stats[0] = torch.finfo(dtype).min / 2
@@ -187,6 +193,24 @@ def _active_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor 
     return None if active.all() else active.nonzero().squeeze(1)
 
 
+def _kernel(hidden: Tensor, weight: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they can run; rows of hidden and weight must lie one after another."""
+    if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and _has_triton()):
+        return None
+    return _triton_kernels() if hidden.is_contiguous() and weight.is_contiguous() else None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_kernels() -> ModuleType:
+    from nemo_disco.policy import log_probs_kernel
+
+    return log_probs_kernel
+
+
 def _may_look(tensor: Tensor) -> bool:
     """Whether its values are at hand. A GPU's would have to be waited for, in the middle of the micro-batches."""
     return tensor.is_cpu
@@ -199,15 +223,21 @@ def _accumulate_gradients(
 
     Vocabulary outside, tokens inside: a float32 sum for a bf16 weight is then needed for one tile of it at a time.
     """
-    scratch = _Scratch(tokens.hidden, weight, 1 if tokens.grad_entropy is None else 2)
+    kernel = _kernel(tokens.hidden, weight)
+    scratch = _Scratch(tokens.hidden, weight, 0 if kernel else 1 if tokens.grad_entropy is None else 2)
     for columns in _spans(len(weight), scratch.tile.vocab):
         grad_columns = (
             torch.zeros_like(weight[columns], dtype=tokens.log_norm.dtype) if grad_weight is not None else None
         )
         for rows in _spans(len(tokens.hidden), scratch.tile.tokens):
             block = tokens.pick(rows)
-            logits, spare = scratch.logits(block.hidden, weight[columns], scale)
-            grad = _logit_gradients(logits, spare, block, columns.start).to(weight.dtype)
+            if kernel is None:
+                logits, spare = scratch.logits(block.hidden, weight[columns], scale)
+                grad = _logit_gradients(logits, spare, block, columns.start).to(weight.dtype)
+            else:
+                here = block._replace(targets=block.targets - columns.start)
+                grad = weight.new_empty(len(here.hidden), columns.stop - columns.start)
+                kernel.logit_gradients(here.hidden, weight[columns], *here[1:], scale=scale, out=grad)
             if grad_hidden is not None:
                 _add_product(grad_hidden[rows], grad, weight[columns])
             if grad_columns is not None:

@@ -25,11 +25,11 @@ CLASHES = [
     (["generation=tensorrt_llm"], 2, "generation.engine=tensorrt_llm is not part of this version", "megatron"),
     (["model.optim.betas=[0.9,1.0]"], 2, "model.optim.betas=[0.9, 1.0]", "below 1"),
     (["model.optim.lr=1e-6", "model.optim.sched.min_lr=1e-5"], 2, "min_lr=1e-05 is above model.optim.lr=1e-06", ""),
-    (["model.fp8_param_gather=true"], 2, "model.fp8_param_gather=true needs model.fp8", "delayed, current or blockwise"),
+    (["model.fp8_param_gather=true"], 2, "model.fp8_param_gather=true needs model.fp8", "delayed, current or"),
     (["model.fp8=current"], 2, "model.fp8=current needs trainer.precision=bf16, not 32", ""),
     (["model.fp8=delayed", "trainer.precision=bf16", "model.transformer_engine=false"], 2,
      "model.fp8 is Transformer Engine's, and model.transformer_engine=false", "set it to null or true"),
-    (["model.apply_rope_fusion=true", "model.transformer_engine=false"], 2, "model.apply_rope_fusion is", "null or true"),
+    (["model.apply_rope_fusion=true", "model.transformer_engine=false"], 2, "model.apply_rope_fusion is", "to null or"),
     (["model.token_budget=255", "data.max_prompt_length=127", "generation.max_response_length=126", "model.fp8=current",
       "trainer.precision=bf16"], 2, "= 253", "would work: model.token_budget=256 or more"),
 ]  # fmt: skip

@@ -1,0 +1,163 @@
+"""Triton kernels of the log-probs: logits live in registers and are never written to memory. Not run on a GPU.
+
+Forward: per-token statistics of a vocabulary shard. Backward: a tile of the gradient with respect to the logits, made
+from recomputed logits, for cuBLAS to multiply. Tested in Triton's interpreter by `make test-triton`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tokens, vocabulary rows and hidden numbers of one program's tile: a shape that fills Hopper's matrix units in Triton's
+# own matrix product. Not measured.
+BLOCK_N, BLOCK_V, BLOCK_H = 128, 256, 64
+_LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
+# Half of the lowest float32: differences from it are finite, and exp makes them 0.
+_FLOOR = tl.constexpr(-1.7e38)
+# Programs a multiprocessor that a launch should have, so that the last ones to end leave little idle.
+_WAVES = 4
+
+
+@triton.jit
+def _logits(
+    hidden,
+    weight,
+    rows,
+    columns,
+    n,
+    size,
+    WIDTH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    LIKE: tl.constexpr,
+):
+    """hidden[rows] @ weight[columns].T in float32; what is beyond n and size is 0. LIKE: the tile, as zeros' shape."""
+    total = tl.zeros(LIKE, tl.float32)
+    for start in range(0, WIDTH, BLOCK_H):
+        inner = start + tl.arange(0, BLOCK_H)
+        a = tl.load(
+            hidden + rows[:, None].to(tl.int64) * WIDTH + inner[None, :],
+            mask=(rows[:, None] < n) & (inner[None, :] < WIDTH),
+            other=0.0,
+        )
+        b = tl.load(
+            weight + columns[None, :].to(tl.int64) * WIDTH + inner[:, None],
+            mask=(columns[None, :] < size) & (inner[:, None] < WIDTH),
+            other=0.0,
+        )
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _statistics(
+    hidden, weight, targets, out, n, size, scale,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, ENTROPIES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out [splits, 4, n] float32: of each share of SPLIT vocabulary rows, what log_probs._local_statistics says."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * SPLIT
+    target = tl.load(targets + rows, mask=rows < n, other=-1)
+    top = tl.full((BLOCK_N,), _FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    chosen = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, SPLIT, BLOCK_V):
+        columns = first + start + tl.arange(0, BLOCK_V)
+        x = scale * _logits(hidden, weight, rows, columns, n, size, WIDTH, BLOCK_H, (BLOCK_N, BLOCK_V))
+        real = (columns < size)[None, :]
+        x = tl.where(real, x, _FLOOR)
+        chosen += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
+        higher = tl.maximum(top, tl.max(x, 1))
+        shift = top - higher
+        x -= higher[:, None]
+        e = tl.where(real, tl.exp(x), 0.0)
+        if ENTROPIES:
+            weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(e * x, 1)
+        total = tl.exp(shift) * total + tl.sum(e, 1)
+        top = higher
+    place = out + tl.program_id(1).to(tl.int64) * 4 * n + rows
+    tl.store(place, top, mask=rows < n)
+    tl.store(place + n, total, mask=rows < n)
+    tl.store(place + 2 * n, chosen, mask=rows < n)
+    tl.store(place + 3 * n, weighted, mask=rows < n)
+
+
+@triton.jit
+def _gradients(
+    hidden, weight, targets, log_norm, grad_log_probs, grad_entropy, entropy, out, n, size, scale,
+    WIDTH: tl.constexpr, ENTROPIES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out [n, size]: g ([v = t] - p_v) - g_H p_v (log p_v + H), in its own dtype."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    target = tl.load(targets + rows, mask=rows < n, other=-1)
+    norm = tl.load(log_norm + rows, mask=rows < n, other=0.0)
+    outer = tl.load(grad_log_probs + rows, mask=rows < n, other=0.0)
+    logits = _logits(hidden, weight, rows, columns, n, size, WIDTH, BLOCK_H, (BLOCK_N, BLOCK_V))
+    log_p = scale * logits - norm[:, None]
+    factor = -outer[:, None]
+    if ENTROPIES:
+        outer_entropy = tl.load(grad_entropy + rows, mask=rows < n, other=0.0)
+        h = tl.load(entropy + rows, mask=rows < n, other=0.0)
+        factor = factor - outer_entropy[:, None] * (log_p + h[:, None])
+    grad = factor * tl.exp(log_p) + tl.where(columns[None, :] == target[:, None], outer[:, None], 0.0)
+    place = out + rows[:, None].to(tl.int64) * size + columns[None, :]
+    tl.store(place, grad.to(out.dtype.element_ty), mask=(rows[:, None] < n) & (columns[None, :] < size))
+
+
+def statistics(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, entropies: bool) -> Tensor:
+    """[splits, 4, n] float32: of parts of the vocabulary rows [v, h] in turn: the maximum m of the logits over the
+    temperature x, sum exp(x - m), x at the target (0 where it is elsewhere), sum exp(x - m) (x - m).
+
+    hidden [n, h] and weight are contiguous; targets [n] int64 count from the weight's first row.
+    """
+    n, size = len(hidden), len(weight)
+    blocks = triton.cdiv(n, BLOCK_N)
+    splits = max(1, min(triton.cdiv(size, BLOCK_V), triton.cdiv(_WAVES * _multiprocessors(hidden), max(1, blocks))))
+    share = triton.cdiv(triton.cdiv(size, BLOCK_V), splits) * BLOCK_V
+    splits = triton.cdiv(size, share)
+    out = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
+    _statistics[(blocks, splits)](
+        hidden, weight, targets, out, n, size, scale,
+        WIDTH=hidden.shape[1], SPLIT=share, ENTROPIES=entropies,
+        BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_H=BLOCK_H, **_LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def logit_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    log_norm: Tensor,
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> Tensor:
+    """Write to out [n, v] the gradient with respect to the logits of this tile, and return it. All are contiguous.
+
+    grad_log_probs and grad_entropy [n] float32 are with respect to the logits before the temperature, log_norm [n] is
+    log sum exp of those after it."""
+    n, size = out.shape
+    grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(size, BLOCK_V))
+    with_entropy = grad_entropy is not None
+    _gradients[grid](
+        hidden, weight, targets, log_norm, grad_log_probs, grad_entropy if with_entropy else log_norm,
+        entropy if with_entropy else log_norm, out, n, size, scale,
+        WIDTH=hidden.shape[1], ENTROPIES=with_entropy,
+        BLOCK_N=BLOCK_N, BLOCK_V=BLOCK_V, BLOCK_H=BLOCK_H, **_LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def _multiprocessors(tensor: Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -1,0 +1,107 @@
+"""The Triton kernels in Triton's interpreter, on a CPU, against float64. `make test-triton` runs these.
+
+float16 stands for half precision: the interpreter multiplies bfloat16's bits as if they were integers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_disco.policy import log_probs as log_probs_module
+from nemo_disco.policy.log_probs import token_log_probs
+
+pytestmark = pytest.mark.triton
+
+TEMPERATURE = 0.6
+# Nothing divides anything: tokens, vocabulary and width all end inside a block.
+TOKENS, VOCABULARY, WIDTH = 21, 75, 40
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4}
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The kernels with small blocks, taken in place of the tiled path."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run this by `make test-triton`"
+    found = importlib.import_module("nemo_disco.policy.log_probs_kernel")
+    for name, size in {"BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_H": 16, "_WAVES": 5}.items():
+        monkeypatch.setattr(found, name, size)
+    monkeypatch.setattr(log_probs_module, "_kernel", lambda *_: found)
+    monkeypatch.setattr(log_probs_module, "_CPU_TILE", log_probs_module._Tile(16, 48))
+    return found
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype)
+    weight = (torch.randn(VOCABULARY, WIDTH, generator=generator) / 2).to(dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain float64, from the very numbers that the kernel reads."""
+    log_p = (hidden.double() @ weight.double().T / TEMPERATURE).log_softmax(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("entropies", [False, True])
+def test_kernels_equal_float64(dtype: torch.dtype, entropies: bool) -> None:
+    """Values within float32's rounding; gradients too, but that in half precision they are rounded on their way."""
+    weights = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(5))
+    hidden, weight, targets = inputs(dtype)
+    found = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, entropies=entropies)
+    expected_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = reference(*expected_inputs, targets)
+    total, expected_total = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+    for ours, theirs, w in zip(found, expected, weights, strict=True):
+        if ours is not None:
+            assert error(ours.detach(), theirs.detach()) < 2e-6
+            total, expected_total = total + (w * ours).sum(), expected_total + (w.double() * theirs).sum()
+    total.backward()
+    expected_total.backward()
+    for ours, theirs in zip((hidden, weight), expected_inputs, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert error(ours.grad, theirs.grad) < 4 * TOLERANCE[dtype]
+
+
+def test_the_vocabulary_is_shared_out_and_merged(kernel: ModuleType) -> None:
+    hidden, weight, targets = (x.detach() for x in inputs(torch.float32))
+    stats = kernel.statistics(hidden, weight, targets, 1.0, True)
+    assert stats.shape == (3, 4, TOKENS)
+    merged = log_probs_module._merge(stats)
+    torch.testing.assert_close(merged[0], (hidden @ weight.T).amax(1))
+    torch.testing.assert_close(merged[2], (hidden @ weight.T).gather(1, targets[:, None])[:, 0])
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    found = token_log_probs(hidden * 1e3, weight, targets, temperature=TEMPERATURE, entropies=True)
+    expected = reference(hidden * 1e3, weight, targets)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is not None
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-3)
+
+
+def test_padding_rows_and_foreign_targets() -> None:
+    """Rows of padding have no probability; a target outside gets NaN (a look at it would be a wait)."""
+    hidden, weight, targets = inputs(torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_probs_module, "_may_look", lambda _: False)
+        targets[3] = VOCABULARY - 1
+        found, _ = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCABULARY - 5)
+    targets[3] = 0
+    expected = reference(hidden, weight[:-5], targets.clamp(max=VOCABULARY - 6))[0]
+    assert found[3].isnan()
+    inside = targets < VOCABULARY - 5
+    inside[3] = False
+    torch.testing.assert_close(found[inside].double(), expected[inside], rtol=1e-5, atol=1e-5)
