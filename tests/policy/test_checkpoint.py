@@ -77,6 +77,8 @@ SCHEDULE = {
     "weight_decay": 0.1,
     "betas": (0.9, 0.95),
     "eps": 1e-8,
+    "moments_dtype": "float32",
+    "offload": False,
     "sched": {"name": "cosine", "warmup_steps": 3, "min_lr": 1e-3},
 }
 
