@@ -29,6 +29,7 @@ from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.generation.engine import Engine, Sampling
 from nemo_disco.policy import checkpoint
+from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.clock import Clock, device_clock
@@ -74,6 +75,7 @@ class DisCO:
             top_k=config.generation.top_k,
         )
         self.shape = read_shape(config.model.path)
+        self.writer = CheckpointWriter()
         self.step = 0
         self.skipped = 0  # mini-batches of the whole run that were not applied
         self.skipped_in_a_row = 0
@@ -83,13 +85,13 @@ class DisCO:
     def fit(self) -> None:
         """Train to trainer.max_steps, or to the step in which SIGTERM or SIGUSR1 asked to stop; save in any case."""
         limit, every = self.config.trainer.max_steps, self.config.exp_manager.checkpoint_every_n_steps
-        with StopRequest() as stop, self.journal.watch(limit, self.step):
+        with StopRequest() as stop, self.journal.watch(limit, self.step), self.writer:
             if self.step == 0:
                 self.journal.evaluated(self.run_validation())
             elif self.step >= limit:
                 self.journal.say(f"step {self.step} of {limit}: nothing is left to train")
             saved = self.step
-            while self.step < limit and not self._any_rank(stop.requested):
+            while self.step < limit and not self._any_rank(stop.requested or self.writer.failed):
                 metrics = self.train_step()
                 self.journal.stepped(self.step, metrics)
                 if self.step % every == 0 or self.step == limit:
@@ -97,6 +99,7 @@ class DisCO:
                     saved = self.step
             if saved != self.step:
                 self.save()
+            self.writer.wait()
             if self.step < limit:
                 done = f"saved step {self.step}" if self.step else "before the first step"
                 self.journal.say(f"asked to stop by {stop.signal_name}: {done}; start again to go on")
@@ -176,8 +179,8 @@ class DisCO:
     # --- state ---
 
     def save(self) -> None:
-        """Write a checkpoint of everything that decides the future. A collective."""
-        checkpoint.save(
+        """Begin to write a checkpoint of everything that decides the future; `fit` waits for it. A collective."""
+        self.writer.save(
             self.policy,
             self.journal.run.checkpoints,
             self.step,

@@ -12,9 +12,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as megatron_strategy
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -38,21 +48,33 @@ _ADMITTED = {
 }
 
 
-class SaveStrategy(SaveShardedStrategy):  # type: ignore[misc]
-    """megatron's torch_dist format: every rank writes its shards to one file and syncs it, rank 0 the metadata."""
+def write_shards(state: dict[str, Any], directory: Path, group: dist.ProcessGroup) -> None:
+    """megatron's torch_dist format: every rank writes its shards to one file and syncs it, rank 0 the metadata. What
+    data-parallel ranks have in common is spread over them. group: of all ranks. A collective; takes `state` apart.
 
-    can_handle_sharded_objects = True
+    The steps of dist_checkpointing.save under FullyParallelSaveStrategyWrapper, which speak over the default group.
+    """
+    shards, _ = save_preprocess(state, validate_access_integrity=False)
+    sharers = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+    shares = determine_main_replica_uniform_distribution(shards, sharers)
+    distribute_main_replicas_with_precomputed_distribution(shards, sharers, shares)
+    places: list[Any] = [None] * group.size()
+    dist.all_gather_object(places, [shard.without_data() for shard in nested_values(shards)], group)
+    validate_sharding_integrity(places)
+    tensors, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(shards, True)
+    save(
+        megatron_strategy.mcore_to_pyt_state_dict(tensors),
+        storage_writer=_Writer(directory),
+        planner=megatron_strategy.MCoreSavePlanner(flatten_state_dict=False),
+        process_group=group,
+    )
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
 
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        shards, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        save(
-            megatron_strategy.mcore_to_pyt_state_dict(shards),
-            storage_writer=_Writer(checkpoint_dir),
-            planner=megatron_strategy.MCoreSavePlanner(flatten_state_dict=False),
-        )
+def write_marks(directory: Path) -> None:
+    """What megatron's own tools look for: the format's name, and common.pt, empty as checkpoint.json has what ranks
+    have in common. For one rank."""
+    get_default_save_common_strategy().save_common({}, str(directory))
+    save_config(CheckpointingConfig("torch_dist"), str(directory))
 
 
 class _Writer(FileSystemWriter):

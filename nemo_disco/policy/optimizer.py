@@ -6,6 +6,7 @@ Transformer Engine nor apex is installed) keeps one step count a parameter throu
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_disco.config.schema import OptimConfig
+
+# A model's parameter -> this rank's pieces of its float32 weight and its moments, flat.
+ShardCopies = dict[torch.Tensor, dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -120,23 +124,36 @@ class Optimizer:
         """Optimizer steps that were applied."""
         return int(self.schedule.num_steps)
 
-    def sharded_state(self, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """megatron's sharded tensors of the float32 weights and the moments, in the model's own shapes, so that any
-        other layout can read them. model_state: the model's own sharded state. A collective."""
+    def copies(self) -> list[ShardCopies]:
+        """Of each part, copies on the host of what this rank holds of the float32 weights and the moments."""
         self._allocate()
-        for part in self._parts:
-            part.get_parameter_state_dp_zero = partial(_padded_parameter_state, part)
+        return [{p: _copy(part._get_main_param_and_optimizer_states(p)) for p in _owned(part)} for part in self._parts]
+
+    def saved_state(self, model_state: dict[str, Any], copies: list[ShardCopies]) -> dict[str, Any]:
+        """megatron's sharded tensors of what `copies` returned, in the model's own shapes, so that any other layout can
+        read them. model_state: the model's own sharded state. A collective of the background groups."""
+        state = {}
+        for i, (part, copied) in enumerate(zip(self._parts, copies, strict=True)):
+            frozen = copy.copy(part)
+            frozen._get_main_param_and_optimizer_states = copied.__getitem__
+            frozen.get_parameter_state_dp_zero = partial(_padded_parameter_state, frozen)
+            state[str(i)] = frozen.sharded_param_state_fully_reshardable(model_state, metadata={})
+        return state
+
+    def loadable_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of `saved_state`, to be read into; model_state is theirs in turn."""
+        self._allocate()
         metadata = {
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
             "distrib_optim_sharding_type": "fully_reshardable",
         }
         return {
-            str(i): part.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)["param_state"]
+            str(i): part.sharded_state_dict(model_state, is_loading=True, metadata=metadata)["param_state"]
             for i, part in enumerate(self._parts)
         }
 
     def load_sharded_state(self, state: dict[str, Any], steps: int) -> None:
-        """Take what was read into the tensors of `sharded_state`, at so many applied steps. The learning rate follows
+        """Take what was read into the tensors of `loadable_state`, at so many applied steps. The learning rate follows
         from the present configuration."""
         for i, part in enumerate(self._parts):
             moments = part.optimizer.state
@@ -174,10 +191,22 @@ def _is_large(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
+def _owned(part: Any) -> list[torch.Tensor]:
+    """The parameters of which this rank's optimizer has a piece."""
+    ranges = [bucket for buffer in part.gbuf_ranges for buckets in buffer.values() for bucket in buckets]
+    return [p for bucket in ranges for p in bucket["param_map"]]
+
+
+def _copy(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: tensors[name].detach().to("cpu", copy=True) for name in ("param", "exp_avg", "exp_avg_sq")}
+
+
 def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:
     """megatron-core 0.16.1 drops the padding between buckets here and then cuts parameters out by offsets that count
-    it: in every bucket after a padded one it would save the wrong elements. The padding goes back in."""
-    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs)
+    it: in every bucket after a padded one it would save the wrong elements. The padding goes back in.
+
+    Over gloo, whatever the device: the background groups are gloo's."""
+    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs | {"use_gloo_comm": True})
     for i, buffer in enumerate(part.buffers if state is not None else []):
         for tensors in state[i].values():
             for name, flat in tensors.items():

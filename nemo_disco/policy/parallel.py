@@ -25,6 +25,7 @@ from nemo_disco.runtime.watchdog import Watchdog
 _TIMEOUT = datetime.timedelta(minutes=30)
 _MEETING_TIMEOUT = datetime.timedelta(minutes=10)
 _watchdog: Watchdog | None = None
+_background: dist.ProcessGroup | None = None
 
 
 def start(model: ModelConfig, seed: int = 0) -> None:
@@ -32,6 +33,7 @@ def start(model: ModelConfig, seed: int = 0) -> None:
 
     May be called again with another layout in the same processes: the groups are then made anew.
     """
+    global _background
     cpu_backend.enable()
     cuda = torch.cuda.is_available()
     if cuda:
@@ -39,6 +41,8 @@ def start(model: ModelConfig, seed: int = 0) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():
         _join("nccl" if cuda else "gloo")
+    if _background is None:
+        _background = dist.new_group(timeout=_TIMEOUT, backend="gloo")
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -55,7 +59,7 @@ def start(model: ModelConfig, seed: int = 0) -> None:
 
 def stop(*, failed: bool = False) -> None:
     """Leave the process group. A rank that failed leaves it by its end: taking it down would wait for its peers."""
-    global _watchdog
+    global _watchdog, _background
     if failed and "RANK" in os.environ:
         watchdog.end_soon()
         return
@@ -65,6 +69,13 @@ def stop(*, failed: bool = False) -> None:
         _watchdog = None
     if dist.is_initialized():
         dist.destroy_process_group()
+        _background = None
+
+
+def background_group() -> dist.ProcessGroup:
+    """All ranks, over gloo, for one thread beside the main one: a group takes collectives in one order alone."""
+    assert _background is not None, "parallel.start has not run"
+    return _background
 
 
 def _join(backend: str) -> None:

@@ -17,6 +17,7 @@ from training import fingerprint, loss, train
 from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
 
 Layout = tuple[int, int, int | None]  # TP, PP, VPP; the rest is DP
 ONE: list[Layout] = [(1, 1, None)]
@@ -68,7 +69,7 @@ def write_and_fill_the_disk(model: str, root: str, *rest: Any) -> dict[str, Any]
 
     files.describe = describe
     directory = Path(root).parent / "full"
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=r"full/step_1 was not written: no space left"):
         checkpoint.save(policy, directory, 1, {}, keep=1)
     assert checkpoint.load_latest(policy, directory) is None
     assert not policy.ranks.is_first or not list(directory.iterdir())

@@ -1,4 +1,5 @@
-"""Saves in a loop in a child that is killed at a random moment; the next child resumes and checks what was left.
+"""Trains, and saves in the background, in a loop in a child that is killed at a random moment; the next child resumes
+and checks what was left.
 
 Run by test_checkpoint.py: kill_saves.py MODEL CHECKPOINTS. Forks, so that the imports are paid once.
 """
@@ -18,6 +19,7 @@ from models import model_config
 from training import fingerprint, train
 
 from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
 
 ROUNDS = 6
@@ -30,14 +32,17 @@ def resume_and_save(model: Path, directory: Path, tell: int, *, save: bool) -> N
     config = model_config(model)
     parallel.start(config)
     policy = Policy(config)
-    step, state = checkpoint.load_latest(policy, directory) or (0, {})
+    start, state = checkpoint.load_latest(policy, directory) or (0, {})
+    step = start
     assert step == 0 or state["fingerprint"] == fingerprint(policy), "not the weights that were saved"
     os.write(tell, json.dumps({"resumed_from": step, "left_unfinished": unfinished}).encode() + b"\n")
+    writer = CheckpointWriter()
     while save:
         train(policy, [step])
         step += 1
-        checkpoint.save(policy, directory, step, {"fingerprint": fingerprint(policy)}, keep=2)
-        os.write(tell, b".")
+        writer.save(policy, directory, step, {"fingerprint": fingerprint(policy)}, keep=2)
+        if step > start + 1:  # the one before is complete
+            os.write(tell, b".")
 
 
 def main() -> None:

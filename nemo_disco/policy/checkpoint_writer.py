@@ -1,0 +1,154 @@
+"""Writing checkpoints: a snapshot on the host, which is all that training waits for, then a thread that gathers,
+writes, hashes and lets the checkpoint appear, over process groups that no other thread uses.
+
+Not megatron's AsyncCallsQueue: it forks, so that a rank's sockets outlive its kill; it gathers the optimizer's state
+before it returns; its persistent worker divides by the number of GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_disco.policy import checkpoint_files as files
+from nemo_disco.policy import checkpoint_record, parallel
+from nemo_disco.policy.checkpoint_storage import write_marks, write_shards
+from nemo_disco.policy.optimizer import Optimizer, ShardCopies
+from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.together import every, first
+from nemo_disco.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A policy as it is now, and what its checkpoint will say. Training may go on: all that it changes was copied."""
+
+    step: int
+    model: dict[str, Any]  # megatron's sharded tensors, of the live weights: their shapes and places alone are read
+    weights: dict[str, Any]  # the same, of copies
+    optimizer: Optimizer
+    moments: list[ShardCopies]
+    record: dict[str, Any]
+    random_state: dict[str, str]
+
+    @classmethod
+    def of(cls, policy: Policy, step: int, loop_state: Mapping[str, Any]) -> Snapshot:
+        """Raises TypeError for a loop_state that JSON cannot say."""
+        assert policy.optimizer is not None, "a policy without an optimizer has nothing to go on with"
+        state = json.loads(json.dumps(dict(loop_state)))
+        model = sharded_weights(policy)
+        return cls(
+            step=step,
+            model=model,
+            weights={
+                chunk: {name: replace(t, data=t.data.detach().to("cpu", copy=True)) for name, t in tensors.items()}
+                for chunk, tensors in model.items()
+            },
+            optimizer=policy.optimizer,
+            moments=policy.optimizer.copies(),
+            record=checkpoint_record.identity(policy, step) | {"loop_state": state},
+            random_state=checkpoint_record.random_state(),
+        )
+
+    def write(self, directory: Path, keep: int) -> Path:
+        """Let directory/step_N appear, whole or not at all; its path. A collective of the background groups."""
+        group = parallel.background_group()
+        work = first(lambda: files.begin(directory, self.step), group)
+        moments = self.optimizer.saved_state(self.model, self.moments)
+        write_shards({"model": self.weights, "optimizer": moments}, work, group)
+        first(lambda: write_marks(work), group)
+        described = every(lambda: files.describe(work, dist.get_rank()), group)
+        random_states = every(lambda: self.random_state, group)
+        record = self.record | {
+            # They are one where every rank was seeded alike, as this program does.
+            "random_state": random_states if len(set(map(str, random_states))) > 1 else random_states[:1],
+            "files": {name: entry for part in described for name, entry in part.items()},
+        }
+        final = directory / f"step_{self.step}"
+
+        def appear() -> None:
+            files.commit(work, final, record)
+            files.rotate(directory, self.step, keep)
+
+        first(appear, group)
+        return final
+
+
+class CheckpointWriter:
+    """Saves in the background, one at a time. As a context it waits for the last one at its end."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def save(self, policy: Policy, directory: str | Path, step: int, loop_state: Mapping[str, Any], keep: int) -> None:
+        """Begin to write directory/step_N, and keep the `keep` newest; the policy may change afterwards. A collective.
+
+        loop_state: the caller's own, of JSON types; rank 0's is the one that is written. Raises what `wait` does, of
+        the save before.
+        """
+        self.wait()
+        snapshot = Snapshot.of(policy, step, loop_state)
+        self._pending = self._thread.submit(_explained, snapshot, Path(directory), keep)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being written; this rank's word alone."""
+        return self._pending is None or self._pending.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has ended in an error, which `wait` will raise; this rank's word alone."""
+        return self._pending is not None and self.done and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until what was begun is complete on disk. Raises UserError if the disk refused it, RuntimeError if anything
+        else failed, both naming the directory."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # what ended the run is the one to be raised
+        finally:
+            self._thread.shutdown(wait=False)
+
+
+def sharded_weights(policy: Policy) -> dict[str, Any]:
+    """megatron's sharded tensors of the live weights, by chunk. Byte objects (Transformer Engine's FP8 scales) stay
+    out: torch unpickles them without restriction."""
+    return {
+        str(i): {name: t for name, t in chunk.sharded_state_dict().items() if not isinstance(t, ShardedObject)}
+        for i, chunk in enumerate(policy.model.chunks)
+    }
+
+
+def _explained(snapshot: Snapshot, directory: Path, keep: int) -> Path:
+    try:
+        with torch.no_grad():
+            return snapshot.write(directory, keep)
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        kind = UserError if all(isinstance(cause, OSError) for cause in causes) else RuntimeError
+        said = "; ".join(str(cause) or repr(cause) for cause in causes)
+        raise kind(f"checkpoint {directory / f'step_{snapshot.step}'} was not written: {said}") from error
