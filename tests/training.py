@@ -29,7 +29,8 @@ def train(policy: Policy, seeds: Iterable[int]) -> None:
 
 
 def fingerprint(policy: Policy) -> str:
-    """Of every bit of the weights and of the optimizer's state on this rank."""
+    """Of every bit of the weights and of the optimizer's state on this rank. A collective."""
+    policy.gather_weights()
     digest = hashlib.sha256()
     for chunk in policy.model.chunks:
         for p in chunk.parameters():

@@ -60,6 +60,7 @@ class MegatronEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         """See Engine.generate."""
+        self.policy.gather_weights()
         questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
         mine = [i for rows in questions[self._group.rank() :: self._group.size()] for i in rows]
         found: dict[int, Response] = {}

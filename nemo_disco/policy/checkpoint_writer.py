@@ -48,6 +48,7 @@ class Snapshot:
         """Raises TypeError for a loop_state that JSON cannot say."""
         assert policy.optimizer is not None, "a policy without an optimizer has nothing to go on with"
         state = json.loads(json.dumps(dict(loop_state)))
+        policy.gather_weights()
         model = sharded_weights(policy)
         return cls(
             step=step,

@@ -69,12 +69,13 @@ def _fp8_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def data_parallel_config(config: ModelConfig, dtype: torch.dtype, overlap: bool) -> DistributedDataParallelConfig:
-    """BF16 weights get float32 main gradients. Parameters are not gathered during the next forward pass: the engine
-    `megatron` reads them before it."""
+    """BF16 weights get float32 main gradients. overlap: gradients are reduced during the backward pass, and weights
+    gathered during the forward pass that follows a step (what reads them before calls Policy.gather_weights)."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
         fp8_param_gather=config.fp8_param_gather,
     )
 

@@ -88,6 +88,12 @@ class Policy:
             config = chunk.config
             syncs = config.no_sync_func or []
             config.no_sync_func = [*syncs, ddp.no_sync] if len(self.model.chunks) > 1 else ddp.no_sync
+        model = self.model.chunks[index]
+        if ddp.use_forward_hook and model.post_process:
+            # A forward pass gathers a module's weights before it runs; the output layer's are read without running it.
+            model.decoder.final_layernorm.register_forward_pre_hook(
+                lambda *_: ddp.param_to_bucket_group[model.output_weight()].finish_param_sync()
+            )
         return ddp
 
     # --- the three verbs ---
@@ -170,8 +176,19 @@ class Policy:
         if self.optimizer is not None:
             self.optimizer.reload_weights()
 
+    def gather_weights(self) -> None:
+        """Wait for the last step's weights from the ranks that computed them. A collective.
+
+        Forward passes gather what they are about to read, while they compute; whoever reads weights otherwise calls
+        this first.
+        """
+        for ddp in self.network if self.optimizer is not None else ():
+            for buckets in ddp.bucket_groups if ddp.use_forward_hook else ():
+                buckets.finish_param_sync(skip_next_bucket_dispatch=True)
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, under its Hugging Face name. A collective: run it to its end on every rank."""
+        self.gather_weights()
         return self.model.named_tensors()
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:

@@ -61,6 +61,14 @@ def test_lengths_are_a_third_of_the_limit_and_half_of_the_responses_right() -> N
 
 
 @pytest.mark.slow
+def test_a_checkpoint_in_the_background_blocks_less(tmp_path: Path) -> None:
+    record = run("checkpoint.py", tmp_path, "--questions=1")
+    for result in record["results"].values():
+        assert 0 < result["blocked"] < result["synchronous"]
+        assert result["steps_beside"] > 0 and result["megabytes"] > 1
+
+
+@pytest.mark.slow
 def test_train_step(tmp_path: Path) -> None:
     record = run("train_step.py", tmp_path, "--questions=4", "--limit=24", "--mini-batches=2", "--micro-batch=4")
     ours, padded = record["runs"]["ours"][0], record["runs"]["padded"][0]

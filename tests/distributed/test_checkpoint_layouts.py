@@ -19,20 +19,22 @@ from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 
-Layout = tuple[int, int, int | None]  # TP, PP, VPP; the rest is DP
-ONE: list[Layout] = [(1, 1, None)]
-TWO: list[Layout] = [(1, 1, None), (2, 1, None), (1, 2, None)]
-FOUR: list[Layout] = [(1, 1, None), (4, 1, None), (2, 2, None), (1, 2, 2)]  # TP 4 pads the vocabulary of 130
+Layout = tuple[int, int, int | None, int]  # TP, PP, VPP, CP; the rest is DP
+ONE: list[Layout] = [(1, 1, None, 1)]
+TWO: list[Layout] = [(1, 1, None, 1), (2, 1, None, 1), (1, 2, None, 1), (1, 1, None, 2)]
+# TP 4 pads the vocabulary of 131.
+FOUR: list[Layout] = [(1, 1, None, 1), (4, 1, None, 1), (2, 2, None, 1), (1, 2, 2, 1), (2, 1, None, 2)]
 TOLERANCE = 1e-5
 
 
 def build(model: str, layout: Layout, dtype: torch.dtype) -> Policy:
-    tensor, pipeline, virtual = layout
+    tensor, pipeline, virtual, context = layout
     config = model_config(
         Path(model),
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context,
         sequence_parallel=tensor > 1,
     )
     parallel.start(config)
@@ -40,7 +42,7 @@ def build(model: str, layout: Layout, dtype: torch.dtype) -> Policy:
 
 
 def name(world_size: int, layout: Layout) -> str:
-    return f"world{world_size}_tp{layout[0]}_pp{layout[1]}_vpp{layout[2]}"
+    return f"world{world_size}_tp{layout[0]}_pp{layout[1]}_vpp{layout[2]}_cp{layout[3]}"
 
 
 def write(model: str, root: str, world_size: int, layouts: list[Layout], dtype: torch.dtype) -> dict[str, Any]:

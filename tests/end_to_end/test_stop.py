@@ -81,3 +81,14 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(victim, commands, tm
     last = done.err.splitlines()[-1]
     assert last == f"error: rank {victim} was killed by SIGKILL (out of memory?); the other ranks were ended"
     assert psutil.wait_procs(family, timeout=10)[1] == []  # nobody is left behind, graders included
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_says_where(commands, tmp_path):
+    run = tmp_path / "run"
+    started = commands.start("train", *FOREVER, "exp_manager.checkpoint_every_n_steps=1", at(run))
+    started.wait_for(run / "checkpoints/step_1")
+    (run / "checkpoints").rename(tmp_path / "moved")
+    (run / "checkpoints").touch()
+    done = started.wait()
+    assert done.code == 2
+    assert re.search(rf"^error: checkpoint {run}/checkpoints/step_\d+ was not written: .+$", done.err, re.MULTILINE)

@@ -1,0 +1,73 @@
+"""Communication beside computation changes nothing: gradients reduced during the backward pass and weights gathered
+during the forward pass come to the same weights, bit for bit, as waiting for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from models import model_config, random_rollouts, save_model
+from training import fingerprint, train
+
+from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.policy import parallel
+from nemo_disco.policy import policy as policy_module
+from nemo_disco.policy.policy import Policy
+
+# A tiny model has one bucket at megatron's own size; an embedding, or two matrices, fill one of these.
+BUCKET_SIZE = 8000
+TWO: list[dict[str, Any]] = [{}, {"context_parallel_size": 2}]
+FOUR: list[dict[str, Any]] = [
+    {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    {"pipeline_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    {"activations_checkpoint_granularity": "full"},
+]
+
+
+def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: bool) -> tuple[Any, ...]:
+    """What three steps come to, read in every way: by a forward pass, the optimizer's end, decoding, names."""
+    theirs = DistributedDataParallelConfig
+    changes = {"bucket_size": BUCKET_SIZE} | ({} if overlap else {"overlap_param_gather": False})
+    policy_module.DistributedDataParallelConfig = lambda **options: theirs(**options | changes)
+    config = model_config(Path(model), **layout)
+    parallel.start(config)
+    policy = Policy(config, dtype=dtype, total_optimizer_steps=10)
+    assert any(ddp.use_forward_hook for ddp in policy.network) == overlap
+    rollouts = random_rollouts(seed=9)
+    train(policy, range(2))
+    log_probs = policy.log_probs(rollouts)[0]
+    train(policy, [2])
+    responses = MegatronEngine(policy, [1]).generate([[5, 6], [7]], [1, 2], Sampling(1.0, 8))
+    train(policy, [3])
+    named = {name: weight.clone() for name, weight in policy.named_weights()}
+    buckets = sum(len(ddp.bucket_groups) for ddp in policy.network)
+    return buckets, fingerprint(policy), log_probs, [r.tokens for r in responses], named
+
+
+def compare(model: str, layouts: list[dict[str, Any]], dtype: torch.dtype) -> None:
+    for layout in layouts:
+        buckets, bits, log_probs, responses, named = outcome(model, layout, dtype, overlap=True)
+        waited = outcome(model, layout, dtype, overlap=False)
+        assert buckets > 1, "one bucket overlaps with nothing"
+        assert (bits, responses) == (waited[1], waited[3]), layout
+        assert torch.equal(log_probs, waited[2]), layout
+        assert all(torch.equal(weight, waited[4][name]) for name, weight in named.items()), layout
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path, tied: bool) -> None:
+    model = str(save_model(tmp_path / "model", "qwen2", tied=tied))
+    on_ranks(2, compare, model, TWO, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path, dtype: torch.dtype) -> None:
+    model = str(save_model(tmp_path / "model", "qwen2", tied=dtype is torch.float32))
+    on_ranks(4, compare, model, FOUR, dtype)
