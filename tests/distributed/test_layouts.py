@@ -7,12 +7,13 @@ the old log-probs), so that an error in KL would show, amplified.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import model_config, random_rollouts, save_model
 from safetensors.torch import load_file
 
@@ -62,6 +63,23 @@ REPRESENTATIVE = {
 }
 
 
+class Recording(MegatronEngine):
+    """Remembers which requests this rank sampled."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy, [1])
+        self.sampled: list[int] = []
+
+    def _decode_wave(self, wave: list[int], *rest: Any) -> Any:
+        self.sampled += wave
+        return super()._decode_wave(wave, *rest)
+
+    def everywhere(self) -> list[int]:
+        shares: list[list[int]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(shares, self.sampled)
+        return sorted(chain(*shares))
+
+
 def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dict[torch.dtype, list[dict[str, Any]]]:
     """For each dtype and layout: log-probs, whole gradient, its norm after megatron's own reduction, sampled responses.
     Rank 0's word."""
@@ -77,7 +95,8 @@ def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dic
         config = model_config(Path(model), **changes)
         parallel.start(config)
         policy = Policy(config, dtype=dtype, temperature=0.6)
-        responses = MegatronEngine(policy, [1]).generate(prompts, range(len(prompts)), Sampling(0.6, 12))
+        engine = Recording(policy)
+        responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12))
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
         policy.load(moved.__getitem__)
         metrics = accumulate_gradient(
@@ -94,6 +113,7 @@ def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dic
                 "log_probs": log_probs,
                 "entropies": entropies,
                 "responses": [r.tokens for r in responses],
+                "sampled": engine.everywhere(),
                 "gradients": {n: g.clone() for n, g in policy.named_gradients()},
                 "norm": policy.step().grad_norm if policy.optimizer is not None else None,
             }
@@ -137,6 +157,9 @@ def check(
             references.setdefault(dtype, results[0])
             for changes, found in zip(layouts, results, strict=True):
                 where = f"{world_size} processes, {dtype}, {changes}"
+                together = changes["tensor_model_parallel_size"] * changes["pipeline_model_parallel_size"]
+                requests = range(len(found["responses"]))
+                assert found["sampled"] == sorted([*requests] * together), f"not once: {where}"
                 if dtype is torch.bfloat16:
                     assert cosine(found["gradients"], references[torch.float32]["gradients"]) >= 0.999, where
                 else:
