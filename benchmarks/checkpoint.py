@@ -8,6 +8,7 @@ complete; how much longer they take than quiet ones is reported beside.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -82,6 +83,7 @@ def turn(policy: Policy, rollouts: Rollouts, directory: Path, number: int) -> di
 
 
 def rank_main(rank: int, world_size: int, work: Path, args: argparse.Namespace) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{work}/meeting{world_size}", rank=rank, world_size=world_size)
     config = compose("config", [f"model.path={work / 'model'}", "data.train_files=[none]", "model.token_budget=1024"])
@@ -91,12 +93,13 @@ def rank_main(rank: int, world_size: int, work: Path, args: argparse.Namespace) 
     train(policy, rollouts)
     turns = [turn(policy, rollouts, work / f"checkpoints{world_size}", number) for number in range(args.repeats + 1)]
     if rank == 0:
-        size = sum(file.stat().st_size for file in (work / f"checkpoints{world_size}").rglob("*.distcp"))
-        torch.save({"megabytes": size / 1e6, "turns": turns[1:]}, work / f"found{world_size}")
+        sizes = [file.stat().st_size / 1e6 for file in (work / f"checkpoints{world_size}").rglob("*.distcp")]
+        torch.save({"megabytes": sizes, "turns": turns[1:]}, work / f"found{world_size}")
     parallel.stop()
 
 
-def summary(found: dict[str, Any]) -> dict[str, float]:
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """megabytes: of each rank's file. The rest are medians over turns."""
     turns = found["turns"]
     middle = {name: statistics.median(t[name] for t in turns) for name in turns[0]}
     return middle | {
@@ -122,7 +125,7 @@ def main() -> None:
             found = torch.load(work / f"found{world_size}")
             runs[world_size], results[world_size] = found["turns"], summary(found)
     for world_size, r in results.items():
-        print(f"{world_size} processes, {r['megabytes']:.0f} MB: {r['synchronous']:.2f} s waited for", end=", ")
+        print(f"{world_size} processes, {sum(r['megabytes']):.0f} MB: {r['synchronous']:.2f} s waited for", end=", ")
         print(f"{r['blocked']:.3f} s in the background, {100 * r['blocked_share']:.1f}%", end="; ")
         print(f"a training step beside it takes {r['slowdown_beside']:.2f} times as long")
     sizes = {name: value for name, value in vars(args).items() if isinstance(value, int)}

@@ -143,6 +143,8 @@ class Optimizer:
     def loadable_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """The tensors of `saved_state`, to be read into; model_state is theirs in turn."""
         self._allocate()
+        for part in self._parts:
+            part.get_parameter_state_dp_zero = partial(_padded_parameter_state, part)
         metadata = {
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
             "distrib_optim_sharding_type": "fully_reshardable",
@@ -205,7 +207,7 @@ def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:
     """megatron-core 0.16.1 drops the padding between buckets here and then cuts parameters out by offsets that count
     it: in every bucket after a padded one it would save the wrong elements. The padding goes back in.
 
-    Over gloo, whatever the device: the background groups are gloo's."""
+    Over gloo on every device: the background groups are gloo's."""
     state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs | {"use_gloo_comm": True})
     for i, buffer in enumerate(part.buffers if state is not None else []):
         for tensors in state[i].values():
