@@ -136,7 +136,7 @@ class Optimizer:
         for i, (part, copied) in enumerate(zip(self._parts, copies, strict=True)):
             frozen = copy.copy(part)
             frozen._get_main_param_and_optimizer_states = copied.__getitem__
-            frozen.get_parameter_state_dp_zero = partial(_padded_parameter_state, frozen)
+            frozen.get_parameter_state_dp_zero = partial(_gathered_over_gloo, frozen)
             state[str(i)] = frozen.sharded_param_state_fully_reshardable(model_state, metadata={})
         return state
 
@@ -205,16 +205,19 @@ def _copy(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:
     """megatron-core 0.16.1 drops the padding between buckets here and then cuts parameters out by offsets that count
-    it: in every bucket after a padded one it would save the wrong elements. The padding goes back in.
-
-    Over gloo on every device: the background groups are gloo's."""
-    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs | {"use_gloo_comm": True})
+    it: in every bucket after a padded one it would save the wrong elements. The padding goes back in."""
+    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs)
     for i, buffer in enumerate(part.buffers if state is not None else []):
         for tensors in state[i].values():
             for name, flat in tensors.items():
                 if isinstance(flat, torch.Tensor) and len(flat) < buffer.numel:
                     tensors[name] = _with_padding(flat, buffer)
     return state
+
+
+def _gathered_over_gloo(part: Any, **kwargs: Any) -> Any:
+    """On every device: the background groups are gloo's."""
+    return _padded_parameter_state(part, **kwargs | {"use_gloo_comm": True})
 
 
 def _with_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:

@@ -4,6 +4,7 @@ during the forward pass come to the same weights, bit for bit, as waiting for ea
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from nemo_disco.policy.policy import Policy
 
 # A tiny model has one bucket at megatron's own size; an embedding, or two matrices, fill one of these.
 BUCKET_SIZE = 8000
-TWO: list[dict[str, Any]] = [{}, {"context_parallel_size": 2}]
+TWO: list[dict[str, Any]] = [{}]
 FOUR: list[dict[str, Any]] = [
+    {"context_parallel_size": 2},
     {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     {"pipeline_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
@@ -50,8 +52,8 @@ def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: boo
     return buckets, fingerprint(policy), log_probs, [r.tokens for r in responses], named
 
 
-def compare(model: str, layouts: list[dict[str, Any]], dtype: torch.dtype) -> None:
-    for layout in layouts:
+def compare(models: list[str], layouts: list[dict[str, Any]], dtype: torch.dtype) -> None:
+    for model, layout in product(models, layouts):
         buckets, bits, log_probs, responses, named = outcome(model, layout, dtype, overlap=True)
         waited = outcome(model, layout, dtype, overlap=False)
         assert buckets > 1, "one bucket overlaps with nothing"
@@ -60,14 +62,13 @@ def compare(model: str, layouts: list[dict[str, Any]], dtype: torch.dtype) -> No
         assert all(torch.equal(weight, waited[4][name]) for name, weight in named.items()), layout
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_two_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path, tied: bool) -> None:
-    model = str(save_model(tmp_path / "model", "qwen2", tied=tied))
-    on_ranks(2, compare, model, TWO, torch.float32)
+def test_two_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    models = [str(save_model(tmp_path / str(tied), "qwen2", tied=tied)) for tied in (True, False)]
+    on_ranks(2, compare, models, TWO, torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path, dtype: torch.dtype) -> None:
-    model = str(save_model(tmp_path / "model", "qwen2", tied=dtype is torch.float32))
-    on_ranks(4, compare, model, FOUR, dtype)
+    models = [str(save_model(tmp_path / str(tied), "qwen2", tied=tied)) for tied in (True, False)]
+    on_ranks(4, compare, models, FOUR, dtype)
