@@ -27,7 +27,7 @@ from nemo_disco.policy import parallel
 from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
 
-QUIET_STEPS = 3
+QUIET_STEPS = 2
 
 
 def slowest(work: Callable[[], object]) -> float:
@@ -112,8 +112,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512, help="512: 200 MB of weights and optimizer state")
-    parser.add_argument("--questions", type=int, default=4, help="of a training step, with 8 responses each")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--questions", type=int, default=1, help="of a training step, with 8 responses each")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     runs, results = {}, {}
