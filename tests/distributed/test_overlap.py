@@ -16,8 +16,7 @@ from training import fingerprint, train
 
 from nemo_disco.generation.engine import Sampling
 from nemo_disco.generation.megatron import MegatronEngine
-from nemo_disco.policy import parallel
-from nemo_disco.policy import policy as policy_module
+from nemo_disco.policy import options, parallel
 from nemo_disco.policy.policy import Policy
 
 # A tiny model has one bucket at megatron's own size; an embedding, or two matrices, fill one of these.
@@ -36,7 +35,7 @@ def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: boo
     """What three steps come to, read in every way: by a forward pass, the optimizer's end, decoding, names."""
     theirs = DistributedDataParallelConfig
     changes = {"bucket_size": BUCKET_SIZE} | ({} if overlap else {"overlap_param_gather": False})
-    policy_module.DistributedDataParallelConfig = lambda **options: theirs(**options | changes)
+    options.DistributedDataParallelConfig = lambda **chosen: theirs(**chosen | changes)
     config = model_config(Path(model), **layout)
     parallel.start(config)
     policy = Policy(config, dtype=dtype, total_optimizer_steps=10)
