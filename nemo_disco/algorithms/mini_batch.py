@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 _PER_TOKEN = ("log_probs", "old_log_probs", "entropies", "reference_log_probs", "generation_log_probs")
-_PER_RESPONSE = ("lengths", "question_ids", "rewards", "correct", "truncated")
-_INTEGER = ("lengths", "question_ids")
+_PER_RESPONSE = ("lengths", "question_ids", "rewards", "correct", "truncated", "preferences", "shortest_correct")
+_INTEGER = ("lengths", "question_ids", "shortest_correct")
 _BOOL = ("correct", "truncated")
+_REAL = ("rewards", "preferences")
 
 
 class NonFiniteError(ValueError):
@@ -32,7 +33,8 @@ class MiniBatch:
     rewards [N]: finite. max_response_length: the configured limit in tokens.
     entropies [T]; reference_log_probs [T]; generation_log_probs [T]: the rollout engine's own.
     correct [N] bool: the grader's verdict before any shaping (else an objective takes rewards > its threshold).
-    truncated [N] bool: cut by the length limit.
+    truncated [N] bool: cut by the length limit. preferences [N]: what DRPO weighs right answers by.
+    shortest_correct [N]: tokens of the shortest right answer to the question in earlier steps, 0 if there is none.
 
     Raises ValueError for shapes and types that do not fit and for a reward that is not finite, naming the response;
     NonFiniteError for a log-prob or entropy that is not finite, naming its token.
@@ -49,6 +51,8 @@ class MiniBatch:
     generation_log_probs: Tensor | None = None
     correct: Tensor | None = None
     truncated: Tensor | None = None
+    preferences: Tensor | None = None
+    shortest_correct: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -78,16 +82,18 @@ class MiniBatch:
         for name in _PER_TOKEN + _PER_RESPONSE:
             value = getattr(self, name)
             wanted = "bool" if name in _BOOL else "integers" if name in _INTEGER else "floating point"
-            if value is not None and name != "rewards" and _kind(value) != wanted:
+            if value is not None and name not in _REAL and _kind(value) != wanted:
                 raise ValueError(f"mini-batch: {name} must be {wanted}; it is {value.dtype}")
 
     def _check_finite(self) -> None:
-        if (i := _first_non_finite(self.rewards)) is not None:
-            question = int(self.question_ids[i])
-            raise ValueError(
-                f"mini-batch: the reward of response {i} (question {question}) is {float(self.rewards[i])}; "
-                "rewards must be finite"
-            )
+        for name in _REAL:
+            value = getattr(self, name)
+            if value is not None and (i := _first_non_finite(value)) is not None:
+                question = int(self.question_ids[i])
+                raise ValueError(
+                    f"mini-batch: the {name[:-1]} of response {i} (question {question}) is {float(value[i])}; "
+                    f"{name} must be finite"
+                )
         for name in _PER_TOKEN:
             value = getattr(self, name)
             # An engine that filters by top-p may report -inf, and no objective reads its log-probs.
@@ -106,7 +112,7 @@ class MiniBatch:
         """A detached copy in float64, everything on the device of log_probs."""
         copies: dict[str, Any] = {
             f.name: value.detach().to(
-                self.log_probs.device, torch.float64 if f.name in _PER_TOKEN or f.name == "rewards" else None, copy=True
+                self.log_probs.device, torch.float64 if f.name in (*_PER_TOKEN, *_REAL) else None, copy=True
             )
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

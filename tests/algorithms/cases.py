@@ -12,6 +12,7 @@ import torch
 from nemo_disco.algorithms import MiniBatch, build_objective
 
 from . import reference as ref
+from . import reference_length as length
 from .reference import Answer, Case
 
 HINGE = {"kind": "squared_hinge", "beta": 1e3, "delta": 1e-4, "convention": "paper"}
@@ -23,6 +24,8 @@ PENALTIES = {
     "none": NONE,
 }
 RATIO = {"score": "likelihood_ratio"}
+TRUNCATED = {"kind": "truncated_importance_sampling"}
+MASKED = {"kind": "sequence_mask", "cap": 1.03}
 
 # name: (what build_objective is given, the reference)
 OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], Answer]]] = {
@@ -54,6 +57,17 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], Answer]]] = {
     "trpa": ({"name": "trpa"}, ref.trpa),
     "gpg": ({"name": "gpg"}, ref.gpg),
     "rloo": ({"name": "rloo"}, functools.partial(ref.grpo, advantage=ref.rloo_advantage)),
+    "drpo own": ({"name": "drpo", "preference": "format"}, functools.partial(ref.drpo, own=True)),
+    "rloo_lp": ({"name": "rloo_lp"}, length.rloo_lp),
+    "alp": ({"name": "alp"}, length.alp),
+    "alp strong": ({"name": "alp", "beta": 0.03}, functools.partial(length.alp, beta=0.03)),
+    "hapo": ({"name": "hapo"}, length.hapo),
+    "hapo strong": ({"name": "hapo", "length_weight": 1.0}, functools.partial(length.hapo, weight=1.0)),
+    "grpo_lead": ({"name": "grpo_lead"}, length.grpo_lead),
+    "disco truncated": ({"name": "disco", "off_policy": TRUNCATED}, functools.partial(length.truncated, ref.disco)),
+    "grpo truncated": ({"name": "grpo", "off_policy": TRUNCATED}, functools.partial(length.truncated, ref.grpo)),
+    "disco masked": ({"name": "disco", "off_policy": MASKED}, functools.partial(length.masked, ref.disco, cap=1.03)),
+    "grpo masked": ({"name": "grpo", "off_policy": MASKED}, functools.partial(length.masked, ref.grpo, cap=1.03)),
 }
 SEPARABLE = [name for name in OBJECTIVES if name.split()[0] not in ("disco", "drpo", "trpa")]
 
@@ -81,7 +95,10 @@ def batch_of(case: Case, dtype: torch.dtype = torch.float64) -> MiniBatch:
         max_response_length=case.limit,
         entropies=tokens(case.entropies),
         reference_log_probs=tokens(case.reference),
+        generation_log_probs=tokens(case.generation),
         correct=None if case.correct is None else torch.tensor(case.correct),
+        preferences=torch.tensor(case.preferences, dtype=torch.float64),
+        shortest_correct=torch.tensor(case.shortest),
     )
 
 
@@ -103,7 +120,12 @@ def random_case(
     lp = [x + rng.uniform(-1.3, 0.9) * spread for x in old]
     reference = [x + rng.uniform(-1, 1) * spread for x in old]
     entropies = [rng.uniform(0, 2) for _ in old]
-    return Case(lp, old, lengths, questions, rewards, rest.pop("limit", 16), entropies, reference, **rest)
+    more = {
+        "generation": [x + rng.uniform(-1, 1) * (0.1 if rng.random() < 0.8 else 2.0) for x in old],
+        "preferences": [rng.uniform(-1, 1) for _ in lengths],
+        "shortest": [q % 4 * 2 for q in questions],
+    }
+    return Case(lp, old, lengths, questions, rewards, rest.pop("limit", 16), entropies, reference, **(more | rest))
 
 
 def odd_cases() -> dict[str, Case]:

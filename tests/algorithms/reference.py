@@ -24,6 +24,9 @@ class Case:
     reference: list[float]
     correct: list[bool] | None = None
     threshold: float = 0.5
+    generation: list[float] = field(default_factory=list)
+    preferences: list[float] = field(default_factory=list)
+    shortest: list[int] = field(default_factory=list)
 
     def tokens(self, i: int) -> range:
         start = sum(self.lengths[:i])
@@ -129,11 +132,13 @@ def disco(case: Case, score: str = "log_likelihood", tau: float | None = None) -
     return drpo(case, score, tau, math.inf)
 
 
-def drpo(case: Case, score: str = "log_likelihood", tau: float | None = None, lambda_: float = 0.1) -> Answer:
+def drpo(
+    case: Case, score: str = "log_likelihood", tau: float | None = None, lambda_: float = 0.1, own: bool = False
+) -> Answer:
     tau = tau or {"log_likelihood": 10.0, "likelihood_ratio": 1.0}[score]
 
     def right_weights(right: list[int]) -> list[float]:
-        preferences = [(1 - case.lengths[i] / case.limit) / lambda_ for i in right]
+        preferences = [(case.preferences[i] if own else 1 - case.lengths[i] / case.limit) / lambda_ for i in right]
         exps = [math.exp(r - max(preferences)) for r in preferences]
         return [e / math.fsum(exps) for e in exps]
 

@@ -17,6 +17,7 @@ from nemo_disco.runtime.errors import UserError
 from .cases import batch_of, random_case
 
 ALL = ["disco", "disco_b", "drpo", "grpo", "grpo_er", "grpo_rw", "dr_grpo", "dapo", "trpa", "gpg", "rloo"]
+ALL += ["rloo_lp", "alp", "hapo", "grpo_lead"]
 
 
 def test_every_objective_has_its_name() -> None:
@@ -98,6 +99,13 @@ def test_tau_by_default(score: str, tau: float) -> None:
         ({"name": "disco", "constraint": {"convention": "mine"}}, r"constraint.convention must be one of: .*paper"),
         ({"name": "disco", "constraint": {"gamma": 1}}, r"constraint does not take 'gamma'; it takes: "),
         ({"name": "grpo", "constraint": {"delta": 1e-3}}, r"constraint.delta: objective grpo has no constraint unless"),
+        ({"name": "disco", "off_policy": {"kind": "tis"}}, r"off_policy.kind must be one of: truncated_importance_s"),
+        ({"name": "disco", "off_policy": {"cap": 0}}, r"off_policy.cap must be above 0; it is 0"),
+        ({"name": "disco", "off_policy": {"clip": 1}}, r"off_policy does not take 'clip'; it takes: "),
+        ({"name": "drpo", "preference": 1}, r"drpo: preference must be the name of a reward term; it is 1"),
+        ({"name": "rloo_lp", "alpha": -0.1}, r"rloo_lp: alpha must be at least 0"),
+        ({"name": "alp", "alpha": 0.1}, r"alp does not take 'alpha'; it takes: "),
+        ({"name": "hapo", "length_weight": math.nan}, r"hapo: length_weight must be finite"),
         ({"name": "nowhere_at_all:Mine"}, r"importing nowhere_at_all raised ModuleNotFoundError"),
         ({"name": "math:Mine"}, r"algorithm.name=math:Mine: .*math.* has no 'Mine'"),
         ({"name": "math:sqrt"}, r"algorithm.name=math:sqrt must be a subclass of nemo_disco.algorithms.Objective"),

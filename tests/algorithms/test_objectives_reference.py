@@ -14,6 +14,8 @@ from .cases import HINGE, NONE, OBJECTIVES, PENALTIES, batch_of, expected, objec
 from .reference import Answer, Case
 
 CASES = odd_cases()
+PER_TOKEN = ("log_probs", "old_log_probs", "entropies", "reference_log_probs", "generation_log_probs")
+PER_RESPONSE = ("lengths", "question_ids", "rewards", "preferences", "shortest_correct")
 
 
 def assert_agrees(output: object, answer: Answer, tolerance: float = 1e-9) -> None:
@@ -65,6 +67,7 @@ def test_float32_input_is_computed_in_float64(name: str) -> None:
         old=rounded(case.old),
         entropies=rounded(case.entropies),
         reference=rounded(case.reference),
+        generation=rounded(case.generation),
     )
     assert_agrees(output, expected(name, same_input, HINGE))
 
@@ -90,7 +93,12 @@ def any_case(draw: st.DrawFn) -> Case:
     old = tokens(-60, 0)
     lp = [o + d for o, d in zip(old, tokens(-30, 30), strict=True)]
     limit = draw(st.integers(4, 20))
-    return Case(lp, old, lengths, questions, rewards, limit, tokens(0, 5), tokens(-60, 0), correct)
+    more = {
+        "generation": [o + d for o, d in zip(old, tokens(-1, 1), strict=True)],
+        "preferences": draw(st.lists(st.floats(-1, 1), min_size=n, max_size=n)),
+        "shortest": draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)),
+    }
+    return Case(lp, old, lengths, questions, rewards, limit, tokens(0, 5), tokens(-60, 0), correct, **more)
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,10 +113,8 @@ def test_the_order_of_responses_does_not_matter(name: str) -> None:
     batch = batch_of(case)
     order = torch.randperm(len(case.lengths), generator=torch.Generator().manual_seed(0)).tolist()
     where = torch.tensor([t for i in order for t in case.tokens(i)])
-    per_token = {
-        f: getattr(batch, f)[where] for f in ("log_probs", "old_log_probs", "entropies", "reference_log_probs")
-    }
-    per_response = {f: getattr(batch, f)[order] for f in ("lengths", "question_ids", "rewards")}
+    per_token = {f: getattr(batch, f)[where] for f in PER_TOKEN}
+    per_response = {f: getattr(batch, f)[order] for f in PER_RESPONSE}
     one = objective(name, HINGE)(batch)
     other = objective(name, HINGE)(replace(batch, **per_token, **per_response))
     torch.testing.assert_close(other.token_weights, one.token_weights[where], rtol=1e-12, atol=1e-13)

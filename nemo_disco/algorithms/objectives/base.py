@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemo_disco.algorithms.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.objectives.constraint import UNCONSTRAINED, Constraint
+from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scaled
 from nemo_disco.algorithms.objectives.parameters import Checked, parameter
 from nemo_disco.algorithms.objectives.user_code import defined_at, is_users, raised_in
 from nemo_disco.runtime.errors import UserError
@@ -51,11 +52,13 @@ class Objective(Checked, ABC):
                 return self.scale * (batch.token_mean(batch.log_probs) * batch.rewards).mean()
 
     threshold: a response is correct when its reward is above, unless the mini-batch brings the grader's verdict.
+    off_policy: what corrects for rollouts of another engine or an older policy.
     """
 
     name: ClassVar[str]
     threshold: float = parameter(0.5)
     constraint: Constraint = UNCONSTRAINED
+    off_policy: OffPolicy = UNCORRECTED
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
@@ -66,12 +69,22 @@ class Objective(Checked, ABC):
 
     @abstractmethod
     def value(self, batch: MiniBatch) -> Tensor:
-        """J, 0-d, to be maximised, without the constraint. batch: float64, log_probs and entropies differentiable."""
+        """J, 0-d, to be maximised, without the constraint. batch: float64, log_probs and entropies differentiable,
+        `correct` set, its rewards those of `shaped`."""
+
+    def shaped(self, batch: MiniBatch) -> Tensor:
+        """[N] the rewards that J sees: a length method's transform of the step's, else these."""
+        return batch.rewards
 
     @property
     def requires(self) -> frozenset[str]:
         """The optional fields of MiniBatch that J reads."""
         return frozenset()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """`requires`, and what the off-policy correction reads."""
+        return self.requires | self.off_policy.requires
 
     @property
     def separable(self) -> bool:
@@ -88,13 +101,13 @@ class Objective(Checked, ABC):
         Raises ValueError if the batch lacks what the objective requires, NonFiniteError if the loss overflows, and
         UserError, with file and line, if a user's objective raises or returns what is not a finite number.
         """
-        self._check_required(batch, self.requires)
+        self._check_required(batch, self.needs)
         with torch.inference_mode(False), torch.enable_grad():
-            batch = batch.to_float64()
+            batch = self._prepared(batch)
             leaves = [batch.log_probs.requires_grad_()]
             if batch.entropies is not None and "entropies" in self.requires:
                 leaves.append(batch.entropies.requires_grad_())
-            value = self._call(self.value, batch)
+            value = self._call(self.value, self.off_policy.corrected(batch))
             if value.ndim:
                 raise UserError(
                     f"objective {self.name}: value must return a 0-d tensor; its shape is {list(value.shape)}"
@@ -109,6 +122,12 @@ class Objective(Checked, ABC):
             entropy_weights=gradients[1] if len(gradients) > 1 else None,
             metrics=self._metrics(batch, value, penalty),
         )
+
+    def _prepared(self, batch: MiniBatch) -> MiniBatch:
+        """A float64 copy with verdicts, and with the rewards that J sees."""
+        batch = batch.to_float64()
+        batch = replace(batch, correct=self.correct(batch))
+        return replace(batch, rewards=self._call(self.shaped, batch))
 
     def _call(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         """function(*args), a method of this objective; if a user wrote it, its failure is named with file and line."""
@@ -163,7 +182,9 @@ class Objective(Checked, ABC):
             metrics["constraint/delta"] = self.constraint.delta
         if batch.entropies is not None:
             metrics["policy/entropy"] = float(batch.entropies.sum()) / total
-        return metrics
+        if type(self).shaped is not Objective.shaped:
+            metrics["reward/shaped_mean"] = float(batch.rewards.mean())
+        return metrics | self.off_policy.metrics(batch)
 
 
 @dataclass(frozen=True)
@@ -212,14 +233,17 @@ class SeparableObjective(Objective):
             raise ValueError(
                 f"objective {self.name} is not separable under {self.constraint.kind}: its loss needs two passes"
             )
-        self._check_required(batch, self.requires - {"entropies"})
-        pick = self._tokens(batch.to_float64())
+        self._check_required(batch, self.needs - {"entropies"})
+        batch = self._prepared(batch)
+        pick, factors = self._tokens(batch), self.off_policy.factors(batch)
 
         def loss(index: Tensor, log_probs: Tensor, entropies: Tensor | None = None) -> Tensor:
             tokens = pick(index, log_probs, entropies)
             kl_shares = (tokens.old_log_probs - tokens.log_probs) / tokens.total
+            corrected = scaled(tokens.log_probs, factors[index.to(factors.device)].to(log_probs.device))
             # Linear in KL_hat, so the penalty of a share is that share of the penalty.
-            return self.constraint.penalty(kl_shares) - self._call(self.token_values, tokens)
+            values = self._call(self.token_values, replace(tokens, log_probs=corrected))
+            return self.constraint.penalty(kl_shares) - values
 
         return loss
 

@@ -122,18 +122,31 @@ class DisCO(Objective):
 class DRPO(DisCO):
     """DRPO: DisCO with S+ weighted by w = softmax_{S+} of r(o) / lambda, r a preference (arXiv 2510.04474).
 
-    r(o) = 1 - |o|/C prefers short answers; C is the configured maximum response length (the released code's is a
-    padded batch's width). Another preference: subclass and override `preference`. lambda -> infinity is DisCO.
+    preference: "length" is r(o) = 1 - |o|/C, for short answers; C is the maximum response length (the released code's
+    is a padded batch's width). Any other names a reward term, whose values the mini-batch brings as `preferences`.
+    lambda -> infinity is DisCO.
     """
 
     name: ClassVar[str] = "drpo"
     lambda_: float = parameter(0.1, above=0, infinite=True)
+    preference: str = "length"
 
-    def preference(self, batch: MiniBatch) -> Tensor:
-        """[N] what a right answer is weighted by."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.preference, str):
+            raise UserError(f"{self.label()}preference must be the name of a reward term; it is {self.preference!r}")
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return frozenset() if self.preference == "length" else frozenset({"preferences"})
+
+    def preferences(self, batch: MiniBatch) -> Tensor:
+        """[N] r(o), what a right answer is weighted by."""
+        if self.preference != "length" and batch.preferences is not None:
+            return batch.preferences
         return 1 - batch.lengths.double() / batch.max_response_length
 
     def value(self, batch: MiniBatch) -> Tensor:
         right, wrong = right_and_wrong(batch, self.correct(batch))
-        weights = softmax_over(right, batch.groups.table(self.preference(batch)) / self.lambda_)
+        weights = softmax_over(right, batch.groups.table(self.preferences(batch)) / self.lambda_)
         return self.contrast(batch, weights, wrong)

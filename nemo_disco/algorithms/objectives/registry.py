@@ -13,15 +13,16 @@ from typing import Any
 from nemo_disco.algorithms.objectives.base import Objective
 from nemo_disco.algorithms.objectives.constraint import NONE, Constraint
 from nemo_disco.algorithms.objectives.disco import DRPO, DisCO, DisCOb
-from nemo_disco.algorithms.objectives.parameters import key_of, nearest
+from nemo_disco.algorithms.objectives.length import ALP, GRPOLEAD, HAPO, RLOOLP
+from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy
+from nemo_disco.algorithms.objectives.parameters import Checked, key_of, nearest
 from nemo_disco.algorithms.objectives.policy_gradient import DAPO, GPG, GRPO, GRPOER, GRPORW, RLOO, DrGRPO
 from nemo_disco.algorithms.objectives.preference import TRPA
 from nemo_disco.algorithms.objectives.user_code import load
 from nemo_disco.runtime.errors import UserError
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    cls.name: cls for cls in (DisCO, DisCOb, DRPO, GRPO, GRPOER, GRPORW, DrGRPO, DAPO, TRPA, GPG, RLOO)
-}
+_ALL = (DisCO, DisCOb, DRPO, GRPO, GRPOER, GRPORW, DrGRPO, DAPO, TRPA, GPG, RLOO, RLOOLP, ALP, HAPO, GRPOLEAD)
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _ALL}
 
 
 def build_objective(mapping: Mapping[str, Any]) -> Objective:
@@ -38,6 +39,8 @@ def build_objective(mapping: Mapping[str, Any]) -> Objective:
         constraint = _constraint(cls, _set_keys(constraint, "constraint"))
     if constraint is not None:
         given["constraint"] = constraint
+    if not isinstance(off_policy := given.get("off_policy", UNCORRECTED), OffPolicy):
+        given["off_policy"] = OffPolicy(**_arguments(OffPolicy, _set_keys(off_policy, "off_policy"), "off_policy"))
     return cls(**_arguments(cls, given, f"objective {cls.name}"))
 
 
@@ -72,7 +75,7 @@ def _constraint(cls: type[Objective], given: dict[str, Any]) -> Constraint:
     return Constraint(**_arguments(Constraint, given, "constraint"))
 
 
-def _arguments(cls: type[Objective] | type[Constraint], given: dict[str, Any], what: str) -> dict[str, Any]:
+def _arguments(cls: type[Checked], given: dict[str, Any], what: str) -> dict[str, Any]:
     """The mapping under the names of the class's fields."""
     names = {key_of(f): f.name for f in fields(cls)}
     for key in given:
