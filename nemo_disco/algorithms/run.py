@@ -68,7 +68,7 @@ def train(config: RunConfig) -> int:
                 sampler=sampler,
                 evaluation_sets=evaluation_sets,
                 journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
-                reference=_policy(config, trainable=False) if "reference_log_probs" in objective.requires else None,
+                reference=_policy(config, trainable=False) if "reference_log_probs" in objective.needs else None,
             )
             _resume(algorithm, run, config)
             if _first():
@@ -210,7 +210,7 @@ def _resume(algorithm: DisCO, run: RunDirectory, config: RunConfig) -> None:
 def _objective(config: RunConfig) -> Objective:
     """Raises UserError for an objective that needs what nobody here computes."""
     objective = build_objective(config.algorithm.objective())
-    if lacking := sorted(objective.requires - PROVIDED):
+    if lacking := sorted(objective.needs - PROVIDED):
         raise UserError(
             f"objective {objective.name} needs {' and '.join(lacking)}, which this version does not compute; "
             "take another objective, or its setting that does without"

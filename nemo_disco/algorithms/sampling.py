@@ -76,7 +76,7 @@ def evaluate_set(
     engine: Engine, grader: Grader, questions: Questions, config: RunConfig, step: int
 ) -> EvaluationResult:
     """k samples and one greedy response to every question of a set, graded. The same seeds at every step."""
-    k, limit = config.evaluation.samples, config.generation.max_response_length
+    k, limit = config.evaluation.samples, config.generation.longest_response
     everything = range(len(questions))
     repeated = questions.repeat(everything, k)
     seeds = np.random.SeedSequence((config.seed, 2**32 - 1)).generate_state(len(repeated), np.uint64) >> 1

@@ -18,7 +18,10 @@ from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.clock import Clock
 
 # The optional fields of MiniBatch that an objective may require of this step.
-PROVIDED = frozenset({"entropies", "reference_log_probs", "generation_log_probs", "correct", "truncated"})
+PROVIDED = frozenset(
+    {"entropies", "reference_log_probs", "generation_log_probs", "correct", "truncated"}
+    | {"preferences", "shortest_correct"}
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def accumulate_gradient(
             generation_log_probs=rollouts.generation_log_probs.to(policy.device),
             correct=rollouts.correct.to(policy.device),
             truncated=rollouts.truncated.to(policy.device),
+            preferences=rollouts.preferences.to(policy.device),
+            shortest_correct=rollouts.shortest_correct.to(policy.device),
         )
 
     if isinstance(objective, SeparableObjective) and objective.separable:

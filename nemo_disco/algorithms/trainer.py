@@ -15,10 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
+from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.sampling import Questions, evaluate_set, grade, sample_responses
+from nemo_disco.algorithms.sampling import Questions, evaluate_set
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.config.flops import peak_flops
@@ -27,7 +29,7 @@ from nemo_disco.config.shape import read_shape
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.evaluation.result import EvaluationResult
-from nemo_disco.generation.engine import Engine, Sampling
+from nemo_disco.generation.engine import Engine
 from nemo_disco.policy import checkpoint
 from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
@@ -66,13 +68,16 @@ class DisCO:
     ) -> None:
         """reference: the frozen policy of an objective that requires reference_log_probs."""
         self.config, self.policy, self.engine, self.objective = config, policy, engine, objective
-        self.grader, self.questions, self.sampler = grader, questions, sampler
-        self.evaluation_sets, self.journal, self.reference = evaluation_sets, journal, reference
-        self.sampling = Sampling(
-            temperature=config.generation.temperature,
-            max_response_length=config.generation.max_response_length,
-            top_p=config.generation.top_p,
-            top_k=config.generation.top_k,
+        self.grader, self.evaluation_sets, self.journal = grader, evaluation_sets, journal
+        self.reference = reference
+        self.collector = Collector(
+            config,
+            engine=engine,
+            grader=grader,
+            questions=questions,
+            sampler=sampler,
+            say=journal.say,
+            remembers="shortest_correct" in objective.needs,
         )
         self.shape = read_shape(config.model.path)
         self.writer = CheckpointWriter()
@@ -108,8 +113,8 @@ class DisCO:
         """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine."""
         clock = device_clock()
         with clock("step"), self._profiled():
-            rollouts = self.generate_rollouts(clock)
-            metrics = self.run_training(rollouts, clock)
+            sampled = self.generate_rollouts(clock)
+            metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock)
             self.step += 1
             with clock("refit"):
                 self.engine.update_weights(self.policy.named_weights(), self.step)
@@ -119,17 +124,12 @@ class DisCO:
         metrics |= {name: value for result in evaluated for name, value in result.metrics().items()}
         return metrics | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
 
-    def generate_rollouts(self, clock: Clock) -> Rollouts:
-        """Sample G responses to each of this step's questions, and grade them."""
-        picked = self.questions.repeat(self.sampler.next(), self.config.generation.responses_per_question)
-        seeds = np.random.SeedSequence((self.config.seed, self.step)).generate_state(len(picked), np.uint64) >> 1
-        with clock("generate"), self.policy.resting():
-            rollouts, texts = sample_responses(self.engine, picked, [int(s) for s in seeds], self.sampling)
-        with clock("grade"):
-            rewards = grade(self.grader, texts, picked)
-            rollouts = rollouts.with_rewards(rewards, self.config.algorithm.threshold)
-        self.journal.rollouts(self.step + 1, picked, texts, rollouts)
-        return rollouts
+    def generate_rollouts(self, clock: Clock) -> Sampled:
+        """Sample G responses to each of this step's questions, and reward them."""
+        with self.policy.resting():
+            sampled = self.collector.collect(self.step, clock)
+        self.journal.rollouts(self.step + 1, sampled.picked, sampled.texts, sampled.rollouts)
+        return sampled
 
     def run_training(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         """A gradient step on each mini-batch of the rollouts; the step's metrics."""
@@ -147,7 +147,7 @@ class DisCO:
                     self.objective,
                     part,
                     old.at(rollouts.token_index(responses)),
-                    max_response_length=self.sampling.max_response_length,
+                    max_response_length=self.config.generation.response_limit(self.step),
                     first=not moved,
                     clock=clock,
                 )
@@ -192,14 +192,14 @@ class DisCO:
         """The loop's own state, as JSON; weights, optimizer and torch's RNG are the checkpoint's."""
         return {
             "step": self.step,
-            "sampler": self.sampler.state_dict(),
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            **self.collector.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.sampler.load_state_dict(state["sampler"])
+        self.collector.load_state_dict(state)
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.engine.update_weights(self.policy.named_weights(), self.step)
 
@@ -245,20 +245,21 @@ class DisCO:
         metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
         metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
         assert old.entropies is not None
-        difference = (old.log_probs.cpu() - rollouts.generation_log_probs).double()
         lengths = rollouts.response_lengths.double()
         correct = rollouts.correct
         ids = rollouts.question_ids
         mixed = np.intersect1d(ids[correct].numpy(), ids[~correct].numpy()).size / len(np.unique(ids.numpy()))
         return metrics | {
             "reward/mean": float(rollouts.rewards.mean()),
+            "reward/correct": float(correct.double().mean()),
             "response/length_mean": float(lengths.mean()),
+            "response/limit": self.config.generation.response_limit(self.step),
             "response/truncated": float(rollouts.truncated.double().mean()),
             "policy/entropy": float(old.entropies.mean()) if len(old.entropies) else 0.0,
-            "mismatch/mean_abs": float(difference.abs().mean()) if len(difference) else 0.0,
             "groups/mixed": float(mixed),
             "tokens": int(rollouts.total_lengths.sum()),
             "mini_batches/skipped": self.skipped,
+            **mismatch(old.log_probs, rollouts.generation_log_probs),
         }
 
     def _any_rank(self, flag: bool) -> bool:

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
+from nemo_disco.algorithms.rewarding import reward
+from nemo_disco.algorithms.sampling import Questions, sample_responses
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.config.schema import RunConfig, VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
@@ -24,6 +26,7 @@ from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.generation.engine import Engine, Sampling
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.safetensor_files import SafetensorReader
+from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
 
@@ -52,12 +55,14 @@ def verify_mini_batch(
     if config.verify.save_gradients and dist.get_rank() == 0:
         save_file({n: g.contiguous() for n, g in gradients.items()}, config.verify.save_gradients)
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
-    difference = (old_log_probs.cpu().double() - rollouts.generation_log_probs.double()) if len(old_log_probs) else None
+    apart = mismatch(old_log_probs, rollouts.generation_log_probs)
     lines = [
         f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "
         f"{int(rollouts.response_lengths.sum())} response tokens",
         f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
-        *([] if difference is None else _mismatch(difference)),
+        f"mismatch mean |d|   {apart['mismatch/mean_abs']:.3e}  (log-probs, trainer minus engine)",
+        f"mismatch max |d|    {apart['mismatch/max_abs']:.3e}",
+        f"mismatch mean e^|d| {apart['mismatch/mean_exp_abs']:.6f}",
         *(f"{name:<19} {value:.6g}" for name, value in sorted(metrics.items())),
         f"gradient norm       {norm:.9g} over {len(gradients)} tensors",
     ]
@@ -72,14 +77,6 @@ def check_places(verify: VerifyConfig) -> None:
             raise UserError(f"verify.{key}={path}: there is no directory {Path(path).absolute().parent}; make it")
 
 
-def _mismatch(difference: Tensor) -> list[str]:
-    return [
-        f"mismatch mean |d|   {float(difference.abs().mean()):.3e}  (log-probs, trainer minus engine)",
-        f"mismatch max |d|    {float(difference.abs().max()):.3e}",
-        f"mismatch mean e^|d| {float(difference.abs().exp().mean()):.6f}",
-    ]
-
-
 def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Questions) -> Rollouts:
     path = Path(config.verify.rollouts) if config.verify.rollouts else None
     exists = [path is not None and path.exists()]
@@ -92,7 +89,15 @@ def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Ques
     generation = config.generation
     sampling = Sampling(generation.temperature, generation.max_response_length, generation.top_p, generation.top_k)
     rollouts, texts = sample_responses(engine, picked, [int(s) for s in seeds], sampling)
-    rollouts = rollouts.with_rewards(grade(grader, texts, picked), config.algorithm.threshold)
+    rollouts = reward(
+        rollouts,
+        texts,
+        picked,
+        grader=grader,
+        rewards=Rewards(config.reward, config.algorithm.preference),
+        threshold=config.algorithm.threshold,
+        max_response_length=generation.max_response_length,
+    )
     if path is not None and dist.get_rank() == 0:
         rollouts.save(path)
     return rollouts

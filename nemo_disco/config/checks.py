@@ -6,6 +6,7 @@ must not import torch, but for `check_objective`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -33,10 +34,18 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def check_objective(config: RunConfig) -> None:
-    """Raises UserError for what the objective does not take. Imports torch."""
+    """Raises UserError for what the objective or the reward does not take. Imports torch, and the user's modules."""
     from nemo_disco.algorithms import build_objective
+    from nemo_disco.rewards import Rewards
 
-    build_objective(config.algorithm.objective())
+    objective = build_objective(config.algorithm.objective())
+    Rewards(config.reward, config.algorithm.preference)
+    every = config.algorithm.reference_reset_steps
+    if every and "reference_log_probs" not in objective.needs:
+        raise UserError(
+            f"algorithm.reference_reset_steps={every}: objective {objective.name} has no reference as it is set; "
+            "one that has: algorithm=grpo algorithm.kl_coefficient=1e-3"
+        )
 
 
 def check_files(config: RunConfig, command: str, first_rank: bool = True) -> None:
@@ -137,7 +146,14 @@ def _check_weights(config: RunConfig) -> None:
 
 
 def _check_lengths(config: RunConfig) -> None:
-    model = config.model
+    model, generation = config.model, config.generation
+    schedule = [(0, generation.max_response_length), *generation.response_length_schedule]
+    for (step, limit), (later, higher) in itertools.pairwise(schedule):
+        if later <= step or higher <= limit:
+            raise UserError(
+                f"generation.response_length_schedule: [{later}, {higher}] after [{step}, {limit}]; steps and limits "
+                "must both rise, from generation.max_response_length on"
+            )
     longest, sum_of = _longest(config)
     # What packing rounds up to: 2 pieces a context-parallel rank, and one a tensor-parallel rank of each under SP.
     context, tensor = model.context_parallel_size, model.tensor_model_parallel_size
@@ -153,8 +169,9 @@ def _check_lengths(config: RunConfig) -> None:
 
 def _longest(config: RunConfig) -> tuple[int, str]:
     """The longest sequence in tokens, and how it comes about."""
-    prompt, response = config.data.max_prompt_length, config.generation.max_response_length
-    words = f"data.max_prompt_length={prompt} + generation.max_response_length={response} = {prompt + response}"
+    prompt, response = config.data.max_prompt_length, config.generation.longest_response
+    key = "response_length_schedule" if config.generation.response_length_schedule else "max_response_length"
+    words = f"data.max_prompt_length={prompt} + generation.{key}={response} = {prompt + response}"
     return prompt + response, words
 
 

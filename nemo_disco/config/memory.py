@@ -44,14 +44,14 @@ def estimate(config: RunConfig, shape: ModelShape, world_size: int) -> Memory:
     replicas = world_size // (tensor * pipeline)
     data_parallel = replicas // context
     responses = config.data.questions_per_step * config.generation.responses_per_question
-    longest = config.data.max_prompt_length + config.generation.max_response_length
+    longest = config.data.max_prompt_length + config.generation.longest_response
     cache = 2 * numbers[0] * (shape.layers // pipeline) * shape.kv_width // tensor
     return Memory(
         weights=parameters * numbers[0],
         gradients=parameters * numbers[1],
         optimizer=parameters * numbers[2] // replicas,
         activations=_activations(config, shape) * numbers[0],
-        log_probs=responses * config.generation.max_response_length * _STEP_COPIES
+        log_probs=responses * config.generation.longest_response * _STEP_COPIES
         + 4 * min(_TILE, model.token_budget // context * shape.vocab // tensor),
         # Context-parallel ranks sample as further data-parallel ones.
         kv_cache=-(-responses // (data_parallel * context)) * longest * cache,

@@ -45,7 +45,7 @@ def vocabulary(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
     ranks = world_size // (
         model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     )
-    prompt, response = config.data.max_prompt_length, config.generation.max_response_length
+    prompt, response = config.data.max_prompt_length, config.generation.longest_response
     longest = prompt + response
     a_micro_batch = model.token_budget // longest
     micro_batches = -(-mini * group // (ranks * a_micro_batch))

@@ -14,6 +14,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -90,6 +91,13 @@ class ConstraintConfig(Section):
     convention: Literal["paper", "released_code"] | None
 
 
+class OffPolicyConfig(Section):
+    """null means the default of the kind (algorithms.objectives.off_policy)."""
+
+    kind: Literal["none", "truncated_importance_sampling", "sequence_mask"] | None
+    cap: PositiveFloat | None
+
+
 class AlgorithmConfig(Section):
     """null means the objective's own default; a parameter that the objective does not take is refused by name."""
 
@@ -102,16 +110,25 @@ class AlgorithmConfig(Section):
     kl_coefficient: float | None  # of the KL to the reference policy, where an objective has one
     entropy_coefficient: float | None
     question_weight: bool | None  # disco_b: weigh questions as GRPO does (the papers' ablation)
+    preference: str | None  # drpo: the reward term by which right answers are weighted, or module:function
+    alpha: float | None  # rloo_lp, grpo_lead: how much length weighs
+    beta: float | None  # alp: the penalty a token; trpa: the scale of a pair's margin
+    length_weight: float | None  # hapo
     parameters: dict[str, Any]  # of an objective of your own (name: my_module:MyObjective)
     constraint: ConstraintConfig
-    threshold: Annotated[float, Field(allow_inf_nan=False)]  # a response is correct when its reward is above
+    off_policy: OffPolicyConfig
+    threshold: FiniteFloat  # a response is correct when its reward is above
     mini_batch_questions: PositiveInt  # questions an optimizer step
+    dynamic_sampling_rounds: NonNegativeInt  # at most so many times more questions, until enough groups are mixed
+    reference_reset_steps: NonNegativeInt  # every so many steps the policy becomes the reference; 0: never
 
     def objective(self) -> dict[str, Any]:
         """What build_objective takes: the keys that are set."""
-        mapping = self.model_dump(by_alias=True, exclude_none=True, exclude={"mini_batch_questions", "parameters"})
-        if not mapping.get("constraint"):
-            mapping.pop("constraint", None)
+        loops = {"mini_batch_questions", "dynamic_sampling_rounds", "reference_reset_steps", "parameters"}
+        mapping = self.model_dump(by_alias=True, exclude_none=True, exclude=loops)
+        for section in ("constraint", "off_policy"):
+            if not mapping[section]:
+                del mapping[section]
         return mapping | self.parameters
 
 
@@ -122,6 +139,17 @@ class GenerationConfig(Section):
     top_p: Fraction
     top_k: NonNegativeInt  # 0 is off
     max_response_length: PositiveInt  # tokens, EOS included
+    response_length_schedule: list[tuple[PositiveInt, PositiveInt]]  # [n, tokens]: the limit after n steps
+
+    def response_limit(self, step: int) -> int:
+        """The limit of the step that follows `step` steps, in tokens."""
+        reached = [limit for after, limit in self.response_length_schedule if after <= step]
+        return max([self.max_response_length, *reached])
+
+    @property
+    def longest_response(self) -> int:
+        """The last limit: what memory and positions must hold, and evaluation allows."""
+        return max([self.max_response_length, *(limit for _, limit in self.response_length_schedule)])
 
 
 class DataConfig(Section):
@@ -134,9 +162,21 @@ class DataConfig(Section):
     shuffle: bool
 
 
+class RewardTermsConfig(Section):
+    """What each term weighs in the reward, which is their sum."""
+
+    correctness: FiniteFloat  # the grader's verdict, 0 or 1
+    format: FiniteFloat  # 1 where there is a complete answer, right or wrong
+    length: FiniteFloat  # 1 - |o|/C
+    overlong: FiniteFloat  # DAPO's: down to -1 in the last overlong_buffer tokens
+
+
 class RewardConfig(Section):
     verifier: str  # math, exact, numeric, choice, python_tests, or module:name of your own
     parameters: dict[str, Any]  # of the verifier, beside those below
+    terms: RewardTermsConfig
+    function: str | None  # module:function of your own, added to the terms; it takes a rewards.GradedResponse
+    overlong_buffer: PositiveInt | None  # tokens; null is a fifth of the response limit
     require_think: bool  # reward only what comes after </think>
     timeout: PositiveFloat  # seconds an answer
     workers: PositiveInt  # grader processes a node

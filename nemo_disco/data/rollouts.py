@@ -18,6 +18,11 @@ from torch import Tensor
 
 from nemo_disco.runtime.errors import UserError
 
+PER_RESPONSE = (
+    *("prompt_lengths", "response_lengths", "question_ids", "rewards"),
+    *("correct", "truncated", "preferences", "shortest_correct"),
+)
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -29,6 +34,8 @@ class Rollouts:
     generation_log_probs [T] float32: the engine's own, on logits over the temperature; for comparison only.
     rewards [N] float64; correct [N] bool: the grader's verdict before any shaping.
     truncated [N] bool: the response was cut by the length limit (finish reason "length").
+    preferences [N] float64: what DRPO weighs right answers by, where that is a reward term.
+    shortest_correct [N] int64: tokens of the shortest right answer to the question in earlier steps, 0 if unknown.
     weight_version: the policy version that sampled the responses.
     """
 
@@ -40,11 +47,13 @@ class Rollouts:
     rewards: Tensor
     correct: Tensor
     truncated: Tensor
+    preferences: Tensor
+    shortest_correct: Tensor
     weight_version: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.prompt_lengths)
-        for name in ("response_lengths", "question_ids", "rewards", "correct", "truncated"):
+        for name in PER_RESPONSE:
             if len(getattr(self, name)) != n:
                 raise ValueError(f"rollouts: {name} has {len(getattr(self, name))} entries for {n} responses")
         total = int((self.prompt_lengths + self.response_lengths).sum())
@@ -98,6 +107,13 @@ class Rollouts:
         return replace(self, **picked)
 
     @classmethod
+    def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """The responses of all parts, which one policy sampled, in order."""
+        names = [f.name for f in fields(cls) if f.name != "weight_version"]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(**joined, weight_version=parts[0].weight_version)
+
+    @classmethod
     def from_lists(
         cls,
         prompts: Sequence[Sequence[int]],
@@ -119,6 +135,8 @@ class Rollouts:
             rewards=torch.zeros(n, dtype=torch.float64),
             correct=torch.zeros(n, dtype=torch.bool),
             truncated=torch.tensor(truncated, dtype=torch.bool),
+            preferences=torch.zeros(n, dtype=torch.float64),
+            shortest_correct=torch.zeros(n, dtype=torch.int64),
             weight_version=weight_version,
         )
 

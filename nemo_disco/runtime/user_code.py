@@ -1,23 +1,24 @@
-"""Finds what a setting names as `module:attribute`: a user's objective, verifier or function.
+"""Classes and functions from a user's own file: found by `module:name`, and named with file and line when they fail.
 
-Imports the user's module and nothing else.
+Imports no torch; knows neither objectives nor rewards.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
 
 
 def load(key: str, name: str) -> Any:
-    """What `module:attribute` names; modules are also looked for in the working directory.
-
-    key: the setting, for messages. Raises UserError.
-    """
+    """What `module:attribute`, the value of a configuration's key, names; modules are also looked for in the working
+    directory. Raises UserError."""
     module_name, _, attribute = name.partition(":")
     # An installed command, unlike `python -m`, does not search the directory that it is run in.
     if not {"", os.getcwd()} & set(sys.path):
@@ -29,3 +30,27 @@ def load(key: str, name: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{key}={name}: {module.__file__} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def is_users(cls: type) -> bool:
+    """Whether a class comes from outside this package."""
+    return cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
+def defined_at(function: Callable[..., Any]) -> str:
+    """file:line of a function's definition."""
+    code = inspect.unwrap(function).__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def methods(cls: type) -> list[Callable[..., Any]]:
+    """The methods that users wrote of a class."""
+    return [f for owner in cls.__mro__ if is_users(owner) for f in vars(owner).values() if inspect.isfunction(f)]
+
+
+def raised_in(functions: list[Callable[..., Any]], error: Exception) -> str:
+    """The error, and file:line of the innermost of its frames in the file of one of the functions."""
+    files = {inspect.unwrap(function).__code__.co_filename for function in functions}
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
+    return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {' '.join(str(error).split())}"

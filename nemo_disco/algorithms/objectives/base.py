@@ -18,8 +18,8 @@ from nemo_disco.algorithms.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.objectives.constraint import UNCONSTRAINED, Constraint
 from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scaled
 from nemo_disco.algorithms.objectives.parameters import Checked, parameter
-from nemo_disco.algorithms.objectives.user_code import defined_at, is_users, raised_in
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.user_code import defined_at, is_users, methods, raised_in
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -138,7 +138,7 @@ class Objective(Checked, ABC):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"objective {self.name} raised {raised_in(type(self), error)}") from error
+            raise UserError(f"objective {self.name} raised {raised_in(methods(type(self)), error)}") from error
         if not isinstance(result, Tensor) or not bool(result.isfinite().all()):
             raise UserError(
                 f"objective {self.name}: {defined_at(function)} must return a finite tensor; it returned {result}"

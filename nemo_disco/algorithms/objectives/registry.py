@@ -18,8 +18,8 @@ from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy
 from nemo_disco.algorithms.objectives.parameters import Checked, key_of, nearest
 from nemo_disco.algorithms.objectives.policy_gradient import DAPO, GPG, GRPO, GRPOER, GRPORW, RLOO, DrGRPO
 from nemo_disco.algorithms.objectives.preference import TRPA
-from nemo_disco.algorithms.objectives.user_code import load
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.user_code import load
 
 _ALL = (DisCO, DisCOb, DRPO, GRPO, GRPOER, GRPORW, DrGRPO, DAPO, TRPA, GPG, RLOO, RLOOLP, ALP, HAPO, GRPOLEAD)
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _ALL}
@@ -58,7 +58,7 @@ def _objective_class(name: Any) -> type[Objective]:
         return OBJECTIVES[name]
     if ":" not in str(name):
         raise UserError(f"algorithm.name: there is no objective {name!r}; known: {known}")
-    cls = load(name)
+    cls = load("algorithm.name", name)
     if not (inspect.isclass(cls) and issubclass(cls, Objective)) or inspect.isabstract(cls):
         raise UserError(
             f"algorithm.name={name} must be a subclass of nemo_disco.algorithms.Objective that defines value"

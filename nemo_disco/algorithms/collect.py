@@ -1,0 +1,146 @@
+"""One step's rollouts: asked, sampled, rewarded and, under dynamic sampling, asked again until the groups are mixed.
+
+Touches the engine, the grader and the sampler through their contracts; no policy. The same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from nemo_disco.algorithms.history import ShortestCorrect
+from nemo_disco.algorithms.rewarding import reward
+from nemo_disco.algorithms.sampling import Questions, sample_responses
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.data.sampler import QuestionSampler
+from nemo_disco.generation.engine import Engine, Sampling
+from nemo_disco.rewards import Rewards
+from nemo_disco.rewards.registry import Grader
+from nemo_disco.runtime.clock import Clock
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Rewarded rollouts with their questions and texts, one of each a response. counts: dynamic sampling's metrics."""
+
+    rollouts: Rollouts
+    picked: Questions
+    texts: list[str]
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+    def groups(self) -> dict[int, bool]:
+        """Which questions have right and wrong responses, in the order asked."""
+        verdicts: dict[int, set[bool]] = {}
+        for question, right in zip(self.rollouts.question_ids.tolist(), self.rollouts.correct.tolist(), strict=True):
+            verdicts.setdefault(question, set()).add(right)
+        return {question: len(found) == 2 for question, found in verdicts.items()}
+
+    def select(self, questions: set[int]) -> Sampled:
+        """The responses to some of the questions."""
+        rows = [i for i, question in enumerate(self.rollouts.question_ids.tolist()) if question in questions]
+        return Sampled(self.rollouts.select(rows), self.picked.repeat(rows, 1), [self.texts[i] for i in rows])
+
+    @staticmethod
+    def join(parts: Sequence[Sampled]) -> Sampled:
+        first = parts[0].picked
+        picked = Questions(
+            first.name,
+            [q for part in parts for q in part.picked.questions],
+            [p for part in parts for p in part.picked.prompts],
+            first.tokenizer,
+        )
+        rollouts = Rollouts.concatenate([part.rollouts for part in parts])
+        return Sampled(rollouts, picked, [text for part in parts for text in part.texts])
+
+
+class Collector:
+    """Collects each step's rollouts; what it must remember between steps is in its state."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        engine: Engine,
+        grader: Grader,
+        questions: Questions,
+        sampler: QuestionSampler,
+        say: Callable[[str], None],
+        remembers: bool = False,
+    ) -> None:
+        """say: where a line for the person goes. remembers: keep the shortest right answer to each question."""
+        self.config, self.engine, self.grader = config, engine, grader
+        self.questions, self.sampler, self.say = questions, sampler, say
+        self.rewards = Rewards(config.reward, config.algorithm.preference)
+        self.history = ShortestCorrect() if remembers else None
+
+    def collect(self, step: int, clock: Clock) -> Sampled:
+        """The rollouts of the step after `step` steps: G responses to each of data.questions_per_step questions."""
+        asked = self.sampler.next()
+        parts = [self._sample(asked, step, 0, clock)]
+        wanted, rounds = len(asked), self.config.algorithm.dynamic_sampling_rounds
+        for again in range(1, rounds + 1):
+            if sum(mixed for part in parts for mixed in part.groups().values()) >= wanted:
+                break
+            # The sampler hands out no question twice in a step of its own, but may in the next one.
+            more = [i for i in self.sampler.next() if i not in asked]
+            if more:
+                asked = asked + more
+                parts.append(self._sample(more, step, again, clock))
+        if not rounds:
+            return parts[0]
+        kept, said = keep_mixed(Sampled.join(parts), wanted)
+        if said:
+            self.say(f"step {step + 1}: dynamic sampling: {said}")
+        return kept
+
+    def _sample(self, indices: Sequence[int], step: int, again: int, clock: Clock) -> Sampled:
+        generation = self.config.generation
+        limit = generation.response_limit(step)
+        sampling = Sampling(generation.temperature, limit, generation.top_p, generation.top_k)
+        picked = self.questions.repeat(indices, generation.responses_per_question)
+        seeds = np.random.SeedSequence((self.config.seed, step), spawn_key=(again,) if again else ())
+        with clock("generate"):
+            draws = [int(s) for s in seeds.generate_state(len(picked), np.uint64) >> 1]
+            rollouts, texts = sample_responses(self.engine, picked, draws, sampling)
+        with clock("grade"):
+            rollouts = reward(
+                rollouts,
+                texts,
+                picked,
+                grader=self.grader,
+                rewards=self.rewards,
+                threshold=self.config.algorithm.threshold,
+                max_response_length=limit,
+            )
+        return Sampled(self.history.told(rollouts) if self.history else rollouts, picked, texts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        history = {} if self.history is None else {"shortest_correct": self.history.state_dict()}
+        return {"sampler": self.sampler.state_dict(), **history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        if self.history is not None:
+            self.history.load_state_dict(state.get("shortest_correct", {}))
+
+
+def keep_mixed(sampled: Sampled, wanted: int) -> tuple[Sampled, str]:
+    """The first `wanted` groups that are mixed; where there are fewer, others fill the step, so that its size stays.
+
+    And what to say of those that are dropped or fill, or "" (DAPO's dynamic sampling, arXiv 2503.14476).
+    """
+    groups = sampled.groups()
+    order = [q for q, mixed in groups.items() if mixed] + [q for q, mixed in groups.items() if not mixed]
+    kept, dropped = order[:wanted], order[wanted:]
+    filled = sum(not groups[q] for q in kept)
+    surplus = sum(groups[q] for q in dropped)
+    said = [f"{len(dropped) - surplus} of {len(groups)} groups dropped as all right or all wrong"] if dropped else []
+    said += [f"{surplus} mixed ones dropped beyond the {wanted} of the step"] if surplus else []
+    said += [f"only {wanted - filled} are mixed: {filled} others stay"] if filled else []
+    counts = {"groups/sampled": len(groups), "groups/dropped": len(dropped)}
+    return replace(sampled.select(set(kept)), counts=counts), "; ".join(said)

@@ -1,0 +1,129 @@
+"""What a response earns: a weighted sum of terms, of which the grader's verdict is one and a user's function another.
+
+A term sees one graded response and returns a number. Plain Python: knows no tensor, no group and no objective.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from nemo_disco.rewards.extract import NoAnswerError, final_answer
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.user_code import defined_at, load, raised_in
+
+if TYPE_CHECKING:
+    from nemo_disco.config.schema import RewardConfig
+
+
+@dataclass(frozen=True)
+class GradedResponse:
+    """What a term sees.
+
+    question: the text of what was asked last. response: without the token that ended it. answers: the right ones.
+    metadata: the other fields of the question's record. verdict: the grader's reward; correct: is it above the
+    threshold. length: tokens, of at most max_response_length in this step; truncated: cut there.
+    """
+
+    question: str
+    response: str
+    answers: tuple[str, ...]
+    verdict: float
+    correct: bool
+    length: int
+    max_response_length: int
+    truncated: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+Term = Callable[[GradedResponse], float]
+
+
+def correctness(r: GradedResponse) -> float:
+    """The grader's verdict, 0 or 1."""
+    return r.verdict
+
+
+def well_formed(r: GradedResponse, require_think: bool) -> float:
+    """1 where the response has a closed, filled box (after `</think>`, where that is required), right or wrong."""
+    try:
+        final_answer(r.response, require_think)
+    except NoAnswerError:
+        return 0.0
+    return 1.0
+
+
+def length(r: GradedResponse) -> float:
+    """1 - |o|/C, C the response limit (arXiv 2510.04474)."""
+    return 1 - r.length / r.max_response_length
+
+
+def overlong(r: GradedResponse, buffer: int | None) -> float:
+    """0 up to C - Lc tokens, then down to -1 at C: ((C - Lc) - |o|) / Lc, Lc the buffer (arXiv 2503.14476, eq. 13)."""
+    cache = buffer or max(1, r.max_response_length // 5)
+    return max(-1.0, min(0.0, (r.max_response_length - cache - r.length) / cache))
+
+
+class Rewards:
+    """The terms of a run: `reward` is their weighted sum, `preference` one of them, for DRPO."""
+
+    def __init__(self, config: RewardConfig, preference: str | None = None) -> None:
+        """Raises UserError for a preference or a function that there is not."""
+        self._config = config
+        self._terms = [(w, self._own(name)) for name, w in config.terms.model_dump().items() if w]
+        if config.function is not None:
+            self._terms.append((1.0, users_term("reward.function", config.function)))
+        self._preference = None if preference is None else self._named(preference)
+
+    def reward(self, response: GradedResponse) -> float:
+        return math.fsum(weight * term(response) for weight, term in self._terms)
+
+    def preference(self, response: GradedResponse) -> float:
+        """0 where none was asked for."""
+        return 0.0 if self._preference is None else self._preference(response)
+
+    def _own(self, name: str) -> Term:
+        terms: dict[str, Term] = {
+            "correctness": correctness,
+            "format": partial(well_formed, require_think=self._config.require_think),
+            "length": length,
+            "overlong": partial(overlong, buffer=self._config.overlong_buffer),
+        }
+        return terms[name]
+
+    def _named(self, name: str) -> Term:
+        if ":" in name:
+            return users_term("algorithm.preference", name)
+        known = list(type(self._config.terms).model_fields)
+        if name not in known:
+            raise UserError(
+                f"algorithm.preference: there is no reward term {name!r}; known: {', '.join(known)}, or "
+                "module:function of your own"
+            )
+        return self._own(name)
+
+
+def users_term(key: str, name: str) -> Term:
+    """A user's function as a term, whose failures are named with file and line. Raises UserError if there is none."""
+    function = load(key, name) if ":" in name else None
+    if not inspect.isfunction(function):
+        raise UserError(f"{key}={name} must be module:function, of a function that takes a GradedResponse")
+
+    def term(response: GradedResponse) -> float:
+        try:
+            returned = function(response)
+        except Exception as error:
+            raise UserError(f"{key}={name} raised {raised_in([function], error)}") from error
+        if not isinstance(returned, Real) or not math.isfinite(returned):
+            raise UserError(
+                f"{key}={name}: {defined_at(function)} must return a finite number; it returned {returned!r:.80}, for "
+                f"the question {response.question!r:.80}"
+            )
+        return float(returned)
+
+    return term
