@@ -147,3 +147,22 @@ def test_a_damaged_model_config(usable, model_directory, text, line):
     with pytest.raises(UserError, match=line) as raised:
         check_files(compose("quickstart", usable), "train")
     assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("schedule", ["[[5,64]]", "[[5,100],[5,110]]", "[[5,100],[9,90]]"])
+def test_a_response_limit_that_does_not_rise(schedule):
+    with pytest.raises(UserError, match=r"generation.response_length_schedule: \[\d+, \d+\] after .* must both rise"):
+        check(compose("quickstart", [f"generation.response_length_schedule={schedule}"]), 2)
+
+
+def test_the_last_response_limit_must_fit_the_token_budget():
+    overrides = ["generation.response_length_schedule=[[5,5000]]"]
+    with pytest.raises(UserError, match=r"generation.response_length_schedule=5000 = 5096; would work"):
+        check(compose("quickstart", overrides), 2)
+
+
+def test_a_reference_reset_needs_a_reference():
+    reset = "algorithm.reference_reset_steps=5"
+    with pytest.raises(UserError, match="objective disco has no reference as it is set"):
+        check_objective(compose("quickstart", [reset]))
+    check_objective(compose("quickstart", [reset, "algorithm=grpo", "algorithm.kl_coefficient=1e-3"]))

@@ -1,0 +1,145 @@
+"""What a response earns, term by term, and how a user's function joins in or is named when it fails."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_disco.config.schema import RewardConfig
+from nemo_disco.rewards import GradedResponse, Rewards
+from nemo_disco.runtime.errors import UserError
+
+RIGHT = GradedResponse(
+    question="What is 1 + 1?",
+    response=r"One more. </think> \boxed{2}",
+    answers=("2",),
+    verdict=1.0,
+    correct=True,
+    length=10,
+    max_response_length=40,
+    metadata={"level": 3},
+)
+WRONG = replace(RIGHT, response=r"No. </think> \boxed{3}", verdict=0.0, correct=False)
+
+
+def rewards(preference: str | None = None, function: str | None = None, **terms: float) -> Rewards:
+    weights = {"correctness": 0.0, "format": 0.0, "length": 0.0, "overlong": 0.0} | terms
+    settings: dict[str, Any] = {"require_think": True, "timeout": 1.0, "workers": 1, "overlong_buffer": None}
+    return Rewards(RewardConfig(terms=weights, function=function, **settings), preference)
+
+
+def test_the_verdict_alone_is_the_reward_by_default() -> None:
+    assert [rewards(correctness=1.0).reward(r) for r in (RIGHT, WRONG)] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("response", "formed"),
+    [
+        (r"Think. </think> \boxed{2}", 1.0),
+        (r"Think. \boxed{2}", 0.0),
+        (r"Think. </think> 2", 0.0),
+        (r"Think. </think> \boxed{2", 0.0),
+        (r"Think. </think> \boxed{}", 0.0),
+        (r"\boxed{1} </think> \boxed{7}", 1.0),
+        ("", 0.0),
+    ],
+)
+def test_format_is_a_complete_answer_right_or_wrong(response: str, formed: float) -> None:
+    assert rewards(format=1.0).reward(replace(WRONG, response=response)) == formed
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0, 0.0), (32, 0.0), (33, -0.125), (36, -0.5), (40, -1.0)])
+def test_overlong_falls_to_minus_one_over_the_last_fifth(length: int, wanted: float) -> None:
+    assert rewards(overlong=1.0).reward(replace(RIGHT, length=length)) == wanted
+
+
+def test_length_is_drpos() -> None:
+    assert [rewards(length=1.0).reward(replace(RIGHT, length=n)) for n in (0, 10, 40)] == [1.0, 0.75, 0.0]
+
+
+def test_terms_add_up() -> None:
+    some = rewards(correctness=1.0, format=0.1, length=-0.2)
+    assert some.reward(RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
+    assert some.reward(WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
+    assert some.preference(RIGHT) == 0.0
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("correctness", 0.0), ("format", 1.0), ("length", 0.75)])
+def test_a_preference_is_any_of_the_terms(name: str, wanted: float) -> None:
+    assert rewards(name, correctness=1.0).preference(WRONG) == wanted
+
+
+MINE = """
+import math
+
+
+def by_level(r):
+    return 0.1 * r.metadata["level"] if r.correct else -len(r.question)
+
+
+def raises(r):
+    return 1 / (r.length - 10)
+
+
+def not_a_number(r):
+    return math.nan
+
+
+def nothing(r):
+    pass
+
+
+CONSTANT = 1
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "my_rewards_of_this_test.py"
+    path.write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    return path
+
+
+def test_a_users_function_sees_the_response_and_its_questions_metadata(mine: Path) -> None:
+    own = f"{mine.stem}:by_level"
+    assert rewards(function=own, correctness=1.0).reward(RIGHT) == pytest.approx(1.3)
+    assert rewards(function=own).reward(WRONG) == -14.0
+    assert rewards(own).preference(RIGHT) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", r"reward.function=\S+:raises raised ZeroDivisionError at {path}:10: division by zero"),
+        ("not_a_number", r"{path}:13 must return a finite number; it returned nan, for the question 'What is 1"),
+        ("nothing", r"{path}:17 must return a finite number; it returned None"),
+    ],
+)
+def test_a_users_mistake_is_named_with_file_and_line(mine: Path, name: str, message: str) -> None:
+    own = rewards(function=f"{mine.stem}:{name}")
+    with pytest.raises(UserError, match=message.format(path=mine)) as error:
+        own.reward(RIGHT)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"function": "my_rewards"}, r"reward.function=my_rewards must be module:function"),
+        ({"function": "nowhere_at_all:f"}, r"reward.function=\S+: importing nowhere_at_all raised ModuleNotFoundError"),
+        ({"function": "math:nothing"}, r"reward.function=math:nothing: .*math.* has no 'nothing'"),
+        ({"function": "math:pi"}, r"reward.function=math:pi must be module:function"),
+        ({"preference": "brevity"}, r"no reward term 'brevity'; known: correctness, format, length, overlong, or"),
+        ({"preference": "math:pi"}, r"algorithm.preference=math:pi must be module:function"),
+    ],
+)
+def test_what_there_is_not_is_refused_by_name(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rewards(**given)  # type: ignore[arg-type]
