@@ -5,20 +5,15 @@ Judging is split over the ranks, and every rank gets every number. Knows no poli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
-from nemo_disco.algorithms.sampling import Questions, grade
+from nemo_disco.algorithms.sampling import Questions, grade, on_shares
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.rewards import GradedResponse, Rewards
 from nemo_disco.rewards.registry import Grader
-from nemo_disco.runtime.errors import UserError
-
-T = TypeVar("T")
 
 
 def reward(
@@ -53,21 +48,6 @@ def reward(
         )
         return rewards.reward(response), rewards.preference(response)
 
-    judged = torch.tensor(on_shares(len(texts), judge), dtype=torch.float64).reshape(-1, 2)
-    return replace(graded, rewards=judged[:, 0], preferences=judged[:, 1])
-
-
-def on_shares(count: int, judge: Callable[[int], T]) -> list[T]:
-    """[judge(i) for i in range(count)], each rank doing its share. A UserError on one is raised on all."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    mine: list[T] | UserError
-    try:
-        mine = [judge(i) for i in range(rank, count, size)]
-    except UserError as error:
-        mine = error
-    shares: list[Any] = [None] * size
-    dist.all_gather_object(shares, mine)
-    for share in shares:
-        if isinstance(share, UserError):
-            raise share
-    return [shares[i % size][i // size] for i in range(count)]
+    judged = on_shares(len(texts), lambda mine: [judge(i) for i in mine])
+    terms = torch.tensor(judged, dtype=torch.float64).reshape(-1, 2)
+    return replace(graded, rewards=terms[:, 0], preferences=terms[:, 1])

@@ -5,9 +5,9 @@ Touches an engine, a grader and a tokenizer through their contracts; no policy. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.generation.engine import Engine, Response, Sampling
 from nemo_disco.rewards.registry import Grader
+from nemo_disco.runtime.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,29 @@ def _text(tokenizer: Any, response: Response) -> str:
 
 def grade(grader: Grader, texts: Sequence[str], picked: Questions) -> list[float]:
     """The reward of each response, graded a share a rank. A collective."""
+
+    def share(mine: range) -> list[float]:
+        return grader.grade([texts[i] for i in mine], [picked.questions[i].answers for i in mine])
+
+    return on_shares(len(texts), share)
+
+
+def on_shares(count: int, judge: Callable[[range], list[T]]) -> list[T]:
+    """What `judge` says of each of `count` responses, each rank asked about its share. What is wrong with a user's code
+    is raised on every rank, even if one alone met it. A collective."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    mine = range(rank, len(texts), size)
-    rewards = grader.grade([texts[i] for i in mine], [picked.questions[i].answers for i in mine])
-    if size == 1:
-        return rewards
-    shares: list[list[float]] = [[]] * size
-    dist.all_gather_object(shares, rewards)
-    return [shares[i % size][i // size] for i in range(len(texts))]
+    mine: list[T] | UserError
+    try:
+        mine = judge(range(rank, count, size))
+    except UserError as error:
+        mine = error
+    shares: list[Any] = [mine] * size
+    if size > 1:
+        dist.all_gather_object(shares, mine)
+    for share in shares:
+        if isinstance(share, UserError):
+            raise share
+    return [shares[i % size][i // size] for i in range(count)]
 
 
 def evaluate_set(

@@ -10,12 +10,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from nemo_disco.rewards.extract import NoAnswerError, final_answer
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import defined_at, load, raised_in
+from nemo_disco.runtime.user_code import called, load
 
 if TYPE_CHECKING:
     from nemo_disco.config.schema import RewardConfig
@@ -114,16 +113,4 @@ def users_term(key: str, name: str) -> Term:
     if not inspect.isfunction(function):
         raise UserError(f"{key}={name} must be module:function, of a function that takes a GradedResponse")
 
-    def term(response: GradedResponse) -> float:
-        try:
-            returned = function(response)
-        except Exception as error:
-            raise UserError(f"{key}={name} raised {raised_in([function], error)}") from error
-        if not isinstance(returned, Real) or not math.isfinite(returned):
-            raise UserError(
-                f"{key}={name}: {defined_at(function)} must return a finite number; it returned {returned!r:.80}, for "
-                f"the question {response.question!r:.80}"
-            )
-        return float(returned)
-
-    return term
+    return partial(called, key, name, function)

@@ -5,7 +5,6 @@ Plain comparison in the caller's process; none of them runs what a response says
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
 from nemo_disco.rewards.quick import numeral
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.user_code import called
 
 Alternatives = str | Sequence[str]
 
@@ -140,9 +140,7 @@ class UserFunction(Verifier):
         return self._judge(response, golds)
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        reward = self._function(said, golds)
-        if isinstance(reward, str) or not math.isfinite(reward):
-            raise UserError(f"reward.verifier={self._name} returned {reward!r}; it must be a finite number")
+        reward = called("reward.verifier", self._name, self._function, said, golds)
         return Verdict(float(reward), verdict.CORRECT if reward == 1 else f"reward {float(reward):g}")
 
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from numbers import Real
+from types import CodeType
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
@@ -39,8 +42,8 @@ def is_users(cls: type) -> bool:
 
 def defined_at(function: Callable[..., Any]) -> str:
     """file:line of a function's definition."""
-    code = inspect.unwrap(function).__code__
-    return f"{code.co_filename}:{code.co_firstlineno}"
+    code = _code(function)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
 
 def methods(cls: type) -> list[Callable[..., Any]]:
@@ -50,7 +53,27 @@ def methods(cls: type) -> list[Callable[..., Any]]:
 
 def raised_in(functions: list[Callable[..., Any]], error: Exception) -> str:
     """The error, and file:line of the innermost of its frames in the file of one of the functions."""
-    files = {inspect.unwrap(function).__code__.co_filename for function in functions}
+    files = {code.co_filename for code in map(_code, functions) if code}
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {' '.join(str(error).split())}"
+
+
+def called(key: str, name: str, function: Callable[..., Any], *args: object) -> float:
+    """What a user's function returns, a finite number. Raises UserError, with file and line, for anything else."""
+    try:
+        returned = function(*args)
+    except Exception as error:
+        raise UserError(f"{key}={name} raised {raised_in([function], error)}") from error
+    if not isinstance(returned, Real) or not math.isfinite(returned):
+        raise UserError(
+            f"{key}={name}: {defined_at(function)} must return a finite number; it returned {returned!r:.80}"
+        )
+    return float(returned)
+
+
+def _code(function: Callable[..., Any]) -> CodeType | None:
+    """Of a function, a lambda or an object with __call__; None for what is not written in Python."""
+    function = inspect.unwrap(function)
+    code: CodeType | None = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return code

@@ -103,7 +103,7 @@ def test_disco_is_split_by_the_verdict_and_not_by_the_shaped_reward(own, tmp_pat
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("breaks", "my_rewards.py:10 must return a finite number; it returned nan, for the question '"),
+        ("breaks", "my_rewards.py:10 must return a finite number; it returned nan"),
         ("raises", "my_rewards:raises raised KeyError at {}/my_rewards.py:15: 'no such field'"),
     ],
 )

@@ -28,8 +28,14 @@ WRONG = replace(RIGHT, response=r"No. </think> \boxed{3}", verdict=0.0, correct=
 
 def rewards(preference: str | None = None, function: str | None = None, **terms: float) -> Rewards:
     weights = {"correctness": 0.0, "format": 0.0, "length": 0.0, "overlong": 0.0} | terms
-    settings: dict[str, Any] = {"require_think": True, "timeout": 1.0, "workers": 1, "overlong_buffer": None}
-    return Rewards(RewardConfig(terms=weights, function=function, **settings), preference)
+    settings: dict[str, Any] = {
+        "verifier": "math",
+        "parameters": {},
+        "require_think": True,
+        "timeout": 1.0,
+        "workers": 1,
+    }
+    return Rewards(RewardConfig(terms=weights, function=function, overlong_buffer=None, **settings), preference)
 
 
 def test_the_verdict_alone_is_the_reward_by_default() -> None:
@@ -118,7 +124,7 @@ def test_a_users_function_sees_the_response_and_its_questions_metadata(mine: Pat
     ("name", "message"),
     [
         ("raises", r"reward.function=\S+:raises raised ZeroDivisionError at {path}:10: division by zero"),
-        ("not_a_number", r"{path}:13 must return a finite number; it returned nan, for the question 'What is 1"),
+        ("not_a_number", r"{path}:13 must return a finite number; it returned nan"),
         ("nothing", r"{path}:17 must return a finite number; it returned None"),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_function_of_yours_sees_the_whole_response_and_may_shape() -> None:
     [verdict] = UserFunction(half, "m:half").grade_with_reasons(["thought </think> 4"], [["4", "5"]])
     assert (verdict.reward, verdict.reason) == (0.5, "reward 0.5")
     assert seen == [("thought </think> 4", ("4", "5"))]
-    with pytest.raises(UserError, match="m:bad returned nan"):
+    with pytest.raises(UserError, match=r"m:bad: \S*test_verifiers.py:75 must return a finite number; it returned nan"):
         UserFunction(lambda *_: float("nan"), "m:bad").grade(["x"], ["y"])
 
 
