@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.rollouts import Rollouts
@@ -39,10 +37,11 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
         "eos_token_id": 1,
     } | changes
     torch.manual_seed(seed)
-    if architecture == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**shape))
-    else:
+    if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(rope_parameters=LLAMA3_ROPE, **shape))
+    else:
+        more = {"qwen2": {}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}[architecture]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(more | shape)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -61,7 +60,7 @@ def reference_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     for module in model.modules():
-        if isinstance(module, (Qwen2RMSNorm, LlamaRMSNorm)):
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = rms_norm.__get__(module)
     return model
 

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_disco.algorithms.benchmark import evaluate_set, weights_identity
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.objectives import Objective, build_objective
-from nemo_disco.algorithms.sampling import Questions, evaluate_set
+from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import PROVIDED
 from nemo_disco.algorithms.trainer import DisCO
 from nemo_disco.config.compose import changes, load_run_config, to_yaml
+from nemo_disco.config.model_source import model_source
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import encode_prompts, load_tokenizer, stop_token_ids
 from nemo_disco.data.questions import load_questions
 from nemo_disco.data.sampler import QuestionSampler
+from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, write_evaluation
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import checkpoint, parallel
@@ -82,20 +85,29 @@ def train(config: RunConfig) -> int:
 
 
 def evaluate(config: RunConfig) -> int:
-    """`nemo-disco evaluate`: score model.path on evaluation.files."""
+    """`nemo-disco evaluate`: score model.path (a Hugging Face directory, a checkpoint, a run) on evaluation.files."""
     run = RunDirectory(config.exp_manager.explicit_log_dir)
     # In the directory of a training run the result must not pass for the one before training.
     directory = run.path / "evaluate" if run.metrics.exists() else run.evaluation
+    source = model_source(config.model.path)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": source.hugging_face})})
+    reference = read_reference(Path(config.evaluation.reference)) if config.evaluation.reference else {}
     with _started(config), _held(run):
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         sets = _evaluation_sets(config, tokenizer)
-        with _room(config, tokenizer, trainable=False) as room:
+        with _room(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as room:
+            results = []
             for questions in sets:
-                result = evaluate_set(room.engine, room.grader, questions, config, step=0)
+                samples = directory / f"{questions.name}.step_{source.step}.samples.jsonl"
+                stream = (samples, weights_identity(source))
+                results.append(evaluate_set(room.engine, room.grader, questions, config, source.step, stream))
                 if _first():
-                    path = write_evaluation(directory, result)
-                    _print_estimates(result)
-                    print(f"written to {path}")
+                    path = write_evaluation(directory, results[-1])
+                    print_estimates(results[-1])
+                    print(f"written to {path}; every sample: {samples}")
+            if _first():
+                model = room.policy.hf_config
+                print_tables(results, reference, (model.model_type, model.hidden_size))
     return 0
 
 
@@ -139,16 +151,28 @@ def _held(run: RunDirectory) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _room(
-    config: RunConfig, tokenizer: Any, *, dtype: torch.dtype | None = None, trainable: bool = True
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    trainable: bool = True,
+    checkpoint_path: Path | None = None,
 ) -> Iterator[Room]:
-    policy = _policy(config, dtype=dtype, trainable=trainable)
+    """checkpoint_path: where the weights are, if not in model.path."""
+    policy = _policy(config, dtype=dtype, trainable=trainable, read_weights=checkpoint_path is None)
+    if checkpoint_path is not None:
+        checkpoint.load(policy, checkpoint_path)
     engine = MegatronEngine(policy, stop_token_ids(tokenizer, config.model.path))
     workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if checkpoint_path is not None:
+        engine.update_weights(policy.named_weights(), 0)
     with build_verifier(config.reward, workers) as grader:
         yield Room(policy, engine, grader)
 
 
-def _policy(config: RunConfig, *, dtype: torch.dtype | None = None, trainable: bool = True) -> Policy:
+def _policy(
+    config: RunConfig, *, dtype: torch.dtype | None = None, trainable: bool = True, read_weights: bool = True
+) -> Policy:
     mini_batches = -(-config.data.questions_per_step // config.algorithm.mini_batch_questions)
     return Policy(
         config.model,
@@ -157,6 +181,7 @@ def _policy(config: RunConfig, *, dtype: torch.dtype | None = None, trainable: b
         clip_grad=config.trainer.gradient_clip_val,
         total_optimizer_steps=config.trainer.max_steps * mini_batches,
         trainable=trainable,
+        read_weights=read_weights,
     )
 
 
@@ -237,13 +262,6 @@ def _show(run: RunDirectory) -> None:
             console.print(rich_table(compare(results[0], results[-1]), title))
     console.print(f"report   {write_report([run.path])}", soft_wrap=True, highlight=False)
     console.print(f"model    {run.export} (a Hugging Face directory)", soft_wrap=True, highlight=False)
-
-
-def _print_estimates(result: EvaluationResult) -> None:
-    print(f"{result.name}: {result.problems} problems x {result.samples} samples")
-    for name, e in result.estimates().items():
-        if e is not None:
-            print(f"  {name:<10} {e.value:.4f}  95% [{e.low:.4f}, {e.high:.4f}]")
 
 
 def _delta(objective: Objective) -> float | None:

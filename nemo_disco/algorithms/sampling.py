@@ -9,14 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch.distributed as dist
 
-from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import decode
 from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.generation.engine import Engine, Response, Sampling
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
@@ -88,27 +85,3 @@ def on_shares(count: int, judge: Callable[[range], list[T]]) -> list[T]:
         if isinstance(share, UserError):
             raise share
     return [shares[i % size][i // size] for i in range(count)]
-
-
-def evaluate_set(
-    engine: Engine, grader: Grader, questions: Questions, config: RunConfig, step: int
-) -> EvaluationResult:
-    """k samples and one greedy response to every question of a set, graded. The same seeds at every step."""
-    k, limit = config.evaluation.samples, config.generation.longest_response
-    everything = range(len(questions))
-    repeated = questions.repeat(everything, k)
-    seeds = np.random.SeedSequence((config.seed, 2**32 - 1)).generate_state(len(repeated), np.uint64) >> 1
-    sampling = Sampling(config.evaluation.temperature, limit, config.evaluation.top_p)
-    rollouts, texts = sample_responses(engine, repeated, [int(s) for s in seeds], sampling)
-    once = questions.repeat(everything, 1)
-    _, greedy = sample_responses(engine, once, [0] * len(once), Sampling(0.0, limit))
-    threshold = config.algorithm.threshold
-    shape = (len(questions), k)
-    return EvaluationResult(
-        name=questions.name,
-        step=step,
-        correct=(np.asarray(grade(grader, texts, repeated)) > threshold).reshape(shape),
-        lengths=rollouts.response_lengths.numpy().reshape(shape),
-        truncated=rollouts.truncated.numpy().reshape(shape),
-        greedy_correct=np.asarray(grade(grader, greedy, once)) > threshold,
-    )

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nemo_disco.algorithms.benchmark import evaluate_set
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
 from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.sampling import Questions, evaluate_set
+from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.config.flops import peak_flops
@@ -84,6 +85,7 @@ class DisCO:
         self.step = 0
         self.skipped = 0  # mini-batches of the whole run that were not applied
         self.skipped_in_a_row = 0
+        self.best: float | None = None  # mean Pass@1 over the evaluation sets
 
     # --- the loop ---
 
@@ -92,7 +94,7 @@ class DisCO:
         limit, every = self.config.trainer.max_steps, self.config.exp_manager.checkpoint_every_n_steps
         with StopRequest() as stop, self.journal.watch(limit, self.step), self.writer:
             if self.step == 0:
-                self.journal.evaluated(self.run_validation())
+                self._evaluated(self.run_validation())
             elif self.step >= limit:
                 self.journal.say(f"step {self.step} of {limit}: nothing is left to train")
             saved = self.step
@@ -120,7 +122,7 @@ class DisCO:
                 self.engine.update_weights(self.policy.named_weights(), self.step)
         with clock("evaluate"):
             evaluated = self.run_validation() if self._validates() else []
-        self.journal.evaluated(evaluated)
+        self._evaluated(evaluated)
         metrics |= {name: value for result in evaluated for name, value in result.metrics().items()}
         return metrics | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
 
@@ -194,6 +196,7 @@ class DisCO:
             "step": self.step,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "best": self.best,
             **self.collector.state_dict(),
         }
 
@@ -201,6 +204,7 @@ class DisCO:
         self.step = state["step"]
         self.collector.load_state_dict(state)
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.best = state.get("best")
         self.engine.update_weights(self.policy.named_weights(), self.step)
 
     # --- parts ---
@@ -222,6 +226,19 @@ class DisCO:
     def _validates(self) -> bool:
         every = self.config.evaluation.every_n_steps
         return self.step == self.config.trainer.max_steps or (every > 0 and self.step % every == 0)
+
+    def _evaluated(self, results: Sequence[EvaluationResult]) -> None:
+        """Write them down, and keep the weights as RUN/best where no evaluation during training was better."""
+        self.journal.evaluated(results)
+        score = float(np.mean([result.correct.mean() for result in results])) if results else None
+        if score is None or (self.best is not None and score <= self.best):
+            return
+        self.best = score
+        if self.step and self.config.evaluation.every_n_steps:
+            self.policy.export(self.journal.run.best)
+            self.journal.say(
+                f"step {self.step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.journal.run.best}"
+            )
 
     def _skip(self, why: str) -> None:
         """Count a mini-batch that is not applied. Raises UserError after MAX_SKIPPED in a row."""

@@ -10,6 +10,7 @@ import itertools
 import math
 from pathlib import Path
 
+from nemo_disco.config.model_source import model_source
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.config.shape import ModelShape, read_shape
 from nemo_disco.runtime.errors import UserError
@@ -53,7 +54,8 @@ def check_files(config: RunConfig, command: str, first_rank: bool = True) -> Non
 
     The run directory is made here, by the first rank.
     """
-    check_shape(config, read_shape(config.model.path))
+    path = model_source(config.model.path).hugging_face if command == "evaluate" else config.model.path
+    check_shape(config, read_shape(path))
     if command in ("train", "verify"):
         _check_question_files(config.data.train_files, "data.train_files")
     if command == "evaluate" and not config.evaluation.files:

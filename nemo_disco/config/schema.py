@@ -60,7 +60,7 @@ class OptimConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str  # a Hugging Face directory (config, tokenizer, safetensors)
+    path: str  # a Hugging Face directory (config, tokenizer, safetensors); to evaluate, a checkpoint or a run too
     tensor_model_parallel_size: PositiveInt
     pipeline_model_parallel_size: PositiveInt
     virtual_pipeline_model_parallel_size: PositiveInt | None
@@ -190,6 +190,7 @@ class EvaluationConfig(Section):
     top_p: Fraction
     max_questions: PositiveInt | None  # the first n of each file; null is all
     every_n_steps: NonNegativeInt  # 0: only before and after training
+    reference: str | None  # a run directory: accuracy and length are compared with its evaluations (AES)
 
 
 class VerifyConfig(Section):

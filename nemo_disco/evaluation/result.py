@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_disco.evaluation.statistics import Estimate, avg_at_k, bootstrap, pass_at_k
+from nemo_disco.evaluation.statistics import Estimate, avg_at_k, bootstrap, maj_at_k, pass_at_k
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import write_atomically
 
@@ -26,6 +26,7 @@ class EvaluationResult:
     name: the set; step: the training step of the weights (0: before training).
     correct [P, K] bool; lengths [P, K] int64, response tokens; truncated [P, K] bool: cut by the length limit.
     greedy_correct [P] bool, or None if nothing was sampled greedily.
+    votes [P, K] int64, or None: equal within a problem where the answers are equal, -1 where there is none.
     Raises ValueError if the shapes disagree.
     """
 
@@ -35,16 +36,19 @@ class EvaluationResult:
     lengths: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     greedy_correct: NDArray[np.bool_] | None = None
+    votes: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in (("correct", bool), ("lengths", np.int64), ("truncated", bool), ("greedy_correct", bool)):
+        types = {"correct": bool, "lengths": np.int64, "truncated": bool, "greedy_correct": bool, "votes": np.int64}
+        for name, dtype in types.items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, np.asarray(value, dtype=dtype))
-        shapes = {self.correct.shape, self.lengths.shape, self.truncated.shape}
+        votes = {self.votes.shape} if self.votes is not None else set()
+        shapes = {self.correct.shape, self.lengths.shape, self.truncated.shape} | votes
         if len(shapes) != 1 or self.correct.ndim != 2 or not self.correct.size:
             raise ValueError(
-                f"evaluation {self.name}: correct, lengths and truncated need one shape [P, K], not {shapes}"
+                f"evaluation {self.name}: correct, lengths, truncated and votes need one shape [P, K], not {shapes}"
             )
         if self.greedy_correct is not None and self.greedy_correct.shape != self.correct.shape[:1]:
             raise ValueError(
@@ -64,6 +68,8 @@ class EvaluationResult:
         greedy = self.greedy_correct
         # With one sample a problem, pass@k would repeat Pass@1.
         pass_k = {f"pass@{self.samples}": pass_at_k(self.correct, self.samples)} if self.samples > 1 else {}
+        if self.votes is not None and self.samples > 1:
+            pass_k[f"maj@{self.samples}"] = maj_at_k(self.correct, self.votes)
         return {
             "pass@1": avg_at_k(self.correct),
             "greedy": None if greedy is None else greedy.astype(np.float64),
@@ -71,6 +77,11 @@ class EvaluationResult:
             "length": self.lengths.mean(axis=1),
             "truncated": self.truncated.mean(axis=1),
         }
+
+    def pass_curve(self) -> dict[int, Estimate]:
+        """pass@k for k = 1, 2, 4, ... up to the samples, and for all of them."""
+        powers = [2**i for i in range(self.samples.bit_length()) if 2**i < self.samples]
+        return {k: bootstrap(pass_at_k(self.correct, k)) for k in [*powers, self.samples]}
 
     def estimates(self) -> dict[str, Estimate | None]:
         """Each statistic's mean over problems with its bootstrap 95% interval."""
@@ -93,12 +104,13 @@ class EvaluationResult:
             "correct": self.correct.astype(int).tolist(),
             "truncated": self.truncated.astype(int).tolist(),
             "lengths": self.lengths.tolist(),
+            "votes": None if self.votes is None else self.votes.tolist(),
         }
 
     @classmethod
     def from_json(cls, mapping: dict[str, Any]) -> EvaluationResult:
         """The inverse of to_json. Raises KeyError or ValueError if the object is not one."""
-        return cls(**{f.name: mapping[f.name] for f in fields(cls)})
+        return cls(**{f.name: mapping[f.name] for f in fields(cls) if f.default is MISSING or f.name in mapping})
 
 
 def write_evaluation(directory: Path, result: EvaluationResult) -> Path:

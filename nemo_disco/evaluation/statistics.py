@@ -53,6 +53,36 @@ def pass_at_k(correct: ArrayLike, k: int) -> Vector:
     return chances
 
 
+def maj_at_k(correct: ArrayLike, votes: ArrayLike) -> Vector:
+    """[problems] whether the answer that most samples give is correct (arXiv 2203.11171); a tie counts by its share.
+
+    correct: bool [problems, samples]. votes: int [problems, samples], equal where the answers are, -1 without an
+    answer: those do not vote, and a problem without any vote is wrong. Raises ValueError if the shapes differ.
+    """
+    right, ballots = _matrix(correct), np.asarray(votes, dtype=np.int64)
+    if right.shape != ballots.shape:
+        raise ValueError(f"{ballots.shape} votes for {right.shape} samples")
+    shares = np.zeros(len(right))
+    for problem, ballot in enumerate(ballots):
+        answers, counts = np.unique(ballot[ballot >= 0], return_counts=True)
+        winners = answers[counts == counts.max(initial=0)]
+        if len(winners):
+            shares[problem] = np.mean([right[problem][ballot == answer].mean() for answer in winners])
+    return shares
+
+
+def accuracy_efficiency_score(length: float, accuracy: float, reference: tuple[float, float]) -> float:
+    """AES: (L_ref - L) / L_ref, less 10 |A - A_ref| / A_ref where accuracy drops (as the figures of arXiv 2510.04474
+    imply; a gain in accuracy adds nothing).
+
+    reference: (L_ref, A_ref) of the same method without its length penalty. Raises ValueError unless both are positive.
+    """
+    its_length, its_accuracy = reference
+    if its_length <= 0 or its_accuracy <= 0:
+        raise ValueError(f"a reference of length {its_length} and accuracy {its_accuracy} gives no score")
+    return (its_length - length) / its_length - 10 * max(0.0, its_accuracy - accuracy) / its_accuracy
+
+
 def bootstrap(per_problem: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """The mean over problems with its percentile bootstrap interval; problems are resampled, not samples.
 

@@ -56,9 +56,7 @@ def begin(directory: Path, step: int) -> Path:
 
 def commit(work: Path, final: Path, record: Mapping[str, Any]) -> None:
     """Put the record into `work`, sync it, and let it appear as `final`, in place of what was there."""
-    text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
-    with (work / RECORD).open("w", encoding="utf-8") as file:
-        file.write(text)
+    write_record(work, record)
     for path in work.iterdir():
         _sync(path)
     _sync(work)
@@ -70,6 +68,12 @@ def commit(work: Path, final: Path, record: Mapping[str, Any]) -> None:
     work.rename(final)
     _sync(final.parent)
     clean(final.parent)
+
+
+def write_record(work: Path, record: Mapping[str, Any]) -> None:
+    """Write checkpoint.json, with a checksum of what it says."""
+    text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
+    (work / RECORD).write_text(text, encoding="utf-8")
 
 
 def rotate(directory: Path, step: int, keep: int) -> None:

@@ -72,6 +72,11 @@ def _dtype(policy: Policy) -> str:
 def check_fits(policy: Policy, path: Path, record: dict[str, Any]) -> None:
     if record["format"] > files.FORMAT:
         raise UserError(f"checkpoint {path} was written by a newer version: {record['code']}")
+    if policy.optimizer is not None and record["optimizer"] is None:
+        raise UserError(
+            f"checkpoint {path} was converted and holds weights alone; to train from them, turn it into a Hugging Face "
+            "directory (megatron_to_hf) and set model.path to that"
+        )
     there = record["model"]
     differ = [
         f"{name} is {there.get(name)} there and {value} here"

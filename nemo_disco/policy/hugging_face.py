@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
+from mbridge.models.qwen3 import Qwen3Bridge
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -60,7 +61,10 @@ class _LocalSpec:
         qkv_bias = hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False))
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
         return self._build_base_config(  # type: ignore[attr-defined]
-            add_qkv_bias=qkv_bias, kv_channels=head_dim, **self.megatron_options
+            add_qkv_bias=qkv_bias,
+            kv_channels=head_dim,
+            qk_layernorm=hf.model_type == "qwen3",
+            **self.megatron_options,
         )
 
 
@@ -68,11 +72,15 @@ class _Qwen2(_LocalSpec, Qwen2Bridge):  # type: ignore[misc]
     pass
 
 
-class _Llama(_LocalSpec, LLaMABridge):  # type: ignore[misc]
+class _Qwen3(_LocalSpec, Qwen3Bridge):  # type: ignore[misc]
     pass
 
 
-_BRIDGES: dict[str, type] = {"qwen2": _Qwen2, "llama": _Llama}
+class _Llama(_LocalSpec, LLaMABridge):  # type: ignore[misc]
+    """Mistral too: the same network, where no window slides."""
+
+
+_BRIDGES: dict[str, type] = {"qwen2": _Qwen2, "qwen3": _Qwen3, "llama": _Llama, "mistral": _Llama}
 # Rope scalings whose attention factor is 1, so that the angles say everything.
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -101,6 +109,11 @@ def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         raise UserError(f"{file}: rope_type {rope_type!r} is not built; known: {', '.join(_ROPE_TYPES)}")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UserError(
+            f"{file}: sliding_window={config.sliding_window} is not built: attention here sees the whole sequence; set "
+            "it to null if no sequence of yours is longer"
+        )
     return config
 
 

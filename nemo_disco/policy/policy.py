@@ -7,7 +7,7 @@ takes a loss of per-token log-probs that is a sum over tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,10 @@ class Policy:
         clip_grad: float = 0.0,
         total_optimizer_steps: int = 1,
         trainable: bool = True,
+        read_weights: bool = True,
     ) -> None:
         """parallel.start must have run. temperature: what log-probs divide the logits by; clip_grad: 0 is off.
+        read_weights: whether the directory's are read (else a checkpoint must be loaded).
 
         Raises UserError for a missing, damaged or unfitting model directory.
         """
@@ -59,11 +61,13 @@ class Policy:
         self.ranks, self.device = Ranks.here(), device()
         self.transformer_engine = uses_transformer_engine(config)
         self.hf_config = load_hf_config(config.path, config.trust_remote_code)
-        with SafetensorReader(config.path) as reader:
-            check_weights(reader, self.hf_config)
-            options = transformer_options(config, dtype, self.device, _finalize_sums)
+        options = transformer_options(config, dtype, self.device, _finalize_sums)
+        with SafetensorReader(config.path) if read_weights else nullcontext() as reader:
+            if reader is not None:
+                check_weights(reader, self.hf_config)
             self.model = HuggingFaceModel(self.hf_config, dtype, options, self.transformer_engine)
-            self.model.load(reader.read)
+            if reader is not None:
+                self.model.load(reader.read)
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]
         if dtype is torch.bfloat16:
             self.network = [Float16Module(chunk.config, chunk) for chunk in self.network]

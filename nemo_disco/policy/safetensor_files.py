@@ -22,7 +22,7 @@ from nemo_disco.runtime.errors import UserError
 
 _SHARD_BYTES = 4 * 2**30
 # What belongs to a model besides its weights.
-_COMPANIONS = (
+COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -143,7 +143,7 @@ def save_hf_directory(
         flush()
     _name_shards(directory, shards, total)
     hf_config.save_pretrained(directory)
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         source = Path(companions_from) / name
         if source.is_file():
             shutil.copy2(source, directory / name)

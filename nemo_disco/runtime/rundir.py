@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 class RunDirectory:
     """The paths of a run, and nothing else until `create` or `lock` is called.
 
-    config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, evaluation/, export/, report.html, and
+    config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, evaluation/, best/, export/, report.html, and
     profile/ where steps are profiled.
     """
 
@@ -46,6 +46,7 @@ class RunDirectory:
         self.rollouts = self.path / "rollouts"
         self.evaluation = self.path / "evaluation"
         self.export = self.path / "export"
+        self.best = self.path / "best"
         self.report = self.path / "report.html"
         self.lock_file = self.path / ".lock"
         self.profile = self.path / "profile"
@@ -56,7 +57,7 @@ class RunDirectory:
 
     def create(self) -> None:
         """Make the layout. Raises UserError if any of it cannot be made or written."""
-        # export/ is not among them: it appears whole, when the final model is written.
+        # best/ and export/ are not among them: they appear whole.
         directories = (self.tensorboard, self.checkpoints, self.rollouts, self.evaluation)
         for directory in (self.path, *directories):
             try:

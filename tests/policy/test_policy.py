@@ -27,7 +27,9 @@ from nemo_disco.runtime.errors import UserError
 TEMPERATURE = 0.6
 
 
-@pytest.fixture(scope="module", params=["qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied"])
+@pytest.fixture(
+    scope="module", params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "llama-tied", "llama-untied", "mistral-untied"]
+)
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture, tying = request.param.split("-")
     return save_model(tmp_path_factory.mktemp(request.param), architecture, tied=tying == "tied")
@@ -115,7 +117,12 @@ def test_export_gives_the_weights_back_bit_for_bit(model_path: Path, tmp_path: P
     before, after = load_file(model_path / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] in ("qwen2", "llama")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] in (
+        "qwen2",
+        "qwen3",
+        "llama",
+        "mistral",
+    )
 
 
 def test_a_bfloat16_directory_comes_back_as_bfloat16(qwen2: Path, tmp_path: Path) -> None:
@@ -179,7 +186,7 @@ def broken(directory: Path, source: Path, edit: str) -> Path:
         ("no weights", "no *.safetensors file"),
         ("truncated", "damaged safetensors file"),
         ("not JSON", "not a JSON object"),
-        ("architecture", "model_type 'gpt2' is not built; known: llama, qwen2"),
+        ("architecture", "model_type 'gpt2' is not built; known: llama, mistral, qwen2, qwen3"),
         ("layers", "missing model.layers.4."),
         ("contradiction", "`num_hidden_layers` (5) must be equal"),
         ("width", "has shape (128, 64), config.json says (96, 64)"),

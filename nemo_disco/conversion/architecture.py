@@ -1,0 +1,139 @@
+"""The names and layouts of one model in both worlds, as a table: Qwen2, Qwen3, Llama, Mistral.
+
+Pure: a Hugging Face config.json in, pairings out. Each pairing is one megatron tensor of one layer and the Hugging Face
+tensors that it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nemo_disco.runtime.errors import UserError
+
+Shape = tuple[int, ...]
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """key: megatron's, layer: its row where layers are stacked under one key (None: no layer's); shape: of that row.
+
+    parts: (Hugging Face name, shape). kind: how the parts make the whole.
+    """
+
+    key: str
+    layer: int | None
+    shape: Shape
+    parts: tuple[tuple[str, Shape], ...]
+    kind: Literal["same", "stacked", "qkv"] = "same"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes, from config.json. bias: of query, key and value."""
+
+    config: dict[str, Any]
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    bias: bool
+    qk_norm: bool
+
+    def pairings(self) -> Iterator[Pairing]:
+        """Every tensor of the model, once, in the order of a forward pass."""
+        h, ffn, d = self.hidden, self.ffn, self.head_dim
+        table = (self.vocab, h)
+        yield Pairing("embedding.word_embeddings.weight", None, table, (("model.embed_tokens.weight", table),))
+        for layer in range(self.layers):
+            hf = f"model.layers.{layer}."
+
+            def one(key: str, name: str, shape: Shape, layer: int = layer, hf: str = hf) -> Pairing:
+                return Pairing(f"decoder.layers.{key}", layer, shape, ((hf + name, shape),))
+
+            yield one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", (h,))
+            yield self._qkv(layer, hf, "weight", (h,))
+            if self.bias:
+                yield self._qkv(layer, hf, "bias", ())
+            if self.qk_norm:
+                yield one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", (d,))
+                yield one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", (d,))
+            yield one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", (h, self.heads * d))
+            yield one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", (h,))
+            gated = tuple((f"{hf}mlp.{name}_proj.weight", (ffn, h)) for name in ("gate", "up"))
+            yield Pairing("decoder.layers.mlp.linear_fc1.weight", layer, (2 * ffn, h), gated, "stacked")
+            yield one("mlp.linear_fc2.weight", "mlp.down_proj.weight", (h, ffn))
+        yield Pairing("decoder.final_layernorm.weight", None, (h,), (("model.norm.weight", (h,)),))
+        if not self.tied:
+            yield Pairing("output_layer.weight", None, table, (("lm_head.weight", table),))
+
+    def join(self, pairing: Pairing, parts: list[Tensor]) -> Tensor:
+        """The megatron tensor. Its memory, and for more than one part no more than that again."""
+        if pairing.kind == "same":
+            return parts[0]
+        whole = torch.empty(pairing.shape, dtype=parts[0].dtype)
+        for view, part in zip(self._views(pairing, whole), parts, strict=True):
+            view.copy_(part.view(view.shape))
+        return whole
+
+    def split(self, pairing: Pairing, whole: Tensor) -> list[Tensor]:
+        """The Hugging Face tensors, as views where that is possible."""
+        if pairing.kind == "same":
+            return [whole]
+        views = self._views(pairing, whole)
+        return [view.reshape(shape) for view, (_, shape) in zip(views, pairing.parts, strict=True)]
+
+    def _qkv(self, layer: int, hf: str, what: str, columns: Shape) -> Pairing:
+        queries, keys = self.heads * self.head_dim, self.groups * self.head_dim
+        rows = (("q", queries), ("k", keys), ("v", keys))
+        parts = tuple((f"{hf}self_attn.{name}_proj.{what}", (n, *columns)) for name, n in rows)
+        shape = (queries + 2 * keys, *columns)
+        return Pairing(f"decoder.layers.self_attention.linear_qkv.{what}", layer, shape, parts, "qkv")
+
+    def _views(self, pairing: Pairing, whole: Tensor) -> list[Tensor]:
+        """The parts inside the whole. megatron keeps each group's queries beside its key and its value."""
+        if pairing.kind == "stacked":
+            return list(whole.chunk(2))
+        grouped = whole.view(self.groups, -1, self.head_dim, *whole.shape[1:])
+        share = self.heads // self.groups
+        return [grouped[:, :share], grouped[:, share : share + 1], grouped[:, share + 1 :]]
+
+
+def read_architecture(directory: Path) -> Architecture:
+    """Of a Hugging Face directory. Raises UserError: no config.json, another architecture, a size that is missing."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); give a Hugging Face model directory") from error
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{file}: model_type {kind!r} is not converted; known: {', '.join(ARCHITECTURES)}")
+    try:
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        return Architecture(
+            config=config,
+            layers=config["num_hidden_layers"],
+            hidden=hidden,
+            ffn=config["intermediate_size"],
+            heads=heads,
+            groups=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab=config["vocab_size"],
+            tied=config.get("tie_word_embeddings", False),
+            bias=config.get("attention_bias", kind == "qwen2"),
+            qk_norm=kind == "qwen3",
+        )
+    except KeyError as error:
+        raise UserError(f"{file}: {error.args[0]} is missing") from error

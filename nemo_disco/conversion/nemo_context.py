@@ -1,0 +1,111 @@
+"""context/ of a NeMo 2.0 directory: io.json, by which NeMo builds the model, in fiddle's serialization.
+
+Written without NeMo; it names NeMo's classes and what each is given, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_disco.conversion.architecture import Architecture
+
+TOKENIZER = "nemo_tokenizer"  # the directory beside io.json
+_MODELS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
+_FIDDLE = "fiddle._src.config"
+
+
+@dataclass
+class _Call:
+    """One class and its arguments."""
+
+    module: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def write_context(directory: Path, architecture: Architecture) -> None:
+    """Write io.json into a directory that holds the tokenizer's files in nemo_tokenizer/."""
+    config = architecture.config
+    rope = config.get("rope_parameters") or {}
+    sizes = {
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "ffn_hidden_size": architecture.ffn,
+        "num_attention_heads": architecture.heads,
+        "num_query_groups": architecture.groups,
+        "kv_channels": architecture.head_dim,
+        "vocab_size": architecture.vocab,
+        "seq_length": config["max_position_embeddings"],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "rotary_base": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
+        "share_embeddings_and_output_weights": architecture.tied,
+        "add_qkv_bias": architecture.bias,
+        "make_vocab_size_divisible_by": 1,
+    }
+    name = _MODELS[config["model_type"]]
+    models = f"nemo.collections.llm.gpt.model.{name.lower()}"
+    kind = f"{name}Config7B" if name == "Mistral" else f"{name}Config"  # NeMo has no Mistral without a size
+    tokenizer = _Call(
+        "nemo.collections.common.tokenizers.huggingface.auto_tokenizer",
+        "AutoTokenizer",
+        {"pretrained_model_name": TOKENIZER},
+    )
+    model = _Call(models, f"{name}Model", {"config": _Call(models, kind, sizes), "tokenizer": tokenizer})
+    context = _Call("nemo.lightning.io.pl", "TrainerContext", {"model": model, "trainer": None, "extra": {}})
+    (directory / "io.json").write_text(json.dumps(_Fiddle().document(context), indent=1) + "\n")
+
+
+class _Fiddle:
+    """fiddle.experimental.serialization's JSON, version 0.0.1: objects by key, each with its metadata."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def document(self, root: _Call) -> dict[str, Any]:
+        reference = self._add(root, "<root>")
+        counts = dict.fromkeys(self._objects, 1)
+        return {"root": reference, "objects": self._objects, "refcounts": counts, "version": "0.0.1"}
+
+    def _add(self, value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, _Call):
+            return self._call(value, path)
+        if isinstance(value, dict):
+            return self._dict()
+        return {"type": "leaf", "value": value, "paths": [path]}
+
+    def _call(self, call: _Call, path: str) -> dict[str, Any]:
+        items = [[f"Attr(name='{k}')", self._add(v, f"{path}.{k}")] for k, v in call.arguments.items()]
+        names = self._put(
+            "tuple", _reference("builtins", "tuple"), [[f"Index(index={i})", k] for i, k in enumerate(call.arguments)]
+        )
+        metadata = [
+            ["Attr(name='fn_or_cls')", _reference(call.module, call.name)],
+            ["Attr(name='argument_names')", names],
+            ["Attr(name='argument_tags')", self._dict()],
+            ["Attr(name='argument_history')", self._dict()],
+        ]
+        kind = _reference(_FIDDLE, "BuildableTraverserMetadata")
+        described = self._put(
+            "buildable_traverser_metadata", kind, metadata, _reference(_FIDDLE, "BuildableTraverserMetadata")
+        )
+        return self._put(call.name.lower(), _reference(_FIDDLE, "Config"), items, described, [path])
+
+    def _dict(self) -> dict[str, Any]:
+        empty: dict[str, Any] = {"type": _reference("builtins", "tuple"), "items": [], "metadata": None}
+        return self._put("dict", _reference("builtins", "dict"), [], empty)
+
+    def _put(
+        self, name: str, kind: dict[str, Any], items: list[Any], metadata: Any = None, paths: list[str] | None = None
+    ) -> dict[str, Any]:
+        self._counts[name] = self._counts.get(name, 0) + 1
+        key = f"{name}_{self._counts[name]}"
+        self._objects[key] = {"type": kind, "items": items, "metadata": metadata} | ({"paths": paths} if paths else {})
+        return {"type": "ref", "key": key}
+
+
+def _reference(module: str, name: str) -> dict[str, Any]:
+    return {"type": "pyref", "module": module, "name": name}

@@ -1,0 +1,65 @@
+"""checkpoint.json of a converted checkpoint, so that policy/checkpoint.py loads it; and checking one that is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nemo_disco
+from nemo_disco.conversion.architecture import read_architecture
+from nemo_disco.policy import checkpoint_files as files
+from nemo_disco.policy.hugging_face import load_hf_config
+from nemo_disco.runtime.errors import UserError
+
+
+def write_record(work: Path, source: Path) -> None:
+    """Of weights alone: no optimizer, no loop state. `work` must hold every other file."""
+    architecture, config = read_architecture(source), load_hf_config(source)
+    kind = {
+        name: getattr(config, name) for name in ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
+    }
+    shape = {
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "ffn_hidden_size": architecture.ffn,
+        "num_attention_heads": architecture.heads,
+        "num_query_groups": architecture.groups,
+        "kv_channels": architecture.head_dim,
+        "add_qkv_bias": architecture.bias,
+        "layernorm_epsilon": config.rms_norm_eps,
+    }
+    record: dict[str, Any] = {
+        "format": files.FORMAT,
+        "step": 0,
+        "code": {"nemo_disco": nemo_disco.__version__, "torch": torch.__version__},
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        "optimizer": None,
+        "model": kind | shape,
+        "loop_state": {},
+        "random_state": [],
+        "files": files.describe(work, 0),
+    }
+    record = json.loads(json.dumps(record))
+    files.write_record(work, record)
+
+
+def verify_files(checkpoint: Path) -> None:
+    """Compare a checkpoint with its record, where it has one. Raises UserError naming the file that is damaged."""
+    if not (checkpoint / files.RECORD).is_file():
+        return
+    try:
+        record = files.read_record(checkpoint)
+        files.check(checkpoint, record["files"], sorted(record["files"]))
+    except files.DamagedError as damage:
+        raise UserError(f"checkpoint {checkpoint}: {damage}; take another one") from None
+
+
+def training_dtype(checkpoint: Path, model: Path) -> torch.dtype | None:
+    """What a training run's export takes: the config's type; None (as stored) where no run wrote the checkpoint."""
+    if not (checkpoint / files.RECORD).is_file() or files.read_record(checkpoint)["optimizer"] is None:
+        return None
+    dtype: torch.dtype | None = load_hf_config(model).dtype
+    return dtype

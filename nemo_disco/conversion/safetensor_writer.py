@@ -1,0 +1,80 @@
+"""Sharded safetensors, written tensor by tensor: memory for one tensor, whatever a shard holds.
+
+The shapes are known before the first tensor comes, so every shard's header is written first. Touches files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+SHARD_BYTES = 5 * 10**9
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+Plan = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
+
+
+def write_safetensors(
+    directory: Path, plan: Plan, tensors: Iterable[tuple[str, Tensor]], shard: int = SHARD_BYTES
+) -> None:
+    """Write `tensors`, which come in the order of `plan` (name, shape, dtype), as model*.safetensors, with an index
+    where there is more than one shard of at most `shard` bytes. Raises ValueError for a tensor that is not as planned.
+    """
+    shards: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
+    held = 0
+    for item in plan:
+        size = _bytes(item[1], item[2])
+        if shards[-1] and held + size > shard:
+            shards.append([])
+            held = 0
+        shards[-1].append(item)
+        held += size
+    count = len(shards)
+    names = [
+        f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
+    ]
+    coming = iter(tensors)
+    for file, items in zip(names, shards, strict=True):
+        with (directory / file).open("wb") as stream:
+            _write_shard(stream, items, coming)
+    if count > 1:
+        where = {name: file for file, items in zip(names, shards, strict=True) for name, *_ in items}
+        total = sum(_bytes(shape, dtype) for _, shape, dtype in plan)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_shard(stream: BinaryIO, items: Plan, coming: Iterable[tuple[str, Tensor]]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, dtype in items:
+        begin, end = end, end + _bytes(shape, dtype)
+        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for (name, shape, dtype), (given, tensor) in zip(items, coming, strict=False):
+        if (given, tuple(tensor.shape), tensor.dtype) != (name, shape, dtype):
+            raise ValueError(
+                f"{given} {tuple(tensor.shape)} {tensor.dtype} came where {name} {shape} {dtype} was planned"
+            )
+        stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    if stream.tell() != 8 + len(text) + end:
+        raise ValueError(f"{(stream.tell() - 8 - len(text))} bytes of tensors came where {end} were planned")
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count * dtype.itemsize

@@ -1,0 +1,208 @@
+"""megatron-core's torch_dist format, read and written tensor by tensor, without megatron and without a model.
+
+It is torch's distributed checkpoint: pieces of global tensors in files, and `.metadata`, a pickle that says where. The
+pickle is opened by a list of classes, pieces with weights_only; objects (FP8 scales, random states) are never opened.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from nemo_disco.runtime.errors import UserError
+
+METADATA = ".metadata"
+_FIRST = "embedding.word_embeddings.weight"  # what every model has: before it stands the prefix of all names
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_FILESYSTEM, _RECORDS = "torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.metadata"
+_ADMITTED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    (_FILESYSTEM, "_StorageInfo"),
+    (_FILESYSTEM, "StorageMeta"),
+    ("torch.distributed.checkpoint.storage", "StorageMeta"),
+    ("torch.distributed.checkpoint.api", "StorageMeta"),
+    *((_RECORDS, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex")),
+    *(
+        (_RECORDS, name)
+        for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
+    ),
+    ("pathlib", "PosixPath"),
+}
+_DTYPES = {"bfloat16", "float16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
+
+
+class TorchDistReader:
+    """The tensors of a directory, by key. `names`: those that start with `prefix`, without it, optimizer's left out."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises UserError: no torch_dist checkpoint, a damaged one, or one whose metadata holds anything else."""
+        self.directory = directory
+        metadata = _read_metadata(directory / METADATA)
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(("optimizer.", "chained_", "rng"))
+        }
+        self._pieces: dict[str, list[tuple[Sequence[int], _StorageInfo]]] = defaultdict(list)
+        for index, info in metadata.storage_data.items():
+            if index.fqn in self._tensors:
+                self._pieces[index.fqn].append((tuple(index.offset or ()), info))
+        self.prefix = next((k.removesuffix(_FIRST) for k in self._tensors if k.endswith(_FIRST)), "")
+
+    def names(self) -> set[str]:
+        return {key.removeprefix(self.prefix) for key in self._tensors}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[self.prefix + name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = self._tensors[self.prefix + name].properties.dtype
+        return dtype
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """A whole tensor, or one layer of a stacked one. Memory: the tensor, and one piece of it.
+
+        Raises UserError if pieces are missing or damaged.
+        """
+        key = self.prefix + name
+        entry = self._tensors[key]
+        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+        pieces = [(o, i) for o, i in self._pieces[key] if layer is None or o[0] <= layer < o[0] + sizes[tuple(o)][0]]
+        shape = tuple(entry.size) if layer is None else tuple(entry.size)[1:]
+        if len(pieces) == 1 and sizes[tuple(pieces[0][0])] == tuple(entry.size if layer is None else (1, *shape)):
+            return self._piece(pieces[0][1]).view(shape)
+        whole = torch.empty(shape, dtype=entry.properties.dtype)
+        filled = 0
+        for offset, info in pieces:
+            piece = self._piece(info)
+            if layer is not None:
+                piece, offset = piece[layer - offset[0]], offset[1:]
+            place = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
+            whole[place].copy_(piece)
+            filled += piece.numel()
+        if filled != whole.numel():
+            raise UserError(f"{self.directory}: pieces of {key} are missing ({filled} of {whole.numel()} numbers)")
+        return whole
+
+    def _piece(self, info: _StorageInfo) -> Tensor:
+        file = (self.directory / info.relative_path).resolve()
+        if file.parent != self.directory.resolve():
+            raise UserError(f"{self.directory / METADATA} points at {info.relative_path!r}, outside the checkpoint")
+        try:
+            with file.open("rb") as stream:
+                piece: Any = _Slice(stream, info.offset, info.length)
+                tensor = torch.load(piece, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+
+class TorchDistWriter:
+    """Writes tensors as they come into one file; `close` writes the metadata. Every piece is a layer, or a whole."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._name = directory, "__0_0.distcp"
+        self._stream = (directory / self._name).open("wb")
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def add(self, key: str, tensor: Tensor, layer: int | None = None, layers: int = 0) -> None:
+        """layer: the row that this is of a tensor that stacks `layers` of them."""
+        piece = tensor.detach() if layer is None else tensor.detach()[None]
+        size = piece.shape if layer is None else torch.Size((layers, *tensor.shape))
+        offset = torch.Size([layer or 0, *[0] * (piece.dim() - 1)])
+        entry = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=piece.dtype), size, []))
+        if entry.properties.dtype != piece.dtype:
+            raise UserError(f"{key}: layers of different types, {entry.properties.dtype} and {piece.dtype}")
+        begin = self._stream.tell()
+        # Its own storage: torch.save would write all of the storage that a view looks into.
+        torch.save(piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone(), self._stream)
+        index = MetadataIndex(key, offset, len(entry.chunks))
+        entry.chunks.append(ChunkStorageMetadata(offset, piece.shape))
+        self._places[index] = _StorageInfo(self._name, begin, self._stream.tell() - begin)
+
+    def close(self) -> None:
+        """Sync, and make the checkpoint complete for megatron-core's readers."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        metadata = Metadata(state_dict_metadata=dict(self._tensors), planner_data=None, storage_data=self._places)
+        (self._directory / METADATA).write_bytes(pickle.dumps(metadata))
+        (self._directory / "metadata.json").write_text(json.dumps(FORMAT))
+        torch.save({}, self._directory / "common.pt")
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file: torch.load then reads straight into the tensor's memory."""
+
+    def __init__(self, stream: Any, offset: int, length: int) -> None:
+        self._stream, self._offset, self._length, self._at = stream, offset, length, 0
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._stream.seek(self._offset + self._at)
+        count: int = self._stream.readinto(view)
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = (0, self._at, self._length)[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+
+def _read_metadata(file: Path) -> Metadata:
+    try:
+        metadata = _Unpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(
+            f"{file.parent}: not a checkpoint in megatron's torch_dist format: no {METADATA} there"
+        ) from None
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        raise UserError(f"{file}: damaged, not the metadata of a checkpoint") from None
+    if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
+        raise UserError(f"{file}: not the metadata of a checkpoint")
+    return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Path) -> None:
+        super().__init__(io.BytesIO(file.read_bytes()))
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED and not (module == "torch" and name in _DTYPES):
+            raise UserError(f"{self._file} asks for {module}.{name}, which no checkpoint needs; it is not opened")
+        return super().find_class(module, name)

@@ -1,0 +1,85 @@
+"""An evaluation in batches: the same whatever the batch, and going on where an earlier life of it was killed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from nemo_disco.algorithms import benchmark
+from nemo_disco.algorithms.sampling import Questions
+from nemo_disco.config.compose import compose
+from nemo_disco.data.questions import Question
+from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.rewards.verifiers import NumericMatch
+
+
+class Words:
+    """A tokenizer of digits."""
+
+    def decode(self, token_ids: Sequence[int], **_: Any) -> str:
+        return "".join(map(str, token_ids))
+
+
+class Dice:
+    """An engine that throws dice by the seed; it dies after so many calls."""
+
+    def __init__(self, calls: int = 1000) -> None:
+        self.calls, self.asked = calls, 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], _: Sampling) -> list[Response]:
+        if self.calls == 0:
+            raise KeyboardInterrupt
+        self.calls -= 1
+        self.asked += len(prompts)
+        faces = [random.Random(f"{seed}{prompt}").randrange(3) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return [Response([1, face], [0.0, 0.0], "length" if face == 2 else "stop", 0) for face in faces]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def evaluate(engine: Dice, path: Path | None = None, weights: str = "w") -> Any:
+    asked = [Question(i, f"q{i}", ("1", "10"), "f") for i in range(7)]
+    questions = Questions("dice", asked, [[i] for i in range(7)], Words())
+    config = compose("quickstart", ["evaluation.samples=4", "reward.require_think=false"])
+    stream = None if path is None else (path, {"weights": weights})
+    return benchmark.evaluate_set(engine, NumericMatch(), questions, config, 3, stream)  # type: ignore[arg-type]
+
+
+def values(result: Any) -> list[Any]:
+    return [getattr(result, name).tolist() for name in ("correct", "lengths", "truncated", "greedy_correct", "votes")]
+
+
+@pytest.mark.usefixtures("alone")
+def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate(Dice())
+    assert whole.correct.shape == (7, 4) and 0 < whole.correct.mean() < 1 and whole.step == 3
+    for batch in (1, 8, 13):
+        monkeypatch.setattr(benchmark, "BATCH", batch)
+        assert values(evaluate(Dice())) == values(whole)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("calls", [0, 1, 2, 5, 6])
+def test_killed_it_goes_on(calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches of two calls each (sampled, greedy): what was whole is not asked again."""
+    monkeypatch.setattr(benchmark, "BATCH", 8)
+    path = tmp_path / "s.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Dice(calls), path)
+    again = Dice()
+    result = evaluate(again, path)
+    assert again.asked == 7 * 5 - calls // 2 * 10
+    assert values(result) == values(evaluate(Dice()))
+    other = Dice()
+    evaluate(other, path, weights="other")
+    assert other.asked == 7 * 5

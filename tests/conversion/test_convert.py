@@ -1,0 +1,198 @@
+"""Conversions: bit for bit there and back, for every architecture; whatever does not fit is named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from models import VOCABULARY, model_config, save_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nemo_disco.conversion import convert
+from nemo_disco.conversion.safetensor_writer import write_safetensors
+from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
+from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.convert import hf_to_megatron, hf_to_nemo, megatron_to_hf, nemo_to_hf
+
+MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("llama", False), ("mistral", False)]
+
+
+@pytest.fixture(params=MODELS, ids=lambda m: f"{m[0]}{'-tied' if m[1] else ''}")
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    architecture, tied = request.param
+    return with_companions(save_model(tmp_path / "model", architecture, tied=tied))
+
+
+@pytest.fixture(autouse=True)
+def ends() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        parallel.stop()
+
+
+def with_companions(directory: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (directory / name).write_text(f'{{"of": "{name}"}}')
+    return directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n].dtype == theirs[n].dtype and torch.equal(ours[n], theirs[n]) for n in ours)
+    for file in one.iterdir():
+        if file.suffix != ".safetensors" and "index" not in file.name:
+            assert (other / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_there_and_back_is_the_same_bit_for_bit(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    megatron, nemo = tmp_path / "megatron", tmp_path / "nemo"
+    assert hf_to_megatron.main([str(model), str(megatron)]) == 0
+    assert megatron_to_hf.main([str(megatron), str(tmp_path / "one")]) == 0
+    assert hf_to_nemo.main([str(model), str(nemo)]) == 0
+    assert nemo_to_hf.main([str(nemo), str(tmp_path / "two")]) == 0
+    for out in ("one", "two"):
+        assert_same(model, tmp_path / out)
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "two")
+
+
+def test_bfloat16_and_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_companions(save_model(tmp_path / "model", "qwen2", tied=False))
+    save_file({n: t.bfloat16() for n, t in weights(source).items()}, source / "model.safetensors")
+    convert.hf_to_megatron(source, tmp_path / "megatron")
+    monkeypatch.setattr(convert, "write_safetensors", lambda *a: write_safetensors(*a, shard=50_000))
+    convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "out", source)
+    assert_same(source, tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3 and {f.name for f in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights(source).values())
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            assert {index["weight_map"][name] for name in handle.keys()} == {file.name}  # noqa: SIM118
+
+
+def test_megatron_cores_own_reader_opens_it(model: Path, tmp_path: Path) -> None:
+    convert.hf_to_megatron(model, tmp_path / "megatron")
+    parallel.start(model_config(model))
+    tensors = dist_checkpointing.load_plain_tensors(str(tmp_path / "megatron"))
+    assert tensors["decoder.layers.mlp.linear_fc1.weight"].shape == (4, 256, 64)
+    gate = weights(model)["model.layers.2.mlp.gate_proj.weight"]
+    assert torch.equal(tensors["decoder.layers.mlp.linear_fc1.weight"][2, :128], gate)
+
+
+def test_the_policy_loads_it_and_what_the_policy_writes_is_read(model: Path, tmp_path: Path) -> None:
+    """The policy's names and layouts are megatron's own: the independent witness of the table here."""
+    megatron = convert.hf_to_megatron(model, tmp_path / "megatron")
+    config = model_config(megatron / convert.CARRIED)
+    parallel.start(config)
+    policy = Policy(config, trainable=False, read_weights=False)
+    checkpoint.load(policy, megatron)
+    loaded = {name: tensor.clone() for name, tensor in policy.named_weights()}
+    expected = weights(model)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[n], expected[n]) for n in expected)
+    trained = Policy(model_config(model))
+    with pytest.raises(UserError, match="weights alone"):
+        checkpoint.load(trained, megatron)
+    written = checkpoint.save(trained, tmp_path / "run/checkpoints", 1, {}, keep=1)
+    assert_same(model, convert.megatron_to_hf(written, tmp_path / "back", model))
+
+
+def test_padded_rows_of_the_vocabulary_are_left_out(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "llama", tied=False)
+    megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
+    reader = TorchDistReader(megatron)
+    assert reader.shape("output_layer.weight") == (VOCABULARY, 64)
+    padded = load_file(source / "model.safetensors")
+    # As megatron writes it at TP 4.
+    (tmp_path / "padded").mkdir()
+    writer = TorchDistWriter(tmp_path / "padded")
+    for name in sorted(reader.names()):
+        whole = reader.read(name)
+        vocabulary = name in ("output_layer.weight", "embedding.word_embeddings.weight")
+        writer.add(f"module.{name}", torch.cat([whole, whole.new_zeros(2, 64)]) if vocabulary else whole)
+    writer.close()
+    back = weights(convert.megatron_to_hf(tmp_path / "padded", tmp_path / "out", source))
+    assert all(torch.equal(back[n], padded[n]) for n in padded)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("model.layers.3.mlp.up_proj.weight"), r"missing model\.layers\.3\.mlp\.up_proj\.weight \(1\)"),
+        (lambda t: t.update(extra=torch.zeros(1)), r"unexpected extra \(1\)"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), r"model\.norm\.weight has shape \(7,\)"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64).half()}),
+            "are of different types",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_fatal_and_named(change, complaint, tmp_path, capsys):  # type: ignore[no-untyped-def]
+    source = save_model(tmp_path / "model", "qwen2", tied=False)
+    capsys.readouterr()
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match=complaint):
+        convert.hf_to_megatron(source, tmp_path / "out")
+    assert hf_to_nemo.main([str(source), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]  # nothing is left
+
+
+def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "qwen2", tied=False)
+    megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
+    deeper = save_model(tmp_path / "deeper", "qwen2", tied=False, num_hidden_layers=5)
+    with pytest.raises(UserError, match=r"layer_norm_weight has shape \(4, 64\), config\.json says \(5, 64\)"):
+        convert.megatron_to_hf(megatron, tmp_path / "out", deeper)
+    tied = save_model(tmp_path / "tied", "qwen2", tied=True)
+    with pytest.raises(UserError, match=r"unexpected output_layer\.weight"):
+        convert.megatron_to_hf(megatron, tmp_path / "out", tied)
+    with pytest.raises(UserError, match="exists already"):
+        convert.megatron_to_hf(megatron, source, source)
+    with pytest.raises(UserError, match=r"no \.metadata there"):
+        convert.megatron_to_hf(tmp_path, tmp_path / "out", source)
+    with pytest.raises(UserError, match="give a NeMo 2"):
+        convert.nemo_to_hf(tmp_path, tmp_path / "out", source)
+    data = megatron / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"__0_0\.distcp has \d+ bytes"):
+        convert.megatron_to_hf(megatron, tmp_path / "out", source)
+
+
+class Attack:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("hacked"),))  # type: ignore[return-value]
+
+
+def test_metadata_that_holds_anything_else_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(UserError, match="it is not opened"):
+        TorchDistReader(tmp_path)
+    assert not (tmp_path / "hacked").exists()

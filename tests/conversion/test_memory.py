@@ -1,0 +1,53 @@
+"""A conversion needs the memory of a few tensors, not of the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemo_disco.conversion.architecture import read_architecture
+
+CONFIG = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 256, "intermediate_size": 2048,
+    "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 20000,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "dtype": "float32",
+}  # fmt: skip
+LARGEST = 20000 * 256 * 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    shapes = dict(part for pairing in read_architecture(directory).pairings() for part in pairing.parts)
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
+    assert (directory / "model.safetensors").stat().st_size > 9 * LARGEST
+    return directory
+
+
+def peak(name: str, *directories: Path) -> int:
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), name, *map(str, directories)]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )
+    return int(done.stdout)
+
+
+def test_the_peak_is_at_most_three_times_the_largest_tensor(source: Path, tmp_path: Path) -> None:
+    assert peak("hf_to_megatron", source, tmp_path / "megatron") <= 3 * LARGEST
+    assert peak("megatron_to_hf", tmp_path / "megatron", tmp_path / "back", source) <= 3 * LARGEST
+    assert peak("hf_to_nemo", source, tmp_path / "nemo") <= 3 * LARGEST
+    assert peak("nemo_to_hf", tmp_path / "nemo", tmp_path / "again") <= 3 * LARGEST

@@ -1,0 +1,56 @@
+"""`nemo-disco evaluate` of whatever holds weights; what was sampled is kept; so are the best weights of a run."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from commands import WHOLE, at, metrics
+from safetensors.torch import load_file
+
+from nemo_disco.evaluation.result import read_evaluation
+
+
+def same(one, other):
+    return all((getattr(one, n) == getattr(other, n)).all() for n in ("correct", "lengths", "greedy_correct", "votes"))
+
+
+def test_a_run_and_a_checkpoint_score_as_the_run_said(finished, commands, tmp_path):
+    """At the run's own layout, so that every sample of every problem is the same."""
+    last = read_evaluation(finished.path / "evaluation/test.step_4.json")
+    done = commands("evaluate", *WHOLE, f"model.path={finished.path}", at(tmp_path / "run"), ranks=finished.ranks).ok()
+    assert same(read_evaluation(tmp_path / "run/evaluation/test.step_4.json"), last)
+    assert "maj@4" in done.out and "pass@2" in done.out
+    step = finished.path / "checkpoints/step_2"
+    commands("evaluate", *WHOLE, f"model.path={step}", at(tmp_path / "two"), ranks=finished.ranks).ok()
+    assert not same(read_evaluation(tmp_path / "two/evaluation/test.step_2.json"), last)
+
+
+def test_an_evaluation_that_was_done_is_not_sampled_again(commands, tmp_path):
+    """... but one with another seed is."""
+    small, samples = ("evaluation.samples=2", at(tmp_path)), tmp_path / "evaluation/test.step_0.samples.jsonl"
+    commands("evaluate", *small).ok()
+    first = samples.read_bytes()
+    lines = first.splitlines(keepends=True)
+    assert len(lines) == 1 + 8 * 3
+    marked = [line.replace(b'"sample": "greedy"', b'"sample":  "greedy"') for line in lines]
+    samples.write_bytes(b"".join(marked))
+    commands("evaluate", *small).ok()
+    assert samples.read_bytes() == b"".join(marked)
+    commands("evaluate", *small, "seed=9").ok()
+    assert samples.read_bytes().splitlines()[1:] != first.splitlines()[1:]
+
+
+def test_the_best_weights_of_a_run_are_kept(commands, tmp_path):
+    run = tmp_path / "run"
+    settings = ("trainer.max_steps=3", "evaluation.enabled=true", "evaluation.samples=2", "evaluation.every_n_steps=1")
+    commands("train", *settings, "model.optim.lr=3e-3", at(run)).ok()
+    scores = [read_evaluation(run / f"evaluation/test.step_{n}.json").correct.mean() for n in range(4)]
+    state = json.loads((run / "checkpoints/step_3/checkpoint.json").read_text())["loop_state"]
+    assert state["best"] == max(scores)
+    assert [line["eval/test/pass@1"] for line in metrics(run)] == scores[1:]
+    best = scores.index(max(scores))
+    assert (run / "best").exists() == (best > 0)
+    if best:
+        exported, last = (load_file(run / name / "model.safetensors") for name in ("best", "export"))
+        assert all(torch.equal(exported[name], last[name]) for name in last) == (best == 3)

@@ -1,0 +1,97 @@
+"""The papers' table in the papers' order, majority votes and AES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_disco.evaluation.papers import REPORTED, SETS, efficiency_table, papers_table, print_tables, read_reference
+from nemo_disco.evaluation.result import EvaluationResult, read_evaluation, write_evaluation
+from nemo_disco.evaluation.statistics import accuracy_efficiency_score, maj_at_k
+from nemo_disco.rewards.votes import votes
+from nemo_disco.runtime.errors import UserError
+
+QWEN = ("qwen2", 1536)
+
+
+def result(name: str, right: int, length: int = 100, step: int = 0) -> EvaluationResult:
+    """Ten problems of two samples, `right` of the problems solved."""
+    correct = np.arange(10)[:, None] < np.full((1, 2), right)
+    return EvaluationResult(name, step, correct, np.full((10, 2), length), np.zeros((10, 2), bool))
+
+
+def test_the_six_sets_stand_in_the_papers_order_beside_its_rows() -> None:
+    shuffled = [result(name, i) for i, name in enumerate(sorted(SETS))] + [result("mine", 9)]
+    head, ours, *theirs = papers_table(shuffled, QWEN).splitlines()
+    at = [head.index(title) for title in [*SETS.values(), "mine", "Avg. of six"]]
+    assert at == sorted(at)
+    scores = {name: i / 10 for i, name in enumerate(sorted(SETS))}
+    assert ours.split() == ["this", "model", *(f"{scores[n]:.3f}" for n in SETS), "0.900", "0.250"]
+    assert len(theirs) == 9 and theirs[-1].split()[0] == "DisCO" and theirs[-1].endswith("0.533")
+    assert "2505.12366" in theirs[0]
+
+
+def test_without_all_six_there_is_no_average_and_other_models_have_no_rows() -> None:
+    lines = papers_table([result("math", 5)], ("qwen2", 64)).splitlines()
+    assert len(lines) == 2 and lines[1].split() == ["this", "model", "0.500", "-"]
+    assert all(len(row) == 8 for _, row in REPORTED.values())
+
+
+def test_an_evaluation_of_other_sets_prints_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print_tables([result("mine", 5)], {}, QWEN)
+    assert capsys.readouterr().out == ""
+    print_tables([result("math", 5)], {"math": result("math", 5)}, QWEN)
+    assert "MATH 500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("length", "accuracy", "expected"), [(50, 0.5, 0.5), (50, 0.6, 0.5), (50, 0.4, 0.5 - 10 * 0.2), (200, 0.5, -1.0)]
+)
+def test_aes_by_hand(length: float, accuracy: float, expected: float) -> None:
+    assert accuracy_efficiency_score(length, accuracy, (100, 0.5)) == pytest.approx(expected)
+
+
+def test_aes_against_a_run(tmp_path: Path) -> None:
+    for step, length in ((0, 400), (10, 200)):
+        write_evaluation(tmp_path / "evaluation", result("math", 5, length, step))
+    reference = read_reference(tmp_path)
+    lines = efficiency_table([result("math", 5), result("amc", 5)], reference).splitlines()
+    assert len(lines) == 3  # only sets in common
+    assert lines[1].split()[-5:] == ["100.0", "200.0", "0.500", "0.500", "0.500"]  # against the last step
+    assert lines[2].split() == ["mean", "0.500"]
+    assert "no score" in efficiency_table([result("math", 5)], {"math": result("math", 0)})
+    with pytest.raises(UserError, match="no evaluation there"):
+        read_reference(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="gives no score"):
+        accuracy_efficiency_score(1, 1, (0, 1))
+
+
+def test_majority_by_hand() -> None:
+    correct = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]], bool)
+    ballots = [[0, 0, 1, 2], [0, 1, 1, 2], [-1, -1, -1, 0], [-1, -1, -1, -1], [0, 0, 1, 1]]
+    # A majority that is right; one that is wrong; who gives no answer does not vote; nobody votes; a tie.
+    assert maj_at_k(correct, ballots).tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
+    with pytest.raises(ValueError, match="votes for"):
+        maj_at_k(correct, [[0]])
+
+
+def test_answers_that_are_plainly_the_same_vote_together() -> None:
+    said = [r"\boxed{0.5}", r"</think> \boxed{\frac12}", r"\boxed{1/2}", r"\boxed{2}", "It is\n0.50", "", r"\boxed{x }"]
+    assert votes(said) == [0, 0, 0, 1, 0, -1, 2]
+
+
+def test_a_result_keeps_its_votes_and_old_files_are_read(
+    make_result: Callable[..., EvaluationResult], tmp_path: Path
+) -> None:
+    made = result("math", 5)
+    with_votes = EvaluationResult(made.name, 1, made.correct, made.lengths, made.truncated, None, made.correct * 1)
+    read = read_evaluation(write_evaluation(tmp_path, with_votes))
+    assert read.votes is not None and (read.votes == made.correct).all()
+    assert read.metrics()["eval/math/maj@2"] == 0.5
+    old = make_result().to_json()
+    del old["votes"]
+    assert EvaluationResult.from_json(old).votes is None
+    assert list(make_result().pass_curve()) == [1, 2, 4, 8]
