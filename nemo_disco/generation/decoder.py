@@ -74,12 +74,13 @@ class Decoder:
         return Cache(layers, (rows, self.groups, self.width), like)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cache: Cache, start: int, mask: Tensor | None
+        self, tokens: Tensor, positions: Tensor, cache: Cache, start: int | Tensor, mask: Tensor | None
     ) -> Tensor | None:
         """Logits [B, V] after the last of tokens [B, t], on the last pipeline stage; None on the others.
 
         positions [B, t]: rope's. start: where the t tokens go in the cache. mask, additive: [B, 1, t or 1, start + t];
-        None is causal (t > 1) or everything (t = 1).
+        None is causal (t > 1) or everything (t = 1). start as a tensor [1], for one token: the mask is as wide as the
+        whole cache, and no shape depends on where the token goes.
         """
         angles = self.chunks[0].rope_angles(positions.flatten()).view(*positions.shape, 1, -1)
         rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
@@ -108,7 +109,13 @@ class Decoder:
         return self._reduce(x)
 
     def _attention(
-        self, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor], pair: list[Tensor], start: int, mask: Tensor | None
+        self,
+        layer: Any,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        pair: list[Tensor],
+        start: int | Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         attention, (rows, t) = layer.self_attention, x.shape[:2]
         x = F.rms_norm(x, (self.hidden,), qkv_norm_weight(layer), self.eps)
@@ -116,24 +123,21 @@ class Decoder:
         # megatron keeps each group's queries, then its key, then its value together
         qkv = qkv.view(rows, t, self.groups, self.heads_a_group + 2, self.width)
         qk = _rotate(qkv[..., :-1, :], rope)
-        end = start + t
-        keys, values = pair
-        keys[:, :, start:end] = qk[..., -1, :].transpose(1, 2)
-        values[:, :, start:end] = qkv[..., -1, :].transpose(1, 2)
+        keys, values = _store(pair, qk[..., -1, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2), start)
         query = qk[..., :-1, :].permute(0, 2, 3, 1, 4)  # [B, groups, heads a group, t, d]
         if t == 1:  # the group's heads are so many queries of one key head
             out = F.scaled_dot_product_attention(
                 query.reshape(rows, self.groups, self.heads_a_group, self.width),
-                keys[:, :, :end],
-                values[:, :, :end],
+                keys,
+                values,
                 attn_mask=mask,
                 scale=self.scale,
             ).view(rows, 1, -1)
         else:
             out = F.scaled_dot_product_attention(
                 query.reshape(rows, -1, t, self.width),
-                keys[:, :, :end],
-                values[:, :, :end],
+                keys,
+                values,
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=self.scale,
@@ -182,6 +186,16 @@ class Decoder:
             source = dist.get_global_rank(self.pipeline_group, self.ranks.pipeline_size - 1)
             dist.broadcast(x, src=source, group=self.pipeline_group)
         return x
+
+
+def _store(pair: list[Tensor], key: Tensor, value: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Write a layer's new keys and values [B, groups, t, d], and return all that there are to attend to."""
+    keys, values = pair
+    if isinstance(start, Tensor):
+        return keys.index_copy_(2, start, key), values.index_copy_(2, start, value)
+    end = start + key.shape[2]
+    keys[:, :, start:end], values[:, :, start:end] = key, value
+    return keys[:, :, :end], values[:, :, :end]
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

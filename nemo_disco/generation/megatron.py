@@ -19,6 +19,7 @@ from torch import Tensor
 from nemo_disco.generation.decoder import Cache, Decoder
 from nemo_disco.generation.engine import Response, Sampling
 from nemo_disco.generation.sampling import sample, uniforms
+from nemo_disco.generation.static import Rows, StaticWave
 from nemo_disco.policy.policy import Policy
 
 # Finished rows are carried along until they are this share: dropping rows copies the whole cache.
@@ -57,6 +58,8 @@ class MegatronEngine:
             parallel_state.get_pipeline_model_parallel_group(),
         )
         self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        ranks = policy.ranks
+        self.in_place = policy.device.type == "cuda" and ranks.tensor_size == ranks.pipeline_size == 1
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         """See Engine.generate."""
@@ -108,6 +111,8 @@ class MegatronEngine:
         device = self.policy.device
         logits, cache, padding = self._prefill([prompts[i] for i in wave])
         width = max(len(prompts[i]) for i in wave)
+        if self.in_place and logits is not None:
+            return self._decode_in_place(wave, logits, cache, padding, width, [seeds[i] for i in wave], sampling)
         rows = _Rows(
             request=torch.arange(len(wave), device=device),
             seeds=torch.tensor([seeds[i] for i in wave], device=device),
@@ -145,6 +150,29 @@ class MegatronEngine:
                 None if mask is None else mask[..., :end],
             )
         return _responses(wave, tokens.cpu(), log_probs.cpu(), lengths.tolist(), stopped.tolist(), self.version)
+
+    def _decode_in_place(
+        self,
+        wave: list[int],
+        logits: Tensor,
+        cache: Cache,
+        padding: Tensor,
+        width: int,
+        seeds: list[int],
+        sampling: Sampling,
+    ) -> dict[int, Response]:
+        device = logits.device
+        rows = Rows(
+            request=torch.arange(len(wave), device=device),
+            seeds=torch.tensor(seeds, device=device),
+            padding=padding,
+            token=torch.zeros(len(wave), dtype=torch.int64, device=device),
+            done=torch.zeros(len(wave), dtype=torch.bool, device=device),
+        )
+        run = StaticWave(self.decoder, cache, width, rows, sampling, self.stop)
+        run.run(logits)
+        lengths, stopped = run.lengths.tolist(), run.stopped.tolist()
+        return _responses(wave, run.tokens.cpu(), run.log_probs.cpu(), lengths, stopped, self.version)
 
     def _prefill(self, prompts: list[Sequence[int]]) -> tuple[Tensor | None, Cache, Tensor]:
         """Logits after each prompt, the cache and the padding [B] before each; equal prompts are computed once."""

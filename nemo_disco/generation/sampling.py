@@ -24,10 +24,13 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniforms(seeds: Tensor, position: int) -> Tensor:
-    """[B] float64 in [0, 1) for the draw at `position` of each request. seeds [B] int64."""
-    step = (position + 1) * 0x9E3779B97F4A7C15 + 2**63
-    bits = _mix(_mix(seeds) + (step % 2**64 - 2**63))  # as int64
+def uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
+    """[B] float64 in [0, 1) for the draw at `position` of each request. seeds [B] int64; position, if a tensor, too."""
+    if isinstance(position, Tensor):
+        step: int | Tensor = (position + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    else:
+        step = ((position + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+    bits = _mix(_mix(seeds) + step)  # as int64
     return _shift(bits, 11).double() * 2.0**-53
 
 

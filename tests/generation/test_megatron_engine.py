@@ -10,9 +10,10 @@ from models import VOCABULARY, model_config, save_model
 from transformers import AutoModelForCausalLM
 
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation import megatron
+from nemo_disco.generation import megatron, static
 from nemo_disco.generation.engine import Response, Sampling
 from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.static import Rows
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
@@ -98,3 +99,23 @@ def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
         for p in engine.policy.model.chunks[0].parameters():
             p.mul_(1.5)
     assert tokens(engine.generate(prompts(), [0] * 6, Sampling(0.0, 20))) != before
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, 70), Sampling(0.0, 30), Sampling(0.9, 40, top_p=0.8, top_k=20)])
+def test_decoding_in_place_gives_the_same_responses(
+    engine: MegatronEngine, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA replays as a graph, step by step on the CPU: rows end, leave the batch, and the cache grows."""
+    asked, seeds = prompts(copies=8), range(48)
+    expected = engine.generate(asked, seeds, sampling)
+    monkeypatch.setattr(static, "_LOOK", 7)
+    engine.in_place = True
+    selected = []
+    select = Rows.select
+    monkeypatch.setattr(Rows, "select", lambda rows, keep: selected.append(len(keep)) or select(rows, keep))
+    found = engine.generate(asked, seeds, sampling)
+    assert tokens(found) == tokens(expected)
+    assert [r.finish_reason for r in found] == [r.finish_reason for r in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(ours.log_probs), torch.tensor(theirs.log_probs), rtol=0, atol=1e-4)
+    assert selected or sampling.temperature == 0.0, "no row ever left the batch"

@@ -58,3 +58,9 @@ def test_uniforms_are_uniform_and_independent() -> None:
 def test_uniforms_take_any_seed_and_position() -> None:
     seeds = torch.tensor([0, 2**63 - 1, -(2**63)])
     assert bool(((uniforms(seeds, 100_000) >= 0) & (uniforms(seeds, 100_000) < 1)).all())
+
+
+def test_a_position_may_be_a_tensor() -> None:
+    seeds = torch.tensor([0, 1, 2**62, -5])
+    for position in (0, 1, 8191):
+        assert torch.equal(uniforms(seeds, position), uniforms(seeds, torch.tensor([position])))
