@@ -29,8 +29,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The kernels with small blocks, taken in place of the tiled path."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "run this by `make test-triton`"
     found = importlib.import_module("nemo_disco.policy.log_probs_kernel")
-    for name, size in {"BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_H": 16, "_WAVES": 5}.items():
-        monkeypatch.setattr(found, name, size)
+    small = {"BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_H": 16}
+    monkeypatch.setattr(found, "FORWARD", found.FORWARD | small)
+    monkeypatch.setattr(found, "BACKWARD", found.BACKWARD | small)
+    monkeypatch.setattr(found, "_WAVES", 5)
     monkeypatch.setattr(log_probs_module, "_kernel", lambda *_: found)
     monkeypatch.setattr(log_probs_module, "_CPU_TILE", log_probs_module._Tile(16, 48))
     return found

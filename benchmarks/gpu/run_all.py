@@ -1,0 +1,165 @@
+"""Measure the GPU path: one command, under eight minutes, JSON and a table.
+
+    python benchmarks/gpu/run_all.py [--output benchmarks/gpu/results/NAME.json] [--only SECTION ...] [--tiny]
+
+Correctness and the machine's floors first. Every section is a process of its own with a time limit: an error, a hang or
+memory that does not suffice is recorded, and the others go on. The file is written anew after each. --tiny goes through
+every section on a CPU at toy sizes, to know that the program runs; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from section import SECTIONS
+
+HERE = Path(__file__).parent
+# In all, and less of it than this is not worth a start.
+BUDGET_S, LEAST_S = 475, 15
+# Key, what it should be, and whether it is a least or a most.
+TARGETS = (
+    ("correctness.passed", 1.0, "least"),
+    ("train_1p5b_8k.mfu", 0.45, "least"),
+    ("train_1p5b_8k.times_unpadded_transformers", 1.5, "least"),
+    ("log_probs.kernel.times_the_roofline", 2.0, "most"),
+    ("log_probs.kernel.extra_peak_gb", 1.0, "most"),
+    ("log_probs.kernel.error_against_float32", 2e-3, "most"),
+    ("step.exact_pass_share", 0.25, "most"),
+)
+
+
+def main() -> None:
+    args = arguments()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"about": about(args.tiny)}
+    started = time.monotonic()
+    for name in args.only or SECTIONS:
+        left = BUDGET_S - (time.monotonic() - started)
+        results[name] = run(name, results, min(SECTIONS[name][1], left), args)
+        compare(results)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        said = results[name].get("error", "done")
+        print(f"{name:22} {results[name]['section_seconds']:6.1f} s  {said.splitlines()[-1][:150]}", flush=True)
+    print(table(results))
+    print(f"written to {args.output}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}.json")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS)
+    parser.add_argument("--tiny", action="store_true")
+    return parser.parse_args()
+
+
+def run(name: str, results: Mapping[str, Any], limit_s: float, args: argparse.Namespace) -> dict[str, Any]:
+    """What the section found, or {"error": ...}; and how long it took."""
+    start = time.monotonic()
+    if limit_s < LEAST_S:
+        return {"error": "no time was left for it", "section_seconds": 0.0}
+    seen = args.output.with_suffix(".so_far.json")
+    seen.write_text(json.dumps(results))
+    command = [sys.executable, str(HERE / "section.py"), name, f"--results={seen}", *(["--tiny"] if args.tiny else [])]
+    environment = os.environ | {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
+        found = outcome(done)
+    except subprocess.TimeoutExpired as expired:
+        found = {"error": f"not done after {limit_s:.0f} s; {_tail(expired.stderr)}"}
+    finally:
+        seen.unlink()
+    return found | {"section_seconds": time.monotonic() - start}
+
+
+def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines and lines[-1].startswith("{"):
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+    return {"error": f"exit code {done.returncode}\n{_tail(done.stderr)}"}
+
+
+def _tail(text: str | bytes | None) -> str:
+    said = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
+    return said.strip()[-4000:]
+
+
+def compare(results: dict[str, Any]) -> None:
+    """Our tokens a second over the baselines', once both are there."""
+    ours = results.get("train_1p5b_8k", {})
+    for kind in ("padded", "unpadded"):
+        theirs = results.get(f"baseline_{kind}", {}).get("tokens_per_second")
+        if theirs and "tokens_per_second" in ours:
+            ours[f"times_{kind}_transformers"] = ours["tokens_per_second"] / theirs
+
+
+def about(tiny: bool) -> dict[str, Any]:
+    import torch
+
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    versions = {}
+    for package in ("torch", "triton", "megatron-core", "transformers", "transformer-engine", "apex"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tiny": tiny,
+        "device": "cpu" if gpu is None else gpu.name,
+        "memory_gb": None if gpu is None else gpu.total_memory / 1e9,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def lookup(results: Mapping[str, Any], key: str) -> float | None:
+    """A number by its dotted key; None where it is not."""
+    value: Any = results
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None or isinstance(value, (str, Mapping)) else float(value)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    lines = [f"{'key':45}{'found':>12}{'target':>14}"]
+    for key, target, kind in TARGETS:
+        value = lookup(results, key)
+        sign = ">=" if kind == "least" else "<="
+        held = "" if value is None else "  yes" if (value >= target) == (kind == "least") or value == target else "  NO"
+        found = "-" if value is None else f"{value:.4g}"
+        lines.append(f"{key:45}{found:>12}{f'{sign} {target:g}':>14}{held}")
+    for key in SHOWN:
+        if (value := lookup(results, key)) is not None:
+            lines.append(f"{key:45}{value:>12.4g}")
+    return "\n".join(lines)
+
+
+SHOWN = (
+    *("floors.matrix_flops", "floors.copy_bytes_per_second"),
+    *("train_1p5b_8k.mfu_of_measured", "train_1p5b_8k.tokens_per_second", "train_1p5b_8k.peak_gb"),
+    *("train_1p5b_8k.times_padded_transformers", "train_1p5b_8k_local.mfu"),
+    *("train_7b_8k.mfu", "train_7b_8k.tokens_per_second", "train_7b_8k.peak_gb"),
+    *("log_probs.kernel.forward_backward_s", "log_probs.tiled.forward_backward_s", "log_probs.tiled.extra_peak_gb"),
+    *("decode.in_place.tokens_per_second", "decode.plain.tokens_per_second"),
+    *("step.seconds.step", "step.seconds.generate", "step.seconds.log_probs", "step.seconds.pass1"),
+    *("step.seconds.train", "step.offload_seconds", "step.peak_gb"),
+)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""One section of the GPU benchmark, in a process of its own: `python section.py NAME --results FILE [--tiny]`.
+
+Reads the results of the sections before it, and prints its own as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from setting import Setting
+
+# Where each section is, and the seconds that it may take. The first ones say whether and against what the rest count.
+SECTIONS = {
+    "floors": ("floors:run", 35),
+    "correctness": ("correctness:run", 80),
+    "train_1p5b_8k": ("training:train_1p5b_8k", 80),
+    "log_probs": ("heads:run", 45),
+    "baseline_unpadded": ("baselines:unpadded", 55),
+    "baseline_padded": ("baselines:padded", 55),
+    "step": ("step:run", 80),
+    "decode": ("decoding:run", 55),
+    "train_7b_8k": ("training:train_7b_8k", 75),
+    "train_1p5b_8k_local": ("training:train_1p5b_8k_local", 60),
+}
+
+
+def find(name: str) -> Callable[[Setting], dict[str, Any]]:
+    module, function = SECTIONS[name][0].split(":")
+    found: Callable[[Setting], dict[str, Any]] = getattr(import_module(module), function)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=SECTIONS)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    found = find(args.name)(Setting(args.tiny, results))
+    sys.stdout.flush()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
