@@ -1,6 +1,7 @@
 """The quickstart's warm start: plain supervised training of a tiny Qwen2 model on worked solutions, stopped early.
 
-Touches only what it is given; single process, CPU. It stops on a development split, never on the test set.
+Touches only what it is given; one process, on the device of the model. It stops on a development split, never on the
+test set.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def train(
     for step in range(1, recipe.max_steps + 1):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup)
         tokens, labels = batch(tokenizer, problems[(step - 1) * recipe.batch : step * recipe.batch])
-        logits = model(input_ids=tokens).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        logits = model(input_ids=tokens.to(model.device)).logits[:, :-1]
+        targets = labels[:, 1:].flatten().to(model.device)
+        loss = cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,6 +122,7 @@ def sampled(
 ) -> Tensor:
     """[problems, samples] 1.0 where the response is well-formed and right; temperature 0 is greedy."""
     inputs = tokenizer([prompt(tokenizer, p) for p in problems], return_tensors="pt", padding=True, padding_side="left")
+    inputs = inputs.to(model.device)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     out = model.generate(**inputs, **how, num_return_sequences=samples, max_new_tokens=MAX_RESPONSE)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,80 @@
+"""The GPU benchmark runs to its end, on a CPU at toy sizes; what fails in it is recorded and stops nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
+sys.path.insert(0, str(GPU))
+
+import run_all  # noqa: E402 - a script's directory, not a package
+import section  # noqa: E402
+
+
+def run(script: str, output: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(GPU / script), "--tiny", f"--output={output}", *options]
+    subprocess.run(command, check=True, capture_output=True)
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def test_a_section_finds_what_those_before_it_measured(tmp_path: Path) -> None:
+    found = run("run_all.py", tmp_path / "out.json", "--only", "floors", "log_probs")
+    assert found["about"]["tiny"] is True
+    assert found["floors"]["matrix_flops"] > 0
+    assert found["log_probs"]["roofline_s"] > 0
+    assert found["log_probs"]["tiled"]["error_against_float32"] < 1e-2
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
+
+
+@pytest.mark.slow
+def test_every_section_runs(tmp_path: Path) -> None:
+    found = run("run_all.py", tmp_path / "out.json")
+    assert {name: found[name].get("error") for name in section.SECTIONS} == dict.fromkeys(section.SECTIONS)
+    assert found["correctness"]["passed"], found["correctness"]["within_bounds"]
+    assert found["train_1p5b_8k"]["times_unpadded_transformers"] > 0
+    assert 0 < found["step"]["exact_pass_share"] < 1
+
+
+@pytest.mark.slow
+def test_the_learning_run_runs(tmp_path: Path) -> None:
+    found = run("learning.py", tmp_path / "out.json", "--steps=2")
+    for objective in ("disco", "grpo"):
+        assert found[objective]["error"] is None
+        assert len(found[objective]["curves"]["reward/mean"]) == 2
+        assert found[objective]["evaluations"].keys() == {"0", "1", "2"}
+
+
+def test_the_sections_fit_into_eight_minutes() -> None:
+    assert run_all.BUDGET_S < 480
+    for name in section.SECTIONS:
+        assert callable(section.find(name)), name
+
+
+def test_errors_and_hangs_are_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nOutOfMemoryError: no")
+    assert run_all.outcome(done) == {"error": "exit code 1\nTraceback\nOutOfMemoryError: no"}
+    assert "error" in run_all.outcome(subprocess.CompletedProcess([], 0, stdout="", stderr=""))
+    monkeypatch.setattr(run_all, "LEAST_S", 0)
+    args = argparse.Namespace(output=tmp_path / "out.json", tiny=True)
+    assert run_all.run("floors", {}, 0.05, args)["error"].startswith("not done after 0 s")
+    monkeypatch.setattr(run_all, "LEAST_S", 15)
+    assert run_all.run("floors", {}, 1.0, args)["error"] == "no time was left for it"
+
+
+def test_the_table_says_what_held() -> None:
+    results = {"train_1p5b_8k": {"mfu": 0.46, "tokens_per_second": 30.0}, "step": {"exact_pass_share": 0.3}}
+    results["baseline_unpadded"] = {"tokens_per_second": 20.0}
+    run_all.compare(results)
+    lines = {line.split()[0]: line for line in run_all.table(results).splitlines()}
+    assert lines["train_1p5b_8k.mfu"].endswith("yes")
+    assert lines["train_1p5b_8k.times_unpadded_transformers"].endswith("yes")
+    assert lines["step.exact_pass_share"].endswith("NO")
+    assert lines["correctness.passed"].split()[1] == "-"
