@@ -8,7 +8,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: env quickstart test test-slow test-triton test-slurm lint
+.PHONY: env quickstart test test-slow test-triton test-slurm support lint
 
 env: $(STAMP)
 
@@ -41,6 +41,10 @@ test-slurm: env
 		test "$$(id -u)" = 0 || { echo "error: as root, once: apt-get install slurm-wlm munge shellcheck" >&2; exit 2; }; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq slurm-wlm munge shellcheck; fi
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+# docs/support.md, from the tests and from the results of GPU runs.
+support: env
+	$(BIN)/python -m tools.support
 
 lint: env
 	$(BIN)/ruff check .

@@ -40,6 +40,9 @@ BOUNDS = {
     "transformer_engine_against_local_log_probs": 2e-2,
     "transformer_engine_against_local_gradient": 5e-2,
     "sampling_against_training_log_probs": 5e-2,
+    # FP8 keeps 2 or 3 bits of a product's operands.
+    **{f"fp8_{recipe}_log_probs": 1e-1 for recipe in ("delayed", "current", "blockwise")},
+    **{f"fp8_{recipe}_gradient": 3e-1 for recipe in ("delayed", "current", "blockwise")},
 }
 
 

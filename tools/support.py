@@ -1,0 +1,201 @@
+"""Write docs/support.md: what has run where, from the tests that there are and the result files of runs on GPUs.
+
+Run from the repository: python -m tools.support. A feature names its tests and the figure that a GPU run would have
+left; what is not in the tests or the files cannot be claimed.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "gpu" / "results"
+PAGE = ROOT / "docs" / "support.md"
+# Marks by which tests are left to a command of their own.
+COMMANDS = {"slow": "make test-slow", "slurm": "make test-slurm", "triton": "make test-triton"}
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """tests: FILE or FILE::FUNCTION under tests/, all of which must be there. key: a figure of benchmarks/gpu, by
+    section. shows: what the CPU tests show, where that is less than the feature."""
+
+    name: str
+    tests: tuple[str, ...] = ()
+    key: str | None = None
+    shows: str = ""
+
+
+FEATURES = (
+    Feature("TP, SP, PP, interleaved PP, CP with packing, DP", ("distributed/test_layouts.py",)),
+    Feature("Gradients and weights communicated while computing", ("distributed/test_overlap.py",)),
+    Feature("Exact DisCO gradient", ("algorithms/test_step.py",), "step.exact_pass_share"),
+    Feature("Local layers, SDPA attention", ("policy/test_policy.py",), "correctness.float32_log_probs"),
+    Feature(
+        "Local layers, flash attention on packed sequences, BF16",
+        ("policy/test_flash_attention.py", "distributed/test_flash_context_parallel.py"),
+        "correctness.bf16_gradient",
+        "what the kernel is handed",
+    ),
+    Feature(
+        "Transformer Engine layers",
+        ("policy/test_layers.py",),
+        "correctness.transformer_engine_against_local_gradient",
+        "names, loading and checkpoints, with stand-ins of the same parameters",
+    ),
+    Feature("FP8, delayed scaling", key="correctness.fp8_delayed_gradient"),
+    Feature("FP8, current scaling", key="correctness.fp8_current_gradient"),
+    Feature("FP8, blockwise scaling", key="correctness.fp8_blockwise_gradient"),
+    Feature("Log-probs, tile by tile", ("policy/test_log_probs.py",), "log_probs.tiled.forward_backward_s"),
+    Feature("Log-probs, vocabulary-parallel", ("distributed/test_log_probs_tp.py",)),
+    Feature(
+        "Log-probs, Triton kernels",
+        ("triton_kernels/test_log_probs_kernel.py", "triton_kernels/test_compiles.py"),
+        "log_probs.kernel.forward_backward_s",
+        "in Triton's interpreter; compiled for sm_90",
+    ),
+    Feature(
+        "No waits between micro-batches", ("policy/test_waiting.py",), shows="what would wait is forbidden in the loop"
+    ),
+    Feature("Memory given back while an engine samples", ("policy/test_resting.py",), "step.offload_seconds"),
+    Feature("Traces of chosen steps", ("runtime/test_profiler.py",), shows="torch's profiler; not nsys"),
+    Feature("Tokens a second and MFU", ("config/test_flops.py", "algorithms/test_throughput.py"), "train_1p5b_8k.mfu"),
+    Feature(
+        "Engine megatron, plain decoding", ("generation/test_megatron_engine.py",), "decode.plain.tokens_per_second"
+    ),
+    Feature(
+        "Engine megatron, decoding in place (CUDA graphs)",
+        ("generation/test_megatron_engine.py::test_decoding_in_place_gives_the_same_responses",),
+        "decode.in_place.tokens_per_second",
+        "the same code without graphs",
+    ),
+    Feature("A 1.5B training step, 8k packed", key="train_1p5b_8k.tokens_per_second"),
+    Feature("A 7B forward and backward pass, 8k packed", key="train_7b_8k.tokens_per_second"),
+    Feature("A whole DisCO step at 1.5B on one device", key="step.seconds.step"),
+    Feature("Checkpoints", ("policy/test_checkpoint.py", "policy/test_checkpoint_writer.py")),
+    Feature("Checkpoints loaded at another layout", ("distributed/test_checkpoint_layouts.py",)),
+    Feature("A run, killed and resumed", ("end_to_end/test_resume.py",)),
+    Feature("float64 (nemo-disco verify)", ("end_to_end/test_verify_run.py",)),
+    Feature("SLURM", ("slurm/test_slurm_train.py", "slurm/test_slurm_failures.py")),
+    Feature("Engines vllm, tensorrt_llm"),
+)
+
+
+def main() -> None:
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(read_results(RESULTS)))
+    print(f"written: {PAGE.relative_to(ROOT)}")
+
+
+def page(results: Iterable[Mapping[str, Any]]) -> str:
+    """The table. Raises ValueError if a feature names a test that is not there."""
+    results = list(results)
+    rows = [
+        f"| {f.name} | {tested(f)} | {ran(f, results, several=False)} | {ran(f, results, several=True)} |"
+        for f in FEATURES
+    ]
+    return "\n".join(
+        [
+            "# What has run where",
+            "",
+            "Written by `make support` from the tests and from the result files in `benchmarks/gpu/results/`; a test holds",
+            f'it current. "{NOT_RUN}" stands for what no test runs and no result file shows, however much of it is written.',
+            "",
+            "| feature | on a CPU, tested by | on one GPU | on several GPUs |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+# --- tests ---
+
+
+def tested(feature: Feature) -> str:
+    """The commands that run its tests."""
+    if not feature.tests:
+        return NOT_RUN
+    commands = sorted({command for test in feature.tests for command in commands_of(test)})
+    said = ", ".join(f"`{command}`" for command in commands)
+    return f"{said}: {feature.shows}" if feature.shows else said
+
+
+def commands_of(test: str) -> set[str]:
+    """Which commands run a test, or the tests of a file. Raises ValueError if there is none."""
+    name, _, function = test.partition("::")
+    file = ROOT / "tests" / name
+    found = {n: marks for n, marks in test_functions(file).items() if function in ("", n)} if file.exists() else {}
+    if not found:
+        raise ValueError(f"tools/support.py names {test}, and there is no such test")
+    return {next((COMMANDS[m] for m in sorted(marks) if m in COMMANDS), "make test") for marks in found.values()}
+
+
+@cache
+def test_functions(file: Path) -> dict[str, frozenset[str]]:
+    """Every test of a file and its marks, its file's included."""
+    tree = ast.parse(file.read_text())
+    whole = {
+        m for node in tree.body if isinstance(node, ast.Assign) and _is_pytestmark(node) for m in _marks(node.value)
+    }
+    return {
+        node.name: frozenset(whole | {m for decorator in node.decorator_list for m in _marks(decorator)})
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def _is_pytestmark(node: ast.Assign) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == "pytestmark" for target in node.targets)
+
+
+def _marks(node: ast.AST) -> set[str]:
+    """NAME of every pytest.mark.NAME in an expression."""
+    return {
+        n.attr
+        for n in ast.walk(node)
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Attribute) and n.value.attr == "mark"
+    }
+
+
+# --- result files ---
+
+
+def read_results(directory: Path) -> list[dict[str, Any]]:
+    """Of benchmarks/gpu/run_all.py, oldest first; other files have no `about`."""
+    found = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
+    return sorted((r for r in found if "about" in r), key=lambda r: str(r["about"]["date"]))
+
+
+def ran(feature: Feature, results: Iterable[Mapping[str, Any]], *, several: bool) -> str:
+    """On what and when the newest run left the feature's figure."""
+    for result in reversed(list(results)):
+        about = result["about"]
+        on_gpu = about["device"] != "cpu" and not about["tiny"]
+        if on_gpu and (about.get("devices", 1) > 1) == several and _has(result, feature.key):
+            return f"{about['device']}, {about['date'][:10]}"
+    return NOT_RUN
+
+
+def _has(result: Mapping[str, Any], key: str | None) -> bool:
+    """Whether a section that ended well holds a number under the key, which is within its bound if it has one."""
+    if key is None:
+        return False
+    section = result.get(key.split(".")[0], {"error": "not run"})
+    if "error" in section or section.get("within_bounds", {}).get(key.split(".")[1]) is False:
+        return False
+    value: Any = result
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+if __name__ == "__main__":
+    main()
