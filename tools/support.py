@@ -105,8 +105,8 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
         [
             "# What has run where",
             "",
-            "Written by `make support` from the tests and from the result files in `benchmarks/gpu/results/`; a test holds",
-            f'it current. "{NOT_RUN}" stands for what no test runs and no result file shows, however much of it is written.',
+            "Written by `make support` from the tests and from the result files in `benchmarks/gpu/results/`; a test",
+            f'holds it current. "{NOT_RUN}": no test runs it, no result file shows it, however much of it is written.',
             "",
             "| feature | on a CPU, tested by | on one GPU | on several GPUs |",
             "| --- | --- | --- | --- |",

@@ -37,6 +37,9 @@ def start(model: ModelConfig, seed: int = 0) -> None:
     cpu_backend.enable()
     cuda = torch.cuda.is_available()
     if cuda:
+        if model.tensor_model_parallel_size > 1:
+            # Kernels then start in the order of their launch: communication before what is to hide it (not run).
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # Where the launcher shows each process its own GPU alone, that is number 0.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():

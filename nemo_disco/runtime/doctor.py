@@ -106,9 +106,10 @@ def features(parts: Mapping[str, Part]) -> list[Feature]:
     return [
         Feature("train on the CPU (gloo)", _missing(parts, TRAINING), needed=True),
         Feature("parts for training on GPUs (NCCL, BF16)", _missing(parts, (*TRAINING, *gpu))),
-        Feature("attention on packed sequences (torch's SDPA)", _missing(parts, ("torch",))),
+        Feature("attention on packed sequences (SDPA)", _missing(parts, ("torch",))),
+        Feature("flash attention on packed sequences (BF16)", _missing(parts, ("torch", *gpu))),
         Feature("fused optimizer and norms", "" if fused else "transformer-engine or apex; torch's own are used"),
-        Feature("FP8 and Transformer Engine layers", LATER),
+        Feature("FP8 and Transformer Engine layers", _missing(parts, ("transformer-engine", *gpu))),
         Feature("engine megatron", _missing(parts, TRAINING), needed=True),
         Feature("engine vllm", LATER),
         Feature("engine tensorrt_llm", LATER),
