@@ -165,12 +165,13 @@ def _memory(field: str) -> int:
 class Side:
     """One side, seen from the benchmark."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], pinned: bool = True) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        os.sched_setaffinity(self.process.pid, {max(os.sched_getaffinity(0))})
+        if pinned:
+            os.sched_setaffinity(self.process.pid, {max(os.sched_getaffinity(0))})
 
     def turn(self) -> dict[str, float]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -191,9 +192,9 @@ class Side:
 Runs = dict[str, list[dict[str, float]]]
 
 
-def take_turns(commands: Mapping[str, Sequence[str]], repeats: int) -> Runs:
-    """What each side answered in each of `repeats` turns, after one turn to warm up."""
-    sides = {name: Side(command) for name, command in commands.items()}
+def take_turns(commands: Mapping[str, Sequence[str]], repeats: int, *, pinned: bool = True) -> Runs:
+    """What each side answered in each of `repeats` turns, after one turn to warm up. pinned: all on the same core."""
+    sides = {name: Side(command, pinned) for name, command in commands.items()}
     try:
         for side in sides.values():
             side.turn()

@@ -21,11 +21,10 @@ ENGINES = ("megatron",)  # of this version
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raises UserError if keys contradict each other, or `world_size` processes."""
-    _check_layout(config, world_size)
+    check_layout(config, world_size)
     _check_fp8(config)
     _check_batch(config)
     _check_weights(config)
-    _check_lengths(config)
     _check_optimizer(config)
     if config.generation.engine not in ENGINES:
         raise UserError(
@@ -89,7 +88,13 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         raise UserError(f"{sum_of} tokens, but the model has {shape.max_positions} positions")
 
 
-def _check_layout(config: RunConfig, world_size: int) -> None:
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Raises UserError if the layout does not divide the processes, or a response does not fit its token budget."""
+    _check_processes(config, world_size)
+    _check_lengths(config)
+
+
+def _check_processes(config: RunConfig, world_size: int) -> None:
     model = config.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     context, virtual = model.context_parallel_size, model.virtual_pipeline_model_parallel_size

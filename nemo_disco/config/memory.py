@@ -1,82 +1,189 @@
 """An estimate of one rank's memory, by part, from the configuration and the model's shape. Pure arithmetic.
 
-Counts what is large: sharded weights, megatron's gradient buffer, the distributed optimizer's share, what autograd
-keeps of a full micro-batch, log-probs, the KV cache. Not the allocator's slack, the libraries or NCCL's buffers.
+Counts what is large, for the local layers; tests/distributed/test_memory.py holds it to real processes' peaks. Left
+out: libraries, the allocator's slack, NCCL's buffers (layouts.USABLE), FP8. `cuda=True`: not run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.schema import ModelConfig, RunConfig
 from nemo_disco.config.shape import ModelShape
 
 # Bytes a number: of weights and activations, of megatron's gradient buffer, and of the optimizer's state with Adam
 # (two moments, and under bf16 an fp32 copy of the weights).
-_BYTES = {"bf16": (2, 4, 12), "32": (4, 4, 8), "64": (8, 8, 16)}
-_TILE = 4096 * 16384  # logits of the largest tile that the log-probs hold, in float32
-_STEP_COPIES = 4 * 8  # old, new and generation log-probs and token weights of a step, 8 bytes each at most
+BYTES = {"bf16": (2, 4, 12), "32": (4, 4, 8), "64": (8, 8, 16)}
+_TILES = {True: 4096 * 16384, False: 512 * 1024}  # logits of a tile of the log-probs (policy/log_probs.py), CUDA or not
+_VECTORS = 4 * 8  # old, new and generation log-probs and token weights of a step, 8 bytes each at most
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes are cut, and what is computed anew in backward (None, selective, full)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    recompute: str | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig, world_size: int) -> Layout:
+        tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+        context = model.context_parallel_size
+        return cls(
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual=model.virtual_pipeline_model_parallel_size or 1,
+            context=context,
+            data=world_size // (tensor * pipeline * context),
+            sequence_parallel=model.sequence_parallel,
+            recompute=model.activations_checkpoint_granularity,
+        )
+
+    @property
+    def replica(self) -> int:
+        """Ranks that hold one copy of the weights, the context-parallel ones counted."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def shares(self) -> int:
+        """Ranks over which the distributed optimizer cuts its state, and which sample different questions."""
+        return self.data * self.context
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank. kv_cache: all of the rank's responses at full length, at once."""
+    """Bytes of one rank. activations: kept for backward. layer: what one layer's backward works with, when the
+    log-probs' buffers are gone. kv_cache: all of the rank's responses at full length, at once."""
 
     weights: int
     gradients: int
     optimizer: int
+    reference: int
     activations: int
     log_probs: int
+    layer: int
     kv_cache: int
 
     @property
     def training(self) -> int:
-        """What one training step needs at the same time."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.log_probs
+        """The peak of a training step."""
+        standing = self.weights + self.gradients + self.optimizer + self.reference
+        return standing + self.activations + max(self.log_probs, self.layer)
+
+    def sampling(self, *, offload: bool) -> int:
+        """What is there while an engine samples, besides its cache: no gradients, with `offload` no optimizer state."""
+        return self.weights + self.reference + (0 if offload else self.optimizer)
 
 
-def estimate(config: RunConfig, shape: ModelShape, world_size: int) -> Memory:
-    """The memory of the fullest rank among `world_size`, at full micro-batches and full-length responses."""
-    model, numbers = config.model, _BYTES[config.trainer.precision]
-    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    context = model.context_parallel_size
-    parameters = _stage_parameters(shape, tensor, pipeline)
-    replicas = world_size // (tensor * pipeline)
-    data_parallel = replicas // context
+def estimate(
+    config: RunConfig, shape: ModelShape, layout: Layout, *, reference: bool = False, cuda: bool = True
+) -> Memory:
+    """The memory of the fullest rank, at full micro-batches and full-length responses.
+
+    reference: the objective needs a second, frozen policy.
+    """
+    stages = {0, layout.pipeline - 1}
+    return max((_of_stage(config, shape, layout, s, reference, cuda) for s in stages), key=lambda m: m.training)
+
+
+def longest(config: RunConfig) -> int:
+    """Tokens of the longest sequence."""
+    return config.data.max_prompt_length + config.generation.longest_response
+
+
+def cache_a_response(config: RunConfig, shape: ModelShape, layout: Layout) -> int:
+    """Bytes of a longest sequence's keys and values on one rank."""
+    layers = shape.layers // layout.pipeline
+    return 2 * BYTES[config.trainer.precision][0] * layers * shape.kv_width // layout.tensor * longest(config)
+
+
+def responses_a_rank(config: RunConfig, layout: Layout) -> int:
+    """Responses that a rank samples in a step: whole questions."""
+    return -(-config.data.questions_per_step // layout.shares) * config.generation.responses_per_question
+
+
+def micro_batches(config: RunConfig, layout: Layout, tokens: float) -> int:
+    """Micro-batches a rank that so many tokens of all ranks take; under VPP a multiple of PP."""
+    multiple = layout.pipeline if layout.virtual > 1 else 1
+    count = max(1, -(-int(tokens) // (layout.data * config.model.token_budget)))
+    return -(-count // multiple) * multiple
+
+
+def _of_stage(config: RunConfig, shape: ModelShape, layout: Layout, stage: int, reference: bool, cuda: bool) -> Memory:
+    weight, gradient, optimizer = BYTES[config.trainer.precision]
+    if config.model.optim.moments_dtype == "bfloat16":
+        optimizer -= 4
+    parameters = _stage_parameters(shape, layout)
+    tokens = config.model.token_budget // layout.context
+    # Without CUDA's kernels torch writes the mask of context parallelism out: over half of the sequence a query.
+    mask = 0 if cuda or layout.context == 1 else longest(config) * (2 * layout.context + 1) // (4 * layout.context)
+    activations = tokens * _saved(shape, layout, _in_flight(config, layout, stage), weight, cuda, mask)
+    head = 0
+    if stage == layout.pipeline - 1:
+        wide = max(weight, 4)
+        activations += tokens * _norm(shape, layout, weight, cuda)
+        # The hidden states at response tokens, their gradient, the output weight's, and tiles of logits and gradients.
+        head = tokens * shape.hidden * (weight + wide) + shape.embedding_parameters // layout.tensor * weight
+        head += 2 * wide * min(_TILES[cuda], tokens * shape.vocab // layout.tensor)
     responses = config.data.questions_per_step * config.generation.responses_per_question
-    longest = config.data.max_prompt_length + config.generation.longest_response
-    cache = 2 * numbers[0] * (shape.layers // pipeline) * shape.kv_width // tensor
     return Memory(
-        weights=parameters * numbers[0],
-        gradients=parameters * numbers[1],
-        optimizer=parameters * numbers[2] // replicas,
-        activations=_activations(config, shape) * numbers[0],
-        log_probs=responses * config.generation.longest_response * _STEP_COPIES
-        + 4 * min(_TILE, model.token_budget // context * shape.vocab // tensor),
-        # Context-parallel ranks sample as further data-parallel ones.
-        kv_cache=-(-responses // (data_parallel * context)) * longest * cache,
+        weights=parameters * weight,
+        gradients=parameters * gradient,
+        optimizer=parameters * optimizer // layout.shares,
+        reference=parameters * weight if reference else 0,
+        activations=activations,
+        log_probs=head + responses * config.generation.longest_response * _VECTORS,
+        # The gradients of SwiGLU's two inputs, and of the layer's input, which is gathered anew under SP.
+        layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden),
+        kv_cache=responses_a_rank(config, layout) * cache_a_response(config, shape, layout),
     )
 
 
-def _stage_parameters(shape: ModelShape, tensor: int, pipeline: int) -> int:
-    """Of the fullest pipeline stage on one tensor-parallel rank."""
-    layers = shape.layers // pipeline * shape.layer_parameters
-    # One stage: embedding and output layer, which may be one. Several: either end has one of the two.
-    embeddings = shape.embedding_parameters * (2 if pipeline == 1 and not shape.tied else 1)
-    return (layers + embeddings) // tensor + shape.hidden
+def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
+    """Of either end of the pipeline on one tensor-parallel rank; norms are whole on each."""
+    layers = shape.layers // layout.pipeline
+    # One stage: embedding and output layer, which may be one. Several: either end has one of the two, or its copy.
+    embeddings = shape.embedding_parameters * (2 if layout.pipeline == 1 and not shape.tied else 1)
+    norms = 2 * shape.hidden
+    return (layers * (shape.layer_parameters - norms) + embeddings) // layout.tensor + layers * norms + shape.hidden
 
 
-def _activations(config: RunConfig, shape: ModelShape) -> int:
-    """Numbers that autograd keeps on the first pipeline stage, with its 1F1B micro-batches in flight."""
-    model = config.model
-    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    # A token in a layer: both norms' inputs and outputs; then queries, keys and values before and after rope, the
-    # attention's output, and SwiGLU's gate, up, activation and product.
-    whole = 4 * shape.hidden // (tensor if model.sequence_parallel else 1)
-    split = (3 * shape.query_width + 4 * shape.kv_width + 4 * shape.ffn) // tensor
-    tokens, layers = model.token_budget // model.context_parallel_size, shape.layers // pipeline
-    if model.activations_checkpoint_granularity == "full":
-        return tokens * (layers * pipeline * whole // 4 + whole + split)
-    if model.activations_checkpoint_granularity == "selective":
-        split -= shape.query_width // tensor
-    return tokens * layers * pipeline * (whole + split)
+def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
+    """Micro-batches whose activations a stage keeps at once: 1F1B, and with virtual stages (arXiv 2104.04473, 2.2)."""
+    mini_batch = config.algorithm.mini_batch_questions * config.generation.responses_per_question * longest(config)
+    behind = layout.pipeline - stage
+    if layout.virtual > 1:
+        chunks = 2 * (behind - 1) + (layout.virtual - 1) * layout.pipeline + 1
+        return min(chunks / layout.virtual, micro_batches(config, layout, mini_batch))
+    return min(behind, micro_batches(config, layout, mini_batch))
+
+
+def _saved(shape: ModelShape, layout: Layout, in_flight: float, number: int, cuda: bool, mask: int) -> int:
+    """Bytes a token that autograd keeps for the layers of one stage; mask: numbers a token of attention's mask."""
+    layers, shards = shape.layers // layout.pipeline, layout.tensor if layout.sequence_parallel else 1
+    query, kv, tensor = shape.query_width, shape.kv_width, layout.tensor
+    # Queries, keys and values as projected and with rope, attention's output as it came and packed, its log-sum-exp.
+    attention = number * (4 * query + 3 * kv) + 4 * shape.heads
+    if layout.context > 1:  # the projections go; what each of a sequence's two pieces attends to, on all ranks, stays
+        attention = number * (3 * query + (2 * layout.context + 1) * kv + mask * tensor) + 4 * shape.heads
+    if layout.recompute == "selective":  # its inputs stay, what it computes goes
+        attention -= number * query + 4 * shape.heads
+    # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
+    split = (attention + number * (3 if cuda else 4) * shape.ffn) // tensor
+    rope = number * 4 * shape.head_dim  # sine and cosine, for queries and for keys
+    layer = 2 * _norm(shape, layout, number, cuda) + split + rope
+    if layout.recompute == "full":  # a layer's input each, and the one that is at work
+        return int(layers * in_flight * number * shape.hidden // shards) + layer
+    return int(layers * in_flight * layer)
+
+
+def _norm(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
+    """Bytes a token that a norm keeps: input and output; without the fused CUDA kernel torch computes in float32 at
+    least, and keeps the normalised input too."""
+    kept = 2 * number if cuda else 2 * max(number, 4) + number
+    return kept * shape.hidden // (layout.tensor if layout.sequence_parallel else 1)

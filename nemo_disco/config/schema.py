@@ -200,6 +200,10 @@ class VerifyConfig(Section):
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
 
 
+class PlanConfig(Section):
+    gpu_memory_gb: PositiveFloat | None  # of the cluster that `nemo-disco plan` speaks of; null: this machine's, or 80
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -213,3 +217,4 @@ class RunConfig(Section):
     reward: RewardConfig
     evaluation: EvaluationConfig
     verify: VerifyConfig
+    plan: PlanConfig

@@ -56,13 +56,29 @@ class ModelShape:
         return self.layers * self.layer_parameters + embeddings + self.hidden
 
 
-# The published shapes of the papers' models, so that `plan` can speak of a model that is not on this machine.
+# The published shapes of the papers' models and their larger kin, so that `plan` can speak of a model that is not on
+# this machine; each also goes by its size.
 _DISTILL: dict[str, Any] = {"tied": False, "max_positions": 131072}
 KNOWN = {
     "DeepSeek-R1-Distill-Qwen-1.5B": ModelShape(28, 1536, 8960, 12, 2, 128, 151936, qkv_bias=True, **_DISTILL),
     "DeepSeek-R1-Distill-Qwen-7B": ModelShape(28, 3584, 18944, 28, 4, 128, 152064, qkv_bias=True, **_DISTILL),
     "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, qkv_bias=False, **_DISTILL),
+    "DeepSeek-R1-Distill-Qwen-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064, qkv_bias=True, **_DISTILL),
+    "DeepSeek-R1-Distill-Llama-70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, qkv_bias=False, **_DISTILL),
 }
+SIZES = {name.rpartition("-")[2].lower(): name for name in KNOWN}
+
+
+def find_shape(path: str) -> tuple[ModelShape | None, str]:
+    """The shape of the model at `path`, or the published one of a known name or size (32b), and a line that says which
+    it is. Raises UserError for a damaged directory."""
+    if Path(path).exists():
+        return read_shape(path), f"Model: {path}."
+    name = SIZES.get(path.lower(), Path(path).name)
+    if (known := KNOWN.get(name)) is not None:
+        return known, f"Model: not found at {path}; this is the published shape of {name}."
+    sizes = ", ".join(SIZES)
+    return None, f"Model: not found at {path}, so there is no estimate; known without files: model.path={sizes}."
 
 
 def read_shape(path: str | Path) -> ModelShape:

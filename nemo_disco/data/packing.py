@@ -306,8 +306,8 @@ def _share(heavy: list[Bin], light: list[Bin], gap: int, sizes: list[int], costs
     if best[0] >= gap:
         return False
     _, h, k, kept = best
-    light[k] = sorted(set(heavy[h] + light[k]) - set(kept))
-    heavy[h] = sorted(kept)
+    given = set(heavy[h] + light[k]) - set(kept)
+    heavy[h][:], light[k][:] = sorted(kept), sorted(given)  # in place: the plan counts these very bins
     return True
 
 

@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.clock import Clock
 
 TEMPERATURE, TAU, BETA = 0.6, 1.0, 1e3
 LIMIT = 40
@@ -152,3 +155,34 @@ def test_the_first_mini_batch_needs_no_forward_pass(
     assert without == pytest.approx(with_pass, rel=1e-9, abs=1e-12)
     for n, gradient in policy.named_gradients():
         torch.testing.assert_close(gradients[n], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_more(
+    model_path: Path, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old log-probs of all, scores of the second to the fourth mini-batch, and the backward passes' own forwards."""
+    config = compose(
+        overrides=[
+            f"model.path={model_path}",
+            "data.train_files=[none]",
+            "data.questions_per_step=32",
+            "algorithm.mini_batch_questions=8",
+            f"generation.max_response_length={LIMIT}",
+            "model.token_budget=2048",
+        ]
+    )
+    parallel.start(config.model)
+    policy = Policy(config.model, dtype=torch.float32)
+    passes: list[tuple[bool, int]] = []
+    schedule = policy._schedule
+
+    def counted(part: Rollouts, *args: Any, forward_only: bool, **options: Any) -> None:
+        passes.append((forward_only, len(part)))
+        schedule(part, *args, forward_only=forward_only, **options)
+
+    monkeypatch.setattr(policy, "_schedule", counted)
+    unused: dict[str, Any] = dict.fromkeys(("engine", "grader", "questions", "sampler", "evaluation_sets", "journal"))
+    algorithm = DisCO(config, policy=policy, objective=build_objective({"name": "disco"}), **unused)
+    algorithm.run_training(rollouts, Clock())
+    backward, forward = (False, 64), (True, 64)
+    assert passes == [(True, 256), backward, forward, backward, forward, backward, forward, backward]

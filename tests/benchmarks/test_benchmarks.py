@@ -78,6 +78,17 @@ def test_train_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scaling(tmp_path: Path) -> None:
+    """The script itself refuses layouts that come to different gradients."""
+    sizes = ["--questions=4", "--limit=24", "--mini-batches=2"]
+    record = run("scaling.py", tmp_path, *sizes, "--layouts", "DP 1", "TP 2")
+    one, two = (record["result"][layout] for layout in ("DP 1", "TP 2"))
+    assert one["speedup"] == one["work_of_one_process"] == 1.0 and two["speedup"] > 0
+    assert 0 <= one["communication_share"] < two["communication_share"] < 1
+    assert one["two_passes_of_one"] > 1 and 0 < one["fill"] <= one["fill_of_possible"] <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options"),
     [("generation.py", ["--group=16"]), ("whole_step.py", ["--group=16", "--mini-batches=2", "--without-trl"])],

@@ -134,7 +134,7 @@ def test_a_conf_of_another_project_does_not_get_in_the_way(tmp_path, monkeypatch
         ("defaults: [nowhere]\n", "there is no nowhere to compose"),
         ("- a\n- b\n", r"config bad: .*must be a DictConfig"),
         ("just text\n", "unknown key just text"),
-        ("seed: 1\n", "trainer is missing .*; and 6 more$"),
+        ("seed: 1\n", "trainer is missing .*; and 7 more$"),
         ("seed: !!python/object/apply:os.system ['touch planted']\n", "could not determine a constructor"),
         ("seed: !!python/name:os.system\n", "could not determine a constructor"),
     ],

@@ -6,15 +6,19 @@ import pytest
 from rich.console import Console
 
 from nemo_disco.config.compose import compose
-from nemo_disco.config.memory import estimate
-from nemo_disco.config.plan import find_shape, print_plan, vocabulary
-from nemo_disco.config.shape import KNOWN, read_shape
+from nemo_disco.config.memory import Layout, estimate
+from nemo_disco.config.plan import print_plan, vocabulary
+from nemo_disco.config.shape import KNOWN, find_shape, read_shape
 
 
 def printed(config, world_size):
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=140)
     print_plan(config, world_size, console)
     return console.file.getvalue()
+
+
+def of_a_rank(config, shape, world_size=8, **options):
+    return estimate(config, shape, Layout.of(config.model, world_size), **options)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,8 @@ def printed(config, world_size):
         ("DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
         ("DeepSeek-R1-Distill-Qwen-7B", 7_615_616_512),
         ("DeepSeek-R1-Distill-Llama-8B", 8_030_261_248),
+        ("DeepSeek-R1-Distill-Qwen-32B", 32_763_876_352),
+        ("DeepSeek-R1-Distill-Llama-70B", 70_553_706_496),
     ],
 )
 def test_the_papers_models_have_their_published_sizes(name, published):
@@ -56,10 +62,11 @@ def test_the_batch_vocabulary_of_the_papers():
 def test_weights_gradients_and_optimizer_state_by_hand():
     config = compose("recipe/disco_logl_1.5b")
     shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
-    memory = estimate(config, shape, world_size=8)
+    memory = of_a_rank(config, shape)
     assert memory.weights == 2 * shape.parameters
     assert memory.gradients == 4 * shape.parameters
     assert memory.optimizer == 12 * shape.parameters // 8
+    assert memory.reference == 0 and of_a_rank(config, shape, reference=True).reference == memory.weights
     assert memory.kv_cache == 128 * 9216 * 28 * 2 * 256 * 2  # responses, tokens, layers, K and V, width, bytes
 
 
@@ -77,8 +84,8 @@ def test_weights_gradients_and_optimizer_state_by_hand():
 )
 def test_a_layout_shrinks_what_it_splits(overrides, part, least, most):
     shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
-    before = estimate(compose("recipe/disco_logl_1.5b"), shape, world_size=8)
-    after = estimate(compose("recipe/disco_logl_1.5b", overrides), shape, world_size=8)
+    before = of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
+    after = of_a_rank(compose("recipe/disco_logl_1.5b", overrides), shape)
     assert least <= getattr(after, part) / getattr(before, part) <= most
 
 
@@ -86,7 +93,32 @@ def test_every_recipe_fits_an_80_gb_gpu_by_its_own_estimate():
     for size in ("1.5b", "7b", "llama_8b"):
         config = compose(f"recipe/disco_logl_{size}")
         shape, _ = find_shape(config.model.path)
-        assert estimate(config, shape, world_size=8).training < 60 * 2**30  # with room for the KV cache
+        assert of_a_rank(config, shape).training < 60 * 2**30  # with room for the KV cache
+
+
+def test_activations_of_a_layer_by_hand():
+    """bf16 on CUDA, a token: two norms' inputs and outputs; projected and rotated queries, keys, values and attention's
+    two outputs; its log-sum-exp; SwiGLU's three; sines and cosines. One layer's stay under full recomputation."""
+    shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
+    layer = 2 * (4 * 1536 + 4 * 1536 + 3 * 256 + 3 * 8960 + 4 * 128) + 4 * 12
+    config = compose("recipe/disco_logl_1.5b", ["model.activations_checkpoint_granularity=null"])
+    final_norm = 2 * 2 * 1536
+    assert of_a_rank(config, shape).activations == 36864 * (28 * layer + final_norm)
+    full = of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
+    assert full.activations == 36864 * (28 * 2 * 1536 + layer + final_norm)
+
+
+def test_the_first_stage_of_a_pipeline_is_the_fullest():
+    """It keeps a micro-batch for each stage behind it, so as many layers' activations as without a pipeline; and more
+    with virtual stages, of which PP - 1 micro-batches are under way besides (arXiv 2104.04473)."""
+    plain = ["model.activations_checkpoint_granularity=null", "model.pipeline_model_parallel_size=4"]
+    shape = KNOWN["DeepSeek-R1-Distill-Llama-8B"]
+    name, virtual = "recipe/disco_logl_llama_8b", "model.virtual_pipeline_model_parallel_size=2"
+    alone = of_a_rank(compose(name, plain[:1]), shape, world_size=32)
+    piped = of_a_rank(compose(name, plain), shape, world_size=32)
+    interleaved = of_a_rank(compose(name, [*plain, virtual]), shape, world_size=32)
+    assert piped.activations == pytest.approx(alone.activations, rel=0.01)
+    assert interleaved.activations == pytest.approx(piped.activations * (1 + 3 / 8), rel=0.01)
 
 
 def test_the_plan_says_which_model_it_speaks_of(model_directory):
@@ -98,3 +130,26 @@ def test_the_plan_says_which_model_it_speaks_of(model_directory):
     assert "optimizer state" in text and f"Model: {model_directory()}" in text
     text = printed(compose("quickstart", ["model.path=nowhere"]), 2)
     assert "not found at nowhere, so there is no estimate" in text and "optimizer state" not in text
+    assert "model.path=1.5b, 7b, 8b, 32b, 70b" in text
+
+
+def test_the_plan_recommends_a_layout_and_says_what_it_assumed():
+    text = printed(compose("recipe/disco_logl_7b", ["trainer.num_nodes=4"]), 32)
+    assert "layouts on 32 GPUs of 80 GB" in text and "configured" in text and "recommended" in text
+    assert "Recommended: model.tensor_model_parallel_size=" in text
+    assert "estimated, not measured. Assumed: an H100 SXM" in text
+
+
+def test_the_plan_says_how_many_nodes_a_model_needs():
+    text = printed(compose("recipe/disco_logl_7b", ["model.path=70b"]), 8)
+    assert "No layout fits: TP 8 x PP 1 x CP 1 x DP 1 needs least" in text
+    assert "Would work: trainer.num_nodes=4 with model.tensor_model_parallel_size=8" in text
+    assert "does not fit" in text
+
+
+def test_a_reference_policy_is_counted():
+    overrides = ["model.path=8b", "data.train_files=[q.json]", "model.token_budget=16384"]
+    assert "reference policy" in printed(
+        compose(overrides=["algorithm=grpo", "algorithm.kl_coefficient=0.01", *overrides]), 1
+    )
+    assert "reference policy" not in printed(compose(overrides=overrides), 1)

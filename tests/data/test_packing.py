@@ -70,6 +70,12 @@ def test_3_none_is_over_the_budget_padding_included(problem):
     assert plan.padded_tokens == sum(totals)
 
 
+def test_3_also_where_full_bins_are_shared_anew():
+    lengths = [381, 373, 337, 337, 217, 217, 177, 145, 145, 133, 121, 57, 53, 9, 1, 1, 1, 1]
+    plan = plan_micro_batches(lengths, token_budget=384, data_parallel_size=5, sequence_multiple=4, attention_span=3000)
+    assert plan.padded_tokens == sum(padded(n, 4) for n in lengths)
+
+
 @pytest.mark.parametrize(("seed", "ranks"), list(product(range(3), (2, 8, 16))))
 def test_3_nor_where_exchanges_between_full_slots_level_the_ranks(seed, ranks):
     lengths = real_lengths("lognormal", seed)

@@ -1,0 +1,146 @@
+"""The plan's memory model against real processes: the peak of the resident memory over a training step.
+
+VmHWM counts every page that was touched, so also what no tensor library sees; the kernel resets it before each phase.
+Freed tensors must go back to the kernel at once for it to mean anything (MALLOC_*). The baseline is the resident memory
+before the policy is built, when everything has been imported and run once.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import model_config, save_model
+
+from nemo_disco.config.compose import compose
+from nemo_disco.config.memory import Layout, Memory, estimate
+from nemo_disco.config.shape import read_shape
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.policy import parallel
+from nemo_disco.policy.policy import Policy
+
+PROMPT, RESPONSE, BUDGET = 64, 449, 4096  # 512 tokens are read of a sequence: 8 fill a micro-batch
+GROUP = 4
+SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_key_value_heads": 2}
+WORDY = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_key_value_heads": 4}
+
+
+def rollouts(questions: int) -> Rollouts:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, 1000, (count,), generator=generator).tolist()
+
+    prompts = [prompt for _ in range(questions) for prompt in [tokens(PROMPT)] * GROUP]
+    responses = [tokens(RESPONSE) for _ in prompts]
+    zeros = [[0.0] * RESPONSE] * len(prompts)
+    return Rollouts.from_lists(
+        prompts, responses, zeros, [i // GROUP for i in range(len(prompts))], [False] * len(zeros)
+    )
+
+
+def bytes_of(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def train(policy: Policy, questions: int) -> int:
+    """Bytes at the peak of the second of two optimizer steps: the first one makes the optimizer's state."""
+    batch = rollouts(questions)
+    weights = torch.randn(len(batch) * RESPONSE) * 1e-6
+    for _ in range(2):
+        Path("/proc/self/clear_refs").write_text("5")
+        policy.log_probs(batch, entropies=True)
+        policy.accumulate(batch, lambda index, log_probs, _: weights[index] * log_probs)
+        assert policy.step().applied
+    return bytes_of("VmHWM")
+
+
+def measure(small: str, model: str, layouts: list[dict[str, Any]], dtype: torch.dtype, questions: int) -> list[int]:
+    """Peak bytes above the baseline of each layout, on this rank."""
+    peaks = []
+    for path, changes in [(small, layouts[0]), *((model, changes) for changes in layouts)]:
+        config = model_config(Path(path), token_budget=BUDGET, **changes)
+        parallel.start(config)
+        gc.collect()
+        before = bytes_of("VmRSS")
+        policy = Policy(config, dtype=dtype)
+        peaks.append(train(policy, questions if path == model else 1) - before)
+        del policy
+    return peaks[1:]
+
+
+def estimated(model: str, changes: dict[str, Any], world_size: int, precision: str, questions: int) -> Memory:
+    overrides = [
+        f"model.path={model}",
+        "data.train_files=[none]",
+        f"trainer.precision={precision}",
+        f"data.questions_per_step={questions}",
+        f"algorithm.mini_batch_questions={questions}",
+        f"generation.responses_per_question={GROUP}",
+        f"generation.max_response_length={RESPONSE}",
+        f"data.max_prompt_length={PROMPT - 1}",
+        f"model.token_budget={BUDGET}",
+        *(f"model.{key}={value}" for key, value in changes.items()),
+    ]
+    config = compose(overrides=overrides)
+    return estimate(config, read_shape(model), Layout.of(config.model, world_size), cuda=False)
+
+
+def check(
+    on_ranks: Callable[..., list[Any]],
+    directory: Path,
+    shape: dict[str, int],
+    world_size: int,
+    layouts: list[dict[str, Any]],
+    precision: str = "32",
+    questions: int = 4,
+) -> None:
+    """questions: two fill a micro-batch."""
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 1024, "num_attention_heads": 8}
+    model = str(save_model(directory / "model", "qwen2", tied=False, **(sizes | shape)))
+    small = str(save_model(directory / "small", "qwen2", tied=False, **(sizes | {"hidden_size": 64})))
+    dtype = {"32": torch.float32, "bf16": torch.bfloat16}[precision]
+    ranks = on_ranks(world_size, measure, small, model, layouts, dtype, questions)
+    for changes, *peaks in zip(layouts, *ranks, strict=True):
+        expected = estimated(model, changes, world_size, precision, questions)
+        figures = f"{changes}: measured {[p >> 20 for p in peaks]} MiB, estimated {expected.training >> 20}: {expected}"
+        assert max(peaks) == pytest.approx(expected.training, rel=0.15), figures
+        print(figures)
+
+
+@pytest.fixture(autouse=True)
+def _pages_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
+
+
+FULL, SELECTIVE = ({"activations_checkpoint_granularity": g} for g in ("full", "selective"))
+TP, PP, CP = ({f"{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context"))
+SP = TP | {"sequence_parallel": True}
+VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
+
+
+def test_one_process(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(on_ranks, tmp_path, SMALL, 1, [{}], questions=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [WIDE, WORDY], ids=["wide", "wordy"])
+def test_two_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path, shape: dict[str, int]) -> None:
+    check(on_ranks, tmp_path, shape, 2, [{}, FULL, TP, TP | FULL, SP, SP | SELECTIVE, PP, PP | FULL, CP])
+
+
+@pytest.mark.slow
+def test_four_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(on_ranks, tmp_path, WIDE, 4, [SP | PP, TP | FULL, PP, VPP], questions=16)
+
+
+@pytest.mark.slow
+def test_bfloat16(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(on_ranks, tmp_path, WIDE, 1, [{}, FULL, SELECTIVE], "bf16")
