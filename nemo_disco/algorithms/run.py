@@ -30,6 +30,7 @@ from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, wri
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.reference import Reference
 from nemo_disco.rewards.registry import Grader, build_verifier
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory, write_atomically
@@ -60,6 +61,7 @@ def train(config: RunConfig) -> int:
         per_step, shuffle = config.data.questions_per_step, config.data.shuffle
         sampler = QuestionSampler(len(questions), per_step, config.seed, shuffle, weights)
         evaluation_sets = _evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
+        needs_reference = "reference_log_probs" in objective.needs
         with _room(config, tokenizer) as room:
             algorithm = DisCO(
                 config,
@@ -71,7 +73,7 @@ def train(config: RunConfig) -> int:
                 sampler=sampler,
                 evaluation_sets=evaluation_sets,
                 journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
-                reference=_policy(config, trainable=False) if "reference_log_probs" in objective.needs else None,
+                reference=Reference(_policy(config, trainable=False)) if needs_reference else None,
             )
             _resume(algorithm, run, config)
             if _first():
@@ -221,7 +223,7 @@ def _refuse_used(run: RunDirectory, config: RunConfig) -> None:
 
 def _resume(algorithm: DisCO, run: RunDirectory, config: RunConfig) -> None:
     """Go on from the newest intact checkpoint, if there is one; settings that changed since are said."""
-    found = checkpoint.load_latest(algorithm.policy, run.checkpoints)
+    found = checkpoint.load_latest(algorithm.policy, run.checkpoints, algorithm.reference)
     if found is None:
         return
     algorithm.load_state_dict(found[1])

@@ -34,6 +34,7 @@ from nemo_disco.generation.engine import Engine
 from nemo_disco.policy import checkpoint
 from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.reference import Reference
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.clock import Clock, device_clock
 from nemo_disco.runtime.errors import UserError
@@ -65,9 +66,9 @@ class DisCO:
         sampler: QuestionSampler,
         evaluation_sets: Sequence[Questions],
         journal: Journal,
-        reference: Policy | None = None,
+        reference: Reference | None = None,
     ) -> None:
-        """reference: the frozen policy of an objective that requires reference_log_probs."""
+        """reference: of an objective that requires reference_log_probs."""
         self.config, self.policy, self.engine, self.objective = config, policy, engine, objective
         self.grader, self.evaluation_sets, self.journal = grader, evaluation_sets, journal
         self.reference = reference
@@ -118,6 +119,7 @@ class DisCO:
             sampled = self.generate_rollouts(clock)
             metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock)
             self.step += 1
+            self._renew_reference()
             with clock("refit"):
                 self.engine.update_weights(self.policy.named_weights(), self.step)
         with clock("evaluate"):
@@ -136,7 +138,7 @@ class DisCO:
     def run_training(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
         """A gradient step on each mini-batch of the rollouts; the step's metrics."""
         with clock("log_probs"):
-            reference = None if self.reference is None else self.reference.log_probs(rollouts)[0]
+            reference = None if self.reference is None else self.reference.log_probs(rollouts)
             old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True), reference)
         history: list[dict[str, float]] = []
         throughput = Throughput(self.shape, dist.get_world_size(), peak_flops(self.policy.device_name))
@@ -188,6 +190,7 @@ class DisCO:
             self.step,
             self.state_dict(),
             self.config.exp_manager.keep_checkpoints,
+            self.reference,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,6 +216,13 @@ class DisCO:
         if self.step + 1 not in self.config.exp_manager.profile_steps:
             return nullcontext()
         return profiled(self.journal.run.profile / f"step_{self.step + 1}", dist.get_rank())
+
+    def _renew_reference(self) -> None:
+        """STILL-3: every so many steps the policy becomes the reference."""
+        every = self.config.algorithm.reference_reset_steps
+        if self.reference is not None and every and self.step % every == 0:
+            self.reference.become(self.policy)
+            self.journal.say(f"step {self.step}: the policy of now is the reference from here on")
 
     def _mini_batches(self, rollouts: Rollouts) -> list[torch.Tensor]:
         """The responses of each mini-batch: whole questions, in the order in which they were sampled."""

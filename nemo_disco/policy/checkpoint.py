@@ -18,8 +18,9 @@ from megatron.core import dist_checkpointing
 from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy.checkpoint_record import check_fits, restore_random_state
 from nemo_disco.policy.checkpoint_storage import LoadStrategy, MetadataReader, NothingCommon
-from nemo_disco.policy.checkpoint_writer import CheckpointWriter, sharded_weights
+from nemo_disco.policy.checkpoint_writer import CheckpointWriter, reference_weights, sharded_weights
 from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.reference import Reference
 from nemo_disco.policy.together import every, first
 from nemo_disco.runtime.errors import UserError
 
@@ -51,9 +52,12 @@ def load(policy: Policy, path: str | Path) -> dict[str, Any]:
     return _load(policy, Path(path), record)
 
 
-def load_latest(policy: Policy, directory: str | Path) -> tuple[int, dict[str, Any]] | None:
+def load_latest(
+    policy: Policy, directory: str | Path, reference: Reference | None = None
+) -> tuple[int, dict[str, Any]] | None:
     """`load` the newest intact checkpoint: its step and loop_state, or None if there is none at all.
 
+    reference: takes the weights of the one that was saved, if one was.
     Damaged ones are passed over and named in the log. Raises UserError if all are damaged.
     """
     first(lambda: files.clean(Path(directory)))
@@ -67,7 +71,7 @@ def load_latest(policy: Policy, directory: str | Path) -> tuple[int, dict[str, A
         return None
     for said in damaged if policy.ranks.is_first else []:
         log.warning("damaged checkpoint passed over: %s", said)
-    return int(record["step"]), _load(policy, path, record)
+    return int(record["step"]), _load(policy, path, record, reference)
 
 
 def newest_intact(directory: str | Path) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -93,15 +97,20 @@ def _intact(path: Path) -> dict[str, Any]:
     return record
 
 
-def _load(policy: Policy, path: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _load(policy: Policy, path: Path, record: dict[str, Any], reference: Reference | None = None) -> dict[str, Any]:
     check_fits(policy, path, record)
     reader = MetadataReader(path, record["files"])
     wanted: dict[str, Any] = {"model": sharded_weights(policy)}
     if policy.optimizer is not None:
         wanted["optimizer"] = policy.optimizer.loadable_state(wanted["model"])
+    if reference is not None and record.get("reference"):
+        wanted["reference"], reference.moved = reference_weights(reference), True
     state = dist_checkpointing.load(wanted, str(path), LoadStrategy(reader), NothingCommon())
     for i, chunk in enumerate(policy.model.chunks):
         chunk.load_state_dict(state["model"][str(i)])
+    if reference is not None and "reference" in state:
+        for i, chunk in enumerate(reference.policy.model.chunks):
+            chunk.load_state_dict(state["reference"][str(i)])
     if policy.optimizer is not None:
         policy.optimizer.load_sharded_state(state["optimizer"], record["optimizer"]["steps"])
         states = record["random_state"]

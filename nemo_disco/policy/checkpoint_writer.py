@@ -25,6 +25,7 @@ from nemo_disco.policy import checkpoint_record, parallel
 from nemo_disco.policy.checkpoint_storage import write_marks, write_shards
 from nemo_disco.policy.optimizer import Optimizer, ShardCopies
 from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.reference import Reference
 from nemo_disco.policy.together import every, first
 from nemo_disco.runtime.errors import UserError
 
@@ -38,28 +39,28 @@ class Snapshot:
     step: int
     model: dict[str, Any]  # megatron's sharded tensors, of the live weights: their shapes and places alone are read
     weights: dict[str, Any]  # the same, of copies
+    reference: dict[str, Any]  # copies of a reference's weights, where it has moved
     optimizer: Optimizer
     moments: list[ShardCopies]
     record: dict[str, Any]
     random_state: dict[str, str]
 
     @classmethod
-    def of(cls, policy: Policy, step: int, loop_state: Mapping[str, Any]) -> Snapshot:
+    def of(cls, policy: Policy, step: int, loop_state: Mapping[str, Any], reference: Reference | None) -> Snapshot:
         """Raises TypeError for a loop_state that JSON cannot say."""
         assert policy.optimizer is not None, "a policy without an optimizer has nothing to go on with"
         state = json.loads(json.dumps(dict(loop_state)))
         policy.gather_weights()
         model = sharded_weights(policy)
+        held = reference is not None and reference.moved
         return cls(
             step=step,
             model=model,
-            weights={
-                chunk: {name: replace(t, data=t.data.detach().to("cpu", copy=True)) for name, t in tensors.items()}
-                for chunk, tensors in model.items()
-            },
+            weights=_copies(model),
+            reference=_copies(reference_weights(reference)) if reference is not None and held else {},
             optimizer=policy.optimizer,
             moments=policy.optimizer.copies(),
-            record=checkpoint_record.identity(policy, step) | {"loop_state": state},
+            record=checkpoint_record.identity(policy, step) | {"reference": held, "loop_state": state},
             random_state=checkpoint_record.random_state(),
         )
 
@@ -68,7 +69,7 @@ class Snapshot:
         group = parallel.background_group()
         work = first(lambda: files.begin(directory, self.step), group)
         moments = self.optimizer.saved_state(self.model, self.moments)
-        write_shards({"model": self.weights, "optimizer": moments}, work, group)
+        write_shards({"model": self.weights, "reference": self.reference, "optimizer": moments}, work, group)
         first(lambda: write_marks(work), group)
         described = every(lambda: files.describe(work, dist.get_rank()), group)
         random_states = every(lambda: self.random_state, group)
@@ -94,14 +95,22 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Path] | None = None
 
-    def save(self, policy: Policy, directory: str | Path, step: int, loop_state: Mapping[str, Any], keep: int) -> None:
+    def save(
+        self,
+        policy: Policy,
+        directory: str | Path,
+        step: int,
+        loop_state: Mapping[str, Any],
+        keep: int,
+        reference: Reference | None = None,
+    ) -> None:
         """Begin to write directory/step_N, and keep the `keep` newest; the policy may change afterwards. A collective.
 
-        loop_state: the caller's own, of JSON types; rank 0's is the one that is written. Raises what `wait` does, of
-        the save before.
+        loop_state: the caller's own, of JSON types; rank 0's is the one that is written. reference: saved too, if it
+        has moved. Raises what `wait` does, of the save before.
         """
         self.wait()
-        snapshot = Snapshot.of(policy, step, loop_state)
+        snapshot = Snapshot.of(policy, step, loop_state, reference)
         self._pending = self._thread.submit(_explained, snapshot, Path(directory), keep)
 
     @property
@@ -141,6 +150,21 @@ def sharded_weights(policy: Policy) -> dict[str, Any]:
     return {
         str(i): {name: t for name, t in chunk.sharded_state_dict().items() if not isinstance(t, ShardedObject)}
         for i, chunk in enumerate(policy.model.chunks)
+    }
+
+
+def reference_weights(reference: Reference) -> dict[str, Any]:
+    """As sharded_weights, under names that the policy's own do not take."""
+    return {
+        chunk: {name: replace(t, key=f"reference.{t.key}") for name, t in tensors.items()}
+        for chunk, tensors in sharded_weights(reference.policy).items()
+    }
+
+
+def _copies(weights: dict[str, Any]) -> dict[str, Any]:
+    return {
+        chunk: {name: replace(t, data=t.data.detach().to("cpu", copy=True)) for name, t in tensors.items()}
+        for chunk, tensors in weights.items()
     }
 
 

@@ -9,6 +9,8 @@ import torch
 from commands import metrics
 from torch.distributed.checkpoint import FileSystemReader, load
 
+TIMES = ("time/", "throughput/")
+
 
 def everything(run):
     """What the future of a run depends on and what its past has left, times aside."""
@@ -16,7 +18,7 @@ def everything(run):
     record = json.loads((step / "checkpoint.json").read_text())
     return {
         "weights": (run / "export/model.safetensors").read_bytes(),
-        "metrics": [{k: v for k, v in line.items() if not k.startswith("time/")} for line in metrics(run)],
+        "metrics": [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in metrics(run)],
         "rollouts": [(run / f"rollouts/step_{n}.jsonl").read_text() for n in (1, 2, 3, 4)],
         "evaluations": [(run / f"evaluation/test.step_{n}.json").read_text() for n in (0, 4)],
         "loop": record["loop_state"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import QUICKSTART, WHOLE, at, metrics
 from safetensors.torch import load_file
-from same_run import assert_same
+from same_run import assert_same, tensors
 
 REWARDS = '''
 import math
@@ -155,3 +155,21 @@ def test_hapo_goes_on_bit_for_bit_with_its_history(ranks, four, tmp_path):
     back_to_step_2(tmp_path / "again")
     four("again", *hapo, ranks=ranks)
     assert_same(tmp_path / "again", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reference_that_is_reset_goes_on_bit_for_bit(ranks, four, tmp_path):
+    grpo = ("algorithm=grpo", "algorithm.kl_coefficient=1", "algorithm.reference_reset_steps=1")
+    four("whole", *grpo, ranks=ranks)
+    four("never", *grpo[:2], ranks=ranks)
+    whole, never = (metrics(tmp_path / run) for run in ("whole", "never"))
+    assert whole[0]["grad_norm"] == never[0]["grad_norm"] and whole[2]["grad_norm"] != never[2]["grad_norm"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    back_to_step_2(tmp_path / "again")
+    again = four("again", *grpo, ranks=ranks)
+    assert "step 3: the policy of now is the reference from here on" in again.out
+    assert_same(tmp_path / "again", tmp_path / "whole")
+    saved = tensors(tmp_path / "whole/checkpoints/step_4")
+    mine = {name: t for name, t in saved.items() if f"reference.{name}" in saved}
+    assert mine and all(torch.equal(t, saved[f"reference.{name}"]) for name, t in mine.items())  # just reset
