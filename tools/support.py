@@ -36,6 +36,8 @@ class Feature:
 FEATURES = (
     Feature("TP, SP, PP, interleaved PP, CP with packing, DP", ("distributed/test_layouts.py",)),
     Feature("Gradients and weights communicated while computing", ("distributed/test_overlap.py",)),
+    Feature("Objectives, length methods, rewards, off-policy correction", ("algorithms/test_objectives_reference.py",)),
+    Feature("Reference policy, reset and saved", ("end_to_end/test_methods_run.py",)),
     Feature("Exact DisCO gradient", ("algorithms/test_step.py",), "step.exact_pass_share"),
     Feature("Local layers, SDPA attention", ("policy/test_policy.py",), "correctness.float32_log_probs"),
     Feature(
