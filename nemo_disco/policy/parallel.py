@@ -26,14 +26,15 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 _MEETING_TIMEOUT = datetime.timedelta(minutes=10)
 _watchdog: Watchdog | None = None
 _background: dist.ProcessGroup | None = None
+_layout: dict[str, int | None] | None = None
 
 
 def start(model: ModelConfig, seed: int = 0) -> None:
     """Join the process group (RANK, WORLD_SIZE, ... in the environment; alone without them) and cut it as `model` says.
 
-    May be called again with another layout in the same processes: the groups are then made anew.
+    May be called again in the same processes: another layout ends the groups of the one before, the same keeps them.
     """
-    global _background
+    global _background, _layout
     cpu_backend.enable()
     cuda = torch.cuda.is_available()
     if cuda:
@@ -43,18 +44,22 @@ def start(model: ModelConfig, seed: int = 0) -> None:
         # Where the launcher shows each process its own GPU alone, that is number 0.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():
+        parallel_state.destroy_model_parallel()  # what stood on an earlier process group
+        _background = None
         _join("nccl" if cuda else "gloo")
     if _background is None:
         _background = dist.new_group(timeout=_TIMEOUT, backend="gloo")
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
-        context_parallel_size=model.context_parallel_size,
-        distributed_timeout_minutes=int(_TIMEOUT.total_seconds() // 60),
-    )
+    layout: dict[str, int | None] = {
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+    }
+    if layout != _layout or not parallel_state.model_parallel_is_initialized():
+        _end_groups()
+        minutes = int(_TIMEOUT.total_seconds() // 60)
+        parallel_state.initialize_model_parallel(**layout, distributed_timeout_minutes=minutes)
+        _layout = layout
     torch.manual_seed(seed)
     if cuda:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -62,7 +67,7 @@ def start(model: ModelConfig, seed: int = 0) -> None:
 
 def stop(*, failed: bool = False) -> None:
     """Leave the process group. A rank that failed leaves it by its end: taking it down would wait for its peers."""
-    global _watchdog, _background
+    global _watchdog
     if failed and "RANK" in os.environ:
         watchdog.end_soon()
         return
@@ -72,7 +77,13 @@ def stop(*, failed: bool = False) -> None:
         _watchdog = None
     if dist.is_initialized():
         dist.destroy_process_group()
-        _background = None
+
+
+def _end_groups() -> None:
+    """megatron-core forgets its groups without ending them, and each of gloo's keeps threads that wake all the time."""
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for all ranks
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def background_group() -> dist.ProcessGroup:
