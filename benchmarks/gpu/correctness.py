@@ -26,6 +26,7 @@ from nemo_disco.config.shape import ModelShape
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Sampling
 from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.policy import layers
 
 Gradients = dict[str, Tensor]
 MODEL = ModelShape(4, 512, 1408, 8, 2, 64, 8192, tied=False, qkv_bias=True, max_positions=4096)
@@ -35,6 +36,7 @@ BOUNDS = {
     "bf16_log_probs": 2e-2,
     "bf16_token_weights": 5e-2,
     "bf16_gradient": 5e-2,
+    "compiled_against_plain_activation": 2e-3,
     "packed_against_unpacked_log_probs": 2e-2,
     "packed_against_unpacked_gradient": 3e-2,
     "transformer_engine_against_local_log_probs": 2e-2,
@@ -70,6 +72,7 @@ def _errors(path: Path, rollouts: Rollouts, budget: int, limit: int) -> dict[str
         "bf16_log_probs": relative_error(local[0], log_probs),
         "bf16_token_weights": relative_error(_token_weights(rollouts, local[0], log_probs, limit), weights),
         "bf16_gradient": _gradient_error(local[1], gradient),
+        "compiled_against_plain_activation": _activation_error(),
         "packed_against_unpacked_log_probs": relative_error(local[0], alone[0]),
         "packed_against_unpacked_gradient": _gradient_error(local[1], alone[1]),
         "sampling_against_training_log_probs": _sampling_error(path, budget),
@@ -120,6 +123,13 @@ def _gradient_error(found: Gradients, expected: Gradients) -> float:
     names = sorted(expected)
     flat = [torch.cat([g[name].flatten().float() for name in names]) for g in (found, expected)]
     return relative_error(flat[0], flat[1])
+
+
+def _activation_error() -> float:
+    """Of what torch.compile makes of the MLP's activation; 0 on a CPU, where it is not compiled."""
+    x = torch.randn(64, 1, 256, device=DEVICE, dtype=torch.bfloat16)
+    plain = layers.swiglu.__wrapped__  # type: ignore[attr-defined]
+    return relative_error(layers.swiglu(x), plain(x))
 
 
 def _sampling_error(path: Path, budget: int) -> float:

@@ -1,7 +1,7 @@
 """torch.compile for the element-wise parts of the local layers, on CUDA (not run). On a CPU they stay as they are.
 
-Compiled code rounds where the plain code does, so that the policy stays the model that was read: fused activations and
-rope that do not are known to disturb DeepSeek-R1-Distill-Qwen.
+Compiled code is asked to round where plain code does, so that the policy stays the model that was read: fused
+activations and rope that do not are known to disturb DeepSeek-R1-Distill-Qwen.
 """
 
 from __future__ import annotations
