@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from setting import DEVICE, TEMPERATURE, Setting, hf_config, peak_gb, reset_peak, seconds
 from torch import Tensor
-from training import rates, rollouts_8k
+from train_shapes import rates, rollouts_8k
 
 from nemo_disco.data.rollouts import Rollouts
 

@@ -19,14 +19,14 @@ from setting import Setting
 SECTIONS = {
     "floors": ("floors:run", 35),
     "correctness": ("correctness:run", 80),
-    "train_1p5b_8k": ("training:train_1p5b_8k", 80),
+    "train_1p5b_8k": ("train_shapes:train_1p5b_8k", 80),
     "log_probs": ("heads:run", 45),
     "baseline_unpadded": ("baselines:unpadded", 55),
     "baseline_padded": ("baselines:padded", 55),
     "step": ("step:run", 80),
     "decode": ("decoding:run", 55),
-    "train_7b_8k": ("training:train_7b_8k", 75),
-    "train_1p5b_8k_local": ("training:train_1p5b_8k_local", 60),
+    "train_7b_8k": ("train_shapes:train_7b_8k", 75),
+    "train_1p5b_8k_local": ("train_shapes:train_1p5b_8k_local", 60),
 }
 
 

@@ -16,7 +16,7 @@ from setting import (
     reset_peak,
     with_policy_scores,
 )
-from training import rates
+from train_shapes import rates
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
