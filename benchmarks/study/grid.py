@@ -14,14 +14,17 @@ import yaml
 
 HERE = Path(__file__).parent
 GRID = HERE / "grid.yaml"
-TUNING, MAIN, ABLATIONS, LENGTH = "tuning", "main", "ablations", "length"
+BASE, TUNING, MAIN, ABLATIONS, LENGTH = "base", "tuning", "main", "ablations", "length"
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One run. of: the tuned method whose learning rate it takes; learning_rate: given where it is tuned itself."""
+    """One run, or of the part BASE an evaluation alone.
+
+    of: the tuned method whose learning rate it takes; learning_rate: where it does not take one.
+    """
 
     part: str
     method: str
@@ -32,7 +35,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        rate = "" if self.learning_rate is None else f".lr_{self.learning_rate:g}"
+        rate = "" if not self.learning_rate else f".lr_{self.learning_rate:g}"
         return f"{self.part}.{self.method}{rate}.seed_{self.seed}"
 
     def arguments(self, work: Path, learning_rate: float) -> list[str]:
@@ -55,9 +58,10 @@ def load(path: Path = GRID) -> dict[str, Any]:
 
 
 def items(grid: Mapping[str, Any]) -> list[Item]:
-    """Every run, in order: tuning, then each part seed by seed."""
+    """Every run, in order: what training starts from, tuning, then each part seed by seed."""
     methods, common = grid["methods"], tuple(grid.get("run", ()))
-    found = [
+    found = [Item(BASE, "warm_start", grid["tuning"]["seed"], "", common, 0.0)]
+    found += [
         Item(TUNING, name, grid["tuning"]["seed"], name, (*common, *m["overrides"]), float(rate))
         for name, m in methods.items()
         for rate in grid["tuning"]["learning_rates"]
@@ -83,7 +87,7 @@ def _variants(methods: Mapping[str, Any], section: Mapping[str, Any]) -> list[tu
 
 
 def best_learning_rate(method: str, tuned: Sequence[Record], count: int) -> float | None:
-    """The one of `count` learning rates with the highest Pass@1 (the smaller of equals); None while some are missing."""
+    """The one of `count` learning rates with the highest Pass@1 (the smaller of equals); None while one is missing."""
     mine = [r for r in tuned if r["part"] == TUNING and r["method"] == method]
     if len(mine) < count:
         return None

@@ -1,4 +1,4 @@
-"""What every run of the study starts from: a tokenizer, a warm-started policy, and three question files that never meet.
+"""What every run starts from: a tokenizer, a warm-started policy, and three question files that never meet.
 
 Seeded, one thread, about a minute. Made once into a study's work directory; nothing of it is committed.
 """
@@ -22,7 +22,7 @@ SEED = 0
 VOCABULARY = 280
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
 HELD_OUT = 96  # questions to tune on, and as many to test on
-TRAIN = 1024
+TRAIN = 256  # asked twice in a run's 16 steps of 32: HAPO compares a question with its earlier answers
 RECIPE = warm_start.Recipe(
     batch=64, learning_rate=4e-3, check_every=10, check_from=100, stop_at=0.2, temperature=1.0, max_steps=500
 )
@@ -35,14 +35,14 @@ def prepare(work: Path, recipe: warm_start.Recipe = RECIPE) -> None:
     torch.set_num_threads(1)
     test, development, train, supervised = splits(recipe)
     tokenizer = tokenizers.train(
-        [*["user\nassistant\n"] * 300, *(f"{p.question}\n{p.solution}" for p in train)], VOCABULARY
+        [*["user\nassistant\n"] * 300, *(f"{p.question}\n{p.solution}" for p in supervised[:1024])], VOCABULARY
     )
     tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(work / "model")  # before the warm start pads with it: padding is part of its files
     model = new_model(tokenizer)
     warm_start.train(model, tokenizer, supervised, development, recipe)
     for name, problems in {"test": test, "development": development, "train": train}.items():
         (work / f"{name}.jsonl").write_text("".join(json.dumps(p.row()) + "\n" for p in problems))
-    tokenizer.save_pretrained(work / "model")
     model.save_pretrained(work / "model")
 
 

@@ -35,7 +35,7 @@ def curve(run: Path) -> dict[str, list[float]]:
 
 
 def evaluation(directory: Path) -> dict[str, Any]:
-    """The one evaluation in a directory: per question the right samples and the mean lengths, of all and of right ones."""
+    """The one evaluation in a directory: per question the number of right samples and the mean length."""
     [result] = read_evaluations(directory)
     return {
         "set": result.name,

@@ -64,7 +64,7 @@ class Queue:
         """Start the first item whose learning rate is known; False if there is none."""
         tuned = self._tuned()
         for item in self.waiting:
-            rate = item.learning_rate or self._best(item.of, tuned)
+            rate = self._best(item.of, tuned) if item.learning_rate is None else item.learning_rate
             if rate is not None:
                 self.waiting.remove(item)
                 job = partial(run_item, item, self.work, rate, self.result(item), self.runs / item.name)
@@ -93,29 +93,33 @@ class Queue:
 
 def run_item(item: Item, work: Path, learning_rate: float, result: Path, run: Path) -> None:
     """Train and evaluate one item, write its record, and remove its run directory."""
-    from nemo_disco import cli
-
     shutil.rmtree(run, ignore_errors=True)
     began = time.monotonic(), time.process_time()
-    arguments = item.arguments(work, learning_rate)
-    after = run / "after"
     found: dict[str, Any] = {"part": item.part, "method": item.method, "of": item.of, "seed": item.seed}
-    found["learning_rate"] = learning_rate
-    if code := cli.main(["train", *arguments, f"exp_manager.explicit_log_dir={run}"]):
-        # A policy that diverged is a result; its curve ends there.
-        found["failed"] = f"training ended with code {code}"
-    else:
-        evaluate = [*arguments, f"model.path={run / 'export'}", f"exp_manager.explicit_log_dir={after}"]
-        if cli.main(["evaluate", *evaluate]):
-            raise RuntimeError("the evaluation failed")
-        found["evaluation"] = records.evaluation(after / "evaluation")
-    found["curve"] = records.curve(run)
+    found |= {"learning_rate": learning_rate, **_outcome(item, item.arguments(work, learning_rate), run)}
     wall, processor = (now - then for now, then in zip((time.monotonic(), time.process_time()), began, strict=True))
     found |= {"seconds": round(wall, 1), "processor_seconds": round(processor, 1), "version": version()}
     temporary = result.with_suffix(".part")
     temporary.write_text(json.dumps(found))
     temporary.rename(result)
     shutil.rmtree(run)
+
+
+def _outcome(item: Item, arguments: list[str], run: Path) -> dict[str, Any]:
+    """Its curve, and what the held-out questions found or how it failed."""
+    from nemo_disco import cli
+
+    found: dict[str, Any] = {}
+    if item.part != grids.BASE:
+        code = cli.main(["train", *arguments, f"exp_manager.explicit_log_dir={run}"])
+        found["curve"] = records.curve(run)
+        if code:
+            # A policy that diverged is a result; its curve ends there.
+            return found | {"failed": f"training ended with code {code}"}
+        arguments = [*arguments, f"model.path={run / 'export'}"]
+    if cli.main(["evaluate", *arguments, f"exp_manager.explicit_log_dir={run / 'after'}"]):
+        raise RuntimeError("the evaluation failed")
+    return found | {"evaluation": records.evaluation(run / "after" / "evaluation")}
 
 
 def version() -> str:
