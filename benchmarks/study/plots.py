@@ -28,7 +28,7 @@ PANELS = {
     "all_wrong": "questions with no right response",
     "all_right": "questions with right responses alone",
 }
-SMOOTH = 3  # steps: a step's reward is of 32 questions
+SMOOTH = 3  # steps: a step's reward is of 16 questions
 
 
 def curves(runs: Runs, path: Path) -> None:

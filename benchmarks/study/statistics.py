@@ -40,11 +40,9 @@ def difference(a: Shares, b: Shares) -> Estimate | None:
 def _bootstrap(matrix: NDArray[np.float64]) -> Estimate:
     """matrix [seeds, questions]."""
     rng = np.random.default_rng(0)
-    seeds, questions = matrix.shape
-    means = [
-        matrix[np.ix_(rng.integers(seeds, size=seeds), rng.integers(questions, size=questions))].mean()
-        for _ in range(RESAMPLES)
-    ]
+    # How often each seed, and each question, is drawn in each resample.
+    drawn_seeds, drawn_questions = (rng.multinomial(n, [1 / n] * n, size=RESAMPLES) for n in matrix.shape)
+    means = ((drawn_seeds @ matrix) * drawn_questions).sum(1) / matrix.size
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return Estimate(float(matrix.mean()), float(low), float(high))
