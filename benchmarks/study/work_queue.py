@@ -63,6 +63,7 @@ class Queue:
     def _start_next(self) -> bool:
         """Start the first item whose learning rate is known; False if there is none."""
         tuned = self._tuned()
+        self.waiting = [item for item in self.waiting if not self.result(item).exists()]  # copied here meanwhile
         for item in self.waiting:
             rate = self._best(item.of, tuned) if item.learning_rate is None else item.learning_rate
             if rate is not None:
