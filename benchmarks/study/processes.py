@@ -55,8 +55,8 @@ class Process:
                 lower(child.pid)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)  # what it started ends when its pipes close
-        os.waitpid(self.pid, 0)
+        """What it started ends when its pipes close. Not waited for: at its priority it may take long to die."""
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def fork(name: str, work: Callable[[], None], log: Path) -> Process:
