@@ -8,7 +8,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: env quickstart test test-slow test-triton test-slurm support lint
+.PHONY: env quickstart test test-slow test-triton test-slurm test-sinks support lint
 
 env: $(STAMP)
 
@@ -45,6 +45,12 @@ test-slurm: env
 # docs/support.md, from the tests and from the results of GPU runs.
 support: env
 	$(BIN)/python -m tools.support
+
+# Weights & Biases offline and MLflow's local store, in an environment of their own.
+test-sinks: env
+	test -x .venv-sinks/bin/python || $(BIN)/python -m venv .venv-sinks
+	.venv-sinks/bin/python -m pip install --disable-pip-version-check --progress-bar off wandb mlflow-skinny sqlalchemy alembic pytest
+	PYTHONPATH=. .venv-sinks/bin/python -m pytest -m sinks tests/sinks
 
 lint: env
 	$(BIN)/ruff check .

@@ -55,5 +55,7 @@ setup(
         "trtllm": ["tensorrt-llm>=1.2,<1.4"],
         "nemo": ["nemo-toolkit[llm]==2.7.3"],  # the last with nemo.collections.llm
         "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny", "sqlalchemy", "alembic"],  # the last two for a store on this machine
+        "plots": ["matplotlib"],  # nemo-disco report --plots
     },
 )

@@ -151,6 +151,14 @@ def _doctor(_: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from nemo_disco.evaluation.report import write_report
 
+    if options.plots is not None:
+        from nemo_disco.evaluation.plots import write_plots
+
+        print("\n".join(map(str, write_plots(options.runs, options.plots))))
+    if options.watch:
+        from nemo_disco.evaluation.watch import watch
+
+        return watch(options.runs, options.out)
     print(write_report(options.runs, options.out))
     return 0
 
@@ -185,4 +193,6 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one HTML page about one or several runs")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
+    report.add_argument("--plots", type=Path, metavar="DIR", help="also write PNG plots and metrics.csv there")
+    report.add_argument("--watch", action="store_true", help="write it anew whenever a run does, until Ctrl-C")
     return parser

@@ -36,8 +36,9 @@ class Journal:
         if not self.writes:
             yield
             return
+        also = [name for name in ("tensorboard", "wandb", "mlflow") if getattr(self.config, name)]
         with (
-            open_sinks(self.run, start_step or None, self.config.tensorboard) as self._sinks,
+            open_sinks(self.run, start_step or None, also) as self._sinks,
             Progress(max_steps, start_step, self.delta) as self._progress,
         ):
             yield

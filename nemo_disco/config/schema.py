@@ -39,6 +39,8 @@ class ExpManagerConfig(Section):
     keep_checkpoints: PositiveInt
     saved_rollouts: NonNegativeInt  # responses a step written to rollouts/, to read
     tensorboard: bool
+    wandb: bool
+    mlflow: bool
     profile_steps: list[PositiveInt]  # steps of which a trace is written to profile/
 
 

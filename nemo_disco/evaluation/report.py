@@ -48,8 +48,10 @@ class Glance:
     total_time: str
 
 
-def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
+def write_report(run_dirs: list[Path], out: Path | None = None, reload_s: int | None = None) -> Path:
     """Write the page (default: report.html in the first run directory) and give its path.
+
+    reload_s: seconds after which an open page loads itself anew.
 
     Raises UserError if a directory is not a run's, or if the page cannot be written. Missing parts of a run are noted
     on the page.
@@ -59,13 +61,13 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the report a file name")
     try:
-        write_atomically(path, render(runs))
+        write_atomically(path, render(runs, reload_s))
     except OSError as error:
         raise UserError(f"the report cannot be written to {path}: {error.strerror}") from error
     return path
 
 
-def render(runs: list[Run]) -> str:
+def render(runs: list[Run], reload_s: int | None = None) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
 
@@ -80,6 +82,7 @@ def render(runs: list[Run]) -> str:
         chunks=packed.chunks,
         rollout_note=packed.note,
         runs=runs,
+        reload_s=reload_s,
         made=time.strftime("%Y-%m-%d %H:%M"),
         glances=[_glance(run) for run in runs],
         tables=accuracy_tables(runs),

@@ -6,10 +6,11 @@ TensorBoard is imported when it is opened, never before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -69,13 +70,70 @@ class TensorBoardSink:
         self._writer: Any = SummaryWriter(str(directory), purge_step=first)
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        for name, value in metrics.items():
-            if name != "step" and isinstance(_strict(value), (bool, int, float)):
-                self._writer.add_scalar(name, value, step)
+        for name, value in _numbers(metrics).items():
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WandbSink:
+    """Weights & Biases, in the mode that its own variables say (WANDB_MODE=offline writes into the run directory).
+
+    A resumed run goes on under its id; what a lost life logged beyond the checkpoint, W&B keeps and does not take
+    again. Raises UserError if wandb is not installed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"W&B cannot be imported ({error}): pip install 'nemo-disco[wandb]', or exp_manager.wandb=false"
+            ) from error
+        identity = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(
+            project="nemo_disco", name=directory.name, id=identity, resume="allow", dir=str(directory)
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
+        self._run.log(_numbers(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflowSink:
+    """MLflow, where MLFLOW_TRACKING_URI says; without it, in mlflow.db of the run directory.
+
+    A resumed run goes on under its id, kept in mlflow.run_id. Raises UserError if mlflow is not installed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            import mlflow
+        except ImportError as error:
+            raise UserError(
+                f"MLflow cannot be imported ({error}): pip install 'nemo-disco[mlflow]', or exp_manager.mlflow=false"
+            ) from error
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve()}/mlflow.db"
+        self._client: Any = mlflow.MlflowClient(place)
+        known = directory / "mlflow.run_id"
+        if known.exists():
+            self._id = known.read_text().strip()
+        else:
+            experiment = self._client.get_experiment_by_name("nemo_disco")
+            number = experiment.experiment_id if experiment else self._client.create_experiment("nemo_disco")
+            self._id = self._client.create_run(number, run_name=directory.name).info.run_id
+            write_atomically(known, self._id + "\n")
+
+    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
+        for name, value in _numbers(metrics).items():
+            self._client.log_metric(self._id, name.replace("@", "-at-"), value, step=step)  # MLflow knows no @
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
 
 
 class Sinks:
@@ -99,13 +157,26 @@ class Sinks:
         self.close()
 
 
-def open_sinks(run_dir: RunDirectory | Path, resume_step: int | None = None, tensorboard: bool = True) -> Sinks:
-    """The sinks of a run. resume_step: the step of the checkpoint that the run goes on from; None is a new run."""
+def open_sinks(
+    run_dir: RunDirectory | Path, resume_step: int | None = None, also: Sequence[str] = ("tensorboard",)
+) -> Sinks:
+    """The sinks of a run: metrics.jsonl, and those in `also` (tensorboard, wandb, mlflow).
+
+    resume_step: the step of the checkpoint that the run goes on from; None is a new run.
+    """
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
-    sinks: list[Sink] = [JsonlSink(run.metrics, resume_step)]
-    if tensorboard:
-        sinks.append(TensorBoardSink(run.tensorboard, resume_step))
-    return Sinks(sinks)
+    makers: dict[str, Callable[[], Sink]] = {
+        "tensorboard": lambda: TensorBoardSink(run.tensorboard, resume_step),
+        "wandb": lambda: WandbSink(run.path),
+        "mlflow": lambda: MLflowSink(run.path),
+    }
+    return Sinks([JsonlSink(run.metrics, resume_step), *(makers[name]() for name in also)])
+
+
+def _numbers(metrics: Mapping[str, Value]) -> dict[str, float]:
+    """What is a finite number."""
+    strict = {name: _strict(value) for name, value in metrics.items() if name != "step"}
+    return {name: value for name, value in strict.items() if isinstance(value, (bool, int, float))}
 
 
 def _strict(value: Value) -> Value:

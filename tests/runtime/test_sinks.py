@@ -86,7 +86,7 @@ def test_tensorboard_forgets_what_a_resumed_run_redoes(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resume_step, steps, offset in [(None, range(1, 7), 0.0), (4, range(5, 9), 100.0)]:
-        with open_sinks(tmp_path, resume_step, tensorboard=True) as sinks:
+        with open_sinks(tmp_path, resume_step) as sinks:
             for step in steps:
                 sinks.write(step, {"reward/mean": step + offset, "policy/kl": None, "note": "text"})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -108,6 +108,6 @@ def test_tensorboard_is_imported_only_when_opened() -> None:
 
 
 def test_tensorboard_can_be_off(tmp_path: Path) -> None:
-    with open_sinks(tmp_path, None, tensorboard=False) as sinks:
+    with open_sinks(tmp_path, None, also=()) as sinks:
         sinks.write(1, {"x": 1.0})
     assert not (tmp_path / "tensorboard").exists()

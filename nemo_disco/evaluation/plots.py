@@ -1,0 +1,79 @@
+"""PNG plots and one CSV of several runs, for papers and spreadsheets. matplotlib is imported only here."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from nemo_disco.evaluation.run_data import Run, read_runs
+from nemo_disco.evaluation.statistics import bootstrap
+from nemo_disco.runtime.errors import UserError
+
+PLOTS = {
+    "reward/mean": "reward",
+    "policy/kl": "KL to the old policy",
+    "policy/entropy": "entropy",
+    "response/length_mean": "response length (tokens)",
+    "groups/mixed": "share of mixed groups",
+    "grad_norm": "gradient norm",
+    "time/step": "seconds a step",
+}
+
+
+def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
+    """Write metrics.csv (run, step, metric, value) and a PNG of each metric and evaluation set that there is; their
+    paths. Raises UserError as read_runs does, and without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"plots need matplotlib ({error}): pip install 'nemo-disco[plots]'") from error
+    runs = read_runs(run_dirs)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [_write_csv(runs, directory / "metrics.csv")]
+    sets = dict.fromkeys(result.name for run in runs for result in run.evaluations)
+    for name, title in [*PLOTS.items(), *((f"pass@1 {s}", f"Pass@1, {s}") for s in sets)]:
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        drawn = [_draw(axes, run, name, f"C{i % 10}") for i, run in enumerate(runs)]
+        if not any(drawn):
+            continue
+        if name == "policy/kl" and (deltas := {run.delta for run in runs if run.delta is not None}):
+            for delta in deltas:
+                axes.axhline(delta, color="gray", linestyle="--", linewidth=1, label=f"delta = {delta:g}")
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        paths.append(directory / f"{name.replace('/', '_').replace('@', '').replace(' ', '_')}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _draw(axes: object, run: Run, name: str, color: str) -> bool:
+    """A run's curve; whether there was one. Evaluations have their 95% intervals."""
+    if name.startswith("pass@1 "):
+        results = [result for result in run.evaluations if result.name == name.removeprefix("pass@1 ")]
+        estimates = [bootstrap(result.correct.mean(axis=1)) for result in results]
+        steps, values = [r.step for r in results], [e.value for e in estimates]
+        errors = [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]
+        if values:
+            axes.errorbar(steps, values, errors, color=color, marker="o", capsize=3, label=run.label)  # type: ignore[attr-defined]
+        return bool(values)
+    points = [(s, v) for s, v in zip(run.steps, run.series(name), strict=True) if v is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=color, label=run.label)  # type: ignore[attr-defined]
+    return bool(points)
+
+
+def _write_csv(runs: list[Run], path: Path) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("run", "step", "metric", "value"))
+        for run in runs:
+            for name in run.names:
+                for step, value in zip(run.steps, run.series(name), strict=True):
+                    if value is not None:
+                        writer.writerow((run.label, step, name, repr(value)))
+    return path

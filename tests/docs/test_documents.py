@@ -1,0 +1,158 @@
+"""Every command of README and docs/ is one that works: run where that is quick, composed and checked where it trains,
+read by bash in any case. Every Python snippet runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blocks import DOCUMENTS, REPO, blocks, commands, words
+
+from nemo_disco import cli
+from nemo_disco.config import checks
+from nemo_disco.config.compose import compose
+from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
+
+ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]
+IDS = [f"{document.stem}-{i}" for i, (document, _) in enumerate(ALL)]
+REWARD = "def brief(response, answers):\n    return 1.0\n"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with what the documents name: question files, a model, runs."""
+    questions = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+    for name in ("questions.jsonl", "heldout.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(q) + "\n" for q in questions[name == "heldout.jsonl" :]))
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"response": r"\boxed{4}", "answer": "4"}) + "\n")
+    for name in ("quickstart", "grpo"):
+        run = tmp_path / "runs" / name
+        (run / "rollouts").mkdir(parents=True)
+        (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+        line = {"question": questions[1]["problem"], "response": "2", "reward": 1.0, "correct": True}
+        (run / "rollouts/step_1.jsonl").write_text(json.dumps(line) + "\n")
+        correct = np.array([[True, False]])
+        write_evaluation(run / "evaluation", EvaluationResult("s", 0, correct, correct * 5, correct * False))
+    (tmp_path / "assets").symlink_to(REPO / "assets")
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("document", "command"), ALL, ids=IDS)
+def test_bash_reads_it(document: Path, command: str) -> None:  # noqa: ARG001 - the id
+    subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def settings(arguments: list[str]) -> None:
+    """Compose and check the settings of train, evaluate, verify or plan, as the command would before it starts."""
+    options, rest = cli._parser().parse_known_args(["plan", *arguments])
+    overrides = [word for word in [*options.overrides, *rest] if word != "..."]
+    assert not [word for word in overrides if word.startswith("-") or "=" not in word], overrides
+    given = {word.partition("=")[0] for word in overrides}
+    filled = {"model.path": "m", "data.train_files": "[q.json]"}
+    more = [f"{k}={v}" for k, v in filled.items() if k not in given] if options.config_name == "config" else []
+    config = compose(options.config_name, [*overrides, *more], options.config_path)
+    checks.check(config, config.trainer.devices * config.trainer.num_nodes)
+
+
+@pytest.mark.parametrize(("document", "command"), ALL, ids=IDS)
+def test_its_settings_hold_together(document: Path, command: str, place: Path) -> None:  # noqa: ARG001
+    program, *arguments = words(command)
+    if program == "nemo-disco" and arguments[0] in (*cli.RUNS, "plan"):
+        settings(arguments[1:])
+    elif program in ("sbatch", "slurm/chain.sh"):
+        at = next(i for i, word in enumerate(arguments) if word.endswith(".sbatch"))
+        assert (REPO / arguments[at]).is_file()
+        if "convert" not in arguments[at]:
+            settings(arguments[at + 1 :])
+    elif program == "torchrun":
+        settings(arguments[arguments.index("train") + 1 :])
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in arguments if "=" not in word} <= set(targets)
+
+
+RUN_HERE = ("data", "grade", "report", "doctor")
+QUICK = [(d, c) for d, c in ALL if words(c)[0] == "nemo-disco" and words(c)[1] in RUN_HERE and "--watch" not in c]
+
+
+QUICK_IDS = [f"{d.stem}-{words(c)[1]}-{i}" for i, (d, c) in enumerate(QUICK)]
+
+
+@pytest.mark.parametrize("command", [c for _, c in QUICK], ids=QUICK_IDS)
+def test_it_runs(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [sorted(map(str, place.glob(word))) if "*" in word else [word] for word in words(command)[1:]]
+    arguments = [word for expanded in given for word in expanded]
+    assert cli.main(arguments) in ((0, 1) if arguments[0] == "doctor" else (0,)), capsys.readouterr().err
+
+
+PYTHON = [(d, [b.text for b in blocks(d) if b.language == "python"]) for d in DOCUMENTS]
+PYTHON = [(d, texts) for d, texts in PYTHON if texts]
+
+
+@pytest.mark.parametrize(("document", "snippets"), PYTHON, ids=[d.stem for d, _ in PYTHON])
+@pytest.mark.usefixtures("place")
+def test_the_snippets_of_a_document_run_one_after_another(
+    document: Path, snippets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType(f"snippets_of_{document.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look for their class's module
+    ones = torch.ones(3)
+    vars(module).update(torch=torch, log_probs=-ones, old_log_probs=-ones, lengths=torch.tensor([2, 1]))
+    vars(module).update(question_ids=torch.tensor([0, 0]), rewards=torch.tensor([1.0, 0.0]))
+    for snippet in snippets:
+        exec(compile(snippet, str(document), "exec"), vars(module))
+
+
+def test_the_records_of_data_md_are_questions(place: Path) -> None:
+    from nemo_disco.data.questions import load_questions
+
+    [text] = [block.text for block in blocks(REPO / "docs/data.md") if block.language == "json"]
+    (place / "records.jsonl").write_text(text)
+    assert [q.answers for q in load_questions([place / "records.jsonl"]).questions] == [
+        ("42",), ("2", "-2"), ("42",), ("42",)
+    ]  # fmt: skip
+
+
+def test_the_objective_of_extending_md_trains(place: Path) -> None:
+    """As the command beside it names it."""
+    from nemo_disco.algorithms import build_objective
+
+    snippets = [block.text for block in blocks(REPO / "docs/extending.md") if block.language == "python"]
+    (place / "my_objective.py").write_text(next(text for text in snippets if "class Reinforce" in text))
+    objective = build_objective({"name": "my_objective:Reinforce", "baseline": 0.3})
+    assert objective.baseline == 0.3  # type: ignore[attr-defined]
+
+
+def test_every_link_leads_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            if document.name == "extending.md" and target == "algorithms.md":
+                continue  # checked below, once it is there
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_converters_of_cluster_md_run(place: Path) -> None:
+    shutil.copytree(REPO / "assets/quickstart/model", place / "models/mine")
+    for command in commands(REPO / "docs/cluster.md"):
+        program, *arguments = words(command)
+        if program == "python":
+            script = REPO / "tools/convert" / f"{arguments[1].rpartition('.')[2]}.py"
+            run(["python", str(script), *arguments[2:]])
+    names = [sorted(f.name for f in (place / d).iterdir()) for d in ("models/mine", "back", "again")]
+    assert names[0] == names[1] == names[2]
+
+
+def run(command: list[str]) -> None:
+    subprocess.run([sys.executable, *command[1:]], check=True, env=os.environ | {"PYTHONPATH": str(REPO)})

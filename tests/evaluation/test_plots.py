@@ -1,0 +1,60 @@
+"""PNG plots, the CSV, and the page that follows a run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_disco import cli
+from nemo_disco.evaluation import watch
+from nemo_disco.evaluation.plots import write_plots
+
+
+def test_plots_and_csv_of_two_runs(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run("a", steps=5), make_run("b", steps=3)]
+    paths = write_plots(runs, tmp_path / "plots")
+    names = {path.name for path in paths}
+    assert names >= {"metrics.csv", "reward_mean.png", "policy_kl.png", "grad_norm.png", "pass1_arithmetic.png"}
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths if p.suffix == ".png")
+    with (tmp_path / "plots/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rewards = {(r["run"], int(r["step"])): float(r["value"]) for r in rows if r["metric"] == "reward/mean"}
+    assert rewards[("a", 5)] == 0.3 + 0.005 * 5 and len(rewards) == 8
+    assert not [r for r in rows if r["metric"] == "grad_norm" and r["step"] == "3"]  # null there
+
+
+def test_the_command_writes_both(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(steps=3)
+    assert cli.main(["report", str(run), "--plots", str(tmp_path / "plots")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert str(tmp_path / "plots/metrics.csv") in printed and printed[-1] == str(run / "report.html")
+
+
+def test_watching_writes_the_page_when_the_run_writes(
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, page = make_run(steps=3), None
+    texts: list[str] = []
+
+    def sleep(_: float) -> None:
+        nonlocal page
+        page = run / "report.html"
+        texts.append(page.read_text())
+        page.unlink()
+        if len(texts) == 1:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 4, "reward/mean": 0.777123}\n')
+        elif len(texts) == 2:
+            page.write_text("nothing new")
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    assert watch.watch([run], None) == 0
+    assert "0.777123" not in texts[0] and "0.777123" in texts[1] and texts[2] == "nothing new"
+    assert 'http-equiv="refresh"' in texts[1] and 'http-equiv="refresh"' not in (run / "report.html").read_text()
