@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 
 import mlflow
 import pytest
+from wandb.proto import wandb_internal_pb2
 
 from nemo_disco.runtime.sinks import open_sinks
 
@@ -21,16 +22,21 @@ def train(run: Path, service: str, first: int, last: int, resume: int | None) ->
             sinks.write(step, metrics)
 
 
-# A history record of W&B's file: fields that are key and JSON value.
-HISTORY = re.compile(
-    rb"reward/mean\x82\x01.([0-9.]+)\n.{0,3}eval/math/pass@1\x82\x01\x030.5\n.*?_step\x82\x01.(\d+)", re.DOTALL
-)
-
-
 def logged_offline(run: Path) -> dict[int, float]:
-    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
-    content = b"".join(file.read_bytes() for file in files)
-    return {int(step): float(value) for value, step in HISTORY.findall(content)}
+    """From W&B's file: a header of 7 bytes, then records of one block, each behind a checksum, its length and a kind."""
+    found = {}
+    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        data, at = file.read_bytes(), 7
+        assert len(data) < 1 << 15
+        while at + 7 <= len(data):
+            length = int.from_bytes(data[at + 4 : at + 6], "little")
+            record = wandb_internal_pb2.Record.FromString(data[at + 7 : at + 7 + length])
+            at += 7 + length
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            if "reward/mean" in items:
+                assert items["eval/math/pass@1"] == 0.5 and not {"grad_norm", "note"} & items.keys()
+                found[int(items["_step"])] = items["reward/mean"]
+    return found
 
 
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
