@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import mlflow
@@ -23,7 +24,7 @@ def train(run: Path, service: str, first: int, last: int, resume: int | None) ->
 
 
 def logged_offline(run: Path) -> dict[int, float]:
-    """From W&B's file: a header of 7 bytes, then records of one block, each behind a checksum, its length and a kind."""
+    """From W&B's file: a header of 7 bytes, then records of one block, each behind checksum, length and kind."""
     found = {}
     for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
         data, at = file.read_bytes(), 7
@@ -42,6 +43,7 @@ def logged_offline(run: Path) -> dict[int, float]:
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(tmp_path / "run", "wandb", 1, 3, None)
+    time.sleep(1.1)  # W&B names its directories by the second
     train(tmp_path / "run", "wandb", 4, 5, 3)
     assert logged_offline(tmp_path / "run") == {step: step / 10 for step in range(1, 6)}
 
