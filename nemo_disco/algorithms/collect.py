@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from nemo_disco.algorithms.early_grades import EarlyGrades
 from nemo_disco.algorithms.history import ShortestCorrect
 from nemo_disco.algorithms.rewarding import reward
-from nemo_disco.algorithms.sampling import Questions, sample_responses
+from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
@@ -105,13 +107,15 @@ class Collector:
         seeds = np.random.SeedSequence((self.config.seed, step), spawn_key=(again,) if again else ())
         with clock("generate"):
             draws = [int(s) for s in seeds.generate_state(len(picked), np.uint64) >> 1]
-            rollouts, texts = sample_responses(self.engine, picked, draws, sampling)
+            early = EarlyGrades(self.grader, picked)
+            rollouts, texts = sample_responses(self.engine, picked, draws, sampling, early.finished)
         with clock("grade"):
+            verdicts = early.collect(texts, partial(grade, self.grader))
             rollouts = reward(
                 rollouts,
                 texts,
                 picked,
-                grader=self.grader,
+                verdicts=verdicts,
                 rewards=self.rewards,
                 threshold=self.config.algorithm.threshold,
                 max_response_length=limit,

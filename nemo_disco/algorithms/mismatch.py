@@ -1,9 +1,13 @@
-"""How far the rollout engine's log-probs are from the training engine's, for the same tokens. Pure."""
+"""How far the rollout engine's log-probs are from the training engine's, for the same tokens; where, and why. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from nemo_disco.data.rollouts import Rollouts
 
 
 def mismatch(old_log_probs: Tensor, generation_log_probs: Tensor) -> dict[str, float]:
@@ -22,3 +26,74 @@ def mismatch(old_log_probs: Tensor, generation_log_probs: Tensor) -> dict[str, f
         "mismatch/kl_k1": float(-delta.mean()),
         "mismatch/kl_k3": float((delta.expm1() - delta).mean()),
     }
+
+
+@dataclass(frozen=True)
+class Token:
+    """One response token on which the engines differ: the response, its place there, the id, both log-probs."""
+
+    response: int
+    place: int
+    token: int
+    trainer: float
+    engine: float
+
+
+def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> list[Token]:
+    """The `count` tokens that differ most, worst first."""
+    delta = (old_log_probs.cpu().double() - rollouts.generation_log_probs.double()).abs()
+    response, place = _places(rollouts)
+    tokens = _response_tokens(rollouts)
+    return [
+        Token(
+            int(response[i]),
+            int(place[i]),
+            int(tokens[i]),
+            float(old_log_probs[i]),
+            float(rollouts.generation_log_probs[i]),
+        )
+        for i in delta.topk(min(count, len(delta))).indices.tolist()
+    ]
+
+
+def worst_token(old_log_probs: Tensor, rollouts: Rollouts) -> dict[str, float]:
+    """Of a step's metrics: the id of the token that differs most, and its place in its response."""
+    worst = worst_tokens(old_log_probs, rollouts, 1)
+    return {"mismatch/worst_token": worst[0].token, "mismatch/worst_place": worst[0].place} if worst else {}
+
+
+def likely_cause(old_log_probs: Tensor, rollouts: Rollouts, *, plain_log_probs: Tensor, precision: str) -> str:
+    """A guess, from the shape of the difference, at the setting that makes it.
+
+    plain_log_probs [T]: the trainer's at temperature 1. precision: the trainer's, as trainer.precision has it.
+    """
+    engine = rollouts.generation_log_probs.double()
+    delta = (old_log_probs.cpu().double() - engine).abs()
+    if float((plain_log_probs.cpu().double() - engine).abs().mean()) < 0.1 * float(delta.mean()):
+        return "the engine's log-probs ignore the temperature (its log-probs mode), they are those of temperature 1"
+    _, place = _places(rollouts)
+    early, late = (delta[place <= place.double().quantile(0.25)], delta[place >= place.double().quantile(0.75)])
+    if float(late.mean()) > 4 * float(early.mean()):
+        return "it grows along the response: rope (fused rope, its scaling or base), or a KV cache of lower precision"
+    tokens = _response_tokens(rollouts)
+    shares = torch.zeros(int(tokens.max()) + 1, dtype=torch.float64).index_add(0, tokens, delta)
+    top = shares.topk(min(3, len(shares)))
+    if float(top.values.sum()) > 0.5 * float(shares.sum()) and bool(
+        torch.isin(tokens, top.indices).double().mean() < 0.2
+    ):
+        return f"it sits on tokens {top.indices.tolist()}: the output layer (tied embeddings, padded vocabulary)"
+    if float(delta.mean()) < 0.1:
+        how = "try trainer.precision=32" if precision != "32" else "is the engine quantised, or in bfloat16?"
+        return f"small and everywhere: precision ({how})"
+    return "large and everywhere: other weights than the trainer's, or another network (bias-activation fusion, norms)"
+
+
+def _places(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """[T] the response of each response token, and its place in it."""
+    lengths = rollouts.response_lengths
+    response = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return response, torch.arange(int(lengths.sum())) - rollouts.response_offsets[response]
+
+
+def _response_tokens(rollouts: Rollouts) -> Tensor:
+    return torch.cat([rollouts.response(i) for i in range(len(rollouts))])

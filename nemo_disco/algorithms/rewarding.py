@@ -10,10 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from nemo_disco.algorithms.sampling import Questions, grade, on_shares
+from nemo_disco.algorithms.sampling import Questions, on_shares
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.rewards import GradedResponse, Rewards
-from nemo_disco.rewards.registry import Grader
 
 
 def reward(
@@ -21,16 +20,15 @@ def reward(
     texts: Sequence[str],
     picked: Questions,
     *,
-    grader: Grader,
+    verdicts: Sequence[float],
     rewards: Rewards,
     threshold: float,
     max_response_length: int,
 ) -> Rollouts:
-    """The rollouts with verdicts, rewards and preferences. A collective.
+    """The rollouts with their verdicts (the grader's, one a response), rewards and preferences. A collective.
 
     Raises UserError, the same on every rank, for a user's function that raises or returns no finite number.
     """
-    verdicts = grade(grader, texts, picked)
     graded = rollouts.with_rewards(verdicts, threshold)
 
     def judge(i: int) -> tuple[float, float]:

@@ -27,7 +27,8 @@ from nemo_disco.data.questions import load_questions
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, write_evaluation
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.build import build_engine
+from nemo_disco.generation.engine import Engine
 from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
@@ -44,7 +45,7 @@ class Room:
     """What every command needs: the policy, an engine on it, a grader."""
 
     policy: Policy
-    engine: MegatronEngine
+    engine: Engine
     grader: Grader
 
 
@@ -98,6 +99,7 @@ def evaluate(config: RunConfig) -> int:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         sets = _evaluation_sets(config, tokenizer)
         with _room(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as room:
+            room.engine.update_weights(room.policy.named_weights, 0)
             results = []
             for questions in sets:
                 samples = directory / f"{questions.name}.step_{source.step}.samples.jsonl"
@@ -123,6 +125,7 @@ def verify(config: RunConfig) -> int:
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         questions = read_questions("train", config.data.train_files, config, tokenizer)
         with _room(config, tokenizer, dtype=_verify_dtype(config)) as room:
+            room.engine.update_weights(room.policy.named_weights, 0)
             report = verify_mini_batch(config, room.policy, room.engine, room.grader, objective, questions)
             if _first():
                 print(report)
@@ -164,12 +167,19 @@ def _room(
     policy = _policy(config, dtype=dtype, trainable=trainable, read_weights=checkpoint_path is None)
     if checkpoint_path is not None:
         checkpoint.load(policy, checkpoint_path)
-    engine = MegatronEngine(policy, stop_token_ids(tokenizer, config.model.path))
     workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if checkpoint_path is not None:
-        engine.update_weights(policy.named_weights(), 0)
-    with build_verifier(config.reward, workers) as grader:
-        yield Room(policy, engine, grader)
+    engine = build_engine(
+        config.generation,
+        policy,
+        stop_token_ids(tokenizer, config.model.path),
+        max_length=config.data.max_prompt_length + config.generation.longest_response,
+        logs=RunDirectory(config.exp_manager.explicit_log_dir).path / "engines",
+    )
+    try:
+        with build_verifier(config.reward, workers) as grader:
+            yield Room(policy, engine, grader)
+    finally:
+        engine.close()
 
 
 def _policy(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nemo_disco.data.chat import decode
 from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Engine, Response, Sampling
+from nemo_disco.generation.engine import Engine, Finished, Response, Sampling
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
 
@@ -40,10 +40,10 @@ class Questions:
 
 
 def sample_responses(
-    engine: Engine, picked: Questions, seeds: Sequence[int], sampling: Sampling
+    engine: Engine, picked: Questions, seeds: Sequence[int], sampling: Sampling, finished: Finished | None = None
 ) -> tuple[Rollouts, list[str]]:
     """One response to each question of `picked`, packed and as text (without the token that ended it)."""
-    responses = engine.generate(picked.prompts, seeds, sampling)
+    responses = engine.generate(picked.prompts, seeds, sampling, finished)
     rollouts = Rollouts.from_lists(
         picked.prompts,
         [r.tokens for r in responses],
@@ -52,10 +52,11 @@ def sample_responses(
         [r.finish_reason == "length" for r in responses],
         responses[0].weight_version,
     )
-    return rollouts, [_text(picked.tokenizer, r) for r in responses]
+    return rollouts, [response_text(picked.tokenizer, r) for r in responses]
 
 
-def _text(tokenizer: Any, response: Response) -> str:
+def response_text(tokenizer: Any, response: Response) -> str:
+    """Without the token that ended it."""
     ended = response.finish_reason == "stop"
     return decode(tokenizer, response.tokens[:-1] if ended else response.tokens)
 

@@ -19,7 +19,7 @@ from nemo_disco.algorithms.benchmark import evaluate_set
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
-from nemo_disco.algorithms.mismatch import mismatch
+from nemo_disco.algorithms.mismatch import mismatch, worst_token
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
@@ -93,6 +93,7 @@ class DisCO:
     def fit(self) -> None:
         """Train to trainer.max_steps, or to the step in which SIGTERM or SIGUSR1 asked to stop; save in any case."""
         limit, every = self.config.trainer.max_steps, self.config.exp_manager.checkpoint_every_n_steps
+        self.engine.update_weights(self.policy.named_weights, self.step)
         with StopRequest() as stop, self.journal.watch(limit, self.step), self.writer:
             if self.step == 0:
                 self._evaluated(self.run_validation())
@@ -117,11 +118,13 @@ class DisCO:
         clock = device_clock()
         with clock("step"), self._profiled():
             sampled = self.generate_rollouts(clock)
+            self.engine.sleep()
             metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock)
             self.step += 1
             self._renew_reference()
             with clock("refit"):
-                self.engine.update_weights(self.policy.named_weights(), self.step)
+                self.engine.wake()
+                self.engine.update_weights(self.policy.named_weights, self.step)
         with clock("evaluate"):
             evaluated = self.run_validation() if self._validates() else []
         self._evaluated(evaluated)
@@ -208,7 +211,6 @@ class DisCO:
         self.collector.load_state_dict(state)
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.best = state.get("best")
-        self.engine.update_weights(self.policy.named_weights(), self.step)
 
     # --- parts ---
 
@@ -287,6 +289,7 @@ class DisCO:
             "tokens": int(rollouts.total_lengths.sum()),
             "mini_batches/skipped": self.skipped,
             **mismatch(old.log_probs, rollouts.generation_log_probs),
+            **worst_token(old.log_probs, rollouts),
         }
 
     def _any_rank(self, flag: bool) -> bool:

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_disco.algorithms.mismatch import mismatch
+from nemo_disco.algorithms.mismatch import Token, likely_cause, mismatch, worst_tokens
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.rewarding import reward
-from nemo_disco.algorithms.sampling import Questions, sample_responses
+from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.config.schema import RunConfig, VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
@@ -30,6 +30,9 @@ from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
 
+# A noise floor above this share of delta is warned of.
+NOISE_SHARE = 0.3
+
 
 def verify_mini_batch(
     config: RunConfig, policy: Policy, engine: Engine, grader: Grader, objective: Objective, questions: Questions
@@ -40,6 +43,9 @@ def verify_mini_batch(
     """
     rollouts = _rollouts(config, engine, grader, questions)
     old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
+    apart = mismatch(old_log_probs, rollouts.generation_log_probs)
+    _refuse_disagreement(config, policy, questions, rollouts, old_log_probs, apart)
+    noise = _noise_floor(policy, rollouts, old_log_probs)
     if config.verify.perturb > 0:
         with SafetensorReader(config.model.path) as reader:
             policy.load(_perturbed(reader.read, config.verify.perturb, config.seed))
@@ -55,14 +61,12 @@ def verify_mini_batch(
     if config.verify.save_gradients and dist.get_rank() == 0:
         save_file({n: g.contiguous() for n, g in gradients.items()}, config.verify.save_gradients)
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
-    apart = mismatch(old_log_probs, rollouts.generation_log_probs)
     lines = [
         f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "
         f"{int(rollouts.response_lengths.sum())} response tokens",
         f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
-        f"mismatch mean |d|   {apart['mismatch/mean_abs']:.3e}  (log-probs, trainer minus engine)",
-        f"mismatch max |d|    {apart['mismatch/max_abs']:.3e}",
-        f"mismatch mean e^|d| {apart['mismatch/mean_exp_abs']:.6f}",
+        *_said(questions, rollouts, old_log_probs, apart),
+        *_noise_said(noise, objective),
         *(f"{name:<19} {value:.6g}" for name, value in sorted(metrics.items())),
         f"gradient norm       {norm:.9g} over {len(gradients)} tensors",
     ]
@@ -75,6 +79,71 @@ def check_places(verify: VerifyConfig) -> None:
         path = getattr(verify, key)
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"verify.{key}={path}: there is no directory {Path(path).absolute().parent}; make it")
+
+
+def _refuse_disagreement(
+    config: RunConfig,
+    policy: Policy,
+    questions: Questions,
+    rollouts: Rollouts,
+    old_log_probs: Tensor,
+    apart: dict[str, float],
+) -> None:
+    """Raises UserError if engine and trainer differ by more than verify.max_mismatch or verify.max_kl. A collective."""
+    found, kl = apart["mismatch/mean_exp_abs"], apart["mismatch/kl_k3"]
+    if found <= config.verify.max_mismatch and kl <= config.verify.max_kl:  # not so for nan
+        return
+    temperature, policy.temperature = policy.temperature, 1.0
+    plain_log_probs, _ = policy.log_probs(rollouts)
+    policy.temperature = temperature
+    cause = likely_cause(old_log_probs, rollouts, plain_log_probs=plain_log_probs, precision=config.trainer.precision)
+    worst = "; ".join(_token(questions, token) for token in worst_tokens(old_log_probs, rollouts, 3))
+    raise UserError(
+        f"trainer and engine {config.generation.engine} disagree: mean e^|d| {found:.4g} (verify.max_mismatch="
+        f"{config.verify.max_mismatch:g}), KL {kl:.3g} (verify.max_kl={config.verify.max_kl:g}); "
+        f"worst: {worst}; likely cause: {cause}"
+    )
+
+
+def _token(questions: Questions, token: Token) -> str:
+    text = questions.tokenizer.decode([token.token])
+    return (
+        f"token {token.token} ({text!r}), number {token.place} of response {token.response}: "
+        f"trainer {token.trainer:.4f}, engine {token.engine:.4f}"
+    )
+
+
+def _said(questions: Questions, rollouts: Rollouts, old_log_probs: Tensor, apart: dict[str, float]) -> list[str]:
+    return [
+        f"mismatch mean |d|   {apart['mismatch/mean_abs']:.3e}  (log-probs, trainer minus engine)",
+        f"mismatch max |d|    {apart['mismatch/max_abs']:.3e}",
+        f"mismatch mean e^|d| {apart['mismatch/mean_exp_abs']:.6f}",
+        f"mismatch KL         {apart['mismatch/kl_k3']:.3e}  (k3; k1 {apart['mismatch/kl_k1']:.3e})",
+        *(f"mismatch worst      {_token(questions, token)}" for token in worst_tokens(old_log_probs, rollouts, 3)),
+    ]
+
+
+def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> float:
+    """|KL_hat| of the policy against itself, when its responses are packed into other micro-batches: what rounding
+    alone makes of theta = theta_old. A collective."""
+    again = torch.empty_like(old_log_probs)
+    for start in (0, 1):
+        rows = torch.arange(start, len(rollouts), 2)
+        if len(rows):
+            again[rollouts.token_index(rows).to(again.device)] = policy.log_probs(rollouts.select(rows))[0]
+    return abs(mismatch(again, old_log_probs)["mismatch/kl_k1"])
+
+
+def _noise_said(noise: float, objective: Objective) -> list[str]:
+    """The noise floor, and a warning where the constraint would act on it."""
+    lines = [f"noise floor         {noise:.3e}  (KL_hat at theta = theta_old)"]
+    constraint = objective.constraint
+    if constraint.kind == "squared_hinge" and noise > NOISE_SHARE * constraint.delta:
+        lines.append(
+            f"warning             the noise floor is above {NOISE_SHARE} of delta ({constraint.delta:g}): the "
+            "constraint would act on rounding; raise algorithm.constraint.delta, or trainer.precision=32"
+        )
+    return lines
 
 
 def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Questions) -> Rollouts:
@@ -93,7 +162,7 @@ def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Ques
         rollouts,
         texts,
         picked,
-        grader=grader,
+        verdicts=grade(grader, texts, picked),
         rewards=Rewards(config.reward, config.algorithm.preference),
         threshold=config.algorithm.threshold,
         max_response_length=generation.max_response_length,

@@ -10,13 +10,12 @@ import itertools
 import math
 from pathlib import Path
 
+from nemo_disco.config.engines import check_engine, check_python
 from nemo_disco.config.model_source import model_source
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.config.shape import ModelShape, read_shape
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory
-
-ENGINES = ("megatron",)  # of this version
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -26,11 +25,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_batch(config)
     _check_weights(config)
     _check_optimizer(config)
-    if config.generation.engine not in ENGINES:
-        raise UserError(
-            f"generation.engine={config.generation.engine} is not part of this version; "
-            f"use generation={', '.join(ENGINES)}"
-        )
+    check_engine(config)
 
 
 def check_objective(config: RunConfig) -> None:
@@ -55,6 +50,7 @@ def check_files(config: RunConfig, command: str, first_rank: bool = True) -> Non
     """
     path = model_source(config.model.path).hugging_face if command == "evaluate" else config.model.path
     check_shape(config, read_shape(path))
+    check_python(config.generation)
     if command in ("train", "verify"):
         _check_question_files(config.data.train_files, "data.train_files")
     if command == "evaluate" and not config.evaluation.files:
@@ -82,6 +78,13 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         raise UserError(
             f"{key}={stages} does not divide the model's {shape.layers} layers; "
             f"would work: {_listed(_divisors(shape.layers))}"
+        )
+    split = config.generation.tensor_parallel_size
+    if math.gcd(shape.heads, shape.kv_heads) % split:
+        raise UserError(
+            f"generation.tensor_parallel_size={split} does not divide the model's {shape.heads} attention heads and "
+            f"{shape.kv_heads} key-value heads; "
+            f"would work: {_listed(_divisors(math.gcd(shape.heads, shape.kv_heads)))}"
         )
     longest, sum_of = _longest(config)
     if longest > shape.max_positions:

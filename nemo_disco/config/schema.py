@@ -142,6 +142,14 @@ class GenerationConfig(Section):
     top_k: NonNegativeInt  # 0 is off
     max_response_length: PositiveInt  # tokens, EOS included
     response_length_schedule: list[tuple[PositiveInt, PositiveInt]]  # [n, tokens]: the limit after n steps
+    # Of the engines that run in processes of their own:
+    python: str | None  # the interpreter of the environment that has the engine
+    replicas: PositiveInt  # a node
+    tensor_parallel_size: PositiveInt  # inside a replica
+    colocated: bool  # on the training GPUs, asleep while the policy trains; else on the node's GPUs after them
+    nodes: list[str]  # hosts of their own for the replicas, reached by srun or ssh; empty is the training nodes
+    quantization: str | None  # as the engine names it (fp8, ...); refused by engines that have it not
+    options: dict[str, Any]  # more arguments of the engine's constructor, under its own names
 
     def response_limit(self, step: int) -> int:
         """The limit of the step that follows `step` steps, in tokens."""
@@ -200,6 +208,8 @@ class VerifyConfig(Section):
     rollouts: str | None  # read if the file is there, else written
     save_gradients: str | None  # one mini-batch's gradient, Hugging Face names, safetensors
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
+    max_mismatch: PositiveFloat  # mean exp|trainer - engine| of the sampled tokens' log-probs; above it verify refuses
+    max_kl: PositiveFloat  # their KL (k3), nats a token
 
 
 class PlanConfig(Section):

@@ -6,7 +6,7 @@ log-probs (those come from the training engine). The loop never asks which engin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -37,16 +37,29 @@ class Response:
     weight_version: int
 
 
+# Called with (place in the request, response) when a response is finished, on the one rank that has it.
+Finished = Callable[[int, Response], None]
+
+
 class Engine(Protocol):
     """What samples responses for the loop: megatron (in process), vllm, tensorrt_llm."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """One response a prompt, in order. Equal neighbouring prompts share their prefix. The same (prompt, seed,
-        sampling, weights) gives the same response whatever else is in the call."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        finished: Finished | None = None,
+    ) -> list[Response]:
+        """One response a prompt, in order, all from the weights of the last update. Equal neighbouring prompts share
+        their prefix. The same (prompt, seed, sampling, weights) gives the same response whatever else is in the call,
+        as far as the engine's arithmetic does not depend on the batch. An engine that streams calls `finished` for
+        each response; one that does not never calls it."""
         ...
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the policy's weights under Hugging Face names; nothing may be generated from a mixture."""
+    def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
+        """Take the policy's weights: `weights()` streams them under Hugging Face names, and may be called again while
+        they are the policy's, to give them to a replica that was lost. Nothing is generated from a mixture."""
         ...
 
     def sleep(self) -> None:
@@ -54,7 +67,7 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Be ready to generate again."""
+        """Be ready for the next update_weights."""
         ...
 
     def close(self) -> None:

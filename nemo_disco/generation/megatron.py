@@ -6,7 +6,7 @@ Data- and context-parallel ranks each take their share of the questions; TP and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_disco.generation.decoder import Cache, Decoder
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Finished, Response, Sampling
 from nemo_disco.generation.sampling import sample, uniforms
 from nemo_disco.generation.static import Rows, StaticWave
 from nemo_disco.policy.policy import Policy
@@ -61,8 +61,14 @@ class MegatronEngine:
         ranks = policy.ranks
         self.in_place = policy.device.type == "cuda" and ranks.tensor_size == ranks.pipeline_size == 1
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """See Engine.generate."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        finished: Finished | None = None,  # noqa: ARG002
+    ) -> list[Response]:
+        """See Engine.generate. Does not stream."""
         self.policy.gather_weights()
         questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
         mine = [i for rows in questions[self._group.rank() :: self._group.size()] for i in rows]
@@ -72,7 +78,7 @@ class MegatronEngine:
                 found.update(self._decode_wave(wave, prompts, seeds, sampling))
         return self._gather(found, len(prompts))
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:  # noqa: ARG002
+    def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:  # noqa: ARG002
         """The weights are the policy's own: only the version is news. `weights` is not read."""
         self.version = version
 

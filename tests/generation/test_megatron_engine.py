@@ -89,7 +89,7 @@ def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
 
 
 def test_responses_carry_the_weight_version(engine: MegatronEngine) -> None:
-    engine.update_weights(engine.policy.named_weights(), version=3)
+    engine.update_weights(engine.policy.named_weights, version=3)
     assert engine.generate(prompts(1), [0], Sampling(1.0, 2))[0].weight_version == 3
 
 

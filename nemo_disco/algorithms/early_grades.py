@@ -1,0 +1,70 @@
+"""Grading that overlaps sampling: what an engine has finished is graded while the rest is still being sampled.
+
+One thread beside the engine's, which grades whatever has come in since its last batch. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from nemo_disco.algorithms.sampling import Questions, response_text
+from nemo_disco.generation.engine import Response
+from nemo_disco.rewards.registry import Grader
+
+
+class EarlyGrades:
+    """The grades of the responses to `picked`: pass `finished` to the engine, then `collect`."""
+
+    def __init__(self, grader: Grader, picked: Questions) -> None:
+        self._grader, self._picked = grader, picked
+        self._waiting: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
+        self._grades: dict[int, float] = {}
+        self._problem: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def finished(self, index: int, response: Response) -> None:
+        """A response to question `index` of `picked`; returns at once."""
+        if self._thread is None:
+            # A daemon: an engine that fails leaves it waiting, and it must not hold the process up.
+            self._thread = threading.Thread(target=self._work, name="early grades", daemon=True)
+            self._thread.start()
+        self._waiting.put((index, response_text(self._picked.tokenizer, response)))
+
+    def collect(self, texts: list[str], grade: Callable[[list[str], Questions], list[float]]) -> list[float]:
+        """The grades of all responses: those of the thread, and by `grade`, a collective, what no engine handed over.
+
+        Raises what the grader raised. A collective.
+        """
+        if self._thread is not None:
+            self._waiting.put(None)
+            self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+        shares = [self._grades] * dist.get_world_size()
+        if len(shares) > 1:
+            dist.all_gather_object(shares, self._grades)
+        known = {index: value for share in shares for index, value in share.items()}
+        rest = [i for i in range(len(texts)) if i not in known]
+        if rest:
+            known |= dict(zip(rest, grade([texts[i] for i in rest], self._picked.repeat(rest, 1)), strict=True))
+        return [known[i] for i in range(len(texts))]
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            batch = [self._waiting.get()]
+            while not self._waiting.empty():
+                batch.append(self._waiting.get())
+            ended = None in batch
+            ready = [entry for entry in batch if entry is not None]
+            try:
+                answers = [self._picked.questions[i].answers for i, _ in ready]
+                grades = self._grader.grade([text for _, text in ready], answers)
+            except BaseException as problem:
+                self._problem = problem
+                return
+            self._grades |= dict(zip([i for i, _ in ready], grades, strict=True))

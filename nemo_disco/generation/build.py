@@ -1,0 +1,73 @@
+"""From the configuration to an engine on this rank: the policy itself, or the replicas that this rank leads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_disco.config.schema import GenerationConfig
+from nemo_disco.generation.engine import Engine
+from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.worker.rollout_worker.weights import BUCKET_BYTES
+from nemo_disco.policy.policy import Policy
+
+
+def leads(config: GenerationConfig) -> bool:
+    """Whether this rank leads replicas: the first of its node, or the first of all where replicas have own hosts."""
+    return dist.get_rank() == 0 if config.nodes else int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def build_engine(
+    config: GenerationConfig, policy: Policy, stop_token_ids: Iterable[int], *, max_length: int, logs: Path
+) -> Engine:
+    """The engine of a run, started; a collective. logs: a directory for what the engine's processes print.
+
+    max_length: of prompt and response, in tokens. Raises UserError if the engine cannot be built as configured.
+    """
+    stop = sorted(set(stop_token_ids))
+    if config.engine == "megatron":
+        return MegatronEngine(policy, stop)
+    # float64 is the trainer's alone (nemo-disco verify)
+    dtype = "bfloat16" if policy.dtype is torch.bfloat16 else "float32"
+    settings: dict[str, Any] = {
+        "engine": config.engine,
+        "model": str(Path(policy.config.path).resolve()),
+        "dtype": dtype,
+        "bucket_bytes": BUCKET_BYTES,
+        "stop_token_ids": stop,
+        "max_length": max_length,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "trust_remote_code": policy.config.trust_remote_code,
+        "quantization": config.quantization,
+        "sleeps": config.colocated and not config.nodes,
+        "options": config.options,
+    }
+    places = _places(config, logs.resolve()) if leads(config) else []
+    return ExternalEngine([Replica(f"engine {config.engine}, replica {p.log.stem}", p, settings) for p in places])
+
+
+def _places(config: GenerationConfig, logs: Path) -> list[Place]:
+    """Where each replica that this rank leads runs."""
+    python = config.python
+    assert python is not None
+    if "/" in python and not config.nodes:
+        python = os.path.abspath(python)  # not resolve(): a virtual environment's python is a link
+    places = []
+    hosts: list[str | None] = [*config.nodes] or [None]
+    for host in hosts:
+        node = host or os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
+        first = 0
+        if torch.cuda.is_available() and not config.colocated and host is None:
+            first = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        for i in range(config.replicas):
+            start = first + i * config.tensor_parallel_size
+            gpus = range(start, start + config.tensor_parallel_size) if torch.cuda.is_available() else ()
+            places.append(Place(python, logs / f"{node}-{i}.log", gpus, host))
+    return places

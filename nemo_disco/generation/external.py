@@ -1,0 +1,220 @@
+"""Engines in processes of their own (vllm, tensorrt_llm) behind the contract: replicas, refit, and recovery.
+
+On each node the first rank leads its replicas; the others take part in the collectives. A replica that is lost is
+started anew and given all weights, and only what it had not answered is sampled again.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_disco.generation.engine import Finished, Response, Sampling
+from nemo_disco.generation.refit import refit
+from nemo_disco.generation.replica import SILENCE_S, Replica, ReplicaLostError
+from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
+from nemo_disco.runtime.errors import UserError
+
+# How often one refit or one generation is tried before the run stops.
+ATTEMPTS = 3
+log = logging.getLogger(__name__)
+
+
+class ExternalEngine:
+    """Engine of the replicas that this rank leads (most ranks lead none) and of the other ranks'. All methods but
+    `close` are collectives."""
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        """Starts the replicas. Raises UserError if one cannot be built."""
+        self.replicas = list(replicas)
+        self.version = 0
+        self._weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+        counts = self._shared(len(self.replicas))
+        self._first, self._total = sum(counts[: dist.get_rank()]), sum(counts)
+        self._recover(dict.fromkeys(range(len(self.replicas))))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        finished: Finished | None = None,
+    ) -> list[Response]:
+        """See Engine.generate."""
+        questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
+        shares = [
+            [i for rows in questions[self._first + r :: self._total] for i in rows] for r in range(len(self.replicas))
+        ]
+        found: dict[int, Response] = {}
+
+        def take(index: int, response: Response) -> None:
+            found[index] = response
+            if finished is not None:
+                finished(index, response)
+
+        for _ in range(ATTEMPTS):
+            left = [[i for i in share if i not in found] for share in shares]
+            problems = self._run(left, prompts, seeds, sampling, take)
+            if not self._agree("generate", problems):
+                everything: dict[int, Response] = {}
+                for share in self._shared(found):
+                    everything |= share
+                return [everything[i] for i in range(len(prompts))]
+            self._recover(problems)
+            self._refit(self.version)
+        raise self._failure("generation", problems)
+
+    def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
+        """See Engine.update_weights."""
+        self._weights = weights
+        self._refit(version)
+
+    def sleep(self) -> None:
+        """The GPU memory of weights and cache; a no-op where the engine cannot (on a CPU)."""
+        self._everywhere("sleep")
+
+    def wake(self) -> None:
+        """Afterwards the weights are missing: a refit must follow."""
+        self._everywhere("wake")
+
+    def close(self) -> None:
+        for replica in self.replicas:
+            replica.end()
+
+    # --- refit and recovery ---
+
+    def _refit(self, version: int) -> None:
+        assert self._weights is not None, "no weights were ever given to the engine"
+        self.version = version
+        for _ in range(ATTEMPTS):
+            behind = [i for i, replica in enumerate(self.replicas) if replica.version != version]
+            found = refit(self._weights(), [self.replicas[i] for i in behind], version)
+            problems = {behind[i]: problem for i, problem in found.items()}
+            if not self._agree("refit", problems):
+                return
+            self._recover(problems)
+        raise self._failure("refit", problems)
+
+    def _recover(self, problems: dict[int, Any]) -> None:
+        """Start anew what is not running (all at once). Raises UserError, on every rank, if it cannot be built."""
+        lost = [self.replicas[i] for i, problem in problems.items() if not isinstance(problem, RefusedError)]
+        refused = ""
+        try:
+            for replica in lost:
+                replica.start()
+            for replica in lost:
+                replica.wait_ready()
+        except (ReplicaLostError, RefusedError, OSError) as error:
+            refused = str(error)
+        if said := next(filter(None, self._shared(refused)), ""):
+            self.close()
+            raise UserError(f"generation: the engine cannot be started: {said}")
+
+    def _agree(self, what: str, problems: dict[int, Exception]) -> bool:
+        """Whether any rank had a problem; each is said by the rank that had it."""
+        for problem in problems.values():
+            log.warning("%s: %s; trying again with all weights given anew", what, problem)
+        return any(self._shared(bool(problems)))
+
+    def _failure(self, what: str, problems: dict[int, Exception]) -> UserError:
+        said = next(filter(None, self._shared("; ".join(map(str, problems.values())))))
+        self.close()
+        return UserError(f"{what} failed {ATTEMPTS} times in a row: {said}")
+
+    def _everywhere(self, request: str) -> None:
+        problems: dict[int, Exception] = {}
+        for i, replica in enumerate(self.replicas):
+            try:
+                replica.version = replica.ask(op=request)["version"]
+            except ReplicaLostError as problem:
+                problems[i] = problem
+        if self._agree(request, problems):
+            self._recover(problems)
+
+    # --- generation ---
+
+    def _run(
+        self,
+        shares: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        take: Callable[[int, Response], None],
+    ) -> dict[int, Exception]:
+        """Each replica's share of the requests, at the same time; problems by replica."""
+        problems: dict[int, Exception] = {}
+        with selectors.DefaultSelector() as selector:
+            for i, (replica, share) in enumerate(zip(self.replicas, shares, strict=True)):
+                try:
+                    if share:
+                        _ask(replica, share, prompts, seeds, sampling)
+                        selector.register(replica, selectors.EVENT_READ, i)
+                except ReplicaLostError as problem:
+                    problems[i] = problem
+            while busy := list(selector.get_map().values()):
+                # after a silence, `receive` says so of each
+                for key in [key for key, _ in selector.select(SILENCE_S)] or busy:
+                    i = key.data
+                    try:
+                        done = self._take_one(self.replicas[i], shares[i], take)
+                    except (ReplicaLostError, RefusedError) as problem:
+                        self.replicas[i].version = None
+                        problems[i] = problem
+                        done = True
+                    if done:
+                        selector.unregister(key.fd)
+        return problems
+
+    def _take_one(self, replica: Replica, share: Sequence[int], take: Callable[[int, Response], None]) -> bool:
+        """One message of a generating replica; whether it was the last. Raises RefusedError for other weights."""
+        message, payload = replica.receive()
+        if "alive" in message:
+            return False
+        if message["version"] != self.version:
+            replica.version = None
+            replica.end()
+            raise ReplicaLostError(
+                f"{replica.name} sampled with the weights of version {message['version']}, not {self.version}"
+            )
+        if "done" in message:
+            return True
+        count = message["tokens"]
+        tokens, log_probs = array("i", bytes(payload[: 4 * count])), array("f", bytes(payload[4 * count :]))
+        reason: Literal["stop", "length"] = "stop" if message["reason"] == "stop" else "length"
+        take(share[message["response"]], Response(tokens.tolist(), log_probs.tolist(), reason, message["version"]))
+        return False
+
+    def _shared(self, mine: Any) -> list[Any]:
+        shares = [mine] * dist.get_world_size()
+        if len(shares) > 1:
+            dist.all_gather_object(shares, mine)
+        return shares
+
+
+def _ask(
+    replica: Replica,
+    share: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+) -> None:
+    flat = array("i", [token for i in share for token in prompts[i]])
+    message = {
+        "op": "generate",
+        "lengths": [len(prompts[i]) for i in share],
+        "seeds": [seeds[i] for i in share],
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_response_length,
+        },
+    }
+    replica.send(message, flat.tobytes())

@@ -1,0 +1,56 @@
+"""The run's end of a replica's staging memory: where a refit writes a bucket, and what makes it arrive.
+
+By shared memory on a CPU, CUDA IPC on the same machine's GPUs, NCCL to GPUs elsewhere, and the wire itself to a CPU
+elsewhere. The two by GPU are not run: nothing here has seen one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemo_disco.generation.replica import Replica
+from nemo_disco.generation.worker.rollout_worker.cuda import Broadcast, IpcMemory
+from nemo_disco.generation.worker.rollout_worker.wire import map_staging
+
+
+class Staging:
+    """The two slots of a replica's present process."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.slot_bytes: int = replica.ready["slot_bytes"]
+        described = replica.ready["staging"]
+        self.kind, size = described["kind"], 2 * self.slot_bytes
+        self.memories: list[Tensor]  # a bucket is written to each
+        self._broadcast: Broadcast | None = None
+        if self.kind == "shared":
+            self.memories = [map_staging(described["path"], size)]
+        elif self.kind == "ipc":
+            self.memories = [IpcMemory.open(rank).tensor for rank in described["ranks"]]
+        else:
+            device = "cuda" if self.kind == "nccl" else "cpu"
+            self.memories = [torch.empty(size, dtype=torch.uint8, device=device)]
+        if self.kind == "nccl":
+            unique_id, ranks = Broadcast.make_id(), 1 + len(described["ranks"])
+            replica.send({"op": "join", "id": unique_id.hex(), "size": ranks})
+            self._broadcast = Broadcast(unique_id, 0, ranks)
+            replica.receive()
+
+    def write(self, slot: int, offset: int, tensor: Tensor) -> None:
+        start = slot * self.slot_bytes + offset
+        raw = tensor.reshape(-1).view(torch.uint8)
+        for memory in self.memories:
+            memory[start : start + len(raw)].copy_(raw, non_blocking=True)
+
+    def payload(self, slot: int, used: int) -> bytes:
+        """What must travel with the bucket's message."""
+        if self.kind in ("ipc", "nccl"):
+            torch.cuda.synchronize()  # the slot is written
+        if self.kind != "inline":
+            return b""
+        return self.memories[0][slot * self.slot_bytes :][:used].numpy().tobytes()
+
+    def sent(self, slot: int) -> None:
+        """After the bucket's message: what must happen on both sides at once."""
+        if self._broadcast is not None:
+            self._broadcast(self.memories[0].view(2, self.slot_bytes)[slot])

@@ -1,0 +1,175 @@
+"""TensorRT-LLM 1.2 and 1.3 behind the worker. Not run: written to the published API, tested against a fake of it.
+
+The names are of NVIDIA/TensorRT-LLM: tensorrt_llm/llmapi/rlhf_utils.py at 04762f3 (WorkerExtension),
+_torch/async_llm.py at 0acd798 (sleep, wakeup), sampling_params.py at 000a01d (SamplingParams).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cuda import Broadcast, IpcMemory
+from .wire import RefusedError, checksum, cut
+
+EXTENSION = "tensorrt_llm.llmapi.rlhf_utils.WorkerExtension"
+MEMORY = ["model", "kv_cache"]  # what sleep gives back, by TensorRT-LLM's tags
+_LIVE_S = 2.0
+
+
+class TensorRtLlm:
+    """An LLM whose ranks are Ray actors of a private, local Ray that ends with this process."""
+
+    gpu = True
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import tensorrt_llm
+        from tensorrt_llm import LLM, SamplingParams
+        from tensorrt_llm.llmapi import KvCacheConfig, llm_args
+
+        version = tensorrt_llm.__version__
+        self.sampling_params, self.stop = SamplingParams, settings["stop_token_ids"]
+        # Between 1.2 and 1.3 names moved: ask the installed one.
+        takes = inspect.signature(SamplingParams).parameters
+        if "logprobs_mode" not in takes:
+            raise RefusedError(
+                f"TensorRT-LLM {version} has no logprobs_mode: its log-probs ignore the temperature; use 1.2 or later"
+            )
+        fields = llm_args.TorchLlmArgs.model_fields
+        lacking = [name for name in ("orchestrator_type", "ray_worker_extension_cls") if name not in fields]
+        if lacking:
+            raise RefusedError(
+                f"TensorRT-LLM {version} has no {' and no '.join(lacking)}, so its weights cannot be replaced; "
+                "use 1.2 or later"
+            )
+        arguments: dict[str, Any] = {}
+        if settings["sleeps"]:
+            if "sleep_config" in fields:
+                arguments["sleep_config"] = llm_args.SleepConfig()
+            elif "enable_sleep" in fields:
+                arguments["enable_sleep"] = True
+            else:
+                raise RefusedError(
+                    f"TensorRT-LLM {version} cannot sleep: set generation.colocated=false, with GPUs of its own"
+                )
+        if settings["quantization"] is not None:
+            from tensorrt_llm.llmapi import QuantConfig
+
+            arguments["quant_config"] = QuantConfig(quant_algo=settings["quantization"].upper())
+        self.sleeps = settings["sleeps"]
+        os.environ.setdefault("RAY_ADDRESS", "local")  # never a cluster that happens to be there
+        self.engine = LLM(
+            model=settings["model"],
+            backend="pytorch",
+            dtype=settings["dtype"],
+            orchestrator_type="ray",
+            ray_worker_extension_cls=EXTENSION,
+            load_format="dummy",  # the first refit brings the weights
+            skip_tokenizer_init=True,
+            max_seq_len=settings["max_length"],
+            tensor_parallel_size=settings["tensor_parallel_size"],
+            trust_remote_code=settings["trust_remote_code"],
+            kv_cache_config=KvCacheConfig(enable_block_reuse=True),  # a group's responses share their prompt
+            **(arguments | settings["options"]),
+        )
+        self.devices = range(settings["tensor_parallel_size"])
+
+    def open_staging(self, _path: str, slot_bytes: int, remote: bool) -> list[dict[str, Any]]:
+        """Two slots, this process's: the ranks are Ray's, and read copies."""
+        self.broadcast: Broadcast | None = None
+        if remote:
+            self.slots = torch.empty(2 * slot_bytes, dtype=torch.uint8, device="cuda:0").view(2, slot_bytes)
+            return [{}]
+        memory = IpcMemory.allocate(2 * slot_bytes, device=0)
+        self.slots = memory.tensor.view(2, slot_bytes)
+        return [memory.described()]
+
+    def join(self, unique_id: bytes, size: int) -> None:
+        """Join the run's NCCL communicator."""
+        self.broadcast = Broadcast(unique_id, 1, size)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: dict[str, Any],
+        deliver: Callable[[int, Sequence[int], Sequence[float], str], None],
+        live: Callable[[], None],
+    ) -> None:
+        async def one(index: int) -> None:
+            output = await self.engine.generate_async(list(prompts[index]), self._parameters(sampling, seeds[index]))
+            c = output.outputs[0]
+            log_probs = [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)]
+            deliver(index, c.token_ids, log_probs, c.finish_reason)
+
+        async def all_of_them() -> None:
+            waiting = {asyncio.ensure_future(one(i)) for i in range(len(prompts))}
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=_LIVE_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                live()
+
+        asyncio.run(all_of_them())
+
+    def _parameters(self, sampling: dict[str, Any], seed: int) -> Any:
+        greedy = sampling["temperature"] == 0.0
+        return self.sampling_params(
+            max_tokens=sampling["max_tokens"],
+            temperature=1.0 if greedy else sampling["temperature"],
+            # Both None would be greedy decoding, silently; greedy is asked for by top_k 1 alone.
+            top_k=1 if greedy else sampling["top_k"],
+            top_p=None if greedy else sampling["top_p"],
+            seed=seed,
+            end_id=-1,  # the stop tokens say it all
+            pad_id=0,
+            stop_token_ids=self.stop,
+            include_stop_str_in_output=True,  # else the token that ended a response is cut off
+            logprobs=1,
+            logprobs_mode="processed",  # of logits over the temperature; raw ones ignore it
+            detokenize=False,
+        )
+
+    def begin_refit(self) -> None:
+        """The extension prepares itself at the first bucket."""
+
+    def load_bucket(self, slot: int, tensors: list[Any]) -> list[str]:
+        if self.broadcast is not None:
+            self.broadcast(self.slots[slot])
+        weights = cut(self.slots[slot], tensors)
+        handles = self.shared(weights)
+        self.engine._collective_rpc("update_weights", args=(handles,))
+        return [checksum(tensor) for _, tensor in weights]
+
+    def shared(self, weights: list[tuple[str, Tensor]]) -> dict[str, list[Any]]:
+        """The weights as the extension takes them: by GPU, name and what torch makes of a shared tensor."""
+        from tensorrt_llm._torch.utils import get_device_uuid
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        share: Callable[[Any], Any] = reduce_tensor
+        # Copies in memory of torch's own, the only kind that it shares; kept until the next bucket.
+        self._copies = {i: [(name, t.to(f"cuda:{i}", copy=True)) for name, t in weights] for i in self.devices}
+        torch.cuda.synchronize()
+        return {get_device_uuid(i): [(name, share(t)) for name, t in self._copies[i]] for i in self.devices}
+
+    def finish_refit(self) -> None:
+        self.engine._collective_rpc("update_weights", args=(None,))  # post-processes, and drops the prefix cache
+
+    def abort_refit(self) -> None:
+        """Nothing: the weights are mixed until a full refit has replaced them all."""
+
+    def sleep(self) -> bool:
+        """Whether the weights were given back."""
+        if self.sleeps:
+            self.engine._collective_rpc("sleep", args=(MEMORY,))
+        return bool(self.sleeps)
+
+    def wake(self) -> None:
+        if self.sleeps:
+            self.engine._collective_rpc("wakeup", args=(MEMORY,))

@@ -1,0 +1,178 @@
+"""vLLM 0.32 behind the worker: generate as a stream, and refit by its layer-wise reload.
+
+What vLLM does silently wrong without help is named where it is helped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .cuda import Broadcast, IpcMemory
+from .wire import RefusedError, checksum, cut, map_staging
+
+
+class Vllm:
+    """vLLM's engine in this process (with tensor parallelism its ranks are processes of its own)."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+
+        self.gpu, self.stop = current_platform.is_cuda(), settings["stop_token_ids"]
+        arguments = {
+            "enforce_eager": not self.gpu,
+            "enable_sleep_mode": self.gpu and settings["sleeps"],
+            "quantization": settings["quantization"],
+            "max_model_len": settings["max_length"],
+            "tensor_parallel_size": settings["tensor_parallel_size"],
+            "trust_remote_code": settings["trust_remote_code"],
+        }
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=settings["model"],
+                dtype=settings["dtype"],
+                load_format="dummy",  # the first refit brings the weights
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # the model's own would change top-k and top-p silently
+                logprobs_mode="processed_logprobs",  # of logits over the temperature; raw ones ignore it
+                disable_log_stats=True,
+                **(arguments | settings["options"]),
+            )
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: dict[str, Any],
+        deliver: Callable[[int, Sequence[int], Sequence[float], str], None],
+        live: Callable[[], None],
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = [
+            self.engine.add_request(
+                str(i),
+                {"prompt_token_ids": list(prompt)},
+                SamplingParams(
+                    **sampling,
+                    seed=seed,
+                    stop_token_ids=self.stop,
+                    ignore_eos=True,  # the stop tokens say it all
+                    logprobs=0,  # of the sampled token alone
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        try:
+            while self.engine.has_unfinished_requests():
+                for out in self.engine.step():
+                    c = out.outputs[0]
+                    log_probs = [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)]
+                    deliver(int(out.request_id), c.token_ids, log_probs, c.finish_reason)
+                live()
+        except BaseException:
+            self.engine.abort_request(ids, internal=True)
+            raise
+
+    def open_staging(self, path: str, slot_bytes: int, remote: bool) -> list[dict[str, Any]]:
+        """Two slots on each rank, as the run needs to know them; path: shared memory, where there is no GPU."""
+        opened: list[dict[str, Any]] = self.engine.collective_rpc(_vllm_open, args=(path, slot_bytes, remote))
+        return opened
+
+    def join(self, unique_id: bytes, size: int) -> None:
+        """Join the run's NCCL communicator. Not run: it needs GPUs."""
+        self.engine.collective_rpc(_vllm_join, args=(unique_id, size))
+
+    def begin_refit(self) -> None:
+        self.engine.collective_rpc(_vllm_begin)
+
+    def load_bucket(self, slot: int, tensors: list[Any]) -> list[str]:
+        ranks: list[list[str]] = self.engine.collective_rpc(_vllm_load, args=(slot, tensors))
+        if any(found != ranks[0] for found in ranks):
+            raise RefusedError("refit: the engine's ranks read different bytes")
+        return ranks[0]
+
+    def finish_refit(self) -> None:
+        self.engine.collective_rpc(_vllm_finish)
+        if not self.engine.reset_prefix_cache():  # it holds keys and values of the old weights
+            raise RefusedError("refit: the engine did not drop its prefix cache")
+
+    def abort_refit(self) -> None:
+        self.engine.collective_rpc(_vllm_finish)
+
+    def sleep(self) -> bool:
+        """Whether the weights were given back."""
+        if not self.engine.model_config.enable_sleep_mode:
+            return False
+        self.engine.sleep(level=2)
+        return True
+
+    def wake(self) -> None:
+        if self.engine.model_config.enable_sleep_mode and self.engine.is_sleeping():
+            self.engine.wake_up()
+
+
+# Each of these runs in every rank of the engine; `worker` is vLLM's.
+
+
+def _vllm_open(worker: Any, path: str, slot_bytes: int, remote: bool) -> dict[str, Any]:
+    worker.refit_broadcast, described = None, {}
+    if path:
+        memory = map_staging(path, 2 * slot_bytes)
+    elif remote:
+        memory = torch.empty(2 * slot_bytes, dtype=torch.uint8, device=worker.device)
+    else:
+        shared = IpcMemory.allocate(2 * slot_bytes, worker.device.index)
+        memory, described = shared.tensor, shared.described()
+    worker.refit_slots = memory.view(2, slot_bytes)
+    return described
+
+
+def _vllm_join(worker: Any, unique_id: bytes, size: int) -> None:
+    worker.refit_broadcast = Broadcast(unique_id, worker.rank + 1, size)
+
+
+def _vllm_begin(worker: Any) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(worker.get_model())
+
+
+def _vllm_load(worker: Any, slot: int, tensors: list[Any]) -> list[str]:
+    from vllm.config import set_current_vllm_config
+
+    memory = worker.refit_slots[slot]
+    if worker.refit_broadcast is not None:
+        worker.refit_broadcast(memory)
+    weights = cut(memory, tensors)
+    found = [checksum(tensor) for _, tensor in weights]
+    with set_current_vllm_config(worker.vllm_config):
+        # Copies: vLLM keeps what it is given until a layer is complete, and the slot is filled anew before that.
+        worker.get_model().load_weights([(name, tensor.clone()) for name, tensor in weights])
+    if memory.is_cuda:
+        torch.cuda.synchronize()  # the slot has been read
+    return found
+
+
+def _vllm_finish(worker: Any) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    model = worker.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        finalize_layerwise_reload(model, worker.vllm_config.model_config)
+        head, embeddings = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
+        if head is not None and embeddings not in (None, head) and model.config.tie_word_embeddings:
+            head.weight = embeddings.weight  # on a CPU the head keeps its old packed weights, silently
+            head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,75 @@
+"""The mismatch of two engines against numpy, the tokens it names and the causes it guesses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from models import random_rollouts
+
+from nemo_disco.algorithms.mismatch import likely_cause, mismatch, worst_token, worst_tokens
+from nemo_disco.data.rollouts import Rollouts
+
+
+def rollouts(generation: torch.Tensor | None = None) -> Rollouts:
+    from dataclasses import replace
+
+    drawn = random_rollouts(questions=8)
+    return drawn if generation is None else replace(drawn, generation_log_probs=generation.float())
+
+
+@pytest.fixture
+def trainer() -> torch.Tensor:
+    total = int(rollouts().response_lengths.sum())
+    return -torch.rand(total, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3 - 0.1
+
+
+def noise(like: torch.Tensor, scale: float) -> torch.Tensor:
+    return scale * torch.randn(like.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def test_the_figures_are_numpys(trainer: torch.Tensor) -> None:
+    engine = trainer + noise(trainer, 0.1)
+    delta = (trainer - engine).numpy()
+    found = mismatch(trainer, engine)
+    assert found["mismatch/mean_abs"] == pytest.approx(np.abs(delta).mean())
+    assert found["mismatch/max_abs"] == pytest.approx(np.abs(delta).max())
+    assert found["mismatch/mean_exp_abs"] == pytest.approx(np.exp(np.abs(delta)).mean())
+    assert found["mismatch/kl_k1"] == pytest.approx(-delta.mean())
+    assert found["mismatch/kl_k3"] == pytest.approx((np.exp(delta) - 1 - delta).mean())
+
+
+def test_the_worst_tokens_are_found_in_their_responses(trainer: torch.Tensor) -> None:
+    engine, drawn = trainer.clone(), rollouts()
+    response = int(drawn.response_lengths.argmax())
+    at = int(drawn.response_offsets[response]) + 4
+    engine[at] -= 2.0
+    engine[at - 1] += 1.0
+    worst = worst_tokens(trainer, rollouts(engine), 2)
+    assert [(w.response, w.place) for w in worst] == [(response, 4), (response, 3)]
+    assert worst[0].token == int(drawn.response(response)[4])
+    assert worst[0].engine == pytest.approx(worst[0].trainer - 2.0)
+    assert worst_token(trainer, rollouts(engine)) == {"mismatch/worst_token": worst[0].token, "mismatch/worst_place": 4}
+
+
+def causes(trainer: torch.Tensor) -> dict[str, torch.Tensor]:
+    drawn = rollouts()
+    place = torch.cat([torch.arange(int(n)) for n in drawn.response_lengths])
+    tokens = torch.cat([drawn.response(i) for i in range(len(drawn))])
+    return {
+        "ignore the temperature": plain(trainer),
+        "rope": trainer + noise(trainer, 0.02) * place,
+        "the output layer": trainer + 3.0 * (tokens == tokens.mode().values),
+        "precision": trainer + noise(trainer, 0.02),
+        "other weights": trainer + noise(trainer, 1.0),
+    }
+
+
+def plain(trainer: torch.Tensor) -> torch.Tensor:
+    return trainer * 0.6 - 0.3
+
+
+@pytest.mark.parametrize("cause", ["ignore the temperature", "rope", "the output layer", "precision", "other weights"])
+def test_the_cause_is_told_by_the_shape_of_the_difference(cause: str, trainer: torch.Tensor) -> None:
+    drawn = rollouts(causes(trainer)[cause])
+    assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), precision="bf16")

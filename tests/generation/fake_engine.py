@@ -1,0 +1,103 @@
+"""A worker whose engine is a few lines of arithmetic: the real process, wire and transaction without an engine.
+
+Its tokens are a function of the weights, the prompt and the seed, so a test knows what must come out. `options` say
+what goes wrong, once: the file `once` is made when it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_disco.generation.worker.rollout_worker.wire import checksum, cut, map_staging
+
+VOCABULARY = 100
+
+
+def answer(weights: dict[str, str], prompt: Sequence[int], seed: int, limit: int) -> list[int]:
+    """What the engine samples; weights: checksums by name."""
+    seen = hashlib.sha256(repr((sorted(weights.items()), list(prompt), seed)).encode()).digest()
+    return [byte % VOCABULARY for byte in seen[: 1 + seen[0] % limit]]
+
+
+class FakeEngine:
+    gpu = False
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.options = settings["options"]
+        if "unbuildable" in self.options:
+            raise ValueError(self.options["unbuildable"])
+        self.weights: dict[str, str] = {}
+
+    def generate(self, prompts: Any, seeds: Any, sampling: dict[str, Any], deliver: Any, live: Any) -> None:
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            self._fault("generate", i)
+            tokens = answer(self.weights, prompt, seed, sampling["max_tokens"])
+            cut = len(tokens) == sampling["max_tokens"]
+            deliver(i, tokens, [-0.5] * len(tokens), "length" if cut else "stop")
+            time.sleep(self.options.get("slow", 0))
+            live()
+
+    def open_staging(self, path: str, slot_bytes: int, remote: bool) -> list[dict[str, Any]]:  # noqa: ARG002
+        self.slots = map_staging(path, 2 * slot_bytes).view(2, slot_bytes)
+        return [{}]
+
+    def begin_refit(self) -> None:
+        self.weights = {}
+
+    def load_bucket(self, slot: int, tensors: Sequence[Any]) -> list[str]:
+        found = []
+        for name, tensor in cut(self.slots[slot], tensors):
+            self._fault("refit", len(self.weights))
+            self.weights[name] = checksum(tensor)
+            found.append(self.weights[name])
+        return found
+
+    def finish_refit(self) -> None:
+        self._fault("finish", 0)
+
+    def abort_refit(self) -> None:
+        self.weights = {}
+
+    def sleep(self) -> bool:
+        self.weights = {}
+        return True
+
+    def wake(self) -> None:
+        assert not self.weights
+
+    def _fault(self, where: str, count: int) -> None:
+        if self.options.get("fault") != where or count != self.options.get("at", 0):
+            return
+        once = Path(self.options["once"])
+        if once.exists() and "always" not in self.options:
+            return
+        once.touch()
+        if self.options["how"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.options["how"] == "hang":
+            time.sleep(1000)
+        raise RuntimeError("the engine's own words")
+
+
+def fake_python(directory: Path) -> str:
+    """An executable that is called like an engine's Python, and runs this file."""
+    script = directory / "python"
+    root = Path(__file__).parents[2]
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{root}" exec {sys.executable} {__file__} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return str(script)
+
+
+if __name__ == "__main__":
+    import rollout_worker.__main__ as worker
+
+    worker._engine = FakeEngine
+    worker.main()

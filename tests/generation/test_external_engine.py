@@ -1,0 +1,273 @@
+"""Replicas, refit and recovery, on real worker processes whose engine is arithmetic (fake_engine.py)."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_engine import answer, fake_python
+from models import model_config, save_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nemo_disco.generation import external, refit, replica
+from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.worker.rollout_worker import weights as worker_weights
+from nemo_disco.generation.worker.rollout_worker.wire import checksum
+from nemo_disco.policy import parallel
+from nemo_disco.runtime.errors import UserError
+
+PROMPTS = [[n, n + 1] for n in range(6) for _ in range(4)]
+SEEDS = list(range(len(PROMPTS)))
+SAMPLING = Sampling(1.0, 20)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = save_model(tmp_path_factory.mktemp("model"), "qwen2", tied=True)
+    parallel.start(model_config(path))
+    return path
+
+
+@pytest.fixture
+def tensors(model: Path) -> dict[str, Tensor]:
+    found = load_file(model / "model.safetensors")
+    found.pop("lm_head.weight", None)
+    return found
+
+
+@pytest.fixture
+def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., ExternalEngine]]:
+    """start(replicas, **options) -> the engine."""
+    started: list[ExternalEngine] = []
+
+    def build(
+        replicas: int = 1, host: str | None = None, bucket_bytes: int = 1 << 20, **options: Any
+    ) -> ExternalEngine:
+        settings = {"model": str(model), "dtype": "float32", "bucket_bytes": bucket_bytes, "options": options}
+        options.setdefault("once", str(tmp_path / "once"))
+        python = fake_python(tmp_path)
+        places = [Place(python, tmp_path / f"{i}.log", (), host) for i in range(replicas)]
+        started.append(ExternalEngine([Replica(f"replica {i}", place, settings) for i, place in enumerate(places)]))
+        return started[-1]
+
+    yield build
+    for engine in started:
+        engine.close()
+
+
+def sampled(engine: ExternalEngine) -> list[Response]:
+    return engine.generate(PROMPTS, SEEDS, SAMPLING)
+
+
+def right(responses: list[Response], tensors: dict[str, Tensor], version: int) -> bool:
+    """Whether all were sampled from exactly these weights."""
+    sums = {name: checksum(t) for name, t in tensors.items()}
+    wanted = [answer(sums, p, s, SAMPLING.max_response_length) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    return [r.tokens for r in responses] == wanted and {r.weight_version for r in responses} == {version}
+
+
+def test_two_replicas_sample_from_the_newest_weights(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start(2)
+    seen: dict[int, Response] = {}
+    for version in (0, 1):
+        engine.update_weights(tensors.items, version)
+        seen.clear()
+        responses = engine.generate(PROMPTS, SEEDS, SAMPLING, seen.__setitem__)
+        assert right(responses, tensors, version)
+        assert seen == dict(enumerate(responses))  # each was handed over as it finished
+        for tensor in tensors.values():
+            tensor.mul_(1.5)
+    assert {r.finish_reason for r in responses} == {"stop", "length"}
+    engine.sleep()
+    engine.wake()
+    engine.update_weights(tensors.items, 2)
+    assert right(sampled(engine), tensors, 2)
+
+
+def test_many_small_buckets_are_one_refit(start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]) -> None:
+    engine = start(bucket_bytes=1)  # the largest tensor is then the bucket
+    assert engine.replicas[0].ready["slot_bytes"] < sum(t.nbytes for t in tensors.values()) / 4
+    engine.update_weights(tensors.items, 7)
+    assert right(sampled(engine), tensors, 7)
+
+
+def test_nothing_is_sampled_before_a_full_refit(start: Callable[..., ExternalEngine]) -> None:
+    engine = start()
+    engine.replicas[0].send({"op": "generate", "lengths": [], "seeds": [], "sampling": {}})
+    with pytest.raises(refit.RefusedError, match="a full refit must be committed first"):
+        engine.replicas[0].receive()
+
+
+def _without_last(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return list(tensors.items())[:-1]
+
+
+def _transposed(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(n, t.T if n.endswith("k_proj.weight") else t) for n, t in tensors.items()]
+
+
+def _twice(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [*tensors.items(), *list(tensors.items())[:1]]
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [
+        (_without_last, r"1 of \d+ tensors were never sent: model\.\S+"),
+        (_transposed, r"k_proj.weight has shape \[64, 32\], the model's is \[32, 64\]"),
+        pytest.param(_twice, r"model\.\S+ came twice", marks=pytest.mark.slow),
+        pytest.param(
+            lambda t: [*t.items(), ("extra.weight", torch.ones(3))],
+            "the model has no extra.weight",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_wrong_stream_stops_with_the_tensors_name(
+    stream: Any, said: str, start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start()
+    engine.update_weights(tensors.items, 0)
+    with pytest.raises(UserError, match=rf"refit failed 3 times in a row: refit: .*{said}"):
+        engine.update_weights(lambda: stream(tensors), 1)
+
+
+def _drop(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return entries[1:]
+
+
+def _swap(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two tensors of one shape under each other's names."""
+    for a in entries:
+        for b in entries:
+            if a["name"] < b["name"] and a["shape"] == b["shape"]:
+                a["name"], b["name"] = b["name"], a["name"]
+                return entries
+    raise AssertionError("no two tensors of one shape")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(_drop, "1 of .* were sent but did not arrive"), (_swap, "2 of .* tensors arrived with other values")],
+)
+def test_what_goes_wrong_on_the_way_is_found_and_sent_anew(
+    spoil: Any,
+    said: str,
+    start: Callable[..., ExternalEngine],
+    tensors: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = start()
+    flush, spoilt = refit.Sender._flush, []
+
+    def once(sender: refit.Sender) -> None:
+        if sender._entries and not spoilt:
+            sender._entries = spoil(sender._entries)
+            spoilt.append(True)
+        flush(sender)
+
+    monkeypatch.setattr(refit.Sender, "_flush", once)
+    engine.update_weights(tensors.items, 1)
+    assert spoilt and any(re.search(said, line) for line in caplog.messages)
+    assert right(sampled(engine), tensors, 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "where", "at"),
+    [
+        ("kill", "refit", 5),
+        ("kill", "generate", 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("kill", "finish", 0), ("raise", "refit", 5), ("raise", "finish", 0), ("raise", "generate", 3))
+        ),
+    ],
+)
+def test_an_engine_that_fails_half_way_is_given_all_weights_anew(
+    how: str, where: str, at: int, start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start(2, fault=where, at=at, how=how)
+    engine.update_weights(tensors.items, 4)
+    seen: list[int] = []
+    responses = engine.generate(PROMPTS, SEEDS, SAMPLING, lambda i, _: seen.append(i))
+    assert right(responses, tensors, 4)
+    assert sorted(seen) == list(range(len(PROMPTS)))  # what was answered is not asked again
+
+
+@pytest.mark.slow
+def test_an_engine_that_always_dies_stops_the_run_with_one_line(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start(fault="generate", at=0, how="kill", always=True)
+    engine.update_weights(tensors.items, 0)
+    with pytest.raises(UserError, match=r"generation failed 3 times in a row: replica 0 was killed by SIGKILL.*\.log$"):
+        sampled(engine)
+
+
+@pytest.mark.slow
+def test_a_hanging_engine_is_ended_and_started_anew(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(external, "SILENCE_S", 1.0)
+    monkeypatch.setattr(replica.Replica.receive, "__defaults__", (1.0,))
+    engine = start(fault="generate", at=2, how="hang")
+    engine.update_weights(tensors.items, 0)
+    assert right(sampled(engine), tensors, 0)
+
+
+def test_weights_of_another_version_are_not_served(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = start()
+    engine.update_weights(tensors.items, 1)
+    stale = {name: t.clone() for name, t in tensors.items()}
+    engine.version = 2  # the trainer has moved on, and the engine was not told
+    engine._weights = stale.items
+    assert right(sampled(engine), stale, 2)
+    assert "sampled with the weights of version 1, not 2" in caplog.text
+
+
+def test_an_engine_that_cannot_be_built_says_why(start: Callable[..., ExternalEngine]) -> None:
+    with pytest.raises(UserError, match="the engine cannot be started: ValueError: no such quantization"):
+        start(unbuildable="no such quantization")
+
+
+def test_a_worker_dies_with_its_run(start: Callable[..., ExternalEngine]) -> None:
+    engine = start()
+    process = engine.replicas[0]._process
+    assert process is not None and process.stdin is not None
+    process.stdin.close()  # as the end of the run does, however it ends
+    deadline = time.monotonic() + 10
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_replica_on_another_host_is_sent_the_bytes(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = tmp_path / "ssh"  # runs the command here
+    ssh.write_text('#!/bin/sh\nshift 3\nexec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    engine = start(host="there")
+    engine.update_weights(tensors.items, 3)
+    assert right(sampled(engine), tensors, 3)
+
+
+def test_what_the_worker_expects_is_what_the_directory_holds(model: Path, tensors: dict[str, Tensor]) -> None:
+    assert worker_weights.expected_weights(str(model)) == {name: list(t.shape) for name, t in tensors.items()}

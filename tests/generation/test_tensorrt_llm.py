@@ -1,0 +1,118 @@
+"""The adapter of TensorRT-LLM against a fake with its published signatures. Nothing of it has run on hardware."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fake_tensorrt_llm as fake
+import pytest
+import torch
+from models import save_model
+from safetensors.torch import load_file
+
+from nemo_disco.generation.worker.rollout_worker import tensorrt_llm as adapter
+from nemo_disco.generation.worker.rollout_worker.weights import Weights
+from nemo_disco.generation.worker.rollout_worker.wire import ALIGNMENT, RefusedError, checksum
+
+
+class OnCpu(adapter.TensorRtLlm):
+    """The adapter with what needs a GPU replaced: staging in plain memory, handles as torch makes them of it."""
+
+    def open_staging(self, _path: str, slot_bytes: int, _remote: bool) -> list[dict[str, Any]]:
+        self.broadcast = None
+        self.slots = torch.zeros(2, slot_bytes, dtype=torch.uint8)
+        return [{}]
+
+    def shared(self, weights: list[tuple[str, torch.Tensor]]) -> dict[str, list[Any]]:
+        # rebuild_cuda_tensor's seventh argument is the device, and the extension sets it
+        return {"GPU-0": [(n, (lambda *args: args[0], (t, 0, 0, 0, 0, 0, "device", 0))) for n, t in weights]}
+
+
+def build(monkeypatch: pytest.MonkeyPatch, version: str, model: Path, **changes: Any) -> OnCpu:
+    fake.install(monkeypatch, version)
+    settings = {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "stop_token_ids": [1, 7],
+        "max_length": 200,
+        "tensor_parallel_size": 1,
+        "trust_remote_code": False,
+        "quantization": None,
+        "sleeps": True,
+        "options": {},
+    }
+    return OnCpu(settings | changes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "llama", tied=False)
+
+
+def refit(engine: OnCpu, model: Path, version: int) -> Weights:
+    """All weights, in many buckets, as the worker is sent them."""
+    weights = Weights(engine, str(model), torch.bfloat16, bucket_bytes=1, remote=False)
+    weights.begin(version)
+    checksums = {}
+    for i, (name, tensor) in enumerate(load_file(model / "model.safetensors").items()):
+        tensor = tensor.bfloat16()
+        raw = tensor.reshape(-1).view(torch.uint8)
+        engine.slots[i % 2, ALIGNMENT : ALIGNMENT + len(raw)] = raw
+        weights.bucket(i % 2, [{"name": name, "shape": list(tensor.shape), "offset": ALIGNMENT}], bytearray())
+        checksums[name] = checksum(tensor)
+    weights.commit(version, checksums)
+    return weights
+
+
+@pytest.mark.parametrize("version", ["1.2.0", "1.3.0rc1"])
+def test_every_bucket_reaches_the_ranks_and_the_last_call_finishes(
+    version: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(monkeypatch, version, model)
+    rank = fake.LLM.last.rank
+    rank.prefix_cache = True
+    # The staging memory's largest tensor must have room before it too.
+    monkeypatch.setattr("nemo_disco.generation.worker.rollout_worker.weights.ALIGNMENT", 2**16)
+    assert refit(engine, model, 3).version == 3
+    wanted = {n: t.bfloat16() for n, t in load_file(model / "model.safetensors").items()}
+    assert rank.weights.keys() == wanted.keys()
+    assert all(torch.equal(rank.weights[name], wanted[name]) for name in wanted)
+    assert not rank.open and not rank.prefix_cache
+    assert engine.sleep() and rank.asleep
+    engine.wake()
+    assert not rank.asleep
+
+
+def test_sampling_asks_for_what_reinforcement_learning_needs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(monkeypatch, "1.2.0", model)
+    found: dict[int, tuple[Any, Any, str]] = {}
+
+    def deliver(index: int, tokens: Any, log_probs: Any, reason: str) -> None:
+        found[index] = (tokens, log_probs, reason)
+
+    sampling = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_tokens": 9}
+    engine.generate([[5, 6], [8]], [11, 12], sampling, deliver, lambda: None)
+    assert found == {0: ([5, 6, 1], [-0.25] * 3, "stop"), 1: ([8, 1], [-0.25] * 2, "stop")}
+    asked = sorted(fake.LLM.last.asked, key=lambda p: p.seed)
+    assert [p.seed for p in asked] == [11, 12]
+    for parameters in asked:
+        assert not parameters.greedy  # top_k and top_p both None would be
+        assert (parameters.temperature, parameters.max_tokens, parameters.logprobs_mode) == (0.6, 9, "processed")
+        assert parameters.include_stop_str_in_output and parameters.stop_token_ids == [1, 7]
+    engine.generate([[5]], [0], sampling | {"temperature": 0.0}, deliver, lambda: None)
+    assert fake.LLM.last.asked[-1].greedy
+
+
+def test_a_version_without_what_is_needed_is_refused_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RefusedError, match=r"TensorRT-LLM 1.1.0 has no logprobs_mode.*use 1.2 or later"):
+        build(monkeypatch, "1.1.0", model)
+    monkeypatch.setitem(fake.VERSIONS, "1.2.0", fake.COMMON)
+    with pytest.raises(RefusedError, match=r"cannot sleep: set generation\.colocated=false"):
+        build(monkeypatch, "1.2.0", model)
+    assert build(monkeypatch, "1.2.0", model, sleeps=False).sleep() is False
+
+
+def test_quantised_rollouts_are_passed_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(monkeypatch, "1.3.0rc1", model, quantization="fp8")
+    assert fake.LLM.last.kwargs["quant_config"] == {"quant_algo": "FP8"}

@@ -1,0 +1,216 @@
+"""vLLM after a refit against transformers and the trainer, and what it does when a refit or the engine fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import VOCABULARY
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
+
+pytestmark = pytest.mark.vllm
+STOP = [1, 7]
+WARM = Sampling(0.6, 60)
+
+
+def prompts(count: int = 6, copies: int = 4) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
+    return [p for n in lengths for p in [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()] * copies]
+
+
+def refit(engine: ExternalEngine, policy: Policy, version: int, scale: float) -> None:
+    """New weights in the policy, then in the engine."""
+    with torch.no_grad():
+        for p in policy.model.chunks[0].parameters():
+            p.mul_(scale)
+    engine.update_weights(policy.named_weights, version)
+
+
+def sampled(engine: ExternalEngine) -> list[Response]:
+    asked = prompts()
+    return engine.generate(asked, range(len(asked)), WARM)
+
+
+def worst(policy: Policy, responses: list[Response]) -> float:
+    """The largest difference of a log-prob from the trainer's."""
+    rollouts = Rollouts.from_lists(
+        prompts(),
+        [r.tokens for r in responses],
+        [r.log_probs for r in responses],
+        list(range(len(responses))),
+        [r.finish_reason == "length" for r in responses],
+    )
+    return float((policy.log_probs(rollouts)[0] - rollouts.generation_log_probs).abs().max())
+
+
+def check_greedy(engine: ExternalEngine, policy: Policy, model_path: Path) -> None:
+    """The engine's greedy tokens are the likeliest of transformers' model with the policy's weights: equal, or one of
+    two that are a rounding apart."""
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    weights = dict(policy.named_weights())
+    missing, unexpected = reference.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    reference.tie_weights()
+    asked = prompts(copies=1)
+    for prompt, response in zip(asked, engine.generate(asked, [0] * len(asked), Sampling(0.0, 40)), strict=True):
+        ids = torch.tensor([prompt + response.tokens])
+        logits = reference(ids).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(-1, torch.tensor(response.tokens)[:, None])[:, 0]
+        assert float((logits.max(-1).values - chosen).max()) < 1e-4
+        same = logits.argmax(-1) == torch.tensor(response.tokens)
+        assert float(same.double().mean()) > 0.97
+        greedy = torch.tensor(response.log_probs) - logits.log_softmax(-1).max(-1).values  # of the plain logits
+        assert float(greedy.abs().max()) < 1e-3
+
+
+def test_every_refit_serves_the_new_weights(engine: ExternalEngine, policy: Policy, model_path: Path) -> None:
+    before: list[Response] = []
+    for version, scale in ((1, 1.0), (2, 1.2), (3, 0.8)):
+        refit(engine, policy, version, scale)
+        responses = sampled(engine)
+        assert worst(policy, responses) < 1e-4
+        assert {r.weight_version for r in responses} == {version}
+        assert [r.tokens for r in responses] != [r.tokens for r in before]
+        before = responses
+        check_greedy(engine, policy, model_path)
+
+
+def test_responses_end_as_the_contract_says(engine: ExternalEngine, policy: Policy) -> None:
+    refit(engine, policy, 4, 1.0)
+    seen: dict[int, Response] = {}
+    asked = prompts(copies=8)
+    responses = engine.generate(asked, range(len(asked)), Sampling(1.0, 12), seen.__setitem__)
+    assert seen == dict(enumerate(responses))
+    assert {r.finish_reason for r in responses} == {"stop", "length"}
+    for r in responses:
+        assert len(r.tokens) == len(r.log_probs)
+        assert not set(r.tokens[:-1]) & set(STOP)
+        assert (r.tokens[-1] in STOP) == (r.finish_reason == "stop")
+        assert len(r.tokens) == 12 or r.finish_reason == "stop"
+
+
+def test_seeds_decide_what_is_sampled(engine: ExternalEngine, policy: Policy) -> None:
+    refit(engine, policy, 5, 1.0)
+    asked, seeds = prompts(), list(range(24))
+    first = [r.tokens for r in engine.generate(asked, seeds, WARM)]
+    assert [r.tokens for r in engine.generate(asked, seeds, WARM)] == first
+    alone = [engine.generate([p], [s], WARM)[0].tokens for p, s in zip(asked, seeds, strict=True)]
+    assert sum(a == b for a, b in zip(alone, first, strict=True)) >= 22  # rounding depends on the batch
+    assert [r.tokens for r in engine.generate(asked, [s + 99 for s in seeds], WARM)] != first
+
+
+def _dropped(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(n, t) for n, t in weights if n != "model.layers.2.self_attn.v_proj.weight"]
+
+
+def _transposed(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(n, t.T if n == "model.layers.1.self_attn.k_proj.weight" else t) for n, t in weights]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(_dropped, "never sent: model.layers.2.self_attn.v_proj.weight"), (_transposed, "layers.1.*has shape")],
+)
+def test_a_refused_refit_leaves_an_engine_that_refuses_until_a_full_one(
+    spoil: Callable[..., list[tuple[str, Tensor]]], said: str, start: Callable[..., ExternalEngine], policy: Policy
+) -> None:
+    engine = start()
+    engine.update_weights(policy.named_weights, 1)
+    only = engine.replicas[0]
+    with pytest.raises(UserError, match=said):
+        engine.update_weights(lambda: spoil(list(policy.named_weights())), 2)
+    assert only.version is None and only._process is None  # the run stops, and its engine with it
+
+
+def test_a_swapped_pair_is_found_and_sent_anew(
+    engine: ExternalEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from nemo_disco.generation.refit import Sender
+
+    flush, spoilt = Sender._flush, []
+
+    def once(sender: Sender) -> None:
+        entries = {e["name"]: e for e in sender._entries}
+        pair = [e for n, e in entries.items() if n.endswith(("gate_proj.weight", "up_proj.weight"))]
+        if len(pair) >= 2 and not spoilt:
+            pair[0]["name"], pair[1]["name"] = pair[1]["name"], pair[0]["name"]
+            spoilt.append(True)
+        flush(sender)
+
+    monkeypatch.setattr(Sender, "_flush", once)
+    refit(engine, policy, 6, 1.1)
+    assert spoilt and "2 of" in caplog.text and "arrived with other values" in caplog.text
+    assert worst(policy, sampled(engine)) < 1e-4
+
+
+def test_an_engine_that_fails_in_the_middle_of_a_refit_recovers(
+    engine: ExternalEngine, policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing_once() -> list[tuple[str, Tensor]]:
+        weights = list(policy.named_weights())
+        if not failed:
+            failed.append(True)
+            return [(n, t) for n, t in weights if "layers.3" not in n]
+        return weights
+
+    failed: list[bool] = []
+    engine.update_weights(failing_once, 7)
+    assert "never sent" in caplog.text
+    assert worst(policy, sampled(engine)) < 1e-4
+
+
+@pytest.mark.parametrize("when", ["refit", "generate"])
+def test_a_killed_engine_is_started_anew(when: str, start: Callable[..., ExternalEngine], policy: Policy) -> None:
+    engine = start()
+    process = engine.replicas[0]._process
+    assert process is not None
+
+    def kill() -> None:
+        os.kill(process.pid, signal.SIGKILL)
+
+    def killing() -> list[tuple[str, Tensor]]:
+        weights = list(policy.named_weights())
+        if when == "refit" and process.poll() is None:
+            threading.Timer(0.0, kill).start()
+            process.wait()
+        return weights
+
+    engine.update_weights(killing, 1)
+    count = 0
+
+    def finished(_: int, __: Response) -> None:
+        nonlocal count
+        count += 1
+        if when == "generate" and count == 3:
+            kill()
+
+    asked = prompts()
+    responses = engine.generate(asked, range(len(asked)), WARM, finished)
+    assert count == len(asked)  # each once: what had been answered was kept
+    assert worst(policy, responses) < 1e-4
+    assert engine.replicas[0]._process is not process
+
+
+def test_tensor_parallel_engines_agree(start: Callable[..., ExternalEngine], policy: Policy) -> None:
+    engine = start(tensor_parallel_size=2)
+    for version in (1, 2):
+        refit(engine, policy, version, 1.05)
+        assert worst(policy, sampled(engine)) < 1e-4
+
+
+def test_a_quantisation_that_the_engine_has_not_is_refused_by_name(start: Callable[..., ExternalEngine]) -> None:
+    with pytest.raises(UserError, match=r"engine cannot be started: .*no_such_kind"):
+        start(quantization="no_such_kind")

@@ -1,0 +1,87 @@
+"""The quickstart's commands with generation=vllm: verify, then training that is killed in its engine and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+REPO = Path(__file__).parents[2]
+SMALL = (
+    "--config-name=quickstart",
+    "generation=vllm",
+    f"generation.python={REPO}/.venv-vllm/bin/python",
+    "generation.options={kv_cache_memory_bytes: 134217728}",
+    "data.questions_per_step=8",
+    "algorithm.mini_batch_questions=4",
+    "generation.responses_per_question=4",
+    "exp_manager.tensorboard=false",
+    "evaluation.max_questions=8",
+    "evaluation.samples=2",
+)
+
+
+def start(command: str, *overrides: str) -> subprocess.Popen[str]:
+    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "nemo_disco", command, *SMALL, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=REPO,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out
+    return out
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def workers(run: Path) -> list[int]:
+    """Of a run's engines: their pids, by the logs that they write."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            out = os.readlink(process / "fd/1")
+            if out.startswith(str(run / "engines")) and "rollout_worker" in (process / "cmdline").read_text():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_verify_finds_that_engine_and_trainer_agree() -> None:
+    out = finish(start("verify", "trainer.devices=1", "verify.max_mismatch=1.001", "verify.max_kl=1e-6"))
+    assert "mismatch mean e^|d| 1.0000" in out
+
+
+def test_a_run_on_two_ranks_survives_the_death_of_its_engine(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", f"exp_manager.explicit_log_dir={run}", "trainer.max_steps=3")
+    while len(steps(run)) < 1:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    (engine,) = workers(run)  # the first rank leads it
+    os.kill(engine, signal.SIGKILL)
+    out = finish(process)
+    assert "was killed by SIGKILL" in out and "trying again with all weights given anew" in out
+    assert [step["step"] for step in steps(run)] == [1, 2, 3]
+    for step in steps(run):
+        assert step["mismatch/max_abs"] < 1e-3 and step["time/refit"] > 0
+    assert not workers(run)
+    assert (run / "export" / "model.safetensors").exists()
