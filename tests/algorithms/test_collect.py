@@ -19,7 +19,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Finished, Response, Sampling
 from nemo_disco.policy import parallel
 from nemo_disco.runtime.clock import Clock
 
@@ -37,7 +37,13 @@ class Scripted:
         """right: how many of its responses are right, by question; lengths in tokens, else 3."""
         self.right, self.lengths, self.limits = right, lengths, []
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        finished: Finished,  # noqa: ARG002
+    ) -> list[Response]:
         assert len(set(seeds)) == len(seeds)
         self.limits.append(sampling.max_response_length)
         seen: dict[int, int] = {}
