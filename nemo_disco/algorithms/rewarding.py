@@ -48,4 +48,4 @@ def reward(
 
     judged = on_shares(len(texts), lambda mine: [judge(i) for i in mine])
     terms = torch.tensor(judged, dtype=torch.float64).reshape(-1, 2)
-    return replace(graded, rewards=terms[:, 0], preferences=terms[:, 1])
+    return replace(graded, rewards=terms[:, 0].clone(), preferences=terms[:, 1].clone())
