@@ -19,7 +19,6 @@ SMALL = (
     "--config-name=quickstart",
     "generation=vllm",
     f"generation.python={REPO}/.venv-vllm/bin/python",
-    "generation.options={kv_cache_memory_bytes: 134217728}",
     "data.questions_per_step=8",
     "algorithm.mini_batch_questions=4",
     "generation.responses_per_question=4",

@@ -14,6 +14,9 @@ import torch
 from .cuda import Broadcast, IpcMemory
 from .wire import RefusedError, checksum, cut, map_staging
 
+_CPU_CACHE_BYTES = 2 << 30
+_COLOCATED_SHARE = 0.5
+
 
 class Vllm:
     """vLLM's engine in this process (with tensor parallelism its ranks are processes of its own)."""
@@ -32,6 +35,11 @@ class Vllm:
             "tensor_parallel_size": settings["tensor_parallel_size"],
             "trust_remote_code": settings["trust_remote_code"],
         }
+        # vLLM's own default is nine tenths of a memory that the trainer needs too.
+        if not self.gpu:
+            arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+        elif settings["sleeps"]:
+            arguments["gpu_memory_utilization"] = _COLOCATED_SHARE
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=settings["model"],
