@@ -23,6 +23,8 @@ class Vllm:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        # Else a CPU's ranks want a NUMA node each, and one rank takes all cores from the trainer.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
