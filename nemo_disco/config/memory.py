@@ -57,8 +57,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. activations: kept for backward. layer: what one layer's backward works with, when the
-    log-probs' buffers are gone. kv_cache: all of the rank's responses at full length, at once."""
+    """Bytes of one rank. activations: kept for backward. log_probs: with the final norm, whose backward comes next.
+    layer: what one layer's backward works with, when those are gone; all that it keeps too, if it is recomputed.
+    kv_cache: all of the rank's responses at full length, at once."""
 
     weights: int
     gradients: int
@@ -122,24 +123,26 @@ def _of_stage(config: RunConfig, shape: ModelShape, layout: Layout, stage: int, 
     tokens = config.model.token_budget // layout.context
     # Without CUDA's kernels torch writes the mask of context parallelism out: over half of the sequence a query.
     mask = 0 if cuda or layout.context == 1 else longest(config) * (2 * layout.context + 1) // (4 * layout.context)
-    activations = tokens * _saved(shape, layout, _in_flight(config, layout, stage), weight, cuda, mask)
+    layer = _saved_by_layer(shape, layout, weight, cuda, mask)
+    kept = weight * shape.hidden // _shards(layout) if layout.recompute == "full" else layer  # its input alone, or all
     head = 0
     if stage == layout.pipeline - 1:
         wide = max(weight, 4)
-        activations += tokens * _norm(shape, layout, weight, cuda)
         # The hidden states at response tokens, their gradient, the output weight's, and tiles of logits and gradients.
         head = tokens * shape.hidden * (weight + wide) + shape.embedding_parameters // layout.tensor * weight
         head += 2 * wide * min(_TILES[cuda], tokens * shape.vocab // layout.tensor)
+        head += tokens * _norm(shape, layout, weight, cuda)
     responses = config.data.questions_per_step * config.generation.responses_per_question
     return Memory(
         weights=parameters * weight,
         gradients=parameters * gradient,
         optimizer=parameters * optimizer // layout.shares,
         reference=parameters * weight if reference else 0,
-        activations=activations,
+        activations=int(tokens * shape.layers // layout.pipeline * _in_flight(config, layout, stage) * kept),
         log_probs=head + responses * config.generation.longest_response * _VECTORS,
         # The gradients of SwiGLU's two inputs, and of the layer's input, which is gathered anew under SP.
-        layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden),
+        layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden)
+        + (tokens * layer if layout.recompute == "full" else 0),
         kv_cache=responses_a_rank(config, layout) * cache_a_response(config, shape, layout),
     )
 
@@ -163,9 +166,8 @@ def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
     return min(behind, micro_batches(config, layout, mini_batch))
 
 
-def _saved(shape: ModelShape, layout: Layout, in_flight: float, number: int, cuda: bool, mask: int) -> int:
-    """Bytes a token that autograd keeps for the layers of one stage; mask: numbers a token of attention's mask."""
-    layers, shards = shape.layers // layout.pipeline, layout.tensor if layout.sequence_parallel else 1
+def _saved_by_layer(shape: ModelShape, layout: Layout, number: int, cuda: bool, mask: int) -> int:
+    """Bytes a token that autograd keeps for one layer; mask: numbers a token of attention's mask."""
     query, kv, tensor = shape.query_width, shape.kv_width, layout.tensor
     # Queries, keys and values as projected and with rope, attention's output as it came and packed, its log-sum-exp.
     attention = number * (4 * query + 3 * kv) + 4 * shape.heads
@@ -176,14 +178,16 @@ def _saved(shape: ModelShape, layout: Layout, in_flight: float, number: int, cud
     # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
     split = (attention + number * (3 if cuda else 4) * shape.ffn) // tensor
     rope = number * 4 * shape.head_dim  # sine and cosine, for queries and for keys
-    layer = 2 * _norm(shape, layout, number, cuda) + split + rope
-    if layout.recompute == "full":  # a layer's input each, and the one that is at work
-        return int(layers * in_flight * number * shape.hidden // shards) + layer
-    return int(layers * in_flight * layer)
+    return 2 * _norm(shape, layout, number, cuda) + split + rope
 
 
 def _norm(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
     """Bytes a token that a norm keeps: input and output; without the fused CUDA kernel torch computes in float32 at
     least, and keeps the normalised input too."""
     kept = 2 * number if cuda else 2 * max(number, 4) + number
-    return kept * shape.hidden // (layout.tensor if layout.sequence_parallel else 1)
+    return kept * shape.hidden // _shards(layout)
+
+
+def _shards(layout: Layout) -> int:
+    """Ranks that share the tokens between a layer's tensor-parallel parts."""
+    return layout.tensor if layout.sequence_parallel else 1

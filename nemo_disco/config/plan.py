@@ -120,7 +120,7 @@ def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table
         ("reference policy", memory.reference, False),
         ("activations" + (f" ({recomputed} recomputation)" if recomputed else ""), memory.activations, False),
         ("log-prob buffers", memory.log_probs, False),
-        ("or, later, the backward of one layer", memory.layer, True),
+        ("or, later, the layer that runs backward", memory.layer, True),
         ("training, at its peak", memory.training, True),
         ("KV cache, all responses of a rank at full length", memory.kv_cache, False),
     ):

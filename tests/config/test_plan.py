@@ -102,10 +102,10 @@ def test_activations_of_a_layer_by_hand():
     shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
     layer = 2 * (4 * 1536 + 4 * 1536 + 3 * 256 + 3 * 8960 + 4 * 128) + 4 * 12
     config = compose("recipe/disco_logl_1.5b", ["model.activations_checkpoint_granularity=null"])
-    final_norm = 2 * 2 * 1536
-    assert of_a_rank(config, shape).activations == 36864 * (28 * layer + final_norm)
-    full = of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
-    assert full.activations == 36864 * (28 * 2 * 1536 + layer + final_norm)
+    kept, full = of_a_rank(config, shape), of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
+    assert kept.activations == 36864 * 28 * layer
+    assert full.activations == 36864 * 28 * 2 * 1536
+    assert full.layer == kept.layer + 36864 * layer
 
 
 def test_the_first_stage_of_a_pipeline_is_the_fullest():
