@@ -44,8 +44,8 @@ reverse.
     {COMMAND}
 
 {len(runs.records)} runs, a median of {np.median(seconds):.0f} processor seconds each; code of {", ".join(versions)}.
-An interval is 95%, by bootstrap over seeds and questions together; of few seeds it is too narrow, and one seed's is over
-questions alone. `report` makes this page from `runs.jsonl` again.
+An interval is 95%, by bootstrap over seeds and questions together; of few seeds it is too narrow, and of one seed it is
+over questions alone. `report` makes this page from `runs.jsonl` again.
 
 {tables.parts(runs)}
 {_cut(runs)}
