@@ -112,6 +112,16 @@ def test_seeds_decide_what_is_sampled(engine: ExternalEngine, policy: Policy) ->
     assert [r.tokens for r in engine.generate(asked, [s + 99 for s in seeds], WARM)] != first
 
 
+def test_more_prompts_than_a_step_of_the_engine_holds(engine: ExternalEngine, policy: Policy) -> None:
+    refit(engine, policy, 6, 1.0)
+    generator = torch.Generator().manual_seed(8)
+    asked = torch.randint(2, VOCABULARY, (300, 90), generator=generator).tolist()
+    responses = engine.generate(asked, range(len(asked)), Sampling(1.0, 4))
+    assert [r.tokens for r in engine.generate(asked, range(len(asked)), Sampling(1.0, 4))] == [
+        r.tokens for r in responses
+    ]
+
+
 def _dropped(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(n, t) for n, t in weights if n != "model.layers.2.self_attn.v_proj.weight"]
 
@@ -151,7 +161,7 @@ def test_a_swapped_pair_is_found_and_sent_anew(
         flush(sender)
 
     monkeypatch.setattr(Sender, "_flush", once)
-    refit(engine, policy, 6, 1.1)
+    refit(engine, policy, 7, 1.1)
     assert spoilt and "2 of" in caplog.text and "arrived with other values" in caplog.text
     assert worst(policy, sampled(engine)) < 1e-4
 
@@ -167,7 +177,7 @@ def test_an_engine_that_fails_in_the_middle_of_a_refit_recovers(
         return weights
 
     failed: list[bool] = []
-    engine.update_weights(failing_once, 7)
+    engine.update_weights(failing_once, 8)
     assert "never sent" in caplog.text
     assert worst(policy, sampled(engine)) < 1e-4
 

@@ -15,6 +15,7 @@ from .cuda import Broadcast, IpcMemory
 from .wire import RefusedError, checksum, cut, map_staging
 
 _CPU_CACHE_BYTES = 2 << 30
+_CPU_BATCH_TOKENS = 4096
 _COLOCATED_SHARE = 0.5
 
 
@@ -40,6 +41,9 @@ class Vllm:
         # vLLM's own default is nine tenths of a memory that the trainer needs too.
         if not self.gpu:
             arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+            # A prompt in two chunks rewinds its seed's generator, which a CPU's cannot.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, settings["max_length"])
         elif settings["sleeps"]:
             arguments["gpu_memory_utilization"] = _COLOCATED_SHARE
         self.engine = LLMEngine.from_engine_args(
