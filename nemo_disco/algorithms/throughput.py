@@ -5,6 +5,8 @@ Counts what the lengths of the responses need, not what a layout or recomputatio
 
 from __future__ import annotations
 
+import math
+
 from nemo_disco.config.flops import TRAINING, forward_flops
 from nemo_disco.config.shape import ModelShape
 from nemo_disco.data.rollouts import Rollouts
@@ -25,10 +27,11 @@ class Throughput:
         self.flops += TRAINING * forward_flops(self.shape, lengths, int(rollouts.response_lengths.sum()))
 
     def metrics(self, train_s: float, training_part_s: float) -> dict[str, float]:
-        """train_s: of forward, backward and optimizer. training_part_s: with the log-probs before them."""
-        rate = self.flops / train_s / self.devices
+        """train_s: of forward, backward and optimizer. training_part_s: with the log-probs before them. NaN if nothing
+        was trained."""
+        rate = self.flops / train_s / self.devices if self.tokens else math.nan
         metrics = {
-            "throughput/tokens_per_second": self.tokens / training_part_s / self.devices,
+            "throughput/tokens_per_second": self.tokens / training_part_s / self.devices if self.tokens else math.nan,
             "throughput/tflops": rate / 1e12,
         }
         return metrics if self.peak_flops is None else metrics | {"throughput/mfu": rate / self.peak_flops}

@@ -171,8 +171,8 @@ class DisCO:
             history.append(metrics | {"grad_norm": result.grad_norm})
         clock.seconds["log_probs"] += clock.seconds["pass1"]
         seconds = clock.seconds
-        metrics = throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"]) if history else {}
-        return self._summary(rollouts, old, history) | metrics
+        speed = throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])
+        return self._summary(rollouts, old, history) | speed
 
     def run_validation(self) -> list[EvaluationResult]:
         """Score the present weights on every evaluation set."""

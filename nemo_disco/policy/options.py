@@ -28,7 +28,6 @@ def transformer_options(
     """TransformerConfig fields of this run; the architecture's own come from the Hugging Face config. finalize: what
     reduces gradients after the last micro-batch."""
     full = config.activations_checkpoint_granularity == "full"
-    interleaved = config.virtual_pipeline_model_parallel_size is not None and device.type == "cuda"
     return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -48,9 +47,10 @@ def transformer_options(
         "bias_activation_fusion": config.bias_activation_fusion,
         # Adds a matrix product straight into main_grad; the kernel is apex's.
         "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        # Interleaved pipeline stages send while they compute.
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
+        # Interleaved stages send while they compute. Batched, the messages of two stages that are each other's next and
+        # previous one are mixed up where micro-batches differ in length.
+        "overlap_p2p_comm": config.virtual_pipeline_model_parallel_size is not None,
+        "batch_p2p_comm": False,
         **_fp8_options(config),
     }
 
