@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -181,7 +182,8 @@ def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_
         schedule(part, *args, forward_only=forward_only, **options)
 
     monkeypatch.setattr(policy, "_schedule", counted)
-    unused: dict[str, Any] = dict.fromkeys(("engine", "grader", "questions", "sampler", "evaluation_sets", "journal"))
+    names = ("engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
+    unused: dict[str, Any] = {name: Mock() for name in names}
     algorithm = DisCO(config, policy=policy, objective=build_objective({"name": "disco"}), **unused)
     algorithm.run_training(rollouts, Clock())
     backward, forward = (False, 64), (True, 64)
