@@ -31,7 +31,9 @@ class Dice:
     def __init__(self, calls: int = 1000) -> None:
         self.calls, self.asked = calls, 0
 
-    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], _: Sampling) -> list[Response]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], _: Sampling, _finished: object = None
+    ) -> list[Response]:
         if self.calls == 0:
             raise KeyboardInterrupt
         self.calls -= 1

@@ -151,11 +151,15 @@ def test_a_run_directory_that_cannot_be_made(refused, tmp_path):
         ("model.tensor_model_parallel_size=3", "needs a multiple of 3 processes, but there are 1"),
         ("algorithm.mini_batch_questions=3", "mini_batch_questions=3 does not divide data.questions_per_step=4"),
         ("generation.max_response_length=9999", "tokens, but the model has 4096 positions"),
-        ("generation=vllm", "generation.engine=vllm is not part of this version"),
     ],
 )  # fmt: skip
 def test_settings(override, words, refused):
     assert words in refused("model.token_budget=20000", override)
+
+
+def test_an_engine_whose_interpreter_is_not_there(refused):
+    line = refused("generation=vllm", "generation.python=nowhere/python")
+    assert "generation.python=nowhere/python is not there; make it with `make vllm`" in line
 
 
 @ALONE
