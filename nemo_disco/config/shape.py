@@ -94,17 +94,8 @@ def read_shape(path: str | Path) -> ModelShape:
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); the model directory is damaged") from error
     try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return ModelShape(
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
-            ffn=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", False),
-            qkv_bias=config.get("attention_bias", config.get("model_type") == "qwen2"),
+            **decoder_sizes(config),
             max_positions=config["max_position_embeddings"],
         )
     except KeyError as error:
@@ -113,3 +104,19 @@ def read_shape(path: str | Path) -> ModelShape:
         ) from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{file}: not the configuration of a decoder ({error})") from error
+
+
+def decoder_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ModelShape but max_positions, from what a config.json holds. Raises KeyError with what is missing."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return {
+        "layers": config["num_hidden_layers"],
+        "hidden": hidden,
+        "ffn": config["intermediate_size"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or hidden // heads,
+        "vocab": config["vocab_size"],
+        "tied": config.get("tie_word_embeddings", False),
+        "qkv_bias": config.get("attention_bias", config.get("model_type") == "qwen2"),
+    }

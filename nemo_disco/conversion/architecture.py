@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nemo_disco.config.shape import decoder_sizes
 from nemo_disco.runtime.errors import UserError
 
 Shape = tuple[int, ...]
@@ -37,18 +38,18 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes, from config.json. bias: of query, key and value."""
+    """Sizes, from config.json, by the names of ModelShape."""
 
     config: dict[str, Any]
     layers: int
     hidden: int
     ffn: int
     heads: int
-    groups: int
+    kv_heads: int
     head_dim: int
     vocab: int
     tied: bool
-    bias: bool
+    qkv_bias: bool
     qk_norm: bool
 
     def pairings(self) -> Iterator[Pairing]:
@@ -64,7 +65,7 @@ class Architecture:
 
             yield one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", (h,))
             yield self._qkv(layer, hf, "weight", (h,))
-            if self.bias:
+            if self.qkv_bias:
                 yield self._qkv(layer, hf, "bias", ())
             if self.qk_norm:
                 yield one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", (d,))
@@ -95,7 +96,7 @@ class Architecture:
         return [view.reshape(shape) for view, (_, shape) in zip(views, pairing.parts, strict=True)]
 
     def _qkv(self, layer: int, hf: str, what: str, columns: Shape) -> Pairing:
-        queries, keys = self.heads * self.head_dim, self.groups * self.head_dim
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         rows = (("q", queries), ("k", keys), ("v", keys))
         parts = tuple((f"{hf}self_attn.{name}_proj.{what}", (n, *columns)) for name, n in rows)
         shape = (queries + 2 * keys, *columns)
@@ -105,8 +106,8 @@ class Architecture:
         """The parts inside the whole. megatron keeps each group's queries beside its key and its value."""
         if pairing.kind == "stacked":
             return list(whole.chunk(2))
-        grouped = whole.view(self.groups, -1, self.head_dim, *whole.shape[1:])
-        share = self.heads // self.groups
+        grouped = whole.view(self.kv_heads, -1, self.head_dim, *whole.shape[1:])
+        share = self.heads // self.kv_heads
         return [grouped[:, :share], grouped[:, share : share + 1], grouped[:, share + 1 :]]
 
 
@@ -121,19 +122,6 @@ def read_architecture(directory: Path) -> Architecture:
     if kind not in ARCHITECTURES:
         raise UserError(f"{file}: model_type {kind!r} is not converted; known: {', '.join(ARCHITECTURES)}")
     try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        return Architecture(
-            config=config,
-            layers=config["num_hidden_layers"],
-            hidden=hidden,
-            ffn=config["intermediate_size"],
-            heads=heads,
-            groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            vocab=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", False),
-            bias=config.get("attention_bias", kind == "qwen2"),
-            qk_norm=kind == "qwen3",
-        )
+        return Architecture(config=config, qk_norm=kind == "qwen3", **decoder_sizes(config))
     except KeyError as error:
         raise UserError(f"{file}: {error.args[0]} is missing") from error

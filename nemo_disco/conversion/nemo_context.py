@@ -35,14 +35,14 @@ def write_context(directory: Path, architecture: Architecture) -> None:
         "hidden_size": architecture.hidden,
         "ffn_hidden_size": architecture.ffn,
         "num_attention_heads": architecture.heads,
-        "num_query_groups": architecture.groups,
+        "num_query_groups": architecture.kv_heads,
         "kv_channels": architecture.head_dim,
         "vocab_size": architecture.vocab,
         "seq_length": config["max_position_embeddings"],
         "layernorm_epsilon": config["rms_norm_eps"],
         "rotary_base": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
         "share_embeddings_and_output_weights": architecture.tied,
-        "add_qkv_bias": architecture.bias,
+        "add_qkv_bias": architecture.qkv_bias,
         "make_vocab_size_divisible_by": 1,
     }
     name = _MODELS[config["model_type"]]

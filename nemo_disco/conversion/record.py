@@ -26,9 +26,9 @@ def write_record(work: Path, source: Path) -> None:
         "hidden_size": architecture.hidden,
         "ffn_hidden_size": architecture.ffn,
         "num_attention_heads": architecture.heads,
-        "num_query_groups": architecture.groups,
+        "num_query_groups": architecture.kv_heads,
         "kv_channels": architecture.head_dim,
-        "add_qkv_bias": architecture.bias,
+        "add_qkv_bias": architecture.qkv_bias,
         "layernorm_epsilon": config.rms_norm_eps,
     }
     record: dict[str, Any] = {

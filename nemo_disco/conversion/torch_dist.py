@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nemo_disco.policy.checkpoint_metadata import METADATA, read_metadata
 from nemo_disco.runtime.errors import UserError
 
-METADATA = ".metadata"
 _FIRST = "embedding.word_embeddings.weight"  # what every model has: before it stands the prefix of all names
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -37,8 +37,10 @@ FORMAT = {
     "common_backend_version": 1,
 }
 _FILESYSTEM, _RECORDS = "torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.metadata"
+_DTYPES = {"bfloat16", "float16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
 _ADMITTED = {
     ("torch", "Size"),
+    *(("torch", name) for name in _DTYPES),
     ("torch.serialization", "_get_layout"),
     (_FILESYSTEM, "_StorageInfo"),
     (_FILESYSTEM, "StorageMeta"),
@@ -51,7 +53,6 @@ _ADMITTED = {
     ),
     ("pathlib", "PosixPath"),
 }
-_DTYPES = {"bfloat16", "float16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
 class TorchDistReader:
@@ -60,7 +61,9 @@ class TorchDistReader:
     def __init__(self, directory: Path) -> None:
         """Raises UserError: no torch_dist checkpoint, a damaged one, or one whose metadata holds anything else."""
         self.directory = directory
-        metadata = _read_metadata(directory / METADATA)
+        if not (directory / METADATA).exists():
+            raise UserError(f"{directory}: not a checkpoint in megatron's torch_dist format: no {METADATA} there")
+        metadata = read_metadata(directory / METADATA, _ADMITTED, "which no checkpoint needs; it is not opened")
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -181,28 +184,3 @@ class _Slice(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
-
-
-def _read_metadata(file: Path) -> Metadata:
-    try:
-        metadata = _Unpickler(file).load()
-    except FileNotFoundError:
-        raise UserError(
-            f"{file.parent}: not a checkpoint in megatron's torch_dist format: no {METADATA} there"
-        ) from None
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError):
-        raise UserError(f"{file}: damaged, not the metadata of a checkpoint") from None
-    if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
-        raise UserError(f"{file}: not the metadata of a checkpoint")
-    return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Path) -> None:
-        super().__init__(io.BytesIO(file.read_bytes()))
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED and not (module == "torch" and name in _DTYPES):
-            raise UserError(f"{self._file} asks for {module}.{name}, which no checkpoint needs; it is not opened")
-        return super().find_class(module, name)

@@ -6,8 +6,6 @@ Reads `.metadata`, a pickle, through an unpickler that admits the classes of a c
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -29,23 +27,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from nemo_disco.policy.checkpoint_metadata import METADATA, read_metadata
 from nemo_disco.runtime.errors import UserError
-
-METADATA = ".metadata"
-# BytesStorageMetadata is left out on purpose: what it announces, torch unpickles without restriction.
-_ADMITTED = {
-    ("torch", "Size"),
-    ("torch", "bfloat16"),
-    ("torch", "float32"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-}
 
 
 def write_shards(state: dict[str, Any], directory: Path, group: dist.ProcessGroup) -> None:
@@ -118,28 +101,3 @@ class MetadataReader(FileSystemReader):
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         return self._metadata
-
-
-def read_metadata(file: Path) -> Metadata:
-    """The metadata of a torch distributed checkpoint. Raises UserError if it is damaged, or holds anything else."""
-    try:
-        metadata = _Unpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError):
-        raise UserError(f"{file}: damaged, not the metadata of a checkpoint") from None
-    if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
-        raise UserError(f"{file}: not the metadata of a checkpoint")
-    return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Path) -> None:
-        super().__init__(io.BytesIO(file.read_bytes()))
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise UserError(
-                f"{self._file} asks for {module}.{name}, which no checkpoint of ours holds: it was not written by this "
-                "program and is not opened"
-            )
-        return super().find_class(module, name)

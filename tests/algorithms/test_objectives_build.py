@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from user_module import beside_us
 
 from nemo_disco.algorithms import Objective, build_objective
 from nemo_disco.algorithms.objectives import OBJECTIVES
@@ -157,12 +157,7 @@ class Vector(Objective):
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "my_objectives_of_this_test.py"
-    path.write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.delitem(sys.modules, path.stem, raising=False)
-    return path
+    return beside_us(tmp_path / "my_objectives_of_this_test.py", MINE, monkeypatch)
 
 
 def test_a_users_own_objective(mine: Path) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from training import fingerprint, train
 
 from nemo_disco.policy import checkpoint, checkpoint_files, parallel
-from nemo_disco.policy.checkpoint_storage import METADATA, read_metadata
+from nemo_disco.policy.checkpoint_metadata import METADATA, read_metadata
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 

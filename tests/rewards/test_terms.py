@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from user_module import beside_us
 
 from nemo_disco.config.schema import RewardConfig
 from nemo_disco.rewards import GradedResponse, Rewards
@@ -105,12 +105,7 @@ CONSTANT = 1
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "my_rewards_of_this_test.py"
-    path.write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.delitem(sys.modules, path.stem, raising=False)
-    return path
+    return beside_us(tmp_path / "my_rewards_of_this_test.py", MINE, monkeypatch)
 
 
 def test_a_users_function_sees_the_response_and_its_questions_metadata(mine: Path) -> None:
