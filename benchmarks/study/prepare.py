@@ -22,7 +22,7 @@ SEED = 0
 VOCABULARY = 280
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
 HELD_OUT = 96  # questions to tune on, and as many to test on
-TRAIN = 128  # asked three times in a run's 24 steps of 16: HAPO compares a question with its earlier answers
+TRAIN = 256  # asked five times in a run's 40 steps of 32: HAPO compares a question with its earlier answers
 RECIPE = warm_start.Recipe(
     batch=64, learning_rate=4e-3, check_every=10, check_from=100, stop_at=0.2, temperature=1.0, max_steps=500
 )
