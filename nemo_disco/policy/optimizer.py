@@ -70,6 +70,11 @@ class Optimizer:
     def reload_weights(self) -> None:
         """Take the model's weights for the optimizer's own copy of them (after they were changed from outside)."""
         self.megatron.reload_model_params()
+        for part in self._parts:
+            if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:  # then the copy is the optimizer's state
+                for p in (p for group in part.optimizer.param_groups for p in group["params"]):
+                    if part.optimizer.state[p]:
+                        part.optimizer.set_scaled_state(p, "master_param", p.detach().float())
 
     def step(self) -> StepResult:
         """Clip and apply the gradient, and move the schedule. Nothing moves if the gradient is not finite."""
@@ -173,15 +178,19 @@ class Optimizer:
         self.schedule.step(increment=steps)
 
     def _allocate(self) -> None:
-        """Give torch's AdamW the state that its first step would give it: megatron reads the step count there."""
+        """Give each parameter the state that its first step would give it: megatron reads it before that, too."""
         for part in self._parts:
-            if not isinstance(part.optimizer, torch.optim.AdamW):
-                continue
-            for group in part.optimizer.param_groups:
-                for p in group["params"]:
-                    if not part.optimizer.state[p]:
-                        zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                        part.optimizer.state[p] = {"step": _step_count(group, p, 0), **zeros}
+            adam = part.optimizer
+            pairs = [(group, p) for group in adam.param_groups for p in group["params"]]
+            for group, p in pairs:
+                if adam.state[p]:
+                    continue
+                if hasattr(adam, "initialize_state"):  # Transformer Engine's
+                    adam.initialize_state(p, False)
+                    continue
+                adam.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                if isinstance(adam, torch.optim.AdamW):
+                    adam.state[p]["step"] = _step_count(group, p, 0)
 
 
 def _step_count(group: dict[str, Any], parameter: torch.Tensor, steps: int) -> torch.Tensor:

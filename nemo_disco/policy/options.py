@@ -99,6 +99,8 @@ def optimizer_config(
         use_distributed_optimizer=True,
         clip_grad=clip_grad,
         use_precision_aware_optimizer=moments is not torch.float32,
+        # The 16 bits that BF16 weights lack say nothing without them: a checkpoint holds float32 weights.
+        store_param_remainders=False,
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,
     )

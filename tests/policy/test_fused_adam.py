@@ -1,0 +1,108 @@
+"""Transformer Engine's Adam in place of torch's: its states in checkpoints, moments in bfloat16, weights reloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fused_adam
+import pytest
+import torch
+from models import model_config, save_model
+from training import train
+
+from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy import policy as policy_module
+from nemo_disco.policy.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=True)
+
+
+def build(path: Path, patch: pytest.MonkeyPatch, moments: str | None) -> Policy:
+    """moments: the dtype of those of Transformer Engine's Adam; None is torch's AdamW."""
+    config = model_config(path)
+    optim = config.optim.model_copy(update={"moments_dtype": moments or "float32"})
+    config = config.model_copy(update={"optim": optim})
+    parallel.start(config)
+    with patch.context() as here:
+        if moments is not None:
+            fused_adam.pretend(here)
+            here.setattr(policy_module, "uses_transformer_engine", lambda _: False)
+        return Policy(config, dtype=torch.bfloat16)
+
+
+def state(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
+    """Float32 weights and moments of every parameter."""
+    assert policy.optimizer is not None
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    names = {p: name for name, p in policy.model.chunks[0].named_parameters()}
+    for copies in policy.optimizer.copies():
+        found |= {names[p]: tensors for p, tensors in copies.items()}
+    return found
+
+
+def assert_same(found: Policy, expected: Policy) -> None:
+    torch.testing.assert_close(state(found), state(expected), rtol=0, atol=0)
+    for (_, ours), (_, theirs) in zip(found.named_weights(), expected.named_weights(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_checkpoint_goes_on_bit_for_bit(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str
+) -> None:
+    fused_adam.pretend(monkeypatch)
+    policy = build(model_path, monkeypatch, moments)
+    train(policy, [1, 2])
+    checkpoint.save(policy, tmp_path, 2, {}, keep=1)
+    resumed = build(model_path, monkeypatch, moments)
+    checkpoint.load_latest(resumed, tmp_path)
+    assert_same(resumed, policy)
+    for each in (policy, resumed):
+        train(each, [3])
+    assert_same(resumed, policy)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_nothing_was_applied_yet_is_a_state_too(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str
+) -> None:
+    fused_adam.pretend(monkeypatch)
+    policy = build(model_path, monkeypatch, moments)
+    checkpoint.save(policy, tmp_path, 1, {}, keep=1)
+    resumed = build(model_path, monkeypatch, moments)
+    checkpoint.load_latest(resumed, tmp_path)
+    for each in (policy, resumed):
+        train(each, [1])
+    assert_same(resumed, policy)
+
+
+def test_a_checkpoint_goes_on_with_the_other_adam(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = build(model_path, monkeypatch, None)
+    train(plain, [1, 2])
+    checkpoint.save(plain, tmp_path, 2, {}, keep=1)
+    fused_adam.pretend(monkeypatch)
+    fused = build(model_path, monkeypatch, "float32")
+    checkpoint.load_latest(fused, tmp_path)
+    assert_same(fused, plain)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_from_outside_are_what_the_next_step_moves(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str, trained: bool
+) -> None:
+    fused_adam.pretend(monkeypatch)
+    policy = build(model_path, monkeypatch, moments)
+    if trained:
+        train(policy, [1])
+    doubled: dict[str, Any] = {name: 2 * w for name, w in policy.named_weights()}
+    policy.load(doubled.__getitem__)
+    train(policy, [2])
+    for name, weight in policy.named_weights():
+        torch.testing.assert_close(weight, doubled[name], rtol=0.02, atol=0.02)
