@@ -55,6 +55,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     passes each token's own angle) instead of slicing it sequence by sequence.
 
     cu_seqlens_q, cu_seqlens_kv [pieces + 1] int32, max_seqlen_q, max_seqlen_kv: as the flash kernels take them.
+    starts [sequences + 1] int32: of the whole sequences; without context parallelism the same.
 
     Under context parallelism each sequence is a multiple of 2 CP long and cut in 2 CP chunks, of which rank r has the
     r-th and the r-th from the end (equal work under causal attention). local [S / CP]: which tokens of the whole
@@ -66,6 +67,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     qkv_format: str = "sbhd"
     lengths: tuple[int, ...] = ()
     stretches: tuple[tuple[int, int], ...] = ()
+    starts: Tensor | None = None
     local: Tensor | None = None
     keys: Tensor | None = None
 
@@ -73,9 +75,9 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     def from_lengths(
         cls, lengths: Sequence[int], device: torch.device | str = "cpu", context_rank: int = 0, context_size: int = 1
     ) -> PackedSequences:
-        if context_size > 1:
-            return cls(lengths=tuple(lengths), **_cut(lengths, device, context_rank, context_size))
         starts = _starts(lengths).to(device)
+        if context_size > 1:
+            return cls(lengths=tuple(lengths), starts=starts, **_cut(lengths, device, context_rank, context_size))
         longest = max(lengths)
         return cls(
             cu_seqlens_q=starts,
@@ -83,13 +85,13 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=tuple(lengths),
+            starts=starts,
         )
 
     @cached_property
     def whole(self) -> PackedSeqParams:
         """The sequences as Transformer Engine takes them ("thd"): whole ones, also under context parallelism."""
-        starts = _starts(self.lengths).to(self.cu_seqlens_q.device)
-        longest = max(self.lengths)
+        starts, longest = self.starts, max(self.lengths)
         # No cu_seqlens_padded: Transformer Engine would compare it with this on the host, in every layer.
         return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
 
@@ -150,8 +152,9 @@ def _bucket(start: int, lengths: Sequence[int], width: int, device: torch.device
 
 
 def has_flash_kernel(query: Tensor) -> bool:
-    """Whether torch's flash attention takes these: half precision on CUDA. Not run."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    """Whether torch's flash attention takes these: half precision on CUDA, heads of a width that it has. Not run."""
+    width = query.shape[-1]
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
 
 
 class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
