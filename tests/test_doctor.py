@@ -38,8 +38,8 @@ def test_this_machine_trains_and_the_versions_are_the_installed_ones():
     assert "train on the CPU" in text
 
 
-def test_a_machine_with_everything_lacks_only_what_this_version_does_not_have(parts):
-    assert {why for why in missing(parts).values() if why} == {doctor.LATER}
+def test_a_machine_with_everything_can_do_everything(parts):
+    assert set(missing(parts).values()) == {""}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ def test_a_machine_with_everything_lacks_only_what_this_version_does_not_have(pa
         ("torch with CUDA", "parts for training on GPUs (NCCL, BF16)"),
         ("antlr4-python3-runtime", "grade mathematics"),
         ("pyarrow", "Parquet question files"),
+        ("wandb", "Weights & Biases"),
         ("SLURM", "several nodes under SLURM"),
         ("vllm's Python", "engine vllm"),
         ("tensorrt_llm's Python", "engine tensorrt_llm"),
@@ -73,6 +74,24 @@ def test_a_wrong_version_is_a_problem(monkeypatch):
     healthy, text = diagnose()
     assert not healthy
     assert "works with >= 99, < 100" in text and "no: transformers (works with" in text
+
+
+@pytest.mark.parametrize(
+    ("version", "healthy", "said"),
+    [
+        ("2.13.0+cpu", True, ""),
+        ("2.11.0+cu130", True, "expected to work; tested with >= 2.13, < 2.14"),
+        ("2.10.0", False, "works with >= 2.11, < 2.14"),
+        ("2.14.0", False, "works with >= 2.11, < 2.14"),
+    ],
+)
+def test_a_torch_that_the_tests_did_not_run_with_is_a_warning(monkeypatch, version, healthy, said):
+    """2.11 is what a GPU machine may have; its varlen_attn and the rest are asked for what they take."""
+    known = importlib.metadata.version
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version if name == "torch" else known(name))
+    part = doctor.examine()["torch"]
+    assert part.usable == healthy and (part.problem or part.note) == said
+    assert diagnose()[0] == healthy
 
 
 def test_a_transformer_engine_that_raises_runtime_error_is_said_clearly(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from rich.table import Table
 
 # Distribution, and the versions that this project works with: [at least, below).
 PACKAGES: dict[str, tuple[str, str] | None] = {
-    "torch": ("2.13", "2.14"),
+    "torch": ("2.11", "2.14"),
     "megatron-core": ("0.16.1", "0.17"),
     "mbridge": ("0.15.1", "0.16"),
     "einops": None,
@@ -35,13 +35,13 @@ PACKAGES: dict[str, tuple[str, str] | None] = {
     "tensorboard": None,
     "transformer-engine": ("2.9", "2.12"),
     "apex": None,
-    "nemo-toolkit": None,
     "wandb": None,
 }
+# Where the range is wider than what every test of this project ran with: [at least, below).
+TESTED = {"torch": ("2.13", "2.14")}
 # Engines have environments of their own: where conf/generation/ looks for them (docs/engines.md).
 ENGINE_PYTHONS = {"vllm": ".venv-vllm/bin/python", "tensorrt_llm": ".venv-trtllm/bin/python"}
 TRAINING = ("torch", "megatron-core", "mbridge", "einops", "psutil", "transformers")
-LATER = "comes with a later version"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Part:
     name: str
     found: str | None
     problem: str = ""  # why it is of no use although it is there
+    note: str = ""  # what to know although it is of use
 
     @property
     def usable(self) -> bool:
@@ -73,7 +74,8 @@ def print_doctor(console: Console | None = None) -> bool:
     found = Table("part", "here", title="this machine", title_justify="left")
     for part in parts.values():
         state = part.found or "[dim]-[/dim]"
-        found.add_row(part.name, f"{state} [red]{part.problem}[/red]" if part.problem else state)
+        said = f" [red]{part.problem}[/red]" if part.problem else f" [yellow]{part.note}[/yellow]" if part.note else ""
+        found.add_row(part.name, state + said)
     console.print(found)
     can = Table("feature", "", title="what it can do", title_justify="left")
     listed = features(parts)
@@ -115,8 +117,7 @@ def features(parts: Mapping[str, Part]) -> list[Feature]:
         Feature("grade mathematics", _missing(parts, ("math-verify", "antlr4-python3-runtime")), needed=True),
         Feature("Parquet question files", _missing(parts, ("pyarrow",))),
         Feature("TensorBoard", _missing(parts, ("tensorboard",))),
-        Feature("Weights & Biases", LATER),
-        Feature("NeMo checkpoints", LATER),
+        Feature("Weights & Biases", _missing(parts, ("wandb",))),
         Feature("several nodes under SLURM", _missing(parts, ("SLURM",))),
     ]
 
@@ -131,12 +132,19 @@ def _package(name: str, bounds: tuple[str, str] | None) -> Part:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Part(name, None)
-    problem = ""
-    if bounds is not None and not Version(bounds[0]) <= Version(Version(version).public) < Version(bounds[1]):
+    problem = note = ""
+    if bounds is not None and not _within(version, bounds):
         problem = f"works with >= {bounds[0]}, < {bounds[1]}"
+    elif not _within(version, TESTED.get(name, bounds)):
+        least, below = TESTED[name]
+        note = f"expected to work; tested with >= {least}, < {below}"
     if name == "transformer-engine" and not problem:
         problem = import_problem("transformer_engine.pytorch")
-    return Part(name, version, problem)
+    return Part(name, version, problem, note)
+
+
+def _within(version: str, bounds: tuple[str, str] | None) -> bool:
+    return bounds is None or Version(bounds[0]) <= Version(Version(version).public) < Version(bounds[1])
 
 
 def import_problem(module: str) -> str:
