@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import flash
 import pytest
 import torch
 from models import model_config, random_rollouts, save_model
 
-from nemo_disco.policy import parallel
+from nemo_disco.policy import attention, parallel
 from nemo_disco.policy.attention import PackedSequences
 from nemo_disco.policy.policy import Policy
 
@@ -38,3 +40,25 @@ def test_transformer_engine_gets_whole_sequences_whatever_the_rank() -> None:
         assert packed.whole.cu_seqlens_q.tolist() == packed.whole.cu_seqlens_kv.tolist() == [0, 4, 12]
         assert packed.whole.max_seqlen_q == packed.whole.max_seqlen_kv == 8
         assert packed.whole.cu_seqlens_q_padded is None
+
+
+def test_what_the_layers_are_handed_is_on_the_device_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to a GPU from ordinary memory would be a wait, in the middle of the micro-batches."""
+    for context_size in (1, 2):
+        packed = PackedSequences.from_lengths([4, 8], context_size=context_size)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", lambda *_, **__: pytest.fail("moved inside the layers"))
+            assert packed.whole.cu_seqlens_q is packed.starts
+
+
+@pytest.mark.parametrize(("width", "taken"), [(64, True), (128, True), (256, True), (100, False), (264, False)])
+def test_the_kernel_has_heads_of_multiples_of_eight(width: int, taken: bool) -> None:
+    query = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(5, 4, width))
+    assert attention.has_flash_kernel(query) == taken  # type: ignore[arg-type]
+
+
+def test_varlen_attention_takes_what_it_is_called_with() -> None:
+    """torch 2.11 (torch/nn/attention/varlen.py): return_aux, scale, window_size; 2.13 has enable_gqa beside them."""
+    q, k, starts = torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    call = (q, k, k, starts, starts, 3, 3)
+    inspect.signature(attention.varlen_attn).bind(*call, scale=1.0, window_size=(-1, 0), **attention._GROUPED)
