@@ -9,11 +9,14 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from nemo_disco.algorithms.sampling import Questions
+from nemo_disco.algorithms.collect import Sampled
+from nemo_disco.algorithms.token_values import OfTokens, TokenValues
 from nemo_disco.config.schema import ExpManagerConfig
-from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.data.chat import token_widths
 from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
+from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
 from nemo_disco.runtime.progress import Progress
 from nemo_disco.runtime.rundir import RunDirectory, write_atomically
 from nemo_disco.runtime.sinks import Sinks, open_sinks
@@ -66,25 +69,44 @@ class Journal:
                 f"on {result.problems} problems"
             )
 
-    def rollouts(self, step: int, picked: Questions, texts: Sequence[str], rollouts: Rollouts) -> None:
-        """Save the first responses of a step, to read: one JSON object a line."""
-        if not self.writes or not self.config.saved_rollouts:
+    def saved(self, responses: int) -> range:
+        """Which of a step's responses are saved to read: the last, since a step's first mini-batch sees no ratio."""
+        return range(max(0, responses - self.config.saved_rollouts) if self.writes else responses, responses)
+
+    def rollouts(self, step: int, sampled: Sampled, values: TokenValues | None = None) -> None:
+        """Save responses of a step, to read: one JSON object a line. values: what training said of their tokens."""
+        if not (rows := self.saved(len(sampled.texts))):
             return
-        lines = []
-        for i in range(min(self.config.saved_rollouts, len(texts))):
-            question = picked.questions[i]
-            lines.append(
-                {
-                    "question_id": question.id,
-                    "question": "\n\n".join(m.content for m in question.messages),
-                    "prompt": picked.tokenizer.decode(picked.prompts[i]),
-                    "response": texts[i],
-                    "answer": list(question.answers),
-                    "reward": float(rollouts.rewards[i]),
-                    "correct": bool(rollouts.correct[i]),
-                    "length": int(rollouts.response_lengths[i]),
-                    "truncated": bool(rollouts.truncated[i]),
-                }
-            )
+        found = values.found if values else {}
+        lines = [_line(sampled, i) | (_of_tokens(sampled, i, found[i]) if i in found else {}) for i in rows]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.run.rollout_file(step), text)
+
+
+def _line(sampled: Sampled, i: int) -> dict[str, Any]:
+    question, rollouts = sampled.picked.questions[i], sampled.rollouts
+    return {
+        "question_id": question.id,
+        "question": "\n\n".join(m.content for m in question.messages),
+        "prompt": sampled.picked.tokenizer.decode(sampled.picked.prompts[i]),
+        "response": sampled.texts[i],
+        "answer": list(question.answers),
+        "reward": float(rollouts.rewards[i]),
+        "correct": bool(rollouts.correct[i]),
+        "length": int(rollouts.response_lengths[i]),
+        "truncated": bool(rollouts.truncated[i]),
+    }
+
+
+def _of_tokens(sampled: Sampled, i: int, values: OfTokens) -> dict[str, Any]:
+    """Nothing where the response's text is not what its tokens make one by one."""
+    tokens, text = sampled.rollouts.response(i).tolist(), sampled.texts[i]
+    ended = [] if sampled.rollouts.truncated[i] else [0]  # the token that ended it is not in the text
+    widths = token_widths(sampled.picked.tokenizer, tokens[: len(tokens) - len(ended)], text)
+    if not tokens or widths is None:
+        return {}
+    return {
+        "token_widths": pack_widths(widths + ended),
+        "weight": pack_values(values.weights),
+        "log_ratio": pack_values(values.log_ratios),
+    }

@@ -42,6 +42,16 @@ class OldPolicy:
         )
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """What a mini-batch's gradient was taken from: the objective's metrics, and of the T tokens what it saw (log_probs)
+    and asked for (token_weights = d loss / d log_probs)."""
+
+    metrics: dict[str, float]
+    log_probs: Tensor
+    token_weights: Tensor
+
+
 def accumulate_gradient(
     policy: Policy,
     objective: Objective,
@@ -52,8 +62,8 @@ def accumulate_gradient(
     first: bool = False,
     everywhere: bool = False,
     clock: Clock | None = None,
-) -> dict[str, float]:
-    """Put the gradient of the objective's loss on one mini-batch into the policy; returns the objective's metrics.
+) -> Accumulated:
+    """Put the gradient of the objective's loss on one mini-batch into the policy.
 
     first: theta is still what sampled, so that the old log-probs are the scores and no pass is needed for them.
     everywhere: reduce the whole gradient on every rank (Policy.accumulate).
@@ -97,12 +107,12 @@ def accumulate_gradient(
 
     with clock("train"):
         policy.accumulate(rollouts, linear, entropies=out.entropy_weights is not None, everywhere=everywhere)
-    return out.metrics
+    return Accumulated(out.metrics, scores, out.token_weights)
 
 
 def _one_pass(
     policy: Policy, objective: SeparableObjective, rollouts: Rollouts, batch: MiniBatch, everywhere: bool, clock: Clock
-) -> dict[str, float]:
+) -> Accumulated:
     """An objective whose tokens need only counts and rewards of the others: its loss goes straight into the backward
     pass, which also shows the log-probs that the metrics are computed from."""
     needs_entropies = "entropies" in objective.requires
@@ -121,4 +131,5 @@ def _one_pass(
     if not bool(seen.isfinite().all()):
         raise NonFiniteError(f"objective {objective.name}: the policy's log-probs are not finite")
     entropies = seen[1] if needs_entropies else None
-    return objective(replace(batch, log_probs=seen[0], entropies=entropies)).metrics
+    out = objective(replace(batch, log_probs=seen[0], entropies=entropies))
+    return Accumulated(out.metrics, seen[0], out.token_weights)

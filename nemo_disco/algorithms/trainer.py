@@ -24,6 +24,7 @@ from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.algorithms.throughput import Throughput
+from nemo_disco.algorithms.token_values import TokenValues
 from nemo_disco.config.flops import peak_flops
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.config.shape import read_shape
@@ -119,8 +120,10 @@ class DisCO:
         with clock("step"), self._profiled():
             sampled = self.generate_rollouts(clock)
             self.engine.sleep()
-            metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock)
+            values = TokenValues(self.journal.saved(len(sampled.texts)))
+            metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock, values)
             self.step += 1
+            self.journal.rollouts(self.step, sampled, values)
             self._renew_reference()
             with clock("refit"):
                 self.engine.wake()
@@ -135,11 +138,12 @@ class DisCO:
         """Sample G responses to each of this step's questions, and reward them."""
         with self.policy.resting():
             sampled = self.collector.collect(self.step, clock)
-        self.journal.rollouts(self.step + 1, sampled.picked, sampled.texts, sampled.rollouts)
+        # Now, so that those of a step that dies can be read.
+        self.journal.rollouts(self.step + 1, sampled)
         return sampled
 
-    def run_training(self, rollouts: Rollouts, clock: Clock) -> dict[str, float]:
-        """A gradient step on each mini-batch of the rollouts; the step's metrics."""
+    def run_training(self, rollouts: Rollouts, clock: Clock, values: TokenValues | None = None) -> dict[str, float]:
+        """A gradient step on each mini-batch of the rollouts; the step's metrics. values: what takes the tokens'."""
         with clock("log_probs"):
             reference = None if self.reference is None else self.reference.log_probs(rollouts)
             old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True), reference)
@@ -148,12 +152,13 @@ class DisCO:
         moved = False
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)
+            old_part = old.at(rollouts.token_index(responses))
             try:
-                metrics = accumulate_gradient(
+                taken = accumulate_gradient(
                     self.policy,
                     self.objective,
                     part,
-                    old.at(rollouts.token_index(responses)),
+                    old_part,
                     max_response_length=self.config.generation.response_limit(self.step),
                     first=not moved,
                     clock=clock,
@@ -168,7 +173,9 @@ class DisCO:
                 self._skip(f"the gradient's norm is {result.grad_norm}")
                 continue
             moved, self.skipped_in_a_row = True, 0
-            history.append(metrics | {"grad_norm": result.grad_norm})
+            if values is not None:
+                values.take(responses, part, taken, old_part.log_probs)
+            history.append(taken.metrics | {"grad_norm": result.grad_norm})
         clock.seconds["log_probs"] += clock.seconds["pass1"]
         seconds = clock.seconds
         speed = throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])

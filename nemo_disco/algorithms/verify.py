@@ -49,7 +49,7 @@ def verify_mini_batch(
     if config.verify.perturb > 0:
         with SafetensorReader(config.model.path) as reader:
             policy.load(_perturbed(reader.read, config.verify.perturb, config.seed))
-    metrics = accumulate_gradient(
+    taken = accumulate_gradient(
         policy,
         objective,
         rollouts,
@@ -67,7 +67,7 @@ def verify_mini_batch(
         f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
         *_said(questions, rollouts, old_log_probs, apart),
         *_noise_said(noise, objective),
-        *(f"{name:<19} {value:.6g}" for name, value in sorted(metrics.items())),
+        *(f"{name:<19} {value:.6g}" for name, value in sorted(taken.metrics.items())),
         f"gradient norm       {norm:.9g} over {len(gradients)} tensors",
     ]
     return "\n".join(lines)

@@ -127,3 +127,37 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """A response as text. Special tokens stay, since `</think>` may be one; take the stop token off before."""
     text: str = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
+
+
+def token_widths(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int] | None:
+    """How many characters of `text`, which the tokens decode to, each token makes; 0 while a character is incomplete.
+
+    None where the text is not what its tokens make one by one (a tokenizer that rewrites across tokens).
+    """
+    (anchor,) = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    start = len(decode(tokenizer, [anchor]))
+
+    def after_another(ids: Sequence[int]) -> str:
+        """Not at the beginning, where SentencePiece drops a space."""
+        return decode(tokenizer, [anchor, *ids])[start:]
+
+    alone = {token: after_another([token]) for token in set(token_ids)}
+    pieces: list[str] = []
+    pending: list[int] = []  # bytes of a character that the next tokens may complete
+    for token in token_ids:
+        if "\ufffd" not in alone[token]:
+            if pending:
+                pieces[-1], pending = after_another(pending), []
+            pieces.append(alone[token])
+            continue
+        pending.append(token)
+        so_far = after_another(pending)
+        complete = "\ufffd" not in so_far
+        pieces.append(so_far if complete else "")
+        pending = [] if complete else pending
+    if pending:
+        pieces[-1] = after_another(pending)
+    made = "".join(pieces)
+    if made == " " + text:
+        pieces[0] = pieces[0][1:]
+    return [len(piece) for piece in pieces] if made in (text, " " + text) else None

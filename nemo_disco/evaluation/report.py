@@ -20,7 +20,7 @@ from nemo_disco.evaluation.table import HEADER, Row, compare
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import write_atomically
 
-SCRIPTS = ("charts.js", "curves.js", "browser.js")
+SCRIPTS = ("charts.js", "curves.js", "tokens.js", "browser.js")
 PHASES = ("generate", "grade", "log_probs", "train", "refit")
 
 
@@ -80,6 +80,7 @@ def render(runs: list[Run], reload_s: int | None = None) -> str:
         js="\n".join(map(_asset, SCRIPTS)),
         data=_for_script_tag(data),
         chunks=packed.chunks,
+        tokens=packed.tokens,
         rollout_note=packed.note,
         runs=runs,
         reload_s=reload_s,

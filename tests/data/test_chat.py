@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from nemo_disco.data.chat import decode, encode_prompts, load_tokenizer, stop_token_ids
+from nemo_disco.data.chat import decode, encode_prompts, load_tokenizer, stop_token_ids, token_widths
 from nemo_disco.data.questions import Message, Question
 from nemo_disco.runtime.errors import UserError
 
@@ -174,3 +176,39 @@ def test_code_in_a_model_directory_runs_only_when_asked_for(tokenizer_dir, tmp_p
         load_tokenizer(tokenizer_dir)
     assert not ran.exists()
     assert type(load_tokenizer(tokenizer_dir, trust_remote_code=True)).__name__ == "Own" and ran.exists()
+
+
+@pytest.mark.parametrize("text", ["1+1=2</think> 2", "Größe 数 🙂!", "", "a🙂"])
+def test_each_token_has_its_share_of_the_text(tokenizer, text):
+    """A character of several bytes belongs to the token that completes it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    widths = token_widths(tokenizer, ids, text)
+    assert len(widths) == len(ids) and sum(widths) == len(text)
+    ends = [sum(widths[: i + 1]) for i in range(len(ids))]
+    for i, end in enumerate(ends):
+        assert text[:end] == tokenizer.decode(ids[: i + 1]).rstrip("\ufffd")
+
+
+def test_bytes_that_make_no_character_are_shared_out_too(tokenizer):
+    ids = tokenizer("数数a", add_special_tokens=False)["input_ids"]
+    for broken in (ids[1:], ids[:-2], [*ids[:2], *ids[3:]]):
+        text = tokenizer.decode(broken)
+        widths = token_widths(tokenizer, broken, text)
+        assert "\ufffd" in text and len(widths) == len(broken) and sum(widths) == len(text)
+
+
+def test_a_sentencepiece_text_begins_without_its_space():
+    vocab = {"<unk>": 0, "▁a": 1, "▁is": 2, "b": 3, "<0xE6>": 4, "<0x95>": 5, "<0xB0>": 6}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    ids = [1, 3, 2, 4, 5, 6, 3]
+    assert tokenizer.decode(ids) == "ab is数b"
+    assert token_widths(tokenizer, ids, "ab is数b") == [1, 1, 3, 0, 0, 1, 1]
+
+
+def test_a_text_that_the_tokens_do_not_make_has_no_widths(tokenizer):
+    assert token_widths(tokenizer, tokenizer("abc", add_special_tokens=False)["input_ids"], "abd") is None

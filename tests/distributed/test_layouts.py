@@ -99,7 +99,7 @@ def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dic
         responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12))
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
         policy.load(moved.__getitem__)
-        metrics = accumulate_gradient(
+        taken = accumulate_gradient(
             policy,
             build_objective(OBJECTIVE),
             rollouts,
@@ -107,7 +107,7 @@ def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dic
             max_response_length=40,
             everywhere=True,
         )
-        assert metrics["constraint/active"] == 1.0
+        assert taken.metrics["constraint/active"] == 1.0
         found[dtype].append(
             {
                 "log_probs": log_probs,

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from commands import LIMIT, QUICKSTART, WHOLE, at, metrics
@@ -18,6 +19,7 @@ from nemo_disco.data.chat import decode, encode_prompts
 from nemo_disco.data.questions import load_questions
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.evaluation.result import read_evaluation
+from nemo_disco.evaluation.saved_tokens import unpack_values, unpack_widths
 from nemo_disco.rewards import MathGrader
 
 CONTRACT = {
@@ -65,6 +67,13 @@ def test_some_rollouts_of_a_step_are_there_to_read(finished):
     for line in lines:
         assert line["question"] in line["prompt"] and line["prompt"].endswith("<think>\n")
         assert line["reward"] == float(line["correct"]) and 0 < line["length"] <= LIMIT
+        widths = unpack_widths(line["token_widths"])
+        assert widths is not None and len(widths) == line["length"] and sum(widths) == len(line["response"])
+        for name in ("weight", "log_ratio"):
+            assert unpack_values(line[name], line["length"]) is not None
+    # The last of the step's responses: of a mini-batch that saw a policy which had moved.
+    assert any(np.abs(unpack_values(line["log_ratio"], line["length"])).max() > 0 for line in lines)
+    assert {np.sign(unpack_values(line["weight"], 1)[0]) for line in lines if line["correct"]} <= {0.0, 1.0}
 
 
 def test_it_ends_with_a_table_and_where_the_model_is(finished):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
+from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
 from nemo_disco.runtime.rundir import RunDirectory
 
 
@@ -59,11 +60,23 @@ def rollout(step: int, question: int, sample: int) -> dict[str, Any]:
     }
 
 
+def with_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of five characters and an end; one weight for all, and a log-ratio that falls from 0.4 to -0.4."""
+    text = row["response"]
+    widths = [len(text[at : at + 5]) for at in range(0, len(text), 5)] + [0]
+    ratios = np.linspace(0.4, -0.4, len(widths))
+    weight = 1.5 if row["correct"] else -0.5
+    of_tokens = {"weight": pack_values([weight] * len(widths)), "log_ratio": pack_values(ratios)}
+    return row | of_tokens | {"token_widths": pack_widths(widths)}
+
+
 @pytest.fixture
 def make_run(tmp_path: Path, make_result: Callable[..., EvaluationResult]) -> Callable[..., Path]:
     """A run directory; `lr` is the one setting that differs between runs made here."""
 
-    def make(name: str = "run", steps: int = 40, lr: float = 1e-4, questions: int = 3, samples: int = 4) -> Path:
+    def make(
+        name: str = "run", steps: int = 40, lr: float = 1e-4, questions: int = 3, samples: int = 4, tokens: bool = False
+    ) -> Path:
         run = RunDirectory(tmp_path / name)
         run.create()
         run.config.write_text(
@@ -74,6 +87,7 @@ def make_run(tmp_path: Path, make_result: Callable[..., EvaluationResult]) -> Ca
             write_evaluation(run.evaluation, make_result(accuracy, step))
         for step in range(1, steps + 1):
             rows = [rollout(step, q, i) for q in range(questions) for i in range(samples)]
+            rows = [with_tokens(row) for row in rows] if tokens else rows
             run.rollout_file(step).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return run.path
 

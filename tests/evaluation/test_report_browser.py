@@ -30,6 +30,18 @@ def dom(page: Path, profile: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
+def with_colour(page: Path, value: int, search: str = "") -> Path:
+    """The page as it is after a user has chosen a colouring, and searched."""
+    choose = (
+        "const set = (name, value) => { const e = document.querySelector(name); e.value = value;"
+        ' e.dispatchEvent(new Event(e.type === "search" ? "input" : "change")); };'
+        f"set('[type=search]', {search!r}); set('[aria-label=\"colour of tokens\"]', {value});"
+    )
+    copy = page.with_name("chosen.html")
+    copy.write_text(page.read_text().replace("</body>", f"<script>{choose}</script></body>"))
+    return copy
+
+
 if CHROMIUM:
 
     def test_curves_times_and_a_group_side_by_side(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -50,12 +62,34 @@ if CHROMIUM:
         assert seen.count('<div class="response">') == 4
         assert "&lt;b&gt;bold&lt;/b&gt; &amp;amp; &lt;/script&gt; sample 0" in seen
         assert "✓ correct" in seen and "✂ truncated" in seen
+        # Runs of before values of tokens were saved: no switch.
+        assert re.search(r'<select aria-label="colour of tokens"[^>]* hidden', seen)
 
     def test_twenty_thousand_rollouts_draw_only_what_is_on_screen(
         make_run: Callable[..., Path], tmp_path: Path
     ) -> None:
-        page = write_report([make_run(steps=50, questions=50, samples=8)])
-        seen = dom(page, tmp_path / "profile")
+        page = write_report([make_run(steps=50, questions=50, samples=8, tokens=True)])
+        seen = dom(with_colour(page, 2), tmp_path / "profile")
         assert "2,500 of 2,500 groups, 20,000 responses" in seen
         assert 5 <= seen.count('class="row"') <= 60
         assert seen.count('<div class="response">') == 8
+        assert 8 < seen.count('title="log-ratio') < 8 * 20
+
+    def test_tokens_take_the_colour_of_their_log_ratio_or_their_responses_weight(
+        make_run: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        page = write_report([make_run(tokens=True)])
+        by_ratio = dom(with_colour(page, 2, "bold"), tmp_path / "profile")
+        first = by_ratio[by_ratio.index('<div class="response">') :].partition('<div class="response">')[2]
+        first = first.partition('<div class="response">')[0]
+        shades = re.findall(r'<span class="(up|down)-(\d)" title="log-ratio ([^"]+)">', first)
+        assert shades[0] == ("up", "4", "+0.4") and {side for side, *_ in shades} == {"up", "down"}
+        sizes = [int(shade) * (1 if side == "up" else -1) for side, shade, _ in shades]
+        assert sizes == sorted(sizes, reverse=True)
+        assert '<span class="end down-4" title="log-ratio \u22120.4">end</span>' in first
+        assert "less likely than when sampled" in by_ratio
+        # What is searched for is marked within the colours.
+        assert re.search(r'<span class="up-4"[^>]*>&lt;b&gt;<mark>bo</mark></span><span[^>]*><mark>ld</mark>', first)
+        by_weight = dom(with_colour(page, 1), tmp_path / "profile")
+        texts = re.findall(r'<div class="text"><span class="([^"]+)" title="weight ([^"]+)">', by_weight)
+        assert texts == [("up-4", "+1.5"), ("down-1", "\u22120.5")] * 2

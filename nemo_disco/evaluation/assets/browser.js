@@ -44,29 +44,46 @@ function readGroups(index) {
 
 const unpacked = new Map();
 
-function unpack(chunk) {
-  if (!unpacked.has(chunk)) {
-    const packed = atob(document.getElementById(`chunk-${chunk}`).textContent);
+// id: of the script element that holds it; null where the page has none.
+function unpack(id) {
+  if (!unpacked.has(id)) {
+    const element = document.getElementById(id);
+    if (!element) return null;
+    const packed = atob(element.textContent);
     const bytes = new Uint8Array(packed.length);
     for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    unpacked.set(chunk, new Response(stream).json());
+    unpacked.set(id, new Response(stream).json());
   }
-  return unpacked.get(chunk);
+  return unpacked.get(id);
 }
 
 const span = (text) => node("span", {}, text);
-const textsOf = async (group) => (await unpack(group.chunk))[group.slot];
+const textsOf = async (group) => (await unpack(`chunk-${group.chunk}`))[group.slot];
+const tokensOf = async (group) => (await unpack(`tokens-${group.chunk}`))?.[group.slot] ?? [];
 const patternOf = (words) => (words ? new RegExp(words.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "giu") : null);
+
+// A maker of the nodes of text[from, to) with what the pattern matches marked; to be asked from the beginning to the end.
+function marker(text, pattern) {
+  const matches = pattern ? [...text.matchAll(pattern)].map((m) => [m.index, m.index + m[0].length]) : [];
+  let next = 0;
+  return (from, to) => {
+    const nodes = [];
+    while (from < to) {
+      while (next < matches.length && matches[next][1] <= from) next++;
+      const [start, end] = matches[next] ?? [to, to];
+      const inside = start <= from;
+      const until = Math.min(to, inside ? end : start);
+      nodes.push(inside ? node("mark", {}, text.slice(from, until)) : text.slice(from, until));
+      from = until;
+    }
+    return nodes;
+  };
+}
 
 function marked(text, pattern) {
   const box = node("div", { class: "text" });
-  let end = 0;
-  for (const match of pattern ? text.matchAll(pattern) : []) {
-    box.append(text.slice(end, match.index), node("mark", {}, match[0]));
-    end = match.index + match[0].length;
-  }
-  box.append(text.slice(end));
+  for (const part of marker(text, pattern)(0, text.length)) box.append(part);
   return box;
 }
 
@@ -114,6 +131,12 @@ class RolloutBrowser {
     this.order = choice("order", Object.keys(ORDERS));
     this.run = choice("run", ["all runs", ...data.runs.map((run) => run.label)]);
     this.run.hidden = data.runs.length < 2;
+    this.colour = node(
+      "select",
+      { "aria-label": "colour of tokens", onchange: () => this.select(this.selected) },
+      ...COLOURINGS.map((colouring, i) => node("option", { value: i }, colouring.name)),
+    );
+    this.colour.hidden = !document.querySelector("script[id^=tokens-]");
     this.count = node("span", { class: "quiet", role: "status" });
     this.filters = node(
       "div",
@@ -123,6 +146,7 @@ class RolloutBrowser {
       this.step,
       this.outcome,
       this.order,
+      this.colour,
       this.count,
     );
   }
@@ -218,8 +242,10 @@ class RolloutBrowser {
       this.pane.replaceChildren(node("p", { class: "empty" }, "No group matches."));
       return;
     }
+    const colouring = COLOURINGS[this.colour.value];
     const texts = await textsOf(group);
-    if (this.kept[this.selected] !== group) return;
+    const tokens = colouring.value ? await tokensOf(group) : [];
+    if (this.kept[this.selected] !== group || colouring !== COLOURINGS[this.colour.value]) return;
     const run = data.runs.length > 1 ? `${data.runs[group.run].label}, ` : "";
     const verdict = `${group.right} of ${group.size} correct`;
     const title = `${run}step ${group.step}, question ${group.questionId ?? "?"}: ${verdict}`;
@@ -234,19 +260,24 @@ class RolloutBrowser {
       question.append(
         node("details", {}, node("summary", {}, "the prompt, as the model got it"), marked(texts.prompt, null)),
       );
-    const responses = node(
-      "div",
-      { class: "responses" },
-      ...texts.responses.map((text, i) => this.response(text, group.at + i)),
-    );
-    this.pane.replaceChildren(question, responses);
+    const top = topOf(tokens, colouring.value);
+    const response = (text, i) => {
+      const values = tokens[i]?.[colouring.value];
+      const body =
+        values && top > 0
+          ? painted(text, this.pattern, tokens[i].widths, values, colouring, top)
+          : marked(text, this.pattern);
+      return this.response(text, body, group.at + i);
+    };
+    const responses = node("div", { class: "responses" }, ...texts.responses.map(response));
+    this.pane.replaceChildren(question, ...colourKey(colouring, tokens, top), responses);
     for (const box of responses.querySelectorAll(".text")) {
       const hit = box.querySelector("mark");
       if (hit) box.scrollTop = hit.offsetTop - box.offsetTop - box.clientHeight / 3;
     }
   }
 
-  response(text, r) {
+  response(text, body, r) {
     const { correct, reward, length, truncated } = this.index;
     const head = node(
       "div",
@@ -260,7 +291,7 @@ class RolloutBrowser {
       "div",
       { class: "response" },
       head,
-      text ? marked(text, this.pattern) : node("p", { class: "empty" }, "(empty response)"),
+      text ? body : node("p", { class: "empty" }, "(empty response)"),
     );
   }
 }

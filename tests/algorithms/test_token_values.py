@@ -1,0 +1,36 @@
+"""Of a mini-batch's tokens, those of the responses that are saved, under the step's own numbering."""
+
+import numpy as np
+import torch
+
+from nemo_disco.algorithms.step import Accumulated
+from nemo_disco.algorithms.token_values import TokenValues
+from nemo_disco.data.rollouts import Rollouts
+
+LENGTHS = [3, 0, 2, 4]
+
+
+def test_values_go_to_the_responses_that_are_wanted():
+    rollouts = Rollouts.from_lists(
+        [[1]] * 4, [[5] * n for n in LENGTHS], [[0.0] * n for n in LENGTHS], [7, 7, 8, 8], [False] * 4
+    )
+    weights, log_probs = torch.randn(9, dtype=torch.float64), torch.randn(9)
+    old = torch.randn(9)
+    values = TokenValues(range(1, 4))
+    for responses in (torch.tensor([3, 0]), torch.tensor([1, 2])):
+        index = rollouts.token_index(responses)
+        taken = Accumulated({}, log_probs[index], weights[index])
+        values.take(responses, rollouts.select(responses), taken, old[index])
+    assert sorted(values.found) == [1, 2, 3]
+    for row in (1, 2, 3):
+        index = rollouts.token_index([row])
+        mini_batch = sum(LENGTHS[i] for i in ((3, 0) if row == 3 else (1, 2)))
+        np.testing.assert_allclose(values.found[row].weights, -mini_batch * weights[index])
+        np.testing.assert_allclose(values.found[row].log_ratios, (log_probs.double() - old.double())[index])
+
+
+def test_a_mini_batch_of_other_responses_leaves_nothing():
+    rollouts = Rollouts.from_lists([[1]], [[5]], [[0.0]], [7], [False])
+    values = TokenValues(range(0))
+    values.take(torch.tensor([0]), rollouts, Accumulated({}, torch.zeros(1), torch.ones(1)), torch.zeros(1))
+    assert values.found == {}
