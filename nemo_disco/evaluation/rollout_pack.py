@@ -172,10 +172,12 @@ def _token_values(rollout: dict[str, Any], limit: int) -> dict[str, Any] | None:
 
 
 def _in_utf16(widths: NDArray[np.int_], text: str) -> list[int]:
-    if not (wide := [i for i, character in enumerate(text) if character > "\uffff"]):
-        return [int(width) for width in widths]
-    owner = np.searchsorted(widths.cumsum(), wide, side="right")
-    return [int(width) for width in widths + np.bincount(owner, minlength=len(widths))]
+    if text and max(text) > "\uffff":
+        wide = [i for i, character in enumerate(text) if character > "\uffff"]
+        owner = np.searchsorted(widths.cumsum(), wide, side="right")
+        widths = widths + np.bincount(owner, minlength=len(widths))
+    listed: list[int] = widths.tolist()
+    return listed
 
 
 def _levels(values: NDArray[np.float64]) -> dict[str, Any]:
