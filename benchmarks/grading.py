@@ -12,23 +12,32 @@ import multiprocessing
 import random
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests" / "rewards")]
 
-from answer_table import DIFFERENT, EQUAL  # noqa: E402 - a script's neighbours, not packages
+from answer_forms import changed, rewritten  # noqa: E402 - a script's neighbours, not packages
+from answer_table import DIFFERENT, EQUAL  # noqa: E402
 from common import write_record  # noqa: E402
-from grading_forms import changed, rewritten  # noqa: E402
 from grading_reasons import reason_of  # noqa: E402
 
 from nemo_disco.data.questions import Question, load_questions  # noqa: E402
 from nemo_disco.rewards import MathGrader  # noqa: E402
 
-Case = tuple[str, str]  # answer, gold
+
+@dataclass(frozen=True)
+class Case:
+    """An answer to be graded against a gold answer, whether it is right, and where the two come from."""
+
+    answer: str
+    gold: str
+    right: bool
+    place: str
 
 
 def box(answer: str) -> str:
@@ -87,52 +96,48 @@ def of_set(grader: MathGrader, file: Path) -> dict[str, Any]:
     return result
 
 
-def table() -> list[tuple[Case, bool]]:
-    return [((a, gold), True) for gold, answers in EQUAL for a in answers] + [
-        ((a, gold), False) for gold, answers in DIFFERENT for a in answers
-    ]
+def table() -> list[Case]:
+    equal = [Case(a, gold, True, "equal") for gold, answers in EQUAL for a in answers]
+    return equal + [Case(a, gold, False, "different") for gold, answers in DIFFERENT for a in answers]
 
 
-def gold_cases(files: Sequence[Path]) -> list[tuple[Case, bool]]:
-    """Of each set's distinct gold answers: itself, its equivalent forms, and one change."""
-    golds = sorted({q.answers[0] for file in files for q in load_questions([file]).questions})
+def gold_cases(files: Sequence[Path]) -> list[Case]:
+    """Of each of the sets' distinct gold answers: itself, its equivalent forms, and one change."""
+    first: dict[str, str] = {}  # where it stands
+    for file in files:
+        for question in load_questions([file]).questions:
+            place = f"{file.parent.name}/{file.stem}, {question.source.rpartition(', ')[2]}"
+            first.setdefault(question.answers[0], place)
     rng = random.Random(1)
-    cases = [((form, gold), True) for gold in golds for form in (gold, *rewritten(gold).values())]
-    return cases + [((changed(gold, rng), gold), False) for gold in golds]
+    cases = []
+    for gold, place in sorted(first.items()):
+        forms = {"itself": gold, **rewritten(gold)}
+        cases += [Case(form, gold, True, f"{place}, {name}") for name, form in forms.items()]
+        cases.append(Case(changed(gold, rng), gold, False, f"{place}, changed"))
+    return cases
 
 
-def against_math_verify(grader: MathGrader, cases: list[tuple[Case, bool]], hide: bool = False) -> dict[str, Any]:
-    """Both graders on the same cases: how often they agree, and every disagreement with its reason."""
-    answers, golds = [box(answer) for (answer, _), _ in cases], [gold for (_, gold), _ in cases]
+def against_math_verify(grader: MathGrader, cases: list[Case], hide: bool = False) -> dict[str, Any]:
+    """Both graders on the same cases: how often they agree, and every disagreement by reason; hide: places alone."""
+    answers, golds = [box(case.answer) for case in cases], [case.gold for case in cases]
     ours = [reward == 1.0 for reward in grader.grade(answers, golds)]
     theirs = math_verify(list(zip(answers, golds, strict=True)))
-    rows = [
-        {
-            "gold": gold,
-            "answer": answer,
-            "right": right,
-            "ours": we,
-            "math_verify": they,
-            "why": reason_of(answer, gold),
-        }
-        for ((answer, gold), right), we, they in zip(cases, ours, theirs, strict=True)
-        if we != they
-    ]
-    result: dict[str, Any] = {
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for case, we, they in zip(cases, ours, theirs, strict=True):
+        if we != they:
+            who = "ours is right" if we == case.right else "math-verify is right"
+            shown = case.place if hide else f"{case.answer} for {case.gold}"
+            by_reason[f"{reason_of(case.answer, case.gold)} ({who})"].append(shown)
+    return {
         "cases": len(cases),
         "agree": sum(we == they for we, they in zip(ours, theirs, strict=True)),
-        "ours_right": sum(we == right for (_, right), we in zip(cases, ours, strict=True)),
-        "math_verify_right": sum(they == right for (_, right), they in zip(cases, theirs, strict=True)),
-        "disagreements_by_reason": dict(Counter(f"{row['why']} ({verdict(row)})" for row in rows).most_common()),
+        "ours_right": sum(we == case.right for case, we in zip(cases, ours, strict=True)),
+        "math_verify_right": sum(they == case.right for case, they in zip(cases, theirs, strict=True)),
+        "disagreements": dict(sorted(by_reason.items(), key=lambda found: -len(found[1]))),
     }
-    return result if hide else result | {"disagreements": rows}
 
 
-def verdict(row: dict[str, Any]) -> str:
-    return "ours is right" if row["ours"] == row["right"] else "math-verify is right"
-
-
-def math_verify(cases: list[Case]) -> list[bool]:
+def math_verify(cases: list[tuple[str, str]]) -> list[bool]:
     """math-verify with its defaults, as its documentation shows it. Its own time limit needs a main thread."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=2000) as pool:
         return pool.starmap(_math_verify, cases, chunksize=50)

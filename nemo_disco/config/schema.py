@@ -37,7 +37,7 @@ class ExpManagerConfig(Section):
     resume_if_exists: bool
     checkpoint_every_n_steps: PositiveInt
     keep_checkpoints: PositiveInt
-    saved_rollouts: NonNegativeInt  # responses a step written to rollouts/, to read
+    saved_rollouts: NonNegativeInt  # the last responses of a step, written to rollouts/ to read
     tensorboard: bool
     wandb: bool
     mlflow: bool

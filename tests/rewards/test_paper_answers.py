@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 from pathlib import Path
 
 import pytest
+from answer_forms import changed, respelled
 
 from nemo_disco.rewards import MathGrader
 from nemo_disco.rewards.canonical import for_algebra
@@ -29,22 +29,6 @@ def answers(file: Path) -> list[str]:
         answer = question["answer"]
         golds.update(str(one) for one in (answer if isinstance(answer, list) else [answer]) if one is not None)
     return sorted(gold for gold in golds if gold.strip())
-
-
-def respelled(gold: str) -> str:
-    """The same in another LaTeX style: delimiters that grow, displayed fractions, more spaces, dollar signs."""
-    plain = gold.strip().strip("$").replace(r"\left", "").replace(r"\right", "").replace(r"\frac", r"\dfrac")
-    grown = plain.replace("(", r"\left(").replace(")", r"\right)")
-    return "$ " + re.sub(r"([+=])", r" \1 ", grown) + " $"
-
-
-def changed(gold: str, rng: random.Random) -> str:
-    """The same with one digit another; without digits, one more."""
-    places = [match.start() for match in re.finditer(r"\d", gold)]
-    if not places:
-        return gold + "+1"
-    at = rng.choice(places)
-    return gold[:at] + str((int(gold[at]) + rng.randint(1, 9)) % 10) + gold[at + 1 :]
 
 
 def graded(grader: MathGrader, given: list[str], golds: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ _LIST = re.compile(r"[^,()\[\]\\]+(?:,[^,()\[\]\\]+)+")
 
 def rewritten(gold: str) -> dict[str, str]:
     """Equivalent forms by name, each only where it surely means the same."""
-    forms = {"style": _style(gold)}
+    forms = {"style": respelled(gold)}
     if (value := _value(gold)) is not None:
         over, under = value.numerator, value.denominator
         forms["fraction"] = rf"\frac{{{3 * over}}}{{{3 * under}}}"
@@ -46,8 +46,8 @@ def changed(gold: str, rng: random.Random) -> str:
     return gold[:at] + str((int(gold[at]) + rng.randint(1, 9)) % 10) + gold[at + 1 :]
 
 
-def _style(gold: str) -> str:
-    """Another LaTeX style: delimiters that grow, displayed fractions, more spaces, dollar signs."""
+def respelled(gold: str) -> str:
+    """The same in another LaTeX style: delimiters that grow, displayed fractions, more spaces, dollar signs."""
     plain = gold.strip().strip("$").replace(r"\left", "").replace(r"\right", "").replace(r"\frac", r"\dfrac")
     grown = plain.replace("(", r"\left(").replace(")", r"\right)")
     return "$ " + re.sub(r"([+=])", r" \1 ", grown) + " $"
