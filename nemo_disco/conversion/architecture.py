@@ -52,6 +52,18 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
 
+    def megatron_sizes(self) -> dict[str, int | bool]:
+        """By the names of megatron-core's TransformerConfig, which NeMo's configurations share."""
+        return {
+            "num_layers": self.layers,
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.kv_heads,
+            "kv_channels": self.head_dim,
+            "add_qkv_bias": self.qkv_bias,
+        }
+
     def pairings(self) -> Iterator[Pairing]:
         """Every tensor of the model, once, in the order of a forward pass."""
         h, ffn, d = self.hidden, self.ffn, self.head_dim

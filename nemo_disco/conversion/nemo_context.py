@@ -30,19 +30,12 @@ def write_context(directory: Path, architecture: Architecture) -> None:
     """Write io.json into a directory that holds the tokenizer's files in nemo_tokenizer/."""
     config = architecture.config
     rope = config.get("rope_parameters") or {}
-    sizes = {
-        "num_layers": architecture.layers,
-        "hidden_size": architecture.hidden,
-        "ffn_hidden_size": architecture.ffn,
-        "num_attention_heads": architecture.heads,
-        "num_query_groups": architecture.kv_heads,
-        "kv_channels": architecture.head_dim,
+    sizes = architecture.megatron_sizes() | {
         "vocab_size": architecture.vocab,
         "seq_length": config["max_position_embeddings"],
         "layernorm_epsilon": config["rms_norm_eps"],
         "rotary_base": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
         "share_embeddings_and_output_weights": architecture.tied,
-        "add_qkv_bias": architecture.qkv_bias,
         "make_vocab_size_divisible_by": 1,
     }
     name = _MODELS[config["model_type"]]

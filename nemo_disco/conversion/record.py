@@ -17,20 +17,11 @@ from nemo_disco.runtime.errors import UserError
 
 def write_record(work: Path, source: Path) -> None:
     """Of weights alone: no optimizer, no loop state. `work` must hold every other file."""
-    architecture, config = read_architecture(source), load_hf_config(source)
+    config = load_hf_config(source)
     kind = {
         name: getattr(config, name) for name in ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
     }
-    shape = {
-        "num_layers": architecture.layers,
-        "hidden_size": architecture.hidden,
-        "ffn_hidden_size": architecture.ffn,
-        "num_attention_heads": architecture.heads,
-        "num_query_groups": architecture.kv_heads,
-        "kv_channels": architecture.head_dim,
-        "add_qkv_bias": architecture.qkv_bias,
-        "layernorm_epsilon": config.rms_norm_eps,
-    }
+    shape = read_architecture(source).megatron_sizes() | {"layernorm_epsilon": config.rms_norm_eps}
     record: dict[str, Any] = {
         "format": files.FORMAT,
         "step": 0,
