@@ -27,7 +27,7 @@ from nemo_disco.config.schema import RunConfig
 from nemo_disco.runtime.errors import UserError
 
 SHOWN = 3  # mistakes in one line
-FREE = {"algorithm.parameters", "reward.parameters"}  # mappings whose keys are the user's own
+FREE = {"algorithm.parameters", "generation.options", "reward.parameters"}  # mappings whose keys are the user's own
 
 
 def compose(name: str = "config", overrides: Sequence[str] = (), config_path: str | None = None) -> RunConfig:

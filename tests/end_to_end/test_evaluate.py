@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import torch
-from commands import WHOLE, at, metrics
+from commands import LIMIT, QUICKSTART, WHOLE, at, metrics
+from fake_engine import answer, fake_python
 from safetensors.torch import load_file
 
+from nemo_disco.data.chat import encode_prompts, load_tokenizer
+from nemo_disco.data.questions import load_questions
 from nemo_disco.evaluation.result import read_evaluation
+from nemo_disco.generation.worker.rollout_worker.wire import checksum
 
 
 def same(one, other):
@@ -54,3 +59,20 @@ def test_the_best_weights_of_a_run_are_kept(commands, tmp_path):
     if best:
         exported, last = (load_file(run / name / "model.safetensors") for name in ("best", "export"))
         assert all(torch.equal(exported[name], last[name]) for name in last) == (best == 3)
+
+
+def test_an_engine_in_a_process_of_its_own_samples_with_these_weights_under_these_seeds(commands, tmp_path):
+    """... also when it dies on the way."""
+    engine = ("generation=vllm", f"generation.python={fake_python(tmp_path)}", "evaluation.samples=2", "seed=5")
+    found = []
+    for name, options in (("whole", "{}"), ("killed", f"{{fault: generate, at: 5, how: kill, once: {tmp_path}/once}}")):
+        commands("evaluate", *engine, f"generation.options={options}", at(tmp_path / name)).ok()
+        found.append(read_evaluation(tmp_path / name / "evaluation/test.step_0.json"))
+    assert (tmp_path / "once").exists() and same(*found)
+    weights = load_file(QUICKSTART / "model/model.safetensors")
+    sums = {name: checksum(tensor.float()) for name, tensor in weights.items() if name != "lm_head.weight"}
+    questions = load_questions([commands.directory / "test.jsonl"]).questions
+    prompts, _ = encode_prompts(load_tokenizer(QUICKSTART / "model"), questions, "", 96, "error")
+    seeds = (np.random.SeedSequence((5, 2**32 - 1)).generate_state(16, np.uint64) >> 1).reshape(8, 2).tolist()
+    expected = [[len(answer(sums, p.token_ids, s, LIMIT)) for s in two] for p, two in zip(prompts, seeds, strict=True)]
+    assert found[0].lengths.tolist() == expected

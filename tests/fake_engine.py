@@ -90,7 +90,7 @@ class FakeEngine:
 def fake_python(directory: Path) -> str:
     """An executable that is called like an engine's Python, and runs this file."""
     script = directory / "python"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{root}" exec {sys.executable} {__file__} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script)
