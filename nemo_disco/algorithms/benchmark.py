@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from nemo_disco.algorithms.early_grades import EarlyGrades
 from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.config.model_source import ModelSource
 from nemo_disco.config.schema import RunConfig
@@ -70,8 +72,9 @@ def _batch(
     rows: list[Sample] = []
     for times, sampling, picked_seeds in ((k, sampled, own_seeds), (1, Sampling(0.0, limit), [0] * len(batch))):
         picked = questions.repeat(batch, times)
-        rollouts, texts = sample_responses(engine, picked, picked_seeds, sampling)
-        rewards = grade(grader, texts, picked)
+        early = EarlyGrades(grader, picked)
+        rollouts, texts = sample_responses(engine, picked, picked_seeds, sampling, early.finished)
+        rewards = early.collect(texts, partial(grade, grader))
         for i, (text, reward) in enumerate(zip(texts, rewards, strict=True)):
             question = picked.questions[i]
             rows.append(

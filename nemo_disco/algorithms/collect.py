@@ -1,6 +1,7 @@
 """One step's rollouts: asked, sampled, rewarded and, under dynamic sampling, asked again until the groups are mixed.
 
-Touches the engine, the grader and the sampler through their contracts; no policy. The same on every rank.
+Asked for a step ahead, where the engine samples while the policy trains. Touches the engine, the grader and the sampler
+through their contracts; no policy. The same on every rank.
 """
 
 from __future__ import annotations
@@ -8,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from nemo_disco.algorithms.early_grades import EarlyGrades
 from nemo_disco.algorithms.history import ShortestCorrect
 from nemo_disco.algorithms.rewarding import reward
-from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
+from nemo_disco.algorithms.sampling import Questions, grade, packed
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
-from nemo_disco.generation.engine import Engine, Sampling
+from nemo_disco.generation.engine import Engine, EngineApart, Outstanding, Response, Sampling
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.clock import Clock
@@ -59,6 +60,27 @@ class Sampled:
         return Sampled(rollouts, picked, [text for part in parts for text in part.texts])
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What the engine is asked for at once, and what grades it as it comes."""
+
+    picked: Questions
+    seeds: list[int]
+    sampling: Sampling
+    early: EarlyGrades
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """The next step's questions, asked before its turn; `sampled` once received. state: the collector's before that."""
+
+    indices: list[int]
+    state: dict[str, Any]
+    request: _Request
+    outstanding: Outstanding
+    sampled: Sampled | None = None
+
+
 class Collector:
     """Collects each step's rollouts; what it must remember between steps is in its state."""
 
@@ -78,11 +100,38 @@ class Collector:
         self.questions, self.sampler, self.say = questions, sampler, say
         self.rewards = Rewards(config.reward, config.algorithm.preference)
         self.history = ShortestCorrect() if remembers else None
+        self._ahead: _Ahead | None = None
+
+    def ask(self, step: int) -> None:
+        """Let an engine in processes of its own begin with the rollouts of the step after `step` steps, from the
+        weights that it has. `receive` must follow before anything else is asked of it, then `collect` for that step.
+
+        Until then the state stays what it was: a run that is resumed in between asks the same questions again.
+        """
+        state, indices = self.state_dict(), self.sampler.next()
+        request = self._request(indices, step, 0)
+        engine = cast(EngineApart, self.engine)
+        outstanding = engine.ask(request.picked.prompts, request.seeds, request.sampling, request.early.finished)
+        self._ahead = _Ahead(indices, state, request, outstanding)
+
+    def receive(self, version: int, clock: Clock) -> None:
+        """Wait for what was asked ahead, if anything was. version: of the weights that the policy has now."""
+        if self._ahead is None:
+            return
+        with clock("generate"):
+            responses = self._ahead.outstanding(version)
+        self._ahead = replace(self._ahead, sampled=self._rewarded(self._ahead.request, responses, clock))
 
     def collect(self, step: int, clock: Clock) -> Sampled:
         """The rollouts of the step after `step` steps: G responses to each of data.questions_per_step questions."""
-        asked = self.sampler.next()
-        parts = [self._sample(asked, step, 0, clock)]
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            asked = self.sampler.next()
+            parts = [self._sample(asked, step, 0, clock)]
+        else:
+            assert ahead.sampled is not None, "the rollouts that were asked ahead have not been received"
+            with clock("generate"), clock("grade"):  # which every step has
+                asked, parts = ahead.indices, [ahead.sampled]
         wanted, rounds = len(asked), self.config.algorithm.dynamic_sampling_rounds
         for again in range(1, rounds + 1):
             if sum(mixed for part in parts for mixed in part.groups().values()) >= wanted:
@@ -99,18 +148,29 @@ class Collector:
             self.say(f"step {step + 1}: dynamic sampling: {said}")
         return kept
 
-    def _sample(self, indices: Sequence[int], step: int, again: int, clock: Clock) -> Sampled:
+    def _request(self, indices: Sequence[int], step: int, again: int) -> _Request:
         generation = self.config.generation
         limit = generation.response_limit(step)
         sampling = Sampling(generation.temperature, limit, generation.top_p, generation.top_k)
         picked = self.questions.repeat(indices, generation.responses_per_question)
         seeds = np.random.SeedSequence((self.config.seed, step), spawn_key=(again,) if again else ())
+        draws = [int(s) for s in seeds.generate_state(len(picked), np.uint64) >> 1]
+        return _Request(picked, draws, sampling, EarlyGrades(self.grader, picked))
+
+    def _sample(self, indices: Sequence[int], step: int, again: int, clock: Clock) -> Sampled:
+        request = self._request(indices, step, again)
         with clock("generate"):
-            draws = [int(s) for s in seeds.generate_state(len(picked), np.uint64) >> 1]
-            early = EarlyGrades(self.grader, picked)
-            rollouts, texts = sample_responses(self.engine, picked, draws, sampling, early.finished)
+            responses = self.engine.generate(
+                request.picked.prompts, request.seeds, request.sampling, request.early.finished
+            )
+        return self._rewarded(request, responses, clock)
+
+    def _rewarded(self, request: _Request, responses: Sequence[Response], clock: Clock) -> Sampled:
+        picked = request.picked
+        with clock("generate"):
+            rollouts, texts = packed(picked, responses)
         with clock("grade"):
-            verdicts = early.collect(texts, partial(grade, self.grader))
+            verdicts = request.early.collect(texts, partial(grade, self.grader))
             rollouts = reward(
                 rollouts,
                 texts,
@@ -118,12 +178,14 @@ class Collector:
                 verdicts=verdicts,
                 rewards=self.rewards,
                 threshold=self.config.algorithm.threshold,
-                max_response_length=limit,
+                max_response_length=request.sampling.max_response_length,
             )
         return Sampled(self.history.told(rollouts) if self.history else rollouts, picked, texts)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON."""
+        if self._ahead is not None:
+            return self._ahead.state
         history = {} if self.history is None else {"shortest_correct": self.history.state_dict()}
         return {"sampler": self.sampler.state_dict(), **history}
 

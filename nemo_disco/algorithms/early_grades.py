@@ -8,12 +8,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
 from nemo_disco.algorithms.sampling import Questions, response_text
 from nemo_disco.generation.engine import Response
 from nemo_disco.rewards.registry import Grader
+from nemo_disco.runtime.errors import UserError
 
 
 class EarlyGrades:
@@ -37,16 +39,20 @@ class EarlyGrades:
     def collect(self, texts: list[str], grade: Callable[[list[str], Questions], list[float]]) -> list[float]:
         """The grades of all responses: those of the thread, and by `grade`, a collective, what no engine handed over.
 
-        Raises what the grader raised. A collective.
+        Raises what the grader raised; what is wrong with a user's code, on every rank. A collective.
         """
         if self._thread is not None:
             self._waiting.put(None)
             self._thread.join()
-        if self._problem is not None:
-            raise self._problem
-        shares = [self._grades] * dist.get_world_size()
+        mine: Any = self._problem or self._grades
+        if isinstance(mine, BaseException) and not isinstance(mine, UserError):
+            raise mine
+        shares = [mine] * dist.get_world_size()
         if len(shares) > 1:
-            dist.all_gather_object(shares, self._grades)
+            dist.all_gather_object(shares, mine)
+        for share in shares:
+            if isinstance(share, UserError):
+                raise share
         known = {index: value for share in shares for index, value in share.items()}
         rest = [i for i in range(len(texts)) if i not in known]
         if rest:

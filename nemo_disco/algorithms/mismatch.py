@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_disco.algorithms.objectives.constraint import SQUARED_HINGE, Constraint
 from nemo_disco.data.rollouts import Rollouts
+
+# A noise floor above this share of delta is warned of.
+NOISE_SHARE = 0.3
 
 
 def mismatch(old_log_probs: Tensor, generation_log_probs: Tensor) -> dict[str, float]:
@@ -86,6 +90,16 @@ def likely_cause(old_log_probs: Tensor, rollouts: Rollouts, *, plain_log_probs: 
         how = "try trainer.precision=32" if precision != "32" else "is the engine quantised, or in bfloat16?"
         return f"small and everywhere: precision ({how})"
     return "large and everywhere: other weights than the trainer's, or another network (bias-activation fusion, norms)"
+
+
+def noise_warning(noise: float, constraint: Constraint) -> str:
+    """A line where the constraint would act on rounding, else "". noise: |KL_hat| at theta = theta_old."""
+    if constraint.kind != SQUARED_HINGE or not noise > NOISE_SHARE * constraint.delta:
+        return ""
+    return (
+        f"the noise floor, {noise:.2e}, is above {NOISE_SHARE} of delta ({constraint.delta:g}): the constraint would "
+        "act on rounding; raise algorithm.constraint.delta, or trainer.precision=32"
+    )
 
 
 def _places(rollouts: Rollouts) -> tuple[Tensor, Tensor]:

@@ -43,14 +43,18 @@ def sample_responses(
     engine: Engine, picked: Questions, seeds: Sequence[int], sampling: Sampling, finished: Finished | None = None
 ) -> tuple[Rollouts, list[str]]:
     """One response to each question of `picked`, packed and as text (without the token that ended it)."""
-    responses = engine.generate(picked.prompts, seeds, sampling, finished)
+    return packed(picked, engine.generate(picked.prompts, seeds, sampling, finished))
+
+
+def packed(picked: Questions, responses: Sequence[Response]) -> tuple[Rollouts, list[str]]:
+    """What an engine answered to `picked`."""
     rollouts = Rollouts.from_lists(
         picked.prompts,
         [r.tokens for r in responses],
         [r.log_probs for r in responses],
         [q.id for q in picked.questions],
         [r.finish_reason == "length" for r in responses],
-        responses[0].weight_version,
+        [r.weight_version for r in responses],
     )
     return rollouts, [response_text(picked.tokenizer, r) for r in responses]
 

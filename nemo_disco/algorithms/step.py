@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_disco.algorithms.mini_batch import MiniBatch, NonFiniteError
+from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.algorithms.objectives import Objective, SeparableObjective
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
@@ -65,7 +66,8 @@ def accumulate_gradient(
 ) -> Accumulated:
     """Put the gradient of the objective's loss on one mini-batch into the policy.
 
-    first: theta is still what sampled, so that the old log-probs are the scores and no pass is needed for them.
+    first: theta is still the old policy, so that the old log-probs are the scores and no pass is needed for them; then
+    "policy/noise_floor" is |KL_hat| of the policy against itself, computed twice in other micro-batches.
     everywhere: reduce the whole gradient on every rank (Policy.accumulate).
     Raises NonFiniteError, on every rank, if the log-probs or the loss are not finite; the gradient is then undefined.
     """
@@ -90,7 +92,9 @@ def accumulate_gradient(
         )
 
     if isinstance(objective, SeparableObjective) and objective.separable:
-        return _one_pass(policy, objective, rollouts, mini_batch(old.log_probs, old.entropies), everywhere, clock)
+        return _one_pass(
+            policy, objective, rollouts, mini_batch(old.log_probs, old.entropies), first, everywhere, clock
+        )
 
     with clock("pass1"):
         if first and (old.entropies is not None or not needs_entropies):
@@ -99,7 +103,11 @@ def accumulate_gradient(
             scores, entropies = policy.log_probs(rollouts, entropies=needs_entropies)
     out = objective(mini_batch(scores, entropies))
 
+    seen = torch.zeros(len(old.log_probs) if first else 0, dtype=torch.float64, device=policy.device)
+
     def linear(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tensor:
+        if first:
+            seen[index] = log_probs.detach().double()
         loss = out.token_weights[index].to(log_probs.dtype) * log_probs
         if out.entropy_weights is not None and entropies is not None:
             loss = loss + out.entropy_weights[index].to(entropies.dtype) * entropies
@@ -107,11 +115,24 @@ def accumulate_gradient(
 
     with clock("train"):
         policy.accumulate(rollouts, linear, entropies=out.entropy_weights is not None, everywhere=everywhere)
-    return Accumulated(out.metrics, scores, out.token_weights)
+        seen = policy.share(seen) if first else seen
+    noise = _noise_floor(old.log_probs, seen) if first else {}
+    return Accumulated(out.metrics | noise, scores, out.token_weights)
+
+
+def _noise_floor(old_log_probs: Tensor, again: Tensor) -> dict[str, float]:
+    """What rounding alone makes of KL_hat at theta = theta_old: log-probs of the same policy, computed again."""
+    return {"policy/noise_floor": abs(mismatch(again, old_log_probs)["mismatch/kl_k1"])}
 
 
 def _one_pass(
-    policy: Policy, objective: SeparableObjective, rollouts: Rollouts, batch: MiniBatch, everywhere: bool, clock: Clock
+    policy: Policy,
+    objective: SeparableObjective,
+    rollouts: Rollouts,
+    batch: MiniBatch,
+    first: bool,
+    everywhere: bool,
+    clock: Clock,
 ) -> Accumulated:
     """An objective whose tokens need only counts and rewards of the others: its loss goes straight into the backward
     pass, which also shows the log-probs that the metrics are computed from."""
@@ -132,4 +153,5 @@ def _one_pass(
         raise NonFiniteError(f"objective {objective.name}: the policy's log-probs are not finite")
     entropies = seen[1] if needs_entropies else None
     out = objective(replace(batch, log_probs=seen[0], entropies=entropies))
-    return Accumulated(out.metrics, seen[0], out.token_weights)
+    noise = _noise_floor(batch.old_log_probs, seen[0]) if first else {}
+    return Accumulated(out.metrics | noise, seen[0], out.token_weights)

@@ -19,7 +19,7 @@ from nemo_disco.algorithms.benchmark import evaluate_set
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
-from nemo_disco.algorithms.mismatch import mismatch, worst_token
+from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_token
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
@@ -47,7 +47,7 @@ MAX_SKIPPED = 3
 # What only a mini-batch that was applied says, of the names that every line of metrics.jsonl has.
 MEASURED = (
     *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
-    *("constraint/active", "constraint/penalty", "grad_norm"),
+    *("constraint/active", "constraint/penalty", "grad_norm", "policy/noise_floor"),
 )
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class DisCO:
         self.step = 0
         self.skipped = 0  # mini-batches of the whole run that were not applied
         self.skipped_in_a_row = 0
+        self.warned_of_noise = False
         self.best: float | None = None  # mean Pass@1 over the evaluation sets
 
     # --- the loop ---
@@ -115,18 +116,26 @@ class DisCO:
                 self.journal.say(f"asked to stop by {stop.signal_name}: {done}; start again to go on")
 
     def train_step(self) -> dict[str, float]:
-        """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine."""
+        """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine. Asynchronously,
+        the engine samples the next step's rollouts meanwhile, from the weights that this step began with."""
         clock = device_clock()
+        asynchronous = self.config.generation.asynchronous
         with clock("step"), self._profiled():
             sampled = self.generate_rollouts(clock)
-            self.engine.sleep()
             values = TokenValues(self.journal.saved(len(sampled.texts)))
+            if not asynchronous:
+                self.engine.sleep()
+            elif self.step + 1 < self.config.trainer.max_steps:
+                self.collector.ask(self.step + 1)
             metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock, values)
             self.step += 1
             self.journal.rollouts(self.step, sampled, values)
+            self._warn_of_noise(metrics["policy/noise_floor"])
             self._renew_reference()
+            self.collector.receive(self.step, clock)
             with clock("refit"):
-                self.engine.wake()
+                if not asynchronous:
+                    self.engine.wake()
                 self.engine.update_weights(self.policy.named_weights, self.step)
         with clock("evaluate"):
             evaluated = self.run_validation() if self._validates() else []
@@ -136,7 +145,7 @@ class DisCO:
 
     def generate_rollouts(self, clock: Clock) -> Sampled:
         """Sample G responses to each of this step's questions, and reward them."""
-        with self.policy.resting():
+        with nullcontext() if self.config.generation.asynchronous else self.policy.resting():
             sampled = self.collector.collect(self.step, clock)
         # Now, so that those of a step that dies can be read.
         self.journal.rollouts(self.step + 1, sampled)
@@ -259,6 +268,13 @@ class DisCO:
                 f"step {self.step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.journal.run.best}"
             )
 
+    def _warn_of_noise(self, noise: float) -> None:
+        """Once a life."""
+        warning = noise_warning(noise, self.objective.constraint)
+        if warning and not self.warned_of_noise:
+            self.warned_of_noise = True
+            self.journal.say(f"step {self.step}: warning: {warning}")
+
     def _skip(self, why: str) -> None:
         """Count a mini-batch that is not applied. Raises UserError after MAX_SKIPPED in a row."""
         self.skipped += 1
@@ -281,6 +297,7 @@ class DisCO:
         metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
         metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
         assert old.entropies is not None
+        staleness = self.step - rollouts.weight_versions
         lengths = rollouts.response_lengths.double()
         correct = rollouts.correct
         ids = rollouts.question_ids
@@ -295,6 +312,8 @@ class DisCO:
             "groups/mixed": float(mixed),
             "tokens": int(rollouts.total_lengths.sum()),
             "mini_batches/skipped": self.skipped,
+            "staleness/mean": float(staleness.double().mean()),
+            "staleness/max": int(staleness.max()),
             **mismatch(old.log_probs, rollouts.generation_log_probs),
             **worst_token(old.log_probs, rollouts),
         }

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_disco.algorithms.mismatch import Token, likely_cause, mismatch, worst_tokens
+from nemo_disco.algorithms.mismatch import Token, likely_cause, mismatch, noise_warning, worst_tokens
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.rewarding import reward
 from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
@@ -29,9 +29,6 @@ from nemo_disco.policy.safetensor_files import SafetensorReader
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
-
-# A noise floor above this share of delta is warned of.
-NOISE_SHARE = 0.3
 
 
 def verify_mini_batch(
@@ -137,13 +134,8 @@ def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> f
 def _noise_said(noise: float, objective: Objective) -> list[str]:
     """The noise floor, and a warning where the constraint would act on it."""
     lines = [f"noise floor         {noise:.3e}  (KL_hat at theta = theta_old)"]
-    constraint = objective.constraint
-    if constraint.kind == "squared_hinge" and noise > NOISE_SHARE * constraint.delta:
-        lines.append(
-            f"warning             the noise floor is above {NOISE_SHARE} of delta ({constraint.delta:g}): the "
-            "constraint would act on rounding; raise algorithm.constraint.delta, or trainer.precision=32"
-        )
-    return lines
+    warning = noise_warning(noise, objective.constraint)
+    return [*lines, f"warning             {warning}"] if warning else lines
 
 
 def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Questions) -> Rollouts:

@@ -29,6 +29,11 @@ def check_engine(config: RunConfig) -> None:
         for key, why in _ITS_OWN.items():
             if (value := getattr(generation, key)) not in (None, 1, [], {}):
                 raise UserError(f"generation.{key}={value} is nothing for generation=megatron: {why}; leave it out")
+        if generation.asynchronous:
+            raise UserError(
+                "generation.asynchronous=true is nothing for generation=megatron: it samples in the processes that "
+                "train; would work: generation=vllm or tensorrt_llm, with generation.colocated=false"
+            )
         return
     if generation.python is None:
         raise UserError(
@@ -44,6 +49,21 @@ def check_engine(config: RunConfig) -> None:
         raise UserError(f"trainer.precision=64: {generation.engine} has no float64; would work: 32, bf16")
     if generation.nodes and len(set(generation.nodes)) < len(generation.nodes):
         raise UserError(f"generation.nodes={generation.nodes} names a host twice; set generation.replicas instead")
+    if generation.asynchronous:
+        _check_asynchronous(config)
+
+
+def _check_asynchronous(config: RunConfig) -> None:
+    if config.generation.colocated and not config.generation.nodes:
+        raise UserError(
+            "generation.asynchronous=true samples while the policy trains, and generation.colocated=true puts the "
+            "engine to sleep then; would work: generation.colocated=false, or generation.nodes"
+        )
+    if config.algorithm.off_policy.kind is None:
+        raise UserError(
+            "generation.asynchronous=true samples with the weights before: say what corrects for it, "
+            "algorithm.off_policy.kind=truncated_importance_sampling, sequence_mask, or none"
+        )
 
 
 def check_python(generation: GenerationConfig) -> None:

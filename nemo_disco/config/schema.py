@@ -147,6 +147,7 @@ class GenerationConfig(Section):
     replicas: PositiveInt  # a node
     tensor_parallel_size: PositiveInt  # inside a replica
     colocated: bool  # on the training GPUs, asleep while the policy trains; else on the node's GPUs after them
+    asynchronous: bool  # sample the next step's rollouts, with the weights before, while the policy trains
     nodes: list[str]  # hosts of their own for the replicas, reached by srun or ssh; empty is the training nodes
     quantization: str | None  # as the engine names it (fp8, ...); refused by engines that have it not
     options: dict[str, Any]  # more arguments of the engine's constructor, under its own names

@@ -20,7 +20,7 @@ from nemo_disco.runtime.errors import UserError
 
 PER_RESPONSE = (
     *("prompt_lengths", "response_lengths", "question_ids", "rewards"),
-    *("correct", "truncated", "preferences", "shortest_correct"),
+    *("correct", "truncated", "preferences", "shortest_correct", "weight_versions"),
 )
 
 
@@ -36,7 +36,7 @@ class Rollouts:
     truncated [N] bool: the response was cut by the length limit (finish reason "length").
     preferences [N] float64: what DRPO weighs right answers by, where that is a reward term.
     shortest_correct [N] int64: tokens of the shortest right answer to the question in earlier steps, 0 if unknown.
-    weight_version: the policy version that sampled the responses.
+    weight_versions [N] int64: the policy version that sampled the response.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Rollouts:
     truncated: Tensor
     preferences: Tensor
     shortest_correct: Tensor
-    weight_version: int = 0
+    weight_versions: Tensor
 
     def __post_init__(self) -> None:
         n = len(self.prompt_lengths)
@@ -102,16 +102,13 @@ class Rollouts:
         picked = {
             f.name: getattr(self, f.name)[_ranges(per_token[f.name], index) if f.name in per_token else index]
             for f in fields(self)
-            if f.name != "weight_version"
         }
         return replace(self, **picked)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """The responses of all parts, which one policy sampled, in order."""
-        names = [f.name for f in fields(cls) if f.name != "weight_version"]
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(**joined, weight_version=parts[0].weight_version)
+        """The responses of all parts, in order."""
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     @classmethod
     def from_lists(
@@ -121,9 +118,12 @@ class Rollouts:
         log_probs: Sequence[Sequence[float]],
         question_ids: Sequence[int],
         truncated: Sequence[bool],
-        weight_version: int = 0,
+        weight_versions: Sequence[int] | None = None,
     ) -> Rollouts:
-        """Pack what an engine returned; rewards are 0 until the grader has spoken (`with_rewards`)."""
+        """Pack what an engine returned; rewards are 0 until the grader has spoken (`with_rewards`).
+
+        weight_versions: 0 where there is one policy alone.
+        """
         flat = [t for p, r in zip(prompts, responses, strict=True) for t in (*p, *r)]
         n = len(prompts)
         return cls(
@@ -137,7 +137,7 @@ class Rollouts:
             truncated=torch.tensor(truncated, dtype=torch.bool),
             preferences=torch.zeros(n, dtype=torch.float64),
             shortest_correct=torch.zeros(n, dtype=torch.int64),
-            weight_version=weight_version,
+            weight_versions=torch.tensor(weight_versions or [0] * n, dtype=torch.int64),
         )
 
     def with_rewards(self, rewards: Sequence[float], threshold: float = 0.5) -> Rollouts:
@@ -157,10 +157,10 @@ class Rollouts:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight_version"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors["correct"], tensors["truncated"] = self.correct.to(torch.uint8), self.truncated.to(torch.uint8)
         work = Path(path).with_name(f".{Path(path).name}.tmp")
-        save_file(tensors, work, metadata={"weight_version": str(self.weight_version)})
+        save_file(tensors, work)
         work.replace(path)
 
     @classmethod
@@ -169,9 +169,8 @@ class Rollouts:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                version = int(file.metadata()["weight_version"])
             tensors["correct"], tensors["truncated"] = tensors["correct"].bool(), tensors["truncated"].bool()
-            return cls(**tensors, weight_version=version)
+            return cls(**tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a rollouts file ({error}); remove it to sample anew") from None
 

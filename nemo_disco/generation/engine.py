@@ -39,6 +39,8 @@ class Response:
 
 # Called with (place in the request, response) when a response is finished, on the one rank that has it.
 Finished = Callable[[int, Response], None]
+# Waits for the responses to a request, in order; takes the version of the policy's weights at that time. A collective.
+Outstanding = Callable[[int], list[Response]]
 
 
 class Engine(Protocol):
@@ -72,4 +74,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End, with every process and buffer that the engine started."""
+        ...
+
+
+class EngineApart(Engine, Protocol):
+    """An engine in processes of its own, which can sample while the policy trains."""
+
+    def ask(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        finished: Finished | None = None,
+    ) -> Outstanding:
+        """`generate` in two halves: returns when sampling has begun, `finished` is called from a thread of its own, and
+        nothing else may be asked of the engine until the result has been waited for. A replica that is lost meanwhile
+        gets the policy's weights of then: what it had not answered is sampled from those, and says so."""
         ...

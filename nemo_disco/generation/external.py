@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import selectors
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_disco.generation.engine import Finished, Response, Sampling
+from nemo_disco.generation.engine import Finished, Outstanding, Response, Sampling
 from nemo_disco.generation.refit import refit
 from nemo_disco.generation.replica import SILENCE_S, Replica, ReplicaLostError
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
@@ -27,14 +30,32 @@ ATTEMPTS = 3
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Request:
+    """Prompts to sample from, which replica of this rank has which of them, and what has been answered."""
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    sampling: Sampling
+    finished: Finished | None
+    shares: list[list[int]]
+    found: dict[int, Response] = field(default_factory=dict)
+
+    def take(self, index: int, response: Response) -> None:
+        self.found[index] = response
+        if self.finished is not None:
+            self.finished(index, response)
+
+
 class ExternalEngine:
     """Engine of the replicas that this rank leads (most ranks lead none) and of the other ranks'. All methods but
-    `close` are collectives."""
+    `ask` and `close` are collectives."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         """Starts the replicas. Raises UserError if one cannot be built."""
         self.replicas = list(replicas)
         self.version = 0
+        self._outstanding: Future[dict[int, Exception]] | None = None  # a request that nobody waits for yet
         self._weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
         counts = self._shared(len(self.replicas))
         self._first, self._total = sum(counts[: dist.get_rank()]), sum(counts)
@@ -48,28 +69,35 @@ class ExternalEngine:
         finished: Finished | None = None,
     ) -> list[Response]:
         """See Engine.generate."""
-        questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
-        shares = [
-            [i for rows in questions[self._first + r :: self._total] for i in rows] for r in range(len(self.replicas))
-        ]
-        found: dict[int, Response] = {}
+        request = self._request(prompts, seeds, sampling, finished)
+        return self._responses(request, self._run(request), self.version)
 
-        def take(index: int, response: Response) -> None:
-            found[index] = response
-            if finished is not None:
-                finished(index, response)
+    def ask(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        finished: Finished | None = None,
+    ) -> Outstanding:
+        """See EngineApart.ask. What it returns is the collective: its thread only reads the wire."""
+        request = self._request(prompts, seeds, sampling, finished)
+        outstanding: Future[dict[int, Exception]] = Future()
 
-        for _ in range(ATTEMPTS):
-            left = [[i for i in share if i not in found] for share in shares]
-            problems = self._run(left, prompts, seeds, sampling, take)
-            if not self._agree("generate", problems):
-                everything: dict[int, Response] = {}
-                for share in self._shared(found):
-                    everything |= share
-                return [everything[i] for i in range(len(prompts))]
-            self._recover(problems)
-            self._refit(self.version)
-        raise self._failure("generation", problems)
+        def run() -> None:
+            try:
+                outstanding.set_result(self._run(request))
+            except BaseException as problem:
+                outstanding.set_exception(problem)
+
+        def wait(version: int) -> list[Response]:
+            problems = outstanding.result()
+            self._outstanding = None
+            return self._responses(request, problems, version)
+
+        self._outstanding = outstanding
+        # A daemon: a run that fails does not wait for its engine.
+        threading.Thread(target=run, name="rollouts", daemon=True).start()
+        return wait
 
     def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
         """See Engine.update_weights."""
@@ -91,6 +119,7 @@ class ExternalEngine:
     # --- refit and recovery ---
 
     def _refit(self, version: int) -> None:
+        assert self._outstanding is None, "the engine was given weights before its responses were waited for"
         assert self._weights is not None, "no weights were ever given to the engine"
         self.version = version
         for _ in range(ATTEMPTS):
@@ -140,21 +169,42 @@ class ExternalEngine:
 
     # --- generation ---
 
-    def _run(
-        self,
-        shares: Sequence[Sequence[int]],
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        take: Callable[[int, Response], None],
-    ) -> dict[int, Exception]:
-        """Each replica's share of the requests, at the same time; problems by replica."""
+    def _request(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, finished: Finished | None
+    ) -> _Request:
+        """Whole questions are dealt to the replicas, so that a group shares its prompt's prefix."""
+        assert self._outstanding is None, "the engine was asked before its last responses were waited for"
+        questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
+        shares = [
+            [i for rows in questions[self._first + r :: self._total] for i in rows] for r in range(len(self.replicas))
+        ]
+        return _Request(prompts, seeds, sampling, finished, shares)
+
+    def _responses(self, request: _Request, problems: dict[int, Exception], version: int) -> list[Response]:
+        """After a first run and its problems, with more of them where replicas were lost. version: of the weights that
+        the policy has now, for those."""
+        attempts = 1
+        while self._agree("generate", problems):
+            if attempts == ATTEMPTS:
+                raise self._failure("generation", problems)
+            attempts += 1
+            self._recover(problems)
+            self._refit(version)
+            problems = self._run(request)
+        everything: dict[int, Response] = {}
+        for share in self._shared(request.found):
+            everything |= share
+        return [everything[i] for i in range(len(request.prompts))]
+
+    def _run(self, request: _Request) -> dict[int, Exception]:
+        """Each replica's share of what is not answered yet, at the same time; problems by replica. No collective."""
+        shares = [[i for i in share if i not in request.found] for share in request.shares]
         problems: dict[int, Exception] = {}
         with selectors.DefaultSelector() as selector:
             for i, (replica, share) in enumerate(zip(self.replicas, shares, strict=True)):
                 try:
                     if share:
-                        _ask(replica, share, prompts, seeds, sampling)
+                        _ask(replica, share, request)
                         selector.register(replica, selectors.EVENT_READ, i)
                 except ReplicaLostError as problem:
                     problems[i] = problem
@@ -163,7 +213,7 @@ class ExternalEngine:
                 for key in [key for key, _ in selector.select(SILENCE_S)] or busy:
                     i = key.data
                     try:
-                        done = self._take_one(self.replicas[i], shares[i], take)
+                        done = self._take_one(self.replicas[i], shares[i], request)
                     except (ReplicaLostError, RefusedError) as problem:
                         self.replicas[i].version = None
                         problems[i] = problem
@@ -172,7 +222,7 @@ class ExternalEngine:
                         selector.unregister(key.fd)
         return problems
 
-    def _take_one(self, replica: Replica, share: Sequence[int], take: Callable[[int, Response], None]) -> bool:
+    def _take_one(self, replica: Replica, share: Sequence[int], request: _Request) -> bool:
         """One message of a generating replica; whether it was the last. Raises RefusedError for other weights."""
         message, payload = replica.receive()
         if "alive" in message:
@@ -188,7 +238,8 @@ class ExternalEngine:
         count = message["tokens"]
         tokens, log_probs = array("i", bytes(payload[: 4 * count])), array("f", bytes(payload[4 * count :]))
         reason: Literal["stop", "length"] = "stop" if message["reason"] == "stop" else "length"
-        take(share[message["response"]], Response(tokens.tolist(), log_probs.tolist(), reason, message["version"]))
+        response = Response(tokens.tolist(), log_probs.tolist(), reason, message["version"])
+        request.take(share[message["response"]], response)
         return False
 
     def _shared(self, mine: Any) -> list[Any]:
@@ -198,18 +249,12 @@ class ExternalEngine:
         return shares
 
 
-def _ask(
-    replica: Replica,
-    share: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    sampling: Sampling,
-) -> None:
-    flat = array("i", [token for i in share for token in prompts[i]])
+def _ask(replica: Replica, share: Sequence[int], request: _Request) -> None:
+    flat, sampling = array("i", [token for i in share for token in request.prompts[i]]), request.sampling
     message = {
         "op": "generate",
-        "lengths": [len(prompts[i]) for i in share],
-        "seeds": [seeds[i] for i in share],
+        "lengths": [len(request.prompts[i]) for i in share],
+        "seeds": [request.seeds[i] for i in share],
         "sampling": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

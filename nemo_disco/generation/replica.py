@@ -120,20 +120,15 @@ class Replica:
         atexit.unregister(self.end)
         self.version = self.staging = None
         self._stop_listening()
-        if self._channel is not None:
-            self._channel.socket.close()
-            self._channel = None
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with contextlib.suppress(OSError):
+                channel.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a message
         process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_CLOSE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process is not None:
+            _end(process)
+        if channel is not None:
+            channel.socket.close()
 
     # --- messages ---
 
@@ -229,6 +224,17 @@ class Replica:
                 how = f"ended with exit code {code}"
         self.end()
         return ReplicaLostError(f"{self.name} {how}{_last_words(self.place.log)}; its log: {self.place.log}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_CLOSE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _last_words(log: Path) -> str:

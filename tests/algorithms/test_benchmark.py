@@ -14,7 +14,7 @@ from nemo_disco.algorithms import benchmark
 from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.config.compose import compose
 from nemo_disco.data.questions import Question
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Finished, Response, Sampling
 from nemo_disco.rewards.verifiers import NumericMatch
 
 
@@ -26,20 +26,23 @@ class Words:
 
 
 class Dice:
-    """An engine that throws dice by the seed; it dies after so many calls."""
+    """An engine that throws dice by the seed; it dies after so many calls. streams: it hands over what is finished."""
 
-    def __init__(self, calls: int = 1000) -> None:
-        self.calls, self.asked = calls, 0
+    def __init__(self, calls: int = 1000, streams: bool = False) -> None:
+        self.calls, self.streams, self.asked = calls, streams, 0
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], _: Sampling, _finished: object = None
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], _: Sampling, finished: Finished
     ) -> list[Response]:
         if self.calls == 0:
             raise KeyboardInterrupt
         self.calls -= 1
         self.asked += len(prompts)
         faces = [random.Random(f"{seed}{prompt}").randrange(3) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return [Response([1, face], [0.0, 0.0], "length" if face == 2 else "stop", 0) for face in faces]
+        responses = [Response([1, face], [0.0, 0.0], "length" if face == 2 else "stop", 0) for face in faces]
+        for i in range(len(responses)) if self.streams else ():
+            finished(i, responses[i])
+        return responses
 
 
 @pytest.fixture
@@ -68,6 +71,13 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for batch in (1, 8, 13):
         monkeypatch.setattr(benchmark, "BATCH", batch)
         assert values(evaluate(Dice())) == values(whole)
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_an_engine_hands_over_is_graded_as_it_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate(Dice())
+    monkeypatch.setattr(benchmark, "grade", lambda *_: pytest.fail("something was left for the end"))
+    assert values(evaluate(Dice(streams=True))) == values(whole)
 
 
 @pytest.mark.usefixtures("alone")

@@ -19,7 +19,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
-from nemo_disco.generation.engine import Finished, Response, Sampling
+from nemo_disco.generation.engine import Finished, Outstanding, Response, Sampling
 from nemo_disco.policy import parallel
 from nemo_disco.runtime.clock import Clock
 
@@ -35,7 +35,7 @@ class Scripted:
 
     def __init__(self, right: dict[int, int], lengths: dict[int, int]) -> None:
         """right: how many of its responses are right, by question; lengths in tokens, else 3."""
-        self.right, self.lengths, self.limits = right, lengths, []
+        self.right, self.lengths, self.limits, self.version = right, lengths, [], 0
 
     def generate(
         self,
@@ -51,8 +51,12 @@ class Scripted:
         for (question,) in prompts:
             seen[question] = seen.get(question, -1) + 1
             tokens = [question, seen[question]] + [0] * (self.lengths.get(question, 3) - 2)
-            responses.append(Response(tokens, [-1.0] * len(tokens), "length", 0))
+            responses.append(Response(tokens, [-1.0] * len(tokens), "length", self.version))
         return responses
+
+    def ask(self, *request: Any) -> Outstanding:
+        responses = self.generate(*request)
+        return lambda _: responses
 
     def grade(self, texts: Sequence[str], answers: Sequence[Any]) -> list[float]:  # noqa: ARG002
         numbers = [list(map(int, text.split()[:2])) for text in texts]
@@ -152,6 +156,46 @@ def test_the_shortest_right_answer_is_remembered_from_the_next_step_on(collector
     again.load_state_dict(made.state_dict())
     assert again.state_dict() == made.state_dict()
     assert again._sample([0, 1], 3, 0, Clock()).rollouts.shortest_correct.tolist() == [4, 4, 5, 5]
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_asked_ahead_a_step_is_the_same(collector: Any, rounds: int) -> None:
+    right = {0: 1, 1: 1, 2: 1, 3: 0, 5: 1}
+    steps = [], []
+    for ahead, found in zip((False, True), steps, strict=True):
+        made, _, _ = collector(right, f"algorithm.dynamic_sampling_rounds={rounds}", remembers=True)
+        found.append(made.collect(0, Clock()))
+        if ahead:
+            made.ask(1)
+            made.receive(1, Clock())
+        found.append(made.collect(1, Clock()))
+    for one, other in zip(*steps, strict=True):
+        assert one.texts == other.texts and one.counts == other.counts
+        assert torch.equal(one.rollouts.shortest_correct, other.rollouts.shortest_correct)
+
+
+def test_further_rounds_of_what_was_asked_ahead_sample_from_newer_weights(collector: Any) -> None:
+    made, script, _ = collector({0: 1, 1: 2, 2: 1}, DYNAMIC)
+    made.ask(0)
+    script.version = 1
+    made.receive(1, Clock())
+    rollouts = made.collect(0, Clock()).rollouts
+    assert asked(rollouts) == [0, 2] and rollouts.weight_versions.tolist() == [0, 0, 1, 1]
+
+
+def test_until_its_turn_what_was_asked_ahead_leaves_no_trace_in_the_state(collector: Any) -> None:
+    """So that a run that is resumed in between asks the same questions, and remembers nothing of their answers."""
+    made, _, _ = collector({0: 1, 2: 1}, remembers=True)
+    made.collect(0, Clock())
+    before = made.state_dict()
+    made.ask(1)
+    assert made.state_dict() == before
+    made.receive(1, Clock())
+    assert made.state_dict() == before
+    again, _, _ = collector({0: 1, 2: 1}, remembers=True)
+    again.load_state_dict(before)
+    assert again.collect(1, Clock()).texts == made.collect(1, Clock()).texts
+    assert again.state_dict() == made.state_dict() != before
 
 
 def test_an_empty_response_is_no_shortest_answer() -> None:

@@ -155,9 +155,23 @@ def test_the_first_mini_batch_needs_no_forward_pass(
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
     monkeypatch.setattr(policy, "log_probs", None)
     without = accumulate_gradient(policy, objective, rollouts, old, max_response_length=LIMIT, first=True).metrics
+    assert without.pop("policy/noise_floor") < 1e-12
     assert without == pytest.approx(with_pass, rel=1e-9, abs=1e-12)
     for n, gradient in policy.named_gradients():
         torch.testing.assert_close(gradients[n], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["disco", "grpo"])  # in two passes and in one
+def test_the_noise_floor_is_how_far_the_policy_is_from_itself(name: str, model_path: Path, rollouts: Rollouts) -> None:
+    config = model_config(model_path, token_budget=512)
+    parallel.start(config)
+    policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
+    log_probs, entropies = policy.log_probs(rollouts, entropies=True)
+    old = OldPolicy(log_probs - 3e-5, entropies)
+    found = accumulate_gradient(
+        policy, build_objective({"name": name}), rollouts, old, max_response_length=LIMIT, first=True
+    )
+    assert found.metrics["policy/noise_floor"] == pytest.approx(3e-5, rel=1e-6)
 
 
 def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_more(

@@ -27,6 +27,11 @@ CLASHES = [
     (["generation=vllm", "generation.python=null"], 2, "generation.python", "docs/engines.md"),
     (["generation=tensorrt_llm", "trainer.precision=64"], 2, "tensorrt_llm has no float64", "32, bf16"),
     (["generation=vllm", "generation.nodes=[a,a]"], 2, "names a host twice", "generation.replicas"),
+    (["generation.asynchronous=true"], 2, "asynchronous=true is nothing for generation=megatron", "generation=vllm or"),
+    (["generation=vllm", "generation.asynchronous=true"], 2, "generation.colocated=true puts the engine to sleep",
+     "generation.colocated=false, or generation.nodes"),
+    (["generation=vllm", "generation.asynchronous=true", "generation.nodes=[a]"], 2, "say what corrects for it",
+     "algorithm.off_policy.kind=truncated_importance_sampling, sequence_mask, or none"),
     (["model.optim.betas=[0.9,1.0]"], 2, "model.optim.betas=[0.9, 1.0]", "below 1"),
     (["model.optim.lr=1e-6", "model.optim.sched.min_lr=1e-5"], 2, "min_lr=1e-05 is above model.optim.lr=1e-06", ""),
     (["model.fp8_param_gather=true"], 2, "model.fp8_param_gather=true needs model.fp8", "delayed, current or"),
@@ -56,6 +61,12 @@ def test_keys_that_contradict_each_other(overrides, world_size, clash, remedy):
         ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"],
         ["data.max_prompt_length=128", "generation.max_response_length=128", "model.token_budget=256"],
         ["generation.responses_per_question=1", "algorithm.name=my_module:Mine"],
+        [
+            "generation=vllm",
+            "generation.asynchronous=true",
+            "generation.colocated=false",
+            "algorithm.off_policy.kind=truncated_importance_sampling",
+        ],
     ],
 )
 def test_what_does_not_clash_passes(overrides):

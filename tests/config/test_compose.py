@@ -192,3 +192,8 @@ def test_the_parameters_of_an_objective_of_ones_own_have_any_name(override, tmp_
     assert config.algorithm.objective()["scale"] == 2
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_run_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("override", ["generation.options.block_size=16", "generation.options={block_size: 16}"])
+def test_an_engines_own_arguments_are_its_own_keys(override):
+    assert compose("quickstart", ["generation=vllm", override]).generation.options == {"block_size": 16}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_disco.generation import external, refit, replica
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Outstanding, Response, Sampling
 from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.generation.replica import Place, Replica
 from nemo_disco.generation.worker.rollout_worker import weights as worker_weights
@@ -237,6 +238,69 @@ def test_weights_of_another_version_are_not_served(
     engine._weights = stale.items
     assert right(sampled(engine), stale, 2)
     assert "sampled with the weights of version 1, not 2" in caplog.text
+
+
+def ask(engine: ExternalEngine, seen: dict[int, Response]) -> Outstanding:
+    return engine.ask(PROMPTS, SEEDS, SAMPLING, seen.__setitem__)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_asked_ahead_it_answers_while_nobody_waits(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start(2)
+    engine.update_weights(tensors.items, 0)
+    once = sampled(engine)
+    seen: dict[int, Response] = {}
+    outstanding = ask(engine, seen)
+    wait_for(lambda: len(seen) == len(PROMPTS))
+    with pytest.raises(AssertionError, match="before its last responses were waited for"):
+        sampled(engine)
+    with pytest.raises(AssertionError, match="before its responses were waited for"):
+        engine.update_weights(tensors.items, 1)
+    assert outstanding(1) == once == [seen[i] for i in range(len(PROMPTS))]
+    assert right(sampled(engine), tensors, 0)
+
+
+@pytest.mark.parametrize("how", ["kill", pytest.param("raise", marks=pytest.mark.slow)])
+def test_what_is_lost_while_the_policy_trains_is_sampled_from_its_new_weights_and_says_so(
+    how: str, start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start(2, fault="generate", at=5, how=how)
+    engine.update_weights(tensors.items, 3)
+    old = {name: checksum(t) for name, t in tensors.items()}
+    seen: dict[int, Response] = {}
+    outstanding = ask(engine, seen)
+    wait_for(lambda: len(seen) >= 5 + len(PROMPTS) // 2)  # one replica has failed at its sixth, the other is done
+    for tensor in tensors.values():
+        tensor.mul_(1.5)
+    responses = outstanding(4)
+    new = {name: checksum(t) for name, t in tensors.items()}
+    assert sorted({r.weight_version for r in responses}) == [3, 4]
+    for prompt, seed, r in zip(PROMPTS, SEEDS, responses, strict=True):
+        assert r.tokens == answer({3: old, 4: new}[r.weight_version], prompt, seed, SAMPLING.max_response_length)
+    engine.update_weights(tensors.items, 4)
+    assert right(sampled(engine), tensors, 4)
+
+
+def test_closed_while_it_samples_it_is_gone_at_once(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start(slow=60)
+    engine.update_weights(tensors.items, 0)
+    seen: dict[int, Response] = {}
+    ask(engine, seen)
+    wait_for(lambda: len(seen) > 0)
+    process, (reader,) = engine.replicas[0]._process, [t for t in threading.enumerate() if t.name == "rollouts"]
+    engine.close()
+    reader.join(10)
+    assert not reader.is_alive() and process is not None and process.poll() is not None
 
 
 def test_an_engine_that_cannot_be_built_says_why(start: Callable[..., ExternalEngine]) -> None:
