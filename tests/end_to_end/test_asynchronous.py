@@ -74,18 +74,19 @@ def test_a_step_takes_less_than_sampling_and_training(ranks, commands, apart, tm
     assert set(ahead[2]) == set(in_turn[2])
 
 
-def test_resumed_it_asks_what_it_had_asked_and_ends_the_same_each_time(commands, apart, tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_resumed_it_asks_what_it_had_asked_and_ends_the_same_each_time(ranks, commands, apart, tmp_path):
     """With an evaluation after each step, between what was asked ahead and its turn."""
     run = tmp_path / "run"
     settings = (*WHOLE, "evaluation.every_n_steps=1", AHEAD)
     overrides, environment = apart(run)
-    commands("train", *overrides, *settings, ranks=2, **environment).ok()
+    commands("train", *overrides, *settings, ranks=ranks, **environment).ok()
     lives = [tmp_path / "one", tmp_path / "two"]
     for life in lives:
         shutil.copytree(run, life)
         shutil.rmtree(life / "checkpoints/step_4")
         overrides, _ = apart(life)
-        done = commands("train", *overrides, *settings, ranks=2, **environment).ok()
+        done = commands("train", *overrides, *settings, ranks=ranks, **environment).ok()
         assert "resumed from step 2" in done.err
     assert_same(*lives)
     assert staleness(run) == [(0, 0), (1, 1), (1, 1), (1, 1)]
