@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 from models import random_rollouts
 
-from nemo_disco.algorithms.mismatch import likely_cause, mismatch, worst_token, worst_tokens
+from nemo_disco.algorithms import build_objective
+from nemo_disco.algorithms.mismatch import likely_cause, mismatch, noise_warning, worst_token, worst_tokens
+from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 
 
@@ -73,3 +80,18 @@ def plain(trainer: torch.Tensor) -> torch.Tensor:
 def test_the_cause_is_told_by_the_shape_of_the_difference(cause: str, trainer: torch.Tensor) -> None:
     drawn = rollouts(causes(trainer)[cause])
     assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), precision="bf16")
+
+
+def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
+    names = ("policy", "engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
+    parts: dict[str, Any] = {name: Mock() for name in names}
+    hinge = build_objective({"name": "disco", "constraint": {"kind": "squared_hinge", "delta": 1e-4}})
+    algorithm = DisCO(compose("quickstart"), objective=hinge, **parts)
+    for noise in (math.nan, 2.9e-5, 3.1e-5, 1.0):
+        algorithm._warn_of_noise(noise)
+    (said,) = [call.args[0] for call in parts["journal"].say.call_args_list]
+    assert "warning: the noise floor, 3.10e-05, is above 0.3 of delta (0.0001)" in said
+
+
+def test_without_a_hinge_no_noise_is_too_much() -> None:
+    assert noise_warning(1.0, build_objective({"name": "grpo"}).constraint) == ""
