@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from nemo_disco.data.normalize import question_key, text_key
-from nemo_disco.data.questions import Question, first_of, load_questions
+from nemo_disco.data.questions import Question, load_questions
 from nemo_disco.data.records import read_records
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import write_atomically
 
 WRITTEN = (".jsonl", ".json", ".parquet")
+SHOWN = 5  # questions named for each finding
 
 
 @dataclass
@@ -194,4 +195,5 @@ def _at(found: Survey, i: int) -> str:
 
 
 def _line(what: str, total: int, names: list[str]) -> str:
-    return f"{what}: {len(names):,} of {total:,}" + (f"\n  {first_of(names, most=5)}" if names else "")
+    more = [f"and {len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
+    return "\n  ".join([f"{what}: {len(names):,} of {total:,}", *names[:SHOWN], *more])
