@@ -180,11 +180,12 @@ class LineChart {
     for (const x of niceTicks(first, last, Math.max(2, Math.floor(width / 90))).filter(Number.isInteger)) {
       picture.append(shape("text", { x: this.toX(x), y: height - 5, "text-anchor": "middle" }, x.toLocaleString("en")));
     }
-    for (const { y, label, color } of this.spec.rules || []) {
+    // Labels side by side, so that rules close to each other can be read.
+    for (const [i, { y, label, color }] of (this.spec.rules || []).entries()) {
       const at = this.toY(y);
       picture.append(
         shape("line", { x1: left, x2: right, y1: at, y2: at, class: "rule", style: color ? `stroke: ${color}` : "" }),
-        shape("text", { x: right, y: at - 4, "text-anchor": "end", class: "limit" }, label),
+        shape("text", { x: right - 72 * i, y: at - 4, "text-anchor": "end", class: "limit" }, label),
       );
     }
   }
