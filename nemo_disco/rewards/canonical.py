@@ -20,6 +20,7 @@ _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\(?:displaystyle|textstyle|left|right|big|Big|bigl|bigr|Bigl|Bigr)(?![a-zA-Z])", ""),
+        (r"\\[hv]?phantom(?![a-zA-Z])\s*(?:\{[^{}]*\}|\\[a-zA-Z]+|\S)", ""),  # takes room, is not printed
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\frac\s*(\\[a-zA-Z]+|[0-9a-zA-Z])\s*(\\[a-zA-Z]+|[0-9a-zA-Z])", r"\\frac{\1}{\2}"),  # TeX: one token each
         (r"\\(?:textbf|textit|textrm|textnormal|mbox|mathrm)\s*\{", r"\\text{"),

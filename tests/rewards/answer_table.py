@@ -23,6 +23,7 @@ EQUAL = [
     (r"6, 8\text{, and }10", ["10,8,6"]),
     (r"3 \pm 2\sqrt{2}", [r"3+2\sqrt{2}, 3-2\sqrt{2}", r"3-\sqrt{8}, 3+\sqrt 8"]),
     (r"\begin{pmatrix} 1 \\ -1/2 \end{pmatrix}", [r"\begin{bmatrix}1\\-\frac12\end{bmatrix}"]),
+    (r"\begin{pmatrix} 1 & \phantom -1 \end{pmatrix}", [r"\begin{bmatrix}\phantom{-}1&1\end{bmatrix}"]),
     (r"\text{Evelyn}", ["Evelyn", "evelyn", r"\textbf{Evelyn}"]),
     (r"\text{(C)}", ["C", "(C)", r"\text{C}", r"\mathrm{C}"]),
     (r"\text{A, B}", ["A,B", r"\text{A,B}"]),
