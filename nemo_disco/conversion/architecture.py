@@ -91,6 +91,15 @@ class Architecture:
         if not self.tied:
             yield Pairing("output_layer.weight", None, table, (("lm_head.weight", table),))
 
+    def modules_with_state(self) -> Iterator[tuple[str, int, int]]:
+        """(name, layer, layers) of what may hold FP8 state: Transformer Engine's linear layers, attention and norms."""
+        names = ["self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"]
+        names += ["mlp.linear_fc1", "mlp.linear_fc2"]
+        if self.qk_norm:
+            names += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+        yield from ((f"decoder.layers.{name}", i, self.layers) for name in names for i in range(self.layers))
+        yield "decoder.final_layernorm", 0, 1
+
     def join(self, pairing: Pairing, parts: list[Tensor]) -> Tensor:
         """The megatron tensor. Its memory, and for more than one part no more than that again."""
         if pairing.kind == "same":

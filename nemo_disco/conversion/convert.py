@@ -33,7 +33,7 @@ def hf_to_megatron(source: Path, out: Path) -> Path:
     """A Hugging Face directory -> a checkpoint directory, which loads at any layout. Raises UserError."""
     architecture = read_architecture(source)
     with _new(out) as work:
-        _write_weights(source, work, architecture, prefix="")
+        _write_weights(source, work, architecture)
         write_record(work, source)
         _copy_companions(source, work / CARRIED)
     return out
@@ -59,7 +59,7 @@ def hf_to_nemo(source: Path, out: Path) -> Path:
     architecture = read_architecture(source)
     with _new(out) as work:
         (work / "weights").mkdir()
-        _write_weights(source, work / "weights", architecture, prefix="module.")
+        _write_weights(source, work / "weights", architecture, nemo=True)
         _copy_companions(source, work / "context" / TOKENIZER)
         write_context(work / "context", architecture)
     return out
@@ -78,8 +78,9 @@ def nemo_to_hf(source: Path, out: Path, model: Path | None = None) -> Path:
     return _to_hf(source / "weights", model or carried, out, None)
 
 
-def _write_weights(source: Path, work: Path, architecture: Architecture, prefix: str) -> None:
-    pairings = list(architecture.pairings())
+def _write_weights(source: Path, work: Path, architecture: Architecture, nemo: bool = False) -> None:
+    """nemo: under NeMo's prefix, and with the empty FP8 states without which NeMo's reader loads nothing."""
+    pairings, prefix = list(architecture.pairings()), "module." if nemo else ""
     with SafetensorReader(source) as reader:
         expected = {name: shape for pairing in pairings for name, shape in pairing.parts}
         _check(source, expected, {name: reader.shape(name) for name in reader.names()})
@@ -90,6 +91,8 @@ def _write_weights(source: Path, work: Path, architecture: Architecture, prefix:
                 raise UserError(f"{source}: {', '.join(n for n, _ in pairing.parts)} are of different types")
             writer.add(prefix + pairing.key, architecture.join(pairing, parts), pairing.layer, architecture.layers)
             del parts
+        for module, layer, layers in architecture.modules_with_state() if nemo else ():
+            writer.add_empty_state(prefix + module, layer, layers)
         writer.close()
 
 

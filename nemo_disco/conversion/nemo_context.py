@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_disco.conversion.architecture import Architecture
+from nemo_disco.runtime.errors import UserError
 
 TOKENIZER = "nemo_tokenizer"  # the directory beside io.json
 _MODELS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
+_LLAMA3_ROPE = {
+    "factor": "scale_factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "old_context_len",
+}
 _FIDDLE = "fiddle._src.config"
 
 
@@ -27,9 +34,12 @@ class _Call:
 
 
 def write_context(directory: Path, architecture: Architecture) -> None:
-    """Write io.json into a directory that holds the tokenizer's files in nemo_tokenizer/."""
+    """Write io.json into a directory that holds the tokenizer's files in nemo_tokenizer/.
+
+    Raises UserError for a rope that NeMo's classes do not have.
+    """
     config = architecture.config
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     sizes = architecture.megatron_sizes() | {
         "vocab_size": architecture.vocab,
         "seq_length": config["max_position_embeddings"],
@@ -41,6 +51,12 @@ def write_context(directory: Path, architecture: Architecture) -> None:
     name = _MODELS[config["model_type"]]
     models = f"nemo.collections.llm.gpt.model.{name.lower()}"
     kind = f"{name}Config7B" if name == "Mistral" else f"{name}Config"  # NeMo has no Mistral without a size
+    scaling = rope.get("rope_type", "default")
+    if name == "Llama" and scaling == "llama3":
+        kind = "Llama31Config"
+        sizes |= {theirs: rope[ours] for ours, theirs in _LLAMA3_ROPE.items()}
+    elif scaling != "default":
+        raise UserError(f"config.json: NeMo 2.0 has no rope of type {scaling!r} for {name}; its model would be another")
     tokenizer = _Call(
         "nemo.collections.common.tokenizers.huggingface.auto_tokenizer",
         "AutoTokenizer",

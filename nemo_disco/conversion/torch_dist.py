@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -131,6 +132,7 @@ class TorchDistWriter:
         self._directory, self._name = directory, "__0_0.distcp"
         self._stream = (directory / self._name).open("wb")
         self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._objects: dict[str, BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, key: str, tensor: Tensor, layer: int | None = None, layers: int = 0) -> None:
@@ -141,19 +143,30 @@ class TorchDistWriter:
         entry = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=piece.dtype), size, []))
         if entry.properties.dtype != piece.dtype:
             raise UserError(f"{key}: layers of different types, {entry.properties.dtype} and {piece.dtype}")
-        begin = self._stream.tell()
         # Its own storage: torch.save would write all of the storage that a view looks into.
-        torch.save(piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone(), self._stream)
-        index = MetadataIndex(key, offset, len(entry.chunks))
+        own = piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone()
+        self._places[MetadataIndex(key, offset, len(entry.chunks))] = self._save(own)
         entry.chunks.append(ChunkStorageMetadata(offset, piece.shape))
-        self._places[index] = _StorageInfo(self._name, begin, self._stream.tell() - begin)
+
+    def add_empty_state(self, module: str, layer: int = 0, layers: int = 1) -> None:
+        """What Transformer Engine's layers keep of FP8, as they write it where there is none: megatron-core's readers
+        ask for it."""
+        key = f"{module}._extra_state/shard_{layer}_{layers}"
+        self._objects[key] = BytesStorageMetadata()
+        self._places[MetadataIndex(key)] = self._save([torch.empty(0, dtype=torch.uint8)])
+
+    def _save(self, content: Any) -> _StorageInfo:
+        begin = self._stream.tell()
+        torch.save(content, self._stream)
+        return _StorageInfo(self._name, begin, self._stream.tell() - begin)
 
     def close(self) -> None:
         """Sync, and make the checkpoint complete for megatron-core's readers."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        metadata = Metadata(state_dict_metadata=dict(self._tensors), planner_data=None, storage_data=self._places)
+        entries = {**self._tensors, **self._objects}
+        metadata = Metadata(state_dict_metadata=entries, planner_data=None, storage_data=self._places)
         (self._directory / METADATA).write_bytes(pickle.dumps(metadata))
         (self._directory / "metadata.json").write_text(json.dumps(FORMAT))
         torch.save({}, self._directory / "common.pt")

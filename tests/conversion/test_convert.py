@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from models import VOCABULARY, model_config, save_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -101,6 +102,43 @@ def test_megatron_cores_own_reader_opens_it(model: Path, tmp_path: Path) -> None
     assert tensors["decoder.layers.mlp.linear_fc1.weight"].shape == (4, 256, 64)
     gate = weights(model)["model.layers.2.mlp.gate_proj.weight"]
     assert torch.equal(tensors["decoder.layers.mlp.linear_fc1.weight"][2, :128], gate)
+
+
+def test_a_megatron_model_finds_all_that_it_asks_for_in_a_nemo_directory(model: Path, tmp_path: Path) -> None:
+    """... as NeMo's MegatronCheckpointIO asks: weights, and the layers' FP8 states, which are empty."""
+    nemo = convert.hf_to_nemo(model, tmp_path / "nemo")
+    parallel.start(model_config(model))
+    policy = Policy(model_config(model), trainable=False, read_weights=False)
+    asked = policy.chunks[0].sharded_state_dict(prefix="module.")
+    assert any(name.endswith("._extra_state") for name in asked)
+    loaded = dist_checkpointing.load(asked, str(nemo / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
+    policy.chunks[0].load_state_dict({name.removeprefix("module."): value for name, value in loaded.items()})
+    expected = weights(model)
+    found = dict(policy.named_weights())
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def test_nemos_context_names_the_class_that_has_the_models_rope(model: Path, tmp_path: Path) -> None:
+    """NeMo 2.7.3 itself has opened these: its logits are transformers' (docs/extending.md says how)."""
+    io = json.loads((convert.hf_to_nemo(model, tmp_path / "nemo") / "context/io.json").read_text())
+    kind = json.loads((model / "config.json").read_text())["model_type"]
+    wanted = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "Llama31Config", "mistral": "MistralConfig7B"}
+    (config,) = [o for key, o in io["objects"].items() if key.startswith(wanted[kind].lower() + "_")]
+    values = {name: value["value"] for name, value in config["items"]}
+    assert values["Attr(name='num_layers')"] == 4 and values["Attr(name='hidden_size')"] == 64
+    assert ("Attr(name='scale_factor')" in values) == (kind == "llama")
+    if kind == "llama":
+        assert values["Attr(name='old_context_len')"] == 64 and values["Attr(name='rotary_base')"] == 500000
+
+
+def test_a_rope_that_nemo_does_not_have_is_refused(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "qwen2", tied=True)
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no rope of type 'yarn' for Qwen2"):
+        convert.hf_to_nemo(source, tmp_path / "nemo")
+    assert not (tmp_path / "nemo").exists()
 
 
 def test_the_policy_loads_it_and_what_the_policy_writes_is_read(model: Path, tmp_path: Path) -> None:
