@@ -132,7 +132,7 @@ class TorchDistWriter:
         self._directory, self._name = directory, "__0_0.distcp"
         self._stream = (directory / self._name).open("wb")
         self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._objects: dict[str, BytesStorageMetadata] = {}
+        self._states: dict[str, BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, key: str, tensor: Tensor, layer: int | None = None, layers: int = 0) -> None:
@@ -152,7 +152,7 @@ class TorchDistWriter:
         """What Transformer Engine's layers keep of FP8, as they write it where there is none: megatron-core's readers
         ask for it."""
         key = f"{module}._extra_state/shard_{layer}_{layers}"
-        self._objects[key] = BytesStorageMetadata()
+        self._states[key] = BytesStorageMetadata()
         self._places[MetadataIndex(key)] = self._save([torch.empty(0, dtype=torch.uint8)])
 
     def _save(self, content: Any) -> _StorageInfo:
@@ -165,7 +165,7 @@ class TorchDistWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        entries = {**self._tensors, **self._objects}
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {**self._tensors, **self._states}
         metadata = Metadata(state_dict_metadata=entries, planner_data=None, storage_data=self._places)
         (self._directory / METADATA).write_bytes(pickle.dumps(metadata))
         (self._directory / "metadata.json").write_text(json.dumps(FORMAT))

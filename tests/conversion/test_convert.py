@@ -109,17 +109,17 @@ def test_a_megatron_model_finds_all_that_it_asks_for_in_a_nemo_directory(model: 
     nemo = convert.hf_to_nemo(model, tmp_path / "nemo")
     parallel.start(model_config(model))
     policy = Policy(model_config(model), trainable=False, read_weights=False)
-    asked = policy.chunks[0].sharded_state_dict(prefix="module.")
+    asked = policy.model.chunks[0].sharded_state_dict(prefix="module.")
     assert any(name.endswith("._extra_state") for name in asked)
     loaded = dist_checkpointing.load(asked, str(nemo / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
-    policy.chunks[0].load_state_dict({name.removeprefix("module."): value for name, value in loaded.items()})
+    policy.model.chunks[0].load_state_dict({name.removeprefix("module."): value for name, value in loaded.items()})
     expected = weights(model)
     found = dict(policy.named_weights())
     assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
 
 
 def test_nemos_context_names_the_class_that_has_the_models_rope(model: Path, tmp_path: Path) -> None:
-    """NeMo 2.7.3 itself has opened these: its logits are transformers' (docs/extending.md says how)."""
+    """NeMo 2.7.3 itself has opened these: its logits are transformers' (docs/cluster.md)."""
     io = json.loads((convert.hf_to_nemo(model, tmp_path / "nemo") / "context/io.json").read_text())
     kind = json.loads((model / "config.json").read_text())["model_type"]
     wanted = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "Llama31Config", "mistral": "MistralConfig7B"}
