@@ -44,7 +44,8 @@ def layout(
 def every_layout(world_size: int) -> list[Layout]:
     return [
         layout(tp, pp, cp, sp, vpp, budget)
-        for tp, pp, cp, sp, vpp, budget in product((1, 2, 4), (1, 2, 4), (1, 2), (False, True), (None, 2), (96, 1024))
+        for tp, pp, cp, sp, vpp in product((1, 2, 4), (1, 2, 4), (1, 2), (False, True), (None, 2))
+        for budget in (96, 256, 1024)
         if world_size % (tp * pp * cp) == 0 and (tp > 1 or not sp) and (vpp is None or pp == 2)
     ]
 
@@ -176,5 +177,5 @@ def test_a_representative_set(on_ranks: Callable[..., list[Any]], model: str) ->
 @pytest.mark.parametrize("dtypes", [[torch.float64], [torch.float32, torch.bfloat16]], ids=["float64", "float32-bf16"])
 def test_the_whole_matrix(on_ranks: Callable[..., list[Any]], model: str, dtypes: list[torch.dtype]) -> None:
     cases = {world_size: every_layout(world_size) for world_size in (1, 2, 4)}
-    assert sum(map(len, cases.values())) >= 50
+    assert sum(map(len, cases.values())) == 72
     check(on_ranks, model, cases, dict.fromkeys(cases, dtypes))
