@@ -27,6 +27,10 @@ TRAIN = [*TINY, "evaluation.enabled=false", "algorithm.name=paced:Paced", "model
 HERE = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=60")
 
 
+# Of all others (SIGNALING, COMPLETING, ...) another state follows.
+ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "PREEMPTED"}
+
+
 @dataclass(frozen=True)
 class Job:
     id: str
@@ -41,7 +45,7 @@ class Job:
         return found[1]
 
     def ended(self) -> bool:
-        return self.shown("JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        return self.shown("JobState") in ENDS
 
     def state(self, seconds: float = START_S) -> str:
         """How it ended; waits until then."""
