@@ -19,6 +19,7 @@ from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy.checkpoint_record import check_fits, restore_random_state
 from nemo_disco.policy.checkpoint_storage import LoadStrategy, MetadataReader, NothingCommon
 from nemo_disco.policy.checkpoint_writer import CheckpointWriter, reference_weights, sharded_weights
+from nemo_disco.policy.fp8_scales import load_scales, loadable_scales
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.policy.together import every, first
@@ -101,12 +102,18 @@ def _load(policy: Policy, path: Path, record: dict[str, Any], reference: Referen
     check_fits(policy, path, record)
     reader = MetadataReader(path, record["files"])
     wanted: dict[str, Any] = {"model": sharded_weights(policy)}
+    scaled = policy.config.fp8 == "delayed" and record.get("fp8_scales")
+    if scaled:
+        wanted["scales"] = {str(i): loadable_scales(chunk) for i, chunk in enumerate(policy.model.chunks)}
     if policy.optimizer is not None:
         wanted["optimizer"] = policy.optimizer.loadable_state(wanted["model"])
     if reference is not None and record.get("reference"):
         wanted["reference"], reference.moved = reference_weights(reference), True
     state = dist_checkpointing.load(wanted, str(path), LoadStrategy(reader), NothingCommon())
     for i, chunk in enumerate(policy.model.chunks):
+        if scaled:  # before the weights, which may be kept in FP8 by them
+            load_scales(chunk, state["scales"][str(i)])
+            policy.unscaled.clear()
         chunk.load_state_dict(state["model"][str(i)])
     if reference is not None and "reference" in state:
         for i, chunk in enumerate(reference.policy.model.chunks):

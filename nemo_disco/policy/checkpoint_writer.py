@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy import checkpoint_record, parallel
 from nemo_disco.policy.checkpoint_storage import write_marks, write_shards
+from nemo_disco.policy.fp8_scales import sharded_scales
 from nemo_disco.policy.optimizer import Optimizer, ShardCopies
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
@@ -39,6 +40,7 @@ class Snapshot:
     step: int
     model: dict[str, Any]  # megatron's sharded tensors, of the live weights: their shapes and places alone are read
     weights: dict[str, Any]  # the same, of copies
+    scales: dict[str, Any]  # delayed scaling's state, by chunk
     reference: dict[str, Any]  # copies of a reference's weights, where it has moved
     optimizer: Optimizer
     moments: list[ShardCopies]
@@ -53,14 +55,17 @@ class Snapshot:
         policy.gather_weights()
         model = sharded_weights(policy)
         held = reference is not None and reference.moved
+        scales = {str(i): sharded_scales(chunk) for i, chunk in enumerate(policy.model.chunks)}
         return cls(
             step=step,
             model=model,
             weights=_copies(model),
+            scales=scales,
             reference=_copies(reference_weights(reference)) if reference is not None and held else {},
             optimizer=policy.optimizer,
             moments=policy.optimizer.copies(),
-            record=checkpoint_record.identity(policy, step) | {"reference": held, "loop_state": state},
+            record=checkpoint_record.identity(policy, step)
+            | {"reference": held, "fp8_scales": any(scales.values()), "loop_state": state},
             random_state=checkpoint_record.random_state(),
         )
 
@@ -69,7 +74,8 @@ class Snapshot:
         group = parallel.background_group()
         work = first(lambda: files.begin(directory, self.step), group)
         moments = self.optimizer.saved_state(self.model, self.moments)
-        write_shards({"model": self.weights, "reference": self.reference, "optimizer": moments}, work, group)
+        state = {"model": self.weights, "scales": self.scales, "reference": self.reference, "optimizer": moments}
+        write_shards(state, work, group)
         first(lambda: write_marks(work), group)
         described = every(lambda: files.describe(work, dist.get_rank()), group)
         random_states = every(lambda: self.random_state, group)
@@ -145,8 +151,8 @@ class CheckpointWriter:
 
 
 def sharded_weights(policy: Policy) -> dict[str, Any]:
-    """megatron's sharded tensors of the live weights, by chunk. Byte objects (Transformer Engine's FP8 scales) stay
-    out: torch unpickles them without restriction."""
+    """megatron's sharded tensors of the live weights, by chunk. Byte objects stay out (torch unpickles them without
+    restriction): Transformer Engine's FP8 scales are fp8_scales.py's."""
     return {
         str(i): {name: t for name, t in chunk.sharded_state_dict().items() if not isinstance(t, ShardedObject)}
         for i, chunk in enumerate(policy.model.chunks)

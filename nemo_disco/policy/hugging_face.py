@@ -19,6 +19,7 @@ from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
 from mbridge.models.qwen3 import Qwen3Bridge
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from nemo_disco.policy.layers import layer_spec
@@ -130,6 +131,12 @@ class _Entry:
     partition_dim: int
 
 
+def _plain(p: Tensor) -> Tensor:
+    """A parameter as an ordinary tensor: under model.fp8_param_gather it is one of Transformer Engine's own kinds."""
+    tensor: Tensor = dequantize_fp8_tensor(p) if is_float8tensor(p) else p
+    return tensor.detach()
+
+
 class HuggingFaceModel:
     """This rank's chunks of a megatron model, and their tensors under Hugging Face names."""
 
@@ -192,7 +199,7 @@ class HuggingFaceModel:
                     # Of an FP8 parameter Transformer Engine keeps what it began as, and the optimizer starts from that.
                     p._high_precision_init_val = shard.to(dtype=torch.bfloat16, device="cpu")
 
-    def named_tensors(self, of: Callable[[Tensor], Tensor] = lambda p: p.detach()) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self, of: Callable[[Tensor], Tensor] = _plain) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model under its Hugging Face name, whole, on every rank, one megatron parameter at a
         time (so one parameter is the memory it needs). `of`: what to take of a parameter (itself, or its gradient).
 

@@ -71,6 +71,8 @@ class Policy:
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]
         if dtype is torch.bfloat16:
             self.network = [Float16Module(chunk.config, chunk) for chunk in self.network]
+        # Passes in which delayed scaling has yet to see what it scales (fp8_scales.py).
+        self.unscaled = {"forward", "backward"} if config.fp8 == "delayed" else set()
         self.optimizer: Optimizer | None = None
         if trainable:
             self.network = [self._data_parallel(i, chunk, dtype) for i, chunk in enumerate(self.network)]
@@ -113,6 +115,9 @@ class Policy:
         def collect(batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> None:  # noqa: ARG001
             out[:, batch.index] = output.reshape(rows, -1).to(precision)
 
+        if "forward" in self.unscaled:  # scales follow passes that may have a gradient alone
+            self.unscaled.remove("forward")
+            self._schedule(rollouts, lambda *_, **__: None, entropies, forward_only=True)
         with torch.no_grad():
             self._schedule(rollouts, collect, entropies, forward_only=True)
         out = self.share(out)
@@ -134,18 +139,22 @@ class Policy:
         Afterwards main_grad is reduced over data parallelism for the shard that this rank's optimizer owns;
         everywhere=True reduces it whole on every rank (to be exported).
         """
-        for chunk in self.network:
-            chunk.zero_grad_buffer()
-            chunk.force_all_reduce = everywhere
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
 
         def loss(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             log_probs, entropy = (output[0], output[1]) if entropies else (output, None)
             total = token_loss(batch.index, log_probs, entropy).sum()
             return total, torch.zeros((), dtype=torch.int, device=output.device), {}
 
-        self._schedule(rollouts, loss, entropies, forward_only=False, force_all_reduce=everywhere)
+        # Under a scale of 1, where delayed scaling starts, FP8 has no number as small as most gradients: the first pass
+        # is for the scales alone.
+        for _ in range(1 + ("backward" in self.unscaled)):
+            for chunk in self.network:
+                chunk.zero_grad_buffer()
+                chunk.force_all_reduce = everywhere
+            if self.optimizer is not None:
+                self.optimizer.zero_grad()
+            self._schedule(rollouts, loss, entropies, forward_only=False, force_all_reduce=everywhere)
+        self.unscaled.clear()
 
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradient. A gradient that is not finite is not applied."""

@@ -15,7 +15,7 @@ from training import train
 
 from nemo_disco.generation.engine import Sampling
 from nemo_disco.generation.megatron import MegatronEngine
-from nemo_disco.policy import checkpoint, layers, parallel
+from nemo_disco.policy import checkpoint, hugging_face, layers, parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
@@ -106,3 +106,15 @@ def test_the_activation_is_one_function_of_the_first_matrix(model_path: Path) ->
     expected = (gate * gate.sigmoid() * up) @ mlp.linear_fc2.weight.T
     assert isinstance(mlp.activation_func, layers.SwiGLU)
     torch.testing.assert_close(mlp(x)[0], expected)
+
+
+def test_weights_in_fp8_leave_as_ordinary_numbers(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under model.fp8_param_gather; "in FP8" is here every matrix, kept at half its value."""
+    config = model_config(model_path)
+    parallel.start(config)
+    policy = Policy(config, trainable=False)
+    plain = {name: w.clone() for name, w in policy.named_weights()}
+    monkeypatch.setattr(hugging_face, "is_float8tensor", lambda p: p.dim() == 2)
+    monkeypatch.setattr(hugging_face, "dequantize_fp8_tensor", lambda p: 2 * p)
+    for name, weight in policy.named_weights():
+        assert torch.equal(weight, plain[name] * (2 if weight.dim() == 2 else 1))

@@ -1,0 +1,75 @@
+"""FP8 with delayed scaling, on layers that scale as Transformer Engine's do: its state is in checkpoints, and the first
+pass is like those that follow. The scaling is a stand-in's, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import fused_layers
+import pytest
+import torch
+from models import model_config, random_rollouts, save_model
+from training import fingerprint, train
+
+from nemo_disco.policy import checkpoint, layers, parallel
+from nemo_disco.policy import policy as policy_module
+from nemo_disco.policy.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=False)
+
+
+@pytest.fixture
+def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Policy]:
+    monkeypatch.setattr(layers, "_transformer_engine_layer", fused_layers.fused_layer)
+    monkeypatch.setattr(policy_module, "uses_transformer_engine", lambda _: True)
+
+    def make() -> Policy:
+        config = model_config(model_path, fp8="delayed", token_budget=64)
+        parallel.start(config)
+        return Policy(config)
+
+    return make
+
+
+def test_a_resumed_run_scales_as_the_one_that_was_saved(build: Callable[[], Policy], tmp_path: Path) -> None:
+    policy = build()
+    train(policy, [1, 2])
+    checkpoint.save(policy, tmp_path, 2, {}, keep=1)
+    expected = policy.log_probs(random_rollouts())[0]
+    resumed = build()
+    checkpoint.load_latest(resumed, tmp_path)
+    assert torch.equal(resumed.log_probs(random_rollouts())[0], expected)
+    for each in (policy, resumed):
+        train(each, [3])
+    assert fingerprint(resumed) == fingerprint(policy)
+
+
+def test_a_checkpoint_before_the_first_pass_has_no_scales(build: Callable[[], Policy], tmp_path: Path) -> None:
+    policy = build()
+    checkpoint.save(policy, tmp_path, 0, {}, keep=1)
+    resumed = build()
+    checkpoint.load_latest(resumed, tmp_path)
+    for each in (policy, resumed):
+        train(each, [1])
+    assert fingerprint(resumed) == fingerprint(policy)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_the_first_pass_is_like_the_second(build: Callable[[], Policy], prepared: bool) -> None:
+    """Under the scale that delayed scaling starts from, gradients as small as these are all 0."""
+    policy, rollouts = build(), random_rollouts()
+    assert policy.unscaled
+    if not prepared:
+        policy.unscaled.clear()
+    first, again = (policy.log_probs(rollouts)[0] for _ in "ab")
+    assert torch.equal(first, again) or not prepared
+    gradients = []
+    for _ in "ab":
+        policy.accumulate(rollouts, lambda _, log_probs, __: 1e-9 * log_probs)
+        gradients.append(torch.cat([g.flatten().clone() for _, g in policy.named_gradients()]))
+    error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    assert error < 0.05 if prepared else error > 0.1, error
