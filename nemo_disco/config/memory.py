@@ -14,7 +14,7 @@ from nemo_disco.config.shape import ModelShape
 # Bytes a number: of weights and activations, of megatron's gradient buffer, and of the optimizer's state with Adam
 # (two moments, and under bf16 an fp32 copy of the weights).
 BYTES = {"bf16": (2, 4, 12), "32": (4, 4, 8), "64": (8, 8, 16)}
-_TILES = {True: 4096 * 16384, False: 512 * 1024}  # logits of a tile of the log-probs (policy/log_probs.py), CUDA or not
+_TILES = {True: 4096 * 8192, False: 512 * 1024}  # logits of a tile of the log-probs (policy/log_probs.py), CUDA or not
 _VECTORS = 4 * 8  # old, new and generation log-probs and token weights of a step, 8 bytes each at most
 
 
