@@ -67,14 +67,21 @@ def _time_and_error(
     with torch.no_grad():
         forward_s = seconds(forward, setting.size(5, 1))
     rows = slice(0, setting.size(512, 32))
-    log_p = (hidden[rows].detach().float() @ weight.detach().float().T / TEMPERATURE).log_softmax(-1)
-    expected = log_p.gather(1, targets[rows, None])[:, 0]
-    found, entropies = forward()
+    states = hidden[rows].detach().float().requires_grad_()
+    log_p = (states @ weight.detach().float().T / TEMPERATURE).log_softmax(-1)
+    expected, expected_entropies = log_p.gather(1, targets[rows, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    (expected + expected_entropies).sum().backward()
+    forward_backward()
+    assert hidden.grad is not None and states.grad is not None
+    gradient_error = relative_error(hidden.grad[rows], states.grad)
+    with torch.no_grad():
+        found, entropies = forward()
     assert entropies is not None
     return {
         "forward_s": forward_s,
         "forward_backward_s": seconds(forward_backward, setting.size(5, 1)),
         "extra_peak_gb": None if peak is None else peak - held,
         "error_against_float32": relative_error(found[rows], expected),
-        "entropy_error_against_float32": relative_error(entropies[rows], -(log_p.exp() * log_p).sum(-1)),
+        "entropy_error_against_float32": relative_error(entropies[rows], expected_entropies),
+        "gradient_error_against_float32": gradient_error,
     }

@@ -14,10 +14,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,13 +82,35 @@ def run(name: str, results: Mapping[str, Any], limit_s: float, args: argparse.Na
         "TOKENIZERS_PARALLELISM": "false",
     }
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
-        found = outcome(done)
+        found = outcome(run_within(command, limit_s, environment))
     except subprocess.TimeoutExpired as expired:
         found = {"error": f"not done after {limit_s:.0f} s; {_tail(expired.stderr)}"}
     finally:
         seen.unlink()
     return found | {"section_seconds": time.monotonic() - start}
+
+
+def run_within(command: list[str], limit_s: float, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """subprocess.run, but that whatever the command started ends with it (torch.compile's workers would hold its pipes
+    open, and the device's memory). Raises TimeoutExpired."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
+        try:
+            process.wait(limit_s)
+            late = False
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read())
+    if late:
+        raise subprocess.TimeoutExpired(command, limit_s, *said)
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

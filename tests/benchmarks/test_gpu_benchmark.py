@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,17 @@ def test_a_section_finds_what_those_before_it_measured(tmp_path: Path) -> None:
     assert found["log_probs"]["roofline_s"] > 0
     assert found["log_probs"]["tiled"]["error_against_float32"] < 1e-2
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
+
+
+def gone(pid: int, within_s: float) -> bool:
+    for _ in range(int(within_s / 0.1)):
+        stat = Path(f"/proc/{pid}/stat")
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+                continue
+        return True
+    return False
 
 
 @pytest.mark.slow
@@ -67,6 +81,27 @@ def test_errors_and_hangs_are_results(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_all.run("floors", {}, 0.05, args)["error"].startswith("not done after 0 s")
     monkeypatch.setattr(run_all, "LEAST_S", 15)
     assert run_all.run("floors", {}, 1.0, args)["error"] == "no time was left for it"
+
+
+def test_what_a_section_started_ends_with_it(tmp_path: Path) -> None:
+    """A process that it leaves holds its pipes: reading them to their end would never return."""
+    started = tmp_path / "started"
+    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    for last, late in (("time.sleep(600)", True), ("print('{}')", False)):
+        code = (
+            f"import subprocess, sys, time, pathlib; subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+            f"while not pathlib.Path({str(started)!r}).exists(): time.sleep(0.05)\n{last}"
+        )
+        began = time.monotonic()
+        if late:
+            with pytest.raises(subprocess.TimeoutExpired):
+                run_all.run_within([sys.executable, "-c", code], 20.0, os.environ)
+        else:
+            done = run_all.run_within([sys.executable, "-c", code], 60.0, os.environ)
+            assert run_all.outcome(done) == {}
+        assert time.monotonic() - began < 60
+        assert gone(int(started.read_text()), within_s=30)
+        started.unlink()
 
 
 def test_the_table_says_what_held() -> None:
