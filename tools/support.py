@@ -57,7 +57,17 @@ FEATURES = (
         "correctness.transformer_engine_against_local_gradient",
         "names, loading and checkpoints, with stand-ins of the same parameters",
     ),
-    Feature("FP8, delayed scaling", key="correctness.fp8_delayed_gradient"),
+    Feature(
+        "Transformer Engine's Adam, moments in bfloat16",
+        ("policy/test_fused_adam.py",),
+        shows="checkpoints and reloading, with a stand-in of the same interface",
+    ),
+    Feature(
+        "FP8, delayed scaling",
+        ("policy/test_fp8_scales.py",),
+        "correctness.fp8_delayed_gradient",
+        "its state in checkpoints and its first pass, with stand-ins",
+    ),
     Feature("FP8, current scaling", key="correctness.fp8_current_gradient"),
     Feature("FP8, blockwise scaling", key="correctness.fp8_blockwise_gradient"),
     Feature("Log-probs, tile by tile", ("policy/test_log_probs.py",), "log_probs.tiled.forward_backward_s"),
