@@ -112,24 +112,27 @@ def reward(response: str) -> float:
 
 
 class Turns:
-    """A side's end: `while turns.wait(): ...; turns.done(...)`. What libraries print goes to stderr."""
+    """A side's end: `while turns.wait(): ...; turns.done(...)`. What libraries print goes to stderr. worker: another
+    process whose work counts as this side's."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: int | None = None) -> None:
+        self._processes = ["self"] if worker is None else ["self", str(worker)]
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._base = _memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here, with the model loaded
+        self._base = self._memory("VmRSS")
+        for process in self._processes:
+            Path(f"/proc/{process}/clear_refs").write_text("5")  # the peak starts here, with the model loaded
 
     def wait(self) -> bool:
         """Until it is this side's turn; False if there are no more."""
         go = bool(sys.stdin.readline())
-        self._start = time.perf_counter(), _processor_seconds()
+        self._start = time.perf_counter(), self._processor_seconds()
         return go
 
     def done(self, **figures: float) -> None:
         """The turn is over. seconds are the processor's; megabytes: the peak so far, and of it what the turns added."""
-        now = time.perf_counter(), _processor_seconds()
-        peak = _memory("VmHWM")
+        now = time.perf_counter(), self._processor_seconds()
+        peak = self._memory("VmHWM")
         figures |= {
             "seconds": now[1] - self._start[1],
             "wall_seconds": now[0] - self._start[0],
@@ -139,24 +142,34 @@ class Turns:
         self._answers.write(json.dumps(figures) + "\n")
         self._answers.flush()
 
+    def _processor_seconds(self) -> float:
+        """Of all threads: what else runs on the machine counts little."""
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        stats = [_stat(process) for process in self._processes[1:]]
+        ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
+        return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
-def serve(work: Callable[[], Mapping[str, float]]) -> None:
-    """Do `work` whenever it is this side's turn."""
-    turns = Turns()
+    def _memory(self, field: str) -> int:
+        """Bytes: VmRSS is resident now, VmHWM its peak."""
+        lines = [line for p in self._processes for line in Path(f"/proc/{p}/status").read_text().splitlines()]
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def serve(work: Callable[[], Mapping[str, float]], worker: int | None = None) -> None:
+    """Do `work` whenever it is this side's turn. See Turns for `worker`."""
+    turns = Turns(worker)
     while turns.wait():
         turns.done(**work())
 
 
-def _processor_seconds() -> float:
-    """Of all threads of this process: what else runs on the machine counts little."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def alive_seconds() -> float:
+    """Since this process was started: what it takes to be ready."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat("self")[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _memory(field: str) -> int:
-    """Bytes: VmRSS is resident now, VmHWM its peak."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def _stat(process: str) -> list[str]:
+    """/proc/PID/stat behind the name: from field 3 on."""
+    return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
 
 
 # --- the sides, taking turns ---

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nemo_disco.generation.worker.rollout_worker.wire import checksum, cut, map_staging
+from nemo_disco.generation.worker.rollout_worker.tensors import Assembly
+from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 
 class PlainEngine:
@@ -23,17 +25,17 @@ class PlainEngine:
         self.slots = map_staging(path, 2 * slot_bytes).view(2, slot_bytes)
         return [{}]
 
-    def begin_refit(self) -> None: ...
+    def begin_refit(self) -> None:
+        """The weights stay where they are, as a plain copy's target does."""
+        self.assembly = Assembly(self._place)
 
-    def load_bucket(self, slot: int, tensors: Sequence[Any]) -> list[str]:
-        found = []
-        for name, tensor in cut(self.slots[slot], tensors):
-            found.append(checksum(tensor))
-            if name in self.weights:
-                self.weights[name].copy_(tensor)
-            else:
-                self.weights[name] = tensor.clone()
-        return found
+    def _place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if name not in self.weights:
+            self.weights[name] = torch.empty(shape, dtype=dtype)
+        return self.weights[name]
+
+    def load_bucket(self, slot: int, pieces: Sequence[Any]) -> dict[str, str]:
+        return {name: seen for name, _, seen in self.assembly.take(self.slots[slot], pieces)}
 
     def finish_refit(self) -> None: ...
 

@@ -1,7 +1,7 @@
 """A worker whose engine is a few lines of arithmetic: the real process, wire and transaction without an engine.
 
 Its tokens are a function of the weights, the prompt and the seed, so a test knows what must come out. `options` say
-what goes wrong, once: the file `once` is made when it has.
+what goes wrong, once: the file `once` is made when it has. The file `keep` is given the weights after each refit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.generation.worker.rollout_worker.wire import checksum, cut, map_staging
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_disco.generation.worker.rollout_worker.tensors import Assembly
+from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 VOCABULARY = 100
 
@@ -52,18 +56,22 @@ class FakeEngine:
         return [{}]
 
     def begin_refit(self) -> None:
-        self.weights = {}
+        self.weights, self.assembly = {}, Assembly()
+        self.kept: dict[str, Tensor] = {}
 
-    def load_bucket(self, slot: int, tensors: Sequence[Any]) -> list[str]:
-        found = []
-        for name, tensor in cut(self.slots[slot], tensors):
+    def load_bucket(self, slot: int, pieces: Sequence[Any]) -> dict[str, str]:
+        found = {}
+        for name, tensor, seen in self.assembly.take(self.slots[slot], pieces):
             self._fault("refit", len(self.weights))
-            self.weights[name] = checksum(tensor)
-            found.append(self.weights[name])
+            if "keep" in self.options:
+                self.kept[name] = tensor
+            self.weights[name] = found[name] = seen
         return found
 
     def finish_refit(self) -> None:
         self._fault("finish", 0)
+        if self.kept:
+            save_file(self.kept, self.options["keep"])
 
     def abort_refit(self) -> None:
         self.weights = {}

@@ -15,7 +15,6 @@ from nemo_disco.generation.engine import Engine
 from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.generation.replica import Place, Replica
-from nemo_disco.generation.worker.rollout_worker.weights import BUCKET_BYTES
 from nemo_disco.policy.policy import Policy
 
 
@@ -40,7 +39,6 @@ def build_engine(
         "engine": config.engine,
         "model": str(Path(policy.config.path).resolve()),
         "dtype": dtype,
-        "bucket_bytes": BUCKET_BYTES,
         "stop_token_ids": stop,
         "max_length": max_length,
         "tensor_parallel_size": config.tensor_parallel_size,

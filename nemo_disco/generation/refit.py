@@ -1,7 +1,8 @@
 """The run's side of a refit: the policy's tensors, one after the other, into a replica's staging memory.
 
-Bounded memory: a tensor is copied once, into one of the replica's two slots, while the engine reads the other. A
-sender never raises: it remembers its problem, for the stream of weights is a collective and must run to its end.
+Bounded memory: a tensor is copied once, into one of the replica's two slots (in pieces if it is larger), while the
+engine reads the other. A sender never raises: it remembers its problem, for the stream of weights is a collective and
+must run to its end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from nemo_disco.generation.replica import Replica, ReplicaLostError
 from nemo_disco.generation.staging import Staging
-from nemo_disco.generation.worker.rollout_worker.wire import ALIGNMENT, RefusedError, checksum
+from nemo_disco.generation.worker.rollout_worker.tensors import ALIGNMENT, Checksum, as_bytes
+from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 
 def refit(weights: Iterable[tuple[str, Tensor]], replicas: Sequence[Replica], version: int) -> dict[int, Exception]:
@@ -67,16 +69,23 @@ class Sender:
         self.slot_bytes = self.staging.slot_bytes
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.detach().to(self.dtype).contiguous()
-        size = tensor.numel() * tensor.itemsize
-        if self._used + size > self.slot_bytes:
+        raw, seen = as_bytes(tensor.detach().to(self.dtype).contiguous()), Checksum()
+        if self._used + len(raw) > self.slot_bytes:
             self._flush()
-        if size > self.slot_bytes:
-            raise RefusedError(f"refit: {name} is larger than any tensor of the model")
-        self.staging.write(self._buckets % 2, self._used, tensor)
-        self._checksums[name] = checksum(tensor)
-        self._entries.append({"name": name, "shape": list(tensor.shape), "offset": self._used})
-        self._used = -(-(self._used + size) // ALIGNMENT) * ALIGNMENT
+        for first in range(0, len(raw), self.slot_bytes):
+            piece = raw[first : first + self.slot_bytes]
+            self._place(name, list(tensor.shape), first, piece)
+            seen.add(piece)
+            if len(piece) == self.slot_bytes:
+                self._flush()
+        self._checksums[name] = str(seen)
+
+    def _place(self, name: str, shape: list[int], first: int, piece: Tensor) -> None:
+        """The bytes of a tensor from `first` on behind what is in the slot."""
+        self.staging.write(self._buckets % 2, self._used, piece)
+        entry = {"name": name, "shape": shape, "offset": self._used, "first": first, "bytes": len(piece)}
+        self._entries.append(entry)
+        self._used = -(-(self._used + len(piece)) // ALIGNMENT) * ALIGNMENT
 
     def _flush(self) -> None:
         """Hand the slot over, and wait until the other one has been read."""
@@ -84,7 +93,7 @@ class Sender:
             return
         slot = self._buckets % 2
         payload = self.staging.payload(slot, self._used)
-        self.replica.send({"op": "bucket", "slot": slot, "tensors": self._entries}, payload)
+        self.replica.send({"op": "bucket", "slot": slot, "pieces": self._entries}, payload)
         self.staging.sent(slot)
         self._unanswered += 1
         self._buckets += 1

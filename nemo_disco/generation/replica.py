@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -29,9 +30,13 @@ from nemo_disco.runtime.signals import spared_children
 STARTUP_S = 1800.0  # large models compile and capture graphs
 SILENCE_S = 600.0  # a worker at work speaks every few seconds
 _CLOSE_S = 5.0
+_GREETING_S = 10.0  # until a connection has shown that it knows the secret
 _WORKER_PATH = Path(__file__).parent / "worker"
 # What a launcher tells its ranks would make the engine join the training's process group; our packages are not its own.
 _NOT_ITS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+# On a CPU each refit repacks the weights: memory given back to the kernel would come again page by page.
+_MALLOC = "glibc.malloc.trim_threshold=0x7fffffffffff:glibc.malloc.mmap_threshold=0x7fffffffffff"
+log = logging.getLogger(__name__)
 
 
 class ReplicaLostError(Exception):
@@ -96,21 +101,14 @@ class Replica:
         assert self._listener is not None
         deadline = time.monotonic() + STARTUP_S
         self._listener.settimeout(0.2)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                connection, _ = self._listener.accept()
-                break
+        while (connection := self._accept()) is None:
             self._check_alive()
             if time.monotonic() > deadline:
                 raise self._lost(f"did not connect in {STARTUP_S:.0f} s")
         self._stop_listening()
-        self._channel = Channel(connection)
         connection.settimeout(SILENCE_S)
+        self._channel = Channel(connection)
         self.start_seconds = {"connected": time.monotonic() - self._began}
-        try:
-            self._channel.authenticate(self._secret, b"run")
-        except OSError as error:
-            raise self._lost(str(error)) from None
         self.ready, _ = self.receive(STARTUP_S)
         self.start_seconds |= self.ready["seconds"] | {"total": time.monotonic() - self._began}
         self.version = None
@@ -180,6 +178,21 @@ class Replica:
         self._listener = socket.create_server(("", 0))
         return [srun.address(), self._listener.getsockname()[1]]
 
+    def _accept(self) -> socket.socket | None:
+        """A connection that proved to be the worker's, if there was one; strangers reach a port too."""
+        assert self._listener is not None
+        with contextlib.suppress(TimeoutError):
+            connection, _ = self._listener.accept()
+            connection.settimeout(_GREETING_S)
+            try:
+                Channel(connection).authenticate(self._secret, b"run")
+            except OSError as error:
+                connection.close()
+                log.warning("%s: a connection was refused: %s", self.name, error)
+                return None
+            return connection
+        return None
+
     def _stop_listening(self) -> None:
         if self._listener is not None:
             self._listener.close()
@@ -204,7 +217,7 @@ class Replica:
 
     def _own_environment(self) -> dict[str, str]:
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.place.gpus))} if self.place.gpus else {}
-        return {"PYTHONPATH": str(_WORKER_PATH), **gpus}
+        return {"PYTHONPATH": str(_WORKER_PATH), "GLIBC_TUNABLES": _MALLOC, **gpus}
 
     def _check_alive(self) -> None:
         assert self._process is not None

@@ -36,19 +36,19 @@ class Staging:
             self._broadcast = Broadcast(unique_id, 0, ranks)
             replica.receive()
 
-    def write(self, slot: int, offset: int, tensor: Tensor) -> None:
+    def write(self, slot: int, offset: int, raw: Tensor) -> None:
+        """raw [bytes] uint8."""
         start = slot * self.slot_bytes + offset
-        raw = tensor.reshape(-1).view(torch.uint8)
         for memory in self.memories:
             memory[start : start + len(raw)].copy_(raw, non_blocking=True)
 
-    def payload(self, slot: int, used: int) -> bytes:
+    def payload(self, slot: int, used: int) -> bytes | memoryview:
         """What must travel with the bucket's message."""
         if self.kind in ("ipc", "nccl"):
             torch.cuda.synchronize()  # the slot is written
         if self.kind != "inline":
             return b""
-        return self.memories[0][slot * self.slot_bytes :][:used].numpy().tobytes()
+        return self.memories[0][slot * self.slot_bytes :][:used].numpy().data
 
     def sent(self, slot: int) -> None:
         """After the bucket's message: what must happen on both sides at once."""

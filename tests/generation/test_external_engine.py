@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -22,7 +23,9 @@ from nemo_disco.generation.engine import Outstanding, Response, Sampling
 from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.generation.replica import Place, Replica
 from nemo_disco.generation.worker.rollout_worker import weights as worker_weights
-from nemo_disco.generation.worker.rollout_worker.wire import checksum
+from nemo_disco.generation.worker.rollout_worker.__main__ import connect
+from nemo_disco.generation.worker.rollout_worker.tensors import checksum
+from nemo_disco.generation.worker.rollout_worker.wire import Channel
 from nemo_disco.policy import parallel
 from nemo_disco.runtime.errors import UserError
 
@@ -97,8 +100,9 @@ def test_two_replicas_sample_from_the_newest_weights(
 
 
 def test_many_small_buckets_are_one_refit(start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]) -> None:
-    engine = start(bucket_bytes=1)  # the largest tensor is then the bucket
-    assert engine.replicas[0].ready["slot_bytes"] < sum(t.nbytes for t in tensors.values()) / 4
+    engine = start(bucket_bytes=1)
+    slot = engine.replicas[0].ready["slot_bytes"]
+    assert slot < max(t.nbytes for t in tensors.values()) / 4  # most come in pieces
     engine.update_weights(tensors.items, 7)
     assert right(sampled(engine), tensors, 7)
 
@@ -320,15 +324,35 @@ def test_a_worker_dies_with_its_run(start: Callable[..., ExternalEngine]) -> Non
 
 
 @pytest.mark.slow
-def test_a_replica_on_another_host_is_sent_the_bytes(
-    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_replica_on_another_host_is_sent_the_bytes_and_a_stranger_nothing(
+    start: Callable[..., ExternalEngine],
+    tensors: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     ssh = tmp_path / "ssh"  # runs the command here
     ssh.write_text('#!/bin/sh\nshift 3\nexec sh -c "$*"\n')
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    listen, strangers = replica.Replica._listen, []
+
+    def greet(stranger: Channel) -> None:
+        with contextlib.suppress(OSError):
+            stranger.authenticate(b"of another run", b"worker")
+
+    def with_a_stranger(this: Replica) -> Any:
+        address = listen(this)
+        strangers.append(Channel(connect(address)))  # before the worker can
+        threading.Thread(target=greet, args=(strangers[0],)).start()
+        return address
+
+    monkeypatch.setattr(replica.Replica, "_listen", with_a_stranger)
     engine = start(host="there")
+    assert "a connection was refused: the peer does not know this run's secret" in caplog.text
+    with pytest.raises(OSError):
+        strangers[0].receive()
     engine.update_weights(tensors.items, 3)
     assert right(sampled(engine), tensors, 3)
 

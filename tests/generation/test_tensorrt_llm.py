@@ -12,8 +12,9 @@ from models import save_model
 from safetensors.torch import load_file
 
 from nemo_disco.generation.worker.rollout_worker import tensorrt_llm as adapter
+from nemo_disco.generation.worker.rollout_worker.tensors import ALIGNMENT, checksum
 from nemo_disco.generation.worker.rollout_worker.weights import Weights
-from nemo_disco.generation.worker.rollout_worker.wire import ALIGNMENT, RefusedError, checksum
+from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 
 class OnCpu(adapter.TensorRtLlm):
@@ -52,14 +53,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refit(engine: OnCpu, model: Path, version: int) -> Weights:
     """All weights, in many buckets, as the worker is sent them."""
-    weights = Weights(engine, str(model), torch.bfloat16, bucket_bytes=1, remote=False)
+    weights = Weights(engine, str(model), torch.bfloat16, remote=False, bucket_bytes=1)
     weights.begin(version)
     checksums = {}
     for i, (name, tensor) in enumerate(load_file(model / "model.safetensors").items()):
         tensor = tensor.bfloat16()
         raw = tensor.reshape(-1).view(torch.uint8)
         engine.slots[i % 2, ALIGNMENT : ALIGNMENT + len(raw)] = raw
-        weights.bucket(i % 2, [{"name": name, "shape": list(tensor.shape), "offset": ALIGNMENT}], bytearray())
+        piece = {"name": name, "shape": list(tensor.shape), "offset": ALIGNMENT, "first": 0, "bytes": len(raw)}
+        weights.bucket(i % 2, [piece], bytearray())
         checksums[name] = checksum(tensor)
     weights.commit(version, checksums)
     return weights

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -191,12 +190,13 @@ def test_a_killed_engine_is_started_anew(when: str, start: Callable[..., Externa
     def kill() -> None:
         os.kill(process.pid, signal.SIGKILL)
 
-    def killing() -> list[tuple[str, Tensor]]:
+    def killing() -> Iterator[tuple[str, Tensor]]:
         weights = list(policy.named_weights())
-        if when == "refit" and process.poll() is None:
-            threading.Timer(0.0, kill).start()
-            process.wait()
-        return weights
+        for i, named in enumerate(weights):
+            if when == "refit" and i == len(weights) // 2 and process.poll() is None:
+                kill()
+                process.wait()
+            yield named
 
     engine.update_weights(killing, 1)
     count = 0

@@ -60,7 +60,7 @@ class Server:
         if kind == "begin":
             self.weights.begin(message["version"])
         elif kind == "bucket":
-            self._all_or_nothing(self.weights.bucket, message["slot"], message["tensors"], payload)
+            self._all_or_nothing(self.weights.bucket, message["slot"], message["pieces"], payload)
         elif kind == "commit":
             self._all_or_nothing(self.weights.commit, message["version"], message["checksums"])
         elif kind == "join":
@@ -133,11 +133,13 @@ def main() -> None:
     try:
         engine = _engine(settings)
         dtype = getattr(torch, settings["dtype"])
-        weights = Weights(engine, settings["model"], dtype, settings["bucket_bytes"], settings["remote"])
+        weights = Weights(engine, settings["model"], dtype, settings["remote"], settings.get("bucket_bytes"))
     except Exception as error:
         traceback.print_exc()
         channel.send({"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"})
         raise SystemExit(1) from None
+    took = time.monotonic() - began
+    imported = getattr(engine, "import_seconds", 0.0)
     channel.send(
         {
             "ready": True,
@@ -145,7 +147,7 @@ def main() -> None:
             "torch": torch.__version__,
             "slot_bytes": weights.slot_bytes,
             "staging": weights.staging,
-            "seconds": {"engine": time.monotonic() - began},
+            "seconds": {"import": imported, "build": took - imported},
         }
     )
     try:

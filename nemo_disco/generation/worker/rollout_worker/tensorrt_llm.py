@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .cuda import Broadcast, IpcMemory
-from .wire import RefusedError, checksum, cut
+from .tensors import Assembly
+from .wire import RefusedError
 
 EXTENSION = "tensorrt_llm.llmapi.rlhf_utils.WorkerExtension"
 MEMORY = ["model", "kv_cache"]  # what sleep gives back, by TensorRT-LLM's tags
@@ -138,14 +139,15 @@ class TensorRtLlm:
 
     def begin_refit(self) -> None:
         """The extension prepares itself at the first bucket."""
+        self.assembly = Assembly()
 
-    def load_bucket(self, slot: int, tensors: list[Any]) -> list[str]:
+    def load_bucket(self, slot: int, pieces: list[Any]) -> dict[str, str]:
         if self.broadcast is not None:
             self.broadcast(self.slots[slot])
-        weights = cut(self.slots[slot], tensors)
-        handles = self.shared(weights)
+        whole = list(self.assembly.take(self.slots[slot], pieces))
+        handles = self.shared([(name, tensor) for name, tensor, _ in whole])
         self.engine._collective_rpc("update_weights", args=(handles,))
-        return [checksum(tensor) for _, tensor in weights]
+        return {name: seen for name, _, seen in whole}
 
     def shared(self, weights: list[tuple[str, Tensor]]) -> dict[str, list[Any]]:
         """The weights as the extension takes them: by GPU, name and what torch makes of a shared tensor."""
@@ -153,8 +155,8 @@ class TensorRtLlm:
         from torch.multiprocessing.reductions import reduce_tensor
 
         share: Callable[[Any], Any] = reduce_tensor
-        # Copies in memory of torch's own, the only kind that it shares; kept until the next bucket.
-        self._copies = {i: [(name, t.to(f"cuda:{i}", copy=True)) for name, t in weights] for i in self.devices}
+        # In memory of torch's own, the only kind that it shares; kept until the next bucket.
+        self._copies = {i: [(name, t.to(f"cuda:{i}")) for name, t in weights] for i in self.devices}
         torch.cuda.synchronize()
         return {get_device_uuid(i): [(name, share(t)) for name, t in self._copies[i]] for i in self.devices}
 

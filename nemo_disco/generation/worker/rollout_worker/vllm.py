@@ -6,13 +6,15 @@ What vLLM does silently wrong without help is named where it is helped.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .cuda import Broadcast, IpcMemory
-from .wire import RefusedError, checksum, cut, map_staging
+from .tensors import Assembly
+from .wire import RefusedError, map_staging
 
 _CPU_CACHE_BYTES = 2 << 30
 _CPU_BATCH_TOKENS = 4096
@@ -26,9 +28,11 @@ class Vllm:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         # Else a CPU's ranks want a NUMA node each, and one rank takes all cores from the trainer.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        began = time.monotonic()
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
+        self.import_seconds = time.monotonic() - began
         self.gpu, self.stop = current_platform.is_cuda(), settings["stop_token_ids"]
         arguments = {
             "enforce_eager": not self.gpu,
@@ -109,8 +113,8 @@ class Vllm:
     def begin_refit(self) -> None:
         self.engine.collective_rpc(_vllm_begin)
 
-    def load_bucket(self, slot: int, tensors: list[Any]) -> list[str]:
-        ranks: list[list[str]] = self.engine.collective_rpc(_vllm_load, args=(slot, tensors))
+    def load_bucket(self, slot: int, pieces: list[Any]) -> dict[str, str]:
+        ranks: list[dict[str, str]] = self.engine.collective_rpc(_vllm_load, args=(slot, pieces))
         if any(found != ranks[0] for found in ranks):
             raise RefusedError("refit: the engine's ranks read different bytes")
         return ranks[0]
@@ -159,24 +163,24 @@ def _vllm_begin(worker: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+    worker.refit_assembly = Assembly()
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(worker.get_model())
 
 
-def _vllm_load(worker: Any, slot: int, tensors: list[Any]) -> list[str]:
+def _vllm_load(worker: Any, slot: int, pieces: list[Any]) -> dict[str, str]:
     from vllm.config import set_current_vllm_config
 
     memory = worker.refit_slots[slot]
     if worker.refit_broadcast is not None:
         worker.refit_broadcast(memory)
-    weights = cut(memory, tensors)
-    found = [checksum(tensor) for _, tensor in weights]
+    whole = list(worker.refit_assembly.take(memory, pieces))
     with set_current_vllm_config(worker.vllm_config):
-        # Copies: vLLM keeps what it is given until a layer is complete, and the slot is filled anew before that.
-        worker.get_model().load_weights([(name, tensor.clone()) for name, tensor in weights])
+        # vLLM keeps what it is given until a layer is complete.
+        worker.get_model().load_weights([(name, tensor) for name, tensor, _ in whole])
     if memory.is_cuda:
         torch.cuda.synchronize()  # the slot has been read
-    return found
+    return {name: seen for name, _, seen in whole}
 
 
 def _vllm_finish(worker: Any) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .wire import ALIGNMENT, RefusedError, map_staging, product
+from .tensors import ALIGNMENT, ROW
+from .wire import RefusedError, map_staging, product
 
-BUCKET_BYTES = 64 << 20
+# Large ones fill a GPU's links; on a CPU both slots stay in the processor's cache.
+_GPU_BUCKET_BYTES, _CPU_BUCKET_BYTES = 64 << 20, 4 << 20
 
 
 def expected_weights(directory: str) -> dict[str, list[int]]:
@@ -36,17 +38,21 @@ def expected_weights(directory: str) -> dict[str, list[int]]:
 class Weights:
     """The refit's transaction. `version` is None, and nothing may be generated, until a full refit is committed."""
 
-    def __init__(self, engine: Any, directory: str, dtype: torch.dtype, bucket_bytes: int, remote: bool) -> None:
-        """dtype: what the weights come in. A bucket is `bucket_bytes`, or the largest tensor. remote: the run is on
-        another machine."""
+    def __init__(
+        self, engine: Any, directory: str, dtype: torch.dtype, remote: bool, bucket_bytes: int | None = None
+    ) -> None:
+        """dtype: what the weights come in. remote: the run is on another machine. bucket_bytes: other than usual; on a
+        GPU a bucket has room for the largest tensor in any case, on a CPU a large tensor comes in pieces."""
         self.engine, self.dtype = engine, dtype
         self.expected = expected_weights(directory)
         self.version: int | None = None
         self._target: int | None = None
-        self._received: dict[str, str] = {}
-        largest = max(product(shape) for shape in self.expected.values()) * dtype.itemsize
-        total = sum(-(-product(s) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for s in self.expected.values())
-        self.slot_bytes = -(-max(largest, min(total, bucket_bytes)) // ALIGNMENT) * ALIGNMENT
+        self._arrived: dict[str, int] = {}  # bytes
+        self._received: dict[str, str] = {}  # checksums of what is complete
+        sizes = [product(shape) * dtype.itemsize for shape in self.expected.values()]
+        total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        wanted = min(total, bucket_bytes or (_GPU_BUCKET_BYTES if engine.gpu else _CPU_BUCKET_BYTES))
+        self.slot_bytes = -(-max(wanted, max(sizes) if engine.gpu else 0) // ROW) * ROW
         # Two slots: the run fills one while the engine reads the other.
         self._path = ""
         if not engine.gpu:
@@ -61,28 +67,37 @@ class Weights:
 
     def begin(self, version: int) -> None:
         self.abort()
-        self.version, self._target, self._received = None, version, {}
+        self.version, self._target, self._arrived, self._received = None, version, {}, {}
         self.engine.begin_refit()
 
-    def bucket(self, slot: int, tensors: Sequence[dict[str, Any]], payload: bytearray) -> None:
-        """Take the tensors that lie in a slot (or came as `payload`, from a machine that cannot reach the slot)."""
+    def bucket(self, slot: int, pieces: Sequence[dict[str, Any]], payload: bytearray) -> None:
+        """Take what lies in a slot (or came as `payload`, from a machine that cannot reach the slot): tensors, and
+        pieces of tensors that are larger than a slot."""
         if self._target is None:
             raise RefusedError("no refit is open")
-        for entry in tensors:
-            name, shape = entry["name"], entry["shape"]
-            if name not in self.expected:
-                raise RefusedError(f"refit: the model has no {name}")
-            if shape != self.expected[name]:
-                raise RefusedError(f"refit: {name} has shape {shape}, the model's is {self.expected[name]}")
-            if name in self._received:
-                raise RefusedError(f"refit: {name} came twice")
+        for piece in pieces:
+            self._check(piece)
         if payload:
             if self._own is None:
                 self._own = map_staging(self._path, 2 * self.slot_bytes)
             self._own[slot * self.slot_bytes :][: len(payload)] = torch.frombuffer(payload, dtype=torch.uint8)
-        placed = [(e["name"], str(self.dtype)[6:], e["shape"], e["offset"]) for e in tensors]
-        found = self.engine.load_bucket(slot, placed)
-        self._received |= dict(zip([e["name"] for e in tensors], found, strict=True))
+        dtype = str(self.dtype)[6:]
+        self._received |= self.engine.load_bucket(
+            slot, [(p["name"], dtype, p["shape"], p["offset"], p["first"], p["bytes"]) for p in pieces]
+        )
+
+    def _check(self, piece: dict[str, Any]) -> None:
+        name, shape = piece["name"], piece["shape"]
+        if name not in self.expected:
+            raise RefusedError(f"refit: the model has no {name}")
+        if shape != self.expected[name]:
+            raise RefusedError(f"refit: {name} has shape {shape}, the model's is {self.expected[name]}")
+        arrived = self._arrived.get(name, 0)
+        if arrived == product(shape) * self.dtype.itemsize:
+            raise RefusedError(f"refit: {name} came twice")
+        if piece["first"] != arrived:
+            raise RefusedError(f"refit: of {name} byte {piece['first']} came after {arrived}")
+        self._arrived[name] = arrived + piece["bytes"]
 
     def commit(self, version: int, checksums: dict[str, str]) -> None:
         if version != self._target:

@@ -1,4 +1,4 @@
-"""What both sides of the wire share: messages over a socket, the checksum of a tensor, shared staging memory.
+"""What both sides of the wire share: messages over a socket, and shared staging memory.
 
 The run imports it from here too: one definition. A message is a JSON object and raw bytes; nothing is unpickled.
 """
@@ -12,18 +12,16 @@ import mmap
 import os
 import socket
 import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PROTOCOL = 1
+PROTOCOL = 2
 _MAGIC = b"NDRW"
 _HELLO = struct.Struct(">4sH32s")  # magic, protocol, nonce
 _HEAD = struct.Struct(">IQ")  # bytes of JSON, bytes of payload
-ALIGNMENT = 64  # of a tensor in its bucket, in bytes
 
 
 class WireError(ConnectionError):
@@ -76,18 +74,6 @@ class Channel:
         return data
 
 
-def checksum(tensor: Tensor) -> str:
-    """Of a contiguous tensor's bytes, on any device: the sum of its 64-bit words, which any changed bit changes, and a
-    CRC-32 of some 4096 words of it and its last bytes, which a changed order changes."""
-    raw = tensor.reshape(-1).view(torch.uint8)
-    if raw.data_ptr() % 8:
-        raw = raw.clone()
-    words = raw[: len(raw) // 8 * 8].view(torch.int64)
-    sample = words[:: max(1, len(words) // 4096)].contiguous().view(torch.uint8)
-    seen = zlib.crc32(torch.cat([sample, raw[len(words) * 8 :]]).cpu().numpy().tobytes())
-    return f"{int(words.sum()) % 2**64:016x}{seen:08x}"
-
-
 def map_staging(path: str, size: int) -> Tensor:
     """The bytes [size] of shared memory that another process of this machine made."""
     descriptor = os.open(path, os.O_RDWR)
@@ -96,15 +82,6 @@ def map_staging(path: str, size: int) -> Tensor:
     finally:
         os.close(descriptor)
     return torch.frombuffer(shared, dtype=torch.uint8)
-
-
-def cut(slot: Tensor, tensors: Sequence[Any]) -> list[tuple[str, Tensor]]:
-    """The tensors of a bucket, as views of its bytes: (name, dtype, shape, offset) each."""
-    found = []
-    for name, dtype, shape, offset in tensors:
-        kind: torch.dtype = getattr(torch, dtype)
-        found.append((name, slot[offset : offset + product(shape) * kind.itemsize].view(kind).view(shape)))
-    return found
 
 
 def product(shape: Sequence[int]) -> int:

@@ -1,0 +1,70 @@
+"""A refit from any training layout: what arrives in an engine's process is the policy, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_engine import fake_python
+from models import model_config, save_model
+from safetensors.torch import load_file
+
+from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.policy import parallel
+from nemo_disco.policy.policy import Policy
+
+BUCKET_BYTES = 1  # the smallest bucket that there is: most tensors come in pieces
+
+
+def refit_twice(source: Path, work: Path, layout: dict[str, int]) -> None:
+    """Two refits of an engine that the first rank leads; the last weights stay in the files `kept` and `export`."""
+    config = model_config(source, **layout)
+    parallel.start(config)
+    policy = Policy(config)
+    replicas = []
+    if dist.get_rank() == 0:
+        settings = {"model": str(source), "dtype": "float32", "bucket_bytes": BUCKET_BYTES}
+        options = {"options": {"keep": str(work / "kept")}}
+        replicas.append(Replica("replica", Place(fake_python(work), work / "log"), settings | options))
+    engine = ExternalEngine(replicas)
+    try:
+        engine.update_weights(policy.named_weights, 0)
+        with torch.no_grad():
+            for parameter in policy.model.chunks[0].parameters():
+                parameter.mul_(1.5)
+        engine.update_weights(policy.named_weights, 1)
+    finally:
+        engine.close()
+    policy.export(work / "export")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "tied"),
+    [
+        (2, 2, True),
+        *(
+            pytest.param(*layout, marks=pytest.mark.slow)
+            for layout in ((2, 2, False), (2, 1, True), (2, 1, False), (1, 2, True), (1, 2, False))
+        ),
+    ],
+)
+def test_what_arrives_is_the_policy(
+    tensor: int, pipeline: int, tied: bool, tmp_path: Path, on_ranks: Callable[..., list[Any]]
+) -> None:
+    source = save_model(tmp_path / "model", "qwen2", tied=tied)
+    layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    on_ranks(tensor * pipeline, refit_twice, source, tmp_path, layout)
+    arrived = load_file(tmp_path / "kept")
+    exported = load_file(tmp_path / "export/model.safetensors")
+    wanted = {name: 1.5 * weight for name, weight in load_file(source / "model.safetensors").items()}
+    if tied:
+        wanted.pop("lm_head.weight", None)
+        exported.pop("lm_head.weight", None)
+    assert arrived.keys() == wanted.keys() == exported.keys()
+    for name, weight in arrived.items():
+        assert torch.equal(weight, wanted[name]) and torch.equal(weight, exported[name]), name

@@ -1,0 +1,118 @@
+"""The wire between a run and a worker: who may speak on it, and what a checksum finds."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nemo_disco.generation.worker.rollout_worker import wire
+from nemo_disco.generation.worker.rollout_worker.__main__ import connect
+from nemo_disco.generation.worker.rollout_worker.tensors import ROW, Assembly, Checksum, as_bytes, checksum
+from nemo_disco.generation.worker.rollout_worker.wire import Channel, WireError
+
+SECRET = b"s" * 32
+WORDS = ROW // 8
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    """The run's and the worker's end of a TCP connection on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = connect(list(server.getsockname()))
+        mine, _ = server.accept()
+    for end in (mine, theirs):
+        end.settimeout(10)
+    yield Channel(mine), Channel(theirs)
+    mine.close()
+    theirs.close()
+
+
+def refused(run: Channel, worker: Channel, secrets: tuple[bytes, bytes] = (SECRET, SECRET)) -> list[str | None]:
+    """What each side says of the other, None if it was let in. As in life a side that refuses hangs up."""
+    said: list[str | None] = [None, None]
+
+    def side(index: int, channel: Channel, role: bytes) -> None:
+        try:
+            channel.authenticate(secrets[index], role)
+        except WireError as error:
+            said[index] = str(error)
+
+    other = threading.Thread(target=side, args=(1, worker, b"worker"))
+    other.start()
+    side(0, run, b"run")
+    other.join()
+    return said
+
+
+def test_both_sides_know_the_secret_and_what_is_sent_arrives(ends: tuple[Channel, Channel]) -> None:
+    run, worker = ends
+    assert refused(run, worker) == [None, None]
+    run.send({"op": "bucket", "slot": 1}, memoryview(b"\x00\xff" * 1000))
+    assert worker.receive() == ({"op": "bucket", "slot": 1}, bytearray(b"\x00\xff" * 1000))
+    worker.send({"ok": True})
+    assert run.receive() == ({"ok": True}, bytearray())
+
+
+@pytest.mark.parametrize("secrets", [(SECRET, b"t" * 32), (b"", SECRET)])
+def test_who_does_not_know_the_secret_is_refused_by_both(
+    secrets: tuple[bytes, bytes], ends: tuple[Channel, Channel]
+) -> None:
+    assert refused(*ends, secrets) == ["the peer does not know this run's secret"] * 2
+
+
+def test_an_answer_cannot_be_sent_back_as_ones_own(ends: tuple[Channel, Channel]) -> None:
+    run, thief = ends
+
+    def echo() -> None:
+        for size in (wire._HELLO.size, 32):
+            thief.socket.sendall(thief._exactly(size))
+
+    other = threading.Thread(target=echo)
+    other.start()
+    with pytest.raises(WireError, match="does not know this run's secret"):
+        run.authenticate(SECRET, b"run")
+    other.join()
+
+
+def test_another_protocol_and_what_speaks_none_are_refused(ends: tuple[Channel, Channel]) -> None:
+    run, stranger = ends
+    stranger.socket.sendall(wire._HELLO.pack(wire._MAGIC, wire.PROTOCOL + 1, bytes(32)))
+    with pytest.raises(WireError, match=rf"speaks rollout protocol {wire.PROTOCOL + 1}, this side {wire.PROTOCOL}"):
+        run.authenticate(SECRET, b"run")
+    stranger.socket.sendall(b"GET / HTTP/1.1\r\nHost: here\r\nAccept: everything\r\n\r\n")
+    with pytest.raises(WireError, match="does not speak the rollout protocol"):
+        run.authenticate(SECRET, b"run")
+
+
+@pytest.mark.parametrize("count", [1, 3, WORDS * 2, WORDS * 6 + 3])
+def test_a_checksum_finds_every_changed_element(count: int) -> None:
+    tensor = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    before = checksum(tensor)
+    assert checksum(tensor.clone()) == before
+    for place in {0, count // 2, count - 1}:
+        changed = tensor.clone()
+        changed[place] = torch.nextafter(changed[place], torch.tensor(9.0))  # one bit
+        assert checksum(changed) != before
+
+
+def test_a_checksum_finds_rows_out_of_order_and_a_shift() -> None:
+    tensor = torch.randn(8, ROW // 4, generator=torch.Generator().manual_seed(0))
+    swapped = tensor[[0, 1, 3, 2, 4, 5, 6, 7]]
+    assert len({checksum(t.contiguous()) for t in (tensor, swapped, tensor.roll(1), -tensor)}) == 4
+
+
+def test_a_tensor_in_pieces_has_the_checksum_of_the_whole() -> None:
+    tensor = torch.randn(5, WORDS + 7, generator=torch.Generator().manual_seed(0))
+    raw, seen = as_bytes(tensor), Checksum()
+    pieces, assembly = [], Assembly()
+    for first in range(0, len(raw), 2 * ROW):
+        seen.add(raw[first : first + 2 * ROW])
+        pieces.append(("a", "float32", tensor.shape, 0, first, len(raw[first : first + 2 * ROW])))
+    assert str(seen) == checksum(tensor)
+    found = [made for p in pieces for made in assembly.take(raw[p[4] : p[4] + p[5]], [p])]
+    assert [(name, said) for name, _, said in found] == [("a", checksum(tensor))]
+    assert torch.equal(found[0][1], tensor)
