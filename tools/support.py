@@ -101,7 +101,10 @@ FEATURES = (
     Feature("A run, killed and resumed", ("end_to_end/test_resume.py",)),
     Feature("float64 (nemo-disco verify)", ("end_to_end/test_verify_run.py",)),
     Feature("SLURM", ("slurm/test_slurm_train.py", "slurm/test_slurm_failures.py")),
-    Feature("Refit as a transaction, replicas, recovery", ("generation/test_external_engine.py",)),
+    Feature(
+        "Refit as a transaction, replicas, recovery", ("generation/test_external_engine.py", "generation/test_wire.py")
+    ),
+    Feature("Refit from TP, PP, TP x PP, tied and untied", ("distributed/test_refit_layouts.py",)),
     Feature(
         "Sampling while the policy trains",
         ("end_to_end/test_asynchronous.py",),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from nemo_disco.data.chat import encode_prompts, load_tokenizer
 from nemo_disco.data.questions import load_questions
 from nemo_disco.evaluation.result import read_evaluation
-from nemo_disco.generation.worker.rollout_worker.wire import checksum
+from nemo_disco.generation.worker.rollout_worker.tensors import checksum
 
 
 def same(one, other):

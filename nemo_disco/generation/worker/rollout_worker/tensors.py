@@ -34,9 +34,9 @@ class Checksum:
         if whole:
             rows = raw[:whole].view(torch.int64).view(-1, ROW // 8).sum(1).cpu()
             self._sum += int(rows.sum())
-            self._crc = zlib.crc32(rows.numpy(), self._crc)
+            self._crc = zlib.crc32(rows.numpy().data, self._crc)
         if whole < len(raw):
-            self._crc = zlib.crc32(raw[whole:].cpu().numpy(), self._crc)
+            self._crc = zlib.crc32(raw[whole:].cpu().numpy().data, self._crc)
 
     def __str__(self) -> str:
         return f"{self._sum % 2**64:016x}{self._crc:08x}"

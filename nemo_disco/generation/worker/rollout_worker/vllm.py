@@ -19,6 +19,7 @@ from .wire import RefusedError, map_staging
 _CPU_CACHE_BYTES = 2 << 30
 _CPU_BATCH_TOKENS = 4096
 _COLOCATED_SHARE = 0.5
+_LOAD_BYTES = 32 << 20  # at each load vLLM looks through all of its parameters
 
 
 class Vllm:
@@ -120,6 +121,7 @@ class Vllm:
         return ranks[0]
 
     def finish_refit(self) -> None:
+        self.engine.collective_rpc(_vllm_load_waiting)
         self.engine.collective_rpc(_vllm_finish)
         if not self.engine.reset_prefix_cache():  # it holds keys and values of the old weights
             raise RefusedError("refit: the engine did not drop its prefix cache")
@@ -163,24 +165,32 @@ def _vllm_begin(worker: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-    worker.refit_assembly = Assembly()
+    worker.refit_assembly, worker.refit_waiting = Assembly(), []
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(worker.get_model())
 
 
 def _vllm_load(worker: Any, slot: int, pieces: list[Any]) -> dict[str, str]:
-    from vllm.config import set_current_vllm_config
-
     memory = worker.refit_slots[slot]
     if worker.refit_broadcast is not None:
         worker.refit_broadcast(memory)
-    whole = list(worker.refit_assembly.take(memory, pieces))
-    with set_current_vllm_config(worker.vllm_config):
-        # vLLM keeps what it is given until a layer is complete.
-        worker.get_model().load_weights([(name, tensor) for name, tensor, _ in whole])
+    found = {}
+    for name, tensor, seen in worker.refit_assembly.take(memory, pieces):
+        worker.refit_waiting.append((name, tensor))
+        found[name] = seen
+    if sum(tensor.nbytes for _, tensor in worker.refit_waiting) >= _LOAD_BYTES:
+        _vllm_load_waiting(worker)
     if memory.is_cuda:
         torch.cuda.synchronize()  # the slot has been read
-    return {name: seen for name, _, seen in whole}
+    return found
+
+
+def _vllm_load_waiting(worker: Any) -> None:
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(worker.vllm_config):
+        worker.get_model().load_weights(worker.refit_waiting)  # which keeps them until a layer is complete
+    worker.refit_waiting = []
 
 
 def _vllm_finish(worker: Any) -> None:
