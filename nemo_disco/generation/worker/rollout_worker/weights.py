@@ -17,7 +17,7 @@ from .tensors import ALIGNMENT, ROW
 from .wire import RefusedError, map_staging, product
 
 # Large ones fill a GPU's links; on a CPU both slots stay in the processor's cache.
-_GPU_BUCKET_BYTES, _CPU_BUCKET_BYTES = 64 << 20, 4 << 20
+_GPU_BUCKET_BYTES, _CPU_BUCKET_BYTES = 64 << 20, 8 << 20
 
 
 def expected_weights(directory: str) -> dict[str, list[int]]:
