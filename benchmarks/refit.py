@@ -71,7 +71,7 @@ def replica(directory: Path, engine: str, python: str) -> Replica:
         "trust_remote_code": False,
         "quantization": None,
         "sleeps": False,
-        "options": {"kv_cache_memory_bytes": 1 << 26},
+        "options": {"kv_cache_memory_bytes": 1 << 28},
     }
     return Replica(engine, Place(python, directory / f"{engine}.log"), settings)
 

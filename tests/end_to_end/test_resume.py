@@ -34,7 +34,7 @@ def test_killed_after_a_checkpoint_it_ends_as_one_life_does(finished, commands, 
     run = tmp_path / "run"
     killed = commands.start("train", *WHOLE, at(run), devices=finished.ranks)
     killed.wait_for(run / "checkpoints/step_2")
-    time.sleep(random.uniform(0, 1))
+    time.sleep(random.uniform(0, 0.1))  # the two steps left take less than a second
     assert killed.process.poll() is None
     killed.process.kill()
     assert killed.wait().code == -signal.SIGKILL
