@@ -63,7 +63,7 @@ def test_lengths_are_a_third_of_the_limit_and_half_of_the_responses_right() -> N
 @pytest.mark.slow
 def test_a_checkpoint_in_the_background_blocks_less(tmp_path: Path) -> None:
     record = run("checkpoint.py", tmp_path, "--questions=1")
-    for result in record["results"].values():
+    for result in record["result"].values():
         assert 0 < result["blocked"] < result["synchronous"]
         assert result["steps_beside"] > 0 and sum(result["megabytes"]) > 1
 
