@@ -7,6 +7,7 @@ KL need every response first. Knows the policy's verbs and the objective's contr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,24 +74,7 @@ def accumulate_gradient(
     """
     clock = clock or Clock()
     needs_entropies = "entropies" in objective.requires
-
-    def mini_batch(log_probs: Tensor, entropies: Tensor | None) -> MiniBatch:
-        return MiniBatch(
-            log_probs=log_probs,
-            old_log_probs=old.log_probs,
-            lengths=rollouts.response_lengths.to(policy.device),
-            question_ids=rollouts.question_ids.to(policy.device),
-            rewards=rollouts.rewards.to(policy.device),
-            max_response_length=max_response_length,
-            entropies=entropies,
-            reference_log_probs=old.reference_log_probs,
-            generation_log_probs=rollouts.generation_log_probs.to(policy.device),
-            correct=rollouts.correct.to(policy.device),
-            truncated=rollouts.truncated.to(policy.device),
-            preferences=rollouts.preferences.to(policy.device),
-            shortest_correct=rollouts.shortest_correct.to(policy.device),
-        )
-
+    mini_batch = partial(_mini_batch, policy, rollouts, old, max_response_length)
     if isinstance(objective, SeparableObjective) and objective.separable:
         return _one_pass(
             policy, objective, rollouts, mini_batch(old.log_probs, old.entropies), first, everywhere, clock
@@ -118,6 +102,32 @@ def accumulate_gradient(
         seen = policy.share(seen) if first else seen
     noise = _noise_floor(old.log_probs, seen) if first else {}
     return Accumulated(out.metrics | noise, scores, out.token_weights)
+
+
+def _mini_batch(
+    policy: Policy,
+    rollouts: Rollouts,
+    old: OldPolicy,
+    max_response_length: int,
+    log_probs: Tensor,
+    entropies: Tensor | None,
+) -> MiniBatch:
+    """What the objective sees of one mini-batch, on the policy's device."""
+    return MiniBatch(
+        log_probs=log_probs,
+        old_log_probs=old.log_probs,
+        lengths=rollouts.response_lengths.to(policy.device),
+        question_ids=rollouts.question_ids.to(policy.device),
+        rewards=rollouts.rewards.to(policy.device),
+        max_response_length=max_response_length,
+        entropies=entropies,
+        reference_log_probs=old.reference_log_probs,
+        generation_log_probs=rollouts.generation_log_probs.to(policy.device),
+        correct=rollouts.correct.to(policy.device),
+        truncated=rollouts.truncated.to(policy.device),
+        preferences=rollouts.preferences.to(policy.device),
+        shortest_correct=rollouts.shortest_correct.to(policy.device),
+    )
 
 
 def _noise_floor(old_log_probs: Tensor, again: Tensor) -> dict[str, float]:
