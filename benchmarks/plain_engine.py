@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import stat
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,15 +37,6 @@ class PlainEngine:
     def finish_refit(self) -> None: ...
 
     def abort_refit(self) -> None: ...
-
-
-def python(directory: Path) -> str:
-    """An executable that is called like an engine's Python, and runs this file."""
-    script = directory / "python"
-    root = Path(__file__).parents[1]
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{root}" exec {sys.executable} {__file__} "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return str(script)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from nemo_disco.generation.replica import Place, Replica
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from fake_engine import fake_python
+
 # Parameters, in millions: hidden size, layers, vocabulary.
 SHAPES = {4: (192, 6, 2048), 30: (512, 6, 9216), 117: (768, 12, 16384), 500: (1280, 20, 32768)}
 
@@ -170,7 +173,7 @@ def compare(millions: int, args: argparse.Namespace) -> dict[str, Any]:
             "gather": figures(gather),
         }
         del tensors
-        for name, python in (("plain", plain_engine.python(directory)), ("vllm", args.vllm)):
+        for name, python in (("plain", fake_python(directory, plain_engine.__file__)), ("vllm", args.vllm)):
             if python is None:
                 continue
             engine = ExternalEngine([replica(directory, name, python)])

@@ -97,11 +97,11 @@ class FakeEngine:
         raise RuntimeError("the engine's own words")
 
 
-def fake_python(directory: Path) -> str:
-    """An executable that is called like an engine's Python, and runs this file."""
+def fake_python(directory: Path, file: str = __file__) -> str:
+    """An executable that is called like an engine's Python, and runs `file`, which is in a folder of the root."""
     script = directory / "python"
     root = Path(__file__).parents[1]
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{root}" exec {sys.executable} {__file__} "$@"\n')
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{root}" exec {sys.executable} {file} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script)
 
