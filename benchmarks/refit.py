@@ -141,7 +141,7 @@ def measure(engine: ExternalEngine, policy: Policy, repeats: int) -> dict[str, A
         **figures([turn[0] for turn in found]),
         "processor_seconds": {name: statistics.median(turn[2][name] for turn in found) for name in pids},
         "copy": figures([turn[1] for turn in found]),
-        "slot_mb": engine.replicas[0].ready["slot_bytes"] / 1e6,
+        "slot_mb": engine.replicas[0].staging.slot_bytes / 1e6,
         **added,
     }
 

@@ -51,8 +51,8 @@ class FakeEngine:
             time.sleep(self.options.get("slow", 0))
             live()
 
-    def open_staging(self, path: str, slot_bytes: int, remote: bool) -> list[dict[str, Any]]:  # noqa: ARG002
-        self.slots = map_staging(path, 2 * slot_bytes).view(2, slot_bytes)
+    def open_staging(self, path: str, shape: tuple[int, int], remote: bool) -> list[dict[str, Any]]:  # noqa: ARG002
+        self.slots = map_staging(path, shape)
         return [{}]
 
     def begin_refit(self) -> None:

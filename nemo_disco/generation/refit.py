@@ -1,7 +1,7 @@
 """The run's side of a refit: the policy's tensors, one after the other, into a replica's staging memory.
 
-Bounded memory: a tensor is copied once, into one of the replica's two slots (in pieces if it is larger), while the
-engine reads the other. A sender never raises: it remembers its problem, for the stream of weights is a collective and
+Bounded memory: a tensor is copied once, into one of the replica's slots (in pieces if it is larger), while the
+engine reads another. A sender never raises: it remembers its problem, for the stream of weights is a collective and
 must run to its end.
 """
 
@@ -66,39 +66,39 @@ class Sender:
         if self.replica.staging is None:
             self.replica.staging = Staging(self.replica)
         self.staging: Staging = self.replica.staging
-        self.slot_bytes = self.staging.slot_bytes
 
     def _add(self, name: str, tensor: Tensor) -> None:
         raw, seen = as_bytes(tensor.detach().to(self.dtype).contiguous()), Checksum()
-        if self._used + len(raw) > self.slot_bytes:
+        shape, size, room = list(tensor.shape), raw.numel(), self.staging.slot_bytes
+        if self._used + size > room:
             self._flush()
-        for first in range(0, len(raw), self.slot_bytes):
-            piece = raw[first : first + self.slot_bytes]
-            self._place(name, list(tensor.shape), first, piece)
-            seen.add(piece)
-            if len(piece) == self.slot_bytes:
+        for first in range(0, size, room):
+            piece = raw[first : first + room]
+            seen.add(self.staging.write(self._slot, self._used, piece))
+            count = min(size - first, room)
+            entry = {"name": name, "shape": shape, "offset": self._used, "first": first, "bytes": count}
+            self._entries.append(entry)
+            self._used = -(-(self._used + count) // ALIGNMENT) * ALIGNMENT
+            if count == room:
                 self._flush()
         self._checksums[name] = str(seen)
 
-    def _place(self, name: str, shape: list[int], first: int, piece: Tensor) -> None:
-        """The bytes of a tensor from `first` on behind what is in the slot."""
-        self.staging.write(self._buckets % 2, self._used, piece)
-        entry = {"name": name, "shape": shape, "offset": self._used, "first": first, "bytes": len(piece)}
-        self._entries.append(entry)
-        self._used = -(-(self._used + len(piece)) // ALIGNMENT) * ALIGNMENT
+    @property
+    def _slot(self) -> int:
+        return self._buckets % self.staging.slots
 
     def _flush(self) -> None:
-        """Hand the slot over, and wait until the other one has been read."""
+        """Hand the slot over, and wait until the next one has been read."""
         if not self._entries:
             return
-        slot = self._buckets % 2
+        slot = self._slot
         payload = self.staging.payload(slot, self._used)
         self.replica.send({"op": "bucket", "slot": slot, "pieces": self._entries}, payload)
         self.staging.sent(slot)
         self._unanswered += 1
         self._buckets += 1
         self._used, self._entries = 0, []
-        while self._unanswered > 1:
+        while self._unanswered == self.staging.slots:
             self._answer()
 
     def _answer(self) -> None:

@@ -101,7 +101,7 @@ def test_two_replicas_sample_from_the_newest_weights(
 
 def test_many_small_buckets_are_one_refit(start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]) -> None:
     engine = start(bucket_bytes=1)
-    slot = engine.replicas[0].ready["slot_bytes"]
+    slot = engine.replicas[0].ready["staging"]["shape"][1]
     assert slot < max(t.nbytes for t in tensors.values()) / 4  # most come in pieces
     engine.update_weights(tensors.items, 7)
     assert right(sampled(engine), tensors, 7)

@@ -20,9 +20,9 @@ from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 class OnCpu(adapter.TensorRtLlm):
     """The adapter with what needs a GPU replaced: staging in plain memory, handles as torch makes them of it."""
 
-    def open_staging(self, _path: str, slot_bytes: int, _remote: bool) -> list[dict[str, Any]]:
+    def open_staging(self, _path: str, shape: tuple[int, int], _remote: bool) -> list[dict[str, Any]]:
         self.broadcast = None
-        self.slots = torch.zeros(2, slot_bytes, dtype=torch.uint8)
+        self.slots = torch.zeros(shape, dtype=torch.uint8)
         return [{}]
 
     def shared(self, weights: list[tuple[str, torch.Tensor]]) -> dict[str, list[Any]]:

@@ -145,7 +145,6 @@ def main() -> None:
             "ready": True,
             "protocol": PROTOCOL,
             "torch": torch.__version__,
-            "slot_bytes": weights.slot_bytes,
             "staging": weights.staging,
             "seconds": {"import": imported, "build": took - imported},
         }

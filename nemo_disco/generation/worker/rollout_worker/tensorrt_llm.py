@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cuda import Broadcast, IpcMemory
 from .tensors import Assembly
-from .wire import RefusedError
+from .wire import RefusedError, product
 
 EXTENSION = "tensorrt_llm.llmapi.rlhf_utils.WorkerExtension"
 MEMORY = ["model", "kv_cache"]  # what sleep gives back, by TensorRT-LLM's tags
@@ -81,14 +81,14 @@ class TensorRtLlm:
         )
         self.devices = range(settings["tensor_parallel_size"])
 
-    def open_staging(self, _path: str, slot_bytes: int, remote: bool) -> list[dict[str, Any]]:
-        """Two slots, this process's: the ranks are Ray's, and read copies."""
+    def open_staging(self, _path: str, shape: tuple[int, int], remote: bool) -> list[dict[str, Any]]:
+        """Slots [slots, bytes], this process's: the ranks are Ray's, and read copies."""
         self.broadcast: Broadcast | None = None
         if remote:
-            self.slots = torch.empty(2 * slot_bytes, dtype=torch.uint8, device="cuda:0").view(2, slot_bytes)
+            self.slots = torch.empty(shape, dtype=torch.uint8, device="cuda:0")
             return [{}]
-        memory = IpcMemory.allocate(2 * slot_bytes, device=0)
-        self.slots = memory.tensor.view(2, slot_bytes)
+        memory = IpcMemory.allocate(product(shape), device=0)
+        self.slots = memory.tensor.view(*shape)
         return [memory.described()]
 
     def join(self, unique_id: bytes, size: int) -> None:

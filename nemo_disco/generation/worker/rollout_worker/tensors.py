@@ -1,6 +1,7 @@
 """Tensors on their way through staging memory: their checksums, and putting the pieces of large ones together.
 
-Both sides of the wire import it. Staging memory is small, so that it stays in the processor's cache.
+Both sides of the wire import it. Staging memory is small, so that it stays in the processor's cache; what was copied is
+summed while it is there too.
 """
 
 from __future__ import annotations
@@ -24,22 +25,25 @@ class Checksum:
     """
 
     def __init__(self) -> None:
-        self._sum = self._crc = 0
+        self._rows: list[Tensor] = []  # sums, where the tensor is: a GPU is not waited for until the end
+        self._rest: Tensor | None = None
 
     def add(self, raw: Tensor) -> None:
         """raw [bytes] uint8, contiguous: the next piece."""
         if raw.data_ptr() % 8:
             raw = raw.clone()
-        whole = len(raw) // ROW * ROW
-        if whole:
-            rows = raw[:whole].view(torch.int64).view(-1, ROW // 8).sum(1).cpu()
-            self._sum += int(rows.sum())
-            self._crc = zlib.crc32(rows.numpy().data, self._crc)
-        if whole < len(raw):
-            self._crc = zlib.crc32(raw[whole:].cpu().numpy().data, self._crc)
+        rest = raw.numel() % ROW
+        if rest:
+            raw, self._rest = raw[:-rest], raw[-rest:].clone()
+        if raw.numel():
+            self._rows.append(raw.view(torch.int64).view(-1, ROW // 8).sum(1))
 
     def __str__(self) -> str:
-        return f"{self._sum % 2**64:016x}{self._crc:08x}"
+        rows = torch.cat(self._rows).cpu() if self._rows else torch.zeros(0, dtype=torch.int64)
+        crc = zlib.crc32(rows.numpy().data)
+        if self._rest is not None:
+            crc = zlib.crc32(self._rest.cpu().numpy().data, crc)
+        return f"{int(rows.sum()) % 2**64:016x}{crc:08x}"
 
 
 def checksum(tensor: Tensor) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from .cuda import Broadcast, IpcMemory
 from .tensors import Assembly
-from .wire import RefusedError, map_staging
+from .wire import RefusedError, map_staging, product
 
 _CPU_CACHE_BYTES = 2 << 30
 _CPU_BATCH_TOKENS = 4096
@@ -102,9 +102,9 @@ class Vllm:
             self.engine.abort_request(ids, internal=True)
             raise
 
-    def open_staging(self, path: str, slot_bytes: int, remote: bool) -> list[dict[str, Any]]:
-        """Two slots on each rank, as the run needs to know them; path: shared memory, where there is no GPU."""
-        opened: list[dict[str, Any]] = self.engine.collective_rpc(_vllm_open, args=(path, slot_bytes, remote))
+    def open_staging(self, path: str, shape: tuple[int, int], remote: bool) -> list[dict[str, Any]]:
+        """Slots [slots, bytes] on each rank, as the run needs to know them; path: shared memory, without a GPU."""
+        opened: list[dict[str, Any]] = self.engine.collective_rpc(_vllm_open, args=(path, shape, remote))
         return opened
 
     def join(self, unique_id: bytes, size: int) -> None:
@@ -144,16 +144,16 @@ class Vllm:
 # Each of these runs in every rank of the engine; `worker` is vLLM's.
 
 
-def _vllm_open(worker: Any, path: str, slot_bytes: int, remote: bool) -> dict[str, Any]:
+def _vllm_open(worker: Any, path: str, shape: tuple[int, int], remote: bool) -> dict[str, Any]:
     worker.refit_broadcast, described = None, {}
     if path:
-        memory = map_staging(path, 2 * slot_bytes)
+        memory = map_staging(path, shape)
     elif remote:
-        memory = torch.empty(2 * slot_bytes, dtype=torch.uint8, device=worker.device)
+        memory = torch.empty(shape, dtype=torch.uint8, device=worker.device)
     else:
-        shared = IpcMemory.allocate(2 * slot_bytes, worker.device.index)
+        shared = IpcMemory.allocate(product(shape), worker.device.index)
         memory, described = shared.tensor, shared.described()
-    worker.refit_slots = memory.view(2, slot_bytes)
+    worker.refit_slots = memory.view(*shape)
     return described
 
 

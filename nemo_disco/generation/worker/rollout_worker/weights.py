@@ -16,8 +16,9 @@ from torch import Tensor
 from .tensors import ALIGNMENT, ROW
 from .wire import RefusedError, map_staging, product
 
-# Large ones fill a GPU's links; on a CPU both slots stay in the processor's cache.
-_GPU_BUCKET_BYTES, _CPU_BUCKET_BYTES = 64 << 20, 8 << 20
+# The run fills one slot while the engine reads another. On a GPU a slot fills the links; on a CPU all of them stay in
+# the processor's cache, and are enough that neither side waits for the other to be woken.
+_GPU_SLOTS, _CPU_SLOTS = (2, 64 << 20), (4, 2 << 20)
 
 
 def expected_weights(directory: str) -> dict[str, list[int]]:
@@ -51,18 +52,18 @@ class Weights:
         self._received: dict[str, str] = {}  # checksums of what is complete
         sizes = [product(shape) * dtype.itemsize for shape in self.expected.values()]
         total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-        wanted = min(total, bucket_bytes or (_GPU_BUCKET_BYTES if engine.gpu else _CPU_BUCKET_BYTES))
+        self.slots, usual = _GPU_SLOTS if engine.gpu else _CPU_SLOTS
+        wanted = min(total, bucket_bytes or usual)
         self.slot_bytes = -(-max(wanted, max(sizes) if engine.gpu else 0) // ROW) * ROW
-        # Two slots: the run fills one while the engine reads the other.
         self._path = ""
         if not engine.gpu:
             # Unlike a file it is gone with its last user, and a container's small /dev/shm does not bound it.
             self._descriptor = os.memfd_create("nemo-disco-refit")
-            os.ftruncate(self._descriptor, 2 * self.slot_bytes)
+            os.ftruncate(self._descriptor, self.slots * self.slot_bytes)
             self._path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        opened = engine.open_staging(self._path, self.slot_bytes, remote)
+        opened = engine.open_staging(self._path, (self.slots, self.slot_bytes), remote)
         kind = ("nccl" if remote else "ipc") if engine.gpu else ("inline" if remote else "shared")
-        self.staging = {"kind": kind, "path": self._path, "ranks": opened}
+        self.staging = {"kind": kind, "path": self._path, "shape": [self.slots, self.slot_bytes], "ranks": opened}
         self._own: Tensor | None = None
 
     def begin(self, version: int) -> None:
@@ -79,8 +80,8 @@ class Weights:
             self._check(piece)
         if payload:
             if self._own is None:
-                self._own = map_staging(self._path, 2 * self.slot_bytes)
-            self._own[slot * self.slot_bytes :][: len(payload)] = torch.frombuffer(payload, dtype=torch.uint8)
+                self._own = map_staging(self._path, (self.slots, self.slot_bytes))
+            self._own[slot, : len(payload)] = torch.frombuffer(payload, dtype=torch.uint8)
         dtype = str(self.dtype)[6:]
         self._received |= self.engine.load_bucket(
             slot, [(p["name"], dtype, p["shape"], p["offset"], p["first"], p["bytes"]) for p in pieces]

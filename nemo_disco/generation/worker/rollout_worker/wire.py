@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROTOCOL = 2
+PROTOCOL = 3
 _MAGIC = b"NDRW"
 _HELLO = struct.Struct(">4sH32s")  # magic, protocol, nonce
 _HEAD = struct.Struct(">IQ")  # bytes of JSON, bytes of payload
@@ -74,14 +74,14 @@ class Channel:
         return data
 
 
-def map_staging(path: str, size: int) -> Tensor:
-    """The bytes [size] of shared memory that another process of this machine made."""
+def map_staging(path: str, shape: Sequence[int]) -> Tensor:
+    """The slots [slots, bytes] of shared memory that another process of this machine made."""
     descriptor = os.open(path, os.O_RDWR)
     try:
-        shared = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        shared = mmap.mmap(descriptor, product(shape), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     finally:
         os.close(descriptor)
-    return torch.frombuffer(shared, dtype=torch.uint8)
+    return torch.frombuffer(shared, dtype=torch.uint8).view(*shape)
 
 
 def product(shape: Sequence[int]) -> int:
