@@ -47,7 +47,7 @@ class Journal:
             yield
         self._sinks = self._progress = None
 
-    def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+    def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._sinks is not None and self._progress is not None:
             self._sinks.write(step, metrics)
             self._progress.update({"step": step, **metrics})

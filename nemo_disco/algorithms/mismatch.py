@@ -60,12 +60,6 @@ def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> l
     ]
 
 
-def worst_token(old_log_probs: Tensor, rollouts: Rollouts) -> dict[str, float]:
-    """Of a step's metrics: the id of the token that differs most, and its place in its response."""
-    worst = worst_tokens(old_log_probs, rollouts, 1)
-    return {"mismatch/worst_token": worst[0].token, "mismatch/worst_place": worst[0].place} if worst else {}
-
-
 def likely_cause(old_log_probs: Tensor, rollouts: Rollouts, *, plain_log_probs: Tensor, precision: str) -> str:
     """A guess, from the shape of the difference, at the setting that makes it.
 

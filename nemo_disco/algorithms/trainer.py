@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from nemo_disco.algorithms.benchmark import evaluate_set
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
-from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_token
+from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_tokens
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
@@ -115,7 +116,7 @@ class DisCO:
                 done = f"saved step {self.step}" if self.step else "before the first step"
                 self.journal.say(f"asked to stop by {stop.signal_name}: {done}; start again to go on")
 
-    def train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, Any]:
         """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine. Asynchronously,
         the engine samples the next step's rollouts meanwhile, from the weights that this step began with."""
         clock = device_clock()
@@ -151,7 +152,7 @@ class DisCO:
         self.journal.rollouts(self.step + 1, sampled)
         return sampled
 
-    def run_training(self, rollouts: Rollouts, clock: Clock, values: TokenValues | None = None) -> dict[str, float]:
+    def run_training(self, rollouts: Rollouts, clock: Clock, values: TokenValues | None = None) -> dict[str, Any]:
         """A gradient step on each mini-batch of the rollouts; the step's metrics. values: what takes the tokens'."""
         with clock("log_probs"):
             reference = None if self.reference is None else self.reference.log_probs(rollouts)
@@ -288,9 +289,10 @@ class DisCO:
                 "lower model.optim.lr, then start again"
             )
 
-    def _summary(self, rollouts: Rollouts, old: OldPolicy, history: list[dict[str, float]]) -> dict[str, float]:
-        """The step's metrics. KL is the last mini-batch's, whose policy is farthest from the one that sampled;
-        constraint/active is the share of mini-batches; the rest are means over mini-batches."""
+    def _summary(self, rollouts: Rollouts, old: OldPolicy, history: list[dict[str, float]]) -> dict[str, Any]:
+        """The step's metrics: numbers, and the tokens on which engine and trainer differ most. KL is the last
+        mini-batch's, whose policy is farthest from the one that sampled; constraint/active is the share of
+        mini-batches; the rest are means over mini-batches."""
         if not history:  # every mini-batch was skipped: the names stay, without a number
             history = [dict.fromkeys(MEASURED, float("nan"))]
         names = {name for metrics in history for name in metrics}
@@ -315,7 +317,7 @@ class DisCO:
             "staleness/mean": float(staleness.double().mean()),
             "staleness/max": int(staleness.max()),
             **mismatch(old.log_probs, rollouts.generation_log_probs),
-            **worst_token(old.log_probs, rollouts),
+            "mismatch/worst_tokens": [asdict(token) for token in worst_tokens(old.log_probs, rollouts)],
         }
 
     def _any_rank(self, flag: bool) -> bool:

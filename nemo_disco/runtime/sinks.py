@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory, write_atomically
 
-Value = float | int | bool | str | None
+# A list is of objects with numbers: metrics.jsonl has it, the other sinks do not.
+Value = float | int | bool | str | None | Sequence[Mapping[str, Any]]
 
 
 class Sink(Protocol):
@@ -181,6 +182,8 @@ def _numbers(metrics: Mapping[str, Value]) -> dict[str, float]:
 
 def _strict(value: Value) -> Value:
     """JSON has neither NaN nor infinity."""
+    if isinstance(value, (list, tuple)):
+        return [{name: _strict(part) for name, part in entry.items()} for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import pytest
 import torch
 from commands import at, metrics
 
@@ -36,4 +37,8 @@ def test_every_step_reports_the_mismatch(commands, tmp_path):
     assert 0 <= step["mismatch/mean_abs"] <= step["mismatch/max_abs"] < 1e-4
     assert 1 <= step["mismatch/mean_exp_abs"] < 1.0001
     assert 0 <= step["mismatch/kl_k3"] < 1e-6
-    assert step["mismatch/worst_token"] >= 0 and step["mismatch/worst_place"] >= 0
+    worst = step["mismatch/worst_tokens"]
+    apart = [abs(token["trainer"] - token["engine"]) for token in worst]
+    assert len(worst) == 5 and apart == sorted(apart, reverse=True)
+    assert apart[0] == pytest.approx(step["mismatch/max_abs"])
+    assert all(token["token"] >= 0 and token["place"] >= 0 and token["response"] >= 0 for token in worst)

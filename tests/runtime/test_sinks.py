@@ -59,7 +59,17 @@ def test_strict_json_and_every_bit_of_a_float(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     sink.write(
-        1, {"a": float("nan"), "b": float("inf"), "c": 0.1 + 0.2, "step": 99, "d": "x\u2028y", "e": None, "f": True}
+        1,
+        {
+            "a": float("nan"),
+            "b": float("inf"),
+            "c": 0.1 + 0.2,
+            "step": 99,
+            "d": "x\u2028y",
+            "e": None,
+            "f": True,
+            "g": [{"h": float("inf"), "i": 2.5}],
+        },
     )
     sink.close()
 
@@ -68,7 +78,16 @@ def test_strict_json_and_every_bit_of_a_float(tmp_path: Path) -> None:
 
     (line,) = path.read_text().splitlines()
     read = json.loads(line, parse_constant=refuse)
-    assert read == {"step": 1, "a": None, "b": None, "c": 0.1 + 0.2, "d": "x\u2028y", "e": None, "f": True}
+    assert read == {
+        "step": 1,
+        "a": None,
+        "b": None,
+        "c": 0.1 + 0.2,
+        "d": "x\u2028y",
+        "e": None,
+        "f": True,
+        "g": [{"h": None, "i": 2.5}],
+    }
     assert next(iter(read)) == "step"
 
 
