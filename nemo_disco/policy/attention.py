@@ -61,7 +61,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     r-th and the r-th from the end (equal work under causal attention). local [S / CP]: which tokens of the whole
     micro-batch those are; keys: for each piece of this rank's tokens in turn, where the keys that it attends to stand
     among the gathered shares of all ranks; stretches: how many queries and keys a piece has. Its queries are the last
-    of its keys.
+    of its keys. buckets: for SDPA, without context parallelism.
     """
 
     qkv_format: str = "sbhd"
@@ -70,14 +70,14 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     starts: Tensor | None = None
     local: Tensor | None = None
     keys: Tensor | None = None
+    buckets: tuple[Bucket, ...] = ()
 
     @classmethod
-    def from_lengths(
-        cls, lengths: Sequence[int], device: torch.device | str = "cpu", context_rank: int = 0, context_size: int = 1
-    ) -> PackedSequences:
-        starts = _starts(lengths).to(device)
+    def from_lengths(cls, lengths: Sequence[int], context_rank: int = 0, context_size: int = 1) -> PackedSequences:
+        """On the host."""
+        starts = _starts(lengths)
         if context_size > 1:
-            return cls(lengths=tuple(lengths), starts=starts, **_cut(lengths, device, context_rank, context_size))
+            return cls(lengths=tuple(lengths), starts=starts, **_cut(lengths, context_rank, context_size))
         longest = max(lengths)
         return cls(
             cu_seqlens_q=starts,
@@ -86,6 +86,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_kv=longest,
             lengths=tuple(lengths),
             starts=starts,
+            buckets=_buckets(lengths),
         )
 
     @cached_property
@@ -95,29 +96,13 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
         # No cu_seqlens_padded: Transformer Engine would compare it with this on the host, in every layer.
         return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
 
-    @cached_property
-    def buckets(self) -> tuple[Bucket, ...]:
-        """For SDPA, without context parallelism."""
-        lengths, buckets, first, start = self.lengths, [], 0, 0
-        while first < len(lengths):
-            last, total, width = first, 0, 0
-            while last < len(lengths):
-                grown = max(width, lengths[last])
-                padding = grown * (last - first + 1) - total - lengths[last]
-                if padding > _MAX_PADDING * (total + lengths[last]):
-                    break
-                last, total, width = last + 1, total + lengths[last], grown
-            buckets.append(_bucket(start, lengths[first:last], width, self.cu_seqlens_q.device))
-            first, start = last, start + total
-        return tuple(buckets)
-
 
 def _starts(lengths: Sequence[int]) -> Tensor:
     """[n + 1] where each starts, and the end."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def _cut(lengths: Sequence[int], device: torch.device | str, rank: int, size: int) -> dict[str, Any]:
+def _cut(lengths: Sequence[int], rank: int, size: int) -> dict[str, Any]:
     shares: list[list[Tensor]] = [[] for _ in range(size)]
     reach, start = [], 0
     for length in lengths:
@@ -129,17 +114,32 @@ def _cut(lengths: Sequence[int], device: torch.device | str, rank: int, size: in
     standing = torch.cat([chunk for share in shares for chunk in share]).argsort()
     queries, keys = ([len(x) for x in pieces] for pieces in (shares[rank], reach))
     return {
-        "cu_seqlens_q": _starts(queries).to(device),
-        "cu_seqlens_kv": _starts(keys).to(device),
+        "cu_seqlens_q": _starts(queries),
+        "cu_seqlens_kv": _starts(keys),
         "max_seqlen_q": max(queries),
         "max_seqlen_kv": max(keys),
-        "local": torch.cat(shares[rank]).to(device),
-        "keys": standing[torch.cat(reach)].to(device),
+        "local": torch.cat(shares[rank]),
+        "keys": standing[torch.cat(reach)],
         "stretches": tuple(zip(queries, keys, strict=True)),
     }
 
 
-def _bucket(start: int, lengths: Sequence[int], width: int, device: torch.device | str) -> Bucket:
+def _buckets(lengths: Sequence[int]) -> tuple[Bucket, ...]:
+    buckets, first, start = [], 0, 0
+    while first < len(lengths):
+        last, total, width = first, 0, 0
+        while last < len(lengths):
+            grown = max(width, lengths[last])
+            padding = grown * (last - first + 1) - total - lengths[last]
+            if padding > _MAX_PADDING * (total + lengths[last]):
+                break
+            last, total, width = last + 1, total + lengths[last], grown
+        buckets.append(_bucket(start, lengths[first:last], width))
+        first, start = last, start + total
+    return tuple(buckets)
+
+
+def _bucket(start: int, lengths: Sequence[int], width: int) -> Bucket:
     count, total = len(lengths), sum(lengths)
     if total == count * width:
         return Bucket(start, start + total, count, width, None, None)
@@ -148,7 +148,7 @@ def _bucket(start: int, lengths: Sequence[int], width: int, device: torch.device
     gather = torch.zeros(count, width, dtype=torch.int64)
     gather[real] = torch.arange(total)
     scatter = real.flatten().nonzero().flatten()
-    return Bucket(start, start + total, count, width, gather.flatten().to(device), scatter.to(device))
+    return Bucket(start, start + total, count, width, gather.flatten(), scatter)
 
 
 def has_flash_kernel(query: Tensor) -> bool:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import model_config, random_rollouts, save_model
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_disco.policy import log_probs, parallel
 from nemo_disco.policy import policy as policy_module
+from nemo_disco.policy.micro_batch import MicroBatch, Padding, build_micro_batch
 from nemo_disco.policy.policy import Policy
 
 # Operators whose result, or its shape, the host has to know.
@@ -35,12 +38,32 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NothingFromTheHost(TorchFunctionMode):
+    """No tensor is copied from the host: CUDA waits where its memory is not page-locked. A CPU's tensors are all on one
+    device, so what would copy one is refused by its name. A single number that stays on the host is none."""
+
+    MAKERS = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange)
+    COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.cuda)
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        device = given.get("device")
+        if func in self.MAKERS:
+            assert device is not None, f"{func} without a device is on the host"
+        elif func in self.COPIES:
+            assert func is torch.tensor and isinstance(args[0], int) and device is None, f"{func} is a copy"
+        elif func is torch.Tensor.to:
+            named = [x for x in (*args[1:], *given.values()) if isinstance(x, str | torch.device)]
+            assert not named, f"to({named}) may be a copy from the host"
+        return func(*args, **given)
+
+
 @contextmanager
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a tensor was read on the host")
 
-    with monkeypatch.context() as patch, NoWaiting():
+    with monkeypatch.context() as patch, NoWaiting(), NothingFromTheHost():
         for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
             patch.setattr(torch.Tensor, method, refuse)
         yield
@@ -58,14 +81,6 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Policy:
         with no_waiting(monkeypatch):
             return schedule(**arguments)
 
-    build = policy_module.build_micro_batch
-
-    def with_buckets(*args: Any, **kwargs: Any) -> Any:
-        batch = build(*args, **kwargs)
-        assert batch.sequences.buckets, "a CPU's plan of attention, made on the host; a GPU's kernel needs none"
-        return batch
-
-    monkeypatch.setattr(policy_module, "build_micro_batch", with_buckets)
     monkeypatch.setattr(policy_module, "get_forward_backward_func", lambda: guarded)
     monkeypatch.setattr(log_probs, "_may_look", lambda _: False)
     return Policy(config)
@@ -79,7 +94,68 @@ def test_log_probs_and_gradients_never_wait(policy: Policy) -> None:
     assert NoWaiting.calls > before + 100, "the schedule ran outside the guard"
 
 
-@pytest.mark.parametrize("ask", [torch.Tensor.item, torch.nonzero, lambda x: x[x > 0], lambda x: x.sum() > 0 and 1])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        torch.Tensor.item,
+        torch.nonzero,
+        lambda x: x[x > 0],
+        lambda x: x.sum() > 0 and 1,
+        lambda x: x + torch.tensor([1.0]),
+        lambda x: x + torch.arange(1),
+        lambda x: x.to("cpu"),
+    ],
+)
 def test_the_guard_sees_what_waits(ask: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError), no_waiting(monkeypatch):
         ask(torch.ones(1))
+
+
+class Copies(TorchFunctionMode):
+    """Every copy to another device is from page-locked memory (a stand-in's), and not waited for."""
+
+    def __init__(self, pinned: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.pinned, self.count = pinned, 0
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to and isinstance(args[1], torch.device):
+            assert any(args[0] is x for x in self.pinned) and kwargs == {"non_blocking": True}
+            self.count += 1
+        assert func is not torch.Tensor.cpu
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    parts = value if isinstance(value, tuple) else vars(value).values() if is_dataclass(value) else ()
+    for part in parts:
+        yield from tensors(part)
+
+
+@pytest.mark.parametrize("context_size", [1, 2])
+def test_a_micro_batch_goes_to_the_device_as_a_whole(monkeypatch: pytest.MonkeyPatch, context_size: int) -> None:
+    """With what attention by SDPA reads. The device is torch's "meta": there, but without numbers."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(x.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    rollouts, layout = random_rollouts(), Padding(sequence=2 * context_size)
+
+    def build(device: str) -> MicroBatch:
+        of = {"device": torch.device(device), "context_rank": context_size - 1, "context_size": context_size}
+        return build_micro_batch(rollouts, range(8), layout=layout, **of)  # type: ignore[arg-type]
+
+    with Copies(pinned) as copies:
+        there, here = build("meta"), build("cpu")
+    found, expected = list(tensors(there)), list(tensors(here))
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+    assert all(x.device.type == "meta" for x in found) and copies.count == len(pinned) == len(found)
+    assert all(torch.equal(x, y) for x, y in zip(pinned, expected, strict=True))
+    assert (there.sequences.keys is not None) == (context_size > 1)
+    assert any(bucket.gather is not None for bucket in there.sequences.buckets) == (context_size == 1)
+    assert there.sequences.lengths == here.sequences.lengths
