@@ -43,15 +43,29 @@ environment() {
         fail "$PYTHON has no nemo_disco: make env in $PWD, activate an environment that has it, or set CONTAINER"
 }
 
+# With ENGINE_NODES=N the job's last N nodes are the rollout engines', and the ranks are on those before: OPTIONS, ENGINES.
+divide() {
+    local nodes count
+    ENGINES=()
+    ((${ENGINE_NODES:-0})) || return 0
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    count=$((${#nodes[@]} - ENGINE_NODES))
+    ((count > 0)) || fail "ENGINE_NODES=$ENGINE_NODES of ${#nodes[@]} nodes leaves none to train on: more --nodes"
+    OPTIONS+=("--nodes=$count" "--ntasks=$((SLURM_NTASKS * count / ${#nodes[@]}))")
+    OPTIONS+=("--nodelist=$(IFS=, && echo "${nodes[*]:0:count}")")
+    ENGINES=("generation.nodes=[$(IFS=, && echo "${nodes[*]:count}")]")
+}
+
 # ranks COMMAND ARGUMENTS...: nemo-disco, one rank a task, one log a rank. Its status is srun's.
 ranks() {
     local srun failed=0
     environment
+    divide
     # srun does not take this one over from sbatch.
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || OPTIONS+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
     export PYTHONUNBUFFERED=1
     OPTIONS+=(--distribution=block "--output=$LOGS/rank_%t.log")
-    srun "${OPTIONS[@]}" "$PYTHON" -m nemo_disco "$@" 2>"$LOGS/srun.log" &
+    srun "${OPTIONS[@]}" "$PYTHON" -m nemo_disco "$@" "${ENGINES[@]}" 2>"$LOGS/srun.log" &
     srun=$!
     trap 'TOLD_TO_STOP=1; kill -USR1 "$srun" 2>/dev/null' USR1
     while kill -0 "$srun"; do

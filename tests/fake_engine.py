@@ -1,12 +1,14 @@
 """A worker whose engine is a few lines of arithmetic: the real process, wire and transaction without an engine.
 
 Its tokens are a function of the weights, the prompt and the seed, so a test knows what must come out. `options` say
-what goes wrong, once: the file `once` is made when it has. The file `keep` is given the weights after each refit.
+what goes wrong, once: the file `once` is made when it has. The file `keep` is given the weights after each refit, the
+file `told` a line of each process with what it was told, and its log a line of each request.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import stat
@@ -38,10 +40,15 @@ class FakeEngine:
         self.options, self.calls = settings["options"], 0
         if "unbuildable" in self.options:
             raise ValueError(self.options["unbuildable"])
+        if "told" in self.options:
+            about = {"pid": os.getpid(), "node": os.environ.get("SLURMD_NODENAME")}
+            with open(self.options["told"], "a") as told:
+                told.write(json.dumps(about | settings) + "\n")
         self.weights: dict[str, str] = {}
 
     def generate(self, prompts: Any, seeds: Any, sampling: dict[str, Any], deliver: Any, live: Any) -> None:
         self.calls += 1
+        print(f"asked for {len(prompts)}", flush=True)
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             if self.calls >= self.options.get("call", 1):
                 self._fault("generate", i)

@@ -104,6 +104,11 @@ FEATURES = (
     Feature(
         "Refit as a transaction, replicas, recovery", ("generation/test_external_engine.py", "generation/test_wire.py")
     ),
+    Feature(
+        "Engines on nodes of their own, by srun and TCP",
+        ("slurm/test_slurm_engines.py",),
+        shows="with an engine that is arithmetic, weights inline",
+    ),
     Feature("Refit from TP, PP, TP x PP, tied and untied", ("distributed/test_refit_layouts.py",)),
     Feature(
         "Sampling while the policy trains",

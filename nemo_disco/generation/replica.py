@@ -25,7 +25,7 @@ from typing import Any
 
 from nemo_disco.generation.worker.rollout_worker.wire import Channel, RefusedError, WireError
 from nemo_disco.runtime import srun
-from nemo_disco.runtime.signals import spared_children
+from nemo_disco.runtime.signals import STOP_SIGNALS, spared_children
 
 STARTUP_S = 1800.0  # large models compile and capture graphs
 SILENCE_S = 600.0  # a worker at work speaks every few seconds
@@ -34,6 +34,8 @@ _GREETING_S = 10.0  # until a connection has shown that it knows the secret
 _WORKER_PATH = Path(__file__).parent / "worker"
 # What a launcher tells its ranks would make the engine join the training's process group; our packages are not its own.
 _NOT_ITS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+_OF_THE_JOB = ("SLURM_JOB_ID", "SLURM_CONF")
+_SPARED = " ".join(number.name.removeprefix("SIG") for number in STOP_SIGNALS)
 # On a CPU each refit repacks the weights: memory given back to the kernel would come again page by page.
 _MALLOC = "glibc.malloc.trim_threshold=0x7fffffffffff:glibc.malloc.mmap_threshold=0x7fffffffffff"
 log = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ class Replica:
                 channel.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for a message
         process, self._process = self._process, None
         if process is not None:
-            _end(process)
+            _end(process, self.place.host is not None)
         if channel is not None:
             channel.socket.close()
 
@@ -208,12 +210,16 @@ class Replica:
             return own
         there = shlex.join(["env", *(f"{k}={v}" for k, v in self._own_environment().items()), *own])
         if "SLURM_JOB_ID" in os.environ:
+            there = f"trap '' {_SPARED}; exec {there}"  # which srun passes on: the engine outlives a request to stop
             return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self.place.host}", "sh", "-c", there]
         return ["ssh", "-o", "BatchMode=yes", self.place.host, there]
 
     def _environment(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if name not in _NOT_ITS_OWN}
-        return mine | (self._own_environment() if self.place.host is None else {})
+        if self.place.host is None:
+            return mine | self._own_environment()
+        # srun reads its options there: those of the training step, tasks and binding of CPUs and GPUs, are not its own.
+        return {name: value for name, value in mine.items() if not name.startswith("SLURM_") or name in _OF_THE_JOB}
 
     def _own_environment(self) -> dict[str, str]:
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.place.gpus))} if self.place.gpus else {}
@@ -239,12 +245,16 @@ class Replica:
         return ReplicaLostError(f"{self.name} {how}{_last_words(self.place.log)}; its log: {self.place.log}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], remote: bool) -> None:
     assert process.stdin is not None
     with contextlib.suppress(OSError):
         process.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_CLOSE_S)
+    if remote and process.poll() is None:
+        process.terminate()  # srun then kills its step; killed itself it would leave a hanging engine where it is
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_CLOSE_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
