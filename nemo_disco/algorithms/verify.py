@@ -93,7 +93,13 @@ def _refuse_disagreement(
     temperature, policy.temperature = policy.temperature, 1.0
     plain_log_probs, _ = policy.log_probs(rollouts)
     policy.temperature = temperature
-    cause = likely_cause(old_log_probs, rollouts, plain_log_probs=plain_log_probs, precision=config.trainer.precision)
+    cause = likely_cause(
+        old_log_probs,
+        rollouts,
+        plain_log_probs=plain_log_probs,
+        precision=config.trainer.precision,
+        quantization=config.generation.quantization,
+    )
     worst = "; ".join(_token(questions, token) for token in worst_tokens(old_log_probs, rollouts, 3))
     raise UserError(
         f"trainer and engine {config.generation.engine} disagree: mean e^|d| {found:.4g} (verify.max_mismatch="

@@ -81,6 +81,12 @@ def test_the_cause_is_told_by_the_shape_of_the_difference(cause: str, trainer: t
     assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), precision="bf16")
 
 
+@pytest.mark.parametrize("cause", ["ignore the temperature", "rope", "generation.quantization=fp8", "other weights"])
+def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, trainer: torch.Tensor) -> None:
+    drawn = rollouts({**causes(trainer), "generation.quantization=fp8": causes(trainer)["precision"]}[cause])
+    assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), precision="bf16", quantization="fp8")
+
+
 def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
     names = ("policy", "engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
     parts: dict[str, Any] = {name: Mock() for name in names}

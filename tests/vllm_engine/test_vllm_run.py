@@ -76,6 +76,20 @@ def test_verify_finds_that_engine_and_trainer_agree() -> None:
     assert "mismatch mean e^|d| 1.0000" in out
 
 
+def test_fp8_rollouts_are_refused_with_their_name_and_trained_from_with_a_correction(tmp_path: Path) -> None:
+    fp8 = ("trainer.devices=1", "trainer.precision=bf16", "generation.quantization=fp8_per_channel")
+    verify = start("verify", *fp8)
+    out, _ = verify.communicate(timeout=400)
+    assert verify.returncode == 2 and "likely cause: generation.quantization=fp8_per_channel" in out
+    run = tmp_path / "run"
+    correction = "algorithm.off_policy.kind=truncated_importance_sampling"
+    finish(start("train", *fp8, correction, f"exp_manager.explicit_log_dir={run}", "trainer.max_steps=2"))
+    for step in steps(run):
+        assert 1e-3 < step["mismatch/mean_abs"] < 0.2 and step["mini_batches/skipped"] == 0
+        assert 0.8 < step["off_policy/factor_mean"] < 1.2
+    assert [step["step"] for step in steps(run)] == [1, 2]
+
+
 @pytest.mark.parametrize("overrides", [(), AHEAD], ids=["in turn", "ahead"])
 def test_a_run_on_two_ranks_survives_the_death_of_its_engine(overrides: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
