@@ -7,6 +7,8 @@ them where Transformer Engine is not.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +56,67 @@ class Quantized(torch.autograd.Function):
         return rounded, None, None
 
 
+# --- scaling that looks at nothing but the numbers at hand ---
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def rounded_as_one(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Current scaling: by one number a tensor, its largest one's."""
+    most = torch.finfo(dtype).max
+    scale = most / x.abs().max().clamp(min=1e-30)
+    return (x * scale).to(dtype).to(x.dtype) / scale
+
+
+def rounded_in_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Blockwise scaling: by a power of 2 a block of the matrix, and e4m3."""
+    flat = x.reshape(-1, x.shape[-1])
+    tall, wide = (-(-size // block) * block for size, block in zip(flat.shape, (rows, columns), strict=True))
+    whole = F.pad(flat, (0, wide - flat.shape[1], 0, tall - flat.shape[0]))
+    blocks = whole.view(tall // rows, rows, wide // columns, columns)
+    scale = torch.exp2((448 / blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-30)).log2().floor())
+    rounded = ((blocks * scale).to(torch.float8_e4m3fn).to(x.dtype) / scale).view(tall, wide)
+    return rounded[: flat.shape[0], : flat.shape[1]].reshape(x.shape)
+
+
+# Of each recipe that keeps no state: how it rounds a layer's input, its weight, and the gradient of its output.
+ROUNDED: dict[str, tuple[Rounding, Rounding, Rounding]] = {
+    "tensorwise": (
+        partial(rounded_as_one, dtype=torch.float8_e4m3fn),
+        partial(rounded_as_one, dtype=torch.float8_e4m3fn),
+        partial(rounded_as_one, dtype=torch.float8_e5m2),
+    ),
+    "blockwise": (
+        partial(rounded_in_blocks, rows=1, columns=128),
+        partial(rounded_in_blocks, rows=128, columns=128),
+        partial(rounded_in_blocks, rows=1, columns=128),
+    ),
+}
+# What the tokens of a product must be a multiple of.
+TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor, rounding: Rounding) -> Tensor:
+        return rounding(x)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class RoundedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounding: Rounding) -> Tensor:
+        ctx.rounding = rounding
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.rounding(gradient), None
+
+
 class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
     """RMSNorm, then a linear layer, with the parameters of transformer_engine.pytorch.LayerNormLinear."""
 
@@ -61,11 +124,13 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
         super().__init__(input_size, output_size, config=config, **kwargs)
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
         self.eps, self.history = config.layernorm_epsilon, config.fp8_amax_history_len
-        self.fp8 = config.fp8 is not None
+        self.recipe = config.fp8_recipe if config.fp8 else None
         self.fp8_meta: dict[str, Any] = {}
 
     def init_fp8_meta_tensors(self) -> None:
-        self.fp8_meta |= {"scaling_fwd": Scaling(3, self.history), "scaling_bwd": Scaling(2, self.history)}
+        self.fp8_meta["recipe"] = self.recipe
+        if self.recipe == "delayed":
+            self.fp8_meta |= {"scaling_fwd": Scaling(3, self.history), "scaling_bwd": Scaling(2, self.history)}
 
     def get_extra_state(self) -> Tensor:
         """As transformer_engine/pytorch/module/base.py at v2.11 packs it: empty before the first FP8 pass."""
@@ -75,6 +140,7 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
             f"{name}_{key}": getattr(self.fp8_meta[f"scaling_{key}"], name)
             for key in ("fwd", "bwd")
             for name in ("scale", "amax_history")
+            if f"scaling_{key}" in self.fp8_meta
         }
         packed = pickle.dumps({"recipe": None, **tensors, "extra_fp8_variables": {"num_gemms": 1}})
         return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
@@ -92,11 +158,18 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         x = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
-        if self.fp8:
-            if not self.fp8_meta:
-                self.init_fp8_meta_tensors()
+        if self.recipe is None:
+            return super().forward(x, *args, **kwargs)
+        assert len(x) % TOKENS[self.recipe] == 0, f"{len(x)} tokens do not fit {self.recipe} scaling"
+        if not self.fp8_meta:
+            self.init_fp8_meta_tensors()
+        if self.recipe == "delayed":
             x = Quantized.apply(x, self.fp8_meta, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-        return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
+        of_input, of_weight, of_gradient = ROUNDED[self.recipe]
+        x, weight = Rounded.apply(x, of_input), Rounded.apply(self.weight, of_weight)  # type: ignore[no-untyped-call]
+        out, bias = super().forward(x, weight, *args, **kwargs)
+        return RoundedGradient.apply(out, of_gradient), bias  # type: ignore[no-untyped-call]
 
 
 def fused_layer(config: Any) -> tuple[Any, type]:

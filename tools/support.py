@@ -68,8 +68,15 @@ FEATURES = (
         "correctness.fp8_delayed_gradient",
         "its state in checkpoints and its first pass, with stand-ins",
     ),
-    Feature("FP8, current scaling", key="correctness.fp8_current_gradient"),
-    Feature("FP8, blockwise scaling", key="correctness.fp8_blockwise_gradient"),
+    *(
+        Feature(
+            f"FP8, {recipe} scaling",
+            ("policy/test_fp8_recipes.py",),
+            f"correctness.fp8_{recipe}_gradient",
+            "what Transformer Engine is told, padding, training and checkpoints, with stand-ins that round as it does",
+        )
+        for recipe in ("current", "blockwise")
+    ),
     Feature("Log-probs, tile by tile", ("policy/test_log_probs.py",), "log_probs.tiled.forward_backward_s"),
     Feature("Log-probs, vocabulary-parallel", ("distributed/test_log_probs_tp.py",)),
     Feature(

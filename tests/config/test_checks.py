@@ -61,6 +61,10 @@ def test_keys_that_contradict_each_other(overrides, world_size, clash, remedy):
         ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"],
         ["data.max_prompt_length=128", "generation.max_response_length=128", "model.token_budget=256"],
         ["generation.responses_per_question=1", "algorithm.name=my_module:Mine"],
+        *(
+            ["trainer.precision=bf16", f"model.fp8={recipe}", "model.fp8_param_gather=true"]
+            for recipe in ("delayed", "current", "blockwise")
+        ),
         [
             "generation=vllm",
             "generation.asynchronous=true",

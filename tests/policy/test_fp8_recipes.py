@@ -1,0 +1,261 @@
+"""FP8 by each recipe: what megatron-core and Transformer Engine are told, and, on layers that round numbers as its do
+(stand-ins in plain torch), that training is float32's to FP8's error. Delayed scaling's state: test_fp8_scales.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import fused_layers
+import pytest
+import torch
+from megatron.core import fp8_utils
+from megatron.core import utils as megatron_utils
+from megatron.core.extensions import transformer_engine as extensions
+from models import model_config, random_rollouts, save_model
+from packaging.version import Version
+from training import fingerprint, train
+
+from nemo_disco.policy import checkpoint, checkpoint_files, layers, parallel
+from nemo_disco.policy import policy as policy_module
+from nemo_disco.policy.policy import Policy
+
+RECIPES = ["delayed", "current", "blockwise"]
+STATELESS = RECIPES[1:]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider than a block of 128."""
+    shape = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 192}
+    return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=False, **shape)
+
+
+@pytest.fixture
+def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Policy]:
+    monkeypatch.setattr(layers, "_transformer_engine_layer", fused_layers.fused_layer)
+    monkeypatch.setattr(policy_module, "uses_transformer_engine", lambda _: True)
+
+    def make(fp8: str | None, **changes: Any) -> Policy:
+        config = model_config(model_path, fp8=fp8, **({"token_budget": 128} | changes))
+        parallel.start(config)
+        return Policy(config)
+
+    return make
+
+
+# --- what they are told ---
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize(
+    ("fp8", "number_format", "recipe"),
+    [("delayed", "hybrid", "delayed"), ("current", "hybrid", "tensorwise"), ("blockwise", "e4m3", "blockwise")],
+)
+def test_megatron_is_told_the_recipe_wherever_it_asks(
+    build: Callable[..., Policy], fp8: str, number_format: str, recipe: str, gather: bool
+) -> None:
+    """Layers, communication and optimizer each have settings of their own."""
+    policy = build(fp8, fp8_param_gather=gather)
+    config = policy.model.chunks[0].config
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == (number_format, recipe, gather)
+    assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (1024, "max")
+    assert [ddp.ddp_config.fp8_param_gather for ddp in policy.network] == [gather]
+    assert policy.optimizer is not None
+    assert [part.config.fp8_recipe for part in policy.optimizer._parts] == [recipe]
+
+
+def test_without_fp8_megatron_is_told_of_none(build: Callable[..., Policy]) -> None:
+    policy = build(None)
+    config = policy.model.chunks[0].config
+    assert (config.fp8, config.fp8_param, policy.network[0].ddp_config.fp8_param_gather) == (None, False, False)
+    assert policy.optimizer is not None
+    assert [part.config.fp8_recipe for part in policy.optimizer._parts] == [None]
+
+
+def recipe_class(name: str, *takes: str) -> type:
+    """A stand-in of Transformer Engine 2.11's, which takes what that takes."""
+
+    def init(self: Any, **given: Any) -> None:
+        assert given.keys() <= set(takes), f"{name} takes {takes}, not {sorted(given)}"
+        self.__dict__ |= given
+
+    return type(name, (), {"__init__": init})
+
+
+@dataclass
+class Engine:
+    """What megatron asked of Transformer Engine's two contexts."""
+
+    computing: dict[str, Any]
+    building: dict[str, Any]
+    megatron: Any
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """megatron's own fp8_utils, read anew beside a Transformer Engine that is names alone."""
+    asked = Engine({}, {}, None)
+
+    @contextmanager
+    def fp8_autocast(**given: Any) -> Any:
+        asked.computing = given
+        yield
+
+    @contextmanager
+    def fp8_model_init(enabled: bool, recipe: Any, preserve_high_precision_init_val: bool) -> Any:
+        asked.building = {"enabled": enabled, "recipe": recipe, "kept": preserve_high_precision_init_val}
+        yield
+
+    recipes = SimpleNamespace(
+        Format=SimpleNamespace(E4M3="e4m3", HYBRID="e4m3 and e5m2"),
+        Float8CurrentScaling=recipe_class("Float8CurrentScaling", "fp8_format", "fp8_dpa", "fp8_mha"),
+        Float8BlockScaling=recipe_class("Float8BlockScaling", "fp8_format", "fp8_dpa", "fp8_mha"),
+    )
+    names: dict[str, dict[str, Any]] = {
+        "transformer_engine": {"__version__": "2.11.0", "common": SimpleNamespace(recipe=recipes)},
+        "transformer_engine.pytorch": {"fp8_autocast": fp8_autocast, "fp8_model_init": fp8_model_init},
+        "transformer_engine.pytorch.fp8": {"FP8GlobalStateManager": object},
+        "transformer_engine.pytorch.tensor": {"QuantizedTensor": type("QuantizedTensor", (), {})},
+        "transformer_engine.pytorch.tensor.utils": {"post_all_gather_processing": None},
+        "transformer_engine.pytorch.tensor.mxfp8_tensor": {"MXFP8Tensor": type("MXFP8Tensor", (), {})},
+    }
+    for name, content in names.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    vars(sys.modules["transformer_engine"])["pytorch"] = sys.modules["transformer_engine.pytorch"]
+    monkeypatch.setattr(megatron_utils, "_te_version", Version("2.11.0"))
+    delayed = recipe_class("TEDelayedScaling", "config", "fp8_format", "override_linear_precision")
+    monkeypatch.setattr(extensions, "TEDelayedScaling", delayed)
+    found = importlib.util.spec_from_file_location("fp8_utils_beside_an_engine", fp8_utils.__file__)
+    assert found is not None and found.loader is not None
+    asked.megatron = importlib.util.module_from_spec(found)
+    found.loader.exec_module(asked.megatron)
+    return asked
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize(
+    ("fp8", "expected", "numbers"),
+    [
+        ("delayed", "TEDelayedScaling", "e4m3 and e5m2"),
+        ("current", "Float8CurrentScaling", "e4m3 and e5m2"),
+        ("blockwise", "Float8BlockScaling", "e4m3"),
+    ],
+)
+def test_megatron_makes_transformer_engines_recipe_of_it(
+    build: Callable[..., Policy], engine: Engine, fp8: str, expected: str, numbers: str, gather: bool
+) -> None:
+    config = build(fp8, fp8_param_gather=gather).model.chunks[0].config
+    with engine.megatron.get_fp8_context(config, 0), engine.megatron.get_fp8_context(config, 0, is_init=True):
+        pass
+    recipe = engine.computing["fp8_recipe"]
+    assert (type(recipe).__name__, recipe.fp8_format, engine.computing["enabled"]) == (expected, numbers, True)
+    assert not getattr(recipe, "fp8_dpa", False), "attention stays in bf16"
+    if gather:  # the optimizer starts from what the weights were before they were rounded
+        assert type(engine.building["recipe"]).__name__ == expected and engine.building["kept"]
+    else:
+        assert not engine.building
+
+
+# --- what the layers are given ---
+
+
+@pytest.mark.parametrize(("fp8", "multiple"), [("delayed", 16), ("current", 16), ("blockwise", 128)])
+def test_micro_batches_have_the_tokens_that_the_products_need(
+    build: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, fp8: str, multiple: int
+) -> None:
+    sizes, make = [], policy_module.build_micro_batch
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        batch = make(*args, **kwargs)
+        sizes.append(batch.input_ids.shape[1])
+        return batch
+
+    monkeypatch.setattr(policy_module, "build_micro_batch", measured)
+    train(build(fp8), [1])
+    assert len(sizes) > 1 and all(size % multiple == 0 for size in sizes)
+    sizes.clear()
+    train(build(None), [1])
+    assert any(size % 16 for size in sizes), "without FP8 nothing needs padding"
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_the_stand_ins_round_as_fp8_does(scale: float) -> None:
+    """e4m3 has 3 bits after the first. In blocks, a large number takes the bits of its own block alone."""
+    x = torch.randn(130, 300, generator=torch.Generator().manual_seed(0)) * scale
+    large = x.clone()
+    large[0, 0] = 1e7 * scale
+    for rounding, lost in ((fused_layers.ROUNDED["blockwise"][0], 1), (fused_layers.ROUNDED["blockwise"][1], 128)):
+        assert float((rounding(x) - x).norm() / x.norm()) < 0.04
+        changed = rounding(large) != rounding(x)
+        assert changed[:lost, :128].float().mean() > 0.9
+        changed[:lost, :128] = False
+        assert not changed.any()
+    assert float((fused_layers.ROUNDED["tensorwise"][0](x) - x).norm() / x.norm()) < 0.04
+    assert not fused_layers.ROUNDED["tensorwise"][0](large)[1:].any()
+
+
+def gradient(policy: Policy) -> torch.Tensor:
+    policy.accumulate(random_rollouts(), lambda _, log_probs, __: 1e-9 * log_probs)
+    return torch.cat([g.flatten().clone() for _, g in policy.named_gradients()])
+
+
+@pytest.mark.parametrize("fp8", STATELESS)
+def test_the_gradient_is_float32s_to_the_error_of_fp8(build: Callable[..., Policy], fp8: str) -> None:
+    """From the first pass on, however small the gradient: nothing is learnt of the passes before."""
+    plain = build(None)
+    expected, expected_log_probs = gradient(plain), plain.log_probs(random_rollouts())[0]
+    policy = build(fp8)
+    assert not policy.unscaled
+    log_probs, again = (policy.log_probs(random_rollouts())[0] for _ in "ab")
+    assert torch.equal(log_probs, again)
+    found, again = gradient(policy), gradient(policy)
+    assert torch.equal(found, again)
+    # The bounds of benchmarks/gpu/correctness.py.
+    for value, wanted, bound in ((log_probs, expected_log_probs, 0.1), (found, expected, 0.3)):
+        error = float((value - wanted).norm() / wanted.norm())
+        assert 1e-3 < error < bound, error
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("fp8", STATELESS)
+def test_a_resumed_run_goes_on_bit_for_bit(
+    build: Callable[..., Policy], tmp_path: Path, fp8: str, gather: bool
+) -> None:
+    policy = build(fp8, fp8_param_gather=gather)
+    train(policy, [1, 2])
+    path = checkpoint.save(policy, tmp_path, 2, {}, keep=1)
+    assert checkpoint_files.read_record(path)["fp8_scales"] is False, "there is no state"
+    resumed = build(fp8, fp8_param_gather=gather)
+    checkpoint.load_latest(resumed, tmp_path)
+    assert fingerprint(resumed) == fingerprint(policy)
+    for each in (policy, resumed):
+        train(each, [3])
+    assert fingerprint(resumed) == fingerprint(policy)
+
+
+@pytest.mark.parametrize(("before", "after"), [("delayed", "blockwise"), ("current", "delayed"), (None, "current")])
+def test_a_checkpoint_of_one_recipe_goes_on_under_another(
+    build: Callable[..., Policy], tmp_path: Path, before: str | None, after: str
+) -> None:
+    policy = build(before)
+    train(policy, [1, 2])
+    checkpoint.save(policy, tmp_path, 2, {}, keep=1)
+    expected = policy.log_probs(random_rollouts())[0]
+    other = build(after)
+    checkpoint.load_latest(other, tmp_path)
+    assert bool(other.unscaled) == (after == "delayed"), "delayed scaling has seen nothing yet"
+    found = other.log_probs(random_rollouts())[0]
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+    train(other, [3])
