@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
@@ -21,14 +23,16 @@ from nemo_disco.policy import layers
 
 
 class Scaling:
-    """One direction's scales and the maxima that they come from, newest first."""
+    """One direction's scales and the maxima that they come from, newest first; the same on all ranks of a stage."""
 
     def __init__(self, numbers: int, history: int) -> None:
         self.scale, self.amax_history = torch.ones(numbers), torch.zeros(history, numbers)
 
     def seen(self, x: Tensor, largest: float) -> None:
         self.amax_history = self.amax_history.roll(1, 0)
-        self.amax_history[0] = x.detach().abs().max()
+        seen = x.detach().abs().max()
+        dist.all_reduce(seen, dist.ReduceOp.MAX, parallel_state.get_amax_reduction_group(with_context_parallel=True))
+        self.amax_history[0] = seen
         most = self.amax_history.amax(0)
         self.scale = torch.where(most > 0, largest / most, self.scale)
 

@@ -64,9 +64,10 @@ FEATURES = (
     ),
     Feature(
         "FP8, delayed scaling",
-        ("policy/test_fp8_scales.py",),
+        ("policy/test_fp8_scales.py", "policy/test_fp8_recipes.py", "distributed/test_fp8_layouts.py"),
         "correctness.fp8_delayed_gradient",
-        "its state in checkpoints and its first pass, with stand-ins",
+        "what Transformer Engine is told, padding, its first pass, and its state in checkpoints, loaded at other "
+        "layouts too, with stand-ins",
     ),
     *(
         Feature(

@@ -228,16 +228,13 @@ def test_the_gradient_is_float32s_to_the_error_of_fp8(build: Callable[..., Polic
         assert 1e-3 < error < bound, error
 
 
-@pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("fp8", STATELESS)
-def test_a_resumed_run_goes_on_bit_for_bit(
-    build: Callable[..., Policy], tmp_path: Path, fp8: str, gather: bool
-) -> None:
-    policy = build(fp8, fp8_param_gather=gather)
+def test_a_resumed_run_goes_on_bit_for_bit(build: Callable[..., Policy], tmp_path: Path, fp8: str) -> None:
+    policy = build(fp8)
     train(policy, [1, 2])
     path = checkpoint.save(policy, tmp_path, 2, {}, keep=1)
     assert checkpoint_files.read_record(path)["fp8_scales"] is False, "there is no state"
-    resumed = build(fp8, fp8_param_gather=gather)
+    resumed = build(fp8)
     checkpoint.load_latest(resumed, tmp_path)
     assert fingerprint(resumed) == fingerprint(policy)
     for each in (policy, resumed):
