@@ -87,10 +87,16 @@ FEATURES = (
         "in Triton's interpreter; compiled for sm_90",
     ),
     Feature(
-        "No waits between micro-batches", ("policy/test_waiting.py",), shows="what would wait is forbidden in the loop"
+        "No waits between micro-batches",
+        ("policy/test_waiting.py",),
+        shows="what would wait or copy from the host is forbidden in the loop",
     ),
     Feature("Memory given back while an engine samples", ("policy/test_resting.py",), "step.offload_seconds"),
-    Feature("Traces of chosen steps", ("runtime/test_profiler.py",), shows="torch's profiler; not nsys"),
+    Feature(
+        "Traces of chosen steps",
+        ("runtime/test_profiler.py", "algorithms/test_profiled_steps.py"),
+        shows="torch's profiler on a CPU; NVTX ranges and nsys's marks by what CUDA is told; not nsys",
+    ),
     Feature("Tokens a second and MFU", ("config/test_flops.py", "algorithms/test_throughput.py"), "train_1p5b_8k.mfu"),
     Feature(
         "Engine megatron, plain decoding", ("generation/test_megatron_engine.py",), "decode.plain.tokens_per_second"

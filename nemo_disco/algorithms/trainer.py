@@ -121,7 +121,7 @@ class DisCO:
         the engine samples the next step's rollouts meanwhile, from the weights that this step began with."""
         clock = device_clock()
         asynchronous = self.config.generation.asynchronous
-        with clock("step"), self._profiled():
+        with self._profiled(), clock("step"):
             sampled = self.generate_rollouts(clock)
             values = TokenValues(self.journal.saved(len(sampled.texts)))
             if not asynchronous:

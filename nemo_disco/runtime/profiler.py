@@ -5,25 +5,23 @@ the same steps. Touches the run directory's profile/ alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 
 @contextmanager
 def profiled(directory: Path, rank: int) -> Iterator[None]:
-    """Write what runs inside to `directory`/rank_R.json (chrome://tracing, Perfetto). Its CUDA half: not run."""
+    """Write what runs inside to `directory`/rank_R.json (chrome://tracing, Perfetto). nsys is told where it ends also
+    when it raises; then there is no trace. Its CUDA half: not run."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     cuda = torch.cuda.is_available()
     directory.mkdir(parents=True, exist_ok=True)
-    if cuda:
-        torch.cuda.cudart().cudaProfilerStart()  # type: ignore[no-untyped-call]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, profile_memory=True) as trace:
+    marks = torch.cuda.profiler.profile() if cuda else nullcontext()
+    with marks, profile(activities=activities, profile_memory=True) as trace:
         yield
         if cuda:
             torch.cuda.synchronize()
-    if cuda:
-        torch.cuda.cudart().cudaProfilerStop()  # type: ignore[no-untyped-call]
     trace.export_chrome_trace(str(directory / f"rank_{rank}.json"))

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
+from fake_cuda import fake_cuda
 
 from nemo_disco.runtime.clock import Clock, device_clock
 from nemo_disco.runtime.profiler import profiled
@@ -39,3 +41,39 @@ def test_a_span_waits_at_both_ends_and_is_shown() -> None:
 def test_without_a_gpu_the_clock_waits_for_nothing() -> None:
     with device_clock()("train"):
         pass
+
+
+def test_spans_are_ranges_one_within_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own range, on stand-ins of what it calls."""
+    said = fake_cuda(monkeypatch)
+    clock = device_clock()
+    with clock("step"):
+        with clock("generate"):
+            said.append("work")
+        with clock("train"):
+            pass
+    assert [x for x in said if x != "wait"] == ["push step", "push generate", "work", "pop", "push train", "pop", "pop"]
+    assert said[0] == said[-1] == "wait" and said.count("wait") == 6
+
+
+def test_a_span_that_raises_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = fake_cuda(monkeypatch)
+    clock = device_clock()
+    with pytest.raises(RuntimeError, match="in the span"), clock("step"), clock("train"):
+        raise RuntimeError("in the span")
+    assert said == ["wait", "push step", "wait", "push train", "pop", "wait", "pop", "wait"]
+    assert clock.seconds.keys() == {"step", "train"}
+
+
+def test_nsys_is_told_where_a_profiled_step_begins_and_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = fake_cuda(monkeypatch)
+    with profiled(tmp_path / "step_3", rank=1):
+        said.append("work")
+    assert said == ["capture", "trace", "work", "wait", "traced", "captured", "written rank_1.json"]
+
+
+def test_nsys_is_told_that_a_step_has_ended_by_raising(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = fake_cuda(monkeypatch)
+    with pytest.raises(RuntimeError, match="in the step"), profiled(tmp_path / "step_3", rank=1):
+        raise RuntimeError("in the step")
+    assert said == ["capture", "trace", "traced", "captured"]
