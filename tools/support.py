@@ -74,7 +74,8 @@ FEATURES = (
             f"FP8, {recipe} scaling",
             ("policy/test_fp8_recipes.py",),
             f"correctness.fp8_{recipe}_gradient",
-            "what Transformer Engine is told, padding, training and checkpoints, with stand-ins of two of a layer's matrices",
+            "what Transformer Engine is told, padding, training and checkpoints, with stand-ins of two of a layer's "
+            "matrices",
         )
         for recipe in ("current", "blockwise")
     ),
