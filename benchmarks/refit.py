@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/refit.py [--millions 4 30 117 500] [--vllm PYTHON] [--output FILE.json]
 
-A policy of Qwen2's architecture in float32, random, one process. `plain`: a worker that only keeps the weights, so the
-wire, the staging memory and the checksums on both sides. `vllm`: vLLM's own work on top (it repacks each matrix for
-the CPU), and `vllm_floor`, that work alone, on tensors that are in its process already. The copy is one torch.copy_ a
-tensor in this process, one thread, and takes turns with the refits. Wall-clock seconds, medians; beside them the
-fastest turn, since other work on the machine only adds.
+A policy of Qwen2's architecture (grouped queries, an MLP four times as wide) in float32, random, one process. `plain`:
+a worker that only keeps the weights, so the wire, the staging memory and the checksums on both sides. `vllm`: vLLM's
+own work on top (it repacks each matrix for the CPU), and `vllm_floor`, that work alone, on tensors that are in its
+process already. The copy is one torch.copy_ a tensor in this process, one thread, and takes turns with the refits.
+Wall-clock seconds, medians; beside them the fastest turn, since other work on the machine only adds.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from nemo_disco.policy.policy import Policy
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from fake_engine import fake_python
 
-# Parameters, in millions: hidden size, layers, vocabulary.
-SHAPES = {4: (192, 6, 2048), 30: (512, 6, 9216), 117: (768, 12, 16384), 500: (1280, 20, 32768)}
+# Parameters, in millions: hidden size, layers, heads of keys and values, vocabulary.
+SHAPES = {4: (192, 6, 1, 2048), 30: (512, 6, 2, 9216), 117: (768, 11, 2, 16384), 500: (1280, 18, 4, 32768)}
 
 
 def make_policy(directory: Path, millions: int) -> Policy:
     """A model directory, and its policy."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    hidden, layers, vocabulary = SHAPES[millions]
+    hidden, layers, groups, vocabulary = SHAPES[millions]
     config = Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=3 * hidden,
+        intermediate_size=4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
+        num_key_value_heads=groups,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=None,
