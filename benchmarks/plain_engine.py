@@ -22,6 +22,9 @@ class PlainEngine:
         self.slots = map_staging(path, shape)
         return [{}]
 
+    def receive(self, slot: int) -> None:
+        """Nothing: on a CPU there is no broadcast."""
+
     def begin_refit(self) -> None:
         """The weights stay where they are, as a plain copy's target does."""
         self.assembly = Assembly(self._place)

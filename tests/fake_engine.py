@@ -62,6 +62,9 @@ class FakeEngine:
         self.slots = map_staging(path, shape)
         return [{}]
 
+    def receive(self, slot: int) -> None:
+        """Nothing: on a CPU there is no broadcast."""
+
     def begin_refit(self) -> None:
         self.weights, self.assembly = {}, Assembly()
         self.kept: dict[str, Tensor] = {}

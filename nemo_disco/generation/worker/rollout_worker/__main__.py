@@ -60,11 +60,12 @@ class Server:
         if kind == "begin":
             self.weights.begin(message["version"])
         elif kind == "bucket":
+            self._collective(self.engine.receive, message["slot"])
             self._all_or_nothing(self.weights.bucket, message["slot"], message["pieces"], payload)
         elif kind == "commit":
             self._all_or_nothing(self.weights.commit, message["version"], message["checksums"])
         elif kind == "join":
-            self.engine.join(bytes.fromhex(message["id"]), message["size"])
+            self._collective(self.engine.join, bytes.fromhex(message["id"]), message["size"])
         elif kind == "abort":
             self.weights.abort()
         elif kind == "sleep":
@@ -75,6 +76,15 @@ class Server:
         else:
             raise RefusedError(f"unknown request {kind!r}")
         return {"ok": kind, "version": self.weights.version}
+
+    @staticmethod
+    def _collective(part: Callable[..., None], *arguments: Any) -> None:
+        """What the run is in as well: before any refusal, and if it fails only our end takes the run out of it."""
+        try:
+            part(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
 
     def _all_or_nothing(self, part: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -66,6 +66,12 @@ class IpcMemory:
             _check(opened, "cudaIpcOpenMemHandle")
             return cls(_as_tensor(pointer, described["size"]), handle)
 
+    def close(self) -> None:
+        """In the run, of an opened one: `tensor` must not be used afterwards."""
+        with torch.cuda.device(self.tensor.device):
+            pointer = ctypes.c_void_p(self.tensor.data_ptr())
+            _check(_library("cudart").cudaIpcCloseMemHandle(pointer), "cudaIpcCloseMemHandle")
+
     def described(self) -> dict[str, Any]:
         """What the other side needs to open it, as JSON."""
         uuid = str(torch.cuda.get_device_properties(self.tensor.device).uuid)
@@ -95,12 +101,13 @@ def _as_tensor(pointer: ctypes.c_void_p, size: int) -> Tensor:
 class Broadcast:
     """NCCL from the run (rank 0) to an engine's ranks: one communicator, of bytes alone."""
 
-    def __init__(self, unique_id: bytes, rank: int, size: int) -> None:
-        """On the current device; returns when all have joined. unique_id: of `make_id`, by the run."""
+    def __init__(self, unique_id: bytes, rank: int, size: int, device: torch.device) -> None:
+        """Returns when all have joined, and never if one does not. unique_id: of `make_id`, by the run."""
         self._nccl, self._communicator = _library("nccl"), ctypes.c_void_p()
-        joined = self._nccl.ncclCommInitRank(
-            ctypes.byref(self._communicator), size, _UniqueId.from_buffer_copy(unique_id), rank
-        )
+        with torch.cuda.device(device):
+            joined = self._nccl.ncclCommInitRank(
+                ctypes.byref(self._communicator), size, _UniqueId.from_buffer_copy(unique_id), rank
+            )
         _check(joined, "ncclCommInitRank")
 
     @staticmethod
@@ -110,11 +117,15 @@ class Broadcast:
         return bytes(found)
 
     def __call__(self, memory: Tensor) -> None:
-        """Rank 0's bytes into everyone's; returns when they are there."""
-        stream = torch.cuda.current_stream()
+        """Rank 0's bytes into everyone's; returns when they are there, and never if a rank is gone."""
+        stream = torch.cuda.current_stream(memory.device)
         pointer, count = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel())
         sent = self._nccl.ncclBroadcast(
             pointer, pointer, count, _NCCL_UINT8, 0, self._communicator, ctypes.c_void_p(stream.cuda_stream)
         )
         _check(sent, "ncclBroadcast")
         stream.synchronize()
+
+    def abort(self) -> None:
+        """Break off what is under way, in another thread of this process, and give the communicator back."""
+        _check(self._nccl.ncclCommAbort(self._communicator), "ncclCommAbort")

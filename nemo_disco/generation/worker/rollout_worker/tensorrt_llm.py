@@ -93,7 +93,12 @@ class TensorRtLlm:
 
     def join(self, unique_id: bytes, size: int) -> None:
         """Join the run's NCCL communicator."""
-        self.broadcast = Broadcast(unique_id, 1, size)
+        self.broadcast = Broadcast(unique_id, 1, size, self.slots.device)
+
+    def receive(self, slot: int) -> None:
+        """The run's broadcast of a slot."""
+        if self.broadcast is not None:
+            self.broadcast(self.slots[slot])
 
     def generate(
         self,
@@ -142,8 +147,6 @@ class TensorRtLlm:
         self.assembly = Assembly()
 
     def load_bucket(self, slot: int, pieces: list[Any]) -> dict[str, str]:
-        if self.broadcast is not None:
-            self.broadcast(self.slots[slot])
         whole = list(self.assembly.take(self.slots[slot], pieces))
         handles = self.shared([(name, tensor) for name, tensor, _ in whole])
         self.engine._collective_rpc("update_weights", args=(handles,))

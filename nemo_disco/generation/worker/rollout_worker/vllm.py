@@ -35,6 +35,7 @@ class Vllm:
 
         self.import_seconds = time.monotonic() - began
         self.gpu, self.stop = current_platform.is_cuda(), settings["stop_token_ids"]
+        self.joined = False
         arguments = {
             "enforce_eager": not self.gpu,
             "enable_sleep_mode": self.gpu and settings["sleeps"],
@@ -110,6 +111,12 @@ class Vllm:
     def join(self, unique_id: bytes, size: int) -> None:
         """Join the run's NCCL communicator. Not run: it needs GPUs."""
         self.engine.collective_rpc(_vllm_join, args=(unique_id, size))
+        self.joined = True
+
+    def receive(self, slot: int) -> None:
+        """The run's broadcast of a slot."""
+        if self.joined:
+            self.engine.collective_rpc(_vllm_receive, args=(slot,))
 
     def begin_refit(self) -> None:
         self.engine.collective_rpc(_vllm_begin)
@@ -145,7 +152,7 @@ class Vllm:
 
 
 def _vllm_open(worker: Any, path: str, shape: tuple[int, int], remote: bool) -> dict[str, Any]:
-    worker.refit_broadcast, described = None, {}
+    described = {}
     if path:
         memory = map_staging(path, shape)
     elif remote:
@@ -158,7 +165,11 @@ def _vllm_open(worker: Any, path: str, shape: tuple[int, int], remote: bool) -> 
 
 
 def _vllm_join(worker: Any, unique_id: bytes, size: int) -> None:
-    worker.refit_broadcast = Broadcast(unique_id, worker.rank + 1, size)
+    worker.refit_broadcast = Broadcast(unique_id, worker.rank + 1, size, worker.device)
+
+
+def _vllm_receive(worker: Any, slot: int) -> None:
+    worker.refit_broadcast(worker.refit_slots[slot])
 
 
 def _vllm_begin(worker: Any) -> None:
@@ -172,8 +183,6 @@ def _vllm_begin(worker: Any) -> None:
 
 def _vllm_load(worker: Any, slot: int, pieces: list[Any]) -> dict[str, str]:
     memory = worker.refit_slots[slot]
-    if worker.refit_broadcast is not None:
-        worker.refit_broadcast(memory)
     found = {}
     for name, tensor, seen in worker.refit_assembly.take(memory, pieces):
         worker.refit_waiting.append((name, tensor))

@@ -1,0 +1,25 @@
+"""What an engine that is arithmetic (fake_engine.py) is asked in these tests, and what it must answer."""
+
+from __future__ import annotations
+
+from fake_engine import answer
+from torch import Tensor
+
+from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.worker.rollout_worker.tensors import checksum
+
+PROMPTS = [[n, n + 1] for n in range(6) for _ in range(4)]
+SEEDS = list(range(len(PROMPTS)))
+SAMPLING = Sampling(1.0, 20)
+
+
+def sampled(engine: ExternalEngine) -> list[Response]:
+    return engine.generate(PROMPTS, SEEDS, SAMPLING)
+
+
+def right(responses: list[Response], tensors: dict[str, Tensor], version: int) -> bool:
+    """Whether all were sampled from exactly these weights."""
+    sums = {name: checksum(t) for name, t in tensors.items()}
+    wanted = [answer(sums, p, s, SAMPLING.max_response_length) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    return [r.tokens for r in responses] == wanted and {r.weight_version for r in responses} == {version}

@@ -1,0 +1,184 @@
+"""cuda.py's calls as the C libraries see them, and which rank of which engine makes them. No GPU: real C functions in
+place of libcudart and libnccl, with the prototypes of CUDA 13.0's cuda_runtime_api.h and NCCL 2.32's nccl.h."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from ctypes import POINTER, c_char, c_int, c_size_t, c_uint, c_void_p
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_disco.generation.worker.rollout_worker import cuda, tensorrt_llm, vllm
+from nemo_disco.generation.worker.rollout_worker.cuda import Broadcast, IpcMemory
+from nemo_disco.generation.worker.rollout_worker.tensorrt_llm import TensorRtLlm
+from nemo_disco.generation.worker.rollout_worker.tensors import Assembly, checksum
+
+CPU = torch.device("cpu")
+STREAM = 0x5EA  # of the fake torch.cuda
+HANDLE, UNIQUE_ID = bytes(range(64)), bytes(range(1, 129))  # with a zero, at which a string would end
+
+
+class IpcHandle(ctypes.Structure):
+    _fields_ = (("reserved", c_char * 64),)
+
+
+class UniqueId(ctypes.Structure):
+    _fields_ = (("internal", c_char * 128),)
+
+
+PROTOTYPES: dict[str, tuple[Any, ...]] = {
+    "cudaMalloc": (POINTER(c_void_p), c_size_t),
+    "cudaIpcGetMemHandle": (POINTER(IpcHandle), c_void_p),
+    "cudaIpcOpenMemHandle": (POINTER(c_void_p), IpcHandle, c_uint),
+    "cudaIpcCloseMemHandle": (c_void_p,),
+    "ncclGetUniqueId": (POINTER(UniqueId),),
+    "ncclCommInitRank": (POINTER(c_void_p), c_int, UniqueId, c_int),
+    # sendbuff, recvbuff, count, datatype, root, comm, stream
+    "ncclBroadcast": (c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
+    "ncclCommAbort": (c_void_p,),
+}
+POINTED = 0x7F11_0000_5678  # by what is given back: more than an int has room for
+
+
+class Libraries:
+    """Both of them. `calls` is what was called with what; `codes` what a function returns, if not 0."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.codes: dict[str, int] = {}
+        self.kept = []
+        for name, types in PROTOTYPES.items():
+            function = ctypes.CFUNCTYPE(c_int, *types)(self._recorder(name))
+            self.kept.append(function)
+            # As one of a library is called: by its address alone, without its prototype.
+            setattr(self, name, ctypes.CFUNCTYPE(c_int)(ctypes.cast(function, c_void_p).value))
+
+    def _recorder(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            seen = []
+            for argument in arguments:
+                if isinstance(argument, ctypes.Structure):
+                    seen.append(bytes(argument))
+                elif isinstance(argument, ctypes._Pointer):
+                    self._fill(argument)
+                else:
+                    seen.append(argument)
+            self.calls.append((name, *seen))
+            return self.codes.get(name, 0)
+
+        return call
+
+    @staticmethod
+    def _fill(out: Any) -> None:
+        if out._type_ is c_void_p:
+            out[0] = POINTED
+        else:
+            ctypes.memmove(out, UNIQUE_ID if out._type_ is UniqueId else HANDLE, ctypes.sizeof(out._type_))
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> Libraries:
+    """And a torch with GPUs 0 and 1."""
+    found = Libraries()
+
+    @contextlib.contextmanager
+    def device(index: Any) -> Iterator[None]:
+        found.calls.append(("device", index))
+        yield
+
+    stream = SimpleNamespace(cuda_stream=STREAM, synchronize=lambda: found.calls.append(("synchronize",)))
+    monkeypatch.setattr(cuda, "_library", lambda _name: found)
+    monkeypatch.setattr(cuda, "_as_tensor", lambda _pointer, size: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{i}"))
+    return found
+
+
+def test_memory_is_shared_by_its_handle(libraries: Libraries) -> None:
+    memory = IpcMemory.allocate(4096, 1)
+    assert memory.handle == HANDLE
+    assert libraries.calls == [("device", 1), ("cudaMalloc", 4096), ("cudaIpcGetMemHandle", POINTED)]
+    libraries.calls.clear()
+    opened = IpcMemory.open({"uuid": "GPU-1", "handle": HANDLE.hex(), "size": 4096})
+    assert libraries.calls == [("device", 1), ("cudaIpcOpenMemHandle", HANDLE, 1)]
+    libraries.calls.clear()
+    opened.close()
+    assert libraries.calls == [("device", CPU), ("cudaIpcCloseMemHandle", opened.tensor.data_ptr())]
+
+
+def test_a_gpu_of_another_process_alone_is_named(libraries: Libraries) -> None:
+    with pytest.raises(RuntimeError, match="the engine's GPU GPU-7 is not among those of this process"):
+        IpcMemory.open({"uuid": "GPU-7", "handle": HANDLE.hex(), "size": 1})
+    assert not libraries.calls
+
+
+def test_a_broadcast_is_of_bytes_from_rank_0(libraries: Libraries) -> None:
+    unique_id = Broadcast.make_id()
+    assert unique_id == UNIQUE_ID
+    libraries.calls.clear()
+    broadcast, memory = Broadcast(unique_id, 1, 3, CPU), torch.zeros(4096, dtype=torch.uint8)
+    broadcast(memory[1024:])
+    broadcast.abort()
+    address, uint8 = memory.data_ptr() + 1024, 1
+    assert libraries.calls == [
+        ("device", CPU),
+        ("ncclCommInitRank", 3, UNIQUE_ID, 1),
+        ("ncclBroadcast", address, address, 3072, uint8, 0, POINTED, STREAM),
+        ("synchronize",),
+        ("ncclCommAbort", POINTED),
+    ]
+
+
+def test_a_code_that_is_not_success_is_an_error_with_its_name(libraries: Libraries) -> None:
+    broadcast = Broadcast(UNIQUE_ID, 0, 2, CPU)
+    libraries.codes = {"ncclBroadcast": 6, "cudaMalloc": 2}
+    with pytest.raises(RuntimeError, match="ncclBroadcast failed with code 6"):
+        broadcast(torch.zeros(8, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="cudaMalloc failed with code 2"):
+        IpcMemory.allocate(8, 0)
+
+
+@pytest.mark.usefixtures("libraries")
+def test_each_rank_of_vllm_joins_as_itself_and_receives_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broadcast(unique_id: bytes, rank: int, size: int, device: torch.device) -> Any:
+        assert (unique_id, rank, size, device) == (UNIQUE_ID, worker.rank + 1, 3, CPU)
+        return lambda memory: memory.copy_(torch.arange(8))
+
+    monkeypatch.setattr(vllm, "Broadcast", broadcast)
+    for rank in (0, 1):
+        worker = SimpleNamespace(rank=rank, device=CPU, refit_assembly=Assembly(), refit_waiting=[])
+        assert vllm._vllm_open(worker, "", (2, 8), True) == {}
+        vllm._vllm_join(worker, UNIQUE_ID, 3)
+        vllm._vllm_receive(worker, 1)
+        found = vllm._vllm_load(worker, 1, [("name", "uint8", [5], 2, 0, 5)])
+        assert found == {"name": checksum(torch.arange(2, 7).byte())}
+        assert worker.refit_waiting[0][1].tolist() == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("libraries")
+def test_a_colocated_rank_of_vllm_allocates_on_its_own_gpu() -> None:
+    worker = SimpleNamespace(device=torch.device("cuda:1"))
+    assert vllm._vllm_open(worker, "", (2, 8), False)["handle"] == HANDLE.hex()
+    assert worker.refit_slots.shape == (2, 8)
+
+
+def test_tensorrt_llm_joins_as_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, seen = object.__new__(TensorRtLlm), []
+
+    def broadcast(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return lambda memory: seen.append(memory.tolist())
+
+    monkeypatch.setattr(tensorrt_llm, "Broadcast", broadcast)
+    engine.slots, engine.broadcast = torch.arange(4).view(2, 2), None
+    engine.receive(0)
+    engine.join(UNIQUE_ID, 2)
+    engine.receive(1)
+    assert seen == [(UNIQUE_ID, 1, 2, CPU), [2, 3]]

@@ -1,0 +1,111 @@
+"""What a GPU does in a refit, in memory of the machine and over Unix sockets, for both sides of the wire.
+
+A broadcast blocks as NCCL's does: no rank returns before all have entered it, and a rank that is gone keeps the others
+in it until they abort.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_disco.generation.worker.rollout_worker.wire import map_staging
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """IpcMemory. Closed ones are counted in `closed`."""
+
+    tensor: Tensor
+    path: str
+    closed = [0]  # noqa: RUF012 - of the class
+
+    @classmethod
+    def allocate(cls, size: int, _device: int) -> SharedMemory:
+        descriptor = os.memfd_create("stand-in")
+        os.ftruncate(descriptor, size)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        return cls(map_staging(path, (size,)), path)
+
+    @classmethod
+    def open(cls, described: dict[str, Any]) -> SharedMemory:
+        return cls(map_staging(described["path"], (described["size"],)), described["path"])
+
+    def close(self) -> None:
+        self.closed[0] += 1
+
+    def described(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.tensor.numel()}
+
+
+class SocketBroadcast:
+    """Broadcast. unique_id: the path of the socket on which rank 0 listens."""
+
+    def __init__(self, unique_id: bytes, rank: int, size: int, _device: torch.device) -> None:
+        path = unique_id.rstrip(b"\0").decode()
+        self.rank, self.aborted = rank, threading.Event()
+        if rank == 0:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path)
+                listener.listen()
+                self.peers = [listener.accept()[0] for _ in range(size - 1)]
+        else:
+            self.peers = [_connected(path)]
+        self._meet()
+
+    @staticmethod
+    def make_id() -> bytes:
+        return str(Path(tempfile.mkdtemp(prefix="nccl-")) / "s").encode().ljust(128, b"\0")
+
+    def __call__(self, memory: Tensor) -> None:
+        self._meet()
+        view = memoryview(memory.numpy())
+        if self.rank == 0:
+            for peer in self.peers:
+                self._blocking(peer.sendall, view)
+        else:
+            self._receive(self.peers[0], view)
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def _meet(self) -> None:
+        """Until all are here."""
+        for peer in self.peers:
+            self._blocking(peer.sendall, b"h")
+        for peer in self.peers:
+            self._receive(peer, memoryview(bytearray(1)))
+
+    def _receive(self, peer: socket.socket, view: memoryview) -> None:
+        while view:
+            count = self._blocking(peer.recv_into, view)
+            view = view[count:] if count else self._wait()
+
+    def _blocking(self, part: Any, *arguments: Any) -> Any:
+        try:
+            return part(*arguments)
+        except OSError:
+            return self._wait()
+
+    def _wait(self) -> Any:
+        self.aborted.wait()
+        raise RuntimeError("aborted")
+
+
+def _connected(path: str) -> socket.socket:
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+            return connection
+        except OSError:
+            time.sleep(0.01)
