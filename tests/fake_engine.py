@@ -2,7 +2,7 @@
 
 Its tokens are a function of the weights, the prompt and the seed, so a test knows what must come out. `options` say
 what goes wrong, once: the file `once` is made when it has. The file `keep` is given the weights after each refit, the
-file `told` a line of each process with what it was told, and its log a line of each request.
+file `told` a line of each process with what it was told, the file `notes` a line of each thing done.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class FakeEngine:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.options, self.calls = settings["options"], 0
+        self.sleeps = settings.get("sleeps", True)
         if "unbuildable" in self.options:
             raise ValueError(self.options["unbuildable"])
         if "told" in self.options:
@@ -48,6 +49,7 @@ class FakeEngine:
 
     def generate(self, prompts: Any, seeds: Any, sampling: dict[str, Any], deliver: Any, live: Any) -> None:
         self.calls += 1
+        self._note("generate")
         print(f"asked for {len(prompts)}", flush=True)
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             if self.calls >= self.options.get("call", 1):
@@ -66,6 +68,7 @@ class FakeEngine:
         """Nothing: on a CPU there is no broadcast."""
 
     def begin_refit(self) -> None:
+        self._note("begin")
         self.weights, self.assembly = {}, Assembly()
         self.kept: dict[str, Tensor] = {}
 
@@ -80,6 +83,7 @@ class FakeEngine:
 
     def finish_refit(self) -> None:
         self._fault("finish", 0)
+        self._note("commit")
         if self.kept:
             save_file(self.kept, self.options["keep"])
 
@@ -87,11 +91,23 @@ class FakeEngine:
         self.weights = {}
 
     def sleep(self) -> bool:
+        self._fault("sleep", 0)
+        if not self.sleeps:
+            return False
+        self._note("sleep")
         self.weights = {}
         return True
 
     def wake(self) -> None:
-        assert not self.weights
+        self._fault("wake", 0)
+        if self.sleeps:
+            self._note("wake")
+            assert not self.weights
+
+    def _note(self, what: str) -> None:
+        if "notes" in self.options:
+            with open(self.options["notes"], "a") as notes:
+                notes.write(f"{what}\n")
 
     def _fault(self, where: str, count: int) -> None:
         if self.options.get("fault") != where or count != self.options.get("at", 0):

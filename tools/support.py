@@ -137,7 +137,11 @@ FEATURES = (
         ("generation/test_gpu_refit.py", "generation/test_cuda_calls.py"),
         shows="the order of messages and broadcasts and the calls' arguments, with stand-ins",
     ),
-    Feature("Engines asleep while the policy trains"),
+    Feature(
+        "Engines asleep while the policy trains",
+        ("generation/test_sleeping_engine.py", "end_to_end/test_colocated.py"),
+        shows="the order, and an engine lost in its sleep, with an engine that is arithmetic",
+    ),
     Feature(
         "FP8 rollouts",
         ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"),

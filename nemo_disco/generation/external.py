@@ -158,14 +158,25 @@ class ExternalEngine:
         return UserError(f"{what} failed {ATTEMPTS} times in a row: {said}")
 
     def _everywhere(self, request: str) -> None:
-        problems: dict[int, Exception] = {}
-        for i, replica in enumerate(self.replicas):
-            try:
-                replica.version = replica.ask(op=request)["version"]
-            except ReplicaLostError as problem:
-                problems[i] = problem
-        if self._agree(request, problems):
+        asked = list(range(len(self.replicas)))
+        for _ in range(ATTEMPTS):
+            problems: dict[int, Exception] = {}
+            for i in asked:
+                replica = self.replicas[i]
+                try:
+                    replica.version = replica.ask(op=request)["version"]
+                except ReplicaLostError as problem:
+                    problems[i] = problem
+                except RefusedError as problem:
+                    replica.end()  # who knows what memory it holds
+                    problems[i] = ReplicaLostError(f"{replica.name}: {problem}")
+            if not self._agree(request, problems):
+                return
             self._recover(problems)
+            if request == "wake":  # what was just started is awake
+                return
+            asked = list(problems)
+        raise self._failure(request, problems)
 
     # --- generation ---
 

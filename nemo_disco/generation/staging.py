@@ -70,7 +70,7 @@ class Staging:
         """After the replica's end."""
         broadcast, self._broadcast = self._broadcast, None
         if broadcast is not None:
-            # Breaks off what is under way. In a thread, for with peers that are gone it may hang (NVIDIA/nccl issue 863).
+            # Breaks off what is under way. In a thread: with peers that are gone it may hang (NVIDIA/nccl issue 863).
             leaving = threading.Thread(target=broadcast.abort, daemon=True)
             leaving.start()
             leaving.join(_ABORT_S)

@@ -1,0 +1,46 @@
+"""The order of a run's steps with an engine on the training GPUs, as an engine in a process of its own sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from commands import at
+from fake_engine import fake_python
+
+MODULE = """
+from pathlib import Path
+from typing import ClassVar
+from dataclasses import dataclass
+from nemo_disco.algorithms.objectives.disco import DisCO
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(DisCO):
+    name: ClassVar[str] = "noted"
+
+    def value(self, batch):
+        with open("NOTES", "a") as notes:
+            notes.write("train\\n")
+        return super().value(batch)
+
+def coin(response, answer):
+    return float(len(response) % 2)
+"""
+
+
+def test_the_engine_sleeps_while_the_policy_trains(commands, tmp_path: Path) -> None:
+    notes, told = tmp_path / "notes", tmp_path / "told"
+    (tmp_path / "noted.py").write_text(MODULE.replace("NOTES", str(notes)))
+    settings = (
+        "generation=vllm",
+        f"generation.python={fake_python(tmp_path)}",
+        f"generation.options={{notes: '{notes}', told: '{told}'}}",
+        "algorithm.name=noted:Noted",
+        "reward.verifier=noted:coin",
+        "reward.require_think=false",
+        "trainer.max_steps=2",
+    )
+    commands("train", *settings, at(tmp_path / "run"), PYTHONPATH=str(tmp_path)).ok()
+    assert '"sleeps": true' in told.read_text()
+    seen = notes.read_text().split()
+    once = [word for i, word in enumerate(seen) if i == 0 or word != seen[i - 1]]
+    assert once == ["begin", "commit", *["generate", "sleep", "train", "wake", "begin", "commit"] * 2]
