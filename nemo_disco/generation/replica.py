@@ -167,7 +167,7 @@ class Replica:
 
     def together(self, part: Callable[[], T]) -> T:
         """Do what returns only when the replica does its share: a collective. Raises ReplicaLostError when the replica
-        ends or does not come: NCCL itself would wait for ever (NVIDIA/nccl issue 585)."""
+        ends or does not come, where NCCL itself may wait for ever (NVIDIA/nccl issue 585), or when `part` fails."""
         assert self._process is not None
         done: Future[T] = Future()
 
@@ -185,7 +185,10 @@ class Replica:
                 raise self._lost("ended in a collective")
             if time.monotonic() > deadline:
                 raise self._lost(f"did not come to a collective in {SILENCE_S:.0f} s")
-        return done.result()
+        try:
+            return done.result()
+        except RuntimeError as problem:  # what NCCL makes of a lost connection
+            raise self._lost(f"was lost in a collective: {problem}") from problem
 
     def fileno(self) -> int:
         """For a selector: readable when there is a message."""

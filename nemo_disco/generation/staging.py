@@ -15,7 +15,7 @@ from nemo_disco.generation.replica import Replica
 from nemo_disco.generation.worker.rollout_worker.cuda import Broadcast, IpcMemory
 from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
-_GPU = "cuda"
+_GPU = "cuda"  # where the slots of a broadcast are
 _ABORT_S = 10.0
 
 

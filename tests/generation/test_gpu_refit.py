@@ -120,6 +120,23 @@ def test_an_engine_that_fails_in_a_collective_does_not_take_the_run_along(
     assert any(word in caplog.text for word in said.split("|"))
 
 
+def test_an_error_of_the_runs_own_broadcast_is_the_engines_loss(
+    elsewhere: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, broadcast, failed = elsewhere(), SocketBroadcast.__call__, []
+
+    def once(this: SocketBroadcast, memory: Tensor) -> None:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("ncclBroadcast failed with code 6")
+        broadcast(this, memory)
+
+    monkeypatch.setattr(SocketBroadcast, "__call__", once)
+    engine.update_weights(tensors.items, 2)
+    assert "replica 0 was lost in a collective: ncclBroadcast failed with code 6" in caplog.text
+    assert right(sampled(engine), tensors, 2)
+
+
 @pytest.mark.parametrize("where", ["receive", pytest.param("join", marks=SLOW)])
 def test_an_engine_that_does_not_come_is_given_up(
     where: str, elsewhere: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: Any
