@@ -232,14 +232,14 @@ def test_tensor_parallel_engines_agree(start: Callable[..., ExternalEngine], pol
 
 
 def test_fp8_rollouts_follow_every_refit(start: Callable[..., ExternalEngine], policy: Policy) -> None:
-    """Weights rounded to FP8 when they arrive, activations as they come: near the trainer's, less near than bfloat16's,
-    and after two refits the same as in an engine that had one."""
+    """Weights rounded to FP8 when they arrive, activations as they come: less near the trainer's than bfloat16's, by no
+    more than the bits that FP8 lacks; after two refits the same as in an engine that had one."""
     plain, fp8, fresh = (start(dtype="bfloat16", quantization=q) for q in (None, FP8, FP8))
     for version, scale in ((1, 1.0), (2, 1.05)):
         refit(plain, policy, version, scale)
         refit(fp8, policy, version, 1.0)
-        rounded = mean(policy, sampled(fp8))
-        assert 2 * mean(policy, sampled(plain)) < rounded < 0.5
+        in_bfloat16 = mean(policy, sampled(plain))
+        assert 2 * in_bfloat16 < mean(policy, sampled(fp8)) < 32 * in_bfloat16
     refit(fresh, policy, 2, 1.0)
     assert sampled(fp8) == sampled(fresh)
 
