@@ -81,7 +81,8 @@ def likely_cause(
     early, late = (delta[place <= place.double().quantile(0.25)], delta[place >= place.double().quantile(0.75)])
     if float(late.mean()) > 4 * float(early.mean()):
         return "it grows along the response: rope (fused rope, its scaling or base), or a KV cache of lower precision"
-    if quantization is not None and float(delta.mean()) < 0.1:
+    small = float(delta.mean()) < 0.1
+    if quantization is not None and small:
         return (
             f"generation.quantization={quantization}: the engine samples from rounded weights; algorithm.off_policy "
             "corrects for that, then raise verify.max_kl and verify.max_mismatch"
@@ -93,7 +94,7 @@ def likely_cause(
         torch.isin(tokens, top.indices).double().mean() < 0.2
     ):
         return f"it sits on tokens {top.indices.tolist()}: the output layer (tied embeddings, padded vocabulary)"
-    if float(delta.mean()) < 0.1:
+    if small:
         how = "try trainer.precision=32" if precision != "32" else "is the engine quantised, or in bfloat16?"
         return f"small and everywhere: precision ({how})"
     return "large and everywhere: other weights than the trainer's, or another network (bias-activation fusion, norms)"
