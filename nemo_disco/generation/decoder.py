@@ -13,13 +13,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nemo_disco.data.packing import padded
 from nemo_disco.policy.layers import mlp_norm_weight, qkv_norm_weight
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.policy.parallel import Ranks
 
-# Tokens a row by which a full cache grows (it also at least grows by a half).
-_GROWTH = 64
+# Tokens a row by which a full cache grows (it also at least grows by a half). Capacities are multiples of it: CUDA's
+# attention copies a mask, in every layer, whose rows do not begin at a multiple of 8 numbers.
+GROWTH = 64
+# Not cuDNN, which SDPA prefers on Hopper: it builds a plan (tens of milliseconds) for each new number of keys, and
+# plain decoding has one more at every token. benchmarks/gpu measures both.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Cache:
@@ -37,7 +43,7 @@ class Cache:
         """Room for `tokens` tokens a row, of at most `most` ever."""
         if tokens <= self.capacity:
             return
-        more = min(most, max(tokens + _GROWTH, self.capacity * 3 // 2)) - self.capacity
+        more = padded(min(most, max(tokens + GROWTH, self.capacity * 3 // 2)), GROWTH) - self.capacity
         for pair in self.pairs:
             for i, x in enumerate(pair):
                 pair[i] = torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2)
@@ -82,6 +88,12 @@ class Decoder:
         None is causal (t > 1) or everything (t = 1). start as a tensor [1], for one token: the mask is as wide as the
         whole cache, and no shape depends on where the token goes.
         """
+        with sdpa_kernel(BACKENDS):
+            return self._forward(tokens, positions, cache, start, mask)
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, cache: Cache, start: int | Tensor, mask: Tensor | None
+    ) -> Tensor | None:
         angles = self.chunks[0].rope_angles(positions.flatten()).view(*positions.shape, 1, -1)
         rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x: Tensor | None = None

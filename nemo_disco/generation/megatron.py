@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_disco.generation.decoder import Cache, Decoder
+from nemo_disco.data.packing import padded
+from nemo_disco.generation.decoder import GROWTH, Cache, Decoder
 from nemo_disco.generation.engine import Finished, Response, Sampling
 from nemo_disco.generation.sampling import sample, uniforms
 from nemo_disco.generation.static import Rows, StaticWave
@@ -101,7 +102,7 @@ class MegatronEngine:
         room = self._cache_bytes()
         start = 0
         while start < len(mine):
-            a_row = a_token * (len(prompts[mine[start]]) + sampling.max_response_length)
+            a_row = a_token * padded(len(prompts[mine[start]]) + sampling.max_response_length, GROWTH)
             count = max(1, int(room // a_row))
             yield mine[start : start + count]
             start += count
@@ -191,8 +192,10 @@ class MegatronEngine:
         positions = (torch.arange(width, device=device)[None] - padding[:, None]).clamp(min=0)
         mask = self._padding_mask(padding, width)
         if mask is not None:
-            causal = torch.full((width, width), float("-inf"), dtype=mask.dtype, device=device).triu(1)
-            mask = (mask + causal).masked_fill(torch.eye(width, dtype=torch.bool, device=device), 0.0)
+            causal = torch.full((width, mask.shape[-1]), float("-inf"), dtype=mask.dtype, device=device).triu(1)
+            mask = mask + causal
+            mask.diagonal(dim1=2, dim2=3).zero_()
+            mask = mask[..., :width]
         cache = self.decoder.new_cache(len(distinct))
         cache.reserve(width, width)
         logits = self.decoder.forward(ids, positions, cache, 0, mask)
@@ -200,11 +203,13 @@ class MegatronEngine:
         return (None if logits is None else logits[which]), cache, padding[which]
 
     def _padding_mask(self, padding: Tensor, width: int) -> Tensor | None:
-        """Additive [B, 1, 1, width] that hides the padding before each prompt; None where there is none."""
+        """Additive [B, 1, 1, W] that hides the padding before each prompt, of which `width` columns are to be taken;
+        None where there is none. Its rows begin at multiples of GROWTH numbers, as CUDA's attention wants them."""
         if not bool(padding.any()):
             return None
-        hidden = torch.arange(width, device=padding.device)[None] < padding[:, None]
-        zeros = torch.zeros(len(padding), width, dtype=self.decoder.dtype, device=padding.device)
+        columns = padded(width, GROWTH)
+        hidden = torch.arange(columns, device=padding.device)[None] < padding[:, None]
+        zeros = torch.zeros(len(padding), columns, dtype=self.decoder.dtype, device=padding.device)
         return zeros.masked_fill(hidden, float("-inf"))[:, None, None]
 
     def _draw(self, logits: Tensor | None, rows: _Rows, sampling: Sampling, t: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ from nemo_disco.generation.sampling import sample, uniforms
 _LOOK = 32
 # Finished rows are carried along until they are this share: dropping rows copies the cache and captures a new graph.
 _COMPACT_BELOW = 0.8
+# Whether CUDA replays steps as graphs; without them it launches the same code anew. benchmarks/gpu measures both.
+GRAPHS = True
 
 
 @dataclass
@@ -111,7 +113,7 @@ class StaticWave:
         self.t += 1
 
     def _replay(self) -> None:
-        if self.place.device.type == "cpu":
+        if self.place.device.type == "cpu" or not GRAPHS:
             self._step()
             return
         if self._graph is None:

@@ -119,3 +119,23 @@ def test_decoding_in_place_gives_the_same_responses(
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.tensor(ours.log_probs), torch.tensor(theirs.log_probs), rtol=0, atol=1e-4)
     assert selected or sampling.temperature == 0.0, "no row ever left the batch"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_attention_takes_masks_as_they_lie_and_never_cudnn(
+    engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA copies a mask whose rows do not begin at multiples of 8 numbers; cuDNN would plan anew at every token."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    strides = set()
+
+    def watched(*args: torch.Tensor, attn_mask: torch.Tensor, **options: object) -> torch.Tensor:
+        strides.update(attn_mask.stride()[:-1])
+        assert attn_mask.stride(-1) == 1
+        assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+        return attention(*args, attn_mask=attn_mask, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    engine.in_place = in_place
+    engine.generate(prompts(copies=8), range(48), Sampling(1.0, 70))
+    assert strides and all(stride % 8 == 0 for stride in strides)
