@@ -12,6 +12,8 @@ from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.rollouts import Rollouts
 
 VOCABULARY = 130  # not a multiple of 4: TP 4 has to pad it
+# Every family of the README, with its embeddings tied and untied.
+FAMILIES = [f"{name}-{tying}" for name in ("qwen2", "qwen3", "llama", "mistral") for tying in ("tied", "untied")]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -23,7 +25,8 @@ LLAMA3_ROPE = {
 
 
 def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
-    """A 4-layer model with grouped queries, large enough weights to be far from uniform, and norms that are not 1."""
+    """A 4-layer model with grouped queries, large enough weights to be far from uniform, and norms' weights and biases
+    of 0.5 to 1.5, so that one that is left out shows."""
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -50,6 +53,12 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(directory)
     return directory
+
+
+def save_family(directory: Path, family: str, **changes: Any) -> Path:
+    """save_model of one of FAMILIES."""
+    architecture, tying = family.split("-")
+    return save_model(directory, architecture, tied=tying == "tied", **changes)
 
 
 def reference_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:

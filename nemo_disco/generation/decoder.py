@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_disco.data.packing import padded
-from nemo_disco.policy.layers import mlp_norm_weight, qkv_norm_weight
+from nemo_disco.generation.decoder_weights import LayerWeights, decoder_weights
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.policy.parallel import Ranks
 
@@ -59,7 +59,9 @@ class Decoder:
     """The layers of this rank, in the order in which the whole model runs them."""
 
     def __init__(self, chunks: Sequence[PolicyModel], ranks: Ranks, tensor_group: Any, pipeline_group: Any) -> None:
+        """Raises UserError, naming it, for a part of the network that is not computed here."""
         self.chunks, self.ranks = chunks, ranks
+        self.layers = decoder_weights(chunks)
         self.tensor_group = tensor_group if tensor_group.size() > 1 else None
         self.pipeline_group = pipeline_group
         config = chunks[0].config
@@ -75,7 +77,7 @@ class Decoder:
         return self.ranks.pipeline == self.ranks.pipeline_size - 1
 
     def new_cache(self, rows: int) -> Cache:
-        layers = sum(len(chunk.decoder.layers) for chunk in self.chunks)
+        layers = sum(map(len, self.layers))
         like = next(self.chunks[0].parameters())
         return Cache(layers, (rows, self.groups, self.width), like)
 
@@ -98,9 +100,9 @@ class Decoder:
         rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x: Tensor | None = None
         layer_index = 0
-        for chunk in self.chunks:
+        for chunk, layers in zip(self.chunks, self.layers, strict=True):
             x = self._embed(chunk, tokens) if chunk.pre_process else self._receive(tokens)
-            for layer in chunk.decoder.layers:
+            for layer in layers:
                 x = x + self._attention(layer, x, rope, cache.pairs[layer_index], start, mask)
                 x = x + self._mlp(layer, x)
                 layer_index += 1
@@ -122,19 +124,19 @@ class Decoder:
 
     def _attention(
         self,
-        layer: Any,
+        layer: LayerWeights,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         pair: list[Tensor],
         start: int | Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        attention, (rows, t) = layer.self_attention, x.shape[:2]
-        x = F.rms_norm(x, (self.hidden,), qkv_norm_weight(layer), self.eps)
-        qkv = F.linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias)
+        rows, t = x.shape[:2]
+        x = F.rms_norm(x, (self.hidden,), layer.attention_norm, self.eps)
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias)
         # megatron keeps each group's queries, then its key, then its value together
         qkv = qkv.view(rows, t, self.groups, self.heads_a_group + 2, self.width)
-        qk = _rotate(qkv[..., :-1, :], rope)
+        qk = _rotate(self._norm_heads(layer, qkv[..., :-1, :]), rope)
         keys, values = _store(pair, qk[..., -1, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2), start)
         query = qk[..., :-1, :].permute(0, 2, 3, 1, 4)  # [B, groups, heads a group, t, d]
         if t == 1:  # the group's heads are so many queries of one key head
@@ -156,12 +158,19 @@ class Decoder:
                 enable_gqa=True,
             )
             out = out.transpose(1, 2).reshape(rows, t, -1)
-        return self._reduce(F.linear(out, attention.linear_proj.weight))
+        return self._reduce(F.linear(out, layer.projection))
 
-    def _mlp(self, layer: Any, x: Tensor) -> Tensor:
-        x = F.rms_norm(x, (self.hidden,), mlp_norm_weight(layer), self.eps)
-        gate, up = F.linear(x, layer.mlp.linear_fc1.weight).chunk(2, dim=-1)
-        return self._reduce(F.linear(F.silu(gate) * up, layer.mlp.linear_fc2.weight))
+    def _norm_heads(self, layer: LayerWeights, qk: Tensor) -> Tensor:
+        """Qwen3's norms of each head's query and of each group's key; qk [B, t, groups, heads a group + 1, d]."""
+        if layer.query_norm is None and layer.key_norm is None:
+            return qk
+        parts = ((qk[..., :-1, :], layer.query_norm), (qk[..., -1:, :], layer.key_norm))
+        return torch.cat([x if w is None else F.rms_norm(x, (self.width,), w, self.eps) for x, w in parts], dim=-2)
+
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        x = F.rms_norm(x, (self.hidden,), layer.mlp_norm, self.eps)
+        gate, up = F.linear(x, layer.gate_up).chunk(2, dim=-1)
+        return self._reduce(F.linear(F.silu(gate) * up, layer.down))
 
     def _logits(self, chunk: PolicyModel, x: Tensor) -> Tensor:
         x = F.rms_norm(x, (self.hidden,), chunk.decoder.final_layernorm.weight, self.eps)

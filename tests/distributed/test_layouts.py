@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import model_config, random_rollouts, save_model
+from models import FAMILIES, model_config, random_rollouts, reference_log_probs, reference_model, save_family
 from safetensors.torch import load_file
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.generation.engine import Sampling
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.generation.engine import Response, Sampling
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
@@ -81,14 +82,19 @@ class Recording(MegatronEngine):
         return sorted(chain(*shares))
 
 
-def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dict[torch.dtype, list[dict[str, Any]]]:
-    """For each dtype and layout: log-probs, whole gradient, its norm after megatron's own reduction, sampled responses.
-    Rank 0's word."""
-    weights = load_file(f"{model}/model.safetensors")
+def both_ways(model: str) -> list[dict[str, torch.Tensor]]:
+    """The weights moved a little, in a direction and against it: in one of them the estimate of KL is above 0. First
+    where it is far above: near 0 it is a small difference, and float32's error in it would be amplified."""
+    weights, scale = load_file(f"{model}/model.safetensors"), 5e-3 if "llama" in model else -5e-3
     generator = torch.Generator().manual_seed(14)
-    # The direction in which KL grows: near 0 it is a small difference, and float32's error in it would be amplified.
-    scale = 5e-3 if "llama" in model else -5e-3
-    moved = {n: w.double() + scale * torch.randn(w.shape, generator=generator).double() for n, w in weights.items()}
+    noise = {name: torch.randn(w.shape, generator=generator).double() for name, w in weights.items()}
+    return [{n: w.double() + scale * noise[n] for n, w in weights.items()} for scale in (scale, -scale)]
+
+
+def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dict[torch.dtype, list[dict[str, Any]]]:
+    """For each dtype and layout: log-probs, whole gradient, its norm after megatron's own reduction, sampled responses,
+    and by how much the engine's log-probs of those differ from the policy's. Rank 0's word."""
+    moves = both_ways(model)
     rollouts = random_rollouts(questions=8, group=4)
     prompts = [rollouts.prompt(i).tolist() for i in range(len(rollouts))]
     found: dict[torch.dtype, list[dict[str, Any]]] = {dtype: [] for dtype in dtypes}
@@ -99,22 +105,23 @@ def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dic
         engine = Recording(policy)
         responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12))
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
-        policy.load(moved.__getitem__)
-        taken = accumulate_gradient(
-            policy,
-            build_objective(OBJECTIVE),
-            rollouts,
-            OldPolicy(log_probs),
-            max_response_length=40,
-            everywhere=True,
-        )
-        assert taken.metrics["constraint/active"] == 1.0
+        sampled = as_rollouts(prompts, responses)
+        mismatch = policy.log_probs(sampled)[0] - sampled.generation_log_probs
+        objective, old = build_objective(OBJECTIVE), OldPolicy(log_probs)
+        for moved in moves:
+            policy.load(moved.__getitem__)
+            taken = accumulate_gradient(policy, objective, rollouts, old, max_response_length=40, everywhere=True)
+            if taken.metrics["constraint/active"]:
+                break
+        else:
+            raise AssertionError("the hinge is active in neither direction")
         found[dtype].append(
             {
                 "log_probs": log_probs,
                 "entropies": entropies,
                 "responses": [r.tokens for r in responses],
                 "sampled": engine.everywhere(),
+                "mismatch": float(mismatch.abs().max()),
                 "gradients": {n: g.clone() for n, g in policy.named_gradients()},
                 "norm": policy.step().grad_norm if policy.optimizer is not None else None,
             }
@@ -122,10 +129,24 @@ def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dic
     return found if parallel.Ranks.here().is_first else {}
 
 
+def as_rollouts(prompts: list[list[int]], responses: list[Response]) -> Rollouts:
+    return Rollouts.from_lists(
+        prompts,
+        [r.tokens for r in responses],
+        [r.log_probs for r in responses],
+        list(range(len(prompts))),
+        [r.finish_reason == "length" for r in responses],
+    )
+
+
+def measure_models(models: list[str], layouts: list[Layout]) -> list[list[dict[str, Any]]]:
+    """`measure` in float64 for each model."""
+    return [measure(model, layouts, [torch.float64]).get(torch.float64, []) for model in models]
+
+
 @pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    architecture, tying = request.param.split("-")
-    return str(save_model(tmp_path_factory.mktemp(request.param), architecture, tied=tying == "tied"))
+    return str(save_family(tmp_path_factory.mktemp(request.param), request.param))
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -140,6 +161,7 @@ def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def same(found: dict[str, Any], reference: dict[str, Any], tolerance: float, where: str) -> None:
     assert found["responses"] == reference["responses"], where
+    assert found["mismatch"] < 1e-4, where
     torch.testing.assert_close(found["log_probs"], reference["log_probs"], rtol=0, atol=10 * tolerance)
     torch.testing.assert_close(found["entropies"], reference["entropies"], rtol=0, atol=10 * tolerance)
     for name, gradient in reference["gradients"].items():
@@ -171,6 +193,20 @@ def check(
 def test_a_representative_set(on_ranks: Callable[..., list[Any]], model: str) -> None:
     every = [torch.float64, torch.float32, torch.bfloat16]
     check(on_ranks, model, REPRESENTATIVE, {1: every, 2: every, 4: [torch.float64]})
+
+
+def test_every_family(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Those that the representative set leaves out, in one launch; anchored at transformers."""
+    rest = [family for family in FAMILIES if family not in ("qwen2-tied", "llama-untied")]
+    models = [str(save_family(tmp_path / family, family)) for family in rest]
+    layouts = [layout(), layout(tp=2, sp=True), layout(pp=2)]
+    rollouts = random_rollouts(questions=8, group=4)
+    for family, path, results in zip(rest, models, on_ranks(2, measure_models, models, layouts)[0], strict=True):
+        with torch.no_grad():
+            expected = reference_log_probs(reference_model(Path(path)), rollouts, 0.6)
+        torch.testing.assert_close(results[0]["log_probs"], expected, rtol=0, atol=1e-5)
+        for changes, found in zip(layouts, results, strict=True):
+            same(found, results[0], 1e-9, f"{family}, {changes}")
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, model_config, save_model
+from models import FAMILIES, VOCABULARY, model_config, reference_log_probs, reference_model, save_family
 from transformers import AutoModelForCausalLM
 
 from nemo_disco.data.rollouts import Rollouts
@@ -16,21 +18,29 @@ from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.generation.static import Rows
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
 
 STOP = [1, 7]
 
 
-@pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    architecture, tying = request.param.split("-")
-    return save_model(tmp_path_factory.mktemp(request.param), architecture, tied=tying == "tied")
+    return save_family(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture
 def engine(model_path: Path) -> MegatronEngine:
+    return build(model_path)
+
+
+def build(model_path: Path) -> MegatronEngine:
     config = model_config(model_path)
     parallel.start(config)
     return MegatronEngine(Policy(config, temperature=0.6), STOP)
+
+
+# What does not depend on the network's make.
+one_family = pytest.mark.parametrize("model_path", ["qwen3-untied"], indirect=True)
 
 
 def prompts(count: int = 6, copies: int = 1) -> list[list[int]]:
@@ -39,7 +49,11 @@ def prompts(count: int = 6, copies: int = 1) -> list[list[int]]:
     return [p for n in lengths for p in [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()] * copies]
 
 
-def test_log_probs_are_the_training_engines(engine: MegatronEngine) -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in place"])
+def test_log_probs_are_transformers_and_the_training_engines(
+    engine: MegatronEngine, model_path: Path, in_place: bool
+) -> None:
+    engine.in_place = in_place
     asked = prompts(copies=4)
     responses = engine.generate(asked, range(len(asked)), Sampling(0.6, 50))
     rollouts = Rollouts.from_lists(
@@ -51,6 +65,9 @@ def test_log_probs_are_the_training_engines(engine: MegatronEngine) -> None:
     )
     log_probs, _ = engine.policy.log_probs(rollouts)
     torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        expected = reference_log_probs(reference_model(model_path), rollouts, 0.6)
+    torch.testing.assert_close(rollouts.generation_log_probs.double(), expected, rtol=0, atol=1e-4)
 
 
 def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path) -> None:
@@ -62,6 +79,7 @@ def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path
         assert response.tokens == ids[0, len(prompt) :].tolist()
 
 
+@one_family
 def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: MegatronEngine) -> None:
     responses = engine.generate(prompts(copies=8), range(48), Sampling(1.0, 12))
     assert {r.finish_reason for r in responses} == {"stop", "length"}
@@ -76,6 +94,7 @@ def tokens(responses: list[Response]) -> list[list[int]]:
     return [r.tokens for r in responses]
 
 
+@one_family
 def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
     engine: MegatronEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,11 +107,13 @@ def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
     assert tokens(engine.generate(asked, [s + 1 for s in seeds], sampling)) != together
 
 
+@one_family
 def test_responses_carry_the_weight_version(engine: MegatronEngine) -> None:
     engine.update_weights(engine.policy.named_weights, version=3)
     assert engine.generate(prompts(1), [0], Sampling(1.0, 2))[0].weight_version == 3
 
 
+@one_family
 def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
     before = tokens(engine.generate(prompts(), [0] * 6, Sampling(0.0, 20)))
     with torch.no_grad():
@@ -101,6 +122,7 @@ def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
     assert tokens(engine.generate(prompts(), [0] * 6, Sampling(0.0, 20))) != before
 
 
+@one_family
 @pytest.mark.parametrize("sampling", [Sampling(1.0, 70), Sampling(0.0, 30), Sampling(0.9, 40, top_p=0.8, top_k=20)])
 def test_decoding_in_place_gives_the_same_responses(
     engine: MegatronEngine, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +143,7 @@ def test_decoding_in_place_gives_the_same_responses(
     assert selected or sampling.temperature == 0.0, "no row ever left the batch"
 
 
+@one_family
 @pytest.mark.parametrize("in_place", [False, True])
 def test_attention_takes_masks_as_they_lie_and_never_cudnn(
     engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
@@ -139,3 +162,32 @@ def test_attention_takes_masks_as_they_lie_and_never_cudnn(
     engine.in_place = in_place
     engine.generate(prompts(copies=8), range(48), Sampling(1.0, 70))
     assert strides and all(stride % 8 == 0 for stride in strides)
+
+
+def _bias(model: Any) -> None:
+    model.decoder.layers[2].self_attention.linear_proj.bias = torch.nn.Parameter(torch.zeros(64))
+
+
+def _module(model: Any) -> None:
+    model.decoder.layers[1].mlp.router = torch.nn.Identity()
+
+
+def _setting(model: Any) -> None:
+    model.config.window_size = (128, 0)
+
+
+@one_family
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_bias, r"the parameter decoder\.layers\.2\.self_attention\.linear_proj\.bias"),
+        (_module, r"the module decoder\.layers\.1\.mlp\.router"),
+        (_setting, r"window_size=\(128, 0\)"),
+    ],
+)
+def test_a_part_of_the_network_that_is_not_decoded_is_refused_by_name(
+    engine: MegatronEngine, change: Callable[[Any], None], named: str
+) -> None:
+    change(engine.policy.model.chunks[0])
+    with pytest.raises(UserError, match=f"does not compute {named} of this network"):
+        MegatronEngine(engine.policy, STOP)

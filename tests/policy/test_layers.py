@@ -23,7 +23,7 @@ from nemo_disco.runtime.errors import UserError
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=False)
+    return save_model(tmp_path_factory.mktemp("qwen3"), "qwen3", tied=False)
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""The tensors of the policy's network that the decoder computes with, and the refusal of everything else in it.
+
+The decoder does the arithmetic of megatron's modules itself. So that it never leaves one out, each parameter, each
+module and each setting of the network must be one that it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from torch import Tensor
+from torch.nn import Module
+
+from nemo_disco.policy.layers import mlp_norm_weight, qkv_norm_weight
+from nemo_disco.policy.model import PolicyModel
+from nemo_disco.runtime.errors import UserError
+
+# The modules whose arithmetic decoder.py does, with the modules that they consist of.
+_MODEL: dict[str, Any] = {
+    "embedding": {"word_embeddings": None, "embedding_dropout": None},
+    "rotary_pos_emb": None,  # unused: the angles are PolicyModel.rope_angles
+    "decoder": {"layers": None, "final_layernorm": None},
+    "output_layer": None,
+}
+_LAYER: dict[str, Any] = {
+    "input_layernorm": None,
+    "self_attention": dict.fromkeys(["linear_qkv", "q_layernorm", "k_layernorm", "core_attention", "linear_proj"]),
+    "pre_mlp_layernorm": None,
+    "mlp": dict.fromkeys(["linear_fc1", "activation_func", "linear_fc2"]),
+}
+# What decoder.py takes for granted, by the names of megatron-core's TransformerConfig.
+_SETTINGS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "qk_l2_norm": False,
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "window_size": None,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "apply_residual_connection_post_layernorm": False,
+}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's parameters as they lie on this rank: h hidden size, d head size, f the MLP's width; the rows of qkv
+    and gate_up and the columns of projection and down are this tensor-parallel rank's share.
+
+    attention_norm, mlp_norm [h]; qkv [(heads + 2 groups) d, h], qkv_bias [(heads + 2 groups) d]; query_norm, key_norm
+    [d], of each head; projection [h, heads d]; gate_up [2 f, h]; down [h, f].
+    """
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    projection: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+    @classmethod
+    def of(cls, layer: Any) -> LayerWeights:
+        """Of megatron's TransformerLayer, whichever make its modules are of."""
+        attention, mlp = layer.self_attention, layer.mlp
+        return cls(
+            attention_norm=qkv_norm_weight(layer),
+            qkv=attention.linear_qkv.weight,
+            qkv_bias=attention.linear_qkv.bias,
+            query_norm=getattr(attention.q_layernorm, "weight", None),
+            key_norm=getattr(attention.k_layernorm, "weight", None),
+            projection=attention.linear_proj.weight,
+            mlp_norm=mlp_norm_weight(layer),
+            gate_up=mlp.linear_fc1.weight,
+            down=mlp.linear_fc2.weight,
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (t for f in fields(self) if (t := getattr(self, f.name)) is not None)
+
+
+def decoder_weights(chunks: Sequence[PolicyModel]) -> list[list[LayerWeights]]:
+    """Each chunk's layers. Raises UserError, naming it, for a module, parameter or setting that is not decoded."""
+    config = chunks[0].config
+    for name, value in _SETTINGS.items():
+        if (found := getattr(config, name, value)) != value:
+            raise _not_decoded(f"{name}={getattr(found, '__name__', found)}")
+    if unknown := [name for chunk in chunks for name in _unknown_modules(chunk)]:
+        raise _not_decoded(f"the module {unknown[0]}")
+    layers = [[LayerWeights.of(layer) for layer in chunk.decoder.layers] for chunk in chunks]
+    for chunk, weights in zip(chunks, layers, strict=True):
+        known = {id(t) for layer in weights for t in layer.tensors()}
+        if chunk.pre_process:
+            known.add(id(chunk.embedding.word_embeddings.weight))
+        if chunk.post_process:
+            known |= {id(chunk.decoder.final_layernorm.weight), id(chunk.output_weight())}
+        for name, parameter in chunk.named_parameters():
+            if id(parameter) not in known:
+                raise _not_decoded(f"the parameter {name}")
+    return layers
+
+
+def _unknown_modules(chunk: PolicyModel) -> Iterator[str]:
+    yield from _unknown(chunk, _MODEL, "")
+    for i, layer in enumerate(chunk.decoder.layers):
+        yield from _unknown(layer, _LAYER, f"decoder.layers.{i}.")
+
+
+def _unknown(module: Module, known: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, child in module.named_children():
+        if name not in known:
+            if not isinstance(child, IdentityOp | IdentityFuncOp):
+                yield prefix + name
+        elif known[name] is not None:
+            yield from _unknown(child, known[name], f"{prefix}{name}.")
+
+
+def _not_decoded(what: str) -> UserError:
+    return UserError(
+        f"generation.engine=megatron does not compute {what} of this network, so it would sample from another one; "
+        "take generation=vllm"
+    )
