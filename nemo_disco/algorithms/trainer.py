@@ -7,6 +7,7 @@ rank 0 alone writes files and talks.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from nemo_disco.algorithms.benchmark import evaluate_set
 from nemo_disco.algorithms.collect import Collector, Sampled
+from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
 from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_tokens
@@ -43,8 +45,6 @@ from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.profiler import profiled
 from nemo_disco.runtime.signals import StopRequest
 
-# So many mini-batches in a row whose gradient is not finite end the run: it will not heal by itself.
-MAX_SKIPPED = 3
 # What only a mini-batch that was applied says, of the names that every line of metrics.jsonl has.
 MEASURED = (
     *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
@@ -85,9 +85,8 @@ class DisCO:
         )
         self.shape = read_shape(config.model.path)
         self.writer = CheckpointWriter()
-        self.step = 0
-        self.skipped = 0  # mini-batches of the whole run that were not applied
-        self.skipped_in_a_row = 0
+        self.step = self.saved = 0
+        self.divergence = Divergence(policy)
         self.warned_of_noise = False
         self.best: float | None = None  # mean Pass@1 over the evaluation sets
 
@@ -95,25 +94,25 @@ class DisCO:
 
     def fit(self) -> None:
         """Train to trainer.max_steps, or to the step in which SIGTERM or SIGUSR1 asked to stop; save in any case."""
-        limit, every = self.config.trainer.max_steps, self.config.exp_manager.checkpoint_every_n_steps
+        limit = self.config.trainer.max_steps
         self.engine.update_weights(self.policy.named_weights, self.step)
         with StopRequest() as stop, self.journal.watch(limit, self.step), self.writer:
             if self.step == 0:
                 self._evaluated(self.run_validation())
             elif self.step >= limit:
                 self.journal.say(f"step {self.step} of {limit}: nothing is left to train")
-            saved = self.step
+            self.saved = self.step
             while self.step < limit and not self._any_rank(stop.requested or self.writer.failed):
                 metrics = self.train_step()
                 self.journal.stepped(self.step, metrics)
-                if self.step % every == 0 or self.step == limit:
+                if self._saves():
                     self.save()
-                    saved = self.step
-            if saved != self.step:
-                self.save()
+            if self.saved != self.step:
+                self._save_at_stop()
             self.writer.wait()
             if self.step < limit:
-                done = f"saved step {self.step}" if self.step else "before the first step"
+                done = f"saved step {self.saved}" if self.saved else "nothing is saved yet"
+                done = done if self.step else "before the first step"
                 self.journal.say(f"asked to stop by {stop.signal_name}: {done}; start again to go on")
 
     def train_step(self) -> dict[str, Any]:
@@ -133,6 +132,8 @@ class DisCO:
             self.journal.rollouts(self.step, sampled, values)
             self._warn_of_noise(metrics["policy/noise_floor"])
             self._renew_reference()
+            if self._saves() or self._validates():
+                self._refuse_unsound()  # now, while the engine sleeps
             self.collector.receive(self.step, clock)
             with clock("refit"):
                 if not asynchronous:
@@ -162,6 +163,7 @@ class DisCO:
         moved = False
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)
+            self.divergence.begin(part)
             old_part = old.at(rollouts.token_index(responses))
             try:
                 taken = accumulate_gradient(
@@ -182,7 +184,8 @@ class DisCO:
             if not result.applied:
                 self._skip(f"the gradient's norm is {result.grad_norm}")
                 continue
-            moved, self.skipped_in_a_row = True, 0
+            moved = True
+            self.divergence.applied()
             if values is not None:
                 values.take(responses, part, taken, old_part.log_probs)
             history.append(taken.metrics | {"grad_norm": result.grad_norm})
@@ -204,29 +207,25 @@ class DisCO:
 
     def save(self) -> None:
         """Begin to write a checkpoint of everything that decides the future; `fit` waits for it. A collective."""
-        self.writer.save(
-            self.policy,
-            self.journal.run.checkpoints,
-            self.step,
-            self.state_dict(),
-            self.config.exp_manager.keep_checkpoints,
-            self.reference,
-        )
+        # A run whose last mini-batches were skipped may have diverged: the checkpoints from before stay.
+        keep = self.config.exp_manager.keep_checkpoints if self.divergence.in_a_row == 0 else sys.maxsize
+        checkpoints = self.journal.run.checkpoints
+        self.writer.save(self.policy, checkpoints, self.step, self.state_dict(), keep, self.reference)
+        self.saved = self.step
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's own state, as JSON; weights, optimizer and torch's RNG are the checkpoint's."""
         return {
             "step": self.step,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
             "best": self.best,
+            **self.divergence.state_dict(),
             **self.collector.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.collector.load_state_dict(state)
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.divergence.load_state_dict(state)
         self.best = state.get("best")
 
     # --- parts ---
@@ -239,7 +238,7 @@ class DisCO:
     def _renew_reference(self) -> None:
         """STILL-3: every so many steps the policy becomes the reference."""
         every = self.config.algorithm.reference_reset_steps
-        if self.reference is not None and every and self.step % every == 0:
+        if self.reference is not None and every and self.step % every == 0 and not self.divergence.in_a_row:
             self.reference.become(self.policy)
             self.journal.say(f"step {self.step}: the policy of now is the reference from here on")
 
@@ -260,7 +259,7 @@ class DisCO:
         """Write them down, and keep the weights as RUN/best where no evaluation during training was better."""
         self.journal.evaluated(results)
         score = float(np.mean([result.correct.mean() for result in results])) if results else None
-        if score is None or (self.best is not None and score <= self.best):
+        if score is None or (self.best is not None and score <= self.best) or not self._keeps():
             return
         self.best = score
         if self.step and self.config.evaluation.every_n_steps:
@@ -276,18 +275,52 @@ class DisCO:
             self.warned_of_noise = True
             self.journal.say(f"step {self.step}: warning: {warning}")
 
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due, one that was put off included, and the present weights may be kept."""
+        every = self.config.exp_manager.checkpoint_every_n_steps
+        due = self.step // every > self.saved // every or self.step == self.config.trainer.max_steps
+        return due and self._keeps()
+
+    def _keeps(self) -> bool:
+        """Not while mini-batches are being skipped; the end of a run is the exception, as nothing follows."""
+        return self.divergence.in_a_row == 0 or self.step == self.config.trainer.max_steps
+
+    def _save_at_stop(self) -> None:
+        """Save the step after which the run was asked to stop. A collective."""
+        if not self._keeps():
+            self.journal.say(f"step {self.step} is not saved: its last mini-batch was skipped")
+            return
+        if not self.config.generation.asynchronous:
+            self.engine.sleep()  # nothing is sampled any more
+        self._refuse_unsound()
+        self.save()
+
+    def _refuse_unsound(self) -> None:
+        """Raises UserError if the weights, which are about to be kept, are of no use. A collective."""
+        if not self.divergence.sound():
+            raise self._diverged(self.step, "the weights after it give log-probs that are not finite")
+
     def _skip(self, why: str) -> None:
         """Count a mini-batch that is not applied. Raises UserError after MAX_SKIPPED in a row."""
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        self.journal.say(f"step {self.step + 1}: a mini-batch was skipped ({self.skipped} so far): {why}")
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            last = checkpoint.latest(self.journal.run.checkpoints)
-            left = f"the last checkpoint, {last}, is intact" if last else "there is no checkpoint yet"
-            raise UserError(
-                f"step {self.step + 1}: {MAX_SKIPPED} mini-batches in a row had no finite gradient ({why}); {left}: "
-                "lower model.optim.lr, then start again"
-            )
+        over = self.divergence.skip()
+        self.journal.say(
+            f"step {self.step + 1}: a mini-batch was skipped ({self.divergence.skipped} so far): {why}; nothing is "
+            "saved until one is applied"
+        )
+        if over:
+            raise self._diverged(self.step + 1, f"{MAX_SKIPPED} mini-batches in a row had no finite gradient ({why})")
+
+    def _diverged(self, step: int, why: str) -> UserError:
+        """What ends a run that has diverged. A collective."""
+        self.writer.wait()
+        last = checkpoint.latest(self.journal.run.checkpoints)
+        if last is None:
+            left = "there is no checkpoint yet"
+        elif self.divergence.moved:
+            left = f"the last checkpoint, {last}, is from before it and was kept"
+        else:
+            left = f"none was applied since {last}: if that one is at fault, remove it to go on from an earlier one"
+        return UserError(f"step {step}: {why}; {left}; lower model.optim.lr, then start again")
 
     def _summary(self, rollouts: Rollouts, old: OldPolicy, history: list[dict[str, float]]) -> dict[str, Any]:
         """The step's metrics: numbers, and the tokens on which engine and trainer differ most. KL is the last
@@ -313,7 +346,7 @@ class DisCO:
             "policy/entropy": float(old.entropies.mean()) if len(old.entropies) else 0.0,
             "groups/mixed": float(mixed),
             "tokens": int(rollouts.total_lengths.sum()),
-            "mini_batches/skipped": self.skipped,
+            "mini_batches/skipped": self.divergence.skipped,
             "staleness/mean": float(staleness.double().mean()),
             "staleness/max": int(staleness.max()),
             **mismatch(old.log_probs, rollouts.generation_log_probs),

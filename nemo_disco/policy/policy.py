@@ -67,7 +67,7 @@ class Policy:
                 check_weights(reader, self.hf_config)
             self.model = HuggingFaceModel(self.hf_config, dtype, options, self.transformer_engine)
             if reader is not None:
-                self.model.load(reader.read)
+                self.model.load(reader.read_finite)
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]
         if dtype is torch.bfloat16:
             self.network = [Float16Module(chunk.config, chunk) for chunk in self.network]

@@ -73,6 +73,17 @@ class SafetensorReader:
         tensor: Tensor = self._where[name].get_tensor(name)
         return tensor
 
+    def read_finite(self, name: str) -> Tensor:
+        """As `read`. Raises UserError, by the tensor's name, if a value is NaN or infinite."""
+        tensor = self.read(name)
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"model.path={self.directory}: {bad:,} of the {tensor.numel():,} values of {name} are NaN or infinite: "
+                "the model has diverged or is damaged; take another"
+            )
+        return tensor
+
 
 def check_weights(reader: SafetensorReader, hf_config: Any) -> None:
     """Every tensor that the config asks for is there with its shape, and nothing else. Raises UserError, by name."""

@@ -1,14 +1,16 @@
-"""A gradient that is not finite is skipped, counted and said; three in a row end the run, its checkpoint intact.
+"""A gradient that is not finite is skipped, counted and said; three in a row end the run, which keeps what was good.
 
 The objective is a user's own, whose weights overflow float32 in the mini-batches that SPOILED names, counted from 0.
 """
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from commands import at, metrics
-from safetensors.torch import load_file
+from commands import QUICKSTART, at, metrics
+from safetensors.torch import load_file, save_file
 
 MODULE = """
 import os
@@ -62,13 +64,59 @@ def test_three_in_a_row_end_the_run_and_the_last_checkpoint_goes_on(spoiled, tmp
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.err
     assert "step 3: 3 mini-batches in a row had no finite gradient" in errors[0]
-    assert f"the last checkpoint, {run}/checkpoints/step_2, is intact" in errors[0]
+    assert f"the last checkpoint, {run}/checkpoints/step_1, " in errors[0]  # step 2 ended in a skipped mini-batch
     assert not (run / "export").exists()
     again = spoiled(run, "").ok()
-    assert "resumed from step 2" in again.err
-    assert [line["mini_batches/skipped"] for line in metrics(run)] == [0, 1, 1, 1]
+    assert "resumed from step 1" in again.err
+    assert [line["mini_batches/skipped"] for line in metrics(run)] == [0, 0, 0, 0]
     weights = load_file(run / "export/model.safetensors")
     assert all(bool(w.isfinite().all()) for w in weights.values())
+
+
+def test_a_save_that_was_put_off_is_made_up_for(spoiled, tmp_path):
+    """Step 2, whose turn it is, ends in a skipped mini-batch, step 3 does not."""
+    run = tmp_path / "run"
+    spoiled(run, "3,5,6,7", "exp_manager.checkpoint_every_n_steps=2", "exp_manager.keep_checkpoints=9")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == []
+    spoiled(run, "3", "exp_manager.checkpoint_every_n_steps=2", "exp_manager.keep_checkpoints=9").ok()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_3", "step_4"]
+
+
+DIVERGES = ("trainer.max_steps=8", "model.optim.lr=1e30")
+
+
+@pytest.mark.parametrize("questions", [2, 4])
+def test_an_update_that_spoils_the_weights_costs_no_checkpoint(questions, commands, tmp_path):
+    """questions: of a mini-batch. With 4, a step's only one is applied and nothing is skipped before it is saved."""
+    run = tmp_path / "run"
+    often = ("exp_manager.checkpoint_every_n_steps=1", "exp_manager.keep_checkpoints=1", "evaluation.every_n_steps=1")
+    some = ("evaluation.enabled=true", "evaluation.samples=1", f"algorithm.mini_batch_questions={questions}", at(run))
+    commands("train", *often, *some, "trainer.max_steps=2").ok()
+    before = files(run, "checkpoints", "best", "export")
+    assert any(name.startswith("checkpoints/step_2/") for name in before)
+    diverged = commands("train", *often, *some, *DIVERGES)
+    assert diverged.code == 2 and "Traceback" not in diverged.err
+    assert f"the last checkpoint, {run}/checkpoints/step_2, is from before it and was kept" in diverged.err
+    assert files(run, "checkpoints", "best", "export") == before
+    assert "resumed from step 2" in commands("train", *often, *some, "trainer.max_steps=3").ok().err
+
+
+def files(run, *directories):
+    found = (path for name in directories for path in (run / name).rglob("*") if path.is_file())
+    return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.parametrize(("command", "bad"), [("train", "nan"), ("evaluate", "inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(command, bad, commands, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(QUICKSTART / "model", model)
+    weights = load_file(model / "model.safetensors")
+    name = sorted(weights)[5]
+    weights[name].view(-1)[7] = float(bad)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    done = commands(command, f"model.path={model}", at(tmp_path / "run"))
+    assert done.code == 2
+    assert f"error: model.path={model}: 1 of the {weights[name].numel():,} values of {name} are NaN" in done.err
 
 
 def test_before_the_first_checkpoint_it_says_that_there_is_none(spoiled, tmp_path):
