@@ -25,7 +25,7 @@ ATTEMPTS = 2  # an answer that was in the process twice when it died is given up
 
 
 class WorkerPool:
-    """Judges answers in at most `workers` processes at once, each answer within `timeout` seconds."""
+    """Judges answers in at most `workers` processes at once, each answer within `timeout` seconds of processor time."""
 
     def __init__(self, workers: int, timeout: float) -> None:
         self._workers = workers

@@ -1,7 +1,8 @@
 """The grader's process, `python -m nemo_disco.rewards.worker N`: imports math-verify, forks up to N children to judge.
 
-JSON lines in (id, answer, golds, timeout) and out (id, reason). Only the children touch answers, so it never hangs:
-it kills a child that is late and forks the next in milliseconds. It has one thread, and ends when its input does.
+JSON lines in (id, answer, golds, timeout) and out (id, reason). Only the children touch answers, so it never hangs: it
+kills a child that has used up its processor time and forks the next in milliseconds. It has one thread, and ends when
+its input does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from nemo_disco.rewards import symbolic, verdict
 
 MEMORY = 4 << 30  # bytes of address space a child
 READ = 1 << 16
+PATIENCE = 60  # times its limit that a judge may take by the clock: on a busy machine it waits for a processor
+CHECK = 0.02  # seconds at least between two looks at a judge's processor time, which counts in hundredths
 # Common constructs: the parser learns its grammar as it goes, and the children inherit what it learned here.
 WARM_UP = (
     r"\frac{\sqrt{3}}{2}",
@@ -32,21 +35,45 @@ WARM_UP = (
     r"1,2",
     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
 )
+NEVER = float("inf")
+TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc's counts
 
 
 @dataclass
 class Child:
-    """One forked judge. `job` is the id of the answer it works on, None when idle; `deadline` in monotonic seconds."""
+    """One forked judge. `job` is the id of the answer it works on, None when idle.
+
+    limit: processor seconds of its life at which the answer's time is used up. deadline: monotonic seconds at which a
+    judge that computes nothing is given up. check: monotonic seconds of the next look at it.
+    """
 
     pid: int
     channel: socket.socket
     job: int | None = None
-    deadline: float = float("inf")
+    limit: float = NEVER
+    deadline: float = NEVER
+    check: float = NEVER
     reply: bytes = b""
+
+    def start(self, job: int, timeout: float) -> None:
+        now = time.monotonic()
+        self.job, self.limit = job, processor_time(self.pid) + timeout
+        self.deadline, self.check = now + PATIENCE * timeout, now + timeout
+
+    def finish(self) -> None:
+        self.job, self.limit, self.deadline, self.check, self.reply = None, NEVER, NEVER, NEVER, b""
+
+    def is_late(self, now: float) -> bool:
+        """Whether its time is used up; if not, sets the next look: it has one thread, so none is needed earlier."""
+        if now < self.check:
+            return False
+        left = self.limit - processor_time(self.pid)
+        self.check = now + max(left, CHECK)
+        return left <= 0 or now >= self.deadline
 
 
 class Server:
-    """Hands jobs to idle children, in order; each job's time starts when a child gets it."""
+    """Hands jobs to idle children, in order; each job's time is its child's processor time from then on."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -57,14 +84,14 @@ class Server:
     def run(self) -> None:
         while True:
             self._assign()
-            wait = min((child.deadline for child in self.children), default=float("inf")) - time.monotonic()
+            wait = min((child.check for child in self.children), default=NEVER) - time.monotonic()
             sources: list[Any] = [sys.stdin.fileno(), *(child.channel for child in self.children)]
-            ready, _, _ = select.select(sources, [], [], None if wait == float("inf") else max(0.0, wait))
+            ready, _, _ = select.select(sources, [], [], None if wait == NEVER else max(0.0, wait))
             if sys.stdin.fileno() in ready and not self._read_jobs():
                 return
             for child in [c for c in self.children if c.channel in ready]:
                 self._read_reply(child)
-            for child in [c for c in self.children if c.deadline <= time.monotonic()]:
+            for child in [c for c in self.children if c.is_late(time.monotonic())]:
                 self._finish(child, verdict.TIMEOUT)
                 self._remove(child)
 
@@ -86,7 +113,7 @@ class Server:
                 return
             child = child or self._fork()
             job = self.jobs.popleft()
-            child.job, child.deadline = job["id"], time.monotonic() + job["timeout"]
+            child.start(job["id"], job["timeout"])
             try:
                 child.channel.sendall(json.dumps(job).encode() + b"\n")
             except OSError:  # it died while idle
@@ -99,8 +126,8 @@ class Server:
         except ConnectionResetError:
             data = b""
         child.reply += data
-        if not data:
-            self._finish(child, verdict.DIED)
+        if not data:  # by SIGXCPU, if this process came too late to see the time run out
+            self._finish(child, verdict.TIMEOUT if processor_time(child.pid) >= child.limit else verdict.DIED)
             self._remove(child)
         elif child.reply.endswith(b"\n"):
             self._finish(child, child.reply.decode().strip())
@@ -108,7 +135,7 @@ class Server:
     def _finish(self, child: Child, reason: str) -> None:
         if child.job is not None:
             send({"id": child.job, "reason": reason})
-        child.job, child.deadline, child.reply = None, float("inf"), b""
+        child.finish()
 
     def _remove(self, child: Child) -> None:
         os.kill(child.pid, signal.SIGKILL)
@@ -162,10 +189,20 @@ def limit_resources() -> None:
     limit(resource.RLIMIT_CORE, 0)
 
 
+def processor_time(pid: int) -> float:
+    """Seconds of processor time that a process has used, waiting for a processor left out; 0 if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
 def limit_cpu(timeout: float) -> None:
     """Should the server be killed, its children end by themselves: the CPU time of one answer is bounded too."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 1)
+    limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 2)
 
 
 def limit(kind: int, value: int) -> None:
