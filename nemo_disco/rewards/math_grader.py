@@ -25,8 +25,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 class MathGrader:
     """Grades mathematical answers. `close` it, or use it as a context manager, to end its processes.
 
-    timeout: seconds of processor time that one answer may take in algebra; then its reward is 0. Neither starting up nor
-    waiting for a busy machine counts.
+    timeout: seconds of processor time that one answer may take in algebra; then its reward is 0. Neither starting up
+    nor waiting for a processor counts.
     workers: answers that are judged at once. The result depends on neither it nor the order of the answers.
     require_think: whether a response without `</think>` gets 0. Where there is one, only what follows it counts.
     """
