@@ -16,6 +16,7 @@ from pathlib import Path
 from nemo_disco import __version__
 from nemo_disco.runtime import launch, srun
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import sweep_scratch, writing
 
 RUNS = {
     "train": "train a policy",
@@ -72,6 +73,8 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
     world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, overridden=bool(asked))
     check(config, world_size)
     check_files(config, command, first_rank=os.environ.get("RANK", "0") == "0")
+    if os.environ.get("RANK", "0") == "0":
+        sweep_scratch()
     launch.default_threads()
     if world_size > 1 and not launch.launched():
         return launch.spawn(world_size, [sys.executable, "-m", "nemo_disco", *arguments])
@@ -106,11 +109,7 @@ def _grade(options: argparse.Namespace) -> int:
     if options.out is None:
         grade_file(options.file, sys.stdout, **settings)
         return 0
-    try:
-        out = options.out.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {options.out}: cannot be written ({error.strerror})") from error
-    with out:
+    with writing(options.out), options.out.open("w", encoding="utf-8") as out:
         grade_file(options.file, out, **settings)
     return 0
 

@@ -17,8 +17,9 @@ from nemo_disco.config.schema import ExpManagerConfig
 from nemo_disco.data.chat import token_widths
 from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
 from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
+from nemo_disco.runtime.files import write_atomically
 from nemo_disco.runtime.progress import Progress
-from nemo_disco.runtime.rundir import RunDirectory, write_atomically
+from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.sinks import Sinks, open_sinks
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Journal:
 
     def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._sinks is not None and self._progress is not None:
+            self.run.check_held()
             self._sinks.write(step, metrics)
             self._progress.update({"step": step, **metrics})
 
@@ -61,6 +63,7 @@ class Journal:
 
     def evaluated(self, results: Sequence[EvaluationResult]) -> None:
         for result in results if self.writes else ():
+            self.run.check_held()
             write_evaluation(self.run.evaluation, result)
             found = result.per_problem()["pass@1"]
             assert found is not None
@@ -79,6 +82,7 @@ class Journal:
             return
         found = values.found if values else {}
         lines = [_line(sampled, i) | (_of_tokens(sampled, i, found[i]) if i in found else {}) for i in rows]
+        self.run.check_held()
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.run.rollout_file(step), text)
 

@@ -34,7 +34,8 @@ from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rewards.registry import Grader, build_verifier
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.rundir import RunDirectory, write_atomically
+from nemo_disco.runtime.files import write_atomically
+from nemo_disco.runtime.rundir import RunDirectory
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
 log = logging.getLogger(__name__)
@@ -77,10 +78,12 @@ def train(config: RunConfig) -> int:
                 reference=Reference(_policy(config, trainable=False)) if needs_reference else None,
             )
             _resume(algorithm, run, config)
+            run.check_held()
             if _first():
                 write_atomically(run.config, to_yaml(config))
             algorithm.fit()
             if algorithm.step >= config.trainer.max_steps:
+                run.check_held()
                 room.policy.export(run.export)
                 if _first():
                     _show(run)
@@ -104,7 +107,9 @@ def evaluate(config: RunConfig) -> int:
             for questions in sets:
                 samples = directory / f"{questions.name}.step_{source.step}.samples.jsonl"
                 stream = (samples, weights_identity(source))
+                run.check_held()
                 results.append(evaluate_set(room.engine, room.grader, questions, config, source.step, stream))
+                run.check_held()
                 if _first():
                     path = write_evaluation(directory, results[-1])
                     print_estimates(results[-1])

@@ -207,6 +207,7 @@ class DisCO:
 
     def save(self) -> None:
         """Begin to write a checkpoint of everything that decides the future; `fit` waits for it. A collective."""
+        self.journal.run.check_held()
         # A run whose last mini-batches were skipped may have diverged: the checkpoints from before stay.
         keep = self.config.exp_manager.keep_checkpoints if self.divergence.in_a_row == 0 else sys.maxsize
         checkpoints = self.journal.run.checkpoints
@@ -263,6 +264,7 @@ class DisCO:
             return
         self.best = score
         if self.step and self.config.evaluation.every_n_steps:
+            self.journal.run.check_held()
             self.policy.export(self.journal.run.best)
             self.journal.say(
                 f"step {self.step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.journal.run.best}"

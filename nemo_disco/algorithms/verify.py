@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_disco.algorithms.mismatch import Token, likely_cause, mismatch, noise_warning, worst_tokens
@@ -29,6 +28,7 @@ from nemo_disco.policy.safetensor_files import SafetensorReader
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import atomic_file, save_tensors
 
 
 def verify_mini_batch(
@@ -56,7 +56,8 @@ def verify_mini_batch(
     )
     gradients = {n: g.detach().cpu().clone() for n, g in policy.named_gradients()}
     if config.verify.save_gradients and dist.get_rank() == 0:
-        save_file({n: g.contiguous() for n, g in gradients.items()}, config.verify.save_gradients)
+        with atomic_file(Path(config.verify.save_gradients)) as work:
+            save_tensors({n: g.contiguous() for n, g in gradients.items()}, work)
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
     lines = [
         f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "

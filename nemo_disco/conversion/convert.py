@@ -19,8 +19,9 @@ from nemo_disco.conversion.nemo_context import TOKENIZER, write_context
 from nemo_disco.conversion.record import training_dtype, verify_files, write_record
 from nemo_disco.conversion.safetensor_writer import write_safetensors
 from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
-from nemo_disco.policy.safetensor_files import COMPANIONS, SafetensorReader, atomic_directory
+from nemo_disco.policy.safetensor_files import COMPANIONS, SafetensorReader
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import atomic_directory
 
 CARRIED = "hugging_face"  # in a converted checkpoint: config, tokenizer, chat template, generation config
 _LOCAL_NAMES = {  # of megatron-core's own layers, where norms are not fused into the linear layers that follow
@@ -169,6 +170,5 @@ def _new(out: Path) -> Iterator[Path]:
     """A directory that appears whole or not at all. Raises UserError if it is there already."""
     if out.exists():
         raise UserError(f"{out} exists already: name a directory that does not")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(out) as work:
         yield work

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import atomic_file, save_tensors
 
 PER_RESPONSE = (
     *("prompt_lengths", "response_lengths", "question_ids", "rewards"),
@@ -156,12 +156,11 @@ class Rollouts:
         return replace(self, rewards=values, correct=values > threshold)
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors, whole or not at all."""
+        """Write as safetensors, whole or not at all. Raises UserError if it cannot be written."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors["correct"], tensors["truncated"] = self.correct.to(torch.uint8), self.truncated.to(torch.uint8)
-        work = Path(path).with_name(f".{Path(path).name}.tmp")
-        save_file(tensors, work)
-        work.replace(path)
+        with atomic_file(Path(path)) as work:
+            save_tensors(tensors, work)
 
     @classmethod
     def load(cls, path: str | Path) -> Rollouts:

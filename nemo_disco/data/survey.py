@@ -18,7 +18,7 @@ from nemo_disco.data.normalize import question_key, text_key
 from nemo_disco.data.questions import Question, load_questions
 from nemo_disco.data.records import read_records
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.rundir import write_atomically
+from nemo_disco.runtime.files import atomic_file, write_atomically
 
 WRITTEN = (".jsonl", ".json", ".parquet")
 SHOWN = 5  # questions named for each finding
@@ -150,15 +150,12 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
     if not questions:
         raise UserError(f"--out {path}: no question is left; lift a filter")
     records = [_record(q) for q in questions]
-    try:
-        if path.suffix == ".parquet":
-            _write_parquet(path, records)
-        else:
-            lines = [json.dumps(record, ensure_ascii=False, default=str) for record in records]
-            joined = "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join(lines) + "\n"
-            write_atomically(path, joined)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+    if path.suffix == ".parquet":
+        _write_parquet(path, records)
+    else:
+        lines = [json.dumps(record, ensure_ascii=False, default=str) for record in records]
+        joined = "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join(lines) + "\n"
+        write_atomically(path, joined)
 
 
 def _write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
@@ -173,10 +170,8 @@ def _write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
             columns[name] = [v if isinstance(v, list) else [v] for v in values]
         elif name not in ("problem", "messages", "answer"):
             columns[name] = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(columns), work)
-    work.replace(path)
+    with atomic_file(path) as work:
+        pq.write_table(pa.table(columns), work)
 
 
 def _record(question: Question) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from nemo_disco.evaluation.run_data import Run, read_runs
 from nemo_disco.evaluation.statistics import bootstrap
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import atomic_file
 
 PLOTS = {
     "reward/mean": "reward",
@@ -47,7 +48,8 @@ def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend()
         paths.append(directory / f"{name.replace('/', '_').replace('@', '').replace(' ', '_')}.png")
-        figure.savefig(paths[-1], dpi=150)
+        with atomic_file(paths[-1]) as work:
+            figure.savefig(work, dpi=150, format="png")
     return paths
 
 
@@ -68,7 +70,7 @@ def _draw(axes: object, run: Run, name: str, color: str) -> bool:
 
 
 def _write_csv(runs: list[Run], path: Path) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as work, work.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "step", "metric", "value"))
         for run in runs:

@@ -18,7 +18,7 @@ from nemo_disco.evaluation.run_data import Run, read_runs
 from nemo_disco.evaluation.statistics import Estimate, bootstrap
 from nemo_disco.evaluation.table import HEADER, Row, compare
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.rundir import write_atomically
+from nemo_disco.runtime.files import write_atomically
 
 SCRIPTS = ("charts.js", "curves.js", "tokens.js", "browser.js")
 PHASES = ("generate", "grade", "log_probs", "train", "refit")
@@ -60,10 +60,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None, reload_s: int | 
     path = out or runs[0].directory.report
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the report a file name")
-    try:
-        write_atomically(path, render(runs, reload_s))
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {path}: {error.strerror}") from error
+    write_atomically(path, render(runs, reload_s))
     return path
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nemo_disco.evaluation.statistics import Estimate, avg_at_k, bootstrap, maj_at_k, pass_at_k
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.rundir import write_atomically
+from nemo_disco.runtime.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.runtime.files import open_regular, writing
+
 Sample = dict[str, Any]
 
 
@@ -20,22 +22,25 @@ class SampleFile:
     def __init__(self, path: Path, identity: Mapping[str, Any], batches: Sequence[int]) -> None:
         """identity: what decides every sample, of JSON types. A file of another identity is begun anew, and what stands
         behind the last whole batch is cut off."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+b")  # noqa: SIM115 - see close
         self._file.seek(0)
         head = json.dumps(identity, sort_keys=True).encode() + b"\n"
         if self._file.readline() != head:
             self._file.truncate(0)
             self._file.write(head)
         self.done = self._read(batches, len(head))
-        self._sync()
+        with writing(path):
+            self._sync()
 
     def append(self, samples: Sequence[Sample]) -> None:
         """A batch; when it returns, it survives the death of this process."""
-        self._file.write(
-            b"".join(json.dumps(s, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for s in samples)
-        )
-        self._sync()
+        lines = b"".join(json.dumps(s, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for s in samples)
+        with writing(self._path):
+            self._file.write(lines)
+            self._sync()
 
     def close(self) -> None:
         self._file.close()

@@ -17,7 +17,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any, TypeVar
 
 from nemo_disco.generation.worker.rollout_worker.wire import Channel, RefusedError, WireError
 from nemo_disco.runtime import srun
+from nemo_disco.runtime.files import Scratch, open_regular, writing
 from nemo_disco.runtime.signals import STOP_SIGNALS, spared_children
 
 STARTUP_S = 1800.0  # large models compile and capture graphs
@@ -73,7 +73,7 @@ class Replica:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._listener: socket.socket | None = None
-        self._socket: str | None = None  # the path it listens on, until it is connected
+        self._scratch: Scratch | None = None  # where its socket is, until it is connected
         self._began = 0.0
 
     # --- life ---
@@ -84,8 +84,10 @@ class Replica:
         self._began = time.monotonic()
         self._secret = secrets.token_bytes(32)
         address = self._listen()
-        self.place.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.place.log.open("ab") as log, spared_children():
+        with writing(self.place.log):
+            self.place.log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = open_regular(self.place.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with open(descriptor, "ab") as log, spared_children():
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.PIPE,
@@ -204,12 +206,12 @@ class Replica:
     def _listen(self) -> str | list[Any]:
         """Where the worker is to connect: a Unix socket that this user alone can reach, or a port."""
         if self.place.host is None:
-            directory = tempfile.mkdtemp(prefix="nemo-disco-")  # mode 0700
-            self._socket = os.path.join(directory, "socket")
+            self._scratch = Scratch()
+            path = str(self._scratch.path / "socket")
             self._listener = socket.socket(socket.AF_UNIX)
-            self._listener.bind(self._socket)
+            self._listener.bind(path)
             self._listener.listen(1)
-            return self._socket
+            return path
         self._listener = socket.create_server(("", 0))
         return [srun.address(), self._listener.getsockname()[1]]
 
@@ -232,10 +234,9 @@ class Replica:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        if self._socket is not None:
-            os.unlink(self._socket)
-            os.rmdir(os.path.dirname(self._socket))
-            self._socket = None
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
 
     def _command(self) -> list[str]:
         own = [self.place.python, "-m", "rollout_worker"]

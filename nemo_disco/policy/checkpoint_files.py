@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from nemo_disco.runtime.files import put_in_place
 
 RECORD = "checkpoint.json"
 FORMAT = 1
@@ -57,16 +58,7 @@ def begin(directory: Path, step: int) -> Path:
 def commit(work: Path, final: Path, record: Mapping[str, Any]) -> None:
     """Put the record into `work`, sync it, and let it appear as `final`, in place of what was there."""
     write_record(work, record)
-    for path in work.iterdir():
-        _sync(path)
-    _sync(work)
-    if final.exists():
-        # From here to the second rename it is found under this name.
-        old = final.with_name(f"{final.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    work.rename(final)
-    _sync(final.parent)
+    put_in_place(work, final)  # what it leaves where it is killed, `finished` and `clean` know
     clean(final.parent)
 
 
@@ -134,11 +126,3 @@ def _digest(record: Mapping[str, Any]) -> str:
     """Of what the record says, whatever its spelling."""
     said = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

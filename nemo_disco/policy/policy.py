@@ -32,7 +32,8 @@ from nemo_disco.policy.model import Targets
 from nemo_disco.policy.optimizer import Optimizer, StepResult
 from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_options
 from nemo_disco.policy.parallel import Ranks, device
-from nemo_disco.policy.safetensor_files import SafetensorReader, atomic_directory, check_weights, save_hf_directory
+from nemo_disco.policy.safetensor_files import SafetensorReader, check_weights, save_hf_directory
+from nemo_disco.runtime.files import atomic_directory
 
 # (index [n] into the T response tokens, log_probs [n], entropies [n] | None) -> per-token losses [n]
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]

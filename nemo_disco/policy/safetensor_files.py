@@ -6,19 +6,18 @@ Knows files and names, nothing of megatron.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import save_tensors
 
 _SHARD_BYTES = 4 * 2**30
 # What belongs to a model besides its weights.
@@ -108,24 +107,6 @@ def check_weights(reader: SafetensorReader, hf_config: Any) -> None:
             raise UserError(f"{reader.directory}: {name} has shape {reader.shape(name)}, config.json says {shape}")
 
 
-@contextmanager
-def atomic_directory(target: str | Path) -> Iterator[Path]:
-    """A directory that appears whole or not at all, in place of what was there."""
-    final = Path(target)
-    work = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        old = final.with_name(f".{final.name}.{os.getpid()}.old")
-        if final.exists():
-            final.rename(old)
-        work.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def save_hf_directory(
     directory: Path, tensors: Iterable[tuple[str, Tensor]], hf_config: Any, companions_from: str | Path
 ) -> None:
@@ -140,7 +121,7 @@ def save_hf_directory(
 
     def flush() -> None:
         nonlocal pending, size
-        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(pending))
         pending, size = {}, 0
 

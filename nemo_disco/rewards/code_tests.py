@@ -23,6 +23,7 @@ from nemo_disco.rewards import verdict
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.rewards.verifiers import Alternatives, Verifier
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import Scratch
 from nemo_disco.runtime.signals import spared_children
 
 SANDBOX = Path(__file__).with_name("sandbox.py")
@@ -107,7 +108,7 @@ class PythonTests(Verifier):
 
 def _run(job: dict[str, Any], timeout: float) -> _Ended:
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaint, spared_children():
-        with tempfile.TemporaryDirectory() as empty:
+        with Scratch() as empty:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(SANDBOX)],
                 stdin=subprocess.PIPE, stdout=printed, stderr=complaint, cwd=empty, env={}, start_new_session=True,

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 
 from nemo_disco.runtime import srun
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import Scratch
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_S = 0.05
@@ -82,21 +82,21 @@ def spawn(processes: int, command: Sequence[str]) -> int:
     0 if all ranks end with 0; otherwise the code of the rank that failed first (128 + n if signal n killed it).
     SIGINT, SIGTERM and SIGUSR1 are passed on to every rank.
     """
-    with tempfile.TemporaryDirectory(prefix="nemo-disco-") as reports:
+    with Scratch() as reports:
         children: list[subprocess.Popen[bytes]] = []
         with _forwarding(children) as received:
             try:
                 address = _free_address()
                 for rank in range(processes):
-                    environment = os.environ | address | _rank_environment(rank, processes, reports)
+                    environment = os.environ | address | _rank_environment(rank, processes, str(reports))
                     children.append(
                         # A group of its own: Ctrl-C reaches the ranks once, through us.
                         subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
                     )
-                ended = _watch(children, received, Path(reports))
+                ended = _watch(children, received, reports)
             finally:
                 _kill(children)
-        return _verdict(ended, received, Path(reports))
+        return _verdict(ended, received, reports)
 
 
 def adopt() -> None:
@@ -112,7 +112,11 @@ def adopt() -> None:
 
 def report(error: BaseException) -> bool:
     """In a rank that `spawn` started: leave word of the error for the launcher; False if no launcher will say it.
-    In a task of srun the word is a line of its log."""
+    In a task of srun the word is a line of its log.
+
+    After a UserError this rank waits for its end by the launcher: were it to end first, its peers would say in
+    tracebacks that they lost it.
+    """
     directory = os.environ.get(_REPORTS)
     if directory is None:
         srun.report(error)
@@ -120,9 +124,13 @@ def report(error: BaseException) -> bool:
     kind = "user" if isinstance(error, UserError) else type(error).__name__
     word = {"time": time.time(), "kind": kind, "message": " ".join(str(error).split())}
     path = Path(directory) / os.environ["RANK"]
-    with contextlib.suppress(OSError):  # the launcher is gone, and so will this process be
+    try:
         path.with_suffix(".part").write_text(json.dumps(word))
         path.with_suffix(".part").rename(path)
+    except OSError:  # the temporary folder is full, or the launcher is gone
+        return False
+    if isinstance(error, UserError):
+        time.sleep(GRACE_S)
     return True
 
 
@@ -176,11 +184,11 @@ def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signal
         for rank, child in enumerate(children):
             if rank not in ended and (code := child.poll()) is not None:
                 ended[rank] = _End(code, time.time() - POLL_S)
-        if len(ended) == len(children) or (deadline is not None and time.monotonic() > deadline):
+        refused = any(word["kind"] == "user" for word in _reports(reports).values())
+        if refused or len(ended) == len(children) or (deadline is not None and time.monotonic() > deadline):
             return ended
         if deadline is None and any(end.code for end in ended.values()):
-            refused = any(word["kind"] == "user" for word in _reports(reports).values())
-            deadline = time.monotonic() + (0 if refused else GRACE_S)
+            deadline = time.monotonic() + GRACE_S
         if deadline is None and signal.SIGINT in received:
             deadline = time.monotonic() + INTERRUPT_GRACE_S
         time.sleep(POLL_S)
@@ -204,9 +212,9 @@ def _verdict(ended: dict[int, _End], received: list[signal.Signals], directory: 
     if signal.SIGINT in received:
         return 128 + signal.SIGINT
     failed = {rank: end for rank, end in ended.items() if end.code}
-    if not failed:
-        return 0
     words = _reports(directory)
+    if not failed and not words:
+        return 0
 
     def failed_at(rank: int) -> float:
         if rank in words:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from nemo_disco.runtime.files import writing
+
 
 @contextmanager
 def profiled(directory: Path, rank: int) -> Iterator[None]:
@@ -17,7 +19,8 @@ def profiled(directory: Path, rank: int) -> Iterator[None]:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = torch.cuda.is_available()
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     marks = torch.cuda.profiler.profile() if cuda else nullcontext()
     with marks, profile(activities=activities, profile_memory=True) as trace:

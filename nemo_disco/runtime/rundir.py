@@ -1,6 +1,7 @@
 """A run is a directory: its layout, whether it can be written, and the lock that keeps a second job out of it.
 
-Rank 0 alone creates and locks it. The lock dies with the process (flock), so a killed run can be resumed at once.
+Rank 0 alone creates and locks it. The lock dies with the process (flock), so a killed run can be resumed at once; what
+such a run left half-written is then removed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -19,13 +22,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import open_regular, sweep, writing
 
 HOST = socket.gethostname()
 HEARTBEAT_S = 5.0
 # A holder that flock cannot vouch for is believed dead after this long without a heartbeat.
 SILENCE_S = 60.0
+# A beat that cannot be written is tried again, but not until others believe this process dead.
+PATIENCE_S = 30.0
 NO_FLOCK_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+# What versions before the atomic writer of files.py left of their writes.
+_LEFT = re.compile(
+    r"\.(config\.yaml|metrics\.jsonl|report\.html|mlflow\.run_id|best|export|step_\d+\.jsonl|.+\.step_\d+\.json)"
+    r"\.\d+(\.tmp|\.old)?"
+)
+_MEETING = ".meeting.*"  # srun.py's; a rank that is killed while the others find it leaves one
+_MEETING_S = 24 * 3600.0
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +64,7 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.lock_file = self.path / ".lock"
         self.profile = self.path / "profile"
+        self._descriptor: int | None = None  # of the lock file, while it is held
 
     def rollout_file(self, step: int) -> Path:
         """Where the saved rollouts of a step are: one JSON object a line."""
@@ -79,16 +94,50 @@ class RunDirectory:
         on another machine is watched for `silence_s` seconds: with a heartbeat it is alive, without one it died.
         """
         self.create()
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_regular(self.lock_file, os.O_RDWR | os.O_CREAT)
         _held.add(descriptor)
         try:
             if not (self._flock(descriptor) and self._holder().get("host", HOST) == HOST):
                 self._refuse_beating_holder(silence_s)
-            with _heartbeat(descriptor):
+            self._descriptor = descriptor
+            self.check_held()  # it may have been removed between its opening and its lock
+            with self._heartbeat(descriptor):
+                self._sweep()
                 yield
         finally:
+            self._descriptor = None
             _held.discard(descriptor)
             os.close(descriptor)
+
+    def check_held(self) -> None:
+        """Call before anything is written by its name. Raises UserError if this process had the lock and the directory
+        or its lock file was removed or replaced since: what is there now may be another run's. Without the lock nothing
+        is checked."""
+        if self._descriptor is None:
+            return
+        try:
+            there = os.stat(self.lock_file, follow_symlinks=False)
+        except FileNotFoundError:
+            there = None
+        except OSError as error:
+            raise self._lost(f"cannot be looked at ({error.strerror})") from error
+        held = os.fstat(self._descriptor)
+        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+            raise self._lost("was removed" if there is None else "was replaced")
+
+    def _lost(self, how: str) -> UserError:
+        return UserError(
+            f"{self.lock_file}, by which this run holds its directory, {how}: another run may be writing there, and "
+            "this one ends; start it again to go on from its last checkpoint, if that is still there"
+        )
+
+    def _sweep(self) -> None:
+        """Remove what killed lives left half-written."""
+        for directory in (self.path, self.rollouts, self.evaluation, self.path / "evaluate"):
+            sweep(directory, also=_LEFT)
+        for path in self.path.glob(_MEETING):
+            if time.time() - path.lstat().st_mtime > _MEETING_S:
+                path.unlink(missing_ok=True)
 
     def _flock(self, descriptor: int) -> bool:
         """Whether flock was granted; False where the file system has none."""
@@ -127,6 +176,49 @@ class RunDirectory:
             if self._holder() != first:
                 raise self._taken()
 
+    @contextlib.contextmanager
+    def _heartbeat(self, descriptor: int) -> Iterator[None]:
+        """Write who holds the lock, go on counting while it is held, and empty the record at the end. A lock that is
+        lost ends the process, whatever it is doing."""
+        record: dict[str, Any] = {
+            "host": HOST,
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "beat": 0,
+        }
+        ended = threading.Event()
+
+        def write() -> None:
+            with writing(self.lock_file):
+                os.pwrite(descriptor, json.dumps(record).encode().ljust(256) + b"\n", 0)
+                os.fsync(descriptor)
+
+        def beat() -> None:
+            written = time.monotonic()
+            while not ended.wait(HEARTBEAT_S):
+                record["beat"] += 1
+                try:
+                    self.check_held()
+                except UserError as error:
+                    _end(error)
+                try:
+                    write()
+                    written = time.monotonic()
+                except UserError as error:
+                    if time.monotonic() - written > PATIENCE_S:
+                        _end(error)
+
+        write()
+        thread = threading.Thread(target=beat, name="run-directory-heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+
 
 # Descriptors that a forked worker must not keep, or it would hold the lock of a parent that was killed.
 _held: set[int] = set()
@@ -141,44 +233,8 @@ def _drop_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_in_child)
 
 
-@contextlib.contextmanager
-def _heartbeat(descriptor: int) -> Iterator[None]:
-    """Write who holds the lock, go on counting while it is held, and empty the record at the end."""
-    record: dict[str, Any] = {
-        "host": HOST,
-        "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "beat": 0,
-    }
-    ended = threading.Event()
-
-    def write() -> None:
-        text = json.dumps(record).encode().ljust(256) + b"\n"
-        os.pwrite(descriptor, text, 0)
-        os.fsync(descriptor)
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_S):
-            record["beat"] += 1
-            write()
-
-    write()
-    thread = threading.Thread(target=beat, name="run-directory-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        os.ftruncate(descriptor, 0)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file whole: a reader, or a crash at any moment, sees the old text or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _end(error: UserError) -> None:
+    """End the process, from a thread, as the command line does for bad input."""
+    if not launch.report(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(2)

@@ -10,13 +10,16 @@ import hashlib
 import json
 import math
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.rundir import RunDirectory, write_atomically
+from nemo_disco.runtime.files import AppendedFile, write_atomically, writing
+from nemo_disco.runtime.rundir import RunDirectory
 
 # A list is of objects with numbers: metrics.jsonl has it, the other sinks do not.
 Value = float | int | bool | str | None | Sequence[Mapping[str, Any]]
@@ -44,39 +47,54 @@ class JsonlSink:
         """
         kept = _lines_up_to(path, resume_step) if resume_step is not None and path.exists() else []
         write_atomically(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendedFile(path)
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
         line = {"step": step} | {name: _strict(value) for name, value in metrics.items() if name != "step"}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()
 
 
 class TensorBoardSink:
-    """tensorboard/: every finite number as a scalar. Raises UserError if TensorBoard is not installed."""
+    """tensorboard/: every finite number as a scalar, one event a step.
+
+    Not torch's SummaryWriter: its thread prints a traceback of its own when the disk refuses. Raises UserError if
+    TensorBoard is not installed.
+    """
 
     def __init__(self, directory: Path, resume_step: int | None = None) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             raise UserError(
                 f"TensorBoard cannot be imported ({error}): pip install tensorboard, or exp_manager.tensorboard=false"
             ) from error
-        # Everything from purge_step on, left by an earlier life of the run, disappears from the curves.
+        self._event: Any = Event
+        self._summary: Any = Summary
+        # The name that TensorBoard looks for.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._file = AppendedFile(directory / name)
+        self._writer: Any = RecordWriter(self._file)
+        # Everything from that step on, left by an earlier life of the run, disappears from the curves.
         first = 0 if resume_step is None else resume_step + 1
-        self._writer: Any = SummaryWriter(str(directory), purge_step=first)
+        self._add(step=first, file_version="brain.Event:2")
+        self._add(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        for name, value in _numbers(metrics).items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in _numbers(metrics).items()]
+        self._add(step=step, summary=self._summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
 class WandbSink:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.rundir import write_atomically
+from nemo_disco.runtime.files import write_atomically
 
 MEETING = "NEMO_DISCO_MEETING"
 POLL_S = 0.2

@@ -23,7 +23,6 @@ HEAVY = (
     "nemo_disco.algorithms.verify",
     "nemo_disco.evaluation.report",
     "nemo_disco.evaluation.table",
-    "torch.utils.tensorboard",
     "transformers.models.qwen2.modeling_qwen2",  # transformers imports its models when they are asked for
 )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_disco.policy import checkpoint_files as files
+from nemo_disco.runtime import files as runtime_files
 
 
 class KilledError(BaseException):
@@ -34,11 +35,13 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize(("step", "exchanges"), [(2, True), (2, False), (3, True)])
 def test_killed_after_any_file_operation_the_last_complete_one_is_usable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, exchanges: bool
 ) -> None:
-    """step 2 replaces the newest checkpoint, step 3 adds one and rotates another out."""
+    """step 2 replaces the newest checkpoint, step 3 adds one and rotates another out. exchanges: whether the file
+    system can exchange two names."""
+    exchange = runtime_files._exchange if exchanges else lambda *_: False
     seen = set()
     for survived in range(100):
         directory = tmp_path / str(survived)
@@ -59,7 +62,8 @@ def test_killed_after_any_file_operation_the_last_complete_one_is_usable(
 
             for module, name in ((Path, "rename"), (Path, "mkdir"), (Path, "open"), (os, "unlink"), (os, "rmdir")):
                 patch.setattr(module, name, dies_after(getattr(module, name)))
-            patch.setattr(files, "_sync", dies_after(files._sync))
+            patch.setattr(runtime_files, "sync", dies_after(runtime_files.sync))
+            patch.setattr(runtime_files, "_exchange", dies_after(exchange))
             try:
                 write(directory, step, "new")
                 killed = False

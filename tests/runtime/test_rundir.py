@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 
 from nemo_disco.runtime import rundir
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.rundir import RunDirectory, write_atomically
+from nemo_disco.runtime.rundir import RunDirectory
 
 HOLD = """
 import sys, time
@@ -143,14 +144,91 @@ def test_the_holder_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             time.sleep(0.01)
 
 
-def test_write_atomically_leaves_the_old_text_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "file.txt"
-    write_atomically(path, "old")
+def test_left_overs_of_killed_lives_are_swept_under_the_lock(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).create()
+    left = [".export.4242.tmp/model", ".best.4242.old/model", ".best.tmp-0123abcd/model", ".report.html.4242"]
+    left += [".metrics.jsonl.4242", ".metrics.jsonl.tmp-0123abcd", "rollouts/.step_3.jsonl.4242"]
+    left += ["evaluation/.test.step_3.json.4242", ".meeting.1.0.0"]
+    kept = ["notes.4242", ".hidden", "export/model", ".meeting.2.0.0"]
+    for name in (*left, *kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".meeting.1.0.0", (0, 0))
+    with RunDirectory(tmp_path).lock():
+        assert [name for name in left if (tmp_path / name).parent.exists() and (tmp_path / name).exists()] == []
+        assert all((tmp_path / name).exists() for name in kept)
 
-    def fail(_: int) -> None:
-        raise OSError("disk died")
 
-    monkeypatch.setattr("nemo_disco.runtime.rundir.os.fsync", fail)
-    with pytest.raises(OSError, match="disk died"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
+def remove_lock(path: Path) -> None:
+    (path / ".lock").unlink()
+
+
+def replace_lock(path: Path) -> None:
+    (path / ".lock").unlink()
+    (path / ".lock").touch()
+
+
+def remove_directory(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def replace_directory(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    RunDirectory(path).create()
+    (path / ".lock").touch()
+
+
+TAKE = [remove_lock, replace_lock, remove_directory, replace_directory]
+
+
+@pytest.mark.parametrize("take", TAKE)
+def test_a_lock_that_is_taken_away_stops_the_next_write(take: Callable[[Path], None], tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.check_held()  # without the lock there is nothing to lose
+    with run.lock():
+        run.check_held()
+        take(run.path)
+        with pytest.raises(UserError, match=r"run/.lock, .* was (removed|replaced): another run may be writing there"):
+            run.check_held()
+
+
+def test_a_lock_that_is_taken_away_ends_a_process_that_writes_nothing(tmp_path: Path) -> None:
+    code = HOLD.replace("with Run", "from nemo_disco.runtime import rundir\nrundir.HEARTBEAT_S = 0.01\nwith Run")
+    command = [sys.executable, "-c", code.format(body="time.sleep(60)"), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    (tmp_path / ".lock").unlink()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: .*/.lock, .* was removed: .*\n", said)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_the_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"\.lock is a symbolic link"), RunDirectory(tmp_path).lock():
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_beat_that_cannot_be_written_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "HEARTBEAT_S", 0.01)
+    ended: list[UserError] = []
+    monkeypatch.setattr(rundir, "_end", ended.append)
+    with RunDirectory(tmp_path).lock():
+        real = os.pwrite
+
+        def full(*_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("nemo_disco.runtime.rundir.os.pwrite", full)
+        time.sleep(0.1)
+        assert ended == []
+        monkeypatch.setattr(rundir, "PATIENCE_S", 0.0)
+        deadline = time.monotonic() + 10
+        while not ended:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monkeypatch.setattr("nemo_disco.runtime.rundir.os.pwrite", real)
+    assert ".lock cannot be written: No space left on device" in str(ended[0])
