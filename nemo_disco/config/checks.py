@@ -17,6 +17,8 @@ from nemo_disco.config.shape import ModelShape, read_shape
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory
 
+SHOWN = 16  # numbers that would work, in one line
+
 
 def check(config: RunConfig, world_size: int) -> None:
     """Raises UserError if keys contradict each other, or `world_size` processes."""
@@ -138,7 +140,7 @@ def _check_batch(config: RunConfig) -> None:
     if questions % mini:
         raise UserError(
             f"algorithm.mini_batch_questions={mini} does not divide data.questions_per_step={questions}, "
-            f"so the last mini-batch would be smaller; would work: {_listed(_divisors(questions))}"
+            f"so the last mini-batch would be smaller; would work: {_listed(_divisors(questions, mini))}"
         )
     if config.generation.responses_per_question == 1 and ":" not in config.algorithm.name:
         raise UserError(
@@ -199,8 +201,11 @@ def _check_question_files(files: list[str], key: str) -> None:
             raise UserError(f"{key}: there is no {file}")
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _divisors(number: int, wanted: int = 1) -> list[int]:
+    """The divisors of a number, in order: those nearest to the wanted one, where there are many."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = {*small, *(number // n for n in small)}
+    return sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:SHOWN])
 
 
 def _listed(numbers: list[int]) -> str:

@@ -22,11 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from nemo_disco.config import paths
-from nemo_disco.config.keys import SECTION, known_keys
+from nemo_disco.config.keys import SECTION, known_keys, nearest_known
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.config.yaml_size import check_yaml, check_yaml_files
+from nemo_disco.runtime.errors import UserError, printable
 
 SHOWN = 3  # mistakes in one line
+LONGEST_VALUE = 200  # characters of a value in a message
 FREE = {"algorithm.parameters", "generation.options", "reward.parameters"}  # mappings whose keys are the user's own
 
 
@@ -39,9 +41,11 @@ def compose(name: str = "config", overrides: Sequence[str] = (), config_path: st
     roots = paths.config_roots(name, config_path)
     overrides = [_checked(override, roots) for override in overrides]
     OmegaConf.register_new_resolver("assets", paths.assets, replace=True)
+    check_yaml_files(roots)
     others = json.dumps([f"file://{root}" for root in roots[1:]])
-    with _one_line(f"config {name}"), initialize_config_dir(str(roots[0]), version_base="1.3"):
-        composed = hydra_compose(name, overrides=[f"hydra.searchpath={others}", *overrides])
+    with _one_line(f"config {name}"):
+        with initialize_config_dir(str(roots[0]), version_base="1.3"), _plain_errors():
+            composed = hydra_compose(name, overrides=[f"hydra.searchpath={others}", *overrides])
         return _typed(composed)
 
 
@@ -54,9 +58,12 @@ def load_run_config(path: str | Path) -> RunConfig:
     """The config that a run wrote into its directory (`to_yaml`). Raises UserError."""
     with _one_line(f"config {path}"):
         try:
-            loaded = OmegaConf.load(path)
-        except OSError as error:
-            raise UserError(f"config {path}: {error.strerror}") from error
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config {path}: cannot be read ({error})") from error
+        check_yaml(text, str(path))
+        with _plain_errors():
+            loaded = OmegaConf.create(text)
         if not isinstance(loaded, DictConfig):
             raise UserError(f"config {path}: expected keys and values, got a list")
         return _typed(loaded)
@@ -79,15 +86,18 @@ def _checked(text: str, roots: list[Path]) -> str:
     """The override as Hydra takes it: keys of a mapping whose names are the user's own need its ++."""
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        quoting = f"""special characters in quotes: key='"{text.partition("=")[2]}"'"""
-        raise UserError(f"override '{text}': expected key=value, {quoting} ({_squeeze(error)})") from error
-    key, value = str(override.key_or_group), override.value()
+        key, value = str(override.key_or_group), override.value()
+    except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
+        given = printable(text.partition("=")[2], LONGEST_VALUE)
+        quoting = f"""special characters in quotes: key='"{given}"'"""
+        raise UserError(
+            f"override '{printable(text, LONGEST_VALUE)}': expected key=value, {quoting} ({_squeeze(error)})"
+        ) from error
     if override.is_sweep_override():
         raise UserError(f"override '{text}': one value is expected; a list is written {key}=[a,b]")
     choices = paths.options(roots, key) if "." not in key else []
     if choices:
-        if value is not None and value not in choices:
+        if value not in choices and not override.is_delete():
             raise UserError(f"override '{text}': {key} has no choice {value}{paths.nearest(str(value), choices)}")
     elif {key, key.rpartition(".")[0]} & FREE:
         return f"++{text.lstrip('+')}"
@@ -101,10 +111,11 @@ def _typed(composed: DictConfig) -> RunConfig:
     unknown = [key for key in _keys(OmegaConf.to_container(composed)) if key not in known]
     if unknown:
         raise UserError("; ".join(f"unknown key {key}{paths.nearest(key, known)}" for key in unknown))
-    missing = sorted(OmegaConf.missing_keys(composed))
+    missing = sorted(nearest_known(key) for key in OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"{', '.join(missing)} must be given: add {missing[0]}=... ({known[missing[0]]})")
     container = OmegaConf.to_container(composed, resolve=True)
+    _check_plain(container)
     try:
         # Strict, so that 1.5 is no integer and 1 no boolean; through JSON, so that lists may stand for tuples.
         return RunConfig.model_validate_json(json.dumps(container), strict=True)
@@ -136,10 +147,40 @@ def _describe(detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "missing" and key in known_keys():
         return f"{key} is missing (expected {known_keys()[key]})"
-    whole = key
-    while whole not in known_keys():  # an item of a list
-        whole = whole.rpartition(".")[0]
-    return f"{key}: expected {known_keys()[whole]}, got {json.dumps(detail['input'])}"
+    given = printable(json.dumps(detail["input"]), LONGEST_VALUE)
+    if detail["type"] == "less_than_equal":
+        return f"{key}: expected at most {detail['ctx']['le']}, got {given}"
+    return f"{key}: expected {known_keys()[nearest_known(key)]}, got {given}"
+
+
+def _check_plain(value: Any, key: str = "") -> None:
+    """Raises UserError for what JSON has no word for: bytes, dates, keys that are no text, and half a character."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise UserError(f"{key}: the name {name!r} is not text; put it in quotes")
+            _check_plain(name, key)
+            _check_plain(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(item, key)
+    elif isinstance(value, str):
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{key}: {printable(value, LONGEST_VALUE)} has a lone surrogate, which is no character")
+    elif value is not None and not isinstance(value, bool | int | float):
+        given = printable(repr(value), LONGEST_VALUE)
+        raise UserError(f"{key}: expected text, a number, true, false, null, a list or a mapping, got {given}")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Around Hydra's and OmegaConf's own work: what they raise for odd input is of many types, some of them bare."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, MemoryError):
+        raise
+    except Exception as error:
+        raise HydraException(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -149,7 +190,8 @@ def _one_line(what: str) -> Iterator[None]:
         yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f"{mark.name} line {mark.line + 1}" if mark is not None else what
+        file = mark.name if mark is not None and mark.name.startswith("/") else what  # a text has no name
+        where = f"{file} line {mark.line + 1}" if mark is not None else what
         raise UserError(f"{where}: not valid YAML: {error.problem}") from error
     except MissingConfigException as error:
         wanted = str(error.missing_cfg_file)
@@ -159,5 +201,8 @@ def _one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {_squeeze(error)}") from error
 
 
-def _squeeze(error: Exception) -> str:
+def _squeeze(error: BaseException) -> str:
+    """The error's words on one line, or those of the one that it came from: Hydra wraps some in an empty one."""
+    if not str(error) and error.__cause__ is not None:
+        return _squeeze(error.__cause__)
     return " ".join(str(error).split("\nSee https")[0].split())

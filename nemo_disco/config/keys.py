@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.schema import LARGEST_INT, RunConfig
 
 SECTION = "a section of keys"
 
@@ -31,6 +31,13 @@ def known_keys() -> dict[str, str]:
     return found
 
 
+def nearest_known(key: str) -> str:
+    """The dotted key itself, or the longest known key that contains it (an item of a list, a name in a mapping)."""
+    while key and key not in known_keys():
+        key = key[: max(key.rfind("."), key.rfind("["), 0)]
+    return key or next(iter(known_keys()))
+
+
 def _expectation(field: dict[str, Any]) -> str:
     """A JSON schema's leaf in words."""
     if "anyOf" in field:
@@ -50,5 +57,7 @@ def _expectation(field: dict[str, Any]) -> str:
         "object": "a mapping, such as {name: 1}",
     }
     words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    bounds = [f"{word} {field[bound]:g}" for bound, word in words.items() if bound in field]
+    # The limit of all integers is said where it is passed (compose.py).
+    given = {bound: field[bound] for bound in words if field.get(bound, LARGEST_INT) != LARGEST_INT}
+    bounds = [f"{words[bound]} {value:g}" for bound, value in given.items()]
     return " ".join([plain[field["type"]], " and ".join(bounds)]).strip()

@@ -1,0 +1,53 @@
+"""How large a YAML text is once its aliases are written out: a few lines of nested aliases can fill any memory.
+
+Reads texts and the files of config directories; knows nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from nemo_disco.runtime.errors import UserError
+
+LARGEST = 100_000  # values; the largest config of this project has some 200
+
+
+def check_yaml(text: str, where: str) -> None:
+    """Raises UserError for a text whose aliases stand for too much, or for themselves. Other faults are the reader's.
+
+    where: the file, for the message.
+    """
+    if "*" not in text:
+        return
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        return
+    if root is not None and _size(root, {}) > LARGEST:
+        raise UserError(f"{where}: its YAML aliases stand for more than {LARGEST:,} values, or for themselves")
+
+
+def check_yaml_files(roots: Iterable[Path]) -> None:
+    """`check_yaml` for every file of the config directories that a composition may read."""
+    for root in roots:
+        for file in [*root.glob("*.yaml"), *root.glob("*/*.yaml")]:
+            try:
+                check_yaml(file.read_text(encoding="utf-8"), str(file))
+            except (OSError, UnicodeDecodeError):
+                continue  # not a config; the reader says so if it is asked for
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values below a node, each alias written out; infinite for a node that contains itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # until it is counted: reached again before that, it contains itself
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
