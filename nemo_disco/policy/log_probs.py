@@ -89,6 +89,9 @@ class _Tile(NamedTuple):
 # gradients, and 32k tokens of 3584 numbers, that stays under 1 GB.
 _CPU_TILE = _Tile(512, 1024)
 _CUDA_TILE = _Tile(4096, 8192)
+# Whether a product in half precision is added to its float32 sum by the matrix multiplication itself, without a
+# temporary and an addition. Not run on a GPU; benchmarks/gpu measures both.
+FUSED_SUM = False
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -290,6 +293,8 @@ def _locate(targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda and FUSED_SUM:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.is_cuda:
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
     else:

@@ -18,16 +18,18 @@ from triton.compiler import ASTSource
 
 from nemo_disco.policy import log_probs_kernel as kernels
 
-DEVICE = {"hidden": "*bf16", "weight": "*bf16", "targets": "*i64", "n": "i32", "size": "i32", "scale": "fp32"}
+DEVICE = {"hidden": "*bf16", "weight": "*bf16", "targets": "*i64", "scale": "fp32"}
+DEVICE |= dict.fromkeys(("n", "size", "share"), "i32")
 
 
 def report(kernel: Any, launch: dict[str, int], pointers: dict[str, str], **constants: Any) -> dict[str, Any]:
-    """Registers a thread, bytes spilled, shared memory, and how many wgmma instructions there are."""
+    """Registers a thread, bytes spilled, shared memory, how many wgmma instructions there are, and which arguments are
+    compiled in or specialised (each new value of such a one may be a compilation)."""
     blocks = {name: size for name, size in launch.items() if name.startswith("BLOCK")}
     constants |= {"WIDTH": 1536, "ENTROPIES": True, **blocks}
     types = {name: {**DEVICE, **pointers}.get(name, "constexpr") for name in kernel.arg_names}
-    # As a launch finds it: pointers are aligned, and so is the number of tokens of a full tile.
-    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*") or name == "n"]
+    # As a launch finds it: pointers are aligned, and so is the size of a vocabulary.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*") or name == "size"]
     source = ASTSource(
         fn=kernel,
         signature=types,
@@ -42,6 +44,7 @@ def report(kernel: Any, launch: dict[str, int], pointers: dict[str, str], **cons
         "spilled": int(re.findall(r"(\d+) bytes spill stores", said)[0]),
         "shared": compiled.metadata.shared,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "specialised": [p.name for p in kernel.params if p.is_constexpr or not p.do_not_specialize],
     }
 
 
@@ -56,6 +59,9 @@ def ptxas(ptx: str) -> str:
 
 if __name__ == "__main__":
     numbers = dict.fromkeys(("log_norm", "grad_log_probs", "grad_entropy", "entropy"), "*fp32")
-    forward = report(kernels._statistics, kernels.FORWARD, {"out": "*fp32"}, SPLIT=30464)
-    backward = report(kernels._gradients, kernels.BACKWARD, {"out": "*bf16", **numbers})
-    print(json.dumps({"forward": forward, "backward": backward}))
+    forward = report(kernels._statistics, kernels.FORWARD, {"out": "*fp32"}, SPLITS_FIRST=True)
+    launches = {"backward": kernels.BACKWARD, "wide_backward": kernels.WIDE_BACKWARD}
+    backward = {
+        name: report(kernels._gradients, launch, {"out": "*bf16", **numbers}) for name, launch in launches.items()
+    }
+    print(json.dumps({"forward": forward, **backward}))

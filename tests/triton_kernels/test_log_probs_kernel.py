@@ -56,9 +56,12 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("entropies", [False, True])
-def test_kernels_equal_float64(dtype: torch.dtype, entropies: bool) -> None:
+@pytest.mark.parametrize(("entropies", "splits_first"), [(False, True), (True, True), (True, False)])
+def test_kernels_equal_float64(
+    dtype: torch.dtype, entropies: bool, splits_first: bool, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values within float32's rounding; gradients too, but that in half precision they are rounded on their way."""
+    monkeypatch.setattr(kernel, "SPLITS_FIRST", splits_first)
     weights = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(5))
     hidden, weight, targets = inputs(dtype)
     found = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, entropies=entropies)
