@@ -75,7 +75,7 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
     check_files(config, command, first_rank=os.environ.get("RANK", "0") == "0")
     if os.environ.get("RANK", "0") == "0":
         sweep_scratch()
-    launch.default_threads()
+    launch.set_defaults()
     if world_size > 1 and not launch.launched():
         return launch.spawn(world_size, [sys.executable, "-m", "nemo_disco", *arguments])
     from nemo_disco.runtime.logs import setup_logging

@@ -47,7 +47,7 @@ def rooms(monkeypatch):
     monkeypatch.setitem(sys.modules, "nemo_disco.algorithms.run", room)
     monkeypatch.setattr("nemo_disco.algorithms.run", room, raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(launch, "default_threads", lambda: None)
+    monkeypatch.setattr(launch, "set_defaults", lambda: None)
     return called
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_disco.generation.worker.rollout_worker.wire import Channel, RefusedError, WireError
-from nemo_disco.runtime import srun
+from nemo_disco.runtime import launch, srun
 from nemo_disco.runtime.files import Scratch, open_regular, writing
 from nemo_disco.runtime.signals import STOP_SIGNALS, spared_children
 
@@ -250,6 +250,8 @@ class Replica:
 
     def _environment(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if name not in _NOT_ITS_OWN}
+        if mine.get(launch.ALLOCATOR_VARIABLES[0]) == launch.GROWING_SEGMENTS:
+            del mine[launch.ALLOCATOR_VARIABLES[0]]  # the run's: an engine that sleeps has an allocator of its own
         if self.place.host is None:
             return mine | self._own_environment()
         # srun reads its options there: those of the training step, tasks and binding of CPUs and GPUs, are not its own.

@@ -20,11 +20,21 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
+from nemo_disco.data.packing import padded
+
 # torch 2.11's flash kernel takes grouped queries as they are; later ones want to be told.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# Where there is a flash kernel: sequences of at least so many tokens are computed one by one by SDPA, which has cuDNN's
+# kernel on Hopper (published as faster than FlashAttention 2, torch's for packed sequences). None: all are packed.
+# Not run on a GPU; benchmarks/gpu measures both.
+LONG_FROM: int | None = None
+# cuDNN builds a plan for each new length (tens of milliseconds): these are padded on the right to a multiple of it.
+LONG_MULTIPLE = 512
+LONG_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 # Under causal attention right-padding needs no mask (no real token attends to what follows it), so neighbours of
 # similar length share one call. Past this share of padding, a call of its own is cheaper on a CPU.
 _MAX_PADDING = 0.2
@@ -186,7 +196,7 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
                 for x in (k, v)
             )
         if has_flash_kernel(q):
-            out = self._flash(q, k, v, packed)
+            out = self._flash(q, k, v, packed) if LONG_FROM is None else self._by_length(q, k, v, packed, LONG_FROM)
         elif packed.keys is None:
             out = torch.cat([self._attend(q, k, v, bucket) for bucket in packed.buckets])
         else:
@@ -208,6 +218,34 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
             **_GROUPED,
         )
         return cast(Tensor, out)
+
+    def _by_length(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, long_from: int) -> Tensor:
+        """The shorter sequences, which come first, packed; the others one by one."""
+        lengths = packed.lengths
+        count = next((i for i, n in enumerate(lengths) if n >= long_from), len(lengths))
+        if packed.keys is not None or count == len(lengths):
+            return self._flash(query, key, value, packed)
+        sizes = [sum(lengths[:count]), *lengths[count:]]
+        short, *long = zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True)
+        pieces = [self._attend_alone(*qkv) for qkv in long]
+        if count:
+            assert packed.starts is not None
+            starts, longest = packed.starts[: count + 1], max(lengths[:count])
+            packing = PackedSequences(
+                cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+            )
+            pieces.insert(0, self._flash(*short, packing))
+        return torch.cat(pieces)
+
+    def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One sequence, padded where under a causal mask no real token sees it."""
+        tokens = len(query)
+        extra = padded(tokens, LONG_MULTIPLE) - tokens
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1)[None] for x in (query, key, value))
+        with sdpa_kernel(LONG_BACKENDS, set_priority=True):
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        return out[0].transpose(0, 1)[:tokens]
 
     def _attend_in_stretches(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         queries, counts = (list(sizes) for sizes in zip(*packed.stretches, strict=True))

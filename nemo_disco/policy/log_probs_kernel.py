@@ -21,9 +21,9 @@ WIDE_BACKWARD = FORWARD
 _FLOOR = tl.constexpr(-1.7e38)
 # Programs a multiprocessor that a launch should have, so that the last ones to end leave little idle.
 _WAVES = 4
-# Programs start in the order of the launch's first axis. With the splits of the vocabulary there, and this many of them,
-# those that run together share few token blocks, which stay in the L2 cache, and read each weight at the same time. With
-# token blocks first (False) they hold a block each: more than the L2 cache, and read anew for every tile of weights.
+# Programs start in the order of the first axis. With the splits of the vocabulary there, at least so many, those
+# that run together share few token blocks, which stay in the L2 cache, and read each weight at about one time. With
+# token blocks first (False) each holds another block: more than the L2 cache, read anew for every tile of weights.
 SPLITS_FIRST = True
 _LEAST_SPLITS = 12
 

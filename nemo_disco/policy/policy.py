@@ -51,9 +51,11 @@ class Policy:
         clip_grad: float = 0.0,
         total_optimizer_steps: int = 1,
         trainable: bool = True,
+        with_optimizer: bool = True,
         read_weights: bool = True,
     ) -> None:
         """parallel.start must have run. temperature: what log-probs divide the logits by; clip_grad: 0 is off.
+        trainable, with_optimizer: without the optimizer there are gradients and no `step`; without either, log-probs.
         read_weights: whether the directory's are read (else a checkpoint must be loaded).
 
         Raises UserError for a missing, damaged or unfitting model directory.
@@ -77,7 +79,7 @@ class Policy:
         self.optimizer: Optimizer | None = None
         if trainable:
             self.network = [self._data_parallel(i, chunk, dtype) for i, chunk in enumerate(self.network)]
-            if dtype is not torch.float64:  # megatron's optimizers know float32 and bfloat16
+            if with_optimizer and dtype is not torch.float64:  # megatron's optimizers know float32 and bfloat16
                 settings = optimizer_config(config.optim, dtype, clip_grad, config.fp8)
                 self.optimizer = Optimizer(self.network, config.optim, settings, total_optimizer_steps)
 

@@ -33,6 +33,10 @@ INTERRUPT_GRACE_S = 10.0
 # What the kernel or a user does to a process. Not SIGABRT: a peer's failure makes NCCL's watchdog abort a sound rank.
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 PR_SET_PDEATHSIG = 1
+GPU_DRIVER = Path("/dev/nvidiactl")
+# How torch's allocator on GPUs is set; the second name is newer torch's.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+GROWING_SEGMENTS = "expandable_segments:True"
 _LAUNCHER, _REPORTS = "NEMO_DISCO_LAUNCHER", "NEMO_DISCO_REPORTS"
 
 
@@ -134,10 +138,13 @@ def report(error: BaseException) -> bool:
     return True
 
 
-def default_threads() -> None:
-    """One thread a process where there is no GPU, unless the user says otherwise; call it before torch is imported."""
-    if not Path("/dev/nvidiactl").exists():
+def set_defaults() -> None:
+    """What torch reads from the environment when it is imported, unless the user says otherwise: one thread a process
+    where there is no GPU; on GPUs memory in segments that grow, since micro-batches of ever other sizes fragment it."""
+    if not GPU_DRIVER.exists():
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    elif not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = GROWING_SEGMENTS
 
 
 def _rank_environment(rank: int, processes: int, reports: str) -> dict[str, str]:

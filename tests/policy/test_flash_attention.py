@@ -16,7 +16,17 @@ from nemo_disco.policy.attention import PackedSequences
 from nemo_disco.policy.policy import Policy
 
 
-def test_the_flash_path_gives_the_same_log_probs_and_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("long_from", [None, 8])
+def test_the_flash_path_gives_the_same_log_probs_and_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_from: int | None
+) -> None:
+    """long_from: the longer sequences of a micro-batch go one by one."""
+    monkeypatch.setattr(attention, "LONG_FROM", long_from)
+    alone = []
+    attend = attention.PackedCausalAttention._attend_alone
+    monkeypatch.setattr(
+        attention.PackedCausalAttention, "_attend_alone", lambda *qkv: alone.append(len(qkv[1])) or attend(*qkv)
+    )
     config = model_config(save_model(tmp_path, "qwen2", tied=True))
     rollouts, results = random_rollouts(), []
     for use_flash in (False, True):
@@ -31,6 +41,8 @@ def test_the_flash_path_gives_the_same_log_probs_and_gradient(tmp_path: Path, mo
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     for name, gradient in gradients.items():
         torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-10, atol=1e-12)
+    longer = set(alone)
+    assert not longer if long_from is None else len(longer) > 1 and min(longer) >= long_from
 
 
 def test_transformer_engine_gets_whole_sequences_whatever_the_rank() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_disco.generation.replica import Place, Replica
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
 
@@ -179,3 +180,29 @@ def test_without_a_launcher_one_machine_only(monkeypatch):
     assert launch.world_size(devices=2, num_nodes=1, overridden=False) == 2
     with pytest.raises(UserError, match="num_nodes=2 needs a launcher"):
         launch.world_size(devices=2, num_nodes=2, overridden=True)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "user", "expected"),
+    [
+        (True, {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+        (True, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        (False, {}, {"OMP_NUM_THREADS": "1"}),
+        (False, {"OMP_NUM_THREADS": "4"}, {"OMP_NUM_THREADS": "4"}),
+    ],
+)
+def test_torch_is_set_for_this_machine_unless_the_user_says_otherwise(
+    gpu: bool, user: dict[str, str], expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "GPU_DRIVER", tmp_path if gpu else tmp_path / "none")
+    monkeypatch.setattr(os, "environ", dict(user))
+    launch.set_defaults()
+    assert dict(os.environ) == expected
+
+
+def test_an_engine_does_not_get_the_runs_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica("0-0", Place("python", Path("log")), {})
+    for value, inherited in ((launch.GROWING_SEGMENTS, None), ("backend:native", "backend:native")):
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", value)
+        assert replica._environment().get("PYTORCH_CUDA_ALLOC_CONF") == inherited
