@@ -226,15 +226,16 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
         if packed.keys is not None or count == len(lengths):
             return self._flash(query, key, value, packed)
         sizes = [sum(lengths[:count]), *lengths[count:]]
-        short, *long = zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True)
-        pieces = [self._attend_alone(*qkv) for qkv in long]
+        parts = list(zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True))
+        pieces = [self._attend_alone(*qkv) for qkv in parts[1:]]
         if count:
             assert packed.starts is not None
             starts, longest = packed.starts[: count + 1], max(lengths[:count])
             packing = PackedSequences(
                 cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
             )
-            pieces.insert(0, self._flash(*short, packing))
+            q, k, v = parts[0]
+            pieces.insert(0, self._flash(q, k, v, packing))
         return torch.cat(pieces)
 
     def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
