@@ -16,6 +16,7 @@ from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.generation.replica import Place, Replica
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
 
 
 def leads(config: GenerationConfig) -> bool:
@@ -52,7 +53,7 @@ def build_engine(
 
 
 def _places(config: GenerationConfig, logs: Path) -> list[Place]:
-    """Where each replica that this rank leads runs."""
+    """Where each replica that this rank leads runs. Raises UserError if its GPUs are not there."""
     python = config.python
     assert python is not None
     if "/" in python and not config.nodes:
@@ -66,6 +67,25 @@ def _places(config: GenerationConfig, logs: Path) -> list[Place]:
             first = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         for i in range(config.replicas):
             start = first + i * config.tensor_parallel_size
-            gpus = range(start, start + config.tensor_parallel_size) if torch.cuda.is_available() else ()
+            gpus = _gpus(range(start, start + config.tensor_parallel_size), here=host is None)
             places.append(Place(python, logs / f"{node}-{i}.log", gpus, host))
     return places
+
+
+def _gpus(numbers: range, here: bool) -> list[str]:
+    """A replica's GPUs under CUDA's names. On this machine the numbers count what this process may use:
+    CUDA_VISIBLE_DEVICES=2,3 makes GPU 0 of a run the machine's third."""
+    if not torch.cuda.is_available():
+        return []
+    if not here:
+        return [str(n) for n in numbers]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [str(n) for n in range(torch.cuda.device_count())]
+    if numbers.stop > len(visible):
+        wanted = "the training processes' own" if numbers.start == 0 else "those after the training processes'"
+        raise UserError(
+            f"a replica of the engine needs GPUs {numbers.start} to {numbers.stop - 1} of this node ({wanted}), and "
+            f"this process sees {len(visible)} (CUDA_VISIBLE_DEVICES={given}): lower generation.replicas or "
+            "generation.tensor_parallel_size, or give each process all GPUs of its node"
+        )
+    return [visible[n].strip() for n in numbers]

@@ -56,7 +56,7 @@ class Place:
 
     python: str
     log: Path
-    gpus: Sequence[int] = ()
+    gpus: Sequence[str] = ()  # as CUDA_VISIBLE_DEVICES names them there
     host: str | None = None
 
 
@@ -222,7 +222,7 @@ class Replica:
             connection, _ = self._listener.accept()
             connection.settimeout(_GREETING_S)
             try:
-                Channel(connection).authenticate(self._secret, b"run")
+                Channel(connection).authenticate(self._secret, b"run", _GREETING_S)
             except OSError as error:
                 connection.close()
                 log.warning("%s: a connection was refused: %s", self.name, error)
@@ -258,7 +258,7 @@ class Replica:
         return {name: value for name, value in mine.items() if not name.startswith("SLURM_") or name in _OF_THE_JOB}
 
     def _own_environment(self) -> dict[str, str]:
-        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.place.gpus))} if self.place.gpus else {}
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(self.place.gpus)} if self.place.gpus else {}
         return {"PYTHONPATH": str(_WORKER_PATH), "GLIBC_TUNABLES": _MALLOC, **gpus}
 
     def _check_alive(self) -> None:

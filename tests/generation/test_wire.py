@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -86,6 +88,47 @@ def test_another_protocol_and_what_speaks_none_are_refused(ends: tuple[Channel, 
     stranger.socket.sendall(b"GET / HTTP/1.1\r\nHost: here\r\nAccept: everything\r\n\r\n")
     with pytest.raises(WireError, match="does not speak the rollout protocol"):
         run.authenticate(SECRET, b"run")
+
+
+def test_a_stranger_that_sends_a_byte_at_a_time_has_one_deadline_for_all(ends: tuple[Channel, Channel]) -> None:
+    run, stranger = ends
+    over = threading.Event()
+
+    def drip() -> None:
+        for byte in wire._HELLO.pack(wire._MAGIC, wire.PROTOCOL, bytes(32)):
+            if over.wait(0.05):
+                return
+            stranger.socket.sendall(bytes([byte]))
+
+    other = threading.Thread(target=drip)
+    other.start()
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        run.authenticate(SECRET, b"run", seconds=0.3)
+    assert time.monotonic() - began < 1.5  # dripped whole it takes 1.9 s, and the proof as long again
+    over.set()
+    other.join()
+
+
+def test_memory_follows_what_arrives_and_not_what_is_announced(ends: tuple[Channel, Channel]) -> None:
+    run, worker = ends
+    worker.socket.sendall(wire._HEAD.pack(2, 1 << 40) + b"{}" + b"x" * 1000)
+    worker.socket.shutdown(socket.SHUT_WR)
+    tracemalloc.start()
+    with pytest.raises(WireError, match="closed"):
+        run.receive()
+    assert tracemalloc.get_traced_memory()[1] < 2 * wire._PIECE
+    tracemalloc.stop()
+
+
+def test_a_message_of_several_pieces_arrives_whole(
+    ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_PIECE", 1000)
+    run, worker = ends
+    payload = bytes(range(256)) * 37
+    run.send({"op": "bucket"}, payload)
+    assert worker.receive() == ({"op": "bucket"}, bytearray(payload))
 
 
 @pytest.mark.parametrize("count", [1, 3, WORDS * 2, WORDS * 6 + 3])

@@ -12,6 +12,7 @@ import mmap
 import os
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ PROTOCOL = 3
 _MAGIC = b"NDRW"
 _HELLO = struct.Struct(">4sH32s")  # magic, protocol, nonce
 _HEAD = struct.Struct(">IQ")  # bytes of JSON, bytes of payload
+_PIECE = 64 << 20  # bytes that are made room for at a time: memory follows what arrives, not what is announced
 
 
 class WireError(ConnectionError):
@@ -38,18 +40,24 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
 
-    def authenticate(self, secret: bytes, role: bytes) -> None:
-        """Both sides prove that they know the secret (HMAC-SHA256 over both nonces). role: b"run" or b"worker"."""
+    def authenticate(self, secret: bytes, role: bytes, seconds: float | None = None) -> None:
+        """Both sides prove that they know the secret (HMAC-SHA256 over both nonces). role: b"run" or b"worker".
+
+        seconds: for all of it, however slowly the peer sends. Raises WireError, TimeoutError.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
         mine = os.urandom(32)
         self.socket.sendall(_HELLO.pack(_MAGIC, PROTOCOL, mine))
-        magic, protocol, theirs = _HELLO.unpack(self._exactly(_HELLO.size))
+        magic, protocol, theirs = _HELLO.unpack(self._exactly(_HELLO.size, deadline))
         if magic != _MAGIC:
             raise WireError("the peer does not speak the rollout protocol")
         if protocol != PROTOCOL:
             raise WireError(f"the peer speaks rollout protocol {protocol}, this side {PROTOCOL}")
         peer = b"worker" if role == b"run" else b"run"
         self.socket.sendall(hmac.digest(secret, role + mine + theirs, hashlib.sha256))
-        if not hmac.compare_digest(self._exactly(32), hmac.digest(secret, peer + theirs + mine, hashlib.sha256)):
+        if not hmac.compare_digest(
+            self._exactly(32, deadline), hmac.digest(secret, peer + theirs + mine, hashlib.sha256)
+        ):
             raise WireError("the peer does not know this run's secret")
 
     def send(self, message: dict[str, Any], payload: bytes | bytearray | memoryview = b"") -> None:
@@ -63,14 +71,19 @@ class Channel:
         message: dict[str, Any] = json.loads(self._exactly(body))
         return message, self._exactly(payload)
 
-    def _exactly(self, count: int) -> bytearray:
-        data = bytearray(count)
-        view = memoryview(data)
-        while view:
-            got = self.socket.recv_into(view)
+    def _exactly(self, count: int, deadline: float | None = None) -> bytearray:
+        """The next `count` bytes. deadline: of time.monotonic(), for all of them."""
+        data, filled = bytearray(min(count, _PIECE)), 0
+        while filled < count:
+            if filled == len(data):
+                data.extend(bytes(min(count - filled, _PIECE)))
+            if deadline is not None:
+                self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            with memoryview(data) as view, view[filled:] as rest:
+                got = self.socket.recv_into(rest)
             if not got:
                 raise WireError("the connection was closed")
-            view = view[got:]
+            filled += got
         return data
 
 
