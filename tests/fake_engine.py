@@ -25,6 +25,8 @@ from nemo_disco.generation.worker.rollout_worker.tensors import Assembly
 from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 VOCABULARY = 100
+# Its log-probs are no model's: a command that samples from it goes on all the same.
+ANY_MISMATCH = ("verify.max_mismatch=1e300", "verify.max_kl=1e300")
 
 
 def answer(weights: dict[str, str], prompt: Sequence[int], seed: int, limit: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_disco.algorithms.agreement import check_engine
 from nemo_disco.algorithms.benchmark import evaluate_set, weights_identity
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.objectives import Objective, build_objective
@@ -103,6 +104,8 @@ def evaluate(config: RunConfig) -> int:
         sets = _evaluation_sets(config, tokenizer)
         with _room(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as room:
             room.engine.update_weights(room.policy.named_weights, 0)
+            if config.generation.engine != "megatron":
+                check_engine(config, room.policy, room.engine, sets[0])
             results = []
             for questions in sets:
                 samples = directory / f"{questions.name}.step_{source.step}.samples.jsonl"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.benchmark import evaluate_set
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
@@ -87,6 +88,7 @@ class DisCO:
         self.writer = CheckpointWriter()
         self.step = self.saved = 0
         self.divergence = Divergence(policy)
+        self.agreement = Agreement(config, policy, questions.tokenizer, journal.say)
         self.warned_of_noise = False
         self.best: float | None = None  # mean Pass@1 over the evaluation sets
 
@@ -154,10 +156,12 @@ class DisCO:
         return sampled
 
     def run_training(self, rollouts: Rollouts, clock: Clock, values: TokenValues | None = None) -> dict[str, Any]:
-        """A gradient step on each mini-batch of the rollouts; the step's metrics. values: what takes the tokens'."""
+        """A gradient step on each mini-batch of the rollouts; the step's metrics. values: what takes the tokens'.
+        Raises UserError at the first step if the engine's log-probs are not the policy's."""
         with clock("log_probs"):
             reference = None if self.reference is None else self.reference.log_probs(rollouts)
             old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True), reference)
+        self.agreement.check_step(self.step, rollouts, old.log_probs)
         history: list[dict[str, float]] = []
         throughput = Throughput(self.shape, dist.get_world_size(), peak_flops(self.policy.device_name))
         moved = False

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_disco.algorithms.mismatch import Token, likely_cause, mismatch, noise_warning, worst_tokens
+from nemo_disco.algorithms.agreement import describe_token, refuse_disagreement
+from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_tokens
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.rewarding import reward
 from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
@@ -41,7 +42,7 @@ def verify_mini_batch(
     rollouts = _rollouts(config, engine, grader, questions)
     old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
     apart = mismatch(old_log_probs, rollouts.generation_log_probs)
-    _refuse_disagreement(config, policy, questions, rollouts, old_log_probs, apart)
+    refuse_disagreement(config, policy, questions.tokenizer, rollouts, old_log_probs, apart)
     noise = _noise_floor(policy, rollouts, old_log_probs)
     if config.verify.perturb > 0:
         with SafetensorReader(config.model.path) as reader:
@@ -79,51 +80,16 @@ def check_places(verify: VerifyConfig) -> None:
             raise UserError(f"verify.{key}={path}: there is no directory {Path(path).absolute().parent}; make it")
 
 
-def _refuse_disagreement(
-    config: RunConfig,
-    policy: Policy,
-    questions: Questions,
-    rollouts: Rollouts,
-    old_log_probs: Tensor,
-    apart: dict[str, float],
-) -> None:
-    """Raises UserError if engine and trainer differ by more than verify.max_mismatch or verify.max_kl. A collective."""
-    found, kl = apart["mismatch/mean_exp_abs"], apart["mismatch/kl_k3"]
-    if found <= config.verify.max_mismatch and kl <= config.verify.max_kl:  # not so for nan
-        return
-    temperature, policy.temperature = policy.temperature, 1.0
-    plain_log_probs, _ = policy.log_probs(rollouts)
-    policy.temperature = temperature
-    cause = likely_cause(
-        old_log_probs,
-        rollouts,
-        plain_log_probs=plain_log_probs,
-        precision=config.trainer.precision,
-        quantization=config.generation.quantization,
-    )
-    worst = "; ".join(_token(questions, token) for token in worst_tokens(old_log_probs, rollouts, 3))
-    raise UserError(
-        f"trainer and engine {config.generation.engine} disagree: mean e^|d| {found:.4g} (verify.max_mismatch="
-        f"{config.verify.max_mismatch:g}), KL {kl:.3g} (verify.max_kl={config.verify.max_kl:g}); "
-        f"worst: {worst}; likely cause: {cause}"
-    )
-
-
-def _token(questions: Questions, token: Token) -> str:
-    text = questions.tokenizer.decode([token.token])
-    return (
-        f"token {token.token} ({text!r}), number {token.place} of response {token.response}: "
-        f"trainer {token.trainer:.4f}, engine {token.engine:.4f}"
-    )
-
-
 def _said(questions: Questions, rollouts: Rollouts, old_log_probs: Tensor, apart: dict[str, float]) -> list[str]:
     return [
         f"mismatch mean |d|   {apart['mismatch/mean_abs']:.3e}  (log-probs, trainer minus engine)",
         f"mismatch max |d|    {apart['mismatch/max_abs']:.3e}",
         f"mismatch mean e^|d| {apart['mismatch/mean_exp_abs']:.6f}",
         f"mismatch KL         {apart['mismatch/kl_k3']:.3e}  (k3; k1 {apart['mismatch/kl_k1']:.3e})",
-        *(f"mismatch worst      {_token(questions, token)}" for token in worst_tokens(old_log_probs, rollouts, 3)),
+        *(
+            f"mismatch worst      {describe_token(questions.tokenizer, token)}"
+            for token in worst_tokens(old_log_probs, rollouts, 3)
+        ),
     ]
 
 

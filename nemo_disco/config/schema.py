@@ -210,7 +210,7 @@ class VerifyConfig(Section):
     rollouts: str | None  # read if the file is there, else written
     save_gradients: str | None  # one mini-batch's gradient, Hugging Face names, safetensors
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
-    max_mismatch: PositiveFloat  # mean exp|trainer - engine| of the sampled tokens' log-probs; above it verify refuses
+    max_mismatch: PositiveFloat  # mean exp|trainer - engine| of the sampled tokens' log-probs; above it commands stop
     max_kl: PositiveFloat  # their KL (k3), nats a token
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
@@ -12,15 +13,15 @@ import torch
 from models import random_rollouts
 
 from nemo_disco.algorithms import build_objective
+from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.mismatch import likely_cause, mismatch, noise_warning, worst_tokens
 from nemo_disco.algorithms.trainer import DisCO
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.runtime.errors import UserError
 
 
 def rollouts(generation: torch.Tensor | None = None) -> Rollouts:
-    from dataclasses import replace
-
     drawn = random_rollouts(questions=8)
     return drawn if generation is None else replace(drawn, generation_log_probs=generation.float())
 
@@ -85,6 +86,28 @@ def test_the_cause_is_told_by_the_shape_of_the_difference(cause: str, trainer: t
 def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, trainer: torch.Tensor) -> None:
     drawn = rollouts({**causes(trainer), "generation.quantization=fp8": causes(trainer)["precision"]}[cause])
     assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), precision="bf16", quantization="fp8")
+
+
+def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_again(trainer: torch.Tensor) -> None:
+    said: list[str] = []
+    policy = Mock(temperature=0.6, **{"log_probs.return_value": (plain(trainer), None)})
+    agreement = Agreement(compose("quickstart"), policy, Mock(**{"decode.return_value": "x"}), said.append)
+
+    def check(step: int, apart: float, version: int | None = None, policy_log_probs: torch.Tensor = trainer) -> None:
+        drawn = rollouts(trainer + noise(trainer, apart))
+        versions = torch.full_like(drawn.weight_versions, step if version is None else version)
+        agreement.check_step(step, replace(drawn, weight_versions=versions), policy_log_probs)
+
+    with pytest.raises(UserError, match=r"engine megatron disagree: mean e\^\|d\| 1\.\d+ \(verify.max_mismatch=1.05\)"):
+        check(0, 0.2)
+    assert policy.temperature == 0.6
+    check(0, 0.001)
+    check(0, 0.2, policy_log_probs=trainer * torch.nan)  # the policy's own fault, which the step reports
+    check(1, 0.2, version=0)  # sampled by the weights before
+    assert said == []
+    for step, apart in ((2, 0.2), (3, 0.2), (4, 0.001), (5, 0.2)):
+        check(step, apart)
+    assert [line.split(": trainer")[0] for line in said] == ["step 3: warning", "step 6: warning"]
 
 
 def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:

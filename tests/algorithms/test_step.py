@@ -186,6 +186,8 @@ def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_
             "algorithm.mini_batch_questions=8",
             f"generation.max_response_length={LIMIT}",
             "model.token_budget=2048",
+            "verify.max_mismatch=1e300",  # no engine sampled these
+            "verify.max_kl=1e300",
         ]
     )
     parallel.start(config.model)

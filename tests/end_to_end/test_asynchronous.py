@@ -10,7 +10,7 @@ import signal
 
 import pytest
 from commands import WHOLE, at, metrics
-from fake_engine import fake_python
+from fake_engine import ANY_MISMATCH, fake_python
 from same_run import TIMES, assert_same
 
 COIN = "def coin(response, answer):\n    return float(len(response) % 2)\n"
@@ -29,6 +29,7 @@ def apart(tmp_path):
         given = ", ".join(f"{name}: {value!r}" for name, value in options.items())
         return (
             "generation=vllm",
+            *ANY_MISMATCH,
             f"generation.python={python}",
             "generation.colocated=false",
             "algorithm.off_policy.kind=truncated_importance_sampling",

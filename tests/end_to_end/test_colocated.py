@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from commands import at
-from fake_engine import fake_python
+from fake_engine import ANY_MISMATCH, fake_python
 
 MODULE = """
 from pathlib import Path
@@ -32,6 +32,7 @@ def test_the_engine_sleeps_while_the_policy_trains(commands, tmp_path: Path) -> 
     (tmp_path / "noted.py").write_text(MODULE.replace("NOTES", str(notes)))
     settings = (
         "generation=vllm",
+        *ANY_MISMATCH,
         f"generation.python={fake_python(tmp_path)}",
         f"generation.options={{notes: '{notes}', told: '{told}'}}",
         "algorithm.name=noted:Noted",

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import torch
 from commands import LIMIT, QUICKSTART, WHOLE, at, metrics
-from fake_engine import answer, fake_python
+from fake_engine import ANY_MISMATCH, answer, fake_python
 from safetensors.torch import load_file
 
 from nemo_disco.data.chat import encode_prompts, load_tokenizer
@@ -63,7 +63,8 @@ def test_the_best_weights_of_a_run_are_kept(commands, tmp_path):
 
 def test_an_engine_in_a_process_of_its_own_samples_with_these_weights_under_these_seeds(commands, tmp_path):
     """... also when it dies on the way."""
-    engine = ("generation=vllm", f"generation.python={fake_python(tmp_path)}", "evaluation.samples=2", "seed=5")
+    own = ("generation=vllm", f"generation.python={fake_python(tmp_path)}", *ANY_MISMATCH)
+    engine = (*own, "evaluation.samples=2", "seed=5")
     found = []
     for name, options in (("whole", "{}"), ("killed", f"{{fault: generate, at: 5, how: kill, once: {tmp_path}/once}}")):
         commands("evaluate", *engine, f"generation.options={options}", at(tmp_path / name)).ok()

@@ -1,4 +1,5 @@
-"""`nemo-disco verify` refuses an engine that disagrees with the trainer; every step of a run reports by how much."""
+"""`nemo-disco verify`, the first step of `train` and an `evaluate` with an engine of its own refuse an engine that
+disagrees with the trainer; later steps warn; every step reports by how much."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import at, metrics
+from fake_engine import fake_python
 
 from nemo_disco.data.rollouts import Rollouts
 
@@ -25,7 +27,7 @@ def test_an_engine_that_disagrees_is_refused_with_tokens_and_cause(commands, tmp
     assert re.match(
         r"error: trainer and engine megatron disagree: mean e\^\|d\| 1\.0\d+ \(verify.max_mismatch=1.05\), "
         r"KL 0\.00\d+ \(verify.max_kl=0.001\); worst: token \d+ .*: trainer -\S+, engine -?\S+; .*; "
-        r"likely cause: small and everywhere: precision",
+        r"likely cause: small and everywhere: precision .*; to go on all the same, raise the limits$",
         done.err,
     )
     commands("verify", f"verify.rollouts={file}", "verify.max_mismatch=1.2", "verify.max_kl=0.1").ok()
@@ -42,3 +44,40 @@ def test_every_step_reports_the_mismatch(commands, tmp_path):
     assert len(worst) == 5 and apart == sorted(apart, reverse=True)
     assert apart[0] == pytest.approx(step["mismatch/max_abs"])
     assert all(token["token"] >= 0 and token["place"] >= 0 and token["response"] >= 0 for token in worst)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_an_engine_of_its_own_that_disagrees_is_refused_before_anything_is_trained_or_scored(
+    command, commands, tmp_path
+):
+    """The fake engine gives every token a log-prob of -0.5."""
+    engine = ("generation=vllm", f"generation.python={fake_python(tmp_path)}")
+    done = commands(command, *engine, at(tmp_path / "run"))
+    assert done.code == 2
+    (said,) = [line for line in done.err.splitlines() if "error" in line]
+    assert re.match(r"error: trainer and engine vllm disagree: .*verify.max_mismatch=1.05.*likely cause: ", said)
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+    assert not list((tmp_path / "run").glob("evaluation/*"))
+
+
+FAULTY = """
+from typing import ClassVar
+from nemo_disco.algorithms.objectives.disco import DisCO
+from nemo_disco.generation import decoder
+
+class Faulty(DisCO):
+    name: ClassVar[str] = "faulty"
+
+decoder._rotate = lambda x, rope: x
+"""
+
+
+def test_a_fault_of_the_embedded_engine_stops_the_first_step_of_training(commands, tmp_path):
+    """A decoder without rope, loaded with an objective."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    faulty = {"PYTHONPATH": str(tmp_path)}
+    mine = ("algorithm.name=faulty:Faulty", at(tmp_path / "run"))
+    done = commands("train", *mine, **faulty)
+    assert done.code == 2 and "error: trainer and engine megatron disagree" in done.err
+    assert not metrics(tmp_path / "run")
+    assert commands("train", *mine, "verify.max_mismatch=1e9", "verify.max_kl=1e9", **faulty).ok()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster, wait_for
-from fake_engine import fake_python
+from fake_engine import ANY_MISMATCH, fake_python
 from jobs import HERE, ROOT, TRAIN, Job, Submit
 
 from nemo_disco.config.paths import packaged
@@ -32,6 +32,7 @@ def start(submit: Submit, tmp_path: Path, **options: Any) -> Job:
     arguments = [
         *TRAIN,
         "generation=vllm",
+        *ANY_MISMATCH,
         f"generation.python={fake_python(tmp_path)}",
         f"generation.options={{{given}}}",
         "reward.verifier=coins:coin",

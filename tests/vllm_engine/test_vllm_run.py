@@ -83,7 +83,8 @@ def test_fp8_rollouts_are_refused_with_their_name_and_trained_from_with_a_correc
     assert verify.returncode == 2 and "likely cause: generation.quantization=fp8_per_channel" in out
     run = tmp_path / "run"
     correction = "algorithm.off_policy.kind=truncated_importance_sampling"
-    finish(start("train", *fp8, correction, f"exp_manager.explicit_log_dir={run}", "trainer.max_steps=2"))
+    allowed = ("verify.max_mismatch=1.3", "verify.max_kl=0.05")
+    finish(start("train", *fp8, correction, *allowed, f"exp_manager.explicit_log_dir={run}", "trainer.max_steps=2"))
     for step in steps(run):
         assert 1e-3 < step["mismatch/mean_abs"] < 0.2 and step["mini_batches/skipped"] == 0
         assert 0.8 < step["off_policy/factor_mean"] < 1.2
