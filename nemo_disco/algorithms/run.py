@@ -247,9 +247,11 @@ def _resume(algorithm: DisCO, run: RunDirectory, config: RunConfig) -> None:
     algorithm.load_state_dict(found[1])
     if _first():
         log.info("resumed from step %d of %s", algorithm.step, run.checkpoints)
-        with contextlib.suppress(UserError):  # another version's config.yaml, or none
+        try:
             if changed := changes(load_run_config(run.config), config):
                 log.warning("other settings than before: %s", "; ".join(changed))
+        except UserError as error:  # another version's config.yaml, a damaged one, or none
+            log.warning("whether settings changed is not known: %s", error)
 
 
 def _objective(config: RunConfig) -> Objective:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from nemo_disco.config import paths
 from nemo_disco.config.keys import SECTION, known_keys, nearest_known
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.config.yaml_size import check_yaml, check_yaml_files
+from nemo_disco.config.yaml_size import check_yaml_files, read_yaml
 from nemo_disco.runtime.errors import UserError, printable
 
 SHOWN = 3  # mistakes in one line
@@ -57,16 +57,10 @@ def to_yaml(config: RunConfig) -> str:
 def load_run_config(path: str | Path) -> RunConfig:
     """The config that a run wrote into its directory (`to_yaml`). Raises UserError."""
     with _one_line(f"config {path}"):
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config {path}: cannot be read ({error})") from error
-        check_yaml(text, str(path))
-        with _plain_errors():
-            loaded = OmegaConf.create(text)
-        if not isinstance(loaded, DictConfig):
-            raise UserError(f"config {path}: expected keys and values, got a list")
-        return _typed(loaded)
+        loaded = read_yaml(path)
+        if not isinstance(loaded, dict):
+            raise UserError(f"config {path}: expected keys and values, got a {type(loaded).__name__}")
+        return _typed(OmegaConf.create(loaded))
 
 
 def changes(before: RunConfig, now: RunConfig) -> list[str]:

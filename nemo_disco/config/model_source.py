@@ -5,16 +5,31 @@ Path and JSON work; opens no weights.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
+from typing_extensions import TypedDict
 
+from nemo_disco.config.yaml_size import read_yaml
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import Count, check_shape, read_json
 
 _STEP = re.compile(r"step_(\d+)")
+
+
+class _Step(TypedDict):
+    step: Count
+
+
+class _Model(TypedDict):
+    path: str
+
+
+class _Config(TypedDict):
+    """One key of what may be another version's configuration."""
+
+    model: _Model
 
 
 class ModelSource(NamedTuple):
@@ -34,7 +49,8 @@ def model_source(path: str) -> ModelSource:
     if (directory / "checkpoint.json").is_file():
         return _of_checkpoint(directory)
     if (directory / "config.yaml").is_file() and not (directory / "config.json").is_file():
-        steps = {int(m[1]): p for p in directory.glob("checkpoints/step_*") if (m := _STEP.fullmatch(p.name))}
+        found = directory.glob("checkpoints/step_*")
+        steps = {int(m[1]): p for p in found if (m := _STEP.fullmatch(p.name)) and p.is_dir()}
         if not steps:
             raise UserError(f"model.path={path}: a run directory without a checkpoint; name a Hugging Face directory")
         return _of_checkpoint(steps[max(steps)])
@@ -43,18 +59,15 @@ def model_source(path: str) -> ModelSource:
 
 def _of_checkpoint(checkpoint: Path) -> ModelSource:
     """A converted checkpoint carries its Hugging Face files along; a run's config.yaml names the directory."""
-    try:
-        step = int(json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8")).get("step", 0))
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{checkpoint}/checkpoint.json cannot be read ({error})") from error
+    step = read_json(checkpoint / "checkpoint.json", _Step)["step"]
     carried = checkpoint / "hugging_face"
     if carried.is_dir():
         return ModelSource(str(carried), checkpoint, step)
     config = checkpoint.parent.parent / "config.yaml"
     if not config.is_file():
         raise UserError(f"model.path={checkpoint}: no {config} says which model this is a checkpoint of")
-    try:  # one key of what may be another version's configuration
-        path = str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"])
-    except (yaml.YAMLError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{config} does not say model.path ({type(error).__name__})") from error
+    try:
+        path = check_shape(config, read_yaml(config), _Config)["model"]["path"]
+    except UserError as fault:
+        raise UserError(f"{fault}; it says which model this is a checkpoint of") from None
     return ModelSource(path, checkpoint, step)

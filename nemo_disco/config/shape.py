@@ -5,12 +5,12 @@ Reads one JSON file; must not import torch or transformers. Qwen2 and Llama: gro
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, read_json
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,9 @@ def read_shape(path: str | Path) -> ModelShape:
     """
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"model.path={path}: no Hugging Face model there: {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); the model directory is damaged") from error
+        config = read_json(file, dict[str, Any], links=True)
+    except FileError as fault:
+        raise UserError(f"model.path={path}: no Hugging Face model there: {fault}") from None
     try:
         return ModelShape(
             **decoder_sizes(config),

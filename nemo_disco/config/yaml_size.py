@@ -1,17 +1,20 @@
 """How large a YAML text is once its aliases are written out: a few lines of nested aliases can fill any memory.
 
-Reads texts and the files of config directories; knows nothing of what they mean.
+Reads texts, the files of config directories and a run's config.yaml; knows nothing of what they mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, read_text
 
+LONGEST = 1 << 18  # bytes of a config.yaml, of which a run's has 5,000
 LARGEST = 100_000  # values; the largest config of this project has some 200
 
 
@@ -38,6 +41,20 @@ def check_yaml_files(roots: Iterable[Path]) -> None:
                 check_yaml(file.read_text(encoding="utf-8"), str(file))
             except (OSError, UnicodeDecodeError):
                 continue  # not a config; the reader says so if it is asked for
+
+
+def read_yaml(path: Path | str) -> Any:
+    """A config.yaml as plain Python, as OmegaConf reads it, interpolations unresolved. Raises FileError."""
+    from omegaconf import OmegaConf
+
+    text = read_text(path, LONGEST)
+    try:
+        check_yaml(text, str(path))
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except UserError:
+        raise
+    except Exception as error:  # YAML and OmegaConf raise every kind for odd texts
+        raise FileError(path, f"not a usable YAML file: {' '.join(str(error).split())[:200]}") from None
 
 
 def _size(node: yaml.Node, known: dict[int, float]) -> float:

@@ -6,7 +6,6 @@ tensors that it is made of.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from nemo_disco.config.shape import decoder_sizes
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, read_json
 
 Shape = tuple[int, ...]
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
@@ -136,9 +136,9 @@ def read_architecture(directory: Path) -> Architecture:
     """Of a Hugging Face directory. Raises UserError: no config.json, another architecture, a size that is missing."""
     file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give a Hugging Face model directory") from error
+        config = read_json(file, dict[str, Any], links=True)
+    except FileError as fault:
+        raise UserError(f"{fault}; give a Hugging Face model directory") from None
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{file}: model_type {kind!r} is not converted; known: {', '.join(ARCHITECTURES)}")
@@ -146,3 +146,5 @@ def read_architecture(directory: Path) -> Architecture:
         return Architecture(config=config, qk_norm=kind == "qwen3", **decoder_sizes(config))
     except KeyError as error:
         raise UserError(f"{file}: {error.args[0]} is missing") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{file}: not the configuration of a decoder ({error})") from error

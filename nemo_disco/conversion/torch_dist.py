@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_disco.policy.checkpoint_metadata import METADATA, read_metadata
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, open_file
 
 _FIRST = "embedding.word_embeddings.weight"  # what every model has: before it stands the prefix of all names
 FORMAT = {
@@ -73,7 +74,10 @@ class TorchDistReader:
         self._pieces: dict[str, list[tuple[Sequence[int], _StorageInfo]]] = defaultdict(list)
         for index, info in metadata.storage_data.items():
             if index.fqn in self._tensors:
-                self._pieces[index.fqn].append((tuple(index.offset or ()), info))
+                offset = tuple(index.offset or [0] * len(self._tensors[index.fqn].size))
+                if offset not in {tuple(chunk.offsets) for chunk in self._tensors[index.fqn].chunks}:
+                    raise FileError(directory / METADATA, f"damaged: a piece of {index.fqn} at {offset} is of no size")
+                self._pieces[index.fqn].append((offset, info))
         self.prefix = next((k.removesuffix(_FIRST) for k in self._tensors if k.endswith(_FIRST)), "")
 
     def names(self) -> set[str]:
@@ -97,11 +101,11 @@ class TorchDistReader:
         pieces = [(o, i) for o, i in self._pieces[key] if layer is None or o[0] <= layer < o[0] + sizes[tuple(o)][0]]
         shape = tuple(entry.size) if layer is None else tuple(entry.size)[1:]
         if len(pieces) == 1 and sizes[tuple(pieces[0][0])] == tuple(entry.size if layer is None else (1, *shape)):
-            return self._piece(pieces[0][1]).view(shape)
+            return self._piece(pieces[0][1], entry, sizes[tuple(pieces[0][0])]).view(shape)
         whole = torch.empty(shape, dtype=entry.properties.dtype)
         filled = 0
         for offset, info in pieces:
-            piece = self._piece(info)
+            piece = self._piece(info, entry, sizes[tuple(offset)])
             if layer is not None:
                 piece, offset = piece[layer - offset[0]], offset[1:]
             place = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
@@ -111,17 +115,21 @@ class TorchDistReader:
             raise UserError(f"{self.directory}: pieces of {key} are missing ({filled} of {whole.numel()} numbers)")
         return whole
 
-    def _piece(self, info: _StorageInfo) -> Tensor:
-        file = (self.directory / info.relative_path).resolve()
-        if file.parent != self.directory.resolve():
+    def _piece(self, info: _StorageInfo, entry: TensorStorageMetadata, size: Sequence[int]) -> Tensor:
+        if Path(info.relative_path).name != info.relative_path or "\0" in info.relative_path:
             raise UserError(f"{self.directory / METADATA} points at {info.relative_path!r}, outside the checkpoint")
+        file = self.directory / info.relative_path
         try:
-            with file.open("rb") as stream:
+            with open_file(file) as stream:
                 piece: Any = _Slice(stream, info.offset, info.length)
                 tensor = torch.load(piece, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
-        assert isinstance(tensor, Tensor)
+        except UserError:
+            raise
+        except Exception as error:  # whatever torch makes of a damaged archive
+            said = " ".join(str(error).split())[:100] or type(error).__name__
+            raise FileError(file, f"damaged ({said})") from error
+        if not isinstance(tensor, Tensor) or tensor.dtype != entry.properties.dtype or tensor.shape != tuple(size):
+            raise FileError(file, "damaged: a piece of a tensor is not of the size and type that the metadata says")
         return tensor
 
 

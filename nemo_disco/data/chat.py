@@ -5,14 +5,14 @@ Encodes questions into prompts and decodes responses. Knows nothing of engines o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_disco.data.questions import Message, Question, first_of
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, check_directory, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -32,6 +32,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokeniz
         raise UserError(f"{path}: there is no such directory; model.path is a Hugging Face directory with a tokenizer")
     from transformers import AutoTokenizer
 
+    check_directory(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise every kind, down to bare Exception
@@ -113,10 +114,9 @@ def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ..
     """What ends a response, rising: the tokenizer's EOS, and those of generation_config.json where there is one."""
     path = Path(model_dir) / "generation_config.json"
     try:
-        config = json.loads(path.read_bytes()) if path.exists() else {}
-        listed = config.get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object: {error}") from error
+        listed = read_json(path, dict[str, Any], links=True).get("eos_token_id") if path.exists() else None
+    except FileError as fault:
+        raise UserError(f"{fault}; the model directory is damaged") from None
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
         raise UserError(f"{path}: `eos_token_id` is {listed}; the tokenizer has ids from 0 to {len(tokenizer) - 1}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_file, save_tensors
+from nemo_disco.runtime.saved_files import check_file
 
 PER_RESPONSE = (
     *("prompt_lengths", "response_lengths", "question_ids", "rewards"),
@@ -165,6 +166,7 @@ class Rollouts:
     @classmethod
     def load(cls, path: str | Path) -> Rollouts:
         """Read what `save` wrote. Raises UserError if the file is not that."""
+        check_file(path, links=True)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

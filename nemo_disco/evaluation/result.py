@@ -6,17 +6,37 @@ Written as JSON into RUN/evaluation/. Reads and writes files it is told of, noth
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from nemo_disco.evaluation.statistics import Estimate, avg_at_k, bootstrap, maj_at_k, pass_at_k
-from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
+from nemo_disco.runtime.saved_files import Count, FileError, read_json
+
+log = logging.getLogger(__name__)
+Bit = Literal[0, 1]
+Vote = Annotated[int, Field(ge=-1, le=2**31)]
+
+
+class _Saved(TypedDict):
+    """The file of an evaluation: what is read of it."""
+
+    name: str
+    step: Count
+    correct: list[list[Bit]]
+    lengths: list[list[Count]]
+    truncated: list[list[Bit]]
+    greedy_correct: NotRequired[list[Bit] | None]
+    votes: NotRequired[list[list[Vote]] | None]
 
 
 @dataclass(frozen=True)
@@ -121,13 +141,23 @@ def write_evaluation(directory: Path, result: EvaluationResult) -> Path:
 
 
 def read_evaluation(path: Path) -> EvaluationResult:
-    """Raises UserError naming the file if it is not an evaluation."""
+    """Raises FileError (a UserError) if the file is not an evaluation."""
+    saved: Any = read_json(path, _Saved)
     try:
-        return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not an evaluation result ({type(error).__name__}: {error})") from error
+        return EvaluationResult.from_json(saved)
+    except ValueError as error:  # matrices of several shapes
+        raise FileError(path, f"not an evaluation result: {error}") from None
 
 
-def read_evaluations(directory: Path) -> list[EvaluationResult]:
-    """Every evaluation of a run, by set and then by step; empty if there is none."""
-    return sorted((read_evaluation(p) for p in directory.glob("*.json")), key=lambda r: (r.name, r.step))
+def read_evaluations(directory: Path, note: Callable[[str], Any] = log.warning) -> list[EvaluationResult]:
+    """Every evaluation of a run, by set and then by step; empty if there is none.
+
+    note: is told of each file that is damaged, which is left out.
+    """
+    results = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            results.append(read_evaluation(path))
+        except FileError as fault:
+            note(f"left out: {fault}")
+    return sorted(results, key=lambda r: (r.name, r.step))

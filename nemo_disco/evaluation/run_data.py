@@ -5,7 +5,6 @@ Touches only files of the run directories it is given, read only.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.evaluation.result import EvaluationResult, read_evaluation
+from nemo_disco.config.yaml_size import read_yaml
+from nemo_disco.evaluation.result import EvaluationResult, read_evaluations
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.saved_files import FileError, read_json_lines
+from nemo_disco.runtime.sinks import MetricsLine
 
+NOTED = 3  # damaged lines of a file that are named
 ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl$")
 
 
@@ -92,61 +95,51 @@ def _read_metrics(run: Run) -> list[dict[str, Any]]:
         run.notes.append("No metrics.jsonl: no curves for this run.")
         return []
     # A step that appears twice counts as it was written last.
-    by_step = {line["step"]: line for line in _json_lines(path, run.notes) if isinstance(line.get("step"), int)}
+    by_step = {line["step"]: line for line in _json_lines(path, run.notes, MetricsLine)}
     if not by_step:
         run.notes.append("metrics.jsonl holds no step yet.")
     return [by_step[step] for step in sorted(by_step)]
 
 
 def _read_config(run: Run) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     path = run.directory.config
     if not path.exists():
         run.notes.append("No config.yaml: the configuration is unknown.")
         return {}
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        run.notes.append(f"config.yaml cannot be read ({type(error).__name__}): the configuration is unknown.")
+        return dict(_flatten(read_yaml(path)))
+    except UserError as fault:
+        run.notes.append(f"{fault}: the configuration is unknown.")
         return {}
-    return dict(_flatten(tree))
 
 
 def _read_evaluations(run: Run) -> list[EvaluationResult]:
-    results = []
-    for path in run.directory.evaluation.glob("*.json"):
-        try:
-            results.append(read_evaluation(path))
-        except UserError as error:
-            run.notes.append(f"Left out: {error}")
+    results = read_evaluations(run.directory.evaluation, run.notes.append)
     if not results:
         run.notes.append("No evaluation results: no accuracy table for this run.")
-    return sorted(results, key=lambda r: (r.name, r.step))
+    return results
 
 
 def _read_rollouts(run: Run) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     files = [(int(m[1]), p) for p in run.directory.rollouts.glob("*.jsonl") if (m := ROLLOUT_FILE.search(p.name))]
     for step, path in sorted(files):
-        yield step, _json_lines(path, run.notes)
+        yield step, _json_lines(path, run.notes, dict[str, Any])
 
 
-def _json_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; every line that is none is noted."""
-    objects = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if isinstance(value, dict):
-                objects.append(value)
-            else:
-                torn = "" if line.endswith("\n") else " (torn: the run died, or is still writing it)"
-                notes.append(f"{path.name}: line {number} is not a JSON object and is left out{torn}.")
+def _json_lines(path: Path, notes: list[str], shape: type[Any]) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; of lines that are none the first are noted."""
+    objects, faults = [], 0
+    try:
+        for line in read_json_lines(path, shape):
+            if not line.fault:
+                objects.append(line.value)
+            elif (faults := faults + 1) <= NOTED:
+                torn = "" if line.raw.endswith(b"\n") else " (torn: the run died, or is still writing it)"
+                notes.append(f"{path.name}: line {line.number} is left out{torn}: {line.fault}.")
+    except FileError as fault:
+        notes.append(f"{path.name}: {fault.what}.")
+    if faults > NOTED:
+        notes.append(f"{path.name}: {faults:,} lines in all are left out.")
     return objects
 
 
@@ -160,4 +153,5 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def finite(value: Any) -> float | None:
     """The value as a number, or None if it is not a finite one."""
-    return float(value) if isinstance(value, (bool, int, float)) and math.isfinite(value) else None
+    whole = isinstance(value, int) and abs(value) < 2**1000  # JSON's may be beyond what a float holds
+    return float(value) if whole or (isinstance(value, float) and math.isfinite(value)) else None

@@ -9,11 +9,28 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from nemo_disco.runtime.files import open_regular, writing
+from nemo_disco.runtime.saved_files import Count, FileError, parse_json
 
-Sample = dict[str, Any]
+
+@with_config(extra="forbid")
+class Sample(TypedDict):
+    """One response to a question of a set, graded. sample: its number, or "greedy"; length: tokens."""
+
+    question_id: Count
+    question: str
+    answer: list[str]
+    sample: Count | Literal["greedy"]
+    response: str
+    reward: float
+    correct: bool
+    length: Count
+    truncated: bool
 
 
 class SampleFile:
@@ -50,9 +67,12 @@ class SampleFile:
         self._file.seek(end)
         for size in batches:
             lines = [self._file.readline() for _ in range(size)]
-            if not all(line.endswith(b"\n") for line in lines):
-                break
-            done.append([json.loads(line) for line in lines])
+            try:
+                if not all(line.endswith(b"\n") for line in lines):
+                    break
+                done.append([parse_json(self._path, line, Sample) for line in lines])
+            except FileError:
+                break  # damaged: sampled again
             end += sum(map(len, lines))
         self._file.truncate(end)
         return done

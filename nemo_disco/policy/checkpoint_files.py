@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
-from nemo_disco.runtime.files import put_in_place
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from nemo_disco.runtime.files import put_in_place, remove
+from nemo_disco.runtime.saved_files import Count, FileError, open_file, parse_json, read_bytes
 
 RECORD = "checkpoint.json"
 FORMAT = 1
@@ -27,12 +31,42 @@ class DamagedError(Exception):
     """What is wrong with a checkpoint, and with which of its files."""
 
 
+class FileEntry(TypedDict):
+    """One file of a checkpoint."""
+
+    bytes: Count
+    sha256: str
+
+
+class OptimizerEntry(TypedDict):
+    """steps: how many optimizer steps were taken."""
+
+    name: str
+    steps: Count
+
+
+@with_config(extra="allow")
+class Record(TypedDict):
+    """checkpoint.json: what is relied on of it; it may hold more."""
+
+    format: Count
+    step: Count
+    code: dict[str, str]
+    dtype: str
+    optimizer: OptimizerEntry | None
+    model: dict[str, Any]
+    loop_state: dict[str, Any]
+    random_state: list[dict[str, str]]
+    files: dict[Annotated[str, Field(pattern=r"^[^/\x00]+$")], FileEntry]
+    sha256: str
+
+
 def finished(directory: Path) -> dict[int, Path]:
     """Every checkpoint that was written to its end, by step, oldest first."""
     found: dict[int, Path] = {}
     if directory.is_dir():
         for path in sorted(directory.iterdir()):  # step_N comes before step_N.replaced
-            if (match := _FINISHED.fullmatch(path.name)) and path.is_dir():
+            if (match := _FINISHED.fullmatch(path.name)) and path.is_dir():  # a file of that name is none
                 found.setdefault(int(match[1]), path)
     return dict(sorted(found.items()))
 
@@ -42,7 +76,7 @@ def clean(directory: Path) -> None:
     for path in directory.glob("step_*.*"):
         replaced = path.name.endswith(".replaced") and path.with_suffix("").exists()
         if replaced or _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path)
+            remove(path)
 
 
 def begin(directory: Path, step: int) -> Path:
@@ -77,7 +111,7 @@ def rotate(directory: Path, step: int, keep: int) -> None:
         # Renamed first, so that half of it never looks like a checkpoint.
         gone = directory / f"step_{old}.tmp-{secrets.token_hex(4)}"
         found[old].rename(gone)
-        shutil.rmtree(gone)
+        remove(gone)
 
 
 def describe(work: Path, rank: int) -> dict[str, dict[str, Any]]:
@@ -91,14 +125,13 @@ def read_record(path: Path) -> dict[str, Any]:
     """The checkpoint.json of a checkpoint. Raises DamagedError."""
     file = path / RECORD
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedError(f"{RECORD} is missing") from None
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{RECORD} cannot be read ({error})") from None
-    if not isinstance(record, dict) or record.get("sha256") != _digest(record):
-        raise DamagedError(f"{RECORD} was altered (its checksum does not match)")
-    return record
+        content = read_bytes(file)
+        record = parse_json(file, content, dict[str, Any])
+        if record.get("sha256") != _digest(record):
+            raise DamagedError(f"{RECORD} was altered (its checksum does not match)")
+        return cast(dict[str, Any], parse_json(file, content, Record))
+    except FileError as fault:
+        raise DamagedError(f"{RECORD} {fault.what}") from None
 
 
 def check(path: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -106,13 +139,15 @@ def check(path: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         said = files[name]
         try:
-            size, checksum = (path / name).stat().st_size, _hash(path / name)
-        except FileNotFoundError:
-            raise DamagedError(f"{name} is missing") from None
+            with open_file(path / name) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != said["bytes"]:  # before it is read: it may be endless
+                    raise DamagedError(f"{name} has {size} bytes, {said['bytes']} were written")
+                checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+        except FileError as fault:
+            raise DamagedError(f"{name} {fault.what}") from None
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error})") from None
-        if size != said["bytes"]:
-            raise DamagedError(f"{name} has {size} bytes, {said['bytes']} were written")
         if checksum != said["sha256"]:
             raise DamagedError(f"{name} was altered (its checksum does not match)")
 

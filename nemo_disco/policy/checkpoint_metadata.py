@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Collection
+import pickletools
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, read_bytes
 
 METADATA = ".metadata"
+LARGEST = 1 << 30  # bytes; 10,000 tensors in 1,000 pieces each have as many
 # BytesStorageMetadata is left out on purpose: what it announces, torch unpickles without restriction.
 _OURS = {
     ("torch", "Size"),
@@ -39,18 +50,64 @@ def read_metadata(file: Path, admitted: Collection[tuple[str, str]] = _OURS, ref
     admitted: (module, name) of what the pickle may ask for; by default what this program writes. refusal: why the rest
     is not opened.
     """
+    content = read_bytes(file, LARGEST)
     try:
-        metadata = _Unpickler(file, admitted, refusal).load()
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError):
-        raise UserError(f"{file}: damaged, not the metadata of a checkpoint") from None
-    if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
-        raise UserError(f"{file}: not the metadata of a checkpoint")
-    return metadata
+        _check_opcodes(content)
+        metadata = _Unpickler(file, content, admitted, refusal).load()
+        _check_shape(metadata)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes of the classes that it may ask for
+        said = " ".join(str(error).split())[:100] or type(error).__name__
+        raise FileError(file, f"damaged, not the metadata of a checkpoint ({said})") from None
+    checked: Metadata = metadata
+    return checked
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Raises ValueError where the pickle asks for more than it is: unpickling allocates by the number it reads, and an
+    altered bit of one made 18 GB of a small file."""
+    for opcode, argument, _ in pickletools.genops(content):
+        # Lengths of texts and bytes are checked by genops itself, which finds the text's end before the file's.
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+            raise ValueError(f"{opcode.name} {argument} in {len(content)} bytes")
+
+
+def _check_shape(metadata: Any) -> None:
+    """Raises ValueError unless it is what readers rely on: tensors of pieces inside them, and each piece's place."""
+    if type(metadata) is not Metadata or not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError("it is not one")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+            raise ValueError(f"no entry of a tensor: {name!r:.50}")
+        if isinstance(entry, TensorStorageMetadata):
+            _check_tensor(name, entry)
+    if not isinstance(metadata.storage_data, dict):
+        raise ValueError("it says of no tensor where it is")
+    for index, info in metadata.storage_data.items():
+        place = isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo)
+        if not place or not isinstance(index.fqn, str) or not isinstance(info.relative_path, str):
+            raise ValueError("it says of a tensor no place")
+        if not _counts((info.offset, info.length)) or not (index.offset is None or _counts(index.offset)):
+            raise ValueError(f"the place of {index.fqn} is {info.offset!r:.50}, {info.length!r:.50}")
+
+
+def _check_tensor(name: str, entry: TensorStorageMetadata) -> None:
+    if not _counts(entry.size) or not isinstance(entry.properties.dtype, torch.dtype):
+        raise ValueError(f"no size or type of {name}")
+    for chunk in entry.chunks:
+        whole = isinstance(chunk, ChunkStorageMetadata) and _counts(chunk.offsets) and _counts(chunk.sizes)
+        if not whole or any(o + n > m for o, n, m in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)):
+            raise ValueError(f"a piece of {name} is not inside it")
+
+
+def _counts(numbers: Sequence[Any]) -> bool:
+    return isinstance(numbers, tuple) and all(type(n) is int and 0 <= n < 2**53 for n in numbers)
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Path, admitted: Collection[tuple[str, str]], refusal: str) -> None:
-        super().__init__(io.BytesIO(file.read_bytes()))
+    def __init__(self, file: Path, content: bytes, admitted: Collection[tuple[str, str]], refusal: str) -> None:
+        super().__init__(io.BytesIO(content))
         self._file, self._admitted, self._refusal = file, admitted, refusal
 
     def find_class(self, module: str, name: str) -> Any:

@@ -6,7 +6,6 @@ transformers, any per-parameter tensor under those names). Opens safetensors and
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 from nemo_disco.policy.layers import layer_spec
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, read_json
 
 # The local spec keeps norms as modules of their own; mbridge names them as Transformer Engine fuses them.
 _FUSED_NAMES = {
@@ -98,9 +98,9 @@ def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
     if not file.is_file():
         raise UserError(f"model.path={path}: no config.json there; give a Hugging Face model directory")
     try:
-        model_type = json.loads(file.read_text()).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise UserError(f"{file}: not a JSON object ({error}); the model directory is damaged") from None
+        model_type = read_json(file, dict[str, Any], links=True).get("model_type")
+    except FileError as fault:
+        raise UserError(f"{fault}; the model directory is damaged") from None
     if model_type not in _BRIDGES:
         raise UserError(f"{file}: model_type {model_type!r} is not built; known: {', '.join(sorted(_BRIDGES))}")
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import save_tensors
+from nemo_disco.runtime.saved_files import check_file
 
 _SHARD_BYTES = 4 * 2**30
 # What belongs to a model besides its weights.
@@ -49,6 +50,7 @@ class SafetensorReader:
         self._stack = ExitStack()
         self._where: dict[str, Any] = {}
         for file in files:
+            check_file(file, links=True)
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:

@@ -25,6 +25,7 @@ from typing import Any
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import open_regular, sweep, writing
+from nemo_disco.runtime.saved_files import FileError, read_json
 
 HOST = socket.gethostname()
 HEARTBEAT_S = 5.0
@@ -153,10 +154,9 @@ class RunDirectory:
 
     def _holder(self) -> dict[str, Any]:
         try:
-            record = json.loads(self.lock_file.read_text(encoding="utf-8"))
-        except ValueError:
+            return read_json(self.lock_file, dict[str, Any])
+        except FileError:
             return {}
-        return record if isinstance(record, dict) else {}
 
     def _taken(self) -> UserError:
         holder = self._holder()

@@ -17,12 +17,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import AppendedFile, write_atomically, writing
 from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.saved_files import Count, FileError, check_file, read_json_lines
 
 # A list is of objects with numbers: metrics.jsonl has it, the other sinks do not.
 Value = float | int | bool | str | None | Sequence[Mapping[str, Any]]
+
+
+@with_config(extra="allow")
+class MetricsLine(TypedDict):
+    """One line of metrics.jsonl: a step, and its metrics by name."""
+
+    step: Count
 
 
 class Sink(Protocol):
@@ -45,7 +56,10 @@ class JsonlSink:
 
         Raises UserError naming a line that is not a metrics line (a last one torn by a crash is just dropped).
         """
-        kept = _lines_up_to(path, resume_step) if resume_step is not None and path.exists() else []
+        there = os.path.lexists(path)
+        if there:
+            check_file(path)
+        kept = _lines_up_to(path, resume_step) if there and resume_step is not None else []
         write_atomically(path, "".join(kept))
         self._file = AppendedFile(path)
 
@@ -207,18 +221,13 @@ def _strict(value: Value) -> Value:
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
     """The complete lines of the file whose step is at most `step`."""
-    with path.open(encoding="utf-8") as file:
-        lines = list(file)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
     kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            line_step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: line {number} is not a metrics line; mend or move the file before resuming"
-            ) from error
-        if line_step <= step:
-            kept.append(line)
+    for line in read_json_lines(path, MetricsLine):
+        if not line.raw.endswith(b"\n"):
+            break  # torn by a crash
+        if line.fault:
+            said = f"line {line.number} is not a metrics line ({line.fault}); mend or move the file before resuming"
+            raise FileError(path, said)
+        if line.value["step"] <= step:
+            kept.append(line.raw.decode())
     return kept

@@ -158,7 +158,7 @@ def test_what_a_command_does_not_read_need_not_be_there(usable):
     [
         ("{", "not valid JSON"),
         ('{"hidden_size": 64}', "num_attention_heads is missing"),
-        ("[]", "not the configuration"),
+        ("[]", "not a JSON object"),
     ],
 )
 def test_a_damaged_model_config(usable, model_directory, text, line):

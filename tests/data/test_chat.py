@@ -118,7 +118,7 @@ def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tokenizer, tm
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "not a JSON object"),
+        ("{", "not valid JSON"),
         ("[]", "not a JSON object"),
         ('{"eos_token_id": "</s>"}', "`eos_token_id` is </s>"),
         ('{"eos_token_id": [258]}', "the tokenizer has ids from 0 to 257"),

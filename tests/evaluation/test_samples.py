@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_disco.evaluation.samples import SampleFile
+from nemo_disco.evaluation.samples import Sample, SampleFile
 
 IDENTITY = {"set": "s", "seed": 1}
 BATCHES = [2, 2, 1]
-SAMPLES = [[{"response": f"é{i}{j}"} for j in range(size)] for i, size in enumerate(BATCHES)]
+REST = {"question_id": 1, "question": "?", "answer": ["1"], "sample": 0, "reward": 1.0, "correct": True}
+SAMPLES: list[list[Sample]] = [
+    [{**REST, "length": 3, "truncated": False, "response": f"é{i}{j}"} for j in range(size)]  # type: ignore[typeddict-item]
+    for i, size in enumerate(BATCHES)
+]
 
 
 def open_file(path: Path, **changes: int) -> SampleFile:

@@ -51,7 +51,7 @@ def test_a_run_s_evaluations_come_by_set_and_step(tmp_path: Path, make_result: M
 def test_what_is_no_evaluation_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "odd.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"odd\.json is not an evaluation result"):
+    with pytest.raises(UserError, match=r"odd\.json: (not|damaged)"):
         read_evaluation(path)
 
 

@@ -12,6 +12,11 @@ import pytest
 from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.runtime import files as runtime_files
 
+RECORD = {"format": 1, "code": {}, "dtype": "float32", "optimizer": None, "model": {}} | {
+    "loop_state": {},
+    "random_state": [],
+}
+
 
 class KilledError(BaseException):
     """Stands for kill -9: no handler runs that catches Exception."""
@@ -20,7 +25,7 @@ class KilledError(BaseException):
 def write(directory: Path, step: int, content: str, keep: int = 2) -> None:
     work = files.begin(directory, step)
     (work / "__0_0.distcp").write_text(content)
-    files.commit(work, directory / f"step_{step}", {"step": step, "files": files.describe(work, 0)})
+    files.commit(work, directory / f"step_{step}", RECORD | {"step": step, "files": files.describe(work, 0)})
     files.rotate(directory, step, keep)
 
 
@@ -131,8 +136,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda _: None, "is missing"),
-        (lambda text: text[: len(text) // 2], "cannot be read"),
-        (lambda _: "[]", "was altered"),
+        (lambda text: text[: len(text) // 2], "not valid JSON"),
+        (lambda _: "[]", "not a JSON object"),
+        (lambda _: "[" * 100_000, "not valid JSON"),
+        (lambda text: text[:20] + "\0" + text[20:], "not valid JSON"),
         (lambda text: text.replace('"step": 1', '"step": 7'), "was altered"),
     ],
 )
@@ -149,8 +156,52 @@ def test_a_damaged_record_is_named(tmp_path: Path, spoil, message: str) -> None:
 
 
 def test_the_record_is_plain_json_and_exact(tmp_path: Path) -> None:
-    said = {"step": 3, "x": 0.1 + 0.2, "tiny": 5e-324, "text": "é\u2028", "none": None, "list": [1, True]}
+    said = RECORD | {
+        "step": 3,
+        "files": {},
+        "x": 0.1 + 0.2,
+        "tiny": 5e-324,
+        "text": "é\u2028",
+        "none": None,
+        "list": [1, True],
+    }
     work = files.begin(tmp_path, 3)
     files.commit(work, tmp_path / "step_3", said)
     assert {key: value for key, value in files.read_record(tmp_path / "step_3").items() if key != "sha256"} == said
     assert json.loads((tmp_path / "step_3" / files.RECORD).read_text())["x"] == 0.1 + 0.2
+
+
+def test_a_record_without_what_is_relied_on_is_damaged(tmp_path: Path) -> None:
+    """... though its checksum is right."""
+    for number, name in enumerate(RECORD.keys() | {"files", "step"}):
+        work = files.begin(tmp_path, number)
+        whole = RECORD | {"step": number, "files": {}}
+        files.commit(work, tmp_path / f"step_{number}", {key: value for key, value in whole.items() if key != name})
+        with pytest.raises(files.DamagedError, match=f"{files.RECORD} damaged: `{name}`"):
+            files.read_record(tmp_path / f"step_{number}")
+
+
+def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
+    """A FIFO would be waited for, a device read for ever."""
+    write(tmp_path, 1, "content")
+    shard = tmp_path / "step_1/__0_0.distcp"
+    for spoil in (lambda: os.mkfifo(shard), lambda: shard.symlink_to("/dev/zero"), shard.mkdir):
+        shard.unlink()
+        spoil()
+        with pytest.raises(files.DamagedError, match=r"__0_0.distcp (a FIFO|a symbolic link|a directory) stands"):
+            content(tmp_path / "step_1")
+        shard.rmdir() if shard.is_dir() else shard.unlink()
+        shard.touch()
+
+
+def test_a_file_or_link_of_a_checkpoints_name_is_in_nobodys_way(tmp_path: Path) -> None:
+    write(tmp_path / "archive", 1, "one")
+    runs = tmp_path / "run"
+    runs.mkdir()
+    (runs / "step_1").symlink_to(tmp_path / "archive/step_1")
+    (runs / "step_2").write_text("no checkpoint")
+    assert list(files.finished(runs)) == [1]
+    for step in (2, 3):
+        write(runs, step, str(step), keep=1)
+        assert names(runs) == [f"step_{step}"] and content(runs / f"step_{step}") == str(step)
+    assert content(tmp_path / "archive/step_1") == "one"

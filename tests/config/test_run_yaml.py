@@ -1,0 +1,24 @@
+"""A run's config.yaml, whatever stands in it: read as OmegaConf does, or one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.config.yaml_size import read_yaml
+from nemo_disco.runtime.errors import UserError
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize("text", [BOMB, "[" * 10_000, "a: [unclosed", "a: !!python/object:os.system {}", "a: ${", "\t"])
+def test_a_yaml_that_is_odd_or_a_bomb_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f").write_text(text)
+    with pytest.raises(UserError):
+        read_yaml(tmp_path / "f")
+
+
+def test_a_yaml_is_read_as_omegaconf_does(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("a: {b: 3e-3, c: [1, null, '2']}\n")
+    assert read_yaml(tmp_path / "f") == {"a": {"b": 3e-3, "c": [1, None, "2"]}}
