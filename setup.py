@@ -42,6 +42,7 @@ setup(
         "pydantic>=2.7,<3",
         "math-verify[antlr4_9_3]==0.9.0",  # hydra-core and omegaconf pin antlr 4.9; other versions grade differently
         "pyarrow",  # Parquet
+        "pyseccomp>=0.1.2",  # reward.verifier=python_tests; it loads the system's libseccomp.so.2
         "rich>=13",
         "tensorboard",
     ],

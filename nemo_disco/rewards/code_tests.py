@@ -1,71 +1,99 @@
 """Rewards code that passes its tests: each program in a process of its own, confined by the kernel (sandbox.py).
 
-Starts processes and waits for them; never runs an answer in this one. `PythonTests` says what is not promised.
+Outputs are compared here, in a process that no program can read; an answer is never run or parsed here. The threat
+model stands in docs/data.md.
 """
 
 from __future__ import annotations
 
 import json
+import queue
 import re
 import secrets
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
-from nemo_disco.rewards import verdict
+from nemo_disco.rewards import code_cases, verdict
+from nemo_disco.rewards.code_blocks import programs_that_define, programs_that_read
+from nemo_disco.rewards.code_cases import CallCases, ExpressionCases, ProgramCases, Script
+from nemo_disco.rewards.fork_server import Ended, ForkServer, Limits
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.rewards.verifiers import Alternatives, Verifier
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import Scratch
-from nemo_disco.runtime.signals import spared_children
 
-SANDBOX = Path(__file__).with_name("sandbox.py")
-OUTPUT = 1 << 20  # bytes that a program may print
-_BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+OUTPUT = 1 << 20  # bytes that a program may print, beyond twice what it is to print
+_NUMPY = re.compile(r"\bnumpy\b")
+_SIGXCPU = -24
+# What each of these tries must be refused, or no program is run at all.
+_PROBE = """
+import ctypes, os, socket
+for attempt in (socket.socket, os.fork, lambda: os.open("/dev/null", os.O_WRONLY), lambda: os.kill(os.getppid(), 0),
+                lambda: os.chmod("/dev/null", 0o666), lambda: os.execv("/bin/true", ["true"])):
+    try:
+        attempt()
+    except PermissionError:
+        pass
+    else:
+        raise SystemExit(1)
+print("confined")
+"""
+_read_cases = lru_cache(maxsize=64)(code_cases.read_cases)  # a group's responses share theirs
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """How a program ended: its exit code (None: the time was up), what it printed, the end of what it complained."""
+class _Budget:
+    """The time that is left to one response's programs: processor seconds, and seconds asleep."""
 
-    code: int | None
-    printed: str
-    complaint: str
+    def __init__(self, timeout: float, memory: int) -> None:
+        self._spent = self._asleep = timeout
+        self._memory = memory
+
+    @property
+    def left(self) -> bool:
+        return self._spent > 0 and self._asleep > 0
+
+    def limits(self, output: int) -> Limits:
+        return Limits(seconds=self._spent, asleep=self._asleep, memory=self._memory, output=output)
+
+    def charge(self, ended: Ended) -> None:
+        self._spent -= ended.spent
+        self._asleep -= ended.asleep
 
 
 class PythonTests(Verifier):
-    """Reward 1 where the last fenced block of Python passes the question's tests.
+    """Reward 1 where the response's program passes the question's tests.
 
-    A gold answer is Python that asserts, run after the block in the same names; or a JSON object with `inputs` and
-    `outputs`, lists of texts: the block is run once an input as a program, and prints the output (spaces at line ends
-    and empty lines at the end apart). Several gold answers: each is a set of tests, and passing any is enough.
+    The program is the last fenced block marked as Python (or unmarked, where none is) that is Python, and that reads an
+    input or defines what the tests name where there is one that does.
 
-    Linux holds the limits (seccomp and resource limits; no privileges needed): `timeout` seconds for all tests of a
-    response, `memory_mb` of address space, 1 MB of output; no other process, no socket, no file opened for writing, no
-    file or permission changed, no signal sent, nothing of the environment. Standard library only.
+    A gold answer is Python that asserts, run after the program in the same names; or JSON, in the forms of
+    `code_cases.read_cases`: inputs and outputs of programs (compared apart from spaces at line ends and empty lines at
+    the end), or with `fn_name` of calls of a function or of a method of `Solution`. Several gold answers: each is a set
+    of tests, and passing any is enough.
 
-    Not promised: what this user may read can be read (keep secrets and test files elsewhere); threads may run within
-    the limits; a bug of the kernel is no wall; and a program that is made to cheat can forge a pass of asserting tests,
-    which share its process, but not of inputs and outputs, which are compared here. For answers of a hostile author use
-    a container or a virtual machine around the whole run.
+    The kernel confines a program to computing (allowed_calls.py): `timeout` processor seconds for all tests of a
+    response and as many asleep, `memory_mb` of address space beyond Python's own, an output a megabyte larger than the
+    right one. docs/data.md says what is promised of that, and what is not.
     """
 
     def __init__(
         self, require_think: bool = False, timeout: float = 5.0, workers: int = 2, memory_mb: int = 512
     ) -> None:
-        """Raises UserError where this kernel cannot confine a program: then nothing is run at all."""
+        """Raises UserError where this machine cannot confine a program: then nothing is run at all."""
         super().__init__(require_think)
         if memory_mb < 64:
-            raise UserError(f"reward.parameters.memory_mb={memory_mb}: Python alone needs 64")
+            raise UserError(f"reward.parameters.memory_mb={memory_mb}: a Python program needs 64")
         self._timeout, self._memory = timeout, memory_mb << 20
-        _check_confinement()
+        self._all_servers = [ForkServer() for _ in range(workers)]
+        try:
+            _check_confinement(self._all_servers[0])
+        except UserError:
+            self._close_servers()
+            raise
+        self._servers: queue.LifoQueue[ForkServer] = queue.LifoQueue()
+        for server in reversed(self._all_servers):
+            self._servers.put(server)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="code-tests")
 
     def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
@@ -77,85 +105,99 @@ class PythonTests(Verifier):
     def close(self) -> None:
         """Waits for the programs that run; each ends within its time."""
         self._pool.shutdown(cancel_futures=True)
+        self._close_servers()
+
+    def _close_servers(self) -> None:
+        servers, self._all_servers = self._all_servers, []
+        for server in servers:
+            server.close()
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        blocks = _BLOCK.findall(said)
-        if not blocks:
-            return Verdict.of(verdict.NO_CODE)
-        reasons = [self._passes(blocks[-1], gold) for gold in golds] or [verdict.UNPARSABLE_GOLD]
+        server = self._servers.get()
+        try:
+            reasons = [self._reason(server, said, gold) for gold in golds] or [verdict.UNPARSABLE_GOLD]
+        finally:
+            self._servers.put(server)
         return Verdict.of(verdict.CORRECT if verdict.CORRECT in reasons else reasons[0])
 
-    def _passes(self, code: str, tests: str) -> str:
-        """The reason."""
-        cases = _cases(tests)
-        if cases is None:
-            token = secrets.token_hex(16)
-            ended = self._run(code, tests=tests, token=token, timeout=self._timeout)
-            return _reason(ended, right=ended.printed.endswith(token))
-        deadline = time.monotonic() + self._timeout
-        for given, wanted in cases:
-            ended = self._run(code, stdin=given, timeout=max(0.0, deadline - time.monotonic()))
-            reason = _reason(ended, right=_lines(ended.printed) == _lines(wanted))
-            if reason != verdict.CORRECT:
-                return reason
-        return verdict.CORRECT
-
-    def _run(self, code: str, *, timeout: float, tests: str = "", stdin: str = "", token: str = "") -> _Ended:
-        job: dict[str, Any] = {"code": code, "tests": tests, "stdin": stdin, "token": token}
-        job |= {"memory": self._memory, "seconds": int(timeout) + 1, "output": OUTPUT}
-        return _run(job, timeout)
+    def _reason(self, server: ForkServer, said: str, gold: str) -> str:
+        cases = _read_cases(gold)
+        budget = _Budget(self._timeout, self._memory)
+        if isinstance(cases, ProgramCases):
+            programs = programs_that_read(said)
+            return _reason_of_programs(server, programs, cases, budget) if programs else verdict.NO_CODE
+        programs = programs_that_define(said, cases.function if isinstance(cases, CallCases) else gold)
+        return _reason_of_names(server, programs, cases, budget) if programs else verdict.NO_CODE
 
 
-def _run(job: dict[str, Any], timeout: float) -> _Ended:
-    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaint, spared_children():
-        with Scratch() as empty:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SANDBOX)],
-                stdin=subprocess.PIPE, stdout=printed, stderr=complaint, cwd=empty, env={}, start_new_session=True,
-            )  # fmt: skip
-            try:
-                process.communicate(json.dumps(job).encode("utf-8", errors="replace"), timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        code = process.returncode
-        printed.seek(0)
-        complaint.seek(0)
-        said = complaint.read(OUTPUT).decode(errors="replace")
-        return _Ended(None if code == -9 else code, printed.read(OUTPUT).decode(errors="replace"), said[-2000:])
+def _reason_of_programs(server: ForkServer, programs: list[str], cases: ProgramCases, budget: _Budget) -> str:
+    job, preload = _job(programs, as_module=False), _preload(programs)
+    for given, wanted in cases.pairs:
+        if not budget.left:
+            return verdict.TIMEOUT
+        limits = budget.limits(OUTPUT + 2 * len(wanted.encode(errors="replace")))
+        ended = server.run(job, limits, stdin=given.encode(errors="replace"), preload=preload)
+        budget.charge(ended)
+        right = _lines(ended.printed.decode(errors="replace")) == _lines(wanted)
+        if (reason := _reason(ended, right)) != verdict.CORRECT:
+            return reason
+    return verdict.CORRECT
 
 
-@cache
-def _check_confinement() -> None:
-    """Raises UserError unless a program that opens a socket is refused."""
-    tests = (
-        "import socket\ntry:\n    socket.socket()\nexcept PermissionError:\n    pass\nelse:\n    raise SystemExit(1)"
-    )
-    job = {"code": "", "tests": tests, "stdin": "", "token": "ok", "memory": 512 << 20, "seconds": 10, "output": OUTPUT}
-    ended = _run(job, 10.0)
-    if ended.printed != "ok":
+def _reason_of_names(
+    server: ForkServer, programs: list[str], cases: CallCases | ExpressionCases | Script, budget: _Budget
+) -> str:
+    token = secrets.token_hex(16)
+    if isinstance(cases, CallCases):
+        test: dict[str, Any] = {"function": cases.function, "calls": cases.arguments}
+    elif isinstance(cases, ExpressionCases):
+        test = {"setup": cases.setup, "expressions": cases.expressions}
+    else:
+        test = {"tests": cases.text, "token": token}
+    wanted = "" if isinstance(cases, Script) else json.dumps(cases.wanted, default=list, skipkeys=True)
+    limits = budget.limits(OUTPUT + 2 * len(wanted))
+    ended = server.run(_job(programs, as_module=True, test=test), limits, preload=_preload(programs))
+    if isinstance(cases, Script):
+        return _reason(ended, ended.report == token.encode())
+    return _reason(ended, _right_values(ended.report, cases))
+
+
+def _job(programs: list[str], as_module: bool, test: dict[str, Any] | None = None) -> bytes:
+    """A job of graded_program.py."""
+    return f"{json.dumps([programs, as_module])}\n{json.dumps(test)}\n".encode()
+
+
+def _preload(programs: list[str]) -> tuple[str, ...]:
+    return ("numpy",) if any(map(_NUMPY.search, programs)) else ()
+
+
+def _right_values(report: bytes, cases: CallCases | ExpressionCases) -> bool:
+    """Whether the report, which the program may have forged, has the wanted values."""
+    try:
+        returned = [code_cases.value(item) for item in json.loads(report)]
+        if len(returned) != len(cases.wanted):
+            return False
+        if isinstance(cases, CallCases):
+            return all(map(code_cases.equal, returned, cases.wanted))
+        return all(mine == wanted for mine, wanted in zip(returned, cases.wanted, strict=True))
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
+        return False
+
+
+def _check_confinement(server: ForkServer) -> None:
+    """Raises UserError unless a program that tries to do more than compute is refused."""
+    limits = Limits(seconds=10.0, asleep=10.0, memory=512 << 20, output=OUTPUT)
+    ended = server.run(_job([_PROBE], as_module=False), limits, stdin=b"")
+    if ended.printed != b"confined\n":
         said = (ended.complaint.strip().splitlines() or [f"it ended with {ended.code}"])[-1]
         raise UserError(
-            f"reward.verifier=python_tests: this machine cannot confine a program ({said}); it needs Linux with "
-            "seccomp on x86_64 or aarch64"
+            f"reward.verifier=python_tests: this machine's kernel does not hold programs back ({said}); it needs Linux "
+            "with seccomp on x86_64 or aarch64"
         )
 
 
-def _cases(tests: str) -> list[tuple[str, str]] | None:
-    """(input, output) pairs, where the tests are JSON; None where they are Python."""
-    if not tests.lstrip().startswith("{"):
-        return None
-    try:
-        said = json.loads(tests)
-        return [(str(i), str(o)) for i, o in zip(said["inputs"], said["outputs"], strict=True)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"tests of a question are not `inputs` and `outputs` of one length ({error}): {tests:.80}"
-        ) from error
-
-
-def _reason(ended: _Ended, right: bool) -> str:
-    if ended.code is None or ended.code == -24:  # SIGXCPU
+def _reason(ended: Ended, right: bool) -> str:
+    if ended.late or ended.code == _SIGXCPU:
         return verdict.TIMEOUT
     if "MemoryError" in ended.complaint.rpartition("\n  ")[2]:
         return verdict.NO_MEMORY

@@ -1,0 +1,209 @@
+"""Runs one graded program inside the confined process of sandbox.py, as `python answer.py` would.
+
+Imports the standard library alone. A job is two lines of JSON: the candidates for the program, and what to do with the
+names that it defines: nothing, calls of a function, or tests in Python. Outputs to compare with never come here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import bisect
+import builtins
+import collections
+import contextlib
+import copy
+import datetime  # noqa: F401 - loaded once in the server, so that no program waits for it; so are those below
+import functools
+import heapq
+import io  # noqa: F401
+import itertools
+import json
+import math
+import operator
+import os
+import random
+import re
+import statistics
+import string
+import sys
+import threading
+import traceback
+import types
+import typing
+from collections.abc import Callable, Set
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any, BinaryIO, NoReturn
+
+ANSWER = "<answer>"
+_really_exit = os._exit
+_MODULES = (bisect, collections, copy, functools, heapq, itertools, json, math, operator, random, re, string, sys)
+_NAMES = (
+    (collections, "Counter OrderedDict defaultdict deque namedtuple"),
+    (functools, "cache cmp_to_key lru_cache reduce"),
+    (heapq, "heapify heappop heappush heappushpop heapreplace nlargest nsmallest"),
+    (bisect, "bisect bisect_left bisect_right insort insort_left insort_right"),
+    (itertools, "accumulate chain combinations count cycle groupby pairwise permutations product repeat zip_longest"),
+    (math, "ceil comb floor gcd inf isqrt lcm log log2 perm sqrt"),
+)
+
+
+def _leetcode_names() -> dict[str, Any]:
+    """What LeetCode has imported before an answer runs; none of it hides a built-in name."""
+    names: dict[str, Any] = {name: getattr(typing, name) for name in typing.__all__}
+    names |= {module.__name__: module for module in (*_MODULES, statistics)}
+    for module, listed in _NAMES:
+        names |= {name: getattr(module, name) for name in listed.split()}
+    return names
+
+
+LEETCODE = _leetcode_names()
+
+
+def run(job: int, report: int) -> int:
+    """Run the job of that descriptor; returns the exit code that Python would give.
+
+    report: descriptor for what calls returned, or the token of tests that passed.
+    """
+    _attach_streams()
+    os._exit = _exit_after_flush
+    with open(job, "rb") as file:
+        sources, as_module = json.loads(file.readline())
+        try:
+            _run_job(sources, as_module, file, report)
+            return 0
+        except SystemExit as error:
+            return _exit_code(error)
+        except BaseException:
+            traceback.print_exc()
+            return 1
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process as Python ends: wait for threads, run exit functions, flush."""
+    try:
+        with contextlib.suppress(BaseException):
+            threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        code = code or int(not _flush())
+    finally:
+        _really_exit(code)
+
+
+def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int) -> None:
+    if not as_module:
+        file.close()
+        exec(_compiled(sources), _names("__main__"))
+        return
+    names = _names("answer")  # not __main__: there a function's own demonstration would read an input
+    names.update(LEETCODE)
+    with contextlib.suppress(SystemExit):
+        exec(_compiled(sources), names)
+    test = json.loads(file.readline())
+    if "tests" in test:
+        exec(compile(test["tests"], "<tests>", "exec", dont_inherit=True), names)
+        _write(report, test["token"].encode())
+    elif "expressions" in test:
+        exec(compile(test["setup"], "<tests>", "exec", dont_inherit=True), names)
+        values = [eval(compile(text, "<tests>", "eval", dont_inherit=True), names) for text in test["expressions"]]
+        _write(report, json.dumps([plain(value) for value in values]).encode())
+    else:
+        function = test["function"]
+        returned = [plain(_function(names, function)(*map(_argument, given))) for given in test["calls"]]
+        _write(report, json.dumps(returned).encode())
+
+
+def _compiled(sources: list[str]) -> types.CodeType:
+    """The first source that is Python. Raises the first one's SyntaxError if none is."""
+    problem: Exception | None = None
+    for source in sources:
+        try:
+            return compile(source, ANSWER, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            problem = problem or error
+    raise problem or ValueError("no program")
+
+
+def _names(module_name: str) -> dict[str, Any]:
+    """The names of a fresh module that `pickle`, `dataclasses` and `typing` find as any other."""
+    module = types.ModuleType(module_name)
+    sys.modules[module_name] = module
+    sys.argv = ["answer.py"]
+    module.__dict__["__builtins__"] = builtins
+    return module.__dict__
+
+
+def _function(names: dict[str, Any], name: str) -> Callable[..., Any]:
+    """The function of that name, or the method of a fresh `Solution`."""
+    solution = names.get("Solution")
+    if isinstance(solution, type) and hasattr(solution, name):
+        method: Callable[..., Any] = getattr(solution(), name)
+        return method
+    function: Callable[..., Any] = names[name]
+    return function
+
+
+def _argument(given: Any) -> Any:
+    """JSON makes texts of a dictionary's integers."""
+    if isinstance(given, dict) and given and all(key.lstrip("-").isdecimal() for key in given):
+        return {int(key): value for key, value in given.items()}
+    return given
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON that `code_cases.value` reads back. Raises TypeError for what is not plain data."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [plain(item) for item in value]}
+    if isinstance(value, Set):  # a dictionary's keys are one
+        return {"set": [plain(item) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
+    if isinstance(value, (Decimal, Fraction)):
+        return {"ratio": list(value.as_integer_ratio())}
+    if hasattr(value, "tolist"):  # numpy's
+        return plain(value.tolist())
+    raise TypeError(f"a {type(value).__name__} was returned")
+
+
+def _attach_streams() -> None:
+    """The standard streams of this process, whose descriptors are new."""
+    shared: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
+    sys.stdin = sys.__stdin__ = open(0, **shared)  # type: ignore[misc]  # noqa: SIM115 - held to the end
+    sys.stdout = sys.__stdout__ = open(1, "w", **shared)  # type: ignore[misc]  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", **shared, buffering=1)  # type: ignore[misc]  # noqa: SIM115
+
+
+def _exit_after_flush(status: int) -> NoReturn:
+    """`os._exit`, without losing what was printed to the file that stands where a terminal would."""
+    _flush()
+    _really_exit(status)
+
+
+def _flush() -> bool:
+    """Whether all that was printed could be written."""
+    complete = True
+    for stream in (sys.stdout, sys.__stdout__, sys.stderr):
+        try:
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except Exception:
+            complete = False
+    return complete
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

@@ -1,0 +1,217 @@
+"""A graded program that tries everything gets nowhere: as root and as a plain user, with Landlock and without."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attacks
+import pyseccomp
+import pytest
+
+from nemo_disco.rewards import allowed_calls, fork_server
+from nemo_disco.rewards.allowed_calls import filter_program
+from nemo_disco.rewards.code_tests import PythonTests
+from nemo_disco.rewards.fork_server import ForkServer, Limits
+from nemo_disco.runtime.errors import UserError
+
+REFUSED = {"EPERM", "ENOSYS", "EACCES", "ENOENT", "ValueError"}  # ValueError: Python's, for a limit that is not raised
+NOBODY = 65534
+SYSTEM_PYTHON = Path("/usr/bin/python3")  # one that every user can run, unlike one under /root
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+def check(outcome: dict[str, Any]) -> None:
+    assert outcome["code"] == 0, outcome["complaint"]
+    assert len(outcome["results"]) > 120
+    assert {name: r for name, r in outcome["results"].items() if r not in REFUSED} == {}
+    calls = {r for name, r in outcome["results"].items() if name in attacks.CALLS}
+    assert calls == {"EPERM", "ENOSYS"}  # by the filter, and not for want of a file or of a right
+    assert not outcome["harm"] and outcome["signals"] == []
+
+
+def test_everything_is_refused() -> None:
+    check(attacks.attack(landlock=True))
+
+
+def _plain_attack(folder: Path, landlock: bool, user: int) -> dict[str, Any]:
+    """The attack as another user, who cannot read this checkout, by the system's Python."""
+    package = folder / "nemo_disco"
+    for part in ("rewards", "runtime"):
+        shutil.copytree(Path(fork_server.__file__).parents[1] / part, package / part)
+    shutil.copy(Path(fork_server.__file__).parents[1] / "__init__.py", package)
+    for file in (attacks.__file__, pyseccomp.__file__):
+        shutil.copy(file, folder)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+    command = [str(SYSTEM_PYTHON), "-B", str(folder / "attacks.py"), "landlock" if landlock else "none"]
+    environment = {"PYTHONPATH": str(folder), "PATH": os.environ["PATH"]}
+    run = subprocess.run(command, env=environment, user=user, group=user, extra_groups=[], capture_output=True, cwd="/")
+    assert run.returncode == 0, run.stderr.decode()[-2000:]
+    outcome: dict[str, Any] = json.loads(run.stdout)
+    return outcome
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not SYSTEM_PYTHON.exists(), reason="needs a Python that every user can run")
+@pytest.mark.parametrize(("landlock", "user"), [(True, NOBODY), (False, NOBODY), (False, 0)])
+def test_as_a_plain_user_and_without_landlock(landlock: bool, user: int) -> None:
+    folder = Path(f"/tmp/nemo-disco-attack-{os.getpid()}")
+    folder.mkdir()
+    try:
+        check(_plain_attack(folder, landlock, user))
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_calls_in_another_numbering_end_the_program(server: ForkServer) -> None:
+    """x86-64's kernel also takes 32-bit calls (int 0x80) and x32's, whose numbers mean something else."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("x86-64 alone has them")
+    x32 = "import ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(0x40000000 + 39))\nprint('on')"
+    machine_code = "b8 14 00 00 00 cd 80 c3"  # mov eax, 20 (getpid); int 0x80; ret
+    old = (
+        "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\n"
+        f"m.write(bytes.fromhex('{machine_code}'))\n"
+        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\nprint('on')"
+    )
+    for code in (x32, old):
+        ended = attacks.run(server, code)
+        assert (ended.code, ended.printed) == (-31, b"")  # SIGSYS
+
+
+def test_the_filter_exists_for_both_architectures_and_nowhere_is_the_library_missed_silently(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for architecture in (pyseccomp.Arch.X86_64, pyseccomp.Arch.AARCH64):
+        assert len(filter_program(architecture)) > 800
+    monkeypatch.delitem(sys.modules, "pyseccomp")
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None if name == "seccomp" else "libc.so.6")
+    with pytest.raises(UserError, match="libseccomp2"):
+        allowed_calls.filter_program()
+
+
+def test_a_kernel_that_does_not_confine_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "filter_program", lambda: b"\0" * 8)  # no valid filter
+    with pytest.raises(UserError, match="cannot confine"):
+        PythonTests()
+    allow_all = b"\x06\0\0\0\0\0\xff\x7f"
+    monkeypatch.setattr(fork_server, "filter_program", lambda: allow_all)
+    with pytest.raises(UserError, match="does not hold programs back"):
+        PythonTests()
+
+
+FLOODS = {
+    "output": "import sys\nwhile True: sys.stdout.write('x' * 65536)",
+    "errors": "import sys\nwhile True: sys.stderr.write('x' * 65536)",
+    "memory": "x = []\nwhile True: x.append(bytearray(1 << 24))",
+    "mapped memory": "import mmap\nx = [mmap.mmap(-1, 1 << 26) for _ in range(64)]",
+    "forks": "import os\nwhile True: os.fork()",
+    "threads": "import threading, time\nthreading.stack_size(1 << 15)\n"
+    "for _ in range(20000): threading.Thread(target=time.sleep, args=(60,)).start()",
+    "processor": "import threading\ndef f():\n    while True: pass\nthreading.Thread(target=f).start()\nf()",
+    "descriptors": "import os\nx = [os.pipe() for _ in range(10000)]",
+    "input": "import os\nwhile True: os.write(0, b'x' * 65536)",
+    "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
+    "sleep": "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nsignal.pause()",
+}
+
+
+@pytest.mark.parametrize("code", FLOODS.values(), ids=FLOODS.keys())
+def test_floods_end(server: ForkServer, code: str) -> None:
+    limits = Limits(seconds=1.0, memory=256 << 20, output=1 << 20, asleep=1.0)
+    began = time.monotonic()
+    ended = server.run(json.dumps([[code], False]).encode() + b"\n", limits, stdin=b"")
+    assert ended.code != 0 and ended.spent < 2.5
+    assert time.monotonic() - began < 15
+    for name in ("stdin", "stdout", "stderr"):
+        assert os.fstat(server._files[name]).st_size <= 1 << 20
+    assert attacks.run(server, "print(1)").printed == b"1\n"
+
+
+def test_this_process_is_closed_to_others_while_a_program_runs(server: ForkServer) -> None:
+    libc = ctypes.CDLL(None)
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: attacks.run(server, "import time\ntime.sleep(0.3)"))
+    thread.start()
+    while thread.is_alive():
+        seen.append(libc.prctl(3, 0, 0, 0, 0))
+        time.sleep(0.01)
+    assert 0 in seen and libc.prctl(3, 0, 0, 0, 0) == 1
+
+
+def test_root_becomes_nobody_and_reads_only_pythons_files(server: ForkServer, tmp_path: Path) -> None:
+    kept = tmp_path / "answers.json"
+    kept.write_text("42")
+    code = "import json, os\nfor path in ({paths}):\n    try:\n        open(path).read()\n        print('read', path)\n"
+    code = code.format(paths=[str(kept), "/etc/passwd", "/proc/1/cmdline", "/etc/hostname"])
+    code += "    except OSError:\n        pass\nprint(os.getuid(), os.getgid(), os.getgroups(), sorted(os.environ))"
+    ended = attacks.run(server, code)
+    user = NOBODY if os.getuid() == 0 else os.getuid()
+    uid, *_, environment = ended.printed.decode().strip().splitlines()[-1].split(maxsplit=3)
+    assert uid == str(user) and "PATH" not in environment and "HOME" not in environment
+    if ctypes.CDLL(None).syscall(444, 0, 0, 1) > 0:  # the kernel has Landlock
+        assert b"read" not in ended.printed
+
+
+SEARCH = """
+import gc, os, sys
+def texts():
+    for fd in range(1024):
+        try:
+            yield os.pread(fd, 1 << 20, 0).decode(errors="replace")
+        except OSError:
+            pass
+    frame = sys._getframe()
+    while frame is not None:
+        yield repr(frame.f_locals) + repr(frame.f_globals)
+        frame = frame.f_back
+    for thing in gc.get_objects():
+        if isinstance(thing, (list, tuple, dict)) and thing is not texts:
+            yield repr(thing)[:100000]
+    yield repr(os.environ) + repr(sys.argv)
+def search(*_):
+    start = "SEC" + "RET-"
+    for text in texts():
+        at = text.find(start)
+        if at >= 0:
+            return text[at:at + 11]
+    return "nothing"
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        json.dumps({"inputs": ["1"], "outputs": ["SECRET-9999"]}),
+        json.dumps({"inputs": [[1]], "outputs": ["SECRET-9999"], "fn_name": "search"}),
+        "assert search(1) == 'SECRET-9999'",
+    ],
+    ids=["program", "call", "assertion"],
+)
+def test_expected_outputs_are_not_in_the_process(tests: str) -> None:
+    program = f"{SEARCH}\nif __name__ == '__main__':\n    print(input() and search())"
+    with PythonTests(workers=1) as verifier:
+        assert verifier.grade([f"```python\n{program}\n```"], [tests]) == [0.0]
+
+
+def test_that_search_finds_what_is_there() -> None:
+    """Tests that are more than comparisons run beside the program: what is not promised, and shows the search works."""
+    tests = "wanted = 'SECRET-9999'\nassert search(1) == wanted"
+    with PythonTests(workers=1) as verifier:
+        assert verifier.grade([f"```python\n{SEARCH}\n```"], [tests]) == [1.0]
