@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from nemo_disco import __version__
-from nemo_disco.runtime import launch, srun
+from nemo_disco.runtime import launch, srun, streams, user_code
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import sweep_scratch, writing
 
@@ -30,22 +30,25 @@ group (algorithm=grpo), --config-name recipe/NAME starts from a recipe of the pa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for bad input (one line on stderr), 130 for an interrupt."""
     launch.adopt()
+    streams.guard()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if not launch.report(error):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of a table left (`| head`); the interpreter must not trip over stdout once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except streams.ReaderLeftError:
         return 0
     except Exception as error:
         launch.report(error)
         raise
+    finally:
+        streams.tolerate()  # the interpreter writes what is left at its end
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -86,7 +89,14 @@ def _run(command: str, options: argparse.Namespace, overrides: list[str], argume
     from nemo_disco.algorithms import run
 
     entry = {"train": run.train, "evaluate": run.evaluate, "verify": run.verify}[command]
-    return entry(config)
+    if command != "verify":  # whose result is what it prints
+        streams.tolerate()
+    try:
+        return entry(config)
+    except SystemExit as error:  # nothing of ours raises it
+        raise UserError(
+            f"SystemExit at {user_code.innermost(error)}: {error}; code that a run calls must raise an error or return"
+        ) from error
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:

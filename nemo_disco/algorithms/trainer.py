@@ -95,7 +95,7 @@ class DisCO:
     # --- the loop ---
 
     def fit(self) -> None:
-        """Train to trainer.max_steps, or to the step in which SIGTERM or SIGUSR1 asked to stop; save in any case."""
+        """Train to trainer.max_steps, or to the step in which a signal asked to stop; save in any case."""
         limit = self.config.trainer.max_steps
         self.engine.update_weights(self.policy.named_weights, self.step)
         with StopRequest() as stop, self.journal.watch(limit, self.step), self.writer:

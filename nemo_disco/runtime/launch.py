@@ -24,8 +24,9 @@ from typing import Any
 from nemo_disco.runtime import srun
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import Scratch
+from nemo_disco.runtime.signals import STOP_SIGNALS, is_ignored
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGINT, *STOP_SIGNALS)
 POLL_S = 0.05
 # Peers of a dead rank see their connections close and end by themselves, tidily; a peer that does not is stuck.
 GRACE_S = 2.0
@@ -84,7 +85,7 @@ def spawn(processes: int, command: Sequence[str]) -> int:
     """Run a command as ranks 0 .. processes - 1 of this machine; the exit code of the run.
 
     0 if all ranks end with 0; otherwise the code of the rank that failed first (128 + n if signal n killed it).
-    SIGINT, SIGTERM and SIGUSR1 are passed on to every rank.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to every rank.
     """
     with Scratch() as reports:
         children: list[subprocess.Popen[bytes]] = []
@@ -175,7 +176,8 @@ def _forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[signal
             if child.poll() is None:
                 child.send_signal(number)
 
-    earlier: dict[signal.Signals, Any] = {number: signal.signal(number, forward) for number in FORWARDED}
+    numbers = [number for number in FORWARDED if not is_ignored(number)]
+    earlier: dict[signal.Signals, Any] = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield received
     finally:

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and SIGUSR1 ask the loop to finish its step, save and exit 0.
+"""A polite end: SIGTERM, SIGUSR1 and SIGHUP (the terminal is gone) ask the loop to finish its step, save and exit 0.
 
 The handler only sets a flag, so a second signal loses nothing. Ranks must agree on the flag before they act on it (the
 loop's business). Must not import torch.
@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether this process was started to outlive its terminal (nohup): then SIGHUP stays ignored."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 class StopRequest:
-    """While it is entered, SIGTERM and SIGUSR1 set `requested` instead of ending the process.
+    """While it is entered, STOP_SIGNALS set `requested` instead of ending the process.
 
     Enter it in the main thread (Python installs handlers nowhere else). The earlier handlers come back on exit.
     """
@@ -30,7 +35,7 @@ class StopRequest:
         return self.signal_name is not None
 
     def __enter__(self) -> StopRequest:
-        for number in STOP_SIGNALS:
+        for number in (n for n in STOP_SIGNALS if not is_ignored(n)):
             self._earlier[number] = signal.signal(number, self._note)
         return self
 

@@ -28,7 +28,9 @@ def load(key: str, name: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
         raise UserError(f"{key}={name}: importing {module_name} raised {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         raise UserError(f"{key}={name}: {module.__file__} has no {attribute!r}")
@@ -51,7 +53,13 @@ def methods(cls: type) -> list[Callable[..., Any]]:
     return [f for owner in cls.__mro__ if is_users(owner) for f in vars(owner).values() if inspect.isfunction(f)]
 
 
-def raised_in(functions: list[Callable[..., Any]], error: Exception) -> str:
+def innermost(error: BaseException) -> str:
+    """file:line of where an error was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def raised_in(functions: list[Callable[..., Any]], error: BaseException) -> str:
     """The error, and file:line of the innermost of its frames in the file of one of the functions."""
     files = {code.co_filename for code in map(_code, functions) if code}
     frames = traceback.extract_tb(error.__traceback__)
@@ -63,7 +71,9 @@ def called(key: str, name: str, function: Callable[..., Any], *args: object) -> 
     """What a user's function returns, a finite number. Raises UserError, with file and line, for anything else."""
     try:
         returned = function(*args)
-    except Exception as error:
+    except KeyboardInterrupt:  # Ctrl-C while it ran
+        raise
+    except BaseException as error:  # SystemExit too: a user's function does not end the run
         raise UserError(f"{key}={name} raised {raised_in([function], error)}") from error
     if not isinstance(returned, Real) or not math.isfinite(returned):
         raise UserError(

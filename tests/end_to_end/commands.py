@@ -70,9 +70,17 @@ class Commands:
         assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
 
     def __call__(
-        self, command: str, *overrides: str, ranks: int = 1, life: float | None = None, **environment: str
+        self,
+        command: str,
+        *overrides: str,
+        ranks: int = 1,
+        life: float | None = None,
+        stdout: str | None = None,
+        stderr: str | None = None,
+        **environment: str,
     ) -> Done:
-        """ranks: processes, started as torchrun does. life: seconds until they are killed."""
+        """ranks: processes, started as torchrun does. life: seconds until they are killed. stdout, stderr: where these
+        go, if not to the files of which Done tells."""
         assert self._server.stdin is not None and self._server.stdout is not None
         devices = ("trainer.devices=1",) if ranks == 1 else ()  # else WORLD_SIZE rules
         files = self._files()
@@ -81,7 +89,8 @@ class Commands:
             "ranks": ranks,
             "life": life,
             "environment": environment,
-            **{name: str(path) for name, path in files.items()},
+            "stdout": stdout or str(files["stdout"]),
+            "stderr": stderr or str(files["stderr"]),
         }
         began = time.monotonic()
         self._server.stdin.write(json.dumps(job) + "\n")

@@ -173,3 +173,40 @@ def test_a_reference_that_is_reset_goes_on_bit_for_bit(ranks, four, tmp_path):
     saved = tensors(tmp_path / "whole/checkpoints/step_4")
     mine = {name: t for name, t in saved.items() if f"reference.{name}" in saved}
     assert mine and all(torch.equal(t, saved[f"reference.{name}"]) for name, t in mine.items())  # just reset
+
+
+EXITS = """
+import sys
+from nemo_disco.algorithms import Objective
+
+class Ends(Objective):
+    def value(self, batch):
+        sys.exit(0)
+
+def reward(*args):
+    sys.exit(0)
+
+class Judge:
+    def grade(self, responses, answers):
+        sys.exit(0)
+    def close(self): ...
+    def __enter__(self): return self
+    def __exit__(self, *_): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (("algorithm=base", "algorithm.name=exits:Ends"), 7),
+        (("reward.verifier=exits:reward",), 10),
+        (("reward.function=exits:reward",), 10),
+        (("reward.verifier=exits:Judge",), 14),
+    ],
+)
+def test_users_code_that_exits_does_not_end_the_run_well(settings, line, commands, tmp_path):
+    (tmp_path / "exits.py").write_text(EXITS)
+    done = commands("train", *settings, at(tmp_path / "run"), PYTHONPATH=str(tmp_path))
+    assert done.code == 2 and "Traceback" not in done.err
+    errors = [said for said in done.err.splitlines() if said.startswith("error: ")]
+    assert len(errors) == 1 and f"SystemExit at {tmp_path}/exits.py:{line}: 0" in errors[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 
 import psutil
@@ -21,20 +22,51 @@ def ranks_of(started):
     return {int(c.environ()["RANK"]): c for c in children if "RANK" in c.environ()}
 
 
-def test_sigterm_saves_the_step_and_the_next_life_ends_as_one(finished, commands, tmp_path):
+def test_a_signal_saves_the_step_and_the_next_life_ends_as_one(finished, commands, tmp_path):
+    """With two ranks it is what a terminal sends to the launcher when it is closed."""
     run = tmp_path / "run"
+    number = signal.SIGTERM if finished.ranks == 1 else signal.SIGHUP
     never = "exp_manager.checkpoint_every_n_steps=1000"  # so that it is the signal that saves
     stopped = commands.start("train", *WHOLE, never, at(run), devices=finished.ranks)
     stopped.wait_for(run / "rollouts/step_2.jsonl")
-    stopped.process.send_signal(signal.SIGTERM)
+    stopped.process.send_signal(number)
     done = stopped.wait().ok()
-    said = re.search(r"asked to stop by SIGTERM: saved step (\d)", done.out)
+    said = re.search(rf"asked to stop by {number.name}: saved step (\d)", done.out)
     assert said is not None, done.out
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{said[1]}"]
     assert len(metrics(run)) == int(said[1]) < 4
     assert not (run / "export").exists()
     commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
     assert_same(run, finished.path)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_whose_words_cannot_be_written_goes_on(command, stream, commands, tmp_path):
+    run = tmp_path / "run"
+    done = commands(command, *WHOLE, at(run), **{stream: "/dev/full"}).ok()
+    assert "Traceback" not in done.err
+    assert stream == "stderr" or "standard output cannot be written (No space left on device)" in done.err
+    assert (run / "export/model.safetensors").exists() or any(run.glob("evaluation/*.json"))
+
+
+def test_a_run_whose_reader_leaves_goes_on(commands, tmp_path):
+    """As under `| head -1`."""
+    run, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def head() -> None:
+        with pipe.open() as reader:
+            lines.append(reader.readline())
+
+    lines: list[str] = []
+    thread = threading.Thread(target=head)
+    thread.start()
+    done = commands("train", *WHOLE, at(run), stdout=str(pipe)).ok()
+    thread.join()
+    assert lines[0].startswith("step 0: test: Pass@1")
+    assert done.err.count("standard output cannot be written (Broken pipe): the run goes on in silence") == 1
+    assert len(metrics(run)) == 4 and (run / "export").exists()
 
 
 def test_a_second_job_is_refused_and_the_first_goes_on_until_sigusr1(commands, tmp_path):

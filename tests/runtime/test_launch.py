@@ -128,7 +128,7 @@ def test_bad_input_on_every_rank_is_one_line_and_exit_2(ranks, capfd):
     assert capfd.readouterr().err == "error: model.path=x: no config.json there\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_polite_stop_reaches_every_rank_and_the_run_ends_with_0(ranks, tmp_path, number):
     body = f"""
     stopped = []

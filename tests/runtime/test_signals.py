@@ -13,7 +13,8 @@ from nemo_disco.runtime.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals) -> None:
+def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_disco.runtime.signals.is_ignored", lambda _: False)  # of tests under nohup
     with StopRequest() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
@@ -64,3 +65,13 @@ def test_a_process_finishes_its_step_and_exits_zero() -> None:
     output, _ = process.communicate(timeout=20)
     assert output == "saved after SIGTERM\n"
     assert process.returncode == 0
+
+
+def test_a_process_under_nohup_outlives_its_terminal() -> None:
+    program = LOOP.replace("import time", "import time, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)", 1)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=20)[0] == "saved after SIGUSR1\n"

@@ -135,9 +135,9 @@ class Objective(Checked, ABC):
             return function(*args)
         try:
             result = function(*args)
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: a user's function does not end the run
             raise UserError(f"objective {self.name} raised {raised_in(methods(type(self)), error)}") from error
         if not isinstance(result, Tensor) or not bool(result.isfinite().all()):
             raise UserError(
