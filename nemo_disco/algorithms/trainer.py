@@ -129,9 +129,11 @@ class DisCO:
                 self.engine.sleep()
             elif self.step + 1 < self.config.trainer.max_steps:
                 self.collector.ask(self.step + 1)
-            metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock, values)
+            try:
+                metrics = {**sampled.counts} | self.run_training(sampled.rollouts, clock, values)
+            finally:  # those of a step that fails are there to read too
+                self.journal.rollouts(self.step + 1, sampled, values)
             self.step += 1
-            self.journal.rollouts(self.step, sampled, values)
             self._warn_of_noise(metrics["policy/noise_floor"])
             self._renew_reference()
             if self._saves() or self._validates():
@@ -150,10 +152,7 @@ class DisCO:
     def generate_rollouts(self, clock: Clock) -> Sampled:
         """Sample G responses to each of this step's questions, and reward them."""
         with nullcontext() if self.config.generation.asynchronous else self.policy.resting():
-            sampled = self.collector.collect(self.step, clock)
-        # Now, so that those of a step that dies can be read.
-        self.journal.rollouts(self.step + 1, sampled)
-        return sampled
+            return self.collector.collect(self.step, clock)
 
     def run_training(self, rollouts: Rollouts, clock: Clock, values: TokenValues | None = None) -> dict[str, Any]:
         """A gradient step on each mini-batch of the rollouts; the step's metrics. values: what takes the tokens'.

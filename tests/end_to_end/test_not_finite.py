@@ -66,6 +66,7 @@ def test_three_in_a_row_end_the_run_and_the_last_checkpoint_goes_on(spoiled, tmp
     assert "step 3: 3 mini-batches in a row had no finite gradient" in errors[0]
     assert f"the last checkpoint, {run}/checkpoints/step_1, " in errors[0]  # step 2 ended in a skipped mini-batch
     assert not (run / "export").exists()
+    assert "response" in (run / "rollouts/step_3.jsonl").read_text()  # of the step that failed, to read
     again = spoiled(run, "").ok()
     assert "resumed from step 1" in again.err
     assert [line["mini_batches/skipped"] for line in metrics(run)] == [0, 0, 0, 0]

@@ -1,4 +1,7 @@
-"""An objective of a user's own, for jobs that the tests catch while they train: DisCO, slowly in a job's first life."""
+"""An objective of a user's own, for jobs that the tests catch: DisCO, slowly in a job's first life.
+
+PACE_S: seconds that each mini-batch waits. HOLD_START_S: seconds that the start waits, before anything is trained.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from nemo_disco.algorithms.objectives.disco import DisCO
 
 FIRST_LIFE = "SLURM_RESTART_COUNT" not in os.environ and os.environ.get("SLURM_ARRAY_TASK_ID", "1") == "1"
 PACE_S = float(os.environ.get("PACE_S", 0)) if FIRST_LIFE else 0.0
+time.sleep(float(os.environ.get("HOLD_START_S", 0)))  # a request to stop ends it here, as it ends any start
 
 
 @dataclass(frozen=True, kw_only=True)

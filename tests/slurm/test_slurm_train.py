@@ -101,7 +101,9 @@ def test_evaluate_and_convert(submit: Submit, unstopped: Path, tmp_path: Path) -
 
 
 def test_time_that_is_too_short_is_a_failure_and_no_loop(submit: Submit) -> None:
-    job = submit("train_one_node.sbatch", [*TRAIN, "trainer.max_steps=2"], "--time=5", "--signal=B:USR1@600")
+    # The start is held, so that the warning comes before the first step on a quiet machine too.
+    short = ("--time=5", "--signal=B:USR1@600")
+    job = submit("train_one_node.sbatch", [*TRAIN, "trainer.max_steps=2"], *short, HOLD_START_S="600")
     started = time.monotonic()
     assert job.state() == "FAILED"
     assert "error: stopped before one step was saved: it needs more time (--time)" in job.log.read_text()
