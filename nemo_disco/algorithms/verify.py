@@ -29,7 +29,8 @@ from nemo_disco.policy.safetensor_files import SafetensorReader
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import atomic_file, save_tensors
+from nemo_disco.runtime.files import atomic_file
+from nemo_disco.runtime.safetensor_writer import save_tensors
 
 
 def verify_mini_batch(
@@ -58,7 +59,7 @@ def verify_mini_batch(
     gradients = {n: g.detach().cpu().clone() for n, g in policy.named_gradients()}
     if config.verify.save_gradients and dist.get_rank() == 0:
         with atomic_file(Path(config.verify.save_gradients)) as work:
-            save_tensors({n: g.contiguous() for n, g in gradients.items()}, work)
+            save_tensors(gradients, work)
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
     lines = [
         f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.saved_files import FileError, read_json
+from nemo_disco.config.hf_config import FAMILIES, read_hf_config
 
 
 @dataclass(frozen=True)
@@ -84,37 +83,23 @@ def find_shape(path: str) -> tuple[ModelShape | None, str]:
 def read_shape(path: str | Path) -> ModelShape:
     """The shape of the model in a Hugging Face directory.
 
-    Raises UserError if config.json is missing, is not JSON, or lacks a size.
+    Raises UserError as read_hf_config does.
     """
-    file = Path(path) / "config.json"
-    try:
-        config = read_json(file, dict[str, Any], links=True)
-    except FileError as fault:
-        raise UserError(f"model.path={path}: no Hugging Face model there: {fault}") from None
-    try:
-        return ModelShape(
-            **decoder_sizes(config),
-            max_positions=config["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise UserError(
-            f"{file}: {error.args[0]} is missing; only decoders such as Qwen2 and Llama are built"
-        ) from error
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{file}: not the configuration of a decoder ({error})") from error
+    config = read_hf_config(path)
+    return ModelShape(**decoder_sizes(config), max_positions=config["max_position_embeddings"])
 
 
 def decoder_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelShape but max_positions, from what a config.json holds. Raises KeyError with what is missing."""
+    """Fields of ModelShape but max_positions, of what read_hf_config returns."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return {
         "layers": config["num_hidden_layers"],
         "hidden": hidden,
         "ffn": config["intermediate_size"],
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
+        "kv_heads": config["num_key_value_heads"],
         "head_dim": config.get("head_dim") or hidden // heads,
         "vocab": config["vocab_size"],
-        "tied": config.get("tie_word_embeddings", False),
-        "qkv_bias": config.get("attention_bias", config.get("model_type") == "qwen2"),
+        "tied": config["tie_word_embeddings"],
+        "qkv_bias": FAMILIES[config["model_type"]].qkv_bias,
     }

@@ -14,12 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nemo_disco.config.hf_config import FAMILIES, read_hf_config
 from nemo_disco.config.shape import decoder_sizes
-from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.saved_files import FileError, read_json
 
 Shape = tuple[int, ...]
-ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes, from config.json, by the names of ModelShape."""
+    """config: what read_hf_config returns; its sizes by the names of ModelShape."""
 
     config: dict[str, Any]
     layers: int
@@ -133,18 +131,6 @@ class Architecture:
 
 
 def read_architecture(directory: Path) -> Architecture:
-    """Of a Hugging Face directory. Raises UserError: no config.json, another architecture, a size that is missing."""
-    file = directory / "config.json"
-    try:
-        config = read_json(file, dict[str, Any], links=True)
-    except FileError as fault:
-        raise UserError(f"{fault}; give a Hugging Face model directory") from None
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise UserError(f"{file}: model_type {kind!r} is not converted; known: {', '.join(ARCHITECTURES)}")
-    try:
-        return Architecture(config=config, qk_norm=kind == "qwen3", **decoder_sizes(config))
-    except KeyError as error:
-        raise UserError(f"{file}: {error.args[0]} is missing") from error
-    except (TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{file}: not the configuration of a decoder ({error})") from error
+    """Of a Hugging Face directory. Raises UserError as read_hf_config does."""
+    config = read_hf_config(directory)
+    return Architecture(config=config, qk_norm=FAMILIES[config["model_type"]].qk_norm, **decoder_sizes(config))

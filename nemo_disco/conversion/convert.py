@@ -5,7 +5,6 @@ Memory: one tensor and what it is made of. What is missing, unexpected or of ano
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,11 @@ from nemo_disco.config.model_source import model_source
 from nemo_disco.conversion.architecture import Architecture, Pairing, read_architecture
 from nemo_disco.conversion.nemo_context import TOKENIZER, write_context
 from nemo_disco.conversion.record import training_dtype, verify_files, write_record
-from nemo_disco.conversion.safetensor_writer import write_safetensors
 from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
-from nemo_disco.policy.safetensor_files import COMPANIONS, SafetensorReader
+from nemo_disco.policy.safetensor_files import SafetensorReader, check_tensors, copy_companions
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_directory
+from nemo_disco.runtime.safetensor_writer import write_safetensors
 
 CARRIED = "hugging_face"  # in a converted checkpoint: config, tokenizer, chat template, generation config
 _LOCAL_NAMES = {  # of megatron-core's own layers, where norms are not fused into the linear layers that follow
@@ -36,7 +35,7 @@ def hf_to_megatron(source: Path, out: Path) -> Path:
     with _new(out) as work:
         _write_weights(source, work, architecture)
         write_record(work, source)
-        _copy_companions(source, work / CARRIED)
+        copy_companions(source, work / CARRIED, architecture.config)
     return out
 
 
@@ -61,7 +60,7 @@ def hf_to_nemo(source: Path, out: Path) -> Path:
     with _new(out) as work:
         (work / "weights").mkdir()
         _write_weights(source, work / "weights", architecture, nemo=True)
-        _copy_companions(source, work / "context" / TOKENIZER)
+        copy_companions(source, work / "context" / TOKENIZER, architecture.config)
         write_context(work / "context", architecture)
     return out
 
@@ -84,7 +83,7 @@ def _write_weights(source: Path, work: Path, architecture: Architecture, nemo: b
     pairings, prefix = list(architecture.pairings()), "module." if nemo else ""
     with SafetensorReader(source) as reader:
         expected = {name: shape for pairing in pairings for name, shape in pairing.parts}
-        _check(source, expected, {name: reader.shape(name) for name in reader.names()})
+        reader.check(expected, architecture.tied)
         writer = TorchDistWriter(work)
         for pairing in pairings:
             parts = [reader.read(name) for name, _ in pairing.parts]
@@ -107,7 +106,7 @@ def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> 
     for name in {"embedding.word_embeddings.weight", "output_layer.weight"} & found.keys() & shapes.keys():
         if found[name][0] >= architecture.vocab:  # rows that pad the vocabulary
             found[name] = (architecture.vocab, *found[name][1:])
-    _check(weights, shapes, found)
+    check_tensors(weights, shapes, found)
     plan = [
         (name, shape, dtype or reader.dtype(stored[p.key, p.layer][0]))
         for p in architecture.pairings()
@@ -122,7 +121,7 @@ def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> 
 
     with _new(out) as work:
         write_safetensors(work, plan, tensors())
-        _copy_companions(model, work)
+        copy_companions(model, work, architecture.config)
     return out
 
 
@@ -140,29 +139,6 @@ def _stored(reader: TorchDistReader, pairing: Pairing) -> tuple[str, int | None]
 
 def _full_shape(architecture: Architecture, pairing: Pairing, layer: int | None) -> tuple[int, ...]:
     return pairing.shape if layer is None else (architecture.layers, *pairing.shape)
-
-
-def _check(place: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Raises UserError naming what is missing, unexpected, or of another shape."""
-    faults = [
-        f"{what} {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
-        for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys()))
-        if names
-    ]
-    faults += [
-        f"{name} has shape {found[name]}, config.json says {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ][:3]
-    if faults:
-        raise UserError(f"{place}: the weights do not fit config.json: {'; '.join(faults)}")
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", *COMPANIONS):
-        if (source / name).is_file():
-            shutil.copy2(source / name, target / name)
 
 
 @contextmanager

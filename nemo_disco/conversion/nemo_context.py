@@ -39,19 +39,19 @@ def write_context(directory: Path, architecture: Architecture) -> None:
     Raises UserError for a rope that NeMo's classes do not have.
     """
     config = architecture.config
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config["rope_parameters"]
     sizes = architecture.megatron_sizes() | {
         "vocab_size": architecture.vocab,
         "seq_length": config["max_position_embeddings"],
         "layernorm_epsilon": config["rms_norm_eps"],
-        "rotary_base": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
+        "rotary_base": rope["rope_theta"],
         "share_embeddings_and_output_weights": architecture.tied,
         "make_vocab_size_divisible_by": 1,
     }
     name = _MODELS[config["model_type"]]
     models = f"nemo.collections.llm.gpt.model.{name.lower()}"
     kind = f"{name}Config7B" if name == "Mistral" else f"{name}Config"  # NeMo has no Mistral without a size
-    scaling = rope.get("rope_type", "default")
+    scaling = rope["rope_type"]
     if name == "Llama" and scaling == "llama3":
         kind = "Llama31Config"
         sizes |= {theirs: rope[ours] for ours, theirs in _LLAMA3_ROPE.items()}

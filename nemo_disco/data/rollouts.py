@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import atomic_file, save_tensors
+from nemo_disco.runtime.files import atomic_file
+from nemo_disco.runtime.safetensor_writer import save_tensors
 from nemo_disco.runtime.saved_files import check_file
 
 PER_RESPONSE = (

@@ -21,10 +21,10 @@ from megatron.core import parallel_state
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
+from nemo_disco.config.hf_config import FAMILIES, read_hf_config
 from nemo_disco.policy.layers import layer_spec
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.saved_files import FileError, read_json
 
 # The local spec keeps norms as modules of their own; mbridge names them as Transformer Engine fuses them.
 _FUSED_NAMES = {
@@ -58,13 +58,12 @@ class _LocalSpec:
 
     def _build_config(self) -> Any:
         hf = self.hf_config  # type: ignore[attr-defined]
-        # Qwen2 always has a QKV bias and no key for it; Llama's key is attention_bias.
-        qkv_bias = hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False))
+        family = FAMILIES[hf.model_type]
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
         return self._build_base_config(  # type: ignore[attr-defined]
-            add_qkv_bias=qkv_bias,
+            add_qkv_bias=family.qkv_bias,
             kv_channels=head_dim,
-            qk_layernorm=hf.model_type == "qwen3",
+            qk_layernorm=family.qk_norm,
             **self.megatron_options,
         )
 
@@ -82,39 +81,21 @@ class _Llama(_LocalSpec, LLaMABridge):  # type: ignore[misc]
 
 
 _BRIDGES: dict[str, type] = {"qwen2": _Qwen2, "qwen3": _Qwen3, "llama": _Llama, "mistral": _Llama}
-# Rope scalings whose attention factor is 1, so that the angles say everything.
-_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local directory.
 
-    Raises UserError if the directory or its config.json is missing, broken, or of an architecture that is not built.
+    Raises UserError as read_hf_config does, and for what transformers itself refuses.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise UserError(f"model.path={path}: no config.json there; give a Hugging Face model directory")
-    try:
-        model_type = read_json(file, dict[str, Any], links=True).get("model_type")
-    except FileError as fault:
-        raise UserError(f"{fault}; the model directory is damaged") from None
-    if model_type not in _BRIDGES:
-        raise UserError(f"{file}: model_type {model_type!r} is not built; known: {', '.join(sorted(_BRIDGES))}")
+    read_hf_config(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: transformers refuses it: {' '.join(str(error).split())}") from error
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        raise UserError(f"{file}: rope_type {rope_type!r} is not built; known: {', '.join(_ROPE_TYPES)}")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise UserError(
-            f"{file}: sliding_window={config.sliding_window} is not built: attention here sees the whole sequence; set "
-            "it to null if no sequence of yours is longer"
-        )
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}/config.json: transformers refuses it: {' '.join(str(error).split())}") from error
     return config
 
 
@@ -198,6 +179,10 @@ class HuggingFaceModel:
                 if hasattr(p, "_high_precision_init_val"):
                     # Of an FP8 parameter Transformer Engine keeps what it began as, and the optimizer starts from that.
                     p._high_precision_init_val = shard.to(dtype=torch.bfloat16, device="cpu")
+
+    def names(self) -> list[str]:
+        """The Hugging Face names of all tensors, in the order of named_tensors."""
+        return [name for entry in self._entries for name in self.bridge._weight_name_mapping_mcore_to_hf(entry.name)]
 
     def named_tensors(self, of: Callable[[Tensor], Tensor] = _plain) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model under its Hugging Face name, whole, on every rank, one megatron parameter at a

@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from nemo_disco.config.hf_config import read_hf_config
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.packing import plan_micro_batches
 from nemo_disco.data.rollouts import Rollouts
@@ -32,7 +33,7 @@ from nemo_disco.policy.model import Targets
 from nemo_disco.policy.optimizer import Optimizer, StepResult
 from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_options
 from nemo_disco.policy.parallel import Ranks, device
-from nemo_disco.policy.safetensor_files import SafetensorReader, check_weights, save_hf_directory
+from nemo_disco.policy.safetensor_files import SafetensorReader, save_hf_directory, weight_shapes
 from nemo_disco.runtime.files import atomic_directory
 
 # (index [n] into the T response tokens, log_probs [n], entropies [n] | None) -> per-token losses [n]
@@ -67,7 +68,7 @@ class Policy:
         options = transformer_options(config, dtype, self.device, _finalize_sums)
         with SafetensorReader(config.path) if read_weights else nullcontext() as reader:
             if reader is not None:
-                check_weights(reader, self.hf_config)
+                reader.check(weight_shapes(self.hf_config), self.hf_config.tie_word_embeddings)
             self.model = HuggingFaceModel(self.hf_config, dtype, options, self.transformer_engine)
             if reader is not None:
                 self.model.load(reader.read_finite)
@@ -212,13 +213,17 @@ class Policy:
         return self.model.named_tensors(lambda p: p.main_grad)  # type: ignore[attr-defined]
 
     def export(self, directory: str | Path) -> None:
-        """Write the policy as a Hugging Face directory (with the tokenizer of the one it came from). A collective."""
+        """Write the policy as a Hugging Face directory, in the type that config.json names, with the tokenizer of the
+        directory it came from. A collective."""
         if not self.ranks.is_first:
             for _ in self.named_weights():
                 pass
         else:
+            shapes, dtype = weight_shapes(self.hf_config), self.hf_config.dtype or self.dtype
+            plan = [(name, shapes[name], dtype) for name in self.model.names()]
+            config = read_hf_config(self.config.path)
             with atomic_directory(directory) as work:
-                save_hf_directory(work, self.named_weights(), self.hf_config, self.config.path)
+                save_hf_directory(work, plan, self.named_weights(), config, Path(self.config.path))
         dist.barrier()
 
     # --- the micro-batch schedule ---

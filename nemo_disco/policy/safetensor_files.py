@@ -6,8 +6,9 @@ Knows files and names, nothing of megatron.
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from nemo_disco.config.model_directory import explain_weights
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import save_tensors
-from nemo_disco.runtime.saved_files import check_file
+from nemo_disco.runtime.safetensor_writer import Plan, write_safetensors
+from nemo_disco.runtime.saved_files import FileError, check_file, read_json
 
-_SHARD_BYTES = 4 * 2**30
-# What belongs to a model besides its weights.
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+_COMPARED_BYTES = 2**26
+# Angles of rope, which old Llama files hold and every network computes from config.json.
+_COMPUTED_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_OTHER_FORMATS = ("consolidated", "adapter_model")  # Mistral's and Meta's own, and LoRA's
+_NUMBERED = re.compile(r"(.+-)\d{5}-of-(\d{5})\.safetensors")
+_LFS = b"version https://git-lfs"
+# What belongs to a model besides its weights and config.json.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,34 +39,37 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
+    "tokenizer.model*",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "*.py",  # a tokenizer's own code
 )
 
 
 class SafetensorReader:
-    """The tensors of a directory's *.safetensors files, by name, read when asked for."""
+    """The tensors of a Hugging Face directory's weights, by name, read when asked for.
+
+    Which files hold them is transformers' rule: model.safetensors, else those that the index names, else every
+    *.safetensors there but those of other formats. Buffers of old files that a network computes anew are left out.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        """Raises UserError: no safetensors there, or a damaged file (named)."""
+        """Raises UserError: no safetensors there, a file missing or damaged (named), or numbers that are quantized."""
         self.directory = Path(directory)
-        files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            other = next((f.name for f in self.directory.glob("pytorch_model*.bin")), None)
-            hint = f" ({other} is pickled and is not opened: convert it to safetensors)" if other else ""
-            raise UserError(f"model.path={directory}: no *.safetensors file there{hint}")
         self._stack = ExitStack()
         self._where: dict[str, Any] = {}
-        for file in files:
+        for file in _weight_files(self.directory):
             check_file(file, links=True)
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: damaged safetensors file ({error}); fetch it again") from None
+                raise UserError(f"{file}: {_damage(file, error)}") from None
             for name in handle.keys():  # noqa: SIM118 - not a dict
-                self._where[name] = handle
+                if not _COMPUTED_BUFFER.fullmatch(name):
+                    self._where[name] = handle
 
     def __enter__(self) -> SafetensorReader:
         return self
@@ -85,72 +98,135 @@ class SafetensorReader:
             )
         return tensor
 
+    def check(self, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+        """Every tensor of the network is there with its shape, as plain numbers, and nothing else.
 
-def check_weights(reader: SafetensorReader, hf_config: Any) -> None:
-    """Every tensor that the config asks for is there with its shape, and nothing else. Raises UserError, by name."""
+        tied: the output layer is the embedding; a file that holds it once more must say the same. Raises UserError, by
+        name.
+        """
+        found = {name: self.shape(name) for name in self._where}
+        repeated = found.pop(OUTPUT, None) if tied else None
+        check_tensors(self.directory, expected, found)
+        for name in expected:
+            if (kind := self._where[name].get_slice(name).get_dtype()) not in _PLAIN:
+                raise UserError(
+                    f"{self.directory}: {name} is of type {kind}, so its numbers are quantized: give the directory "
+                    "of the unquantized model"
+                )
+        if repeated is not None and (repeated != found[EMBEDDING] or not self._equal(OUTPUT, EMBEDDING)):
+            raise UserError(
+                f"{self.directory}: {OUTPUT} differs from {EMBEDDING}, and config.json says that they are one "
+                "(tie_word_embeddings): set that to false if the model has an output layer of its own"
+            )
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of one shape are equal, read by and by."""
+        left, right = (self._where[name].get_slice(name) for name in (one, other))
+        rows, width = self.shape(one)
+        step = max(1, _COMPARED_BYTES // (8 * width))
+        return all(torch.equal(left[i : i + step].double(), right[i : i + step].double()) for i in range(0, rows, step))
+
+
+def check_tensors(place: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError naming what is missing in `found`, unexpected there, or of another shape than config.json's."""
+    faults = [
+        f"{what} {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
+        for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys()))
+        if names
+    ]
+    faults += [
+        f"{name} has shape {found[name]}, config.json says {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ][:3]
+    if faults:
+        raise UserError(f"{place}: the weights do not fit config.json: {'; '.join(faults)}")
+
+
+def weight_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of transformers' own model of this config, without a tied output layer."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        expected = {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(hf_config).state_dict().items()}
-    names = reader.names()
+        shapes = {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(hf_config).state_dict().items()}
     if hf_config.tie_word_embeddings:
-        names.discard("lm_head.weight")
-        expected.pop("lm_head.weight", None)
-    missing, unexpected = sorted(expected.keys() - names), sorted(names - expected.keys())
-    if missing or unexpected:
-        said = [
-            f"{what} {', '.join(n[:3])}{' ...' if len(n) > 3 else ''} ({len(n)})"
-            for what, n in (("missing", missing), ("unexpected", unexpected))
-            if n
-        ]
-        raise UserError(f"{reader.directory}: the weights do not fit config.json: {'; '.join(said)}")
-    for name, shape in expected.items():
-        if reader.shape(name) != shape:
-            raise UserError(f"{reader.directory}: {name} has shape {reader.shape(name)}, config.json says {shape}")
+        shapes.pop(OUTPUT, None)
+    return shapes
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights. Raises UserError if there are none, or one of them is missing."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return _indexed_files(index)
+    names = sorted(p.name for p in directory.glob("*.safetensors"))
+    names = [name for name in names if not name.startswith(_OTHER_FORMATS)]
+    if not names:
+        raise UserError(f"{directory}: no *.safetensors file of the model there: {explain_weights(directory)}")
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            _require(directory, [f"{match[1]}{i:05d}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)])
+    return [directory / name for name in names]
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """Raises UserError for an index that is none, or names a file that is missing or elsewhere."""
+    try:
+        names = sorted(set(read_json(index, _Index, links=True)["weight_map"].values()))
+    except FileError as fault:
+        raise UserError(f"{fault}; fetch it again") from None
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{index}: it names {elsewhere[0]!r}, a file in another directory; fetch it again")
+    _require(index.parent, names)
+    return [index.parent / name for name in names]
+
+
+def _require(directory: Path, names: list[str]) -> None:
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{directory}: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} missing ({len(missing)} of "
+            f"{len(names)} files of weights); fetch it again"
+        )
+
+
+def _damage(file: Path, error: Exception) -> str:
+    try:
+        with file.open("rb") as stream:
+            pointer = stream.read(len(_LFS)) == _LFS
+    except OSError:
+        pointer = False
+    if pointer:
+        return "a Git LFS pointer, not the weights: run `git lfs pull` in that directory"
+    return f"damaged safetensors file ({error}); fetch it again"
 
 
 def save_hf_directory(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], hf_config: Any, companions_from: str | Path
+    directory: Path, plan: Plan, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any], source: Path
 ) -> None:
-    """Write weights (in shards of at most 4 GiB with an index), config, tokenizer, chat template and generation config.
+    """Write a model: weights with an index where there are several files, config.json, and the companions of `source`.
 
-    Tensors take the dtype that the config names. Memory: one shard.
+    plan: name, shape and type of each tensor, in the order in which `tensors` has them, which are cast. config: what
+    read_hf_config returned. Memory: one tensor.
     """
-    dtype = hf_config.dtype
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal pending, size
-        save_tensors(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, size = {}, 0
-
-    for name, tensor in tensors:
-        pending[name] = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
-        nbytes = pending[name].nbytes
-        size, total = size + nbytes, total + nbytes
-        if size >= _SHARD_BYTES:
-            flush()
-    if pending or not shards:
-        flush()
-    _name_shards(directory, shards, total)
-    hf_config.save_pretrained(directory)
-    for name in COMPANIONS:
-        source = Path(companions_from) / name
-        if source.is_file():
-            shutil.copy2(source, directory / name)
+    dtypes = {name: dtype for name, _, dtype in plan}
+    write_safetensors(directory, plan, ((name, t.detach().to("cpu", dtypes[name])) for name, t in tensors))
+    copy_companions(source, directory, config)
 
 
-def _name_shards(directory: Path, shards: list[list[str]], total: int) -> None:
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{i}").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json, and copy what else belongs to a model besides its weights. Modes are as the umask says, not
+    as the source's were."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for pattern in COMPANIONS:
+        for file in filter(Path.is_file, sorted(source.glob(pattern))):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)

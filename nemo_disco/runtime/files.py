@@ -16,10 +16,9 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from nemo_disco.runtime.errors import UserError
 
@@ -123,19 +122,6 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def save_tensors(tensors: Mapping[str, Any], path: Path, **options: Any) -> None:
-    """safetensors' save_file, whose complaint about the disk is raised as the OSError that it is."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(dict(tensors), path, **options)
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -135,7 +135,7 @@ def test_usable_files_pass_and_only_the_first_rank_makes_the_run_directory(usabl
 @pytest.mark.parametrize(
     ("command", "override", "line"),
     [
-        ("train", "model.path=nowhere", "model.path=nowhere: no Hugging Face model there"),
+        ("train", "model.path=nowhere", "nowhere: no Hugging Face model there"),
         ("train", "data.train_files=[nowhere.json]", "data.train_files: there is no nowhere.json"),
         ("train", "evaluation.files=[nowhere.json]", "evaluation.files: there is no nowhere.json"),
         ("evaluate", "evaluation.files=[]", "evaluation.files is empty"),
@@ -157,7 +157,7 @@ def test_what_a_command_does_not_read_need_not_be_there(usable):
     ("text", "line"),
     [
         ("{", "not valid JSON"),
-        ('{"hidden_size": 64}', "num_attention_heads is missing"),
+        ('{"hidden_size": 64}', "model_type null is not built"),
         ("[]", "not a JSON object"),
     ],
 )

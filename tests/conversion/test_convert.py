@@ -17,12 +17,13 @@ from models import VOCABULARY, model_config, save_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nemo_disco.config.hf_config import read_hf_config
 from nemo_disco.conversion import convert
-from nemo_disco.conversion.safetensor_writer import write_safetensors
 from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
 from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.safetensor_writer import write_safetensors
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -47,6 +48,8 @@ def ends() -> Iterator[None]:
 def with_companions(directory: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (directory / name).write_text(f'{{"of": "{name}"}}')
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates/tool_use.jinja").write_text("tools")
     return directory
 
 
@@ -61,9 +64,11 @@ def assert_same(one: Path, other: Path) -> None:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     assert all(ours[n].dtype == theirs[n].dtype and torch.equal(ours[n], theirs[n]) for n in ours)
-    for file in one.iterdir():
-        if file.suffix != ".safetensors" and "index" not in file.name:
-            assert (other / file.name).read_bytes() == file.read_bytes(), file.name
+    for file in (f for f in one.rglob("*") if f.is_file() and f.suffix != ".safetensors"):
+        if file.name == "config.json":
+            assert json.loads((other / file.name).read_text()) == read_hf_config(one)
+        elif "index" not in file.name:
+            assert (other / file.relative_to(one)).read_bytes() == file.read_bytes(), file.name
 
 
 def test_there_and_back_is_the_same_bit_for_bit(
@@ -134,9 +139,9 @@ def test_nemos_context_names_the_class_that_has_the_models_rope(model: Path, tmp
 def test_a_rope_that_nemo_does_not_have_is_refused(tmp_path: Path) -> None:
     source = save_model(tmp_path / "model", "qwen2", tied=True)
     config = json.loads((source / "config.json").read_text())
-    config["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0}
+    config["rope_parameters"] |= {"rope_type": "linear", "factor": 4.0}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="no rope of type 'yarn' for Qwen2"):
+    with pytest.raises(UserError, match="no rope of type 'linear' for Qwen2"):
         convert.hf_to_nemo(source, tmp_path / "nemo")
     assert not (tmp_path / "nemo").exists()
 

@@ -44,7 +44,7 @@ GOOD = {"problem": "What is 1 + 1?", "answer": "2"}
 
 
 def test_no_model(refused, tmp_path):
-    assert f"model.path={tmp_path}/nowhere: no Hugging Face model there" in refused(f"model.path={tmp_path}/nowhere")
+    assert f"{tmp_path}/nowhere: no Hugging Face model there" in refused(f"model.path={tmp_path}/nowhere")
 
 
 def test_a_truncated_model(refused, model):
@@ -63,7 +63,7 @@ def test_a_model_with_other_weights_than_its_config_says(refused, model):
 def test_pickled_weights_are_not_opened(refused, model):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     line = refused(f"model.path={model}")
-    assert "no *.safetensors file there (pytorch_model.bin is pickled and is not opened" in line
+    assert "pytorch_model.bin is pickled and is not opened" in line
 
 
 @pytest.mark.parametrize(

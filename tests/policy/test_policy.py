@@ -183,12 +183,12 @@ def broken(directory: Path, source: Path, edit: str) -> Path:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        ("no weights", "no *.safetensors file"),
+        ("no weights", "no *.safetensors file of the model"),
         ("truncated", "damaged safetensors file"),
-        ("not JSON", "not a JSON object"),
-        ("architecture", "model_type 'gpt2' is not built; known: llama, mistral, qwen2, qwen3"),
+        ("not JSON", "not valid JSON"),
+        ("architecture", 'model_type "gpt2" is not built; known: llama, mistral, qwen2, qwen3'),
         ("layers", "missing model.layers.4."),
-        ("contradiction", "`num_hidden_layers` (5) must be equal"),
+        ("contradiction", "only 'full_attention' for each of num_hidden_layers=5"),
         ("width", "has shape (128, 64), config.json says (96, 64)"),
         ("rope", "rope_type 'yarn' is not built"),
     ],

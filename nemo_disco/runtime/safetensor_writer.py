@@ -1,13 +1,14 @@
 """Sharded safetensors, written tensor by tensor: memory for one tensor, whatever a shard holds.
 
-The shapes are known before the first tensor comes, so every shard's header is written first. Touches files alone.
+The shapes are known before the first tensor comes, so every shard's header is written first. Touches files alone; they
+are readable as the umask says (safetensors' own writer makes them readable by their owner alone).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,6 +51,15 @@ def write_safetensors(
         total = sum(_bytes(shape, dtype) for _, shape, dtype in plan)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one file. Memory: none beyond the tensors. Raises OSError."""
+    # The widest types first: readers want each tensor to begin at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    plan = [(name, tuple(tensors[name].shape), tensors[name].dtype) for name in names]
+    with path.open("wb") as stream:
+        _write_shard(stream, plan, ((name, tensors[name].detach().cpu()) for name in names))
 
 
 def _write_shard(stream: BinaryIO, items: Plan, coming: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,0 +1,81 @@
+"""Rotary position embeddings as config.json says them, under transformers 4's names, transformers 5's, or both.
+
+Pure: fields in, one record out. The angles themselves are computed by transformers (policy/hugging_face.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_disco.runtime.errors import UserError
+
+_DEFAULT_THETA = 10000.0  # transformers', for every family that is built
+# The scalings whose attention factor is 1, so that the angles say everything; and what each is made of.
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """kind: a key of SCALINGS; theta: the base of the angles; scaling: the values of what the kind is made of."""
+
+    kind: str
+    theta: float
+    scaling: dict[str, float]
+
+    def spellings(self) -> dict[str, Any]:
+        """The fields of config.json that transformers 4 reads (rope_theta, rope_scaling), and the one of 5."""
+        scaling = {"rope_type": self.kind, **self.scaling}
+        return {
+            "rope_theta": self.theta,
+            "rope_scaling": None if self.kind == "default" else scaling,
+            "rope_parameters": {"rope_theta": self.theta, **scaling},
+        }
+
+
+def read_rope(config: dict[str, Any]) -> Rope:
+    """Of the fields of a config.json. Raises UserError for a scaling that is not built, and for two spellings that
+    contradict each other."""
+    theta = config.get("rope_theta")
+    given = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
+    ropes = {name: _read(name, value, theta) for name, value in given.items()}
+    if len(ropes) == 2 and ropes["rope_parameters"] != ropes["rope_scaling"]:
+        raise UserError(
+            f"rope_parameters={given['rope_parameters']} and rope_scaling={given['rope_scaling']} (with "
+            f"rope_theta={theta}) contradict; remove the one that is wrong"
+        )
+    return next(iter(ropes.values()), None) or _read("rope_theta", {}, theta)
+
+
+def _read(name: str, value: Any, theta: float | None) -> Rope:
+    if not isinstance(value, dict):
+        raise UserError(f"{name}={value!r} is not an object with a rope_type")
+    kinds = {value[key] for key in ("rope_type", "type") if isinstance(value.get(key), str)}
+    if len(kinds) > 1:
+        raise UserError(f"{name}: rope_type={value['rope_type']!r} and type={value['type']!r} contradict")
+    kind = kinds.pop() if kinds else "default"
+    if kind not in SCALINGS:
+        raise UserError(f"rope_type {kind!r} is not built; known: {', '.join(SCALINGS)}")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALINGS[kind]}
+    if unknown := sorted(map(str, value.keys() - known)):
+        raise UserError(f"{name}: {unknown[0]}={value[unknown[0]]!r} is not built for rope_type {kind!r}")
+    if value.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"{name}: partial_rotary_factor={value['partial_rotary_factor']!r} is not built, only 1")
+    inner = value.get("rope_theta")
+    if inner is not None and theta is not None and inner != theta:
+        raise UserError(f"{name}: rope_theta={inner!r} there and {theta!r} beside it contradict")
+    base = inner if inner is not None else theta if theta is not None else _DEFAULT_THETA
+    scaling = {key: _positive(f"{name}: {key}", value.get(key)) for key in SCALINGS[kind]}
+    return Rope(kind, _positive("rope_theta", base), scaling)
+
+
+def _positive(name: str, value: Any) -> float:
+    """The number itself. Raises UserError if it is none, or not above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{name}={value!r} is not a number above 0")
+    return value
