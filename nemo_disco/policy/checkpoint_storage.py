@@ -61,6 +61,15 @@ def write_marks(directory: Path) -> None:
 
 
 class _Writer(FileSystemWriter):
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises what the disk said: torch's zip writer complains of it in words of its own."""
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
     def storage_meta(self) -> None:
         """Nothing of where and when it was written: a checkpoint may be moved."""
 

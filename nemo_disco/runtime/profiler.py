@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from nemo_disco.runtime.files import writing
+from nemo_disco.runtime.files import atomic_file
 
 
 @contextmanager
@@ -19,12 +19,11 @@ def profiled(directory: Path, rank: int) -> Iterator[None]:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = torch.cuda.is_available()
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     marks = torch.cuda.profiler.profile() if cuda else nullcontext()
     with marks, profile(activities=activities, profile_memory=True) as trace:
         yield
         if cuda:
             torch.cuda.synchronize()
-    trace.export_chrome_trace(str(directory / f"rank_{rank}.json"))
+    with atomic_file(directory / f"rank_{rank}.json") as work:
+        trace.export_chrome_trace(str(work))

@@ -21,7 +21,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import AppendedFile, write_atomically, writing
+from nemo_disco.runtime.files import AppendedFile, open_regular, write_atomically, writing
 from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.saved_files import Count, FileError, check_file, read_json_lines
 
@@ -150,7 +150,11 @@ class MLflowSink:
             raise UserError(
                 f"MLflow cannot be imported ({error}): pip install 'nemo-disco[mlflow]', or exp_manager.mlflow=false"
             ) from error
-        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve()}/mlflow.db"
+        place = os.environ.get("MLFLOW_TRACKING_URI")
+        if not place:
+            database = directory.resolve() / "mlflow.db"
+            os.close(open_regular(database, os.O_RDWR | os.O_CREAT))  # SQLite would follow a link
+            place = f"sqlite:///{database}"
         self._client: Any = mlflow.MlflowClient(place)
         known = directory / "mlflow.run_id"
         if known.exists():

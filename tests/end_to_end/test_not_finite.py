@@ -74,6 +74,14 @@ def test_three_in_a_row_end_the_run_and_the_last_checkpoint_goes_on(spoiled, tmp
     assert all(bool(w.isfinite().all()) for w in weights.values())
 
 
+def test_a_checkpoint_from_which_nothing_can_be_applied_is_suspected(spoiled, tmp_path):
+    run = tmp_path / "run"
+    spoiled(run, "", "trainer.max_steps=1").ok()
+    again = spoiled(run, "0,1,2")
+    assert again.code == 2
+    assert f"none was applied since {run}/checkpoints/step_1: if that one is at fault, remove it" in again.err
+
+
 def test_a_save_that_was_put_off_is_made_up_for(spoiled, tmp_path):
     """Step 2, whose turn it is, ends in a skipped mini-batch, step 3 does not."""
     run = tmp_path / "run"

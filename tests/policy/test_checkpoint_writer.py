@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import full_disk
 import pytest
 import torch
 from models import model_config, save_model
@@ -114,6 +115,15 @@ def test_a_shard_that_cannot_be_written_is_said_with_the_directory(
     monkeypatch.setattr("nemo_disco.policy.checkpoint_storage._Writer.write_data", fails(OSError("read-only")))
     with pytest.raises(UserError, match=rf"{tmp_path}/step_1 was not written: read-only"):
         checkpoint.save(build(model), tmp_path, 1, {}, keep=1)
+
+
+def test_a_full_disk_is_said_with_the_directory(model: Path, tmp_path: Path) -> None:
+    """A real one: what torch's writer makes of it is no OSError."""
+    policy, place = build(model), tmp_path / "disk"
+    with full_disk.small(place, "512k"):
+        with pytest.raises(UserError, match=rf"{place}/c/step_1 was not written: .*No space left on device") as raised:
+            checkpoint.save(policy, place / "c", 1, {}, keep=1)
+        assert "\n" not in str(raised.value) and list(files.finished(place / "c")) == []
 
 
 def test_a_defect_keeps_its_traceback(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import full_disk
 import pytest
 import torch
 
@@ -164,17 +166,9 @@ def test_nothing_is_written_through_what_is_no_regular_file(kind: str, tmp_path:
 
 
 @pytest.fixture
-def small(tmp_path: Path):
-    """A file system of 64 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    yield place
-    subprocess.run(["umount", place], check=True)
+def small(tmp_path: Path) -> Iterator[Path]:
+    with full_disk.small(tmp_path / "disk", "64k") as place:
+        yield place
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(small: Path) -> None:
