@@ -1,4 +1,4 @@
-"""Graders: what a response earns. The caller's process needs the standard library alone; math-verify has its own."""
+"""Graders: what a response earns. The caller's process needs the standard library alone; algebra has its own."""
 
 from nemo_disco.rewards.math_grader import MathGrader
 from nemo_disco.rewards.terms import GradedResponse, Rewards

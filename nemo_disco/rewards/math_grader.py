@@ -1,6 +1,7 @@
 """The math grader: reward 1 where the last \\boxed{} after the thinking equals a gold answer, else 0.
 
-Plain answers are decided here, the rest by math-verify in killable processes (pool.py). Usable from any thread.
+Plain answers are decided here (quick.py), the rest by algebra in killable processes (pool.py, symbolic.py). Usable from
+any thread.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from types import TracebackType
 from typing import Self
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.canonical import canonical, for_algebra, quantity
+from nemo_disco.rewards.canonical import canonical
 from nemo_disco.rewards.extract import NoAnswerError, boxed, final_answer
 from nemo_disco.rewards.pool import WorkerPool
 from nemo_disco.rewards.quick import numeral, same
+from nemo_disco.rewards.units import for_algebra, quantity
 from nemo_disco.rewards.verdict import Verdict
 
 MAX_ANSWER = 10_000  # characters of a box that are worth parsing
@@ -40,7 +42,7 @@ class MathGrader:
     def grade(self, responses: Sequence[str], answers: Sequence[str | Sequence[str]]) -> list[float]:
         """The reward of each response, 0.0 or 1.0; `answers[i]` is its gold answer, or several of which any counts.
 
-        Raises ValueError if the lengths differ, RuntimeError if math-verify cannot be started.
+        Raises ValueError if the lengths differ, RuntimeError if the process for algebra cannot be started.
         """
         return [verdict.reward for verdict in self.grade_with_reasons(responses, answers)]
 

@@ -6,10 +6,13 @@ Numerals are compared as rational numbers: no false positives, no rounding. Need
 from __future__ import annotations
 
 import re
+from decimal import Context, Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
-from nemo_disco.rewards.canonical import based, canonical, quantity, squeezed
+from nemo_disco.rewards.canonical import based, canonical
+from nemo_disco.rewards.units import quantity
+from nemo_disco.rewards.words import is_word, same_choice, same_text, squeezed
 
 MAX_NUMERAL = 400  # characters; Python refuses integers of over 4,300 digits, and none is an answer
 MAX_EXPONENT = 400
@@ -25,6 +28,10 @@ _FRACTION = (
     r"(?:\\frac\s*(?:\{\s*(?P<n1>-?\d+)\s*\}|(?P<n2>\d))\s*(?:\{\s*(?P<d1>\d+)\s*\}|(?P<d2>\d))|(?P<n3>\d+)\s*/\s*(?P<d3>\d+))"
 )
 _NUMERAL = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_DECIMAL}{_POWER}|{_FRACTION})\s*(?P<percent>\\%)?", re.ASCII)
+_REPEATING = re.compile(
+    r"(?P<sign>-?)(?P<whole>\d*)\.(?P<fixed>\d*)(?:\\(?:overline|bar|dot)\s*(?:\{\s*(?P<period>\d+)\s*\}|(?P<digit>\d))|\((?P<round>\d+)\))",
+    re.ASCII,
+)
 _PLAIN = re.compile(r"-?\d{1,40}", re.ASCII)
 
 
@@ -39,22 +46,30 @@ def same(answer: str, gold: str) -> bool | None:
     if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(gold):
         return int(answer) == int(gold)
     answer, gold = canonical(answer), canonical(gold)
-    if _same_text(answer, gold):
+    if same_text(answer, gold):
         return True
+    if (choice := same_choice(answer, gold)) is not None:
+        return choice
     ours, theirs = quantity(answer), quantity(gold)
     if ours.differs_in_unit(theirs):
         return False
-    if _same_text(ours.body, theirs.body) or _same_list(ours.body, theirs.body):
+    if same_text(ours.body, theirs.body):
         return True
+    if is_word(gold) and is_word(answer):
+        return False
     one, other = numeral(ours.body), numeral(theirs.body)
     if one and other:
         return _same_numeral(one, other)
-    return _same_in_base(ours.body, theirs.body)
+    return True if _same_list(ours.body, theirs.body) else _same_in_base(ours.body, theirs.body)
 
 
 def numeral(text: str) -> Numeral | None:
     """The exact value of a canonical integer, decimal, power of ten, fraction or mixed number; else None."""
-    if len(text) > MAX_NUMERAL or not (match := _NUMERAL.fullmatch(text)):
+    if len(text) > MAX_NUMERAL:
+        return None
+    if repeating := _REPEATING.fullmatch(text):
+        return _repeating(repeating)
+    if not (match := _NUMERAL.fullmatch(text)):
         return None
     if match["decimal"]:
         power = int(match["digit"] or match["power"] or match["exponent"] or 0)
@@ -62,13 +77,21 @@ def numeral(text: str) -> Numeral | None:
             return None
         decimal = match["decimal"].replace(",", "").replace(" ", "")
         value = Fraction(decimal) * Fraction(10) ** power
-        digits = len(decimal.replace(".", "").strip("0"))
+        digits = len(decimal.replace(".", "").lstrip("0")) if "." in decimal else 0
     else:
         fraction = _fraction(match)
         if fraction is None:
             return None
         value, digits = fraction, 0
     return Numeral(-value if match["sign"] == "-" else value, bool(match["percent"]), digits)
+
+
+def _repeating(match: re.Match[str]) -> Numeral:
+    """0.1\\overline{6}: the digits up to the end of the first period, less those before it, over 99...900...0."""
+    before, period = match["whole"] + match["fixed"], match["period"] or match["digit"] or match["round"]
+    difference = int(before + period) - int(before or "0")
+    value = Fraction(difference, (10 ** len(period) - 1) * 10 ** len(match["fixed"]))
+    return Numeral(-value if match["sign"] else value, False, 0)
 
 
 def _fraction(match: re.Match[str]) -> Fraction | None:
@@ -82,15 +105,20 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
     return int(match["whole"]) + Fraction(over, under) if 0 < over < under else None
 
 
-def _same_numeral(answer: Numeral, gold: Numeral) -> bool | None:
+def _same_numeral(answer: Numeral, gold: Numeral) -> bool:
     if answer.percent != gold.percent:
         return _same_but_for_percent_sign(answer, gold)
     if answer.value == gold.value:
         return True
     rounded = any(n.digits >= SURE_DIGITS for n in (answer, gold))
     if rounded and not (_terminates(answer.value) and _terminates(gold.value)):
-        return None  # 0.333333 for 1/3
+        return _to_six_digits(answer.value) == _to_six_digits(gold.value)  # 33.3333 for 100/3
     return False
+
+
+def _to_six_digits(value: Fraction) -> Decimal:
+    context = Context(prec=SURE_DIGITS)
+    return context.divide(Decimal(value.numerator), Decimal(value.denominator))
 
 
 def _same_but_for_percent_sign(answer: Numeral, gold: Numeral) -> bool:
@@ -104,16 +132,11 @@ def _terminates(value: Fraction) -> bool:
     return pow(10, value.denominator.bit_length(), value.denominator) == 0 or value.denominator == 1
 
 
-def _same_text(answer: str, gold: str) -> bool:
-    ours, theirs = squeezed(answer), squeezed(gold)
-    if ours == theirs:
-        return bool(ours)
-    return len(ours) > 1 and ours.isalpha() and ours.lower() == theirs.lower()
-
-
 def _same_list(answer: str, gold: str) -> bool:
-    """The same items between top-level commas, in any order; brackets would make them a point or an interval."""
-    if "," not in answer or any(bracket in answer + gold for bracket in "([|"):
+    """The same items between top-level commas, in any order; brackets, dots and labels give the order a meaning."""
+    if "," not in answer or any(mark in answer + gold for mark in ("(", "[", "|", r"\ldots", "=")):
+        return False
+    if numeral(answer) or numeral(gold):  # 1,234 is one number
         return False
     ours, theirs = (sorted(squeezed(item) for item in text.split(",")) for text in (answer, gold))
     return ours == theirs and all(ours)

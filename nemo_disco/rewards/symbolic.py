@@ -1,51 +1,24 @@
-"""Whether two LaTeX answers are equal in mathematics, by math-verify. Runs inside a worker only: it may take for ever.
+"""Whether an answer equals a gold answer in mathematics. Runs inside a worker only: it may take for ever.
 
-Nothing from outside may reach `eval`: the one road there, sympy's parser of strings, is closed to all but arithmetic.
+The answer's structure (structure.py) is compared item by item, its expressions by their values (values.py).
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
 
 from nemo_disco.rewards import verdict
+from nemo_disco.rewards.expressions import read_expression, significant_digits
+from nemo_disco.rewards.sets import same_set
+from nemo_disco.rewards.structure import Combined, Items, Leaf, Node, Relation, split_answer
+from nemo_disco.rewards.units import quantity
+from nemo_disco.rewards.values import SURE_DIGITS, same_value
+from nemo_disco.rewards.words import is_word, same_text
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off: the pool has one
-
-# No expression extraction: it would take a number out of a sentence for the answer, and evaluates Python.
-# No units: math-verify takes any last letter m, s, c, ... for one, so that 6m would be 6; canonical.py knows better.
-_LATEX = LatexExtractionConfig(
-    boxed_match_priority=-1,
-    normalization_config=NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
-    ),
-)
-_HARMLESS = re.compile(r"(?:[0-9.+*/() -]|(?<=[0-9.])[eE](?=[+-]?[0-9])|sqrt|log|exp|pi)+|[A-Za-z]\w*", re.ASCII)
-_DIGITS = 6  # significant digits that a decimal must share with the exact value that it stands for
-_PRECISION = 15  # decimal digits, for comparing two exact numbers
-
-
-def close_eval() -> None:
-    """From here on sympy's string parser, which evaluates Python, takes arithmetic or one bare name only.
-
-    math-verify gives it numerals, nsimplify arithmetic, and sympy's lazily imported modules names.
-    """
-    sympy_parser = sympy.parsing.sympy_parser
-    parse_string = sympy_parser.parse_expr
-
-    def only_harmless(text: str, *args: Any, **kwargs: Any) -> Any:
-        if not _HARMLESS.fullmatch(text):
-            raise sympy.SympifyError(f"{text[:40]!r}: only arithmetic is parsed from strings here")
-        return parse_string(text, *args, **kwargs)
-
-    sympy_parser.parse_expr = only_harmless
+_FLIPPED = {"<": ">", r"\le": r"\ge", ">": "<", r"\ge": r"\le"}
 
 
 def judge(answer: str, golds: Sequence[str]) -> str:
@@ -55,52 +28,227 @@ def judge(answer: str, golds: Sequence[str]) -> str:
     """
     sympy.core.random.seed(0)
     sympy.core.cache.clear_cache()
-    ours = _parse(answer)
+    ours = _read(answer)
     if ours is None:
         return verdict.UNPARSABLE
-    parsed = [gold for gold in map(_parse, golds) if gold is not None]
-    if any(_equal(gold, ours) for gold in parsed):
+    parsed = [gold for gold in map(_read, golds) if gold is not None]
+    if any(equal(gold, ours) for gold in parsed):
         return verdict.CORRECT
     return verdict.WRONG if parsed else verdict.UNPARSABLE_GOLD
 
 
-def _parse(latex: str) -> Any | None:
-    """The sympy object that the LaTeX means; None if it is not understood."""
-    found = parse(f"${latex}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None)
-    # zoo, nan: a division by zero, equal to every other one
-    return found[0] if found and not getattr(found[0], "has", lambda *_: False)(sympy.zoo, sympy.nan) else None
+def equal(gold: Node, answer: Node) -> bool:
+    """Whether both say the same."""
+    if isinstance(gold, Leaf) and isinstance(answer, Leaf):
+        return _equal_leaves(gold, answer)
+    if _is_statement(gold) or _is_statement(answer):
+        return _same_inequality(gold, answer) or same_set(gold, answer)
+    if isinstance(gold, Relation) or isinstance(answer, Relation):
+        return _equal_equations(gold, answer)
+    if isinstance(gold, Combined) and isinstance(answer, Combined) and gold.operator == answer.operator:
+        if _matches(gold.parts, answer.parts, gold.operator == r"\setminus"):
+            return True
+    elif isinstance(gold, Items) and isinstance(answer, Items):
+        return _equal_items(gold, answer)
+    return same_set(gold, answer) or _equal_singletons(gold, answer)
 
 
-def _equal(gold: Any, answer: Any) -> bool:
-    zeros = _leading_zeros(gold)
-    equal = verify(
-        gold,
-        answer,
-        float_rounding=_DIGITS + zeros,
-        numeric_precision=_PRECISION + zeros,
-        allow_set_relation_comp=True,
-        timeout_seconds=None,
-    )
-    return equal and not _both_without_solution(gold, answer)
-
-
-def _both_without_solution(gold: Any, answer: Any) -> bool:
-    """Whether they are different equations that nothing solves: to math-verify, by their solutions, those are equal."""
-    if not (isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)):
-        return False
-    sides = (gold.lhs, gold.rhs, answer.lhs, answer.rhs)
-    if not all(isinstance(side, sympy.Expr) for side in sides):  # x = {1, 2}
-        return False
-    ours, theirs = answer.lhs - answer.rhs, gold.lhs - gold.rhs
-    if any(sympy.simplify(theirs - sign * ours) == 0 for sign in (1, -1)):
-        return False
-    return not sympy.solve(gold, gold.free_symbols)
-
-
-def _leading_zeros(gold: Any) -> int:
-    """Zeros between the gold's decimal point and first digit: math-verify rounds absolutely, 2e-9 would equal 3e-9."""
+def _read(text: str) -> Node | None:
+    """The structure of an answer all of whose expressions are understood; None if one is not."""
     try:
-        size = abs(gold.evalf(5))
-        return max(0, -1 - math.floor(float(sympy.log(size, 10)))) if size.is_positive else 0
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        return 0  # not one number: a set, a matrix, an expression in x
+        node = split_answer(text)
+        for leaf in _leaves(node):
+            _value(leaf)
+    except MemoryError:
+        raise
+    except Exception:  # latex2sympy raises Exception itself, and whatever its conversion meets
+        return None
+    return node
+
+
+def _leaves(node: Node) -> list[Leaf]:
+    if isinstance(node, Leaf):
+        return [node]
+    parts = node.sides if isinstance(node, Relation) else node.items if isinstance(node, Items) else node.parts
+    return [leaf for part in parts for leaf in _leaves(part)]
+
+
+def _value(leaf: Leaf) -> Any | None:
+    """The sympy object that the LaTeX means; None for a word or an ellipsis, which is itself. Raises as its parser."""
+    if is_word(leaf.text) or leaf.text == r"\ldots":
+        return None
+    body = quantity(leaf.text).body
+    return read_expression(body)
+
+
+def _equal_leaves(gold: Leaf, answer: Leaf) -> bool:
+    if same_text(answer.text, gold.text):
+        return True
+    one, other = quantity(gold.text), quantity(answer.text)
+    theirs, ours = _value(gold), _value(answer)
+    if theirs is None or ours is None or one.differs_in_unit(other):
+        return False
+    is_decimal = max(map(significant_digits, (one.body, other.body))) >= SURE_DIGITS
+    return same_value(theirs, ours, is_decimal)
+
+
+def _is_statement(node: Node) -> bool:
+    """An inequality, or several."""
+    if isinstance(node, Relation):
+        return not node.is_equation
+    return isinstance(node, Combined) and node.operator in (r"\lor", ",")
+
+
+def _same_inequality(gold: Node, answer: Node) -> bool:
+    """The same chain, from either end; of two sides, also with all on one side."""
+    if isinstance(gold, Combined) and isinstance(answer, Combined) and gold.operator == answer.operator:
+        return _matches(gold.parts, answer.parts)
+    if not (isinstance(gold, Relation) and isinstance(answer, Relation)):
+        return False
+    for chain in (answer, _turned(answer)):
+        if chain.operators != gold.operators:
+            continue
+        if _matches(gold.sides, chain.sides, in_order=True):
+            return True
+        if len(gold.sides) == 2 and all(isinstance(side, Leaf) for side in (*gold.sides, *chain.sides)):
+            values: list[Any] = [_value(side) for side in (*gold.sides, *chain.sides) if isinstance(side, Leaf)]
+            if all(isinstance(value, sympy.Expr) for value in values):
+                return same_value(values[0] - values[1], values[2] - values[3])
+    return False
+
+
+def _turned(chain: Relation) -> Relation:
+    """c > b > a as a < b < c."""
+    return Relation(chain.sides[::-1], tuple(_FLIPPED.get(operator, operator) for operator in chain.operators[::-1]))
+
+
+def _equal_equations(gold: Node, answer: Node) -> bool:
+    """Chains of equal sides: each side must hold, or define what the others say, as `x` does in x = 2 + 3 = 5."""
+    if not isinstance(answer, Relation):
+        assert isinstance(gold, Relation)
+        return _value_of_chain(gold, answer, only_names=True)
+    if not isinstance(gold, Relation):
+        return _value_of_chain(answer, gold, only_names=False)
+    ours, theirs = _distinct(answer.sides), _distinct(gold.sides)
+    if _matches(tuple(theirs), tuple(ours)):
+        return True
+    return len(ours) == 2 == len(theirs) and _same_equation(theirs, ours)
+
+
+def _value_of_chain(chain: Relation, value: Node, only_names: bool) -> bool:
+    """Whether a chain says the value: one side is it, and every other one is it too, or a label for it.
+
+    only_names: the label must be a name such as x or f(x), since the chain is the gold answer: 2x + y = 0 is not 0.
+    """
+    right = [equal(side, value) if not only_names else equal(value, side) for side in chain.sides]
+    if not any(right):
+        approximate = r"\approx" in chain.operators and equal(chain.sides[0], value)
+        return approximate and _rounded(chain)
+    symbols = _symbols(value)
+    for side, is_right in zip(chain.sides, right, strict=True):
+        is_label = bool(_symbols(side)) and not (_symbols(side) & symbols) and (not only_names or _is_name(side))
+        if not (is_right or is_label or (r"\approx" in chain.operators and _rounded(chain))):
+            return False
+    return True
+
+
+def _rounded(chain: Relation) -> bool:
+    """Whether the sides of a chain with \\approx are numbers within a twentieth of one another, labels apart."""
+    numbers: list[Any] = [_value(side) for side in chain.sides if isinstance(side, Leaf) and not _symbols(side)]
+    try:
+        sizes = [complex(number) for number in numbers]
+    except TypeError:
+        return False
+    return all(abs(size - sizes[0]) <= abs(sizes[0]) / 20 for size in sizes)
+
+
+def _is_name(node: Node) -> bool:
+    """Whether a side only names something: x, f(x), AB, (x, y)."""
+    if isinstance(node, Items):
+        return all(map(_is_name, node.items))
+    if not isinstance(node, Leaf):
+        return False
+    value = _value(node)
+    if value is None or isinstance(value, sympy.Symbol | sympy.core.function.AppliedUndef):
+        return True
+    return isinstance(value, sympy.Expr) and value.is_Mul and all(factor.is_Symbol for factor in value.args)
+
+
+def _symbols(node: Node) -> set[str]:
+    """The names in a node; a word is one, and so is an unknown function."""
+    names = set()
+    for leaf in _leaves(node):
+        value = _value(leaf)
+        if value is None:
+            names.add(leaf.text)
+        else:
+            names |= set(map(str, value.free_symbols | value.atoms(sympy.core.function.AppliedUndef)))
+    return names
+
+
+def _distinct(sides: tuple[Node, ...]) -> list[Node]:
+    kept: list[Node] = []
+    for side in sides:
+        if not any(equal(other, side) for other in kept):
+            kept.append(side)
+    return kept
+
+
+def _same_equation(gold: Sequence[Node], answer: Sequence[Node]) -> bool:
+    """Whether lhs - rhs of one is a multiple, other than 0, of the other's."""
+    sides: list[Any] = [_value(side) if isinstance(side, Leaf) else None for side in (*gold, *answer)]
+    if not all(isinstance(side, sympy.Expr) for side in sides):
+        return False
+    theirs, ours = sides[0] - sides[1], sides[2] - sides[3]
+    if not theirs.free_symbols or theirs.free_symbols != ours.free_symbols:
+        return False
+    ratio = sympy.simplify(ours / theirs)
+    return bool(ratio != 0 and not ratio.free_symbols and ratio.is_finite)
+
+
+def _equal_items(gold: Items, answer: Items) -> bool:
+    """In order between parentheses; in any order in a list or set, unless an ellipsis or labels fix what is meant."""
+    if gold.ordered and answer.ordered:
+        brackets = (gold.opening, gold.closing) == (answer.opening, answer.closing)
+        if not brackets and not (len(gold.items) > 2 and ":" not in (gold.opening, answer.opening)):
+            return False
+        return _matches(gold.items, answer.items, in_order=True)
+    if gold.ordered or answer.ordered:
+        bracketed, other = (gold, answer) if gold.ordered else (answer, gold)
+        if other.opening or ":" in bracketed.opening:
+            return False
+        if len(gold.items) == 2 and (bracketed.opening, bracketed.closing) != ("(", ")"):  # an interval
+            return False
+        return _matches(gold.items, answer.items, in_order=True)
+    ours, theirs = list(answer.items), list(gold.items)
+    if gold.opening and answer.opening:
+        ours, theirs = _distinct(answer.items), _distinct(gold.items)
+    has_ellipsis = Leaf(r"\ldots") in (*ours, *theirs)
+    return _matches(tuple(theirs), tuple(ours), has_ellipsis or _labelled(theirs) != _labelled(ours))
+
+
+def _labelled(items: Sequence[Node]) -> bool:
+    """Whether the items say which is which, as in x = 1, y = 2."""
+    labels = {str(item.sides[0]) for item in items if isinstance(item, Relation)}
+    return len(labels) > 1 and len(labels) == len(items)
+
+
+def _equal_singletons(gold: Node, answer: Node) -> bool:
+    """{5} is 5."""
+    one, other = (n.items[0] if isinstance(n, Items) and len(n.items) == 1 else n for n in (gold, answer))
+    return (one, other) != (gold, answer) and equal(one, other)
+
+
+def _matches(gold: Sequence[Node], answer: Sequence[Node], in_order: bool = False) -> bool:
+    """Whether each item has a partner of its own on the other side."""
+    if len(gold) != len(answer):
+        return False
+    if in_order:
+        return all(equal(one, other) for one, other in zip(gold, answer, strict=True))
+    left = list(answer)
+    for one in gold:
+        partner = next((other for other in left if equal(one, other)), None)
+        if partner is None:
+            return False
+        left.remove(partner)
+    return True

@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.canonical import canonical, quantity
+from nemo_disco.rewards.canonical import canonical
 from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
 from nemo_disco.rewards.quick import numeral
+from nemo_disco.rewards.units import quantity
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.user_code import called
@@ -79,7 +80,9 @@ class NumericMatch(Verifier):
     tolerance: relative to the gold answer; at 0 the two are compared exactly, as fractions.
     """
 
-    _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][+-]?\d+)?(?:\s*/\s*\d+)?\s*%?")
+    _NUMBER = re.compile(  # a hyphen behind a word or number is no sign: 3-5, GPT-4
+        r"(?:(?<![\w.)\]}%])[+-])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][+-]?\d+)?(?:\s*/\s*\d+)?\s*%?"
+    )
 
     def __init__(self, require_think: bool = False, tolerance: float = 1e-6) -> None:
         super().__init__(require_think)
@@ -88,7 +91,7 @@ class NumericMatch(Verifier):
         self._tolerance = tolerance
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        numbers = [n for n in self._NUMBER.findall(said) if n.strip()]
+        numbers = [n for n in self._NUMBER.findall(said.replace("\N{MINUS SIGN}", "-")) if n.strip()]
         text = _box_or(said, numbers[-1] if numbers else "")
         if not text.strip():
             return Verdict.of(verdict.NO_BOX)
@@ -105,20 +108,49 @@ class NumericMatch(Verifier):
 
 
 class MultipleChoice(Verifier):
-    """The letter in the last box, or the last "answer is (C)", or all that is said, is the gold answer's letter."""
+    """The letter in the last box, or the last "answer is (C)", or all that is said, is the gold answer's letter.
 
-    _SAID = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?\**([A-Z])\b\**\)?", re.IGNORECASE)
-    _LETTER = re.compile(r"[\s({\[]*(?:\\(?:text|mathrm|textbf)\s*\{)?[\s(]*([A-Za-z])[\s)\]}.:]*(?:\s.*)?", re.DOTALL)
+    Two letters, as in "A or C", are no choice; neither is a word that begins with one, or the article in "A cat".
+    """
+
+    _MARK = r"[(\[*]*([A-Z])\b[)\]*]*"
+    _VERB = (
+        r"(?i:answer|option|choice|choose|chose|pick|select|go\s+with)(?i:\s+is|\s+option|\s+answer|\s+choice)*\s*:?\s*"
+    )
+    _SAID = re.compile(
+        rf"\b{_VERB}(?:[(\[*]+([A-Za-z])[)\]*]+|{_MARK}(?!['\w])(?!\s+(?!because|since|as|is|for|with)[a-z]))"
+        rf"|(?<![\w'])(?!I\b){_MARK}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)"
+    )
+    _ANOTHER = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b|\\text\s*\{\s*(?:or|and)\s*\})+\s*\(?[A-Z]\b")
+    _LETTER = re.compile(
+        r"[\s({\[$*]*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?[\s(*]*([A-Za-z])(?:[\s}$*]*|(?=[\s}*]*[)\].:])[)\]}.:*$]*(.*))",
+        re.DOTALL,
+    )
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        found = self._SAID.findall(said)
-        given = self._LETTER.fullmatch(_box_or(said, found[-1] if found else said.strip()))
+        given = self._letter(_box_or(said, self._last_said(said)))
         if given is None:
             return Verdict.of(verdict.NO_CHOICE)
-        letters = {match[1].upper() for gold in golds if (match := self._LETTER.fullmatch(gold))}
+        letters = {letter for gold in golds if (letter := self._letter(gold))}
         if not letters:
             return Verdict.of(verdict.UNPARSABLE_GOLD)
-        return Verdict.of(verdict.CORRECT if given[1].upper() in letters else verdict.WRONG)
+        return Verdict.of(verdict.CORRECT if given in letters else verdict.WRONG)
+
+    def _last_said(self, said: str) -> str:
+        """The letter that a sentence names, with another one that it names beside it; all that is said without one."""
+        found = list(self._SAID.finditer(said))
+        if not found:
+            return said.strip()
+        letter = next(group for group in found[-1].groups() if group)
+        another = self._ANOTHER.match(said, found[-1].end())
+        return letter + (another[0] if another else "")
+
+    def _letter(self, text: str) -> str | None:
+        """The one letter that a text chooses, as in C, (c) or C. Paris; None if there is none, or more than one."""
+        match = self._LETTER.fullmatch(text)
+        if match is None or self._ANOTHER.match(match[2] or ""):
+            return None
+        return match[1].upper()
 
 
 class UserFunction(Verifier):

@@ -5,10 +5,12 @@ Pure string work, as the fast path of grading: what only algebra could tell apar
 
 from __future__ import annotations
 
-from nemo_disco.rewards.canonical import canonical, quantity, squeezed
+from nemo_disco.rewards.canonical import canonical
 from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
 from nemo_disco.rewards.math_grader import MAX_ANSWER
 from nemo_disco.rewards.quick import numeral
+from nemo_disco.rewards.units import quantity
+from nemo_disco.rewards.words import squeezed
 
 
 def answer_key(response: str) -> str | None:
@@ -23,8 +25,8 @@ def answer_key(response: str) -> str | None:
     plain = quantity(canonical(answer))
     number = numeral(plain.body)
     if number is None:
-        return squeezed(plain.body) + plain.unit
-    return str(number.value) + ("%" if number.percent else "") + plain.unit
+        return f"{squeezed(plain.body)} {plain.unit}"
+    return f"{number.value}{'%' if number.percent else ''} {plain.unit}"
 
 
 def votes(responses: list[str]) -> list[int]:

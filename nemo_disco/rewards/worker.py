@@ -1,4 +1,4 @@
-"""The grader's process, `python -m nemo_disco.rewards.worker N`: imports math-verify, forks up to N children to judge.
+"""The grader's process, `python -m nemo_disco.rewards.worker N`: imports sympy, forks up to N children to judge.
 
 JSON lines in (id, answer, golds, timeout) and out (id, reason). Only the children touch answers, so it never hangs: it
 kills a child that has used up its processor time and forks the next in milliseconds. It has one thread, and ends when
@@ -20,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from nemo_disco.rewards import symbolic, verdict
+from nemo_disco.rewards import expressions, symbolic, verdict
 
 MEMORY = 4 << 30  # bytes of address space a child
 READ = 1 << 16
@@ -225,7 +225,7 @@ def send(message: dict[str, Any]) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is ours
-    symbolic.close_eval()
+    expressions.close_eval()
     for latex in WARM_UP:
         symbolic.judge(latex, [latex])
     symbolic.judge("x^2-1", ["(x-1)(x+1)+y"])  # unequal: takes the long way, through simplify

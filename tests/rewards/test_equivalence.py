@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from answer_table import DIFFERENT, EQUAL
+from fault_table import KINDS
 
 from nemo_disco.rewards import MathGrader
 
@@ -26,6 +27,15 @@ def test_different(grader: MathGrader, gold: str, answers: list[str]) -> None:
     assert [
         a for a, v in zip(answers, verdicts, strict=True) if v.reward or v.reason not in ("wrong", "unparsable answer")
     ] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_sides_of_each_kind_of_fault(grader: MathGrader, kind: str) -> None:
+    for pairs, wanted in zip(KINDS[kind], (1.0, 0.0), strict=True):
+        verdicts = grader.grade_with_reasons([box(answer) for answer, _ in pairs], [gold for _, gold in pairs])
+        found = [(pair, v.reason) for pair, v in zip(pairs, verdicts, strict=True) if v.reward != wanted]
+        assert found == [], f"should give {wanted}"
+        assert "timeout" not in [v.reason for v in verdicts]
 
 
 def test_any_of_several_gold_answers_counts(grader: MathGrader) -> None:

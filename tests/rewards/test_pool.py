@@ -145,7 +145,7 @@ def test_the_processes_end_with_a_killed_parent() -> None:
 
 def test_a_process_that_cannot_start_is_an_error_not_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Were it graded 0, a broken installation would look like a bad policy."""
-    (tmp_path / "math_verify.py").write_text("raise ImportError('broken')")
+    (tmp_path / "latex2sympy2_extended.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with MathGrader() as grader, pytest.raises(RuntimeError, match="did not start"):
         grader.grade([r"\boxed{1+x}"], ["x+1"])

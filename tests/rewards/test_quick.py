@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_disco.rewards.canonical import canonical, for_algebra, squeezed
+from nemo_disco.rewards.canonical import canonical
 from nemo_disco.rewards.quick import numeral, same
+from nemo_disco.rewards.units import for_algebra
+from nemo_disco.rewards.words import squeezed
 
 FRACTIONS = st.fractions(min_value=-1000, max_value=1000, max_denominator=1000)
 
@@ -51,7 +53,7 @@ def test_decimals_with_separators_and_powers_of_ten(digits: int, places: int) ->
     ("answer", "gold", "decision"),
     [
         ("0.3333", r"\frac{1}{3}", False),
-        ("0.333333", r"\frac{1}{3}", None),  # six digits: the algebra decides
+        ("0.333333", r"\frac{1}{3}", True),  # six significant digits
         ("0.125", r"\frac{1}{8}", True),
         ("0.1250001", r"\frac{1}{8}", False),
         ("3e-9", "2e-9", False),

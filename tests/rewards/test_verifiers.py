@@ -28,6 +28,33 @@ CASES: list[tuple[type[Verifier], str, str | list[str], float]] = [
     (NumericMatch, "0.3333333333", "1/3", 1.0),
     (NumericMatch, "0.333", "1/3", 0.0),
     (NumericMatch, "none", "1", 0.0),
+    (NumericMatch, "3-5", "-5", 0.0),
+    (NumericMatch, "3-5", "5", 1.0),
+    (NumericMatch, "on 2024-05-17", "-17", 0.0),
+    (NumericMatch, "x=-5", "-5", 1.0),
+    (NumericMatch, "it is \N{MINUS SIGN}5.", "-5", 1.0),
+    (NumericMatch, "3 - -5", "-5", 1.0),
+    (NumericMatch, "GPT-4", "-4", 0.0),
+    (MultipleChoice, r"\boxed{A or C}", "A", 0.0),
+    (MultipleChoice, r"\boxed{A, C}", "A", 0.0),
+    (MultipleChoice, r"\boxed{(A) and (C)}", "A", 0.0),
+    (MultipleChoice, r"\boxed{A/C}", "A", 0.0),
+    (MultipleChoice, r"\boxed{\text{A or C}}", "A", 0.0),
+    (MultipleChoice, "The answer is A or C.", "A", 0.0),
+    (MultipleChoice, r"\boxed{\text{(C) Paris}}", "C", 1.0),
+    (MultipleChoice, r"\boxed{\textbf{C}}", "C", 1.0),
+    (MultipleChoice, r"\boxed{C. Paris}", "C", 1.0),
+    (MultipleChoice, r"\boxed{$C$}", "C", 1.0),
+    (MultipleChoice, "I choose C", "C", 1.0),
+    (MultipleChoice, "I choose C", "I", 0.0),
+    (MultipleChoice, "I'd go with (D).", "D", 1.0),
+    (MultipleChoice, "I pick option B because it fits.", "B", 1.0),
+    (MultipleChoice, "C is correct.", "C", 1.0),
+    (MultipleChoice, "**C**", "C", 1.0),
+    (MultipleChoice, "The answer is a number", "A", 0.0),
+    (MultipleChoice, "The answer is A cat", "A", 0.0),
+    (MultipleChoice, "A cat", "A", 0.0),
+    (MultipleChoice, "I think so", "I", 0.0),
     (MultipleChoice, r"\boxed{C}", "C", 1.0),
     (MultipleChoice, r"\boxed{\text{(c)}}", "(C)", 1.0),
     (MultipleChoice, "A or B? The answer is (B).", "B", 1.0),
@@ -71,7 +98,9 @@ def test_a_function_of_yours_sees_the_whole_response_and_may_shape() -> None:
     [verdict] = UserFunction(half, "m:half").grade_with_reasons(["thought </think> 4"], [["4", "5"]])
     assert (verdict.reward, verdict.reason) == (0.5, "reward 0.5")
     assert seen == [("thought </think> 4", ("4", "5"))]
-    with pytest.raises(UserError, match=r"m:bad: \S*test_verifiers.py:75 must return a finite number; it returned nan"):
+    with pytest.raises(
+        UserError, match=r"m:bad: \S*test_verifiers.py:\d+ must return a finite number; it returned nan"
+    ):
         UserFunction(lambda *_: float("nan"), "m:bad").grade(["x"], ["y"])
 
 

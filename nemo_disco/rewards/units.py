@@ -1,0 +1,207 @@
+"""Takes units off the end of a canonical answer: known units are compared, count nouns dropped, other words kept.
+
+Pure string work. `5\\text{ cm}` is 5 with a unit, `5\\text{ apples}` is 5, `5\\text{ factorial}` is not 5.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from nemo_disco.rewards.canonical import canonical
+
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+Unit = tuple[tuple[str, int], ...]  # (name, power), sorted; () is none, or one that is not compared
+
+# As they are written; a word that is not here is also looked for in lower case.
+_NAMES = {
+    word: unit
+    for unit, words in {
+        "nm": "nm nanometer nanometers",
+        "um": r"um \mum micrometer micrometers",
+        "mm": "mm millimeter millimeters millimetre millimetres",
+        "cm": "cm centimeter centimeters centimetre centimetres",
+        "m": "m meter meters metre metres",
+        "km": "km kilometer kilometers kilometre kilometres",
+        "inch": "in inch inches",
+        "foot": "ft foot feet",
+        "yard": "yd yard yards",
+        "mile": "mi mile miles",
+        "light-year": "ly",
+        "mg": "mg milligram milligrams",
+        "g": "g gram grams",
+        "kg": "kg kilogram kilograms",
+        "ton": "ton tons tonne tonnes",
+        "lb": "lb lbs pound pounds",
+        "oz": "oz ounce ounces",
+        "mL": "mL ml milliliter milliliters millilitre millilitres cc",
+        "L": "L l liter liters litre litres",
+        "gallon": "gal gallon gallons",
+        "quart": "qt quart quarts",
+        "pint": "pt pint pints",
+        "cup": "cup cups",
+        "acre": "acre acres",
+        "hectare": "ha hectare hectares",
+        "ms": "ms millisecond milliseconds",
+        "s": "s sec secs second seconds",
+        "min": "min mins minute minutes",
+        "h": "h hr hrs hour hours",
+        "day": "day days",
+        "week": "week weeks",
+        "month": "month months",
+        "year": "yr yrs year years",
+        "dollar": "dollar dollars usd USD",
+        "cent": "cent cents",
+        "euro": "euro euros eur EUR",
+        "pound sterling": "gbp GBP",
+        "yen": "yen",
+        "rupee": "rupee rupees",
+        "degree": "degree degrees deg",
+        "celsius": "celsius C",
+        "fahrenheit": "fahrenheit F",
+        "kelvin": "kelvin kelvins K",
+        "radian": "rad rads radian radians",
+        "hertz": "Hz hz hertz",
+        "kHz": "kHz",
+        "N": "N newton newtons",
+        "J": "J joule joules",
+        "kJ": "kJ kilojoule kilojoules",
+        "cal": "cal calorie calories",
+        "kcal": "kcal kilocalorie kilocalories",
+        "eV": "eV",
+        "W": "W watt watts",
+        "kW": "kW kilowatt kilowatts",
+        "Pa": "Pa pascal pascals",
+        "kPa": "kPa",
+        "V": "V volt volts",
+        "A": "A amp amps ampere amperes",
+        "ohm": r"ohm ohms \Omega",
+        "mol": "mol mole moles",
+        "M": "M molar",
+        "erg": "erg ergs",
+        "pc": "pc parsec parsecs",
+        "am": "am",
+        "pm": "pm",
+        "bit": "bit bits",
+        "byte": "byte bytes",
+    }.items()
+    for word in words.split()
+}
+_COMPOUND = {"mph": "mile/h", "kmph": "km/h", "kph": "km/h", "kmh": "km/h", "fps": "foot/s"}
+_ANY = {"unit", "units"}  # stands for whatever unit the other side names
+_IRREGULAR = (
+    "people men women children mice geese feet teeth fish sheep dice vertices indices matrices radii axes foci person "
+    "man woman child student apple orange marble ball card coin book ticket way time point piece value digit number "
+    "integer solution root pair team game student edge face triangle square cube tile block step trip box car dog cat"
+)
+_COUNT_NOUNS = set(_IRREGULAR.split())
+# Words that mean more than what is counted, though they look like nouns.
+_MEANING = re.compile(
+    r"\b(?:or|and|if|is|are|was|not|no|non|for|when|where|to|from|base|mod|modulo|even|odd|more|less|fewer|over|under|"
+    r"above|below|about|than|at|most|least|times|plus|minus|choose|power|factorial\w*|squares|cubes|squared|cubed|"
+    r"tens|ones|halves|thirds|quarters|fourths|fifths|sixths|eighths|tenths|hundredths|thousandths|hundreds|"
+    r"thousands|millions|billions|dozens?|pairs? of|factors of|multiples of|per ?cents?|remainders?|logs|roots of|"
+    r"twice|half|thrice|double|triple|s|ss)\b|[^a-zA-Z.\s]"
+)
+_DEGREES = re.compile(r"\bdeg(?:ree)?s?\s+(?=C\b|F\b|[Cc]elsius|[Ff]ahrenheit)")
+_TOKEN = re.compile(r"\\?[A-Za-z]+(?:\^\{?-?\d+\}?)?|/")
+_LAST_TEXT = re.compile(
+    r"(?P<over>/)?\s*\\text\s*\{(?P<words>(?:[^{}]|\{[^{}]*\})*)\}\s*(?P<power>\^\s*(?:\d|\{\s*-?\d+\s*\}))?\s*$"
+)
+_LAST_WORDS = re.compile(r"(?<=[\d})])\s+(?P<words>[a-zA-Z]+(?:[a-zA-Z./ ]|\^\d|\^\{-?\d+\})*)$")
+_OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]).*\\text\{ degrees\}")
+_INNER_DEGREES = re.compile(r"\\text\{ degrees\}(?=\s*\S)")
+
+
+class Quantity(NamedTuple):
+    """An answer without its unit: `body` is canonical LaTeX; `unit` is () where none is given, or none is compared."""
+
+    body: str
+    unit: Unit
+
+    def differs_in_unit(self, other: Quantity) -> bool:
+        """Whether both name a unit, and not the same one; what is not said does not differ."""
+        if not self.unit or not other.unit or self.unit == other.unit:
+            return False
+        names = {name for name, _ in self.unit + other.unit}
+        return not ("degree" in names and names < {"degree", "celsius", "fahrenheit"})
+
+
+def quantity(text: str) -> Quantity:
+    """Take the units off the end of a canonical answer; a scale word becomes a power of ten."""
+    if _OF_AN_ANGLE.search(text):
+        return Quantity(text, ())
+    body, words = text.rstrip(), ""
+    while (match := _LAST_TEXT.search(body)) and match.start() > 0:  # m / s may come in pieces
+        piece = " ".join(match["words"].split()).rstrip(".") + (match["power"] or "").replace(" ", "")
+        words, body = f"{match['over'] or ' '}{piece} {words}".strip(), body[: match.start()].rstrip()
+    bare = None if words else _LAST_WORDS.search(body)
+    if bare:
+        words, body = bare["words"], body[: bare.start()].rstrip()
+    if not words:
+        return Quantity(_plain(text), ())
+    first, _, rest = words.lstrip(", ").partition(" ")
+    if scale := _SCALES.get(first.lower()):
+        unit = _unit(rest, bare=False) if rest else ()
+        return Quantity(_plain(rf"{body} \times 10^{{{scale}}}"), unit or ())
+    unit = _unit(words, bare=bare is not None)
+    if unit is None or not body.rstrip(" ,"):
+        return Quantity(_plain(text), ())
+    return Quantity(_plain(body), unit)
+
+
+def for_algebra(text: str) -> str:
+    """What the symbolic grader gets: the canonical answer without its unit."""
+    return quantity(canonical(text)).body
+
+
+def _plain(body: str) -> str:
+    return _INNER_DEGREES.sub(" ", body).rstrip(".;, ")
+
+
+def _unit(words: str, bare: bool) -> Unit | None:
+    """The unit that the words name, () for a count noun, None for words that matter."""
+    words = _DEGREES.sub("", words.replace(".", "")).strip()
+    if (powers := _known(words, bare)) is not None:
+        return tuple(sorted((name, power) for name, power in powers.items() if power))
+    if _MEANING.search(words) or not words:
+        return None
+    *_, noun = words.split()
+    plural = len(noun) > 3 and noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
+    return () if words == words.lower() and (plural or noun in _COUNT_NOUNS) else None
+
+
+def _known(words: str, bare: bool) -> dict[str, int] | None:
+    """The powers of known units; None if a word is not one. bare: in no \\text{}, where a letter may be a variable."""
+    if bare and not (re.search(r"[a-zA-Z]{2}", words) or "/" in words):
+        return None
+    spelled = re.sub(r"\bper\b", " / ", words)
+    tokens = _TOKEN.findall(spelled)
+    if not tokens or re.sub(r"[\s]", "", "".join(tokens)) != re.sub(r"[\s]", "", spelled):
+        return None
+    powers: dict[str, int] = {}
+    sign, next_power, last = 1, 1, ""
+    wild = False
+    for token in tokens:
+        word, _, exponent = token.partition("^")
+        lower = word.lower()
+        if token == "/":
+            sign = -1
+        elif lower in ("square", "sq", "cubic", "cu"):
+            next_power = 2 if lower.startswith("s") else 3
+        elif lower in ("squared", "cubed") and last:
+            powers[last] *= 2 if lower == "squared" else 3
+        elif lower in _ANY:
+            wild = True
+        else:
+            names = _COMPOUND.get(lower, _NAMES.get(word) or _NAMES.get(lower) or "")
+            if not names:
+                return None
+            over, _, under = names.partition("/")
+            power = sign * (int(exponent.strip("{}")) if exponent else next_power)
+            powers[over] = powers.get(over, 0) + power
+            if under:
+                powers[under] = powers.get(under, 0) - power
+            last, next_power = over, 1
+    return {} if wild else powers
