@@ -130,7 +130,8 @@ def _data(options: argparse.Namespace) -> int:
 
     count = None
     if options.model is not None:
-        from nemo_disco.data.chat import load_tokenizer, prompt_lengths
+        from nemo_disco.data.chat import prompt_lengths
+        from nemo_disco.data.tokenizer import load_tokenizer
 
         count = partial(prompt_lengths, load_tokenizer(options.model))
     elif options.max_tokens is not None:

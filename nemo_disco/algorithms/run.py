@@ -23,9 +23,11 @@ from nemo_disco.algorithms.trainer import DisCO
 from nemo_disco.config.compose import changes, load_run_config, to_yaml
 from nemo_disco.config.model_source import model_source
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.data.chat import encode_prompts, load_tokenizer, stop_token_ids
+from nemo_disco.config.shape import read_shape
+from nemo_disco.data.chat import encode_prompts
 from nemo_disco.data.questions import load_questions
 from nemo_disco.data.sampler import QuestionSampler
+from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, write_evaluation
 from nemo_disco.generation.build import build_engine
@@ -209,13 +211,16 @@ def read_questions(
     name: str, files: Sequence[str], config: RunConfig, tokenizer: Any, weights: Sequence[float] | None = None
 ) -> Questions:
     """Questions and their prompts; what is left out is said, by rank 0."""
-    loaded = load_questions(files, weights)
+    loaded = load_questions(files, weights, config.data.max_bad_records)
     kept, notes = encode_prompts(
         tokenizer,
         loaded.questions,
         suffix=config.data.prompt_suffix,
         max_prompt_length=config.data.max_prompt_length,
         too_long=config.data.too_long,
+        system=config.data.system_prompt,
+        template_arguments=config.data.chat_template_kwargs,
+        vocabulary=read_shape(config.model.path).vocab,
     )
     for note in (*loaded.notes, *notes):
         log.warning("%s", note) if _first() else None

@@ -54,6 +54,8 @@ def check_files(config: RunConfig, command: str, first_rank: bool = True) -> Non
     check_shape(config, read_shape(path))
     check_python(config.generation)
     if command in ("train", "verify"):
+        if not config.data.train_files:
+            raise UserError(f"data.train_files must be given to {command}: add 'data.train_files=[questions.jsonl]'")
         _check_question_files(config.data.train_files, "data.train_files")
     if command == "evaluate" and not config.evaluation.files:
         raise UserError("evaluation.files is empty: name the question files to evaluate on")

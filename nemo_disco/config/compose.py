@@ -29,7 +29,8 @@ from nemo_disco.runtime.errors import UserError, printable
 
 SHOWN = 3  # mistakes in one line
 LONGEST_VALUE = 200  # characters of a value in a message
-FREE = {"algorithm.parameters", "generation.options", "reward.parameters"}  # mappings whose keys are the user's own
+# Mappings whose keys are the user's own.
+FREE = {"algorithm.parameters", "data.chat_template_kwargs", "generation.options", "reward.parameters"}
 
 
 def compose(name: str = "config", overrides: Sequence[str] = (), config_path: str | None = None) -> RunConfig:

@@ -165,12 +165,15 @@ class GenerationConfig(Section):
 
 
 class DataConfig(Section):
-    train_files: Annotated[list[str], Field(min_length=1)]
+    train_files: list[str]  # none: evaluate and plan need none
     train_weights: list[PositiveFloat] | None  # one a file: how often an epoch asks it; null is 1 each
     questions_per_step: PositiveInt
     max_prompt_length: PositiveInt  # tokens, after the chat template
     too_long: Literal["error", "drop"]  # a question over the limit: stop, or drop it and say how many
+    max_bad_records: Annotated[float, Field(ge=0, le=1)]  # the share of a file that may be malformed, and is left out
     prompt_suffix: str  # appended to the question's text
+    system_prompt: str | None  # of questions that bring none
+    chat_template_kwargs: dict[str, Any]  # what the chat template takes beside the conversation
     shuffle: bool
 
 

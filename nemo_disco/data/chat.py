@@ -1,18 +1,20 @@
-"""Between text and tokens: the tokenizer of a Hugging Face directory, its chat template, and its stop tokens.
+"""Between text and tokens: questions become prompts by the tokenizer's chat template, responses become text.
 
-Encodes questions into prompts and decodes responses. Knows nothing of engines or grading; reads local files alone.
+Knows nothing of engines or grading, and reads no file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_disco.data.questions import Message, Question, first_of
+from nemo_disco.data.questions import Question, first_of
+from nemo_disco.data.schemas import Message
+from nemo_disco.data.template import Conversation, render
+from nemo_disco.data.tokenizer import refuse_beyond
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.saved_files import FileError, check_directory, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -26,48 +28,32 @@ class Prompt:
     token_ids: list[int]
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises UserError: none there, no EOS, no chat template."""
-    if not Path(path).is_dir():
-        raise UserError(f"{path}: there is no such directory; model.path is a Hugging Face directory with a tokenizer")
-    from transformers import AutoTokenizer
-
-    check_directory(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers and tokenizers raise every kind, down to bare Exception
-        remote = "trust_remote_code" in str(error)
-        mend = "set model.trust_remote_code=true if you trust it" if remote else "it needs a sound tokenizer.json"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
-        raise UserError(f"{path}: no usable tokenizer there: {reason}; {mend}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no EOS token; set `eos_token` in tokenizer_config.json")
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{path}: the tokenizer has no chat template; put one in chat_template.jinja, or in `chat_template` of "
-            "tokenizer_config.json"
-        )
-    return tokenizer
-
-
 def encode_prompts(
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     suffix: str,
     max_prompt_length: int,
     too_long: Literal["error", "drop"],
+    *,
+    system: str | None = None,
+    template_arguments: Mapping[str, Any] = MappingProxyType({}),
+    vocabulary: int | None = None,
 ) -> tuple[list[Prompt], list[str]]:
     """Questions as prompts, in order, each with `suffix` after the text of its last user turn if it is not there yet.
 
     max_prompt_length: tokens, the template's included. Longer ones are dropped if `too_long` says so: then the second
-    value has the line that names them. Raises UserError naming the question, its length and the limit if `too_long` is
-    "error", or if none would be left.
+    value has the line that names them. system: a system turn for questions without one. template_arguments: what the
+    chat template takes beside the conversation. vocabulary: rows of the model's embedding.
+    Raises UserError naming the question, its length and the limit if `too_long` is "error", or if none would be left;
+    for a token beyond the embedding; and where the template does not make a prompt of it (template.render).
     """
     if not questions:
         return [], []
-    rendered = [_render(tokenizer, question, suffix) for question in questions]
-    tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has written the special ones
+    tokens = _tokens(tokenizer, questions, suffix, system, template_arguments)
     prompts = [Prompt(question, ids) for question, ids in zip(questions, tokens, strict=True)]
+    if vocabulary is not None:
+        for prompt in prompts:
+            refuse_beyond(tokenizer, prompt.token_ids, vocabulary, f"{prompt.question.source}: the prompt")
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_length]
     over = [prompt for prompt in prompts if len(prompt.token_ids) > max_prompt_length]
     if over and (too_long == "error" or not kept):
@@ -84,43 +70,40 @@ def encode_prompts(
 
 
 def prompt_lengths(tokenizer: Tokenizer, questions: Sequence[Question], suffix: str = "") -> list[int]:
-    """The tokens of each question's prompt. Raises UserError where the chat template refuses it."""
-    rendered = [_render(tokenizer, question, suffix) for question in questions]
-    return [len(ids) for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"]] if rendered else []
+    """The tokens of each question's prompt. Raises UserError where the chat template does not make one of it."""
+    return [len(ids) for ids in _tokens(tokenizer, questions, suffix, None, {})]
 
 
-def _render(tokenizer: Tokenizer, question: Question, suffix: str) -> str:
-    import jinja2
+def _tokens(
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    suffix: str,
+    system: str | None,
+    arguments: Mapping[str, Any],
+) -> list[list[int]]:
+    if not questions:
+        return []
+    texts = render(tokenizer, [_conversation(question, suffix, system) for question in questions], arguments)
+    # The template has written the special tokens.
+    tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return tokens
 
-    *before, last = question.messages
-    turns = [*before, Message(last.role, _with_suffix(last.content, suffix))]
-    conversation = [turn._asdict() for turn in turns]
-    try:
-        text: str = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{question.source}: the tokenizer's chat template refuses it: {error}") from error
-    if not text:
-        raise UserError(f"{question.source}: the tokenizer's chat template makes an empty prompt of it")
-    return text
+
+def _conversation(question: Question, suffix: str, system: str | None) -> Conversation:
+    turns = list(question.messages)
+    last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+    turns[last] = turns[last]._replace(content=_with_suffix(turns[last].content, suffix))
+    if system and turns[0].role not in ("system", "developer"):
+        turns.insert(0, Message("system", system))
+    tools = question.metadata.get("tools")
+    schemas = tools if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else []
+    return Conversation(question.source, [turn.as_dict() for turn in turns], schemas or None)
 
 
 def _with_suffix(text: str, suffix: str) -> str:
     if text.rstrip().endswith(suffix.strip()):
         return text
     return text + ("" if suffix[0].isspace() else " ") + suffix
-
-
-def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ...]:
-    """What ends a response, rising: the tokenizer's EOS, and those of generation_config.json where there is one."""
-    path = Path(model_dir) / "generation_config.json"
-    try:
-        listed = read_json(path, dict[str, Any], links=True).get("eos_token_id") if path.exists() else None
-    except FileError as fault:
-        raise UserError(f"{fault}; the model directory is damaged") from None
-    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids):
-        raise UserError(f"{path}: `eos_token_id` is {listed}; the tokenizer has ids from 0 to {len(tokenizer) - 1}")
-    return tuple(sorted({int(tokenizer.eos_token_id), *ids}))
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

@@ -5,26 +5,16 @@ Turns records into Questions and says what it left out. Touches no tokenizer and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nemo_disco.data.records import read_records
+from nemo_disco.data.records import Record, scan_records
+from nemo_disco.data.schemas import ANSWER_FIELDS, Asked, Gold, Message, asked, gold, one_each
 from nemo_disco.runtime.errors import UserError
 
-_QUESTION_FIELDS = ("problem", "question", "prompt", "messages")
-_ANSWER_FIELDS = ("answer", "reward_model")
-_ROLES = ("system", "user", "assistant")
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+MAX_BAD = 0.1  # the share of a file's records that may be malformed; conf/data/default.yaml has the same
 
 
 @dataclass(frozen=True)
@@ -52,20 +42,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Loaded:
-    """notes: one line for each file and reason that left records out, naming them."""
+    """notes: one line for each file and reason that left records out or took answers out of solutions."""
 
     questions: tuple[Question, ...]
     notes: tuple[str, ...]
 
 
-def load_questions(paths: Sequence[str | Path], weights: Sequence[float] | None = None) -> Loaded:
-    """The questions of all files, in order; records without an answer are left out and noted.
+def load_questions(
+    paths: Sequence[str | Path], weights: Sequence[float] | None = None, max_bad_records: float = MAX_BAD
+) -> Loaded:
+    """The questions of all files, in order; records that are malformed or have no answer are left out and noted.
 
-    A record has its question in `problem`, `question`, `prompt` or `messages` (text or a list of role and content) and
-    its answer in `answer` or `reward_model.ground_truth` (text, a number or a list of alternatives). An assistant turn
-    at the end of a list is the reference: not part of the question, and the answer if there is no other.
-    weights: one a file (default: 1 each).
-    Raises UserError naming file, record and field.
+    A record has its question in one of schemas.QUESTION_FIELDS (a text, or turns with role and content, or ShareGPT's
+    from and value) and its answer in one of schemas.ANSWER_FIELDS (a text, a number or a list of alternatives; of a
+    solution in GSM8K's form, what follows `####`). An assistant turn at the end is the reference: not part of the
+    question, and the answer if there is no other. Lists of questions and answers are one question each.
+    weights: one a file (default: 1 each). max_bad_records: the share of a file's records that may be malformed.
+    Raises UserError naming file, record and field: more are, or no record of a file has an answer.
     """
     if not paths:
         raise UserError("no question file was given")
@@ -73,26 +66,12 @@ def load_questions(paths: Sequence[str | Path], weights: Sequence[float] | None 
     notes: list[str] = []
     position = 0
     for path, weight in zip(map(Path, paths), weights or [1.0] * len(paths), strict=True):
-        records = read_records(path)
-        missing: dict[str, list[str]] = {}
-        kept = len(questions)
-        for place, fields in records:
-            question, lack = _question(position, f"{path}, {place}", fields)
-            position += 1
-            if lack:
-                missing.setdefault(lack, []).append(place)
-            else:
-                questions.append(replace(question, weight=weight))
-        if len(questions) == kept:
-            fields_seen = ", ".join(records[0].fields)
-            raise UserError(
-                f"{path}: no record has an answer; give it in `answer` or `reward_model.ground_truth` "
-                f"(fields of the first: {fields_seen})"
-            )
-        notes += [
-            f"{path}: {len(places)} of {len(records)} records left out, {lack}: {first_of(places)}"
-            for lack, places in missing.items()
-        ]
+        file = _File(path, position, weight)
+        file.read()
+        file.check(max_bad_records)
+        position += file.count
+        questions += file.questions
+        notes += file.notes()
     return Loaded(tuple(questions), tuple(notes))
 
 
@@ -102,85 +81,75 @@ def first_of(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _question(position: int, source: str, fields: Mapping[str, Any]) -> tuple[Question, str]:
-    """The question, and what its answer lacks ("" if it has one)."""
-    name = next((f for f in _QUESTION_FIELDS if fields.get(f) is not None), None)
-    if name is None:
-        raise UserError(f"{source}: no question; expected one of the fields {', '.join(_QUESTION_FIELDS)}")
-    text, reference = _conversation(source, name, fields[name])
-    candidates = [(f, fields[f]) for f in _ANSWER_FIELDS if f in fields]
-    candidates += [(name, reference)] if reference is not None else []
-    lack = "no answer field"
-    answers: tuple[str, ...] = ()
-    for where, value in candidates:
-        if where == "reward_model":
-            where, value = "reward_model.ground_truth", _ground_truth(source, value)
-        answers = _answers(source, where, value)
-        if answers:
-            break
-        lack = f"`{where}` is {'null' if value is None else 'empty'}"
-    metadata = {k: v for k, v in fields.items() if k != name and k not in _ANSWER_FIELDS}
-    return Question(position, text, answers, source, metadata), "" if answers else lack
+class _File:
+    """The questions of one file, whose records begin at `position` of all; and what was left out, by its reason."""
 
+    def __init__(self, path: Path, position: int, weight: float) -> None:
+        self.path, self.position, self.weight = path, position, weight
+        self.count = 0
+        self.questions: list[Question] = []
+        self.first_fields: Sequence[str] = ()
+        self.bad: list[tuple[str, UserError]] = []  # place, what is wrong
+        self.lacking: dict[str, list[str]] = {}  # reason: places
+        self.taken: dict[str, int] = {}  # what marked the answer in a solution: how often
 
-def _conversation(source: str, name: str, value: Any) -> tuple[str | tuple[Message, ...], str | None]:
-    """What is asked, and the assistant's reference at the end if there is one."""
-    if not isinstance(value, list):
-        return _text(source, name, value), None
-    turns = [_message(source, f"{name}[{i}]", turn) for i, turn in enumerate(value)]
-    reference = turns.pop().content if turns and turns[-1].role == "assistant" else None
-    if not turns or turns[-1].role != "user":
-        raise UserError(f"{source}: `{name}` must ask something: its last turn, before any reference, is the user's")
-    return (turns[0].content if len(turns) == 1 else tuple(turns)), reference
+    def read(self) -> None:
+        for record in scan_records(self.path):
+            self.first_fields = self.first_fields or tuple(record.fields)
+            items = [record.fields] if record.fault else one_each(record.fields)
+            for number, fields in enumerate(items, 1):
+                place = record.place if len(items) == 1 else f"{record.place}, item {number}"
+                try:
+                    self._take(record, place, fields)
+                except UserError as error:
+                    self.bad.append((place, error))
+                self.count += 1
 
+    def check(self, max_bad_records: float) -> None:
+        """Raises UserError if too much of the file is malformed, or nothing of it has an answer."""
+        if len(self.bad) > max_bad_records * self.count:
+            error = self.bad[0][1]
+            raise UserError(
+                f"{error} ({len(self.bad)} of {self.count} records are malformed; data.max_bad_records="
+                f"{max_bad_records:g} is the share that may be left out)"
+            ) from error
+        if not self.questions:
+            raise UserError(
+                f"{self.path}: no record has an answer; give it in `answer` or `reward_model.ground_truth` "
+                f"(fields of the first: {first_of(self.first_fields)})"
+            )
 
-def _message(source: str, name: str, turn: Any) -> Message:
-    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-        raise UserError(f"{source}: `{name}` is not an object with `role` and `content`")
-    if turn["role"] not in _ROLES:
-        raise UserError(f"{source}: `{name}.role` is {turn['role']!r}, not one of {', '.join(_ROLES)}")
-    return Message(turn["role"], _text(source, f"{name}.content", turn["content"]))
+    def notes(self) -> list[str]:
+        lines = [
+            f"{self.path}: {len(places)} of {self.count} records left out, {reason}: {first_of(places)}"
+            for reason, places in self.lacking.items()
+        ]
+        if self.bad:
+            places = first_of([place for place, _ in self.bad])
+            what = f"{len(self.bad)} of {self.count} records left out, malformed: {places}"
+            lines.append(f"{self.path}: {what}; the first: {self.bad[0][1]}")
+        ends = {"####": "what follows #### is the answer", r"\boxed": r"the last \boxed{} is the answer"}
+        lines += [
+            f"{self.path}: {count} of {self.count} answers are whole solutions: {ends[mark]}"
+            for mark, count in self.taken.items()
+        ]
+        return lines
 
+    def _take(self, record: Record, place: str, fields: Mapping[str, Any]) -> None:
+        if record.fault is not None:
+            raise record.fault
+        source = f"{self.path}, {place}"
+        question = asked(source, fields)
+        answer = gold(source, fields, question)
+        if answer.lack:
+            self.lacking.setdefault(answer.lack, []).append(place)
+            return
+        if answer.taken:
+            self.taken[answer.taken] = self.taken.get(answer.taken, 0) + 1
+        self.questions.append(self._question(source, fields, question, answer))
 
-def _text(source: str, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{source}: `{name}` is of type {type(value).__name__}, not text")
-    if not value.strip():
-        raise UserError(f"{source}: `{name}` is empty")
-    return _encodable(source, name, value)
-
-
-def _encodable(source: str, name: str, value: str) -> str:
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(f"{source}: `{name}` holds half of a surrogate pair, which no tokenizer encodes")
-    return value
-
-
-def _ground_truth(source: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{source}: `reward_model` is of type {type(value).__name__}, not an object with `ground_truth`"
-        )
-    return value.get("ground_truth")
-
-
-def _answers(source: str, name: str, value: Any) -> tuple[str, ...]:
-    """The alternatives as text, without repetitions and blanks."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(a for a in (_answer(source, name, v) for v in values) if a))
-
-
-def _answer(source: str, name: str, value: Any) -> str:
-    """One alternative as text: numbers in plain notation, integral ones without a point; "" if there is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, str):
-        return _encodable(source, name, value.strip())
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
-        raise UserError(f"{source}: `{name}` is {value!r:.80}; an answer is text, a number, or a list of these")
-    if isinstance(value, int):
-        return str(value)
-    plain = format(Decimal(str(value)), "f")
-    return plain.rstrip("0").rstrip(".") if "." in plain else plain
+    def _question(self, source: str, fields: Mapping[str, Any], question: Asked, answer: Gold) -> Question:
+        turns = question.turns
+        text = turns[0].content if len(turns) == 1 and not turns[0].more else turns
+        metadata = {k: v for k, v in fields.items() if k != question.field and k not in ANSWER_FIELDS[:2]}
+        return Question(self.position + self.count, text, answer.answers, source, metadata, self.weight)

@@ -6,8 +6,10 @@ bytes or extension types are refused.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,14 +20,24 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-    """place: "line 3" or "record 3", counted from 1."""
+    """place: "line 3" or "record 3", counted from 1. fault: why it has no fields, where it is malformed."""
 
     place: str
     fields: dict[str, Any]
+    fault: UserError | None = None
 
 
 def read_records(path: Path) -> list[Record]:
     """Every record of a file, in order. Raises UserError: missing, unreadable, empty or malformed, and where."""
+    records = scan_records(path)
+    for record in records:
+        if record.fault is not None:
+            raise record.fault
+    return records
+
+
+def scan_records(path: Path) -> list[Record]:
+    """As `read_records`, but where one record alone is malformed, it is in the list with its fault."""
     try:
         records = list(_reader(path))
     except OSError as error:
@@ -33,6 +45,21 @@ def read_records(path: Path) -> list[Record]:
     if not records:
         raise UserError(f"{path}: there are no questions in it: the file is empty")
     return records
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """The records of a JSONL file, one after another: blank lines are none, a byte order mark may begin it.
+
+    Raises OSError where it cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                place = f"line {number}"
+                try:
+                    yield _record(path, place, _decode(path, line, place=place))
+                except UserError as error:
+                    yield Record(place, {}, error)
 
 
 def _reader(path: Path) -> Iterator[Record]:
@@ -44,7 +71,7 @@ def _reader(path: Path) -> Iterator[Record]:
     if suffix == ".json":
         return _json(path)
     if suffix == ".jsonl":
-        return _jsonl(path)
+        return read_lines(path)
     if suffix == ".parquet":
         return _parquet(path)
     raise UserError(f"{path}: not a kind of question file; there are .json, .jsonl, .parquet and saved `datasets`")
@@ -56,16 +83,11 @@ def _json(path: Path) -> Iterator[Record]:
         return
     hint = "; if it holds one record a line, name it .jsonl" if b"\n{" in content else ""
     data = _decode(path, content, hint=hint)
+    if isinstance(data, dict) and any(isinstance(column, list) for column in data.values()) and "data" not in data:
+        data = [data]  # a table, column by column
     if not isinstance(data, list):
         raise UserError(f"{path}: the top level is {_kind(data)}, not a list of records{hint}")
     yield from _numbered(path, data)
-
-
-def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            value = _decode(path, line, place=f"line {number}")
-            yield _record(path, f"line {number}", value)
 
 
 def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
@@ -82,16 +104,49 @@ def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with _arrow(path, "Parquet"), pq.ParquetFile(path) as file:
+        _refuse_objects(path, file.schema_arrow)
+        rows = _rows(path, file.read())
+    yield from rows
+
+
+@contextmanager
+def _arrow(path: Path, kind: str) -> Iterator[None]:
+    """Turns what pyarrow raises of a damaged file into one line."""
+    import pyarrow as pa
+
     try:
-        with pq.ParquetFile(path) as file:
-            _refuse_objects(path, file.schema_arrow)
-            rows = file.read().to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
-    yield from _numbered(path, rows)
+        yield
+    except UserError:
+        raise
+    except (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a readable {kind} file: {_first_line(error)}") from error
+
+
+def _rows(path: Path, table: pa.Table, begin: int = 0) -> list[Record]:
+    """The rows of a table. One with a value that Python cannot hold (text that is not UTF-8, a date beyond the year
+    9999) is malformed alone. begin: rows before these."""
+    try:
+        return [_record(path, f"record {number}", row) for number, row in enumerate(table.to_pylist(), begin + 1)]
+    except (ValueError, OverflowError) as error:  # UnicodeDecodeError and ArrowInvalid are ValueErrors
+        if table.num_rows == 1:
+            place = f"record {begin + 1}"
+            fault = UserError(f"{path}, {place}: `{_culprit(table)}` cannot be read: {_first_line(error)}")
+            return [Record(place, {}, fault)]
+    half = table.num_rows // 2
+    return _rows(path, table.slice(0, half), begin) + _rows(path, table.slice(half), begin + half)
+
+
+def _culprit(row: pa.Table) -> str:
+    """The column of one row that cannot be read."""
+    for name, column in zip(row.column_names, row.columns, strict=True):
+        try:
+            column.to_pylist()
+        except (ValueError, OverflowError):
+            return str(name)
+    return "?"
 
 
 def _saved_dataset(path: Path) -> Iterator[Record]:
@@ -109,15 +164,12 @@ def _saved_dataset(path: Path) -> Iterator[Record]:
         shards = [path / Path(entry["filename"]).name for entry in _decode(state, state.read_bytes())["_data_files"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{state}: no list `_data_files` of objects with a `filename`") from error
-    rows: list[Any] = []
+    rows: list[Record] = []
     for shard in shards:
-        try:
-            with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
-                _refuse_objects(shard, stream.schema)
-                rows += stream.read_all().to_pylist()
-        except pa.ArrowException as error:
-            raise UserError(f"{shard}: not a readable Arrow file: {_first_line(error)}") from error
-    yield from _numbered(path, rows)
+        with _arrow(shard, "Arrow"), pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
+            _refuse_objects(shard, stream.schema)
+            rows += _rows(path, stream.read_all(), len(rows))
+    yield from rows
 
 
 def _refuse_objects(path: Path, schema: pa.Schema) -> None:
@@ -136,7 +188,10 @@ def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
 
 def _numbered(path: Path, values: Iterable[Any]) -> Iterator[Record]:
     for number, value in enumerate(values, 1):
-        yield _record(path, f"record {number}", value)
+        try:
+            yield _record(path, f"record {number}", value)
+        except UserError as error:
+            yield Record(f"record {number}", {}, error)
 
 
 def _record(path: Path, place: str, value: Any) -> Record:

@@ -17,6 +17,7 @@ import numpy as np
 from nemo_disco.data.normalize import question_key, text_key
 from nemo_disco.data.questions import Question, load_questions
 from nemo_disco.data.records import read_records
+from nemo_disco.data.schemas import QUESTION_FIELDS
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_file, write_atomically
 
@@ -92,7 +93,7 @@ def pass_rates(files: Iterable[Path]) -> dict[str, float]:
     """The share of right responses of each question, by its key, over all files together."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for path in files:
-        for place, line in read_records(path):
+        for place, line, _ in read_records(path):
             question, correct = line.get("question"), line.get("correct")
             if not isinstance(question, str) or not isinstance(correct, bool | int):
                 raise UserError(f"{path}, {place}: a rollout has `question`, a text, and `correct`, true or false")
@@ -177,12 +178,12 @@ def _write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
 def _record(question: Question) -> dict[str, Any]:
     asked = {"problem": question.text} if isinstance(question.text, str) else {"messages": _turns(question)}
     answers = question.answers[0] if len(question.answers) == 1 else list(question.answers)
-    rest = {k: v for k, v in question.metadata.items() if k not in ("problem", "question", "prompt", "messages")}
+    rest = {k: v for k, v in question.metadata.items() if k not in QUESTION_FIELDS}
     return asked | {"answer": answers} | rest
 
 
-def _turns(question: Question) -> list[dict[str, str]]:
-    return [turn._asdict() for turn in question.messages]
+def _turns(question: Question) -> list[dict[str, Any]]:
+    return [turn.as_dict() for turn in question.messages]
 
 
 def _at(found: Survey, i: int) -> str:

@@ -137,6 +137,7 @@ def test_usable_files_pass_and_only_the_first_rank_makes_the_run_directory(usabl
     [
         ("train", "model.path=nowhere", "nowhere: no Hugging Face model there"),
         ("train", "data.train_files=[nowhere.json]", "data.train_files: there is no nowhere.json"),
+        ("train", "data.train_files=[]", "data.train_files must be given to train"),
         ("train", "evaluation.files=[nowhere.json]", "evaluation.files: there is no nowhere.json"),
         ("evaluate", "evaluation.files=[]", "evaluation.files is empty"),
         ("evaluate", "evaluation.files=[nowhere.json]", "evaluation.files: there is no nowhere.json"),

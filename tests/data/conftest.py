@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nemo_disco.data.chat import load_tokenizer
+from nemo_disco.data.tokenizer import load_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
 PAPER_DATA = Path(os.environ.get("NEMO_DISCO_PAPER_DATA", REPO.parent / "shared" / "data")) / "deepscaler"

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from nemo_disco.data.questions import Message, load_questions
+from nemo_disco.data.questions import load_questions
+from nemo_disco.data.schemas import Message
 from nemo_disco.runtime.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "1+1?"}]
@@ -86,14 +87,14 @@ def test_notes_of_many_records_are_cut(write):
 
 
 def test_a_file_without_any_answer_is_refused(write):
-    with pytest.raises(UserError, match=r"q\.json: no record has an answer.*fields of the first: problem, solution"):
-        load_questions([write("q.json", [{"problem": "?", "solution": "4"}])])
+    with pytest.raises(UserError, match=r"q\.json: no record has an answer.*fields of the first: problem, result"):
+        load_questions([write("q.json", [{"problem": "?", "result": "4"}])])
 
 
 @pytest.mark.parametrize(
     ("record", "complaint"),
     [
-        ({"query": "?", "answer": 1}, "no question; expected one of the fields problem, question, prompt, messages"),
+        ({"query": "?", "answer": 1}, "no question; expected one of the fields problem, question, prompt, messages, "),
         ({"problem": 7, "answer": 1}, "`problem` is of type int, not text"),
         ({"problem": " \n", "answer": 1}, "`problem` is empty"),
         ({"problem": "\ud800", "answer": 1}, "`problem` holds half of a surrogate pair"),
@@ -103,7 +104,7 @@ def test_a_file_without_any_answer_is_refused(write):
         ({"problem": "?", "answer": [["1"]]}, "`answer` is ['1']; an answer is text"),
         ({"problem": "?", "answer": "\udfff"}, "`answer` holds half of a surrogate pair"),
         ({"prompt": MESSAGES, "reward_model": "2"}, "`reward_model` is of type str, not an object"),
-        ({"prompt": ["?"], "answer": 1}, "`prompt[0]` is not an object with `role` and `content`"),
+        ({"prompt": [7], "answer": 1}, "`prompt[0]` is not an object with `role` and `content`"),
         ({"messages": [{"role": "human", "content": "?"}], "answer": 1}, "`messages[0].role` is 'human', not one of"),
         ({"messages": [{"role": "user", "content": 3}], "answer": 1}, "`messages[0].content` is of type int"),
         ({"messages": [], "answer": 1}, "`messages` must ask something"),

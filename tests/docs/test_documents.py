@@ -120,7 +120,7 @@ def test_the_records_of_data_md_are_questions(place: Path) -> None:
     [text] = [block.text for block in blocks(REPO / "docs/data.md") if block.language == "json"]
     (place / "records.jsonl").write_text(text)
     assert [q.answers for q in load_questions([place / "records.jsonl"]).questions] == [
-        ("42",), ("2", "-2"), ("42",), ("42",)
+        ("42",), ("2", "-2"), ("42",), ("42",), ("42",), ("42",)
     ]  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from commands import LIMIT, QUICKSTART, WHOLE, at, metrics
 from fake_engine import ANY_MISMATCH, answer, fake_python
 from safetensors.torch import load_file
 
-from nemo_disco.data.chat import encode_prompts, load_tokenizer
+from nemo_disco.data.chat import encode_prompts
 from nemo_disco.data.questions import load_questions
+from nemo_disco.data.tokenizer import load_tokenizer
 from nemo_disco.evaluation.result import read_evaluation
 from nemo_disco.generation.worker.rollout_worker.tensors import checksum
 

@@ -1,0 +1,107 @@
+"""Data as people have it: their field names, solutions, content parts, tool turns and formats; bad records by name."""
+
+import json
+
+import pytest
+
+from nemo_disco.data.questions import load_questions
+from nemo_disco.data.schemas import Message
+from nemo_disco.runtime.errors import UserError
+
+USER = {"role": "user", "content": "1+1?"}
+GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all she sold 48+24 = 72.\n#### 1,072"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "1+1?", "solution": "2"},
+        {"problem": "1+1?", "label": 2},
+        {"problem": "1+1?", "final_answer": "2", "solution": "Long.\n" * 9},
+        {"problem": "1+1?", "answers": ["2"]},
+        {"problem": "1+1?", "ground_truth": 2.0},
+        {"question": ["1+1?"], "answer": ["2"]},
+        {"question": [USER], "answer": ["2"]},
+        {"problem": "1+1?", "answer": "One and one.\n#### 2\n"},
+        {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]},
+        {"conversations": [USER], "answer": "2"},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}], "answer": "2"},
+        {"messages": [USER, {"role": "assistant", "content": ""}], "answer": "2"},
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "So\n#### 2"}]}]},
+    ],
+)
+def test_what_people_write_is_one_question(write, record):
+    (question,) = load_questions([write("q.json", [record])]).questions
+    assert (question.text, question.answers) == ("1+1?", ("2",))
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
+def test_lists_of_questions_and_answers_are_a_question_each(write, name):
+    columns = {"question": ["1+1?", "1+2?"], "answer": ["2", ["3", "three"]], "level": [5, 6], "source": "x"}
+    path = write(name, json.dumps(columns))
+    questions = load_questions([path]).questions
+    assert [(q.text, q.answers, q.id) for q in questions] == [("1+1?", ("2",), 0), ("1+2?", ("3", "three"), 1)]
+    assert questions[1].metadata == {"level": 6, "source": "x"}
+    assert questions[1].source.endswith(", item 2")
+
+
+def test_gsm8ks_solutions_are_their_final_answers_and_it_is_said(write):
+    path = write("q.jsonl", [{"question": "How many?", "answer": GSM8K}, {"question": "?", "answer": "7"}])
+    loaded = load_questions([path])
+    assert [q.answers for q in loaded.questions] == [("1072",), ("7",)]
+    assert loaded.notes == (f"{path}: 1 of 2 answers are whole solutions: what follows #### is the answer",)
+
+
+def test_a_solution_is_an_answer_only_where_it_ends_in_one(write):
+    solutions = ["So it is\n\\boxed{42}.", "It can be shown\nthat it is 42.", "42"]
+    path = write("q.json", [{"problem": "?", "solution": s} for s in solutions])
+    loaded = load_questions([path])
+    assert [q.answers for q in loaded.questions] == [(solutions[0],), ("42",)]  # verifiers look into the box
+    left_out, taken = loaded.notes
+    assert "1 of 3 records left out" in left_out and left_out.endswith("record 2")
+    assert "the last \\boxed{} is the answer" in taken
+
+
+def test_tool_turns_and_empty_assistant_turns_are_kept(write):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    turns = [USER, call, {"role": "tool", "content": "2", "name": "add", "tool_call_id": None}]
+    (question,) = load_questions([write("q.json", [{"messages": turns, "answer": "2"}])]).questions
+    assert question.messages == (
+        Message("user", "1+1?"),
+        Message("assistant", "", {"tool_calls": [{"function": {"name": "add"}}]}),
+        Message("tool", "2", {"name": "add"}),
+    )
+
+
+def test_sharegpts_system_field_is_a_turn(write):
+    record = {"system": "Be brief.", "conversations": [{"from": "human", "value": "1+1?"}], "answer": "2"}
+    (question,) = load_questions([write("q.json", [record])]).questions
+    assert question.messages == (Message("system", "Be brief."), Message("user", "1+1?"))
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "'image_url'; only"),
+        ({"messages": [{"role": "user", "content": [{"text": " "}]}]}, "`messages[0].content` is empty"),
+        ({"messages": [{"role": "tool", "content": "2"}], "answer": 1}, "must ask something"),
+        ({"conversations": [{"from": "alien", "value": "?"}], "answer": 1}, "`conversations[0].from` is 'alien'"),
+        ({"question": ["a", "b"], "answer": ["1"]}, "`question[0]` is not an object with `role` and `content`"),
+    ],
+)  # fmt: skip
+def test_what_is_not_text_is_named(write, record, complaint):
+    with pytest.raises(UserError) as error:
+        load_questions([write("q.json", [{"answer": 1} | record])])
+    assert complaint in str(error.value)
+
+
+def test_a_bad_record_is_left_out_and_named_up_to_a_share(write):
+    lines = [f'{{"problem": "?", "answer": {i}}}' for i in range(20)]
+    lines[4], lines[8] = '{"problem": 7, "answer": 1}', '{"problem": "\xff'
+    path = write("q.jsonl", "\n".join(lines).encode("latin-1"))
+    loaded = load_questions([path])
+    assert [q.id for q in loaded.questions] == [i for i in range(20) if i not in (4, 8)]
+    (note,) = loaded.notes
+    assert "2 of 20 records left out, malformed: line 5, line 9; the first: " in note and "`problem` is of type" in note
+    with pytest.raises(UserError, match=r"line 5: `problem` is .*2 of 20 records are malformed; data\.max_bad_records"):
+        load_questions([path], max_bad_records=0.09)

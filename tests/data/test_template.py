@@ -1,0 +1,90 @@
+"""A chat template is a program: whatever it does ends in a prompt or in one line, within a bounded time."""
+
+import threading
+
+import pytest
+
+from nemo_disco.data import template
+from nemo_disco.data.chat import encode_prompts
+from nemo_disco.data.questions import Question
+from nemo_disco.data.schemas import Message
+from nemo_disco.runtime.errors import UserError
+
+NESTED = "".join(f"{{% for {c} in range(99999) %}}" for c in "abcd") + "{% endfor %}" * 4
+
+
+def prompts(tokenizer, question="1+1?", **settings):
+    questions = [Question(0, question, ("2",), "q.json, record 1")]
+    kept, _ = encode_prompts(tokenizer, questions, "", 1000, "error", **settings)
+    return [tokenizer.decode(prompt.token_ids) for prompt in kept]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{{ 1 + 'a' }}", "fails on it: TypeError"),
+        ("{{ 1 // 0 }}", "fails on it: ZeroDivisionError"),
+        ("{{ 'a' * 10 ** 15 }}", "fails on it: MemoryError"),
+        ("{{ 'a' * 10 ** 10 }}", "fails on it: MemoryError"),  # what a machine may have
+        ("{{ 'a' * 10 ** 8 }}", "characters of it"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on it: RecursionError"),
+        ("{{ messages[7].content.x }}", "refuses it: "),
+        ("{% for", "refuses it: "),
+        ("{{ '\\ud800' }}", "fails on it: UnicodeEncodeError"),
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_is_one_line(tokenizer, text, complaint):
+    tokenizer.chat_template = text
+    with pytest.raises(UserError) as error:
+        prompts(tokenizer)
+    line = str(error.value)
+    assert line.startswith("q.json, record 1: the tokenizer's chat template") and complaint in line
+    assert "\n" not in line and len(line) < 500
+
+
+@pytest.mark.parametrize("text", [NESTED, "{{ 10 ** (10 ** 10) }}"])  # the second never leaves Python's own C code
+def test_an_endless_template_is_ended_in_any_thread(tokenizer, text, monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 1)
+    tokenizer.chat_template = text
+    lines = []
+
+    def ask():
+        with pytest.raises(UserError) as error:
+            prompts(tokenizer)
+        lines.append(str(error.value))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(timeout=120)
+    assert "does not end: stopped after 1 s" in lines[0]
+
+
+def test_arguments_and_a_system_prompt_reach_the_template(tokenizer):
+    tokenizer.chat_template += "{% if not enable_thinking | default(true) %}</think>{% endif %}"
+    thinks, not_ = prompts(tokenizer), prompts(tokenizer, template_arguments={"enable_thinking": False})
+    assert not_ == [thinks[0] + "</think>"]
+    assert prompts(tokenizer, system="Be brief.") == ["<system>Be brief.\n<user>1+1?\n<assistant>"]
+    own = (Message("system", "Own."), Message("user", "1+1?"))
+    assert prompts(tokenizer, own, system="Be brief.") == ["<system>Own.\n<user>1+1?\n<assistant>"]
+
+
+@pytest.mark.parametrize("name", ["enable_thinkng", "tokenize", "messages"])
+def test_an_argument_that_would_do_nothing_or_harm_is_refused(tokenizer, name):
+    tokenizer.chat_template += "{# enable_thinking tokenize #}"
+    with pytest.raises(UserError, match=rf"data\.chat_template_kwargs\.{name}: "):
+        prompts(tokenizer, template_arguments={name: False})
+
+
+def test_turns_of_tools_are_handed_over(tokenizer):
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}({{ c.name }}){% endfor %}{% endfor %}<assistant>"
+    )
+    turns = (
+        Message("user", "1+1?"),
+        Message("assistant", "", {"tool_calls": [{"name": "add"}]}),
+        Message("tool", "2"),
+    )
+    question = Question(0, turns, ("2",), "q", {"tools": [{"name": "add"}]})
+    (prompt,), _ = encode_prompts(tokenizer, [question], "Box it.", 1000, "error")
+    assert tokenizer.decode(prompt.token_ids) == "[add]<user>1+1? Box it.<assistant>(add)<tool>2<assistant>"

@@ -1,0 +1,122 @@
+"""The loaded tokenizer is the one of tokenizer.json; its stop tokens and its tokens fit the model."""
+
+import json
+import logging
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from nemo_disco.data.chat import decode, encode_prompts
+from nemo_disco.data.questions import Question
+from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids
+from nemo_disco.runtime.errors import UserError
+
+EOS, THINK = 256, 257
+TEXT = "def f(x):\n    return 12345 + x  # é 数 🙂</think>"
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture
+def llama_dir(tmp_path):
+    """As DeepSeek-R1-Distill-Llama-8B has it: a byte-level tokenizer.json whose class is said to be Llama's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["def f(x): return x + 1\n", "What is 12345 + 678?"] * 20, trainer)
+    backend.add_special_tokens(["<|User|>", "<|Assistant|>"])
+    backend.add_tokens(["<think>", "</think>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "legacy": True,
+        "chat_template": "{{ bos_token }}{% for m in messages %}<|User|>{{ m.content }}{% endfor %}<|Assistant|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    return tmp_path
+
+
+def test_a_tokenizer_that_transformers_rebuilds_as_another_is_taken_from_its_file(llama_dir, caplog):
+    original = Tokenizer.from_file(str(llama_dir / "tokenizer.json"))
+    expected = original.encode(TEXT, add_special_tokens=False).ids
+    rebuilt = AutoTokenizer.from_pretrained(llama_dir, local_files_only=True)
+    assert rebuilt(TEXT, add_special_tokens=False)["input_ids"] != expected  # else this test shows nothing
+    with caplog.at_level(logging.WARNING):
+        tokenizer = load_tokenizer(llama_dir)
+    (line,) = caplog.messages
+    assert f"{llama_dir}/tokenizer.json" in line and "\n" not in line
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == expected
+    assert decode(tokenizer, expected) == TEXT
+    (prompt,), _ = encode_prompts(tokenizer, [Question(0, "1 + 1?", ("2",), "q")], "", 100, "error")
+    asked = "<|begin|><|User|>1 + 1?<|Assistant|>"
+    assert prompt.token_ids == original.encode(asked, add_special_tokens=False).ids
+    assert stop_token_ids(tokenizer, llama_dir) == (original.token_to_id("<|end|>"),)
+
+
+def test_a_tokenizer_as_its_file_says_is_not_spoken_of(tokenizer_dir, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_tokenizer(tokenizer_dir)
+    assert caplog.messages == []
+
+
+def test_a_configuration_that_changes_tokenizer_json_is_refused(tokenizer_dir):
+    file = tokenizer_dir / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    moved = {"content": "a", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    decoder = {str(EOS): moved | {"content": "<|end|>", "special": True}, "258": moved | {"content": "def"}}
+    file.write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: what transformers loads is another tokenizer .*'def f"):
+        load_tokenizer(tokenizer_dir)
+
+
+def test_several_chat_templates_need_a_default(tokenizer_dir):
+    template = (tokenizer_dir / "chat_template.jinja").read_text()
+    (tokenizer_dir / "chat_template.jinja").unlink()
+    file = tokenizer_dir / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    named = [{"name": name, "template": template} for name in ("rag", "tool_use")]
+    file.write_text(json.dumps(config | {"chat_template": named}))
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\) and none is named `default`"):
+        load_tokenizer(tokenizer_dir)
+    file.write_text(json.dumps(config | {"chat_template": [*named, {"name": "default", "template": template}]}))
+    assert load_tokenizer(tokenizer_dir).chat_template["default"] == template
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {"eos_token_id": [EOS, THINK]}, (EOS, THINK)),
+        ({}, {"eos_token_id": 3}, (3, EOS)),
+        ({"eos_token_id": EOS}, {"eos_token_id": [EOS, THINK]}, (EOS, THINK)),
+        ({"eos_token_id": EOS}, {"eos_token_id": 2}, (EOS,)),  # a base model's number, here an ordinary token
+    ],
+)
+def test_ends_that_config_json_names_end_a_response(tokenizer, tmp_path, generation, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert stop_token_ids(tokenizer, tmp_path) == expected
+
+
+def test_tokens_beyond_the_embedding_are_named(tokenizer, tmp_path):
+    question = Question(0, "1 </think> 2", ("2",), "q.json, record 1")
+    assert encode_prompts(tokenizer, [question], "", 100, "error", vocabulary=258)[0]
+    with pytest.raises(UserError, match=r"q\.json, record 1: the prompt has token 257 \('</think>'\), .* 257 rows"):
+        encode_prompts(tokenizer, [question], "", 100, "error", vocabulary=257)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 256}))
+    with pytest.raises(UserError, match=r"an end of sequence has token 256 \('<\|end\|>'\)"):
+        stop_token_ids(tokenizer, tmp_path)
