@@ -8,7 +8,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: env quickstart test test-slow test-triton test-slurm test-sinks support vllm test-vllm lint
+.PHONY: env quickstart test test-slow test-triton test-slurm test-sinks test-transformers4 support vllm test-vllm lint
 
 env: $(STAMP)
 
@@ -51,6 +51,13 @@ test-sinks: env
 	test -x .venv-sinks/bin/python || $(BIN)/python -m venv .venv-sinks
 	.venv-sinks/bin/python -m pip install --disable-pip-version-check --progress-bar off wandb mlflow-skinny sqlalchemy alembic pytest
 	PYTHONPATH=. .venv-sinks/bin/python -m pytest -m sinks tests/sinks
+
+# What is exported, read by transformers 4, in an environment of its own.
+test-transformers4: env
+	test -x .venv-transformers4/bin/python || $(BIN)/python -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --disable-pip-version-check --progress-bar off torch==2.13.0
+	.venv-transformers4/bin/python -m pip install --disable-pip-version-check --progress-bar off 'transformers==4.57.*'
+	$(BIN)/python -m pytest -m transformers4 tests/transformers4
 
 # vLLM on the CPU, in an environment of its own: another transformers' worth of packages, 3.5 GB.
 vllm: .venv-vllm/.installed

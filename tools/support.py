@@ -22,6 +22,7 @@ COMMANDS = {
     "slow": "make test-slow",
     "slurm": "make test-slurm",
     "triton": "make test-triton",
+    "transformers4": "make test-transformers4",
     "vllm": "make test-vllm",
 }
 NOT_RUN = "not run"
@@ -113,6 +114,11 @@ FEATURES = (
     Feature("A whole DisCO step at 1.5B on one device", key="step.seconds.step"),
     Feature("Checkpoints", ("policy/test_checkpoint.py", "policy/test_checkpoint_writer.py")),
     Feature("Checkpoints loaded at another layout", ("distributed/test_checkpoint_layouts.py",)),
+    Feature(
+        "Exports and conversions read by transformers 4",
+        ("transformers4/test_exports.py",),
+        shows="logits of transformers 4.57, every rope that is built",
+    ),
     Feature("A run, killed and resumed", ("end_to_end/test_resume.py",)),
     Feature("float64 (nemo-disco verify)", ("end_to_end/test_verify_run.py",)),
     Feature("SLURM", ("slurm/test_slurm_train.py", "slurm/test_slurm_failures.py")),

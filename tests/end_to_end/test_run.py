@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -42,6 +44,13 @@ def test_the_directory_holds_what_the_contract_names(finished):
     config = load_run_config(finished.path / "config.yaml")
     assert (config.trainer.max_steps, config.trainer.devices) == (4, finished.ranks)
     assert "</html>" in (finished.path / "report.html").read_text()
+
+
+def test_files_are_readable_as_the_umask_says(finished):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (finished.path, *finished.path.rglob("*")):
+        assert oct(stat.S_IMODE(path.stat().st_mode)) == oct((0o777 if path.is_dir() else 0o666) & ~umask), path
 
 
 def test_every_step_says_every_name_of_the_contract(finished):

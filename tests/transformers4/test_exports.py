@@ -1,0 +1,101 @@
+"""What is written here is the same model to transformers 4 (and to engines that pin it) as to transformers 5."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from models import LLAMA3_ROPE, model_config, save_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from nemo_disco.conversion import convert
+from nemo_disco.policy import parallel
+from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
+
+pytestmark = pytest.mark.transformers4
+
+PYTHON = Path(__file__).parents[2] / ".venv-transformers4/bin/python"
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 500000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 700.0, "factor": 4.0},
+    "llama3": LLAMA3_ROPE,
+}
+WRITERS = ("export", "megatron", "nemo")
+CASES = [
+    (family, rope, writer)
+    for family, ropes in {"qwen2": ROPES, "qwen3": ROPES, "mistral": ROPES, "llama": ROPES}.items()
+    for rope in ropes
+    for writer in WRITERS
+    if writer != "nemo" or rope == "default" or (family, rope) == ("llama", "llama3")  # NeMo has no other rope
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each case's model as transformers 5 saves it (source-...) and as it is written here; transformers 4's logits."""
+    root = tmp_path_factory.mktemp("work")
+    save_file({"ids": torch.randint(0, 130, (1, 150), generator=torch.Generator().manual_seed(1))}, root / "ids")
+    for family, rope, writer in CASES:
+        source = root / f"source-{family}-{rope}"
+        if not source.exists():
+            save_model(source, family, tied=False)
+            fields = json.loads((source / "config.json").read_text()) | {"rope_parameters": ROPES[rope]}
+            (source / "config.json").write_text(json.dumps(fields))
+        write(source, root / f"{family}-{rope}-{writer}", writer)
+    directories = sorted(p for p in root.iterdir() if (p / "config.json").is_file())
+    command = [PYTHON, Path(__file__).with_name("write_logits.py"), root / "ids", *directories]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return root
+
+
+def write(source: Path, out: Path, writer: str) -> None:
+    if writer == "export":
+        config = model_config(source)
+        parallel.start(config)
+        Policy(config, trainable=False).export(out)
+    elif writer == "megatron":
+        convert.megatron_to_hf(convert.hf_to_megatron(source, out.with_name(f"{out.name}.checkpoint")), out)
+    else:
+        convert.nemo_to_hf(convert.hf_to_nemo(source, out.with_name(f"{out.name}.checkpoint")), out)
+
+
+def theirs(directory: Path) -> torch.Tensor:
+    """[1, 150, v] by transformers 4."""
+    return load_file(directory.with_name(f"{directory.name}.logits.safetensors"))["logits"]
+
+
+def by_transformers_5(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
+    return logits
+
+
+@pytest.mark.parametrize(("family", "rope", "writer"), CASES, ids="-".join)
+def test_transformers_4_and_5_compute_the_same(family: str, rope: str, writer: str, work: Path) -> None:
+    ids, written = load_file(work / "ids")["ids"], work / f"{family}-{rope}-{writer}"
+    expected = by_transformers_5(work / f"source-{family}-{rope}", ids)
+    torch.testing.assert_close(by_transformers_5(written, ids), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs(written), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_what_transformers_5_saves_is_another_model_to_transformers_4(rope: str, work: Path) -> None:
+    """Why both spellings are written; when this fails, they may go."""
+    source = work / f"source-qwen2-{rope}"
+    assert float((theirs(source) - by_transformers_5(source, load_file(work / "ids")["ids"])).abs().max()) > 0.1
+
+
+def test_yarn_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", "qwen2", tied=False)
+    fields = json.loads((source / "config.json").read_text())
+    fields["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    (source / "config.json").write_text(json.dumps(fields))
+    for writer in WRITERS:
+        with pytest.raises(UserError, match="rope_type 'yarn' is not built"):
+            write(source, tmp_path / "out", writer)
