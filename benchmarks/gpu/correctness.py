@@ -12,6 +12,7 @@ from setting import (
     CUDA,
     DEVICE,
     TEMPERATURE,
+    RolloutSizes,
     Setting,
     build_policy,
     made_up_rollouts,
@@ -52,7 +53,7 @@ def run(setting: Setting) -> dict[str, Any]:
     """Relative errors (norms), each with whether it is within its bound."""
     shape = setting.shape("1p5b") if setting.tiny else MODEL
     limit = setting.size(400, 24)
-    rollouts = made_up_rollouts(shape.vocab, 4, 4, limit, setting.size(40, 5))
+    rollouts = made_up_rollouts(shape.vocab, RolloutSizes(4, 4, limit, setting.size(40, 5)))
     budget = setting.size(4096, 200)
     with model_directory(shape, scale=0.05) as path:
         errors = _errors(path, rollouts, budget, limit)

@@ -21,6 +21,8 @@ def run(setting: Setting) -> dict[str, Any]:
     host = torch.empty(size, dtype=torch.uint8, pin_memory=CUDA)
     down = seconds(lambda: host.copy_(source[:size], non_blocking=True), repeats=5)
     return {
+        "matrix_s": matrix,
+        "copy_s": copy,
         "matrix_flops": 2 * n**3 / matrix,
         "copy_bytes_per_second": 2 * source.numel() / copy,
         "to_host_bytes_per_second": size / down,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,39 +14,48 @@ from nemo_disco.policy.log_probs import token_log_probs
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Both ways of token_log_probs (Triton's kernels, tiles of logits), forward and backward, with entropy."""
-    n, v, h = setting.size(32768, 96), setting.size(151936, 300), setting.size(1536, 32)
+    """The ways of token_log_probs, forward and backward, with entropy: tiles of logits, Triton's kernels as they are by
+    default, and with one of their settings changed at a time."""
+    n, v, h = setting.head()
     hidden = torch.randn(n, h, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(v, h, device=DEVICE).mul_(3 / h**0.5).bfloat16().requires_grad_()
     targets = torch.randint(v, (n,), device=DEVICE)
-    results: dict[str, Any] = {"tokens": n, "vocabulary": v, "hidden": h, **_floor(setting, n, v, h)}
-    for name, usable in (("kernel", CUDA), ("tiled", True)):
-        if usable:
-            results[name] = _measure(setting, name, hidden, weight, targets)
-            if (floor := results["roofline_s"]) is not None:
-                results[name]["times_the_roofline"] = results[name]["forward_backward_s"] / floor
+    results: dict[str, Any] = {"tokens": n, "vocabulary": v, "hidden": h}
+    for name, change in _ways().items():
+        undo = change()
+        try:
+            results[name] = _time_and_error(setting, hidden, weight, targets)
+        except Exception as error:  # one way that fails is a result, and stops no other
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        finally:
+            undo()
     return results
 
 
-def _floor(setting: Setting, n: int, v: int, h: int) -> dict[str, Any]:
-    """Three passes of matrix products that cannot be left out, or the fewest bytes: the larger of the two times.
-    Recomputing the logits in backward is a choice, so it is not in the floor."""
-    flops, moved = 3 * 2 * n * v * h, 2 * (3 * n * h + 3 * v * h)
-    rate, bandwidth = setting.floor("matrix_flops"), setting.floor("copy_bytes_per_second")
-    known = rate is not None and bandwidth is not None
-    floor = max(flops / rate, moved / bandwidth) if known and rate and bandwidth else None
-    return {"flops": flops, "fewest_bytes": moved, "roofline_s": floor}
+def _ways() -> dict[str, Callable[[], Callable[[], None]]]:
+    """Each changes something and returns what undoes it."""
+    ways = {"tiled": _change(log_probs, _kernel=lambda *_: None)}
+    if not CUDA:
+        return ways
+    from nemo_disco.policy import log_probs_kernel as kernel
+
+    changed = {"SPLITS_FIRST": not kernel.SPLITS_FIRST}
+    return {
+        "kernel": _change(kernel),
+        "tokens_first" if kernel.SPLITS_FIRST else "splits_first": _change(kernel, **changed),
+        "wide_backward": _change(kernel, BACKWARD=kernel.WIDE_BACKWARD),
+        "fused_sum": _change(log_probs, FUSED_SUM=True),
+        **ways,
+    }
 
 
-def _measure(
-    setting: Setting, name: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> dict[str, Any]:
-    chosen = log_probs._kernel
-    log_probs._kernel = chosen if name == "kernel" else lambda *_: None  # type: ignore[assignment]
-    try:
-        return _time_and_error(setting, hidden, weight, targets)
-    finally:
-        log_probs._kernel = chosen
+def _change(module: ModuleType, **values: Any) -> Callable[[], Callable[[], None]]:
+    def change() -> Callable[[], None]:
+        before = {name: getattr(module, name) for name in values}
+        vars(module).update(values)
+        return lambda: vars(module).update(before)
+
+    return change
 
 
 def _time_and_error(

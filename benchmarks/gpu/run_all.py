@@ -3,8 +3,10 @@
     python benchmarks/gpu/run_all.py [--output benchmarks/gpu/results/NAME.json] [--only SECTION ...] [--tiny]
 
 Correctness and the machine's floors first. Every section is a process of its own with a time limit: an error, a hang or
-memory that does not suffice is recorded, and the others go on. The file is written anew after each. --tiny goes through
-every section on a CPU at toy sizes, to know that the program runs; its figures mean nothing.
+memory that does not suffice is recorded, and the others go on. The file is written anew after each. One that is there
+already is read first, so that --only compares with what ran before on the same device. Each figure is divided by the
+floor that counts.py counts for it. --tiny goes through every section on a CPU at toy sizes, to know that the program
+runs; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from counts import over_floors
 from section import SECTIONS
+from setting import Setting, lookup
 
 HERE = Path(__file__).parent
 # In all, and less of it than this is not worth a start.
@@ -37,6 +41,7 @@ TARGETS = (
     ("train_1p5b_8k.mfu", 0.45, "least"),
     ("train_1p5b_8k.times_unpadded_transformers", 1.5, "least"),
     ("log_probs.kernel.times_the_roofline", 2.0, "most"),
+    ("decode.in_place.times_the_bandwidth_floor", 2.0, "most"),
     ("log_probs.kernel.extra_peak_gb", 1.0, "most"),
     ("log_probs.kernel.error_against_float32", 2e-3, "most"),
     ("step.exact_pass_share", 0.25, "most"),
@@ -46,14 +51,14 @@ TARGETS = (
 def main() -> None:
     args = arguments()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"about": about(args.tiny)}
+    results = resumed(about(args.tiny), args.output)
     started = time.monotonic()
     for name in args.only or SECTIONS:
         left = BUDGET_S - (time.monotonic() - started)
         # Toy sizes are for any machine, however busy.
         limit = TINY_LIMIT_S if args.tiny else min(SECTIONS[name][1], left)
         results[name] = run(name, results, limit, args)
-        compare(results)
+        compare(results, args.tiny)
         args.output.write_text(json.dumps(results, indent=1) + "\n")
         said = results[name].get("error", "done")
         print(f"{name:22} {results[name]['section_seconds']:6.1f} s  {said.splitlines()[-1][:150]}", flush=True)
@@ -67,6 +72,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()
+
+
+def resumed(about: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The results to go on with: of the file that is there, if it is of the same device, else none. Exits where the
+    file is of another device or size, which must not be mixed with this one's."""
+    if not output.exists():
+        return {"about": about}
+    results: dict[str, Any] = json.loads(output.read_text())
+    before = results["about"]
+    if (before["device"], before["tiny"]) != (about["device"], about["tiny"]):
+        sys.exit(f"error: {output} is of {before['device']} (tiny: {before['tiny']}); name another file by --output")
+    earlier = [*before.pop("earlier", []), {"date": before["date"], "command": before.get("command")}]
+    return results | {"about": about | {"earlier": earlier}}
 
 
 def run(name: str, results: Mapping[str, Any], limit_s: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +105,11 @@ def run(name: str, results: Mapping[str, Any], limit_s: float, args: argparse.Na
         found = {"error": f"not done after {limit_s:.0f} s; {_tail(expired.stderr)}"}
     finally:
         seen.unlink()
-    return found | {"section_seconds": time.monotonic() - start}
+    return found | {"section_seconds": time.monotonic() - start, "date": _now()}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def run_within(command: list[str], limit_s: float, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -114,10 +136,12 @@ def run_within(command: list[str], limit_s: float, environment: Mapping[str, str
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The section's last line, whatever its process's end was: it is printed when all is measured."""
     lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines and lines[-1].startswith("{"):
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
+    if lines and lines[-1].startswith("{"):
+        with suppress(ValueError):
+            found: dict[str, Any] = json.loads(lines[-1])
+            return found if done.returncode == 0 else found | {"exit_code": done.returncode}
     return {"error": f"exit code {done.returncode}\n{_tail(done.stderr)}"}
 
 
@@ -126,8 +150,17 @@ def _tail(text: str | bytes | None) -> str:
     return said.strip()[-4000:]
 
 
-def compare(results: dict[str, Any]) -> None:
-    """Our tokens a second over the baselines', once both are there."""
+def compare(results: dict[str, Any], tiny: bool) -> None:
+    """Every figure over its floor, and our tokens a second over the baselines', once both are there."""
+    over = over_floors(Setting(tiny, results), results["about"]["device"], results)
+    results["over_floors"] = over
+    for way, name in (
+        ("log_probs.kernel.forward_backward_s", "times_the_roofline"),
+        ("decode.in_place.seconds_a_step", "times_the_bandwidth_floor"),
+    ):
+        if (times := over.get(way, {}).get("times_measured_floor")) is not None:
+            section, kind, _ = way.split(".")
+            results[section][kind][name] = times
     ours = results.get("train_1p5b_8k", {})
     for kind in ("padded", "unpadded"):
         theirs = results.get(f"baseline_{kind}", {}).get("tokens_per_second")
@@ -146,21 +179,14 @@ def about(tiny: bool) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": _now(),
+        "command": " ".join(["python3", *sys.argv]),
         "tiny": tiny,
         "device": "cpu" if gpu is None else gpu.name,
         "memory_gb": None if gpu is None else gpu.total_memory / 1e9,
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def lookup(results: Mapping[str, Any], key: str) -> float | None:
-    """A number by its dotted key; None where it is not."""
-    value: Any = results
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None or isinstance(value, (str, Mapping)) else float(value)
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -174,6 +200,11 @@ def table(results: Mapping[str, Any]) -> str:
     for key in SHOWN:
         if (value := lookup(results, key)) is not None:
             lines.append(f"{key:45}{value:>12.4g}")
+    lines.append(f"{'seconds, over the floor':45}{'seconds':>12}{'datasheet':>14}{'measured':>12}")
+    for key, figures in results.get("over_floors", {}).items():
+        times = [figures.get(f"times_{kind}_floor") for kind in ("datasheet", "measured")]
+        cells = ["-" if value is None else f"{value:.3g}" for value in times]
+        lines.append(f"{key:45}{figures['seconds']:>12.4g}{cells[0]:>14}{cells[1]:>12}")
     return "\n".join(lines)
 
 
@@ -182,10 +213,14 @@ SHOWN = (
     *("train_1p5b_8k.mfu_of_measured", "train_1p5b_8k.tokens_per_second", "train_1p5b_8k.peak_gb"),
     *("train_1p5b_8k.times_padded_transformers", "train_1p5b_8k_local.mfu"),
     *("train_7b_8k.mfu", "train_7b_8k.tokens_per_second", "train_7b_8k.peak_gb"),
-    *("log_probs.kernel.forward_backward_s", "log_probs.tiled.forward_backward_s", "log_probs.tiled.extra_peak_gb"),
+    *("train_1p5b_8k_long.mfu", "train_qwen3_0p6b_16k.mfu", "train_qwen3_0p6b_16k.tokens_per_second"),
+    *("train_qwen3_0p6b_65k.mfu", "train_qwen3_0p6b_65k.tokens_per_second", "train_qwen3_0p6b_65k.peak_gb"),
+    *(f"log_probs.{way}.forward_backward_s" for way in ("tokens_first", "splits_first", "wide_backward")),
+    "log_probs.tiled.extra_peak_gb",
+    *(f"attention.{way}.error_against_float32" for way in ("packed", "alone")),
     *("decode.in_place.tokens_per_second", "decode.plain.tokens_per_second"),
-    *("step.seconds.step", "step.seconds.generate", "step.seconds.log_probs", "step.seconds.pass1"),
-    *("step.seconds.train", "step.offload_seconds", "step.peak_gb"),
+    *("decode.in_place_with_cudnn.tokens_per_second", "decode.plain_with_cudnn.tokens_per_second"),
+    *("step.seconds.step", "step.seconds.pass1", "step.offload_seconds", "step.peak_gb"),
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -20,12 +21,16 @@ SECTIONS = {
     "floors": ("floors:run", 35),
     "correctness": ("correctness:run", 80),
     "train_1p5b_8k": ("train_shapes:train_1p5b_8k", 80),
-    "log_probs": ("heads:run", 45),
-    "baseline_unpadded": ("baselines:unpadded", 55),
-    "baseline_padded": ("baselines:padded", 55),
+    "log_probs": ("heads:run", 60),
+    "attention": ("attention_ways:run", 30),
+    "baseline_unpadded": ("baselines:unpadded", 70),
     "step": ("step:run", 80),
-    "decode": ("decoding:run", 55),
-    "train_7b_8k": ("train_shapes:train_7b_8k", 75),
+    "decode": ("decoding:run", 70),
+    "train_1p5b_8k_long": ("train_shapes:train_1p5b_8k_long", 60),
+    "train_qwen3_0p6b_16k": ("train_shapes:train_qwen3_0p6b_16k", 50),
+    "train_qwen3_0p6b_65k": ("train_shapes:train_qwen3_0p6b_65k", 60),
+    "train_7b_8k": ("train_shapes:train_7b_8k", 90),
+    "baseline_padded": ("baselines:padded", 80),
     "train_1p5b_8k_local": ("train_shapes:train_1p5b_8k_local", 60),
 }
 
@@ -45,7 +50,9 @@ def main() -> None:
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     found = find(args.name)(Setting(args.tiny, results))
     sys.stdout.flush()
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # the result is out: nothing that CUDA or NCCL does at their end may change the exit code
 
 
 if __name__ == "__main__":

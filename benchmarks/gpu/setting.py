@@ -24,9 +24,50 @@ from nemo_disco.data.rollouts import Rollouts
 
 TEMPERATURE = 0.6
 TINY = ModelShape(2, 64, 128, 4, 2, 16, 260, tied=False, qkv_bias=True, max_positions=4096)
+TINY_QWEN3 = replace(TINY, tied=True, qkv_bias=False)
+# Qwen3-0.6B, with room for the longest context that is published for it.
+QWEN3 = ModelShape(28, 1024, 3072, 16, 8, 128, 151936, tied=True, qkv_bias=False, max_positions=131072)
 SHAPES = {"1p5b": KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"], "7b": KNOWN["DeepSeek-R1-Distill-Qwen-7B"]}
+SHAPES |= {"qwen3_0p6b_16k": QWEN3, "qwen3_0p6b_65k": QWEN3}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+@dataclass(frozen=True)
+class RolloutSizes:
+    """Groups of responses to questions: lengths exponential with a third of the limit as their mean, or all full."""
+
+    questions: int
+    group: int
+    limit: int
+    prompt: int
+    full: bool = False
+
+    @property
+    def count(self) -> int:
+        return self.questions * self.group
+
+    def response_lengths(self, seed: int = 0) -> list[int]:
+        if self.full:
+            return [self.limit] * self.count
+        generator = torch.Generator().manual_seed(seed)
+        spread = torch.empty(self.count, dtype=torch.float64).exponential_(3.0 / self.limit, generator=generator)
+        return spread.long().clamp(8, self.limit).tolist()
+
+
+# Prompts of 256 tokens. 1.5B and 7B: responses up to 8192; Qwen3-0.6B: full contexts of 16k and 64k.
+ROLLOUTS = {
+    "1p5b": RolloutSizes(4, 8, 8192, 256),
+    "7b": RolloutSizes(1, 8, 8192, 256),
+    "qwen3_0p6b_16k": RolloutSizes(1, 2, 16384 - 256, 256, full=True),
+    "qwen3_0p6b_65k": RolloutSizes(1, 1, 65536 - 256, 256, full=True),
+    "step": RolloutSizes(8, 8, 4096, 256),
+}
+TINY_ROLLOUTS = dict.fromkeys(("1p5b", "7b"), RolloutSizes(2, 4, 48, 8)) | {
+    "qwen3_0p6b_16k": RolloutSizes(1, 2, 56, 8, full=True),
+    "qwen3_0p6b_65k": RolloutSizes(1, 1, 120, 8, full=True),
+    "step": RolloutSizes(4, 4, 32, 6),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +81,39 @@ class Setting:
         return tiny if self.tiny else real
 
     def shape(self, name: str) -> ModelShape:
-        return TINY if self.tiny else SHAPES[name]
+        return (TINY_QWEN3 if name.startswith("qwen3") else TINY) if self.tiny else SHAPES[name]
+
+    # --- the sizes of the sections ---
+
+    MINI_BATCHES = 4
+
+    def rollout_sizes(self, name: str) -> RolloutSizes:
+        """By shape; `step` for the whole step."""
+        if self.tiny:
+            return TINY_ROLLOUTS[name]
+        return ROLLOUTS[name]
+
+    def lengths(self, name: str) -> tuple[list[int], list[int]]:
+        """Tokens of each prompt and of each response."""
+        sizes = self.rollout_sizes(name)
+        return [sizes.prompt] * sizes.count, sizes.response_lengths()
+
+    def head(self) -> tuple[int, int, int]:
+        """Tokens, vocabulary and hidden size of the log-probs."""
+        return self.size(32768, 96), self.size(151936, 300), self.size(1536, 32)
+
+    def attention_lengths(self) -> list[int]:
+        """One micro-batch of long sequences, shortest first, of lengths that nothing divides."""
+        return [self.size(n, n // 100) for n in (2731, 5461, 8192 + 255)]
+
+    def decoding(self) -> tuple[int, int, int]:
+        """Rows, and tokens of each prompt and response."""
+        return self.size(128, 4), self.size(128, 6), self.size(512, 12)
+
+    def step_sampling(self) -> tuple[int, int, int]:
+        """The same, of the whole step."""
+        sizes = self.rollout_sizes("step")
+        return sizes.count, sizes.prompt, self.size(256, 6)
 
     def floor(self, name: str) -> float | None:
         """A rate that the section `floors` measured in this same run, if it did."""
@@ -48,12 +121,20 @@ class Setting:
         return None if value is None else float(value)
 
 
+def lookup(results: Mapping[str, Any], key: str) -> float | None:
+    """A number by its dotted key; None where it is not."""
+    value: Any = results
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value is None or isinstance(value, (str, Mapping)) else float(value)
+
+
 # --- models ---
 
 
 @contextmanager
 def model_directory(shape: ModelShape, seed: int = 0, scale: float = 0.02) -> Iterator[Path]:
-    """A Hugging Face directory of a random Qwen2 in bfloat16, in memory where /dev/shm has room for it."""
+    """A Hugging Face directory of a random Qwen2 or Qwen3 in bfloat16, in memory where /dev/shm has room for it."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -74,9 +155,12 @@ def model_directory(shape: ModelShape, seed: int = 0, scale: float = 0.02) -> It
 
 
 def hf_config(shape: ModelShape) -> Any:
-    from transformers import Qwen2Config
+    """Qwen2's, or Qwen3's for a shape without biases, whose heads have a size of their own."""
+    from transformers import Qwen2Config, Qwen3Config
 
-    return Qwen2Config(
+    kind, own = (Qwen2Config, {}) if shape.qkv_bias else (Qwen3Config, {"head_dim": shape.head_dim})
+    return kind(
+        **own,
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.ffn,
@@ -104,35 +188,38 @@ def model_config(path: Path, token_budget: int, **changes: Any) -> ModelConfig:
     return compose("config", overrides).model
 
 
-def build_policy(path: Path, token_budget: int, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+def build_policy(
+    path: Path,
+    token_budget: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    with_optimizer: bool = True,
+    **changes: Any,
+) -> Any:
     """The product's policy, as a run would build it here."""
     from nemo_disco.policy import parallel
     from nemo_disco.policy.policy import Policy
 
     config = model_config(path, token_budget, **changes)
     parallel.start(config)
-    return Policy(config, dtype=dtype, temperature=TEMPERATURE, clip_grad=1.0)
+    return Policy(config, dtype=dtype, temperature=TEMPERATURE, clip_grad=1.0, with_optimizer=with_optimizer)
 
 
 # --- rollouts ---
 
 
-def made_up_rollouts(
-    vocabulary: int, questions: int, group: int, limit: int, prompt: int, seed: int = 0, full: bool = False
-) -> Rollouts:
-    """Responses of up to `limit` tokens: lengths exponential with a third of it as their mean, or all `full`. Half of
-    the responses are right."""
+def made_up_rollouts(vocabulary: int, sizes: RolloutSizes, seed: int = 0) -> Rollouts:
+    """Random tokens; half of the responses are right."""
     generator = torch.Generator().manual_seed(seed)
-    count = questions * group
-    spread = torch.empty(count, dtype=torch.float64).exponential_(3.0 / limit, generator=generator)
-    lengths = torch.full((count,), limit) if full else spread.long().clamp(8, limit)
-    prompts = torch.randint(2, vocabulary, (questions, prompt), generator=generator).repeat_interleave(group, 0)
-    responses = [torch.randint(2, vocabulary, (int(n),), generator=generator).tolist() for n in lengths]
-    ids = [i // group for i in range(count)]
+    shape = sizes.questions, sizes.prompt
+    prompts = torch.randint(2, vocabulary, shape, generator=generator).repeat_interleave(sizes.group, 0)
+    lengths = sizes.response_lengths(seed)
+    responses = [torch.randint(2, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    ids = [i // sizes.group for i in range(sizes.count)]
     rollouts = Rollouts.from_lists(
-        prompts.tolist(), responses, [[0.0] * len(r) for r in responses], ids, [False] * count
+        prompts.tolist(), responses, [[0.0] * len(r) for r in responses], ids, [False] * sizes.count
     )
-    return rollouts.with_rewards([float(i % 2) for i in range(count)])
+    return rollouts.with_rewards([float(i % 2) for i in range(sizes.count)])
 
 
 def with_policy_scores(rollouts: Rollouts, log_probs: Tensor) -> Rollouts:

