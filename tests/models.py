@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,20 @@ def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: 
     return rollouts.with_rewards([float(draw(0, 2)) for _ in prompts])
 
 
-def reference_log_probs(model: Any, rollouts: Rollouts, temperature: float) -> torch.Tensor:
-    """[T] differentiable log-probs by transformers, one sequence at a time, nothing packed."""
+def below(rollouts: Rollouts, vocabulary: int) -> Rollouts:
+    """With tokens below `vocabulary`."""
+    return replace(rollouts, tokens=rollouts.tokens % vocabulary)
+
+
+def reference_log_probs(
+    model: Any, rollouts: Rollouts, temperature: float, vocabulary: int | None = None
+) -> torch.Tensor:
+    """[T] differentiable log-probs by transformers, one sequence at a time, nothing packed. vocabulary: how many rows
+    of the output are tokens."""
     pieces = []
     for i in range(len(rollouts)):
         ids = torch.cat([rollouts.prompt(i), rollouts.response(i)])[None]
         start = int(rollouts.prompt_lengths[i])
-        log_probs = (model(ids).logits[0] / temperature).log_softmax(-1)
+        log_probs = (model(ids).logits[0, :, :vocabulary] / temperature).log_softmax(-1)
         pieces.append(log_probs[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0])
     return torch.cat(pieces)

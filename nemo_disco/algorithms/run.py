@@ -27,7 +27,7 @@ from nemo_disco.config.shape import read_shape
 from nemo_disco.data.chat import encode_prompts
 from nemo_disco.data.questions import load_questions
 from nemo_disco.data.sampler import QuestionSampler
-from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids
+from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids, vocabulary_size
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, write_evaluation
 from nemo_disco.generation.build import build_engine
@@ -78,7 +78,7 @@ def train(config: RunConfig) -> int:
                 sampler=sampler,
                 evaluation_sets=evaluation_sets,
                 journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
-                reference=Reference(_policy(config, trainable=False)) if needs_reference else None,
+                reference=Reference(_policy(config, tokenizer, trainable=False)) if needs_reference else None,
             )
             _resume(algorithm, run, config)
             run.check_held()
@@ -174,7 +174,7 @@ def _room(
     checkpoint_path: Path | None = None,
 ) -> Iterator[Room]:
     """checkpoint_path: where the weights are, if not in model.path."""
-    policy = _policy(config, dtype=dtype, trainable=trainable, read_weights=checkpoint_path is None)
+    policy = _policy(config, tokenizer, dtype=dtype, trainable=trainable, read_weights=checkpoint_path is None)
     if checkpoint_path is not None:
         checkpoint.load(policy, checkpoint_path)
     workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -193,7 +193,12 @@ def _room(
 
 
 def _policy(
-    config: RunConfig, *, dtype: torch.dtype | None = None, trainable: bool = True, read_weights: bool = True
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    trainable: bool = True,
+    read_weights: bool = True,
 ) -> Policy:
     mini_batches = -(-config.data.questions_per_step // config.algorithm.mini_batch_questions)
     return Policy(
@@ -204,6 +209,7 @@ def _policy(
         total_optimizer_steps=config.trainer.max_steps * mini_batches,
         trainable=trainable,
         read_weights=read_weights,
+        vocabulary=vocabulary_size(tokenizer),
     )
 
 

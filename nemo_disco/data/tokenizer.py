@@ -75,6 +75,13 @@ def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ..
     return tuple(stop)
 
 
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """How many ids, counted from 0, are tokens. A model may have more rows than that (Qwen2.5: 151936 for 151665): they
+    stand for nothing, and a response must not have them."""
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return 1 + max(ids.values())
+
+
 def refuse_beyond(tokenizer: Tokenizer, token_ids: Sequence[int], rows: int, where: str) -> None:
     """Raises UserError if a token has no row in an embedding of so many `rows`."""
     if token_ids and (most := max(token_ids)) >= rows:

@@ -41,6 +41,8 @@ def build_engine(
         "model": str(Path(policy.config.path).resolve()),
         "dtype": dtype,
         "stop_token_ids": stop,
+        "vocabulary": policy.vocabulary,
+        "rows": policy.rows,  # of the output; those from `vocabulary` on are no tokens
         "max_length": max_length,
         "tensor_parallel_size": config.tensor_parallel_size,
         "trust_remote_code": policy.config.trust_remote_code,

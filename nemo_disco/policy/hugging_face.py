@@ -122,10 +122,17 @@ class HuggingFaceModel:
     """This rank's chunks of a megatron model, and their tensors under Hugging Face names."""
 
     def __init__(
-        self, hf_config: Any, dtype: torch.dtype, options: dict[str, Any], transformer_engine: bool = False
+        self,
+        hf_config: Any,
+        dtype: torch.dtype,
+        options: dict[str, Any],
+        transformer_engine: bool = False,
+        vocabulary: int | None = None,
     ) -> None:
-        """hf_config: of a local directory. options: TransformerConfig fields. Weights are not initialised."""
+        """hf_config: of a local directory. options: TransformerConfig fields. vocabulary: rows of the output that are
+        tokens (null: all). Weights are not initialised."""
         self.hf_config, self.transformer_engine = hf_config, transformer_engine
+        self.vocabulary = hf_config.vocab_size if vocabulary is None else vocabulary
         self.bridge: Any = _BRIDGES[hf_config.model_type](hf_config, dtype, options)
         stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
         self.chunks = [self._build_chunk(stage) for stage in (range(stages) if stages else [None])]
@@ -136,7 +143,7 @@ class HuggingFaceModel:
 
         edge = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
         return PolicyModel(
-            true_vocab_size=self.hf_config.vocab_size,
+            true_vocab_size=self.vocabulary,
             inv_freq=LlamaRotaryEmbedding(self.hf_config).inv_freq,
             config=self.bridge.config,
             transformer_layer_spec=layer_spec(self.bridge.config, self.transformer_engine, vp_stage),

@@ -42,8 +42,9 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
     """
 
     def __init__(self, *, true_vocab_size: int, inv_freq: Tensor, **kwargs: Any) -> None:
-        """true_vocab_size: without the rows that pad the vocabulary to the TP size. inv_freq [d/2]: rope's angles a
-        position, float32, as transformers computes them (so that every scaling that it knows is the same here)."""
+        """true_vocab_size: without the rows that are no tokens (the model's own padding, and what makes the vocabulary
+        a multiple of the TP size). inv_freq [d/2]: rope's angles a position, float32, as transformers computes them (so
+        that every scaling that it knows is the same here)."""
         super().__init__(position_embedding_type="rope", **kwargs)
         self.true_vocab_size = true_vocab_size
         self.inv_freq = inv_freq.to(torch.cuda.current_device())

@@ -54,10 +54,12 @@ class Policy:
         trainable: bool = True,
         with_optimizer: bool = True,
         read_weights: bool = True,
+        vocabulary: int | None = None,
     ) -> None:
         """parallel.start must have run. temperature: what log-probs divide the logits by; clip_grad: 0 is off.
         trainable, with_optimizer: without the optimizer there are gradients and no `step`; without either, log-probs.
-        read_weights: whether the directory's are read (else a checkpoint must be loaded).
+        read_weights: whether the directory's are read (else a checkpoint must be loaded). vocabulary: how many ids are
+        tokens; rows of the output weight beyond them have probability 0 and no gradient (null: there are none).
 
         Raises UserError for a missing, damaged or unfitting model directory.
         """
@@ -65,11 +67,13 @@ class Policy:
         self.ranks, self.device = Ranks.here(), device()
         self.transformer_engine = uses_transformer_engine(config)
         self.hf_config = load_hf_config(config.path, config.trust_remote_code)
+        self.rows: int = self.hf_config.vocab_size
+        self.vocabulary = self.rows if vocabulary is None else min(vocabulary, self.rows)
         options = transformer_options(config, dtype, self.device, _finalize_sums)
         with SafetensorReader(config.path) if read_weights else nullcontext() as reader:
             if reader is not None:
                 reader.check(weight_shapes(self.hf_config), self.hf_config.tie_word_embeddings)
-            self.model = HuggingFaceModel(self.hf_config, dtype, options, self.transformer_engine)
+            self.model = HuggingFaceModel(self.hf_config, dtype, options, self.transformer_engine, self.vocabulary)
             if reader is not None:
                 self.model.load(reader.read_finite)
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from nemo_disco.data.chat import decode, encode_prompts
 from nemo_disco.data.questions import Question
-from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids
+from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids, vocabulary_size
 from nemo_disco.runtime.errors import UserError
 
 EOS, THINK = 256, 257
@@ -120,3 +120,8 @@ def test_tokens_beyond_the_embedding_are_named(tokenizer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 256}))
     with pytest.raises(UserError, match=r"an end of sequence has token 256 \('<\|end\|>'\)"):
         stop_token_ids(tokenizer, tmp_path)
+
+
+def test_the_vocabulary_ends_with_the_last_token(tokenizer):
+    """`</think>`, an added one."""
+    assert vocabulary_size(tokenizer) == 258

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import FAMILIES, model_config, random_rollouts, reference_log_probs, reference_model, save_family
+from models import (
+    FAMILIES,
+    VOCABULARY,
+    below,
+    model_config,
+    random_rollouts,
+    reference_log_probs,
+    reference_model,
+    save_family,
+)
 from safetensors.torch import load_file
 
 from nemo_disco.algorithms import build_objective
@@ -26,6 +35,7 @@ from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
 Layout = dict[str, Any]
+TOKENS = 100  # of the vocabulary's rows, where not all are tokens
 OBJECTIVE = {"name": "disco", "tau": 1.0, "constraint": {"beta": 1e3, "delta": 1e-4}}
 
 
@@ -91,17 +101,19 @@ def both_ways(model: str) -> list[dict[str, torch.Tensor]]:
     return [{n: w.double() + scale * noise[n] for n, w in weights.items()} for scale in (scale, -scale)]
 
 
-def measure(model: str, layouts: list[Layout], dtypes: list[torch.dtype]) -> dict[torch.dtype, list[dict[str, Any]]]:
+def measure(
+    model: str, layouts: list[Layout], dtypes: list[torch.dtype], vocabulary: int | None = None
+) -> dict[torch.dtype, list[dict[str, Any]]]:
     """For each dtype and layout: log-probs, whole gradient, its norm after megatron's own reduction, sampled responses,
     and by how much the engine's log-probs of those differ from the policy's. Rank 0's word."""
     moves = both_ways(model)
-    rollouts = random_rollouts(questions=8, group=4)
+    rollouts = below(random_rollouts(questions=8, group=4), vocabulary or VOCABULARY)
     prompts = [rollouts.prompt(i).tolist() for i in range(len(rollouts))]
     found: dict[torch.dtype, list[dict[str, Any]]] = {dtype: [] for dtype in dtypes}
     for dtype, changes in product(dtypes, layouts):
         config = model_config(Path(model), **changes)
         parallel.start(config)
-        policy = Policy(config, dtype=dtype, temperature=0.6)
+        policy = Policy(config, dtype=dtype, temperature=0.6, vocabulary=vocabulary)
         engine = Recording(policy)
         responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12))
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
@@ -140,8 +152,8 @@ def as_rollouts(prompts: list[list[int]], responses: list[Response]) -> Rollouts
 
 
 def measure_models(models: list[str], layouts: list[Layout]) -> list[list[dict[str, Any]]]:
-    """`measure` in float64 for each model."""
-    return [measure(model, layouts, [torch.float64]).get(torch.float64, []) for model in models]
+    """`measure` in float64 for each model, of whose rows TOKENS are tokens."""
+    return [measure(model, layouts, [torch.float64], TOKENS).get(torch.float64, []) for model in models]
 
 
 @pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
@@ -196,17 +208,19 @@ def test_a_representative_set(on_ranks: Callable[..., list[Any]], model: str) ->
 
 
 def test_every_family(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    """Those that the representative set leaves out, in one launch; anchored at transformers."""
+    """Those that the representative set leaves out, in one launch, with rows that are no tokens; anchored at
+    transformers."""
     rest = [family for family in FAMILIES if family not in ("qwen2-tied", "llama-untied")]
     models = [str(save_family(tmp_path / family, family)) for family in rest]
     layouts = [layout(), layout(tp=2, sp=True), layout(pp=2)]
-    rollouts = random_rollouts(questions=8, group=4)
+    rollouts = below(random_rollouts(questions=8, group=4), TOKENS)
     for family, path, results in zip(rest, models, on_ranks(2, measure_models, models, layouts)[0], strict=True):
         with torch.no_grad():
-            expected = reference_log_probs(reference_model(Path(path)), rollouts, 0.6)
+            expected = reference_log_probs(reference_model(Path(path)), rollouts, 0.6, TOKENS)
         torch.testing.assert_close(results[0]["log_probs"], expected, rtol=0, atol=1e-5)
         for changes, found in zip(layouts, results, strict=True):
             same(found, results[0], 1e-9, f"{family}, {changes}")
+            assert max(token for response in found["responses"] for token in response) < TOKENS
 
 
 @pytest.mark.slow

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from commands import QUICKSTART
+from safetensors.torch import load_file, save_file
+
+from nemo_disco.data.rollouts import Rollouts
 
 # theta moved far enough from theta_old for KL to exceed delta: the constraint's share of the gradient is not zero.
 EXACT = ("verify.dtype=float64", "verify.perturb=1e-3", "algorithm.constraint.delta=1e-9")
@@ -86,3 +91,29 @@ def test_a_file_that_cannot_be_written_is_refused_first(key, commands, tmp_path)
     done = commands("verify", f"{key}={tmp_path}/nowhere/file")
     assert done.code == 2
     assert done.err == f"error: {key}={tmp_path}/nowhere/file: there is no directory {tmp_path}/nowhere; make it\n"
+
+
+def test_rows_of_a_model_beyond_its_tokenizer_change_nothing(commands, tmp_path):
+    """As Qwen2.5 has them: 9 rows more than tokens, with large logits. One process samples and takes the gradient with
+    them, and without; two split them over tensor-parallel ranks."""
+    model = tmp_path / "model"
+    shutil.copytree(QUICKSTART / "model", model)
+    weights = load_file(model / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat([table, 3 * table[:9]])
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": len(table) + 9}))
+    found = []
+    more = (f"model.path={model}", "model.tensor_model_parallel_size=2")
+    for name, ranks, overrides in (("plain", 1, ()), ("more rows", 1, more[:1]), ("TP2", 2, more)):
+        files = (f"verify.rollouts={tmp_path / name}.rollouts", f"verify.save_gradients={tmp_path / name}")
+        commands("verify", "verify.dtype=float64", *overrides, *files, ranks=ranks).ok()
+        found.append((Rollouts.load(tmp_path / f"{name}.rollouts"), load_file(tmp_path / name)))
+    (rollouts, gradients), *others = found
+    for their_rollouts, theirs in others:
+        assert torch.equal(their_rollouts.tokens, rollouts.tokens)
+        of_rows = theirs["model.embed_tokens.weight"]
+        assert not of_rows[len(table) :].any()
+        whole, _ = relative(theirs | {"model.embed_tokens.weight": of_rows[: len(table)]}, gradients)
+        assert whole < 1e-9

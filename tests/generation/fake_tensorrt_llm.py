@@ -34,6 +34,7 @@ class SamplingParams:
     logprobs_mode: str = "raw"
     ignore_eos: bool = False
     detokenize: bool = True
+    embedding_bias: Tensor | None = None
 
     @property
     def greedy(self) -> bool:  # SamplingParams._greedy_decoding

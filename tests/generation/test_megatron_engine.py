@@ -33,10 +33,10 @@ def engine(model_path: Path) -> MegatronEngine:
     return build(model_path)
 
 
-def build(model_path: Path) -> MegatronEngine:
+def build(model_path: Path, vocabulary: int | None = None) -> MegatronEngine:
     config = model_config(model_path)
     parallel.start(config)
-    return MegatronEngine(Policy(config, temperature=0.6), STOP)
+    return MegatronEngine(Policy(config, temperature=0.6, vocabulary=vocabulary), STOP)
 
 
 # What does not depend on the network's make.
@@ -54,7 +54,21 @@ def test_log_probs_are_transformers_and_the_training_engines(
     engine: MegatronEngine, model_path: Path, in_place: bool
 ) -> None:
     engine.in_place = in_place
-    asked = prompts(copies=4)
+    check_log_probs(engine, model_path, VOCABULARY)
+
+
+@one_family
+@pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in place"])
+def test_rows_that_are_no_tokens_are_never_sampled(model_path: Path, in_place: bool) -> None:
+    engine = build(model_path, vocabulary=100)
+    engine.in_place = in_place
+    assert max(check_log_probs(engine, model_path, 100)) < 100
+    assert max(check_log_probs(build(model_path), model_path, VOCABULARY)) >= 100
+
+
+def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -> list[int]:
+    """All tokens of some responses, whose log-probs are compared with the trainer's and with transformers'."""
+    asked = [[token % 100 for token in prompt] for prompt in prompts(copies=4)]
     responses = engine.generate(asked, range(len(asked)), Sampling(0.6, 50))
     rollouts = Rollouts.from_lists(
         asked,
@@ -66,8 +80,9 @@ def test_log_probs_are_transformers_and_the_training_engines(
     log_probs, _ = engine.policy.log_probs(rollouts)
     torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
     with torch.no_grad():
-        expected = reference_log_probs(reference_model(model_path), rollouts, 0.6)
+        expected = reference_log_probs(reference_model(model_path), rollouts, 0.6, vocabulary)
     torch.testing.assert_close(rollouts.generation_log_probs.double(), expected, rtol=0, atol=1e-4)
+    return [token for r in responses for token in r.tokens]
 
 
 def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import fake_tensorrt_llm as fake
 import pytest
 import torch
-from models import save_model
+from models import VOCABULARY, save_model
 from safetensors.torch import load_file
 
 from nemo_disco.generation.worker.rollout_worker import tensorrt_llm as adapter
@@ -40,6 +40,8 @@ def build(monkeypatch: pytest.MonkeyPatch, version: str, model: Path, **changes:
         "tensor_parallel_size": 1,
         "trust_remote_code": False,
         "quantization": None,
+        "vocabulary": VOCABULARY,
+        "rows": VOCABULARY,
         "sleeps": True,
         "options": {},
     }
@@ -104,6 +106,14 @@ def test_sampling_asks_for_what_reinforcement_learning_needs(model: Path, monkey
         assert parameters.include_stop_str_in_output and parameters.stop_token_ids == [1, 7]
     engine.generate([[5]], [0], sampling | {"temperature": 0.0}, deliver, lambda: None)
     assert fake.LLM.last.asked[-1].greedy
+
+
+def test_rows_that_are_no_tokens_are_hidden(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(monkeypatch, "1.2.0", model, vocabulary=VOCABULARY - 3)
+    sampling = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_tokens": 9}
+    engine.generate([[5, 6]], [11], sampling, lambda *_: None, lambda: None)
+    bias = fake.LLM.last.asked[0].embedding_bias
+    assert bias.shape == (VOCABULARY,) and not bias[:-3].any() and bool((bias[-3:] == -torch.inf).all())
 
 
 def test_a_version_without_what_is_needed_is_refused_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import (
     LLAMA3_ROPE,
+    below,
     model_config,
     random_rollouts,
     reference_log_probs,
@@ -40,10 +41,10 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=True)
 
 
-def build(path: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Policy:
+def build(path: Path, dtype: torch.dtype = torch.float32, vocabulary: int | None = None, **changes: object) -> Policy:
     config = model_config(path, **changes)
     parallel.start(config)
-    return Policy(config, dtype=dtype, temperature=TEMPERATURE)
+    return Policy(config, dtype=dtype, temperature=TEMPERATURE, vocabulary=vocabulary)
 
 
 def test_logits_equal_transformers(model_path: Path) -> None:
@@ -69,14 +70,17 @@ def test_log_probs_and_entropies_equal_transformers(model_path: Path, dtype: tor
     assert float(entropies.min()) > 0
 
 
-@pytest.mark.parametrize("budget", [64, 200, 100_000])
-def test_gradient_does_not_depend_on_the_token_budget(model_path: Path, budget: int) -> None:
-    rollouts = random_rollouts()
+# Without padding, and with rows beyond the tokenizer's.
+@pytest.mark.parametrize(("budget", "vocabulary"), [(64, 130), (200, 130), (100_000, 130), (200, 100)])
+def test_gradient_does_not_depend_on_the_token_budget(model_path: Path, budget: int, vocabulary: int) -> None:
+    rollouts = below(random_rollouts(), vocabulary)
     weights = torch.randn(int(rollouts.response_lengths.sum()), generator=torch.Generator().manual_seed(3)).double()
-    policy = build(model_path, torch.float64, token_budget=budget)
+    policy = build(model_path, torch.float64, vocabulary, token_budget=budget)
     policy.accumulate(rollouts, lambda index, log_probs, _: weights[index] * log_probs)
     reference = reference_model(model_path)
-    (weights * reference_log_probs(reference, rollouts, TEMPERATURE)).sum().backward()
+    expected_log_probs = reference_log_probs(reference, rollouts, TEMPERATURE, vocabulary)
+    torch.testing.assert_close(policy.log_probs(rollouts)[0], expected_log_probs, rtol=0, atol=1e-12)
+    (weights * expected_log_probs).sum().backward()
     gradients = dict(policy.named_gradients())
     expected = {name: p.grad for name, p in reference.named_parameters()}
     assert gradients.keys() == expected.keys()

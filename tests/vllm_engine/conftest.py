@@ -7,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import model_config, save_model
+from models import model_config, save_family
+from vllm_process import SHAPE, start_vllm
 
 from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.replica import Place, Replica
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
-
-PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
-STOP = [1, 7]
-# vLLM's attention on a CPU knows heads of 32 and more.
-SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
@@ -26,8 +21,7 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 @pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    architecture, tying = request.param.split("-")
-    return save_model(tmp_path_factory.mktemp(request.param), architecture, tied=tying == "tied", **SHAPE)
+    return save_family(tmp_path_factory.mktemp(request.param), request.param, **SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +40,7 @@ def start(
     started: list[ExternalEngine] = []
 
     def build(**changes: Any) -> ExternalEngine:
-        settings = {
-            "engine": "vllm",
-            "model": str(model_path),
-            "dtype": "float32",
-            "bucket_bytes": 300_000,  # several buckets, each with parts of layers
-            "stop_token_ids": STOP,
-            "max_length": 200,
-            "tensor_parallel_size": 1,
-            "trust_remote_code": False,
-            "quantization": None,
-            "sleeps": False,
-            "options": {"kv_cache_memory_bytes": 1 << 26},
-        } | changes
-        place = Place(str(PYTHON), tmp_path_factory.mktemp("logs") / "0.log")
-        started.append(ExternalEngine([Replica("engine vllm, replica 0", place, settings)]))
+        started.append(start_vllm(model_path, policy, tmp_path_factory.mktemp("logs"), **changes))
         return started[-1]
 
     yield build

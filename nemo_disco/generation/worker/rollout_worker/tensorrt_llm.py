@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class TensorRtLlm:
             raise RefusedError(
                 f"TensorRT-LLM {version} has no logprobs_mode: its log-probs ignore the temperature; use 1.2 or later"
             )
+        self.bias = _bias(settings["vocabulary"], settings["rows"], takes)
         fields = llm_args.TorchLlmArgs.model_fields
         lacking = [name for name in ("orchestrator_type", "ray_worker_extension_cls") if name not in fields]
         if lacking:
@@ -140,6 +141,7 @@ class TensorRtLlm:
             logprobs=1,
             logprobs_mode="processed",  # of logits over the temperature; raw ones ignore it
             detokenize=False,
+            **self.bias,
         )
 
     def begin_refit(self) -> None:
@@ -178,3 +180,17 @@ class TensorRtLlm:
     def wake(self) -> None:
         if self.sleeps:
             self.engine._collective_rpc("wakeup", args=(MEMORY,))
+
+
+def _bias(vocabulary: int, rows: int, takes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What SamplingParams needs so that rows that are no tokens are neither sampled nor part of log-probs."""
+    if vocabulary == rows:
+        return {}
+    if "embedding_bias" not in takes:
+        raise RefusedError(
+            f"the model has {rows} rows for {vocabulary} tokens, and this TensorRT-LLM has no embedding_bias to hide "
+            "the others; take another version"
+        )
+    bias = torch.zeros(rows)
+    bias[vocabulary:] = float("-inf")
+    return {"embedding_bias": bias}

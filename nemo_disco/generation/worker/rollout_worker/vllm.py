@@ -64,6 +64,7 @@ class Vllm:
                 **(arguments | settings["options"]),
             )
         )
+        self.engine.collective_rpc(_vllm_hide_rows, args=(settings["vocabulary"],))
 
     def generate(
         self,
@@ -149,6 +150,20 @@ class Vllm:
 
 
 # Each of these runs in every rank of the engine; `worker` is vLLM's.
+
+
+def _vllm_hide_rows(worker: Any, vocabulary: int) -> None:
+    """Rows of the output from `vocabulary` on are no tokens: their logits are -inf for sampling and log-probs alike.
+    Once a step for the whole batch; `allowed_token_ids` would cost a list of the vocabulary a request."""
+
+    def hide(_layer: Any, _inputs: Any, options: dict[str, Any], logits: torch.Tensor | None) -> None:
+        if logits is None:  # a rank that does not sample
+            return
+        if options.get("skip_gather"):
+            raise RefusedError("the engine keeps its logits in shards, where rows without a token cannot be hidden")
+        logits[..., vocabulary:] = float("-inf")
+
+    worker.get_model().logits_processor.register_forward_hook(hide, with_kwargs=True)
 
 
 def _vllm_open(worker: Any, path: str, shape: tuple[int, int], remote: bool) -> dict[str, Any]:

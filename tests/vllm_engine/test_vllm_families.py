@@ -1,0 +1,46 @@
+"""vLLM on every family of the README against the trainer, with rows of the vocabulary that are no tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, model_config, save_family
+from vllm_process import SHAPE, start_vllm
+
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.generation.engine import Sampling
+from nemo_disco.policy import parallel
+from nemo_disco.policy.policy import Policy
+
+pytestmark = pytest.mark.vllm
+TOKENS = 100  # of 130 rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_log_probs_are_the_trainers_and_rows_that_are_no_tokens_are_never_sampled(
+    family: str, tmp_path: Path
+) -> None:
+    path = save_family(tmp_path / family, family, **SHAPE)
+    config = model_config(path)
+    parallel.start(config)
+    policy = Policy(config, temperature=0.6, vocabulary=TOKENS)
+    generator = torch.Generator().manual_seed(5)
+    asked = [p for n in (3, 17, 40) for p in [torch.randint(TOKENS, (n,), generator=generator).tolist()] * 4]
+    engine = start_vllm(path, policy, tmp_path, tensor_parallel_size=2 if family == "qwen3-tied" else 1)
+    try:
+        engine.update_weights(policy.named_weights, 1)
+        responses = engine.generate(asked, range(len(asked)), Sampling(0.6, 60))
+        greedy = engine.generate(asked[::4], [0, 0, 0], Sampling(0.0, 20))
+    finally:
+        engine.close()
+    assert max(token for r in [*responses, *greedy] for token in r.tokens) < TOKENS
+    rollouts = Rollouts.from_lists(
+        asked,
+        [r.tokens for r in responses],
+        [r.log_probs for r in responses],
+        list(range(len(asked))),
+        [r.finish_reason == "length" for r in responses],
+    )
+    torch.testing.assert_close(policy.log_probs(rollouts)[0], rollouts.generation_log_probs, rtol=0, atol=1e-4)
