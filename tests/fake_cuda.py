@@ -22,7 +22,8 @@ class Trace:
         self.said.append("traced")
 
     def export_chrome_trace(self, path: str) -> None:
-        self.said.append(f"written {path.rsplit('/', 1)[-1]}")
+        written = path.rsplit("/", 1)[-1]
+        self.said.append(f"written {written.lstrip('.').partition('.tmp-')[0]}")  # which then gets its name
 
 
 class Runtime:
