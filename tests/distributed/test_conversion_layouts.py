@@ -22,7 +22,7 @@ LAYOUTS = [
 
 
 def through(source: Path, megatron: Path, run: Path, layout: dict[str, int]) -> bool:
-    """Whether the weights loaded from `megatron` are the source's; the same weights written into `run`."""
+    """Whether the weights loaded from `megatron` are the source's; the same written into `run`, and exported."""
     config = model_config(source, **layout)
     parallel.start(config)
     policy = Policy(model_config(megatron / convert.CARRIED, **layout), trainable=False, read_weights=False)
@@ -30,6 +30,7 @@ def through(source: Path, megatron: Path, run: Path, layout: dict[str, int]) -> 
     expected = load_file(source / "model.safetensors")
     same = all(torch.equal(tensor, expected.pop(name)) for name, tensor in policy.named_weights())
     checkpoint.save(Policy(config), run, 1, {}, keep=1)
+    policy.export(run.with_name("export"))
     return same and not expected
 
 
@@ -39,5 +40,7 @@ def test_any_layout_on_either_side(layout: dict[str, int], tmp_path: Path, on_ra
     megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
     assert on_ranks(4, through, source, megatron, tmp_path / "checkpoints", layout) == [True] * 4
     back = convert.megatron_to_hf(tmp_path / "checkpoints/step_1", tmp_path / "back", source)
-    ours, theirs = load_file(back / "model.safetensors"), load_file(source / "model.safetensors")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    theirs = load_file(source / "model.safetensors")
+    for directory in (back, tmp_path / "export"):
+        ours = load_file(directory / "model.safetensors")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
