@@ -134,8 +134,8 @@ print(json.dumps(results))
 """
 
 
-def program(path: Path) -> str:
-    """The source; `path` is a file that is there, in a folder of the tester's."""
+def program(path: Path, victim: int) -> str:
+    """The source; `path` is a file that is there, `victim` the process to attack beside the program's parent."""
     places = {"path": repr(os.fsencode(path)), "other": repr(os.fsencode(path) + b".new"), "fd": "fd", "pid": "pid"}
     lines = []
     for name, arguments in CALLS.items():
@@ -144,7 +144,7 @@ def program(path: Path) -> str:
         if number >= 0:  # else not on this architecture
             arguments = arguments.format(**places)
             lines.append(f"results[{name!r}] = call({', '.join(filter(None, [str(number), arguments]))})")
-    filled = {"path": str(path), "other": f"{path}.new", "pid": os.getpid(), "calls": "\n".join(lines)}
+    filled = {"path": str(path), "other": f"{path}.new", "pid": victim, "calls": "\n".join(lines)}
     return PROGRAM.format(**filled)
 
 
@@ -165,7 +165,7 @@ def attack(landlock: bool) -> dict[str, Any]:
         before = path.stat()
         server = ForkServer(landlock=landlock)
         try:
-            ended = run(server, program(path))
+            ended = run(server, program(path, os.getpid()))
         finally:
             server.close()
         now = path.stat()

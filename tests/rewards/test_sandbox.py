@@ -215,3 +215,24 @@ def test_that_search_finds_what_is_there() -> None:
     tests = "wanted = 'SECRET-9999'\nassert search(1) == wanted"
     with PythonTests(workers=1) as verifier:
         assert verifier.grade([f"```python\n{SEARCH}\n```"], [tests]) == [1.0]
+
+
+def test_the_attacks_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside the sandbox the same calls change the file and read the memory: refusals above are the sandbox's."""
+    path = tmp_path / "victim"
+    path.write_text("kept")
+    path.chmod(0o600)
+    mild = ["utimes", "utimensat", "lsetxattr", "fremovexattr", "kill", "prlimit64", "chmod"]
+    monkeypatch.setattr(attacks, "CALLS", {name: attacks.CALLS[name] for name in mild})
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        code = attacks.program(path, victim.pid)
+        # Without these the calls that follow find no victim any more, and files are left.
+        for part in ('os.write(writing, b"x")\n', '"/tmp/x", "/dev/shm/x", '):
+            assert part in code
+            code = code.replace(part, "")
+        command = [sys.executable, "-c", code]
+        run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path, check=True)
+        assert victim.wait(10) == -9  # by the pipe's signal
+    through = {name for name, result in json.loads(run.stdout).items() if result == "got through"}
+    assert {"kill", "chmod", "utimensat", "F_SETOWN", "F_SETSIG", "O_ASYNC", f"environ of {victim.pid}"} <= through
+    assert path.stat().st_mode & 0o777 == 0o777
