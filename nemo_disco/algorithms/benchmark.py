@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.config.model_source import ModelSource
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.evaluation.result import EvaluationResult
-from nemo_disco.evaluation.samples import Sample, SampleFile
-from nemo_disco.generation.engine import Engine, Sampling
-from nemo_disco.rewards.registry import Grader
+from nemo_disco.evaluation.samples import Sample, SampleStream
+from nemo_disco.generation.engine import Engine, Response, Sampling
+from nemo_disco.rewards.registry import Grader, verifier_code
 from nemo_disco.rewards.votes import votes
 
+_ENGINE = ("engine", "quantization", "options", "tensor_parallel_size")
+_MODEL = ("fp8", "transformer_engine", "apply_rope_fusion", "bias_activation_fusion", "trust_remote_code")
 BATCH = 2048  # samples that are asked for together: what a kill costs
 
 
@@ -35,65 +37,91 @@ def evaluate_set(
     config: RunConfig,
     step: int,
     stream: tuple[Path, Mapping[str, Any]] | None = None,
-) -> EvaluationResult:
+    stopped: Callable[[], bool] = lambda: False,
+) -> EvaluationResult | None:
     """k samples and one greedy response to every question of a set, graded. The same seeds at every step. A collective.
 
-    stream: the file that takes the samples, and what the weights are: where the file holds batches of the same
-    evaluation, these are not sampled again.
+    stream: the file that takes the samples, and what the weights are: where the file holds samples of the same
+    evaluation, these are not sampled again. stopped: asked before each batch, the same on every rank; then the result
+    is None.
     """
     k = config.evaluation.samples
     size = max(1, BATCH // k)
     batches = [list(range(i, min(i + size, len(questions)))) for i in range(0, len(questions), size)]
-    file = None
-    if stream is not None and dist.get_rank() == 0:
-        identity = _identity(questions, config, step) | dict(stream[1])
-        file = SampleFile(stream[0], identity, [len(batch) * (k + 1) for batch in batches])
-    done: list[Any] = [file.done if file else []]
-    dist.broadcast_object_list(done, src=0)
-    samples: list[Sample] = [sample for batch in done[0] for sample in batch]
+    whole = identity(questions, config, step) | dict(stream[1] if stream else {})
     seeds = np.random.SeedSequence((config.seed, 2**32 - 1)).generate_state(len(questions) * k, np.uint64) >> 1
-    for batch in batches[len(done[0]) :]:
-        fresh = _batch(engine, grader, questions, batch, seeds, config)
-        if file is not None:
-            file.append(fresh)
-        samples += fresh
-    if file is not None:
-        file.close()
-    return _result(questions.name, step, samples, k)
+    sizes = [len(batch) * (k + 1) for batch in batches]
+    with SampleStream(stream[0] if stream else None, whole, sizes, dist.get_rank(), _of_rank_0) as samples:
+        for number in range(len(samples.done), len(batches)):
+            if stopped():
+                return None
+            samples.append(_batch(engine, grader, questions, batches[number], seeds, config, samples))
+        return _result(questions.name, step, samples.all(), k, whole)
 
 
 def _batch(
-    engine: Engine, grader: Grader, questions: Questions, batch: list[int], seeds: Any, config: RunConfig
+    engine: Engine,
+    grader: Grader,
+    questions: Questions,
+    batch: list[int],
+    seeds: Any,
+    config: RunConfig,
+    stream: SampleStream,
 ) -> list[Sample]:
-    """The k samples of each question of the batch, then its greedy ones."""
+    """The k samples of each question of the batch, then its greedy ones; those that the stream has are not asked for,
+    and what an engine hands over goes to it as it comes."""
     k, limit = config.evaluation.samples, config.generation.longest_response
-    sampled = Sampling(config.evaluation.temperature, limit, config.evaluation.top_p)
-    own_seeds = [int(seeds[i * k + j]) for i in batch for j in range(k)]
-    rows: list[Sample] = []
-    for times, sampling, picked_seeds in ((k, sampled, own_seeds), (1, Sampling(0.0, limit), [0] * len(batch))):
-        picked = questions.repeat(batch, times)
-        early = EarlyGrades(grader, picked)
-        rollouts, texts = sample_responses(engine, picked, picked_seeds, sampling, early.finished)
+    rows = [(i, j) for i in batch for j in range(k)] + [(i, -1) for i in batch]
+    drawn, greedy = Sampling(config.evaluation.temperature, limit, config.evaluation.top_p), Sampling(0.0, limit)
+    found = dict(stream.known())
+    for sampling in (drawn, greedy):
+        asked = [n for n, (_, j) in enumerate(rows) if (j < 0) == (sampling is greedy) and n not in found]
+        if not asked:
+            continue
+        picked = questions.repeat([rows[n][0] for n in asked], 1)
+        make = partial(_sample, picked, [rows[n][1] for n in asked], config.algorithm.threshold)
+        early = EarlyGrades(grader, picked, partial(_taken, stream, asked, make))
+        own_seeds = [0 if j < 0 else int(seeds[i * k + j]) for i, j in (rows[n] for n in asked)]
+        rollouts, texts = sample_responses(engine, picked, own_seeds, sampling, early.finished)
         rewards = early.collect(texts, partial(grade, grader))
-        for i, (text, reward) in enumerate(zip(texts, rewards, strict=True)):
-            question = picked.questions[i]
-            rows.append(
-                {
-                    "question_id": question.id,
-                    "question": question.messages[-1].content,
-                    "answer": list(question.answers),
-                    "sample": i % times if sampling is sampled else "greedy",
-                    "response": text,
-                    "reward": reward,
-                    "correct": reward > config.algorithm.threshold,
-                    "length": int(rollouts.response_lengths[i]),
-                    "truncated": bool(rollouts.truncated[i]),
-                }
-            )
-    return rows
+        lengths, truncated = rollouts.response_lengths.tolist(), rollouts.truncated.tolist()
+        for at, row in enumerate(asked):
+            found[row] = make(at, texts[at], rewards[at], lengths[at], truncated[at])
+    return [found[n] for n in range(len(rows))]
 
 
-def _result(name: str, step: int, samples: list[Sample], k: int) -> EvaluationResult:
+def _sample(
+    picked: Questions, numbers: list[int], threshold: float, at: int, text: str, reward: float, length: int, cut: bool
+) -> Sample:
+    """numbers: of each question's samples, -1 for the greedy one."""
+    question = picked.questions[at]
+    return {
+        "question_id": question.id,
+        "question": question.messages[-1].content,
+        "answer": list(question.answers),
+        "sample": numbers[at] if numbers[at] >= 0 else "greedy",
+        "response": text,
+        "reward": reward,
+        "correct": reward > threshold,
+        "length": length,
+        "truncated": cut,
+    }
+
+
+def _taken(
+    stream: SampleStream, asked: list[int], make: Callable[..., Sample], at: int, of: Response, text: str, reward: float
+) -> None:
+    """A response that an engine handed over before the rest."""
+    stream.add(asked[at], make(at, text, reward, len(of.tokens), of.finish_reason == "length"))
+
+
+def _of_rank_0(mine: Any) -> Any:
+    shared = [mine]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _result(name: str, step: int, samples: list[Sample], k: int, whole: dict[str, Any]) -> EvaluationResult:
     drawn = [s for s in samples if s["sample"] != "greedy"]
     greedy = [s["correct"] for s in samples if s["sample"] == "greedy"]
     problems = [drawn[i : i + k] for i in range(0, len(drawn), k)]
@@ -105,19 +133,21 @@ def _result(name: str, step: int, samples: list[Sample], k: int) -> EvaluationRe
         truncated=np.array([[s["truncated"] for s in problem] for problem in problems]),
         greedy_correct=np.array(greedy),
         votes=np.array([votes([s["response"] for s in problem]) for problem in problems]),
+        identity=whole,
     )
 
 
 def weights_identity(source: ModelSource) -> dict[str, Any]:
     """Which weights these are, as files: their place, sizes and times of writing."""
     place = source.checkpoint or Path(source.hugging_face)
-    files = sorted(place.glob("*.safetensors") if source.checkpoint is None else [place / "checkpoint.json"])
+    names = ("*.safetensors", "*.json", "*.jinja") if source.checkpoint is None else ("checkpoint.json",)
+    files = sorted(file for name in names for file in place.glob(name) if file.is_file())
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {"weights": [str(place.resolve()), *map(list, stats)]}
 
 
-def _identity(questions: Questions, config: RunConfig, step: int) -> dict[str, Any]:
-    """What decides the samples, but for the weights."""
+def identity(questions: Questions, config: RunConfig, step: int) -> dict[str, Any]:
+    """What decides the samples and their verdicts, but for the weights."""
     asked = json.dumps([[list(map(int, p)) for p in questions.prompts], [q.answers for q in questions.questions]])
     return {
         "set": questions.name,
@@ -126,6 +156,10 @@ def _identity(questions: Questions, config: RunConfig, step: int) -> dict[str, A
         "questions": hashlib.sha256(asked.encode()).hexdigest(),
         "evaluation": config.evaluation.model_dump(include={"samples", "temperature", "top_p"}),
         "max_response_length": config.generation.longest_response,
-        "engine": config.generation.engine,
-        "reward": config.reward.model_dump(exclude={"timeout", "workers"}),
+        "engine": config.generation.model_dump(include=set(_ENGINE)),
+        "precision": config.trainer.precision,
+        "model": config.model.model_dump(include=set(_MODEL)),
+        "reward": config.reward.model_dump(include={"verifier", "parameters", "require_think", "timeout"}),
+        "verifier_code": verifier_code(config.reward),
+        "threshold": config.algorithm.threshold,
     }

@@ -190,6 +190,12 @@ class Collector:
         return {"sampler": self.sampler.state_dict(), **history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError if the questions are others than those of the state, unless data.if_changed says restart:
+        then they begin anew, and nothing is remembered of the old ones."""
+        changed = self.sampler.changes(state["sampler"])
+        if changed and self.config.data.if_changed == "restart":
+            self.say(f"data.if_changed=restart: the new questions begin, where there were {'; '.join(changed)}")
+            return
         self.sampler.load_state_dict(state["sampler"])
         if self.history is not None:
             self.history.load_state_dict(state.get("shortest_correct", {}))

@@ -21,9 +21,13 @@ from nemo_disco.runtime.errors import UserError
 class EarlyGrades:
     """The grades of the responses to `picked`: pass `finished` to the engine, then `collect`."""
 
-    def __init__(self, grader: Grader, picked: Questions) -> None:
+    def __init__(
+        self, grader: Grader, picked: Questions, taken: Callable[[int, Response, str, float], None] | None = None
+    ) -> None:
+        """taken: is given each response with its text and grade, in this rank's thread, as it is graded."""
+        self._taken = taken
         self._grader, self._picked = grader, picked
-        self._waiting: queue.SimpleQueue[tuple[int, str] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[int, Response, str] | None] = queue.SimpleQueue()
         self._grades: dict[int, float] = {}
         self._problem: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -34,7 +38,7 @@ class EarlyGrades:
             # A daemon: an engine that fails leaves it waiting, and it must not hold the process up.
             self._thread = threading.Thread(target=self._work, name="early grades", daemon=True)
             self._thread.start()
-        self._waiting.put((index, response_text(self._picked.tokenizer, response)))
+        self._waiting.put((index, response, response_text(self._picked.tokenizer, response)))
 
     def collect(self, texts: list[str], grade: Callable[[list[str], Questions], list[float]]) -> list[float]:
         """The grades of all responses: those of the thread, and by `grade`, a collective, what no engine handed over.
@@ -68,9 +72,12 @@ class EarlyGrades:
             ended = None in batch
             ready = [entry for entry in batch if entry is not None]
             try:
-                answers = [self._picked.questions[i].answers for i, _ in ready]
-                grades = self._grader.grade([text for _, text in ready], answers)
+                answers = [self._picked.questions[i].answers for i, _, _ in ready]
+                grades = self._grader.grade([text for _, _, text in ready], answers)
+                if self._taken is not None:
+                    for (i, response, text), reward in zip(ready, grades, strict=True):
+                        self._taken(i, response, text, reward)
             except BaseException as problem:
                 self._problem = problem
                 return
-            self._grades |= dict(zip([i for i, _ in ready], grades, strict=True))
+            self._grades |= dict(zip([i for i, _, _ in ready], grades, strict=True))

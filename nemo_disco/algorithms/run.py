@@ -29,13 +29,14 @@ from nemo_disco.data.questions import load_questions
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids, vocabulary_size
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
-from nemo_disco.evaluation.result import EvaluationResult, read_evaluations, write_evaluation
+from nemo_disco.evaluation.result import EvaluationResult, evaluation_file, read_evaluations, write_evaluation
 from nemo_disco.generation.build import build_engine
 from nemo_disco.generation.engine import Engine
 from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rewards.registry import Grader, build_verifier
+from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
 from nemo_disco.runtime.rundir import RunDirectory
@@ -64,7 +65,7 @@ def train(config: RunConfig) -> int:
         questions = read_questions("train", config.data.train_files, config, tokenizer, config.data.train_weights)
         weights = [q.weight for q in questions.questions]
         per_step, shuffle = config.data.questions_per_step, config.data.shuffle
-        sampler = QuestionSampler(len(questions), per_step, config.seed, shuffle, weights)
+        sampler = QuestionSampler(len(questions), per_step, config.seed, shuffle, weights, questions.content())
         evaluation_sets = _evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
         needs_reference = "reference_log_probs" in objective.needs
         with _room(config, tokenizer) as room:
@@ -83,9 +84,12 @@ def train(config: RunConfig) -> int:
             _resume(algorithm, run, config)
             run.check_held()
             if _first():
+                sets = [questions.name for questions in evaluation_sets]
+                if moved := set_aside(run, algorithm.step, sets):
+                    log.warning("%s", moved)
                 write_atomically(run.config, to_yaml(config))
             algorithm.fit()
-            if algorithm.step >= config.trainer.max_steps:
+            if algorithm.finished:
                 run.check_held()
                 room.policy.export(run.export)
                 if _first():
@@ -110,14 +114,16 @@ def evaluate(config: RunConfig) -> int:
                 check_engine(config, room.policy, room.engine, sets[0])
             results = []
             for questions in sets:
-                samples = directory / f"{questions.name}.step_{source.step}.samples.jsonl"
+                samples = evaluation_file(directory, questions.name, source.step).with_suffix(".samples.jsonl")
                 stream = (samples, weights_identity(source))
                 run.check_held()
-                results.append(evaluate_set(room.engine, room.grader, questions, config, source.step, stream))
+                result = evaluate_set(room.engine, room.grader, questions, config, source.step, stream)
+                assert result is not None, "nothing asks it to stop"
+                results.append(result)
                 run.check_held()
                 if _first():
-                    path = write_evaluation(directory, results[-1])
-                    print_estimates(results[-1])
+                    path = write_evaluation(directory, result)
+                    print_estimates(result)
                     print(f"written to {path}; every sample: {samples}")
             if _first():
                 model = room.policy.hf_config

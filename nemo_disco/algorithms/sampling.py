@@ -5,6 +5,8 @@ Touches an engine, a grader and a tokenizer through their contracts; no policy. 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +34,14 @@ class Questions:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def content(self) -> str:
+        """A hash of what the questions say: texts, answers, weights and the other fields of their records."""
+        digest = hashlib.sha256()
+        for q in self.questions:
+            said = [[list(m) for m in q.messages], q.answers, q.weight, q.metadata]
+            digest.update(json.dumps(said, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
 
     def repeat(self, indices: Sequence[int], times: int) -> Questions:
         """The questions of `indices`, each `times` times in a row."""

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from nemo_disco.algorithms.agreement import Agreement
-from nemo_disco.algorithms.benchmark import evaluate_set
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
 from nemo_disco.algorithms.journal import Journal
@@ -29,6 +28,7 @@ from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.algorithms.token_values import TokenValues
+from nemo_disco.algorithms.validation import Validation
 from nemo_disco.config.flops import peak_flops
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.config.shape import read_shape
@@ -45,6 +45,7 @@ from nemo_disco.runtime.clock import Clock, device_clock
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.profiler import profiled
 from nemo_disco.runtime.signals import StopRequest
+from nemo_disco.runtime.sinks import strict_metrics
 
 # What only a mini-batch that was applied says, of the names that every line of metrics.jsonl has.
 MEASURED = (
@@ -90,7 +91,10 @@ class DisCO:
         self.divergence = Divergence(policy)
         self.agreement = Agreement(config, policy, questions.tokenizer, journal.say)
         self.warned_of_noise = False
-        self.best: float | None = None  # mean Pass@1 over the evaluation sets
+        self.validation = Validation(config, engine=engine, grader=grader, sets=evaluation_sets, journal=journal)
+        self.stop = StopRequest()
+        # The metrics of a step whose evaluation has not ended: the next life ends it, then writes them.
+        self.unfinished: dict[str, Any] | None = None
 
     # --- the loop ---
 
@@ -98,24 +102,36 @@ class DisCO:
         """Train to trainer.max_steps, or to the step in which a signal asked to stop; save in any case."""
         limit = self.config.trainer.max_steps
         self.engine.update_weights(self.policy.named_weights, self.step)
-        with StopRequest() as stop, self.journal.watch(limit, self.step), self.writer:
+        written = self.step - (self.unfinished is not None)
+        with self.stop, self.journal.watch(limit, written), self.writer:
+            self.saved = self.step
             if self.step == 0:
-                self._evaluated(self.run_validation())
+                self._evaluate()
+            elif self.unfinished is not None:
+                self._finish_step()
             elif self.step >= limit:
                 self.journal.say(f"step {self.step} of {limit}: nothing is left to train")
-            self.saved = self.step
-            while self.step < limit and not self._any_rank(stop.requested or self.writer.failed):
-                metrics = self.train_step()
-                self.journal.stepped(self.step, metrics)
+            while self.step < limit and not self._stops():
+                self.unfinished = self.train_step()
+                if not self._validates():
+                    self._finish_step()
                 if self._saves():
-                    self.save()
+                    self.save()  # before the evaluation, which may take longer than this process lives
+                if self.unfinished is not None:
+                    self._finish_step()
             if self.saved != self.step:
                 self._save_at_stop()
             self.writer.wait()
-            if self.step < limit:
+            if not self.finished:
                 done = f"saved step {self.saved}" if self.saved else "nothing is saved yet"
                 done = done if self.step else "before the first step"
-                self.journal.say(f"asked to stop by {stop.signal_name}: {done}; start again to go on")
+                done += ", whose evaluation is to be ended" if self.step and self.unfinished is not None else ""
+                self.journal.say(f"asked to stop by {self.stop.signal_name}: {done}; start again to go on")
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step was taken, and the last one evaluated."""
+        return self.step >= self.config.trainer.max_steps and self.unfinished is None
 
     def train_step(self) -> dict[str, Any]:
         """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine. Asynchronously,
@@ -143,10 +159,6 @@ class DisCO:
                 if not asynchronous:
                     self.engine.wake()
                 self.engine.update_weights(self.policy.named_weights, self.step)
-        with clock("evaluate"):
-            evaluated = self.run_validation() if self._validates() else []
-        self._evaluated(evaluated)
-        metrics |= {name: value for result in evaluated for name, value in result.metrics().items()}
         return metrics | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
 
     def generate_rollouts(self, clock: Clock) -> Sampled:
@@ -197,14 +209,9 @@ class DisCO:
         speed = throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])
         return self._summary(rollouts, old, history) | speed
 
-    def run_validation(self) -> list[EvaluationResult]:
-        """Score the present weights on every evaluation set."""
-        if not self.config.evaluation.enabled:
-            return []
-        return [
-            evaluate_set(self.engine, self.grader, questions, self.config, step=self.step)
-            for questions in self.evaluation_sets
-        ]
+    def run_validation(self) -> list[EvaluationResult] | None:
+        """Score the present weights on every evaluation set; None if the run was asked to stop meanwhile."""
+        return self.validation.run(self.step, self._stops)
 
     # --- state ---
 
@@ -221,7 +228,8 @@ class DisCO:
         """The loop's own state, as JSON; weights, optimizer and torch's RNG are the checkpoint's."""
         return {
             "step": self.step,
-            "best": self.best,
+            "best": self.validation.best,
+            "unfinished": None if self.unfinished is None else strict_metrics(self.unfinished),
             **self.divergence.state_dict(),
             **self.collector.state_dict(),
         }
@@ -230,7 +238,8 @@ class DisCO:
         self.step = state["step"]
         self.collector.load_state_dict(state)
         self.divergence.load_state_dict(state)
-        self.best = state.get("best")
+        self.validation.load_state(state.get("best"))
+        self.unfinished = state.get("unfinished")
 
     # --- parts ---
 
@@ -259,19 +268,28 @@ class DisCO:
         every = self.config.evaluation.every_n_steps
         return self.step == self.config.trainer.max_steps or (every > 0 and self.step % every == 0)
 
-    def _evaluated(self, results: Sequence[EvaluationResult]) -> None:
-        """Write them down, and keep the weights as RUN/best where no evaluation during training was better."""
-        self.journal.evaluated(results)
-        score = float(np.mean([result.correct.mean() for result in results])) if results else None
-        if score is None or (self.best is not None and score <= self.best) or not self._keeps():
-            return
-        self.best = score
-        if self.step and self.config.evaluation.every_n_steps:
+    def _finish_step(self) -> None:
+        """Evaluate where that is due, then write the step's metrics; neither where the run is asked to stop first."""
+        assert self.unfinished is not None
+        clock = device_clock()
+        with clock("evaluate"):
+            results = self._evaluate() if self._validates() else []
+        if results is not None:
+            scores = {name: value for result in results for name, value in result.metrics().items()}
+            self.journal.stepped(self.step, self.unfinished | scores | {"time/evaluate": clock.seconds["evaluate"]})
+            self.unfinished = None
+
+    def _evaluate(self) -> list[EvaluationResult] | None:
+        """As run_validation, and keep the weights as RUN/best where no evaluation during training was better."""
+        results = self.run_validation()
+        improved = bool(results) and self._keeps() and self.validation.improved(self.step, results or [])
+        if improved and self.step and self.config.evaluation.every_n_steps:
+            best = self.journal.run.best
             self.journal.run.check_held()
-            self.policy.export(self.journal.run.best)
-            self.journal.say(
-                f"step {self.step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.journal.run.best}"
-            )
+            self.policy.export(best)
+            score = np.mean([result.correct.mean() for result in results or []])
+            self.journal.say(f"step {self.step}: the best so far (mean Pass@1 {score:.3f}), kept in {best}")
+        return results
 
     def _warn_of_noise(self, noise: float) -> None:
         """Once a life."""
@@ -358,8 +376,8 @@ class DisCO:
             "mismatch/worst_tokens": [asdict(token) for token in worst_tokens(old.log_probs, rollouts)],
         }
 
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether any rank was signalled: all must leave the loop after the same step."""
-        votes = torch.tensor(int(flag), device=self.policy.device)
+    def _stops(self) -> bool:
+        """Whether any rank was signalled, or cannot save: all must leave the loop after the same step. A collective."""
+        votes = torch.tensor(int(self.stop.requested or self.writer.failed), device=self.policy.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes)

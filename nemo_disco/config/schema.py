@@ -171,6 +171,7 @@ class DataConfig(Section):
     max_prompt_length: PositiveInt  # tokens, after the chat template
     too_long: Literal["error", "drop"]  # a question over the limit: stop, or drop it and say how many
     max_bad_records: Annotated[float, Field(ge=0, le=1)]  # the share of a file that may be malformed, and is left out
+    if_changed: Literal["error", "restart"]  # other questions than the checkpoint's: stop, or begin the new ones
     prompt_suffix: str  # appended to the question's text
     system_prompt: str | None  # of questions that bring none
     chat_template_kwargs: dict[str, Any]  # what the chat template takes beside the conversation

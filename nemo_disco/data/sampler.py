@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError
 
@@ -33,15 +33,25 @@ class QuestionSampler:
     """
 
     def __init__(
-        self, n_questions: int, per_step: int, seed: int, shuffle: bool, weights: Sequence[float] | None = None
+        self,
+        n_questions: int,
+        per_step: int,
+        seed: int,
+        shuffle: bool,
+        weights: Sequence[float] | None = None,
+        content: str = "",
     ) -> None:
-        """Raises UserError where the questions, or what their weights leave of them, do not fill a step."""
+        """content: a hash of what the questions say, by which a resumed run knows them; "" where nobody asks.
+
+        Raises UserError where the questions, or what their weights leave of them, do not fill a step.
+        """
         if n_questions < per_step:
             raise UserError(
                 f"data.questions_per_step is {per_step}, but there are {n_questions} questions, and a step never asks "
                 f"one twice; set it to at most {n_questions}, or give more questions"
             )
         self._n, self._per_step, self._seed, self._shuffle = n_questions, per_step, seed, shuffle
+        self._content = content
         self._pools = _pools(weights or [1.0] * n_questions)
         self._weighted = len(self._pools) > 1 or self._pools[0].weight != 1.0
         self._size = sum(pool.asked for pool in self._pools)
@@ -70,21 +80,21 @@ class QuestionSampler:
             self._epoch += 1
             self._queue += self._order(self._epoch)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain JSON: the epoch, the questions of it that were handed out, and what the order depends on."""
         # A step that ends with an epoch still belongs to it.
         epoch = max(0, self._taken - 1) // self._size
-        return {"epoch": epoch, "position": self._taken - epoch * self._size, **self._identity()}
+        return {"epoch": epoch, "position": self._taken - epoch * self._size, **self._identity()} | (
+            {"content": self._content} if self._content else {}
+        )
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises UserError where it is of other questions or another seed."""
-        said = {"questions_per_epoch": state["questions"], **state}
-        for key, value in {**self._identity(), "questions_per_epoch": self._size}.items():
-            if said[key] != value:
-                raise UserError(
-                    f"the checkpoint's data order was made with {key}={said[key]}, this run has {value}; "
-                    "set it back, or start a new run directory"
-                )
+        if changed := self.changes(state):
+            raise UserError(
+                f"the checkpoint's data order was made with {'; '.join(changed)}; set it back, start a new run "
+                "directory, or set data.if_changed=restart to go on with the new questions from their first epoch"
+            )
         taken = state["epoch"] * self._size + state["position"]
         if taken % self._per_step or taken < 0:
             raise UserError(
@@ -94,6 +104,16 @@ class QuestionSampler:
         self._epoch, self._taken, self._queue = 0, 0, self._order(0)
         for _ in range(taken // self._per_step):
             self.next()
+
+    def changes(self, state: Mapping[str, Any]) -> list[str]:
+        """What of the questions and their order is otherwise than where `state` was taken, in words."""
+        said = {"questions_per_epoch": state["questions"], **state}
+        now = {**self._identity(), "questions_per_epoch": self._size}
+        changed = [f"{key}={said[key]}, this run has {value}" for key, value in now.items() if said[key] != value]
+        # Checkpoints of earlier versions have no content.
+        if not changed and self._content and state.get("content", self._content) != self._content:
+            changed = [f"{self._n} questions of other content (text, answers or fields of data.train_files changed)"]
+        return changed
 
     def _identity(self) -> dict[str, int]:
         identity = {

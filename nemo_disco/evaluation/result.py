@@ -37,6 +37,7 @@ class _Saved(TypedDict):
     truncated: list[list[Bit]]
     greedy_correct: NotRequired[list[Bit] | None]
     votes: NotRequired[list[list[Vote]] | None]
+    identity: NotRequired[dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class EvaluationResult:
     correct [P, K] bool; lengths [P, K] int64, response tokens; truncated [P, K] bool: cut by the length limit.
     greedy_correct [P] bool, or None if nothing was sampled greedily.
     votes [P, K] int64, or None: equal within a problem where the answers are equal, -1 where there is none.
+    identity: what decided the samples and verdicts, as JSON; None of what was written by hand.
     Raises ValueError if the shapes disagree.
     """
 
@@ -57,6 +59,7 @@ class EvaluationResult:
     truncated: NDArray[np.bool_]
     greedy_correct: NDArray[np.bool_] | None = None
     votes: NDArray[np.int64] | None = None
+    identity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         types = {"correct": bool, "lengths": np.int64, "truncated": bool, "greedy_correct": bool, "votes": np.int64}
@@ -120,6 +123,7 @@ class EvaluationResult:
             "problems": self.problems,
             "samples": self.samples,
             "summary": summary,
+            "identity": self.identity,
             "greedy_correct": None if self.greedy_correct is None else self.greedy_correct.astype(int).tolist(),
             "correct": self.correct.astype(int).tolist(),
             "truncated": self.truncated.astype(int).tolist(),
@@ -133,9 +137,14 @@ class EvaluationResult:
         return cls(**{f.name: mapping[f.name] for f in fields(cls) if f.default is MISSING or f.name in mapping})
 
 
+def evaluation_file(directory: Path, name: str, step: int) -> Path:
+    """Where the evaluation of a set after so many steps stands."""
+    return directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.step_{step}.json"
+
+
 def write_evaluation(directory: Path, result: EvaluationResult) -> Path:
     """Write directory/<set>.step_<N>.json whole and give its path; an earlier one of that step is replaced."""
-    path = directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', result.name)}.step_{result.step}.json"
+    path = evaluation_file(directory, result.name, result.step)
     write_atomically(path, json.dumps(result.to_json()) + "\n")
     return path
 

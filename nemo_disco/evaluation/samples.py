@@ -1,21 +1,28 @@
-"""The samples of an evaluation, streamed to disk a batch at a time, so that one that was killed goes on.
+"""The samples of an evaluation, streamed to disk as they come, so that one that was killed goes on.
 
-One JSON object a line: first what the evaluation is, then a line a response. Touches the one file it is given.
+One JSON object a line: first what the evaluation is, then a line a response. Touches the file it is given, and
+those of the ranks beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from nemo_disco.runtime.files import open_regular, writing
-from nemo_disco.runtime.saved_files import Count, FileError, parse_json
+from nemo_disco.runtime.files import AppendedFile, open_regular, remove, writing
+from nemo_disco.runtime.saved_files import LINE, Count, FileError, open_file, parse_json, read_json_lines
+
+log = logging.getLogger(__name__)
 
 
 @with_config(extra="forbid")
@@ -33,46 +40,71 @@ class Sample(TypedDict):
     truncated: bool
 
 
+class _Part(TypedDict):
+    """A line of what a rank had of a batch: of which evaluation, batch and row it is."""
+
+    identity: str
+    batch: Count
+    row: Count
+    sample: Sample
+
+
 class SampleFile:
     """Samples in batches of known sizes. `done`: the whole batches that an earlier life of this evaluation left."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any], batches: Sequence[int]) -> None:
-        """identity: what decides every sample, of JSON types. A file of another identity is begun anew, and what stands
-        behind the last whole batch is cut off."""
+        """identity: what decides every sample, of JSON types. A file of another identity is kept under another name,
+        and what stands behind the last whole batch is cut off; both are said."""
         self._path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+        head = json.dumps(identity, sort_keys=True).encode() + b"\n"
+        self._set_aside(head)
         self._file = open(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+b")  # noqa: SIM115 - see close
         self._file.seek(0)
-        head = json.dumps(identity, sort_keys=True).encode() + b"\n"
         if self._file.readline() != head:
             self._file.truncate(0)
             self._file.write(head)
         self.done = self._read(batches, len(head))
+        if self.done:
+            log.info("%s: %d samples of an earlier life of this evaluation are used", path, sum(map(len, self.done)))
         with writing(path):
             self._sync()
 
     def append(self, samples: Sequence[Sample]) -> None:
         """A batch; when it returns, it survives the death of this process."""
-        lines = b"".join(json.dumps(s, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for s in samples)
         with writing(self._path):
-            self._file.write(lines)
+            self._file.write(b"".join(map(_line, samples)))
             self._sync()
 
     def close(self) -> None:
         self._file.close()
 
+    def _set_aside(self, head: bytes) -> None:
+        """Another evaluation's samples took long: they are kept, under a name that says nothing of this one."""
+        if not os.path.lexists(self._path):
+            return
+        with open_file(self._path) as file:
+            theirs, more = file.readline(LINE), file.readline(LINE)
+        if theirs == head or not more:
+            return
+        kept = self._path.with_name(f"{self._path.stem}.replaced.jsonl")
+        with writing(kept):
+            self._path.replace(kept)
+        log.warning("%s is of another evaluation (%s): it is kept as %s", self._path, _differences(theirs, head), kept)
+
     def _read(self, batches: Sequence[int], end: int) -> list[list[Sample]]:
         done: list[list[Sample]] = []
         self._file.seek(end)
         for size in batches:
-            lines = [self._file.readline() for _ in range(size)]
+            lines = [self._file.readline(LINE) for _ in range(size)]
             try:
                 if not all(line.endswith(b"\n") for line in lines):
                     break
                 done.append([parse_json(self._path, line, Sample) for line in lines])
-            except FileError:
-                break  # damaged: sampled again
+            except FileError as fault:
+                log.warning("%s: a sample is %s; it and what follows is sampled again", self._path, fault.what)
+                break
             end += sum(map(len, lines))
         self._file.truncate(end)
         return done
@@ -80,3 +112,90 @@ class SampleFile:
     def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+class SampleStream:
+    """The samples of one evaluation: whole batches in one file, and beside it what each rank has of the batch in hand,
+    a line a sample as it comes. `done`: the whole batches. A context; the same on every rank but for the files."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        identity: Mapping[str, Any],
+        batches: Sequence[int],
+        rank: int = 0,
+        share: Callable[[Any], Any] = lambda mine: mine,
+    ) -> None:
+        """path: None keeps nothing. share: gives every rank what rank 0 has. Raises UserError."""
+        self._path = path
+        self._part_path = path.with_name(f"{path.stem}.rank_{rank}.jsonl") if path else None
+        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._file = SampleFile(path, identity, batches) if path and rank == 0 else None
+        self._part: AppendedFile | None = None
+        self.done: list[list[Sample]] = self._file.done if self._file else []
+        self._known: dict[int, Sample] = self._left() if self._file else {}
+        self.done, self._known = share((self.done, self._known))
+        for row, sample in self._known.items() if rank == 0 else ():
+            self.add(row, sample)
+
+    def known(self) -> Mapping[int, Sample]:
+        """The samples of the batch in hand that an earlier life left, by row."""
+        return self._known
+
+    def add(self, row: int, sample: Sample) -> None:
+        """A sample of the batch in hand; when it returns, it survives the death of this process."""
+        if self._part_path is None:
+            return
+        self._part = self._part or AppendedFile(self._part_path)
+        entry = {"identity": self._identity, "batch": len(self.done), "row": row, "sample": sample}
+        self._part.write(_line(entry))
+
+    def append(self, samples: list[Sample]) -> None:
+        """The batch in hand, whole."""
+        if self._file is not None:
+            self._file.append(samples)
+        self.done.append(samples)
+        self._known = {}
+        if self._part is not None and self._part_path is not None:
+            self._part.close()
+            self._part = None
+            remove(self._part_path)
+
+    def all(self) -> list[Sample]:
+        return [sample for batch in self.done for sample in batch]
+
+    def __enter__(self) -> SampleStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._file, self._part):
+            if file is not None:
+                file.close()
+
+    def _left(self) -> dict[int, Sample]:
+        """What the ranks of an earlier life had of the batch in hand; their files are removed."""
+        assert self._path is not None
+        found: dict[int, Sample] = {}
+        for path in sorted(self._path.parent.glob(f"{glob.escape(self._path.stem)}.rank_*.jsonl")):
+            with contextlib.suppress(FileError):
+                for line in read_json_lines(path, _Part):
+                    entry = None if line.fault else line.value
+                    if entry and (entry["identity"], entry["batch"]) == (self._identity, len(self.done)):
+                        found[entry["row"]] = entry["sample"]
+            remove(path)
+        if found:
+            log.info("%s: %d samples of a batch that was not finished are used", self._path, len(found))
+        return found
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _differences(theirs: bytes, ours: bytes) -> str:
+    """Which keys of two identities differ."""
+    try:
+        old, new = (parse_json("", head, dict[str, Any]) for head in (theirs, ours))
+    except FileError:
+        return "its first line is damaged"
+    return ", ".join(sorted(key for key in {**old, **new} if old.get(key) != new.get(key))) + " changed"

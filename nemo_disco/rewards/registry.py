@@ -5,8 +5,10 @@ The math grader's and the code tests' processes start with the first answer; the
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from nemo_disco.config.schema import RewardConfig
@@ -63,6 +65,14 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
     settings = {"require_think": config.require_think, "timeout": config.timeout, "workers": workers}
     grader: Grader = make(**{key: value for key, value in settings.items() if key in takes}, **config.parameters)
     return grader
+
+
+def verifier_code(config: RewardConfig) -> str:
+    """A hash of the code that judges: the user's file, or this package's. For a verifier that was built."""
+    if config.verifier not in VERIFIERS:
+        return user_code.source_hash(config.verifier)
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _of_function(function: Any, name: str) -> Callable[..., UserFunction]:

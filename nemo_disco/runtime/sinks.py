@@ -6,10 +6,10 @@ TensorBoard is imported when it is opened, never before.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +23,9 @@ from typing_extensions import TypedDict
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import AppendedFile, open_regular, write_atomically, writing
 from nemo_disco.runtime.rundir import RunDirectory
-from nemo_disco.runtime.saved_files import Count, FileError, check_file, read_json_lines
+from nemo_disco.runtime.saved_files import Count, FileError, check_file, read_json_lines, read_text
 
+WANDB_ID, MLFLOW_ID = "wandb.run_id", "mlflow.run_id"
 # A list is of objects with numbers: metrics.jsonl has it, the other sinks do not.
 Value = float | int | bool | str | None | Sequence[Mapping[str, Any]]
 
@@ -114,8 +115,8 @@ class TensorBoardSink:
 class WandbSink:
     """Weights & Biases, in the mode that its own variables say (WANDB_MODE=offline writes into the run directory).
 
-    A resumed run goes on under its id; what a lost life logged beyond the checkpoint, W&B keeps and does not take
-    again. Raises UserError if wandb is not installed.
+    A resumed run goes on under its id, kept in wandb.run_id; what a lost life logged beyond the checkpoint, W&B keeps
+    and does not take again. Raises UserError if wandb is not installed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -125,7 +126,9 @@ class WandbSink:
             raise UserError(
                 f"W&B cannot be imported ({error}): pip install 'nemo-disco[wandb]', or exp_manager.wandb=false"
             ) from error
-        identity = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+        known = directory / WANDB_ID
+        identity = read_text(known, 100).strip() if os.path.lexists(known) else secrets.token_hex(8)
+        write_atomically(known, identity + "\n")
         self._run: Any = wandb.init(
             project="nemo_disco", name=directory.name, id=identity, resume="allow", dir=str(directory)
         )
@@ -156,9 +159,9 @@ class MLflowSink:
             os.close(open_regular(database, os.O_RDWR | os.O_CREAT))  # SQLite would follow a link
             place = f"sqlite:///{database}"
         self._client: Any = mlflow.MlflowClient(place)
-        known = directory / "mlflow.run_id"
-        if known.exists():
-            self._id = known.read_text().strip()
+        known = directory / MLFLOW_ID
+        if os.path.lexists(known):
+            self._id = read_text(known, 100).strip()
         else:
             experiment = self._client.get_experiment_by_name("nemo_disco")
             number = experiment.experiment_id if experiment else self._client.create_experiment("nemo_disco")
@@ -214,6 +217,11 @@ def _numbers(metrics: Mapping[str, Value]) -> dict[str, float]:
     """What is a finite number."""
     strict = {name: _strict(value) for name, value in metrics.items() if name != "step"}
     return {name: value for name, value in strict.items() if isinstance(value, (bool, int, float))}
+
+
+def strict_metrics(metrics: Mapping[str, Value]) -> dict[str, Value]:
+    """Metrics as JSON knows them."""
+    return {name: _strict(value) for name, value in metrics.items()}
 
 
 def _strict(value: Value) -> Value:

@@ -21,10 +21,16 @@ def everything(run):
         "metrics": [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in metrics(run)],
         "rollouts": [(run / f"rollouts/step_{n}.jsonl").read_text() for n in (1, 2, 3, 4)],
         "evaluations": [(run / f"evaluation/test.step_{n}.json").read_text() for n in (0, 4)],
-        "loop": record["loop_state"],
+        "loop": loop_state(record),
         "random state": record["random_state"],
         "optimizer steps": record["optimizer"],
     }
+
+
+def loop_state(record):
+    state = record["loop_state"]
+    unfinished = {k: v for k, v in (state["unfinished"] or {}).items() if not k.startswith(TIMES)}
+    return state | {"unfinished": unfinished}
 
 
 def tensors(step):

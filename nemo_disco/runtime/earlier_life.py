@@ -1,0 +1,65 @@
+"""What an earlier life of a run left beyond the step that this one begins at: it must not pass for this one's.
+
+Moves and removes files of one run directory, under its lock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from nemo_disco.runtime.files import remove, writing
+from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.sinks import MLFLOW_ID, WANDB_ID
+
+EARLIER = "earlier"
+_ROLLOUTS = re.compile(r"step_(?P<step>\d+)\.jsonl")
+_EVALUATION = re.compile(r"(?P<set>.+?)\.step_(?P<step>\d+)(\.samples)?(\.replaced|\.rank_\d+)?\.jsonl?")
+
+
+def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
+    """Clear what lies beyond `step`; a line that says so, or "". Raises UserError where the disk refuses.
+
+    After a checkpoint it is removed: these steps are made again. At step 0 there is none to go on from, so that all is
+    of another run, if only of one that was killed early: it is moved to RUN/earlier/N. Evaluations of the weights
+    before training, of `sets`, stay in any case: what they are of stands in them.
+    """
+    with writing(run.path):
+        evaluations = [p for p in _entries(run.evaluation) if _beyond(_EVALUATION, p, step, sets)]
+        rollouts = [p for p in _entries(run.rollouts) if _beyond(_ROLLOUTS, p, step)]
+        if step:
+            for path in (*evaluations, *rollouts):
+                remove(path)
+            names = ", ".join(f"{path.parent.name}/{path.name}" for path in (*evaluations, *rollouts)[:3])
+            more = len(evaluations) + len(rollouts)
+            return f"{more} files of a life that went beyond step {step} were removed ({names} ...)" if more else ""
+        files = [
+            run.metrics,
+            run.config,
+            run.report,
+            run.path / WANDB_ID,
+            run.path / MLFLOW_ID,
+            *_entries(run.tensorboard),
+        ]
+        results = [*evaluations, *rollouts, run.best, run.export, *run.path.glob("best.step_*")]
+        if not any(path.exists() for path in results) and not (run.metrics.is_file() and run.metrics.stat().st_size):
+            return ""
+        place = next(p for n in range(1, 10**6) if not (p := run.path / EARLIER / str(n)).exists())
+        for path in (*files, *results):
+            if path.exists() or path.is_symlink():
+                target = place / path.relative_to(run.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+    return f"no checkpoint in {run.checkpoints}: training starts at step 0; what another run left there is in {place}"
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _beyond(name: re.Pattern[str], path: Path, step: int, sets: Collection[str] | None = None) -> bool:
+    match = name.fullmatch(path.name)
+    if match is None:
+        return False
+    return int(match["step"]) > step or (step == 0 and sets is not None and match["set"] not in sets)
