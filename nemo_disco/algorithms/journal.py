@@ -20,7 +20,8 @@ from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
 from nemo_disco.runtime.files import write_atomically
 from nemo_disco.runtime.progress import Progress
 from nemo_disco.runtime.rundir import RunDirectory
-from nemo_disco.runtime.sinks import Sinks, open_sinks
+from nemo_disco.runtime.saved_files import read_json_lines
+from nemo_disco.runtime.sinks import MetricsLine, Sinks, open_sinks
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,12 @@ class Journal:
             self.run.check_held()
             self._sinks.write(step, metrics)
             self._progress.update({"step": step, **metrics})
+
+    def has(self, step: int) -> bool:
+        """Whether metrics.jsonl has the line of a step. For rank 0."""
+        path = self.run.metrics
+        lines = read_json_lines(path, MetricsLine) if path.exists() else ()
+        return any(not line.fault and line.value["step"] == step for line in lines)
 
     def say(self, text: str) -> None:
         """One line for the person."""

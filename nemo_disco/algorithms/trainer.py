@@ -40,6 +40,7 @@ from nemo_disco.policy import checkpoint
 from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
+from nemo_disco.policy.together import first
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.clock import Clock, device_clock
 from nemo_disco.runtime.errors import UserError
@@ -102,14 +103,14 @@ class DisCO:
         """Train to trainer.max_steps, or to the step in which a signal asked to stop; save in any case."""
         limit = self.config.trainer.max_steps
         self.engine.update_weights(self.policy.named_weights, self.step)
-        written = self.step - (self.unfinished is not None)
-        with self.stop, self.journal.watch(limit, written), self.writer:
+        there = self.unfinished is None or first(lambda: self.journal.has(self.step))
+        with self.stop, self.journal.watch(limit, self.step if there else self.step - 1), self.writer:
             self.saved = self.step
             if self.step == 0:
                 self._evaluate()
             elif self.unfinished is not None:
-                self._finish_step()
-            elif self.step >= limit:
+                self._finish_step(written=there)
+            if self.step >= limit and there:
                 self.journal.say(f"step {self.step} of {limit}: nothing is left to train")
             while self.step < limit and not self._stops():
                 self.unfinished = self.train_step()
@@ -268,13 +269,17 @@ class DisCO:
         every = self.config.evaluation.every_n_steps
         return self.step == self.config.trainer.max_steps or (every > 0 and self.step % every == 0)
 
-    def _finish_step(self) -> None:
-        """Evaluate where that is due, then write the step's metrics; neither where the run is asked to stop first."""
+    def _finish_step(self, written: bool = False) -> None:
+        """Evaluate where that is due, then write the step's metrics; neither where the run is asked to stop first.
+
+        written: an earlier life did both, and its results are read, for the best weights so far."""
         assert self.unfinished is not None
         clock = device_clock()
         with clock("evaluate"):
             results = self._evaluate() if self._validates() else []
-        if results is not None:
+        if results is not None and written:
+            self.unfinished = None
+        elif results is not None:
             scores = {name: value for result in results for name, value in result.metrics().items()}
             self.journal.stepped(self.step, self.unfinished | scores | {"time/evaluate": clock.seconds["evaluate"]})
             self.unfinished = None

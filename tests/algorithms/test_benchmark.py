@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from user_module import beside_us
 
 from nemo_disco.algorithms import benchmark
 from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.config.compose import compose
 from nemo_disco.data.questions import Question
 from nemo_disco.generation.engine import Finished, Response, Sampling
+from nemo_disco.rewards.registry import build_verifier, verifier_code
 from nemo_disco.rewards.verifiers import NumericMatch
 
 
@@ -56,12 +58,12 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def evaluate(engine: Dice, path: Path | None = None, weights: str = "w") -> Any:
+def evaluate(engine: Dice, path: Path | None = None, weights: str = "w", **more: Any) -> Any:
     asked = [Question(i, f"q{i}", ("1", "10"), "f") for i in range(7)]
     questions = Questions("dice", asked, [[i] for i in range(7)], Words())
     config = compose("quickstart", ["evaluation.samples=4", "reward.require_think=false"])
     stream = None if path is None else (path, {"weights": weights})
-    return benchmark.evaluate_set(engine, NumericMatch(), questions, config, 3, stream)  # type: ignore[arg-type]
+    return benchmark.evaluate_set(engine, NumericMatch(), questions, config, 3, stream, **more)  # type: ignore[arg-type]
 
 
 def values(result: Any) -> list[Any]:
@@ -99,3 +101,47 @@ def test_killed_it_goes_on(calls: int, tmp_path: Path, monkeypatch: pytest.Monke
     other = Dice()
     evaluate(other, path, weights="other")
     assert other.asked == 7 * 5
+
+
+@pytest.mark.usefixtures("alone")
+def test_asked_to_stop_it_stops_between_batches_and_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "BATCH", 8)
+    path, stops = tmp_path / "s.jsonl", iter([False, False, True])
+    first = Dice()
+    assert evaluate(first, path, stopped=lambda: next(stops)) is None and first.asked == 2 * 10
+    again = Dice()
+    assert values(evaluate(again, path)) == values(evaluate(Dice())) and again.asked == 7 * 5 - 2 * 10
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_an_engine_handed_over_before_it_died_is_not_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Dice(1, streams=True), path)  # in the greedy half of its one batch
+    again = Dice(streams=True)
+    assert values(evaluate(again, path)) == values(evaluate(Dice())) and again.asked == 7
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("trainer.precision=bf16", "generation.quantization=fp8", "generation.options.x=1", "algorithm.threshold=0.6"),
+        *("model.fp8=current", "evaluation.samples=5", "reward.verifier=exact", "seed=2", "reward.timeout=1"),
+    ],
+)
+def test_another_evaluation_has_another_identity(override: str) -> None:
+    questions = Questions("dice", [Question(0, "q", ("1",), "f")], [[0]], Words())
+    one, other = (benchmark.identity(questions, compose("quickstart", o), 3) for o in ([], [override]))
+    assert one != other
+
+
+def test_an_edited_verifier_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    for number in (0, 1):
+        beside_us(tmp_path / "my_judge.py", f"def judge(response, answers):\n    return {number}.0\n", monkeypatch)
+        config = compose("quickstart", ["reward.verifier=my_judge:judge", "reward.require_think=false"]).reward
+        with build_verifier(config, workers=1):
+            codes.append(verifier_code(config))
+    assert codes[0] != codes[1]

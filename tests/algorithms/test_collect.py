@@ -22,6 +22,7 @@ from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.generation.engine import Finished, Outstanding, Response, Sampling
 from nemo_disco.policy import parallel
 from nemo_disco.runtime.clock import Clock
+from nemo_disco.runtime.errors import UserError
 
 
 class Tokenizer:
@@ -221,3 +222,22 @@ def test_mismatch_of_two_engines() -> None:
     assert found["mismatch/kl_k1"] == pytest.approx(-0.4 / 3)
     assert found["mismatch/kl_k3"] == pytest.approx(sum(math.exp(d) - 1 - d for d in delta) / 3)
     assert set(mismatch(old[:0], theirs[:0]).values()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("changed", [{"content": "new"}, {"questions": 9}])
+def test_other_questions_are_refused_or_begun_anew(collector: Any, changed: dict[str, Any]) -> None:
+    old, _, _ = collector({}, remembers=True)
+    old.sampler._content = "old"
+    old.collect(0, Clock())
+    state = old.state_dict()
+    state["sampler"] |= changed
+    state["shortest_correct"] = {"0": 3}
+    refusing, _, _ = collector({}, remembers=True)
+    refusing.sampler._content = "old"
+    with pytest.raises(UserError, match=r"data\.if_changed=restart"):
+        refusing.load_state_dict(state)
+    restarting, _, said = collector({}, "data.if_changed=restart", remembers=True)
+    restarting.sampler._content = "old"
+    restarting.load_state_dict(state)
+    assert restarting.sampler.next() == [0, 1] and "the new questions begin" in said[-1]
+    assert restarting.history.state_dict() == {}, "nothing is remembered of the old ones"

@@ -112,3 +112,13 @@ def test_a_weighted_sampler_resumes():
 def test_weights_that_no_step_can_follow_are_refused(weights):
     with pytest.raises(UserError, match="train_weights"):
         QuestionSampler(4, 2, 0, True, weights)
+
+
+def test_questions_of_other_content_are_not_gone_on_with() -> None:
+    state = QuestionSampler(8, 2, 1, True, content="one").state_dict()
+    same, other = (QuestionSampler(8, 2, 1, True, content=content) for content in ("one", "two"))
+    same.load_state_dict(state)
+    with pytest.raises(UserError, match=r"other content.*data\.if_changed=restart"):
+        other.load_state_dict(state)
+    earlier = {key: value for key, value in state.items() if key != "content"}  # of a version that had none
+    other.load_state_dict(earlier)

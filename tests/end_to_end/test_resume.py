@@ -99,3 +99,37 @@ def test_without_an_intact_checkpoint_nothing_is_trained(finished, commands, tmp
     assert done.code == 2
     assert f"error: no intact checkpoint in {run}/checkpoints" in done.err
     assert metrics(run) == metrics(finished.path)
+
+
+def test_killed_in_the_last_evaluation_it_ends_as_one_life_does(finished, commands, tmp_path):
+    """Its checkpoint is there, its metrics and export are not."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    (run / "evaluation/test.step_4.json").unlink()
+    shutil.rmtree(run / "export")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))
+    done = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
+    assert "resumed from step 4" in done.err and "before and after 4 steps" in done.out
+    assert_same(run, finished.path)
+
+
+def test_without_its_checkpoints_it_begins_anew_and_nothing_of_the_old_run_passes_for_it(finished, commands, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    shutil.rmtree(run / "checkpoints")
+    done = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
+    assert f"what another run left there is in {run}/earlier/1" in done.err
+    assert_same(run, finished.path)
+    assert metrics(run / "earlier/1") == metrics(finished.path)
+    assert (run / "earlier/1/export/model.safetensors").exists()
+
+
+def test_other_questions_are_refused(finished, commands, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "train.jsonl"
+    shutil.copytree(finished.path, run)
+    other.write_text((commands.directory / "train.jsonl").read_text().replace("+", "-"))
+    files = f"data.train_files=[{other}]"
+    done = commands("train", *WHOLE, "trainer.max_steps=5", files, at(run), ranks=finished.ranks)
+    assert done.code == 2 and "data.if_changed=restart" in done.err and done.err.count("\n") == 1
+    assert metrics(run) == metrics(finished.path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_disco.evaluation.samples import Sample, SampleFile
+import pytest
+
+from nemo_disco.evaluation.samples import Sample, SampleFile, SampleStream
 
 IDENTITY = {"set": "s", "seed": 1}
 BATCHES = [2, 2, 1]
@@ -48,3 +50,44 @@ def test_another_evaluation_begins_anew(tmp_path: Path) -> None:
     again = open_file(path, seed=2)
     assert again.done == [] and b'"seed": 2' in path.read_bytes()
     again.close()
+
+
+def test_another_evaluations_samples_are_kept_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "s.jsonl"
+    file = open_file(path)
+    file.append(SAMPLES[0])
+    file.close()
+    whole = path.read_bytes()
+    open_file(path, seed=2).close()
+    assert (tmp_path / "s.replaced.jsonl").read_bytes() == whole
+    assert "seed changed" in caplog.text and "s.replaced.jsonl" in caplog.text
+
+
+@pytest.mark.parametrize("junk", [b"\0\0\0\n", b"{}\n", b"[" * 1000 + b"\n", b"\xff\n", b'{"response": 3}\n'])
+def test_a_damaged_sample_is_sampled_again(tmp_path: Path, junk: bytes) -> None:
+    path = tmp_path / "s.jsonl"
+    file = open_file(path)
+    for batch in SAMPLES:
+        file.append(batch)
+    file.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], junk, *lines[5:]]))  # the second of the second batch
+    file = open_file(path)
+    assert file.done == SAMPLES[:1]
+    file.close()
+
+
+def test_samples_of_a_batch_in_hand_survive_a_kill(tmp_path: Path) -> None:
+    """... whichever rank had them; those of another evaluation, or of another batch, do not."""
+    path = tmp_path / "s.jsonl"
+    for rank, row in ((0, 1), (1, 0)):
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda _: ([], {})).add(row, SAMPLES[0][row])
+    with SampleStream(path, IDENTITY | {"seed": 2}, BATCHES) as other:
+        assert other.known() == {}
+    for rank, row in ((0, 1), (1, 0)):
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda _: ([], {})).add(row, SAMPLES[0][row])
+    with SampleStream(path, IDENTITY, BATCHES) as stream:
+        assert dict(stream.known()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
+        stream.append(SAMPLES[0])
+        assert stream.known() == {} and [p.name for p in tmp_path.glob("s.rank*")] == []
+        assert stream.all() == SAMPLES[0]

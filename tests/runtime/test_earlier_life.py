@@ -1,0 +1,56 @@
+"""What an earlier life left beyond the step that this one begins at does not pass for this one's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.runtime.earlier_life import set_aside
+from nemo_disco.runtime.rundir import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """Ten steps, evaluated before them and at each fifth."""
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    run.metrics.write_text("".join(f'{{"step": {n}}}\n' for n in range(1, 11)))
+    for n in range(1, 11):
+        run.rollout_file(n).write_text("{}\n")
+    for n in (0, 5, 10):
+        for name in ("test", "old.set"):
+            (run.evaluation / f"{name}.step_{n}.json").write_text("{}")
+    (run.evaluation / "test.step_10.samples.jsonl").write_text("{}")
+    for name in ("wandb.run_id", "notes.txt", "config.yaml"):
+        (run.path / name).write_text(name)
+    for directory in (run.best, run.export):
+        directory.mkdir()
+        (directory / "model.safetensors").write_text("weights")
+    return run
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_without_a_checkpoint_all_of_it_is_moved_and_nothing_lost(run: RunDirectory) -> None:
+    """The evaluation of the weights before training stays, where its set is evaluated again."""
+    before = {path.name for path in run.path.rglob("*") if path.is_file()}
+    said = set_aside(run, 0, ["test"])
+    assert "earlier/1" in said and "step 0" in said
+    assert names(run.evaluation) == {"test.step_0.json"} and not names(run.rollouts)
+    assert names(run.path) == {"earlier", "evaluation", "rollouts", "tensorboard", "checkpoints", "notes.txt"}
+    assert {path.name for path in run.path.rglob("*") if path.is_file()} == before
+    assert (run.path / "earlier/1/best/model.safetensors").read_text() == "weights"
+    assert set_aside(run, 0, ["test"]) == ""
+    run.metrics.write_text('{"step": 1}\n')
+    assert "earlier/2" in set_aside(run, 0, ["test"])
+
+
+def test_beyond_a_checkpoint_it_is_removed_and_said(run: RunDirectory) -> None:
+    said = set_aside(run, 6, ["test"])
+    assert names(run.rollouts) == {f"step_{n}.jsonl" for n in range(1, 7)}
+    assert names(run.evaluation) == {f"{name}.step_{n}.json" for name in ("test", "old.set") for n in (0, 5)}
+    assert "step 6" in said and "old.set.step_10.json" in said
+    assert names(run.best) == {"model.safetensors"} and set_aside(run, 6, ["test"]) == ""
