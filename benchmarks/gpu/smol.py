@@ -61,9 +61,8 @@ def write_model(gguf: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = dequantised.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        config.pop(key, None)
+    known = LlamaConfig().to_dict().keys()  # the file brings names, and its quantisation
+    config = {key: value for key, value in dequantised.config.to_dict().items() if key in known}
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(dequantised.state_dict())
     for settings in (model.config, model.generation_config):

@@ -1,0 +1,54 @@
+"""The commands of docs/gpu.md's thirty minutes: nobody may find out on a lent GPU that a setting is refused."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_disco.config.checks import check
+from nemo_disco.config.compose import compose
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
+
+import pack  # noqa: E402 - a script's directory, not a package
+import section  # noqa: E402
+
+TEXT = (ROOT / "docs" / "gpu.md").read_text()
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"(?:^    .*\n)+", TEXT, re.M)]
+LONGEST = 2000  # characters that a command on the machine may have
+
+
+def runs() -> list[list[str]]:
+    """The words after `python3 -m nemo_disco train` or `verify`, with the shell's variables filled in."""
+    found = []
+    for block in BLOCKS:
+        shared = re.search(r'Q="([^"]*)"', block)
+        for words in re.findall(r"python3 -m nemo_disco (?:train|verify) (.*?) 2>&1", block, re.S):
+            for one, two in (("disco", "algorithm.score=log_likelihood"), ("grpo", "")):
+                line = words.replace("$Q", shared.group(1) if shared else "").replace("${2:-}", two)
+                found.append(shlex.split(line.replace("$1", one)))
+    return found
+
+
+@pytest.mark.parametrize("words", runs(), ids=lambda words: " ".join(words)[-40:])
+def test_the_runs_settings_are_taken(words: list[str]) -> None:
+    name = words.pop(words.index("--config-name") + 1)
+    overrides = [word for word in words if "=" in word]
+    check(compose(name, overrides), 1)
+
+
+def test_the_sections_and_sets_are_there_and_commands_short_enough() -> None:
+    assert len(runs()) == 6
+    only = [name for block in BLOCKS for names in re.findall(r"--only ([\w\s]+)", block) for name in names.split()]
+    assert len(only) > 10 and set(only) <= set(section.SECTIONS)
+    packed = re.search(r"pack\.py ([\w ]+)", TEXT)
+    assert packed and set(packed.group(1).split()) <= {"base", *pack.BUILDERS}
+    for block in BLOCKS:
+        assert len(block) < LONGEST
+    for script in set(re.findall(r"benchmarks/gpu/\w+\.py", TEXT)):
+        assert (ROOT / script).exists()
