@@ -8,13 +8,15 @@ DIR holds the papers' sets (test/*.json, train/*.json); what is reported of them
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests" / "reward
 from answer_forms import changed, rewritten  # noqa: E402 - a script's neighbours, not packages
 from answer_table import DIFFERENT, EQUAL  # noqa: E402
 from common import write_record  # noqa: E402
+from fault_table import KINDS  # noqa: E402
 from grading_reasons import reason_of  # noqa: E402
 
 from nemo_disco.data.questions import Question, load_questions  # noqa: E402
 from nemo_disco.rewards import MathGrader  # noqa: E402
+from nemo_disco.rewards.canonical import canonical  # noqa: E402
+from nemo_disco.rewards.quick import numeral, same  # noqa: E402
+from nemo_disco.rewards.units import quantity  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="the papers' sets, such as shared/data/deepscaler")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--parts", nargs="+", help="measure these only; the output keeps its other figures")
     options = parser.parse_args()
+    files = sorted(options.data.glob("t*/*.json")) if options.data else []
     with MathGrader(timeout=10.0, workers=2) as grader:
-        record: dict[str, Any] = {"speed": speed(grader), "table": against_math_verify(grader, table())}
-        if options.data:
-            files = sorted(options.data.glob("t*/*.json"))
-            record["sets"] = {f"{file.parent.name}/{file.stem}": of_set(grader, file) for file in files}
-            record["golds_against_math_verify"] = against_math_verify(grader, gold_cases(files), hide=True)
-    write_record(options.output, record)
+        parts: dict[str, Callable[[], Any]] = {
+            "speed": lambda: speed(grader),
+            "speed_of_math_verify": speed_of_math_verify,
+            "table": lambda: against_math_verify(grader, table()),
+        }
+        if files:
+            parts |= {
+                "cross_pairs": lambda: cross_pairs(grader, files),
+                "sets": lambda: {f"{file.parent.name}/{file.stem}": of_set(grader, file) for file in files},
+                "golds_against_math_verify": lambda: against_math_verify(grader, gold_cases(files), hide=True),
+            }
+        chosen = options.parts or list(parts)
+        earlier = json.loads(options.output.read_text()) if options.parts and options.output.exists() else {}
+        measured = {name: parts[name]() if name in chosen else earlier.get(name) for name in parts}
+    write_record(options.output, measured)
 
 
 def speed(grader: MathGrader, count: int = 20_000) -> dict[str, float]:
@@ -68,6 +85,40 @@ def speed(grader: MathGrader, count: int = 20_000) -> dict[str, float]:
     seconds = time.perf_counter() - began
     assert sum(rewards) == count / 2
     return {"answers": count, "seconds": seconds, "answers_per_second": count / seconds}
+
+
+def speed_of_math_verify(count: int = 300) -> dict[str, float]:
+    """Integers and fractions, half right and half wrong: answers a second of processor time, both in this process."""
+    rng = random.Random(0)
+    cases = [(str(n), str(n + i % 2)) for i in range(count) for n in [rng.randrange(10_000)]]
+    cases += [(rf"\frac{{{n}}}{{{7 * n + 1}}}", f"{n + i % 2}/{7 * n + 1}") for i in range(count) for n in [i + 2]]
+    rates = []
+    for decide in (same, lambda answer, gold: _math_verify(box(answer), gold)):
+        began = time.process_time()
+        right = sum(bool(decide(answer, gold)) for answer, gold in cases)
+        rates.append(len(cases) / (time.process_time() - began))
+        assert right == count, right
+    return {"answers": len(cases), "ours": rates[0], "math_verify": rates[1], "times": rates[0] / rates[1]}
+
+
+def cross_pairs(grader: MathGrader, files: Sequence[Path]) -> dict[str, Any]:
+    """Different gold answers, the most alike in spelling, graded for one another in both directions.
+
+    Numerals are left out: they are compared exactly. right: pairs that earn, by place. A person has looked at these:
+    they are the same in mathematics, such as 1/2 and \\frac{1}{2}.
+    """
+    places: dict[str, str] = {}
+    for file in files:
+        for question in load_questions([file]).questions:
+            place = f"{file.parent.name}/{file.stem}, {question.source.rpartition(', ')[2]}"
+            places.setdefault(canonical(question.answers[0]), place)
+    golds = sorted(gold for gold in places if numeral(quantity(gold).body) is None)
+    pairs = [(one, other) for one, other in pairwise(golds)]
+    pairs += [(one, other) for one, other in pairwise(sorted(golds, key=lambda gold: (len(gold), gold[::-1])))]
+    pairs += [(other, one) for one, other in pairs]
+    rewards = grader.grade([box(answer) for answer, _ in pairs], [gold for _, gold in pairs])
+    right = sorted({f"{places[a]} / {places[g]}" for (a, g), reward in zip(pairs, rewards, strict=True) if reward})
+    return {"golds": len(golds), "pairs": len(set(pairs)), "right": right}
 
 
 def of_set(grader: MathGrader, file: Path) -> dict[str, Any]:
@@ -98,7 +149,14 @@ def of_set(grader: MathGrader, file: Path) -> dict[str, Any]:
 
 def table() -> list[Case]:
     equal = [Case(a, gold, True, "equal") for gold, answers in EQUAL for a in answers]
-    return equal + [Case(a, gold, False, "different") for gold, answers in DIFFERENT for a in answers]
+    different = [Case(a, gold, False, "different") for gold, answers in DIFFERENT for a in answers]
+    faults = [
+        Case(answer, gold, right, kind)
+        for kind, sides in KINDS.items()
+        for pairs, right in zip(sides, (True, False), strict=True)
+        for answer, gold in pairs
+    ]
+    return equal + different + faults
 
 
 def gold_cases(files: Sequence[Path]) -> list[Case]:

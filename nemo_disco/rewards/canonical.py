@@ -61,6 +61,8 @@ _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\(?:displaystyle|textstyle|left|right|big|Big|bigl|bigr|Bigl|Bigr|limits)" + _NO_LETTER, ""),
+        (r"^\{([^{}]*)\}$", r"\1"),
+        (r"\\(?:mathbf|boldsymbol|bm)\s*\{(\d[^{}]*)\}", r"\1"),
         (r"\\[hv]?phantom(?![a-zA-Z])\s*(?:\{[^{}]*\}|\\[a-zA-Z]+|\S)", ""),  # takes room, is not printed
         (r"\\[dtc]frac" + _NO_LETTER, r"\\frac"),
         (r"\\frac\s*(\\[a-zA-Z]+|[0-9a-zA-Z])\s*(\\[a-zA-Z]+|[0-9a-zA-Z])", r"\\frac{\1}{\2}"),  # TeX: one token each

@@ -146,7 +146,9 @@ def _value_of_chain(chain: Relation, value: Node, only_names: bool) -> bool:
         return approximate and _rounded(chain)
     symbols = _symbols(value)
     for side, is_right in zip(chain.sides, right, strict=True):
-        is_label = bool(_symbols(side)) and not (_symbols(side) & symbols) and (not only_names or _is_name(side))
+        is_label = _is_function_of(side, symbols) or (
+            bool(_symbols(side)) and not (_symbols(side) & symbols) and (not only_names or _is_name(side))
+        )
         if not (is_right or is_label or (r"\approx" in chain.operators and _rounded(chain))):
             return False
     return True
@@ -160,6 +162,12 @@ def _rounded(chain: Relation) -> bool:
     except TypeError:
         return False
     return all(abs(size - sizes[0]) <= abs(sizes[0]) / 20 for size in sizes)
+
+
+def _is_function_of(side: Node, symbols: set[str]) -> bool:
+    """Whether a side is an unknown function's value, such as f(x), that the other side does not use."""
+    value = _value(side) if isinstance(side, Leaf) else None
+    return isinstance(value, sympy.core.function.AppliedUndef) and str(value) not in symbols
 
 
 def _is_name(node: Node) -> bool:

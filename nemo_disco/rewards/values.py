@@ -70,8 +70,6 @@ def _same_function(gold: Any, answer: Any, symbols: list[Any]) -> bool:
             return False
         real += both_real
         total += equal
-        if real == _AGREEING * 3:
-            return True
     return real >= _AGREEING or (total >= _AGREEING and _equal_everywhere(gold, answer, symbols))
 
 
@@ -90,8 +88,8 @@ def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
         else:
             size = (1, 3, 12)[index % 3]
             values = [sympy.Rational(rng.randint(1, 97 * size), 97) for _ in symbols]
-        if index % 2:
-            values = [value * rng.choice((1, -1)) if index % 4 == 1 else value for value in values]
+        if index % 2:  # every pattern of signs of the first symbols
+            values = [-value if (index // 2) >> place & 1 else value for place, value in enumerate(values)]
         points.append(dict(zip(symbols, values, strict=True)))
     return points
 
