@@ -79,7 +79,7 @@ def _of_function(function: Any, name: str) -> Callable[..., UserFunction]:
     if not callable(function):
         raise UserError(f"reward.verifier={name}: it is a {type(function).__name__}, neither function nor class")
 
-    def make(require_think: bool = False) -> UserFunction:
-        return UserFunction(function, name, require_think)
+    def make(require_think: bool = False, timeout: float = 5.0, workers: int = 2) -> UserFunction:
+        return UserFunction(name, require_think, timeout, workers)
 
     return make

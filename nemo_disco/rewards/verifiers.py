@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -16,9 +16,9 @@ from nemo_disco.rewards.canonical import canonical
 from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
 from nemo_disco.rewards.quick import numeral
 from nemo_disco.rewards.units import quantity
+from nemo_disco.rewards.user_pool import UserPool
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import called
 
 Alternatives = str | Sequence[str]
 
@@ -160,20 +160,32 @@ class UserFunction(Verifier):
     What it raises, and a reward that is no number, ends the run: a reward that fails silently would train on noise.
     """
 
-    def __init__(
-        self, function: Callable[[str, tuple[str, ...]], float], name: str, require_think: bool = False
-    ) -> None:
+    def __init__(self, name: str, require_think: bool = False, timeout: float = 5.0, workers: int = 2) -> None:
+        """name: module:function. timeout: seconds a call, beyond which the reward is 0; workers: processes."""
         super().__init__(require_think)
-        self._function, self._name = function, name
+        self._pool = UserPool("reward.verifier", name, workers, timeout)
 
-    def _verdict(self, response: str, golds: tuple[str, ...]) -> Verdict:
-        if self._require_think and END_OF_THINKING not in response:
-            return Verdict.of(verdict.NO_THINK)
-        return self._judge(response, golds)
+    def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
+        pairs = zip(responses, ((a,) if isinstance(a, str) else tuple(a) for a in answers), strict=True)
+        calls = [None if self._lacks_think(r) else self._pool.submit(r, golds) for r, golds in pairs]
+        return [Verdict.of(verdict.NO_THINK) if call is None else _of_reward(call.result()) for call in calls]
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _lacks_think(self, response: str) -> bool:
+        return self._require_think and END_OF_THINKING not in response
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        reward = called("reward.verifier", self._name, self._function, said, golds)
-        return Verdict(float(reward), verdict.CORRECT if reward == 1 else f"reward {float(reward):g}")
+        return _of_reward(self._pool.submit(said, golds).result())
+
+
+def _of_reward(reward: float | None) -> Verdict:
+    if reward is None:
+        return Verdict.of(verdict.TIMEOUT)
+    return Verdict(reward, verdict.CORRECT if reward == 1 else f"reward {reward:g}")
 
 
 def _box_or(said: str, otherwise: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from user_module import beside_us
 
 from nemo_disco.config.compose import compose
 from nemo_disco.rewards.math_grader import MathGrader
@@ -88,20 +90,60 @@ def test_a_tolerance_is_a_share_of_the_answer(tolerance: float, reward: float) -
     assert NumericMatch(tolerance=tolerance).grade(["99.5"], ["100"]) == [reward]
 
 
-def test_a_function_of_yours_sees_the_whole_response_and_may_shape() -> None:
-    seen: list[Any] = []
+FUNCTIONS = """
+import os, time
+def half(response, answers):
+    print("not a reply")
+    return 0.5 if (response, answers) == ("thought </think> 4", ("4", "5")) else 0.0
+def bad(response, answers):
+    return float("nan")
+def slow(response, answers):
+    if response == "hang":
+        os.system("sleep 1000")
+    return 1.0
+def dead(response, answers):
+    os._exit(7)
+def paced(response, answers):
+    time.sleep(0.5)
+    return 1.0
+"""
 
-    def half(response: str, answers: tuple[str, ...]) -> float:
-        seen.append((response, answers))
-        return 0.5
 
-    [verdict] = UserFunction(half, "m:half").grade_with_reasons(["thought </think> 4"], [["4", "5"]])
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return beside_us(tmp_path / "my_functions.py", FUNCTIONS, monkeypatch)
+
+
+def test_a_function_of_yours_sees_the_whole_response_and_may_shape(functions: Path) -> None:
+    with UserFunction("my_functions:half") as half:
+        [verdict] = half.grade_with_reasons(["thought </think> 4"], [["4", "5"]])
     assert (verdict.reward, verdict.reason) == (0.5, "reward 0.5")
-    assert seen == [("thought </think> 4", ("4", "5"))]
-    with pytest.raises(
-        UserError, match=r"m:bad: \S*test_verifiers.py:\d+ must return a finite number; it returned nan"
+    with (
+        UserFunction("my_functions:bad") as bad,
+        pytest.raises(UserError, match=rf"my_functions:bad: {functions}:\d+ must return a finite number; .* nan"),
     ):
-        UserFunction(lambda *_: float("nan"), "m:bad").grade(["x"], ["y"])
+        bad.grade(["x"], ["y"])
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_function_of_yours_that_hangs_costs_its_response_only(caplog: pytest.LogCaptureFixture) -> None:
+    """... and its own processes with it; one that ends its process ends the run."""
+    began = time.monotonic()
+    with UserFunction("my_functions:slow", timeout=1.0, workers=2) as slow:
+        verdicts = slow.grade_with_reasons(["a", "hang", "b", "hang", "c"], ["x"] * 5)
+    assert [v.reason for v in verdicts] == ["correct", "timeout", "correct", "timeout", "correct"]
+    assert time.monotonic() - began < 30 and "reward.timeout=1 s" in caplog.text
+    with UserFunction("my_functions:dead") as dead, pytest.raises(UserError, match="ended its process with 7"):
+        dead.grade(["x"], ["y"])
+
+
+@pytest.mark.usefixtures("functions")
+def test_functions_of_yours_are_called_side_by_side() -> None:
+    with UserFunction("my_functions:paced", workers=8) as paced:
+        paced.grade(["x"] * 8, ["y"] * 8)  # their start
+        began = time.monotonic()
+        assert paced.grade(["x"] * 16, ["y"] * 16) == [1.0] * 16
+    assert time.monotonic() - began < 6, "one after another it is 8 s"
 
 
 def settings(*overrides: str) -> Any:
