@@ -164,7 +164,7 @@ def _unit(words: str, bare: bool) -> Unit | None:
     """The unit that the words name, () for a count noun, None for words that matter."""
     words = _DEGREES.sub("", words.replace(".", "")).strip()
     if (powers := _known(words, bare)) is not None:
-        return tuple(sorted((name, power) for name, power in powers.items() if power))
+        return tuple(sorted(powers.items()))
     if _MEANING.search(words) or not words:
         return None
     *_, noun = words.split()

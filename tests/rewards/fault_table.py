@@ -176,6 +176,7 @@ KINDS: dict[str, tuple[Pairs, Pairs]] = {
             ("5\N{EURO SIGN}", r"\$5"),
             (r"\$5", "\N{EURO SIGN}5"),
             (r"5\text{ cm}", r"5\text{ cm}^2"),
+            (r"864\text{ inches}^0", r"864 \mbox{ inches}^2"),
             ("6 km/h", "5 km/h"),
             (r"5\text{ a.m.}", r"5\text{ p.m.}"),
             ("5 cents", "5 dollars"),
