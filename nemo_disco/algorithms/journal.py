@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from nemo_disco.algorithms.collect import Sampled
@@ -29,9 +30,18 @@ log = logging.getLogger(__name__)
 class Journal:
     """The run directory's writer, and the person's display."""
 
-    def __init__(self, run: RunDirectory, config: ExpManagerConfig, *, writes: bool, delta: float | None) -> None:
-        """writes: whether this is rank 0. delta: what the display compares KL with."""
-        self.run, self.config, self.writes, self.delta = run, config, writes, delta
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: ExpManagerConfig,
+        *,
+        writes: bool,
+        delta: float | None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """writes: whether this is rank 0. delta: what the display compares KL with. settings: the whole configuration,
+        for the services that show it."""
+        self.run, self.config, self.writes, self.delta, self.settings = run, config, writes, delta, settings
         self._sinks: Sinks | None = None
         self._progress: Progress | None = None
 
@@ -43,7 +53,7 @@ class Journal:
             return
         also = [name for name in ("tensorboard", "wandb", "mlflow") if getattr(self.config, name)]
         with (
-            open_sinks(self.run, start_step or None, also) as self._sinks,
+            open_sinks(self.run, start_step or None, also, self.settings) as self._sinks,
             Progress(max_steps, start_step, self.delta) as self._progress,
         ):
             yield

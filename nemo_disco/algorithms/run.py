@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
 from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.saved_files import FileError, read_json
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
 log = logging.getLogger(__name__)
@@ -78,7 +80,13 @@ def train(config: RunConfig) -> int:
                 questions=questions,
                 sampler=sampler,
                 evaluation_sets=evaluation_sets,
-                journal=Journal(run, config.exp_manager, writes=_first(), delta=_delta(objective)),
+                journal=Journal(
+                    run,
+                    config.exp_manager,
+                    writes=_first(),
+                    delta=_delta(objective),
+                    settings=config.model_dump(mode="json", by_alias=True),
+                ),
                 reference=Reference(_policy(config, tokenizer, trainable=False)) if needs_reference else None,
             )
             _resume(algorithm, run, config)
@@ -91,7 +99,7 @@ def train(config: RunConfig) -> int:
             algorithm.fit()
             if algorithm.finished:
                 run.check_held()
-                room.policy.export(run.export)
+                _export(room.policy, run, algorithm.step)
                 if _first():
                     _show(run)
     return 0
@@ -246,6 +254,22 @@ def _evaluation_sets(config: RunConfig, tokenizer: Any) -> list[Questions]:
     sets = [read_questions(Path(file).stem, [file], config, tokenizer) for file in config.evaluation.files]
     most = config.evaluation.max_questions
     return [s.repeat(range(min(len(s), most or len(s))), 1) for s in sets]
+
+
+def _export(policy: Policy, run: RunDirectory, step: int) -> None:
+    """Write RUN/export, unless it has this step's weights already. A collective."""
+    there = [False]
+    if _first() and run.export.is_dir() and run.exported.exists():
+        with contextlib.suppress(FileError):  # a damaged record: export again
+            there = [read_json(run.exported, dict[str, Any]).get("step") == step]
+    dist.broadcast_object_list(there, src=0)
+    if there[0]:
+        return
+    if _first():
+        run.exported.unlink(missing_ok=True)  # export/ is another step's until it is replaced
+    policy.export(run.export)
+    if _first():
+        write_atomically(run.exported, json.dumps({"step": step}) + "\n")
 
 
 def _refuse_used(run: RunDirectory, config: RunConfig) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_disco.algorithms.agreement import Agreement
+from nemo_disco.algorithms.cautions import Cautions
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
 from nemo_disco.algorithms.journal import Journal
@@ -51,7 +52,7 @@ from nemo_disco.runtime.sinks import strict_metrics
 # What only a mini-batch that was applied says, of the names that every line of metrics.jsonl has.
 MEASURED = (
     *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
-    *("constraint/active", "constraint/penalty", "grad_norm", "policy/noise_floor"),
+    *("constraint/active", "constraint/penalty", "grad_norm", "lr", "policy/noise_floor"),
 )
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class DisCO:
         self.divergence = Divergence(policy)
         self.agreement = Agreement(config, policy, questions.tokenizer, journal.say)
         self.warned_of_noise = False
+        self.cautions = Cautions(config.reward.require_think)
         self.validation = Validation(config, engine=engine, grader=grader, sets=evaluation_sets, journal=journal)
         self.stop = StopRequest()
         # The metrics of a step whose evaluation has not ended: the next life ends it, then writes them.
@@ -152,6 +154,8 @@ class DisCO:
                 self.journal.rollouts(self.step + 1, sampled, values)
             self.step += 1
             self._warn_of_noise(metrics["policy/noise_floor"])
+            for caution in self.cautions.about(sampled.texts, metrics["groups/mixed"]):
+                self.journal.say(f"step {self.step}: warning: {caution}")
             self._renew_reference()
             if self._saves() or self._validates():
                 self._refuse_unsound()  # now, while the engine sleeps
@@ -204,7 +208,7 @@ class DisCO:
             self.divergence.applied()
             if values is not None:
                 values.take(responses, part, taken, old_part.log_probs)
-            history.append(taken.metrics | {"grad_norm": result.grad_norm})
+            history.append(taken.metrics | {"grad_norm": result.grad_norm, "lr": result.lr})
         clock.seconds["log_probs"] += clock.seconds["pass1"]
         seconds = clock.seconds
         speed = throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])

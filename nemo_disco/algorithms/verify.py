@@ -21,6 +21,7 @@ from nemo_disco.algorithms.rewarding import reward
 from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.config.schema import RunConfig, VerifyConfig
+from nemo_disco.config.shape import read_shape
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.generation.engine import Engine, Sampling
@@ -117,7 +118,7 @@ def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Ques
     exists = [path is not None and path.exists()]
     dist.broadcast_object_list(exists, src=0)
     if path is not None and exists[0]:
-        return Rollouts.load(path)
+        return Rollouts.load(path, read_shape(config.model.path).vocab)
     sampler = QuestionSampler(len(questions), config.algorithm.mini_batch_questions, config.seed, config.data.shuffle)
     picked = questions.repeat(sampler.next(), config.generation.responses_per_question)
     seeds = np.random.SeedSequence((config.seed, 0)).generate_state(len(picked), np.uint64) >> 1

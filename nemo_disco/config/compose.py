@@ -7,6 +7,8 @@ and YAML is read by its safe loader. Contradictions between keys are checks.py's
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from nemo_disco.runtime.errors import UserError, printable
 
 SHOWN = 3  # mistakes in one line
 LONGEST_VALUE = 200  # characters of a value in a message
+_HOME = re.compile(r"(?<=[=\[,])~(?=/)")  # bash expands it only at the beginning of a word
 # Mappings whose keys are the user's own.
 FREE = {"algorithm.parameters", "data.chat_template_kwargs", "generation.options", "reward.parameters"}
 
@@ -74,17 +77,24 @@ def changes(before: RunConfig, now: RunConfig) -> list[str]:
 def overridden(overrides: Sequence[str]) -> set[str]:
     """The dotted keys (and groups) that the overrides set."""
     parser = OverridesParser.create()
-    return {str(parser.parse_override(override).key_or_group) for override in overrides}
+    return {str(parser.parse_override(_at_home(override)).key_or_group) for override in overrides}
+
+
+def _at_home(override: str) -> str:
+    return _HOME.sub(lambda _: os.path.expanduser("~"), override)
 
 
 def _checked(text: str, roots: list[Path]) -> str:
     """The override as Hydra takes it: keys of a mapping whose names are the user's own need its ++."""
+    text = _at_home(text)
     try:
         override = OverridesParser.create().parse_override(text)
         key, value = str(override.key_or_group), override.value()
     except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
         given = printable(text.partition("=")[2], LONGEST_VALUE)
         quoting = f"""special characters in quotes: key='"{given}"'"""
+        if given.startswith("["):  # quotes around it all would make a text of it
+            quoting = """each item with special characters in quotes: 'key=["a, b","c"]'"""
         raise UserError(
             f"override '{printable(text, LONGEST_VALUE)}': expected key=value, {quoting} ({_squeeze(error)})"
         ) from error
@@ -145,7 +155,11 @@ def _describe(detail: Any) -> str:
     given = printable(json.dumps(detail["input"]), LONGEST_VALUE)
     if detail["type"] == "less_than_equal":
         return f"{key}: expected at most {detail['ctx']['le']}, got {given}"
-    return f"{key}: expected {known_keys()[nearest_known(key)]}, got {given}"
+    expected = known_keys()[nearest_known(key)]
+    hint = ""
+    if expected.startswith("text") and isinstance(detail["input"], bool | int | float):
+        hint = f"""; as text, with quotes as you mean it: {key}='"{given}"'"""
+    return f"{key}: expected {expected}, got {given}{hint}"
 
 
 def _check_plain(value: Any, key: str = "") -> None:

@@ -6,6 +6,7 @@ Unknown keys are refused. Cross-section contradictions are found in checks.py.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -17,6 +18,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+# A path, or several: ~ is the home directory.
+PathText = Annotated[str, BeforeValidator(lambda path: os.path.expanduser(path) if type(path) is str else path)]
 
 
 class Section(BaseModel):
@@ -34,7 +39,7 @@ class TrainerConfig(Section):
 
 
 class ExpManagerConfig(Section):
-    explicit_log_dir: str  # the run directory
+    explicit_log_dir: PathText  # the run directory
     resume_if_exists: bool
     checkpoint_every_n_steps: PositiveInt
     keep_checkpoints: PositiveInt
@@ -63,7 +68,7 @@ class OptimConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str  # a Hugging Face directory (config, tokenizer, safetensors); to evaluate, a checkpoint or a run too
+    path: PathText  # a Hugging Face directory (config, tokenizer, safetensors); to evaluate, a checkpoint or a run too
     tensor_model_parallel_size: PositiveInt
     pipeline_model_parallel_size: PositiveInt
     virtual_pipeline_model_parallel_size: PositiveInt | None
@@ -144,7 +149,7 @@ class GenerationConfig(Section):
     max_response_length: PositiveInt  # tokens, EOS included
     response_length_schedule: list[tuple[PositiveInt, PositiveInt]]  # [n, tokens]: the limit after n steps
     # Of the engines that run in processes of their own:
-    python: str | None  # the interpreter of the environment that has the engine
+    python: PathText | None  # the interpreter of the environment that has the engine
     replicas: PositiveInt  # a node
     tensor_parallel_size: PositiveInt  # inside a replica
     colocated: bool  # on the training GPUs, asleep while the policy trains; else on the node's GPUs after them
@@ -165,7 +170,7 @@ class GenerationConfig(Section):
 
 
 class DataConfig(Section):
-    train_files: list[str]  # none: evaluate and plan need none
+    train_files: list[PathText]  # none: evaluate and plan need none
     train_weights: list[PositiveFloat] | None  # one a file: how often an epoch asks it; null is 1 each
     questions_per_step: PositiveInt
     max_prompt_length: PositiveInt  # tokens, after the chat template
@@ -200,19 +205,19 @@ class RewardConfig(Section):
 
 class EvaluationConfig(Section):
     enabled: bool
-    files: list[str]
+    files: list[PathText]
     samples: PositiveInt  # k of avg@k
     temperature: PositiveFloat
     top_p: Fraction
     max_questions: PositiveInt | None  # the first n of each file; null is all
     every_n_steps: NonNegativeInt  # 0: only before and after training
-    reference: str | None  # a run directory: accuracy and length are compared with its evaluations (AES)
+    reference: PathText | None  # a run directory: accuracy and length are compared with its evaluations (AES)
 
 
 class VerifyConfig(Section):
     dtype: Literal["float32", "float64", "bfloat16"] | None  # null is trainer.precision
-    rollouts: str | None  # read if the file is there, else written
-    save_gradients: str | None  # one mini-batch's gradient, Hugging Face names, safetensors
+    rollouts: PathText | None  # read if the file is there, else written
+    save_gradients: PathText | None  # one mini-batch's gradient, Hugging Face names, safetensors
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
     max_mismatch: PositiveFloat  # mean exp|trainer - engine| of the sampled tokens' log-probs; above it commands stop
     max_kl: PositiveFloat  # their KL (k3), nats a token

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import check_file, open_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,9 +51,9 @@ def scan_records(path: Path) -> list[Record]:
 def read_lines(path: Path) -> Iterator[Record]:
     """The records of a JSONL file, one after another: blank lines are none, a byte order mark may begin it.
 
-    Raises OSError where it cannot be read.
+    Raises UserError where it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_file(path, links=True) as file:
         for number, line in enumerate(file, 1):
             if line.removeprefix(codecs.BOM_UTF8).strip():
                 place = f"line {number}"
@@ -78,7 +79,8 @@ def _reader(path: Path) -> Iterator[Record]:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    content = path.read_bytes()
+    with open_file(path, links=True) as file:
+        content = file.read()
     if not content.strip():
         return
     hint = "; if it holds one record a line, name it .jsonl" if b"\n{" in content else ""
@@ -106,6 +108,7 @@ def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
+    check_file(path, links=True)
     with _arrow(path, "Parquet"), pq.ParquetFile(path) as file:
         _refuse_objects(path, file.schema_arrow)
         rows = _rows(path, file.read())

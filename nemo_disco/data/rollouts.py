@@ -165,16 +165,37 @@ class Rollouts:
             save_tensors(tensors, work)
 
     @classmethod
-    def load(cls, path: str | Path) -> Rollouts:
-        """Read what `save` wrote. Raises UserError if the file is not that."""
+    def load(cls, path: str | Path, vocabulary: int | None = None) -> Rollouts:
+        """Read what `save` wrote. Raises UserError if the file is not that, or holds what no rollouts can be: tokens
+        outside the `vocabulary` (rows of the model's embedding), negative lengths, numbers that are not finite."""
         check_file(path, links=True)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             tensors["correct"], tensors["truncated"] = tensors["correct"].bool(), tensors["truncated"].bool()
+            _refuse_impossible(tensors, vocabulary)
             return cls(**tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a rollouts file ({error}); remove it to sample anew") from None
+
+
+def _refuse_impossible(tensors: dict[str, Tensor], vocabulary: int | None) -> None:
+    """Raises ValueError naming the tensor and its first bad entry."""
+    kinds = {"generation_log_probs": torch.float32, "rewards": torch.float64, "preferences": torch.float64}
+    kinds |= {"correct": torch.bool, "truncated": torch.bool}
+    least = {"prompt_lengths": 1} | dict.fromkeys(("tokens", "response_lengths", "shortest_correct"), 0)
+    for name, tensor in tensors.items():
+        kind = kinds.get(name, torch.int64)
+        if tensor.dtype != kind or tensor.dim() != 1:
+            raise ValueError(f"{name} is {tensor.dtype} of {tensor.dim()} dimensions, not {kind} of one")
+        bad = ~tensor.isfinite()
+        if name in least:
+            bad |= tensor < least[name]
+        if name == "tokens" and vocabulary is not None:
+            bad |= tensor >= vocabulary
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            raise ValueError(f"{name}[{at}] is {tensor[at].item():g}")
 
 
 def _offsets(lengths: Tensor) -> Tensor:

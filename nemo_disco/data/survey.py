@@ -6,6 +6,7 @@ Touches files, and a tokenizer and a grader through what the caller hands in; tr
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_file, write_atomically
 
 WRITTEN = (".jsonl", ".json", ".parquet")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = 5  # questions named for each finding
 
 
@@ -154,7 +156,7 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
     if path.suffix == ".parquet":
         _write_parquet(path, records)
     else:
-        lines = [json.dumps(record, ensure_ascii=False, default=str) for record in records]
+        lines = [_dumped(path, record) for record in records]
         joined = "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join(lines) + "\n"
         write_atomically(path, joined)
 
@@ -170,9 +172,23 @@ def _write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
         if name == "answer" and any(isinstance(v, list) for v in values):
             columns[name] = [v if isinstance(v, list) else [v] for v in values]
         elif name not in ("problem", "messages", "answer"):
-            columns[name] = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in values]
+            columns[name] = [None if v is None else _dumped(path, v) for v in values]
+    try:
+        table = pa.table(columns)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--out {path}: Parquet cannot hold these records ({reason}); name it .jsonl") from error
     with atomic_file(path) as work:
-        pq.write_table(pa.table(columns), work)
+        pq.write_table(table, work)
+
+
+def _dumped(path: Path, value: Any) -> str:
+    """As JSON text; with escapes where it holds half of a surrogate pair, which no file can hold otherwise."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        return text if text.isascii() or not _SURROGATE.search(text) else json.dumps(value, default=str)
+    except RecursionError as error:
+        raise UserError(f"--out {path}: a record is nested too deeply to be written; leave it out") from error
 
 
 def _record(question: Question) -> dict[str, Any]:

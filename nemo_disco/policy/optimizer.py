@@ -30,6 +30,7 @@ class StepResult:
 
     grad_norm: float
     applied: bool
+    lr: float = math.nan  # the learning rate that it was applied with
 
 
 class Optimizer:
@@ -87,8 +88,9 @@ class Optimizer:
                 decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, norm, use_decoupled_grad=decoupled)
         self.megatron.step_with_ready_grads()
+        lr = float(self.megatron.param_groups[0]["lr"])
         self.schedule.step(increment=1)
-        return StepResult(norm, applied=True)
+        return StepResult(norm, applied=True, lr=lr)
 
     def offload(self) -> None:
         """Move the moments and the main weights to the host; their memory on the device is free until `restore`."""

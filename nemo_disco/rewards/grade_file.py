@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from nemo_disco.data.records import read_lines
 from nemo_disco.rewards.math_grader import MathGrader
 from nemo_disco.runtime.errors import UserError
 
@@ -20,7 +21,7 @@ def grade_file(
     """Write one JSON line, `{"reward": ..., "reason": ...}`, to `out` for each line of the file, in order.
 
     A line has `response`, a string, and `answer`: a string or a number, or a list of alternatives.
-    Raises UserError naming the line and the field, before anything is graded; empty lines are refused too.
+    Raises UserError naming the line and the field, before anything is graded. Blank lines are skipped.
     """
     for _ in _lines(path):  # all lines are checked before time is spent on the first
         pass
@@ -34,23 +35,13 @@ def grade_file(
 
 
 def _lines(path: str | Path) -> Iterator[tuple[str, list[str]]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield _record(line, f"{path}, line {number}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a JSONL file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; give a JSONL file") from error
+    for place, record, fault in read_lines(Path(path)):
+        if fault is not None:
+            raise UserError(f"{fault}; each line is an object with `response` and `answer`") from fault
+        yield _record(record, f"{path}, {place}")
 
 
-def _record(line: str, where: str) -> tuple[str, list[str]]:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); each line is an object with `response` and `answer`") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: not an object; each line is an object with `response` and `answer`")
+def _record(record: dict[str, Any], where: str) -> tuple[str, list[str]]:
     for field in ("response", "answer"):
         if field not in record:
             raise UserError(f"{where}: the field `{field}` is missing")

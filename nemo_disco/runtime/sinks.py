@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
 from pydantic import with_config
@@ -119,7 +119,8 @@ class WandbSink:
     and does not take again. Raises UserError if wandb is not installed.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        """settings: the run's configuration, which W&B shows and compares."""
         try:
             import wandb
         except ImportError as error:
@@ -130,7 +131,12 @@ class WandbSink:
         identity = read_text(known, 100).strip() if os.path.lexists(known) else secrets.token_hex(8)
         write_atomically(known, identity + "\n")
         self._run: Any = wandb.init(
-            project="nemo_disco", name=directory.name, id=identity, resume="allow", dir=str(directory)
+            project="nemo_disco",
+            name=directory.name,
+            id=identity,
+            resume="allow",
+            dir=str(directory),
+            config=dict(settings),
         )
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
@@ -198,16 +204,19 @@ class Sinks:
 
 
 def open_sinks(
-    run_dir: RunDirectory | Path, resume_step: int | None = None, also: Sequence[str] = ("tensorboard",)
+    run_dir: RunDirectory | Path,
+    resume_step: int | None = None,
+    also: Sequence[str] = ("tensorboard",),
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Sinks:
     """The sinks of a run: metrics.jsonl, and those in `also` (tensorboard, wandb, mlflow).
 
-    resume_step: the step of the checkpoint that the run goes on from; None is a new run.
+    resume_step: the step of the checkpoint that the run goes on from; None is a new run. settings: its configuration.
     """
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
     makers: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoardSink(run.tensorboard, resume_step),
-        "wandb": lambda: WandbSink(run.path),
+        "wandb": lambda: WandbSink(run.path, settings),
         "mlflow": lambda: MLflowSink(run.path),
     }
     return Sinks([JsonlSink(run.metrics, resume_step), *(makers[name]() for name in also)])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.runtime.errors import UserError
@@ -97,3 +98,33 @@ def test_a_file_that_is_none_is_named(tmp_path, content):
     (tmp_path / "r.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"r\.safetensors: not a rollouts file"):
         Rollouts.load(tmp_path / "r.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("tokens", -1, r"tokens\[0\] is -1"),
+        ("tokens", 10**9, r"tokens\[0\] is 1e\+09"),
+        ("prompt_lengths", -1, r"prompt_lengths\[0\] is -1"),
+        ("prompt_lengths", 0, r"prompt_lengths\[0\] is 0"),
+        ("response_lengths", -2, r"response_lengths\[0\] is -2"),
+        ("rewards", float("nan"), r"rewards\[0\] is nan"),
+        ("generation_log_probs", float("-inf"), r"generation_log_probs\[0\] is -inf"),
+        ("tokens", None, "tokens is torch.float32 of 1 dim"),
+        ("rewards", None, "rewards is torch.float32 of 1 dim"),
+    ],
+)
+def test_a_file_of_impossible_rollouts_is_refused(tmp_path, name, value, complaint):
+    path = tmp_path / "r.safetensors"
+    rollouts = Rollouts.from_lists([[1, 2]], [[3, 4]], [[-0.5, -0.5]], [0], [False])
+    rollouts.save(path)
+    assert len(Rollouts.load(path, vocabulary=5)) == 1
+    tensors = load_file(path)
+    if value is None:
+        tensors[name] = tensors[name].float()
+    else:
+        tensors[name][0] = value
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=rf"r\.safetensors: not a rollouts file \({complaint}.*remove it") as error:
+        Rollouts.load(path, vocabulary=5)
+    assert "\n" not in str(error.value)

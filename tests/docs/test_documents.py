@@ -124,14 +124,27 @@ def test_the_records_of_data_md_are_questions(place: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_objective_of_extending_md_trains(place: Path) -> None:
-    """As the command beside it names it."""
-    from nemo_disco.algorithms import build_objective
+EXTENDING = [c for c in commands(REPO / "docs/extending.md") if words(c)[0] == "nemo-disco"]
 
+
+@pytest.mark.parametrize("command", EXTENDING, ids=[words(c)[1] + f"-{i}" for i, c in enumerate(EXTENDING)])
+def test_the_commands_of_extending_md_run_as_they_stand(command: str, place: Path) -> None:
+    """But for a short run on one process."""
     snippets = [block.text for block in blocks(REPO / "docs/extending.md") if block.language == "python"]
     (place / "my_objective.py").write_text(next(text for text in snippets if "class Reinforce" in text))
-    objective = build_objective({"name": "my_objective:Reinforce", "baseline": 0.3})
-    assert objective.baseline == 0.3  # type: ignore[attr-defined]
+    (place / "my_rewards.py").write_text(next(text for text in snippets if "def brief" in text))
+    short = [
+        *("trainer.max_steps=1", "trainer.devices=1", "evaluation.enabled=false", "exp_manager.tensorboard=false"),
+        *("data.questions_per_step=4", "algorithm.mini_batch_questions=4", "generation.responses_per_question=2"),
+        *("generation.max_response_length=16", "model.token_budget=1024"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_disco", *words(command)[1:], *short],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -33,13 +33,21 @@ def test_one_verdict_a_line_in_order(tmp_path: Path) -> None:
     ]
 
 
+def test_a_byte_order_mark_and_blank_lines_are_read_over(tmp_path: Path) -> None:
+    file = tmp_path / "responses.jsonl"
+    one = lines({"response": r"\boxed{1}", "answer": "1"})
+    file.write_bytes(b"\xef\xbb\xbf" + (one + "\r\n  \n" + one + "\n").encode())
+    out = io.StringIO()
+    grade_file(file, out)
+    assert [json.loads(line)["reward"] for line in out.getvalue().splitlines()] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "line 2: not JSON"),
-        ("", "line 2: not JSON"),
-        ("[" * 100_000, "line 2: not JSON"),
-        ("[1]", "line 2: not an object"),
+        ("{", "line 2, column .: not valid JSON"),
+        ("[" * 100_000, "line 2: not usable JSON"),
+        ("[1]", "line 2: a list, not an object"),
         ('{"answer": "1"}', "line 2: the field `response` is missing"),
         ('{"response": "1"}', "line 2: the field `answer` is missing"),
         ('{"response": 1, "answer": "1"}', "line 2: `response` must be a string, not a number"),
@@ -60,7 +68,7 @@ def test_a_bad_line_is_named_before_anything_is_graded(tmp_path: Path, bad: str,
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.jsonl: is missing"):
         grade_file(tmp_path / "none.jsonl", io.StringIO())
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):

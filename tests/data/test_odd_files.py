@@ -1,0 +1,132 @@
+"""Whatever stands in a question file, it is questions or one line; what was read can be written."""
+
+import datetime
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_disco.data.questions import load_questions
+from nemo_disco.data.schemas import ANSWER_FIELDS, QUESTION_FIELDS
+from nemo_disco.data.survey import write_questions
+from nemo_disco.runtime.errors import UserError
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just("\udc80\n#### 1")
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner, max_size=3)
+        | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": inner})
+    ),
+    max_leaves=6,
+)
+RECORDS = st.dictionaries(st.sampled_from([*QUESTION_FIELDS, *ANSWER_FIELDS, "system", "\udc80"]), VALUES, max_size=4)
+
+
+def questions_or_one_line(path):
+    loaded = or_one_line(lambda: load_questions([path], max_bad_records=1.0))
+    if loaded is None:
+        return
+    assert loaded.questions and all(q.answers and q.messages for q in loaded.questions)
+    for name in ("out.jsonl", "out.parquet"):
+        out = path.with_name(name)
+        if or_one_line(lambda out=out: write_questions(out, loaded.questions) or True) is None:
+            assert name == "out.parquet"  # which holds one type a column
+            continue
+        again = load_questions([out]).questions
+        assert [(q.text, q.answers) for q in again] == [(q.text, q.answers) for q in loaded.questions]
+
+
+def or_one_line(work):
+    """What `work` returns; None where it refuses, in one line."""
+    try:
+        return work()
+    except UserError as error:
+        line = str(error)
+    assert "\n" not in line
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(records=st.lists(RECORDS | VALUES, max_size=3), suffix=st.sampled_from([".json", ".jsonl"]))
+def test_no_record_ends_in_a_traceback(records, suffix):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / f"q{suffix}"
+        path.write_text("\n".join(map(json.dumps, records)) if suffix == ".jsonl" else json.dumps(records))
+        questions_or_one_line(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), suffix=st.sampled_from([".json", ".jsonl", ".parquet"]))
+def test_no_damage_ends_in_a_traceback(data, suffix):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / f"q{suffix}"
+        records = [{"problem": "1+1?", "answer": "2"}, {"problem": "Größe?", "answer": "#### 3"}]
+        if suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(records), path)
+        else:
+            path.write_text("\n".join(map(json.dumps, records)) if suffix == ".jsonl" else json.dumps(records))
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+        questions_or_one_line(path)
+
+
+def parquet_with(tmp_path, **column):
+    table = pa.table({"problem": ["?"] * 11, "answer": ["1"] * 11} | column)
+    pq.write_table(table, tmp_path / "q.parquet", store_schema=True)
+    return tmp_path / "q.parquet"
+
+
+def text_of(values):
+    """A column of text whose bytes are as given, UTF-8 or not."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("answer", text_of([b"1"] * 6 + [b"\xff\xfe"] + [b"1"] * 4)),
+        ("day", pa.array([0] * 6 + [2**30] + [0] * 4, pa.int32()).view(pa.date32())),
+        ("time", pa.array([0] * 6 + [2**60] + [0] * 4, pa.int64()).view(pa.timestamp("ms"))),
+    ],
+)
+def test_a_row_of_parquet_that_python_cannot_hold_is_left_out_and_named(tmp_path, name, column):
+    path = parquet_with(tmp_path, **{name: column})
+    loaded = load_questions([path])
+    assert len(loaded.questions) == 10
+    (note,) = loaded.notes
+    assert (
+        f"1 of 11 records left out, malformed: record 7; the first: {path}, record 7: `{name}` cannot be read" in note
+    )
+    with pytest.raises(UserError, match="record 7: "):
+        load_questions([path], max_bad_records=0.0)
+
+
+def test_dates_and_half_characters_are_written(write, tmp_path):
+    lines = ['{"problem": "?", "answer": "1", "note": "\\udc80 \\u00e9"}', '{"problem": "!", "answer": "2"}']
+    questions = load_questions([write("q.jsonl", "\n".join(lines))]).questions
+    dated = load_questions([parquet_with(tmp_path, day=pa.array([datetime.date(2026, 1, 2)] * 11))]).questions
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        for some in (questions, dated):
+            write_questions(tmp_path / name, some)
+            again = load_questions([tmp_path / name]).questions
+            assert [q.text for q in again] == [q.text for q in some]
+    write_questions(tmp_path / "a.jsonl", questions)
+    assert load_questions([tmp_path / "a.jsonl"]).questions[0].metadata == {"note": "\udc80 é"}
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.parquet"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+        load_questions([tmp_path / name])
