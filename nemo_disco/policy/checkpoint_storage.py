@@ -6,7 +6,8 @@ Reads `.metadata`, a pickle, through an unpickler that admits the classes of a c
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,26 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from nemo_disco.policy.checkpoint_metadata import METADATA, read_metadata
 from nemo_disco.runtime.errors import UserError
 
 
-def write_shards(state: dict[str, Any], directory: Path, group: dist.ProcessGroup) -> None:
+def write_shards(
+    state: dict[str, Any], directory: Path, group: dist.ProcessGroup, weights_read: Callable[[], None]
+) -> None:
     """megatron's torch_dist format: every rank writes its shards to one file and syncs it, rank 0 the metadata. What
     data-parallel ranks have in common is spread over them. group: of all ranks. A collective; takes `state` apart.
+
+    weights_read is called once this rank has written all but the moments.
 
     The steps of dist_checkpointing.save under FullyParallelSaveStrategyWrapper, which speak over the default group.
     """
@@ -47,7 +57,7 @@ def write_shards(state: dict[str, Any], directory: Path, group: dist.ProcessGrou
     tensors, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(shards, True)
     save(
         megatron_strategy.mcore_to_pyt_state_dict(tensors),
-        storage_writer=_Writer(directory),
+        storage_writer=_Writer(directory, weights_read),
         planner=megatron_strategy.MCoreSavePlanner(flatten_state_dict=False),
         process_group=group,
     )
@@ -61,10 +71,36 @@ def write_marks(directory: Path) -> None:
 
 
 class _Writer(FileSystemWriter):
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+    """Writes a tensor at a time: torch's own keeps every copy that it makes until the end of the file."""
+
+    def __init__(self, directory: Path, weights_read: Callable[[], None]) -> None:
+        super().__init__(directory)
+        self._weights_read = weights_read
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This rank's file, synced: live weights before the moments, which are copies."""
+        name = f"{plan.storage_data.prefix}0{filesystem.DEFAULT_SUFFIX}"
+        results: list[WriteResult] = []
+        with (Path(self.path) / name).open("wb") as file:
+            for item in sorted(plan.items, key=_is_moment):
+                if _is_moment(item):
+                    self._weights_read()
+                results.append(self._written(item, planner.resolve_data(item), file, name))
+            self._weights_read()
+            file.flush()
+            os.fsync(file.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _written(self, item: WriteItem, data: Any, file: Any, name: str) -> WriteResult:
         """Raises what the disk said: torch's zip writer complains of it in words of its own."""
+        if isinstance(data, Tensor):
+            data = data.detach().cpu()
+            if data.untyped_storage().size() != data.nbytes:
+                data = data.clone()  # torch.save writes a tensor's whole storage
         try:
-            return super().write_data(*args, **kwargs)
+            return filesystem._write_item(self.transforms, file, data, item, name, self.serialization_format)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
@@ -72,6 +108,10 @@ class _Writer(FileSystemWriter):
 
     def storage_meta(self) -> None:
         """Nothing of where and when it was written: a checkpoint may be moved."""
+
+
+def _is_moment(item: WriteItem) -> bool:
+    return item.index.fqn.startswith("optimizer.state.exp_avg")
 
 
 class LoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):  # type: ignore[misc]

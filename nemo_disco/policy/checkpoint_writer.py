@@ -1,5 +1,9 @@
-"""Writing checkpoints: a snapshot on the host, which is all that training waits for, then a thread that gathers,
-writes, hashes and lets the checkpoint appear, over process groups that no other thread uses.
+"""Writing checkpoints: a snapshot, which is all that training waits for, then a thread that gathers, writes, hashes and
+lets the checkpoint appear, over process groups that no other thread uses.
+
+The snapshot copies the moments to the host and leaves the weights where they are: the thread writes those first, while
+the next step samples, and the optimizer waits for it before it changes them. Where the host is short of memory nothing
+is copied, and the optimizer waits for the moments too.
 
 Not megatron's AsyncCallsQueue: it forks, so that a rank's sockets outlive its kill; it gathers the optimizer's state
 before it returns; its persistent worker divides by the number of GPUs.
@@ -24,26 +28,28 @@ from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy import checkpoint_record, parallel
 from nemo_disco.policy.checkpoint_storage import write_marks, write_shards
 from nemo_disco.policy.fp8_scales import sharded_scales
-from nemo_disco.policy.optimizer import Optimizer, ShardCopies
+from nemo_disco.policy.optimizer import Optimizer
+from nemo_disco.policy.optimizer_shards import Shards
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.policy.together import every, first
+from nemo_disco.runtime import host
 from nemo_disco.runtime.errors import UserError
 
+MARGIN = 2.0  # free host memory over what a copy of the moments takes
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A policy as it is now, and what its checkpoint will say. Training may go on: all that it changes was copied."""
+    """A policy as it is now, and what its checkpoint will say. Training may go on until the optimizer's next step."""
 
     step: int
     model: dict[str, Any]  # megatron's sharded tensors, of the live weights: their shapes and places alone are read
-    weights: dict[str, Any]  # the same, of copies
     scales: dict[str, Any]  # delayed scaling's state, by chunk
     reference: dict[str, Any]  # copies of a reference's weights, where it has moved
     optimizer: Optimizer
-    moments: list[ShardCopies]
+    moments: list[Shards]
     record: dict[str, Any]
     random_state: dict[str, str]
 
@@ -56,26 +62,44 @@ class Snapshot:
         model = sharded_weights(policy)
         held = reference is not None and reference.moved
         scales = {str(i): sharded_scales(chunk) for i, chunk in enumerate(policy.model.chunks)}
-        return cls(
+        optimizer = policy.optimizer
+        copied = host.free_memory() > MARGIN * optimizer.state_bytes
+        if not copied:
+            log.warning(
+                "step %d: this host has too little free memory to copy the optimizer's state (%.1f GB a rank): the "
+                "next optimizer step waits until the checkpoint is written",
+                step,
+                optimizer.state_bytes / 1e9,
+            )
+        snapshot = cls(
             step=step,
             model=model,
-            weights=_copies(model),
             scales=scales,
             reference=_copies(reference_weights(reference)) if reference is not None and held else {},
-            optimizer=policy.optimizer,
-            moments=policy.optimizer.copies(),
+            optimizer=optimizer,
+            moments=optimizer.shards(copied=copied),
             record=checkpoint_record.identity(policy, step)
             | {"reference": held, "fp8_scales": any(scales.values()), "loop_state": state},
             random_state=checkpoint_record.random_state(),
         )
+        optimizer.weights_read.clear()  # at last, when nothing can fail any more
+        if not copied:
+            optimizer.moments_read.clear()
+        return snapshot
 
     def write(self, directory: Path, keep: int) -> Path:
         """Let directory/step_N appear, whole or not at all; its path. A collective of the background groups."""
         group = parallel.background_group()
         work = first(lambda: files.begin(directory, self.step), group)
         moments = self.optimizer.saved_state(self.model, self.moments)
-        state = {"model": self.weights, "scales": self.scales, "reference": self.reference, "optimizer": moments}
-        write_shards(state, work, group)
+        state = {
+            "model": _detached(self.model),
+            "scales": self.scales,
+            "reference": self.reference,
+            "optimizer": moments,
+        }
+        write_shards(state, work, group, self.optimizer.weights_read.set)
+        self.optimizer.moments_read.set()
         first(lambda: write_marks(work), group)
         described = every(lambda: files.describe(work, dist.get_rank()), group)
         random_states = every(lambda: self.random_state, group)
@@ -174,6 +198,18 @@ def _copies(weights: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _detached(weights: dict[str, Any]) -> dict[str, Any]:
+    """The live weights, without their gradients; what is kept in FP8 is copied as plain numbers."""
+
+    def plain(weight: torch.Tensor) -> torch.Tensor:
+        return weight.detach() if type(weight.detach()) is torch.Tensor else weight.detach().to("cpu", copy=True)
+
+    return {
+        chunk: {name: replace(t, data=plain(t.data)) for name, t in tensors.items()}
+        for chunk, tensors in weights.items()
+    }
+
+
 def _explained(snapshot: Snapshot, directory: Path, keep: int) -> Path:
     try:
         with torch.no_grad():
@@ -183,3 +219,6 @@ def _explained(snapshot: Snapshot, directory: Path, keep: int) -> Path:
         kind = UserError if all(isinstance(cause, OSError) for cause in causes) else RuntimeError
         said = "; ".join(str(cause) or repr(cause) for cause in causes)
         raise kind(f"checkpoint {directory / f'step_{snapshot.step}'} was not written: {said}") from error
+    finally:
+        snapshot.optimizer.weights_read.set()  # it failed before it read them: nobody will
+        snapshot.optimizer.moments_read.set()

@@ -6,8 +6,8 @@ Transformer Engine nor apex is installed) keeps one step count a parameter throu
 
 from __future__ import annotations
 
-import copy
 import math
+import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,9 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_disco.config.schema import OptimConfig
-
-# A model's parameter -> this rank's pieces of its float32 weight and its moments, flat.
-ShardCopies = dict[torch.Tensor, dict[str, torch.Tensor]]
+from nemo_disco.policy.optimizer_shards import Shards, assembled, shards
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,10 @@ class Optimizer:
         self.clip_grad = settings.clip_grad
         self.megatron = get_megatron_optimizer(settings, network)
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Set once a checkpoint that is being written has read the live weights, and the live moments.
+        self.weights_read, self.moments_read = threading.Event(), threading.Event()
+        self.weights_read.set()
+        self.moments_read.set()
         for part in self._parts:
             if isinstance(part.optimizer, torch.optim.AdamW) and torch.cuda.is_available():
                 for group in part.optimizer.param_groups:
@@ -78,7 +80,10 @@ class Optimizer:
                         part.optimizer.set_scaled_state(p, "master_param", p.detach().float())
 
     def step(self) -> StepResult:
-        """Clip and apply the gradient, and move the schedule. Nothing moves if the gradient is not finite."""
+        """Clip and apply the gradient, and move the schedule. Nothing moves if the gradient is not finite.
+
+        Waits for a checkpoint that still reads what changes here.
+        """
         self.megatron.prepare_grads()
         norm = float(self.megatron.get_grad_norm())
         if not math.isfinite(norm):
@@ -87,6 +92,8 @@ class Optimizer:
             for part in self._parts:
                 decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, norm, use_decoupled_grad=decoupled)
+        self.weights_read.wait()
+        self.moments_read.wait()
         self.megatron.step_with_ready_grads()
         lr = float(self.megatron.param_groups[0]["lr"])
         self.schedule.step(increment=1)
@@ -94,6 +101,7 @@ class Optimizer:
 
     def offload(self) -> None:
         """Move the moments and the main weights to the host; their memory on the device is free until `restore`."""
+        self.moments_read.wait()
         cuda = torch.cuda.is_available()
         kept = {id(tensor): host for tensor, host in self._waiting}
         self._waiting = []
@@ -131,21 +139,24 @@ class Optimizer:
         """Optimizer steps that were applied."""
         return int(self.schedule.num_steps)
 
-    def copies(self) -> list[ShardCopies]:
-        """Of each part, copies on the host of what this rank holds of the float32 weights and the moments."""
+    @property
+    def state_bytes(self) -> int:
+        """Of the moments and the float32 weights that this rank holds beside the model's own."""
         self._allocate()
-        return [{p: _copy(part._get_main_param_and_optimizer_states(p)) for p in _owned(part)} for part in self._parts]
+        return sum(t.nbytes for t in self._state_tensors())
 
-    def saved_state(self, model_state: dict[str, Any], copies: list[ShardCopies]) -> dict[str, Any]:
-        """megatron's sharded tensors of what `copies` returned, in the model's own shapes, so that any other layout can
+    def shards(self, *, copied: bool) -> list[Shards]:
+        """Of each part, what this rank holds of its state: copies on the host, or the live tensors."""
+        self._allocate()
+        return [shards(part, copied=copied) for part in self._parts]
+
+    def saved_state(self, model_state: dict[str, Any], held: list[Shards]) -> dict[str, Any]:
+        """megatron's sharded tensors of what `shards` returned, in the model's own shapes, so that any other layout can
         read them. model_state: the model's own sharded state. A collective of the background groups."""
-        state = {}
-        for i, (part, copied) in enumerate(zip(self._parts, copies, strict=True)):
-            frozen = copy.copy(part)
-            frozen._get_main_param_and_optimizer_states = copied.__getitem__
-            frozen.get_parameter_state_dp_zero = partial(_gathered_over_gloo, frozen)
-            state[str(i)] = frozen.sharded_param_state_fully_reshardable(model_state, metadata={})
-        return state
+        return {
+            str(i): assembled(part, model_state, of_part)
+            for i, (part, of_part) in enumerate(zip(self._parts, held, strict=True))
+        }
 
     def loadable_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """The tensors of `saved_state`, to be read into; model_state is theirs in turn."""
@@ -204,16 +215,6 @@ def _is_large(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def _owned(part: Any) -> list[torch.Tensor]:
-    """The parameters of which this rank's optimizer has a piece."""
-    ranges = [bucket for buffer in part.gbuf_ranges for buckets in buffer.values() for bucket in buckets]
-    return [p for bucket in ranges for p in bucket["param_map"]]
-
-
-def _copy(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensors[name].detach().to("cpu", copy=True) for name in ("param", "exp_avg", "exp_avg_sq")}
-
-
 def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:
     """megatron-core 0.16.1 drops the padding between buckets here and then cuts parameters out by offsets that count
     it: in every bucket after a padded one it would save the wrong elements. The padding goes back in."""
@@ -224,11 +225,6 @@ def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:
                 if isinstance(flat, torch.Tensor) and len(flat) < buffer.numel:
                     tensors[name] = _with_padding(flat, buffer)
     return state
-
-
-def _gathered_over_gloo(part: Any, **kwargs: Any) -> Any:
-    """On every device: the background groups are gloo's."""
-    return _padded_parameter_state(part, **kwargs | {"use_gloo_comm": True})
 
 
 def _with_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -14,10 +15,11 @@ import torch
 from models import model_config, save_model
 from training import fingerprint, train
 
-from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy import checkpoint, checkpoint_storage, parallel
 from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime import host
 from nemo_disco.runtime.errors import UserError
 
 
@@ -34,15 +36,15 @@ def build(path: Path, dtype: torch.dtype = torch.float32) -> Policy:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A disk on which nothing is written until this is set."""
+    """A disk that takes the weights and nothing more until this is set."""
     ready = threading.Event()
-    theirs = files.begin
+    theirs = checkpoint_storage._Writer._written
 
-    def begin(*args: Any) -> Path:
-        assert ready.wait(60)
-        return theirs(*args)
+    def written(self: Any, item: Any, *rest: Any) -> Any:
+        assert not checkpoint_storage._is_moment(item) or ready.wait(60)
+        return theirs(self, item, *rest)
 
-    monkeypatch.setattr(files, "begin", begin)
+    monkeypatch.setattr(checkpoint_storage._Writer, "_written", written)
     yield ready
     ready.set()
 
@@ -79,6 +81,64 @@ def test_the_checkpoint_is_of_its_step_whatever_training_does_meanwhile(
     assert torch.equal(torch.rand(5), draws)
     train(resumed, range(2, 4))
     assert fingerprint(resumed) == fingerprint(policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_host_is_short_nothing_is_copied_and_the_next_step_waits(
+    model: Path, tmp_path: Path, disk: threading.Event, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "free_memory", lambda: 0)
+    policy = build(model, dtype)
+    train(policy, range(2))
+    bits = fingerprint(policy)
+    with CheckpointWriter() as writer:
+        writer.save(policy, tmp_path, 2, {}, keep=1)
+        threading.Timer(0.3, disk.set).start()
+        train(policy, range(2, 3))
+        assert disk.is_set(), "the optimizer changed what was still to be written"
+    resumed = build(model, dtype)
+    checkpoint.load_latest(resumed, tmp_path)
+    assert fingerprint(resumed) == bits
+
+
+def test_the_optimizer_waits_until_the_weights_are_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, theirs = threading.Event(), files.begin
+    monkeypatch.setattr(files, "begin", lambda *args: ready.wait(60) and theirs(*args))
+    policy = build(model)
+    train(policy, [0])
+    bits = fingerprint(policy)
+    with CheckpointWriter() as writer:
+        writer.save(policy, tmp_path, 1, {}, keep=1)
+        threading.Timer(0.3, ready.set).start()
+        train(policy, [1])
+        assert ready.is_set(), "the optimizer changed what was still to be written"
+    resumed = build(model)
+    checkpoint.load_latest(resumed, tmp_path)
+    assert fingerprint(resumed) == bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_save_takes_less_memory_than_a_copy_of_the_state(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Weights, moments and, under bf16, the float32 weights: 12 or 14 bytes a parameter. Measured: 0.77 and 0.90."""
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 20_000}
+    policy = build(save_model(tmp_path / "model", "qwen2", tied=True, **wide), dtype)
+    assert policy.optimizer is not None
+    parameters = sum(p.numel() for chunk in policy.model.chunks for p in chunk.parameters())
+    state = parameters * (12 if dtype is torch.float32 else 14)
+    policy.optimizer.state_bytes  # noqa: B018 - makes the state
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    checkpoint.save(policy, tmp_path, 1, {}, keep=1)
+    assert resident("VmHWM") - before < state
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def test_the_next_save_waits_for_the_one_before(model: Path, tmp_path: Path, disk: threading.Event) -> None:

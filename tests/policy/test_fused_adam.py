@@ -39,7 +39,7 @@ def state(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
     assert policy.optimizer is not None
     found: dict[str, dict[str, torch.Tensor]] = {}
     names = {p: name for name, p in policy.model.chunks[0].named_parameters()}
-    for copies in policy.optimizer.copies():
+    for copies in policy.optimizer.shards(copied=True):
         found |= {names[p]: tensors for p, tensors in copies.items()}
     return found
 

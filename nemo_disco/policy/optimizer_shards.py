@@ -1,0 +1,115 @@
+"""The distributed optimizer's state for a checkpoint: this rank's pieces, put together a parameter at a time.
+
+In place of megatron-core's `sharded_param_state_fully_reshardable`, whose format this is: that one gathers the whole
+state on every data-parallel rank at once. Here each parameter goes to the one rank that holds most of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from torch import Tensor
+
+NAMES = ("param", "exp_avg", "exp_avg_sq")
+# A model's parameter -> this rank's piece of its float32 weight and of its moments, flat.
+Shards = dict[Tensor, dict[str, Tensor]]
+
+
+def shards(part: Any, *, copied: bool) -> Shards:
+    """What this rank holds of the moments and of the float32 weights, but for weights that are the model's own.
+
+    part: megatron's DistributedOptimizer. copied: on the host; else the live tensors.
+    """
+    ranges = [bucket for buffer in part.gbuf_ranges for buckets in buffer.values() for bucket in buckets]
+    found: Shards = {}
+    for p in (p for bucket in ranges for p in bucket["param_map"]):
+        state = part._get_main_param_and_optimizer_states(p)
+        tensors = {name: state[name].detach() for name in NAMES if not (name == "param" and _is_main(p))}
+        found[p] = {name: t.to("cpu", copy=True) if copied else t for name, t in tensors.items()}
+    return found
+
+
+def assembled(part: Any, model_state: dict[str, Any], held: Shards) -> dict[int, dict[str, Any]]:
+    """megatron's sharded tensors of the whole parameters that fall to this rank, by their number.
+
+    model_state: the model's own sharded state. held: `shards` of every rank; taken apart. A collective of the
+    data-parallel ranks, over gloo; a rank receives about its share of the state.
+    """
+    group = part.data_parallel_group_gloo
+    of_model = {t.data: t for t in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
+    state: dict[int, dict[str, Any]] = {}
+    number = 0
+    for buffer in part.buffers:
+        for p, (start, end, bucket) in buffer.param_index_map.items():
+            pieces = _pieces(buffer.buckets[bucket], start, end, group.size())
+            owner = max(pieces, key=lambda piece: piece.stop - piece.start).rank
+            mine = held.pop(p, {})
+            for name in NAMES:
+                if name == "param" and _is_main(p):
+                    whole = p.detach().view(-1) if group.rank() == owner else None
+                else:
+                    whole = _together(mine.pop(name, None), pieces, owner, group)
+                if whole is not None:
+                    state.setdefault(number, {})[name] = _sharded(of_model[p], name, whole)
+            number += 1
+    return state
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements start .. stop of a flat parameter, which a data-parallel rank holds."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+def _is_main(p: Tensor) -> bool:
+    """Whether the optimizer changes the model's parameter itself, and has no float32 weight beside it."""
+    return p.dtype is torch.float32
+
+
+def _pieces(bucket: Any, start: int, end: int, ranks: int) -> list[_Piece]:
+    """How the ranks share the parameter at start .. end of a buffer: each has an equal part of its bucket."""
+    share = bucket.grad_data.numel() // ranks
+    starts = [bucket.offset + rank * share for rank in range(ranks)]
+    cuts = [(rank, max(at, start), min(at + share, end)) for rank, at in enumerate(starts)]
+    return [_Piece(rank, low - start, high - start) for rank, low, high in cuts if low < high]
+
+
+def _together(piece: Tensor | None, pieces: list[_Piece], owner: int, group: dist.ProcessGroup) -> Tensor | None:
+    """The whole parameter [n], float32, on the host of the owner; None on the other ranks."""
+    rank = group.rank()
+    if rank != owner:
+        if piece is not None:
+            dist.send(piece.to("cpu", torch.float32), group=group, group_dst=owner)
+        return None
+    assert piece is not None, "the owner holds the most of it"
+    if len(pieces) == 1:
+        return piece.float()
+    whole = torch.empty(pieces[-1].stop, dtype=torch.float32)
+    for part in pieces:
+        target = whole[part.start : part.stop]
+        if part.rank == rank:
+            target.copy_(piece)
+        else:
+            dist.recv(target, group=group, group_src=part.rank)
+    return whole
+
+
+def _sharded(of_model: Any, name: str, whole: Tensor) -> Any:
+    """The parameter's own place in the checkpoint under the state's name; this rank writes it alone."""
+    changes: dict[str, Any] = {
+        "key": f"optimizer.state.{name}.{of_model.key}",
+        "data": whole.reshape(of_model.data.shape),
+        "replica_id": (*of_model.replica_id[:-1], 0),
+    }
+    if not isinstance(of_model, ShardedTensorFactory):
+        changes["dtype"] = whole.dtype
+    return replace(of_model, **changes)
