@@ -136,7 +136,7 @@ def test_a_rank_leaves_word_of_its_error_for_the_launcher(monkeypatch, tmp_path,
     monkeypatch.setenv("NEMO_DISCO_REPORTS", str(tmp_path))
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == ""
-    assert json.loads((tmp_path / "1").read_text())["message"] == "a line and more"
+    assert json.loads((tmp_path / "1").read_text())["message"] == r"a line\nand more"  # printable, on one line
 
 
 def test_plan_prints_the_vocabulary_and_the_memory(capsys):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_disco.data.records import read_lines
+from nemo_disco.data.schemas import final_of
 from nemo_disco.rewards.math_grader import MathGrader
 from nemo_disco.runtime.errors import UserError
 
+log = logging.getLogger(__name__)
 BATCH = 512  # lines graded together
 
 
@@ -20,12 +23,16 @@ def grade_file(
 ) -> None:
     """Write one JSON line, `{"reward": ..., "reason": ...}`, to `out` for each line of the file, in order.
 
-    A line has `response`, a string, and `answer`: a string or a number, or a list of alternatives.
+    A line has `response`, a string, and `answer`: a string or a number, or a list of alternatives. Of an answer that is
+    a whole solution in GSM8K's form, what follows `####` is taken, as from a question file; a warning says so.
     Raises UserError naming the line and the field, before anything is graded. Blank lines are skipped.
     """
-    for _ in _lines(path):  # all lines are checked before time is spent on the first
-        pass
-    lines = _lines(path)
+    solutions = 0
+    for _, gold in _lines(path):  # all lines are checked before time is spent on the first
+        solutions += any(final_of(answer) != answer for answer in gold)
+    if solutions:
+        log.warning("%s: %d answers are whole solutions: what follows #### is the answer", path, solutions)
+    lines = ((response, [final_of(answer) for answer in answers]) for response, answers in _lines(path))
     with MathGrader(timeout=timeout, workers=workers, require_think=require_think) as grader:
         while batch := list(islice(lines, BATCH)):
             responses, answers = zip(*batch, strict=True)

@@ -42,6 +42,19 @@ def test_a_byte_order_mark_and_blank_lines_are_read_over(tmp_path: Path) -> None
     assert [json.loads(line)["reward"] for line in out.getvalue().splitlines()] == [1.0, 1.0]
 
 
+def test_the_answer_of_a_whole_solution_follows_its_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As question files take it; what does not end so is an answer as it stands."""
+    file = tmp_path / "responses.jsonl"
+    solution = "In all she sold 48+24 = <<48+1024=1072>>72 clips.\n#### 1,072"
+    records = [{"response": rf"\boxed{{{n}}}", "answer": a} for n, a in ((1072, solution), (24, solution), (3, "3"))]
+    file.write_text(lines(*records))
+    out = io.StringIO()
+    grade_file(file, out, timeout=30.0)
+    assert [json.loads(line)["reward"] for line in out.getvalue().splitlines()] == [1.0, 0.0, 1.0]
+    (said,) = caplog.messages
+    assert f"{file}: 2 answers" in said and "####" in said
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
