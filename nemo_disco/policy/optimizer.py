@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_disco.config.schema import OptimConfig
-from nemo_disco.policy.optimizer_shards import Shards, assembled, shards
+from nemo_disco.policy.optimizer_shards import Shards, assembled, loadable, shards, take
 
 
 @dataclass(frozen=True)
@@ -161,16 +159,7 @@ class Optimizer:
     def loadable_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """The tensors of `saved_state`, to be read into; model_state is theirs in turn."""
         self._allocate()
-        for part in self._parts:
-            part.get_parameter_state_dp_zero = partial(_padded_parameter_state, part)
-        metadata = {
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-            "distrib_optim_sharding_type": "fully_reshardable",
-        }
-        return {
-            str(i): part.sharded_state_dict(model_state, is_loading=True, metadata=metadata)["param_state"]
-            for i, part in enumerate(self._parts)
-        }
+        return {str(i): loadable(part, model_state) for i, part in enumerate(self._parts)}
 
     def load_sharded_state(self, state: dict[str, Any], steps: int) -> None:
         """Take what was read into the tensors of `loadable_state`, at so many applied steps. The learning rate follows
@@ -179,7 +168,7 @@ class Optimizer:
             moments = part.optimizer.state
             for moment in moments.values():
                 moment.pop("step", None)  # megatron would copy a tensor that the checkpoint does not hold
-            part.load_parameter_state_from_fully_reshardable(state[str(i)])
+            take(part, state[str(i)])
             if isinstance(part.optimizer, torch.optim.AdamW):
                 for group in part.optimizer.param_groups:
                     for p in group["params"]:
@@ -213,23 +202,3 @@ def _step_count(group: dict[str, Any], parameter: torch.Tensor, steps: int) -> t
 
 def _is_large(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
-def _padded_parameter_state(part: Any, *args: Any, **kwargs: Any) -> Any:
-    """megatron-core 0.16.1 drops the padding between buckets here and then cuts parameters out by offsets that count
-    it: in every bucket after a padded one it would save the wrong elements. The padding goes back in."""
-    state = type(part).get_parameter_state_dp_zero(part, *args, **kwargs)
-    for i, buffer in enumerate(part.buffers if state is not None else []):
-        for tensors in state[i].values():
-            for name, flat in tensors.items():
-                if isinstance(flat, torch.Tensor) and len(flat) < buffer.numel:
-                    tensors[name] = _with_padding(flat, buffer)
-    return state
-
-
-def _with_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:
-    padded = flat.new_zeros(buffer.numel)
-    pieces = torch.split(flat, [bucket.numel_unpadded for bucket in buffer.buckets])
-    for bucket, piece in zip(buffer.buckets, pieces, strict=True):
-        padded[bucket.offset : bucket.offset + len(piece)] = piece
-    return padded

@@ -1,11 +1,13 @@
-"""The distributed optimizer's state for a checkpoint: this rank's pieces, put together a parameter at a time.
+"""The distributed optimizer's state in a checkpoint: this rank's pieces to whole parameters, and back.
 
-In place of megatron-core's `sharded_param_state_fully_reshardable`, whose format this is: that one gathers the whole
-state on every data-parallel rank at once. Here each parameter goes to the one rank that holds most of it.
+The format is megatron-core's "fully_reshardable", whose own functions gather the whole state on every data-parallel
+rank, to save and to load. Here a parameter is written by the one rank that holds most of it, and read by those that
+hold a piece.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,23 +44,41 @@ def assembled(part: Any, model_state: dict[str, Any], held: Shards) -> dict[int,
     data-parallel ranks, over gloo; a rank receives about its share of the state.
     """
     group = part.data_parallel_group_gloo
-    of_model = {t.data: t for t in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
+    of_model = _by_parameter(model_state)
     state: dict[int, dict[str, Any]] = {}
-    number = 0
-    for buffer in part.buffers:
-        for p, (start, end, bucket) in buffer.param_index_map.items():
-            pieces = _pieces(buffer.buckets[bucket], start, end, group.size())
-            owner = max(pieces, key=lambda piece: piece.stop - piece.start).rank
-            mine = held.pop(p, {})
-            for name in NAMES:
-                if name == "param" and _is_main(p):
-                    whole = p.detach().view(-1) if group.rank() == owner else None
-                else:
-                    whole = _together(mine.pop(name, None), pieces, owner, group)
-                if whole is not None:
-                    state.setdefault(number, {})[name] = _sharded(of_model[p], name, whole)
-            number += 1
+    for number, p, pieces in _parameters(part):
+        owner, mine = _owner(pieces), held.pop(p, {})
+        for name in NAMES:
+            if name == "param" and _is_main(p):
+                whole = p.detach().view(-1) if group.rank() == owner else None
+            else:
+                whole = _together(mine.pop(name, None), pieces, owner, group)
+            if whole is not None:
+                state.setdefault(number, {})[name] = _sharded(of_model[p], name, whole, replica=0)
     return state
+
+
+def loadable(part: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """megatron's sharded tensors, to be read into, of the parameters of which this rank holds a piece, by number."""
+    rank, of_model = part.data_parallel_group_gloo.rank(), _by_parameter(model_state)
+    state = {}
+    for number, p, pieces in _parameters(part):
+        if any(piece.rank == rank for piece in pieces):
+            replica = 0 if rank == _owner(pieces) else 1 + rank
+            whole = {name: torch.empty(p.numel(), dtype=torch.float32) for name in NAMES}
+            state[number] = {name: _sharded(of_model[p], name, t, replica) for name, t in whole.items()}
+    return state
+
+
+@torch.no_grad()
+def take(part: Any, state: dict[int, dict[str, Tensor]]) -> None:
+    """Copy this rank's pieces out of what was read into `loadable`'s tensors."""
+    rank = part.data_parallel_group_gloo.rank()
+    for number, p, pieces in _parameters(part):
+        for piece in (piece for piece in pieces if piece.rank == rank):
+            whole = {name: tensor.flatten() for name, tensor in state[number].items()}
+            pairs = {name: tensor[piece.start : piece.stop] for name, tensor in whole.items()}
+            part._set_main_param_and_optimizer_states(p, pairs)
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,24 @@ class _Piece:
 def _is_main(p: Tensor) -> bool:
     """Whether the optimizer changes the model's parameter itself, and has no float32 weight beside it."""
     return p.dtype is torch.float32
+
+
+def _by_parameter(model_state: dict[str, Any]) -> dict[Tensor, Any]:
+    return {t.data: t for t in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
+
+
+def _parameters(part: Any) -> Iterator[tuple[int, Tensor, list[_Piece]]]:
+    """Number, parameter and pieces of each parameter of the optimizer, in an order that all its ranks share."""
+    number, ranks = 0, part.data_parallel_group_gloo.size()
+    for buffer in part.buffers:
+        for p, (start, end, bucket) in buffer.param_index_map.items():
+            yield number, p, _pieces(buffer.buckets[bucket], start, end, ranks)
+            number += 1
+
+
+def _owner(pieces: list[_Piece]) -> int:
+    """The rank that holds the most of a parameter."""
+    return max(pieces, key=lambda piece: piece.stop - piece.start).rank
 
 
 def _pieces(bucket: Any, start: int, end: int, ranks: int) -> list[_Piece]:
@@ -103,12 +141,12 @@ def _together(piece: Tensor | None, pieces: list[_Piece], owner: int, group: dis
     return whole
 
 
-def _sharded(of_model: Any, name: str, whole: Tensor) -> Any:
-    """The parameter's own place in the checkpoint under the state's name; this rank writes it alone."""
+def _sharded(of_model: Any, name: str, whole: Tensor, replica: int) -> Any:
+    """The parameter's own place in the checkpoint under the state's name; replica: 0 for the rank that writes it."""
     changes: dict[str, Any] = {
         "key": f"optimizer.state.{name}.{of_model.key}",
         "data": whole.reshape(of_model.data.shape),
-        "replica_id": (*of_model.replica_id[:-1], 0),
+        "replica_id": (*of_model.replica_id[:-1], replica),
     }
     if not isinstance(of_model, ShardedTensorFactory):
         changes["dtype"] = whole.dtype
