@@ -80,7 +80,7 @@ def _batch(
             continue
         picked = questions.repeat([rows[n][0] for n in asked], 1)
         make = partial(_sample, picked, [rows[n][1] for n in asked], config.algorithm.threshold)
-        early = EarlyGrades(grader, picked, partial(_taken, stream, asked, make))
+        early = EarlyGrades(grader, picked, partial(_keep, stream, asked, make))
         own_seeds = [0 if j < 0 else int(seeds[i * k + j]) for i, j in (rows[n] for n in asked)]
         rollouts, texts = sample_responses(engine, picked, own_seeds, sampling, early.finished)
         rewards = early.collect(texts, partial(grade, grader))
@@ -108,7 +108,7 @@ def _sample(
     }
 
 
-def _taken(
+def _keep(
     stream: SampleStream, asked: list[int], make: Callable[..., Sample], at: int, of: Response, text: str, reward: float
 ) -> None:
     """A response that an engine handed over before the rest."""

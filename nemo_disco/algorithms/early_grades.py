@@ -22,10 +22,10 @@ class EarlyGrades:
     """The grades of the responses to `picked`: pass `finished` to the engine, then `collect`."""
 
     def __init__(
-        self, grader: Grader, picked: Questions, taken: Callable[[int, Response, str, float], None] | None = None
+        self, grader: Grader, picked: Questions, keep: Callable[[int, Response, str, float], None] | None = None
     ) -> None:
-        """taken: is given each response with its text and grade, in this rank's thread, as it is graded."""
-        self._taken = taken
+        """keep: is given each response with its text and grade, in this rank's thread, as it is graded."""
+        self._keep = keep
         self._grader, self._picked = grader, picked
         self._waiting: queue.SimpleQueue[tuple[int, Response, str] | None] = queue.SimpleQueue()
         self._grades: dict[int, float] = {}
@@ -74,9 +74,9 @@ class EarlyGrades:
             try:
                 answers = [self._picked.questions[i].answers for i, _, _ in ready]
                 grades = self._grader.grade([text for _, _, text in ready], answers)
-                if self._taken is not None:
+                if self._keep is not None:
                     for (i, response, text), reward in zip(ready, grades, strict=True):
-                        self._taken(i, response, text, reward)
+                        self._keep(i, response, text, reward)
             except BaseException as problem:
                 self._problem = problem
                 return

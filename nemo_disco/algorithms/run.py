@@ -30,7 +30,13 @@ from nemo_disco.data.questions import load_questions
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids, vocabulary_size
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
-from nemo_disco.evaluation.result import EvaluationResult, evaluation_file, read_evaluations, write_evaluation
+from nemo_disco.evaluation.result import (
+    EvaluationResult,
+    evaluation_file,
+    file_stem,
+    read_evaluations,
+    write_evaluation,
+)
 from nemo_disco.generation.build import build_engine
 from nemo_disco.generation.engine import Engine
 from nemo_disco.policy import checkpoint, parallel
@@ -92,7 +98,7 @@ def train(config: RunConfig) -> int:
             _resume(algorithm, run, config)
             run.check_held()
             if _first():
-                sets = [questions.name for questions in evaluation_sets]
+                sets = [file_stem(questions.name) for questions in evaluation_sets]
                 if moved := set_aside(run, algorithm.step, sets):
                     log.warning("%s", moved)
                 write_atomically(run.config, to_yaml(config))
@@ -248,9 +254,9 @@ def read_questions(
 
 
 def _evaluation_sets(config: RunConfig, tokenizer: Any) -> list[Questions]:
-    names = [Path(file).stem for file in config.evaluation.files]
+    names = [file_stem(Path(file).stem) for file in config.evaluation.files]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"evaluation.files: two files are named {twice[0]}, and results go by that name; rename one")
+        raise UserError(f"evaluation.files: two files are named {twice[0]} where results are written; rename one")
     sets = [read_questions(Path(file).stem, [file], config, tokenizer) for file in config.evaluation.files]
     most = config.evaluation.max_questions
     return [s.repeat(range(min(len(s), most or len(s))), 1) for s in sets]

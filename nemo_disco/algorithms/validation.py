@@ -47,7 +47,7 @@ class Validation:
         results = []
         for questions in self.sets if self.config.evaluation.enabled else ():
             weights = weights_identity(model_source(self.config.model.path)) if step == 0 else {"training_step": step}
-            result = first(lambda q=questions, w=weights: self._there(q, step, w))  # type: ignore[misc]
+            result = first(lambda q=questions, w=weights: self._earlier_result(q, step, w))  # type: ignore[misc]
             if result is None:
                 stream = (self._samples(questions.name, step), weights)
                 result = evaluate_set(
@@ -93,7 +93,7 @@ class Validation:
         self.journal.say(f"step {step}: the evaluations are others than before: the best is chosen anew{where}")
         self.best = None
 
-    def _there(self, questions: Questions, step: int, weights: dict[str, Any]) -> EvaluationResult | None:
+    def _earlier_result(self, questions: Questions, step: int, weights: dict[str, Any]) -> EvaluationResult | None:
         """The result that an earlier life wrote, if it is of this evaluation."""
         path = evaluation_file(self.journal.run.evaluation, questions.name, step)
         if not path.exists():

@@ -137,9 +137,14 @@ class EvaluationResult:
         return cls(**{f.name: mapping[f.name] for f in fields(cls) if f.default is MISSING or f.name in mapping})
 
 
+def file_stem(name: str) -> str:
+    """The name of a set in the names of its files."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+
+
 def evaluation_file(directory: Path, name: str, step: int) -> Path:
     """Where the evaluation of a set after so many steps stands."""
-    return directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.step_{step}.json"
+    return directory / f"{file_stem(name)}.step_{step}.json"
 
 
 def write_evaluation(directory: Path, result: EvaluationResult) -> Path:

@@ -134,7 +134,8 @@ class SampleStream:
         self._part: AppendedFile | None = None
         self.done: list[list[Sample]] = self._file.done if self._file else []
         self._known: dict[int, Sample] = self._left() if self._file else {}
-        self.done, self._known = share((self.done, self._known))
+        # The identity too: of the weights it has the times of their files, which may differ from machine to machine.
+        self.done, self._known, self._identity = share((self.done, self._known, self._identity))
         for row, sample in self._known.items() if rank == 0 else ():
             self.add(row, sample)
 

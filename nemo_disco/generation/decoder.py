@@ -72,10 +72,6 @@ class Decoder:
         self.scale = self.width**-0.5
         self.dtype: torch.dtype = config.params_dtype
 
-    @property
-    def is_last(self) -> bool:
-        return self.ranks.pipeline == self.ranks.pipeline_size - 1
-
     def new_cache(self, rows: int) -> Cache:
         layers = sum(map(len, self.layers))
         like = next(self.chunks[0].parameters())

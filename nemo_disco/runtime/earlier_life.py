@@ -22,12 +22,12 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
     """Clear what lies beyond `step`; a line that says so, or "". Raises UserError where the disk refuses.
 
     After a checkpoint it is removed: these steps are made again. At step 0 there is none to go on from, so that all is
-    of another run, if only of one that was killed early: it is moved to RUN/earlier/N. Evaluations of the weights
-    before training, of `sets`, stay in any case: what they are of stands in them.
+    of another run, if only of one that was killed early: it is moved to RUN/earlier/N. Evaluations before training stay
+    where their set is one of `sets` (names as they stand in file names): each file says which weights it is of.
     """
     with writing(run.path):
-        evaluations = [p for p in _entries(run.evaluation) if _beyond(_EVALUATION, p, step, sets)]
-        rollouts = [p for p in _entries(run.rollouts) if _beyond(_ROLLOUTS, p, step)]
+        evaluations = [p for p in _entries(run.evaluation) if _is_stale(_EVALUATION, p, step, sets)]
+        rollouts = [p for p in _entries(run.rollouts) if _is_stale(_ROLLOUTS, p, step)]
         if step:
             for path in (*evaluations, *rollouts):
                 remove(path)
@@ -58,7 +58,7 @@ def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
-def _beyond(name: re.Pattern[str], path: Path, step: int, sets: Collection[str] | None = None) -> bool:
+def _is_stale(name: re.Pattern[str], path: Path, step: int, sets: Collection[str] | None = None) -> bool:
     match = name.fullmatch(path.name)
     if match is None:
         return False

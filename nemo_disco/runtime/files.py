@@ -174,7 +174,9 @@ class AppendedFile:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """A thread that still writes afterwards gets a UserError: the number may be another file's by then."""
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
 
 # --- what killed processes left ---

@@ -83,11 +83,13 @@ def called(key: str, name: str, function: Callable[..., Any], *args: object) -> 
         raise
     except BaseException as error:  # SystemExit too: a user's function does not end the run
         raise UserError(f"{key}={name} raised {raised_in([function], error)}") from error
-    if not isinstance(returned, Real) or not math.isfinite(returned):
-        raise UserError(
-            f"{key}={name}: {defined_at(function)} must return a finite number; it returned {returned!r:.80}"
-        )
-    return float(returned)
+    try:
+        if isinstance(returned, Real) and math.isfinite(returned):
+            return float(returned)
+        shown = f"{returned!r:.80}"
+    except OverflowError:
+        shown = "a whole number that is too large for a float"
+    raise UserError(f"{key}={name}: {defined_at(function)} must return a finite number; it returned {shown}")
 
 
 def _code(function: Callable[..., Any]) -> CodeType | None:

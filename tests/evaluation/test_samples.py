@@ -81,13 +81,23 @@ def test_samples_of_a_batch_in_hand_survive_a_kill(tmp_path: Path) -> None:
     """... whichever rank had them; those of another evaluation, or of another batch, do not."""
     path = tmp_path / "s.jsonl"
     for rank, row in ((0, 1), (1, 0)):
-        SampleStream(path, IDENTITY, BATCHES, rank, lambda _: ([], {})).add(row, SAMPLES[0][row])
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY | {"seed": 2}, BATCHES) as other:
         assert other.known() == {}
     for rank, row in ((0, 1), (1, 0)):
-        SampleStream(path, IDENTITY, BATCHES, rank, lambda _: ([], {})).add(row, SAMPLES[0][row])
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY, BATCHES) as stream:
         assert dict(stream.known()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
         stream.append(SAMPLES[0])
         assert stream.known() == {} and [p.name for p in tmp_path.glob("s.rank*")] == []
         assert stream.all() == SAMPLES[0]
+
+
+def test_ranks_whose_weights_differ_in_time_alone_share_an_evaluation(tmp_path: Path) -> None:
+    """A model that was copied to each machine: what a rank there had survives a kill as well."""
+    path = tmp_path / "s.jsonl"
+    shared: list[object] = []
+    SampleStream(path, IDENTITY, BATCHES, 0, lambda mine: shared.append(mine) or mine)
+    SampleStream(path, IDENTITY | {"weights": 2}, BATCHES, 1, lambda _: shared[0]).add(1, SAMPLES[0][1])
+    with SampleStream(path, IDENTITY, BATCHES) as stream:
+        assert dict(stream.known()) == {1: SAMPLES[0][1]}

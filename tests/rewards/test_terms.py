@@ -99,6 +99,10 @@ def nothing(r):
     pass
 
 
+def huge(r):
+    return 10**5000
+
+
 CONSTANT = 1
 """
 
@@ -120,6 +124,7 @@ def test_a_users_function_sees_the_response_and_its_questions_metadata(mine: Pat
     [
         ("raises", r"reward.function=\S+:raises raised ZeroDivisionError at {path}:10: division by zero"),
         ("not_a_number", r"{path}:13 must return a finite number; it returned nan"),
+        ("huge", r"{path}:\d+ must return a finite number; it returned a whole number that is too large"),
         ("nothing", r"{path}:17 must return a finite number; it returned None"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_disco.evaluation.result import evaluation_file, file_stem
 from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.rundir import RunDirectory
 
@@ -46,6 +47,13 @@ def test_without_a_checkpoint_all_of_it_is_moved_and_nothing_lost(run: RunDirect
     assert set_aside(run, 0, ["test"]) == ""
     run.metrics.write_text('{"step": 1}\n')
     assert "earlier/2" in set_aside(run, 0, ["test"])
+
+
+def test_an_evaluation_before_training_stays_whatever_the_name_of_its_set(run: RunDirectory) -> None:
+    path = evaluation_file(run.evaluation, "AIME 2024", 0)
+    path.write_text("{}")
+    set_aside(run, 0, [file_stem("AIME 2024")])
+    assert names(run.evaluation) == {path.name}
 
 
 def test_beyond_a_checkpoint_it_is_removed_and_said(run: RunDirectory) -> None:

@@ -165,6 +165,15 @@ def test_nothing_is_written_through_what_is_no_regular_file(kind: str, tmp_path:
     assert target.exists() == (kind == "link") and (kind != "link" or target.read_text() == "precious")
 
 
+def test_a_thread_that_writes_after_the_end_writes_into_no_other_file(tmp_path: Path) -> None:
+    ended = AppendedFile(tmp_path / "samples.jsonl")
+    ended.close()
+    with (tmp_path / "metrics.jsonl").open("wb") as other:
+        with pytest.raises(UserError, match=r"samples.jsonl cannot be written"):
+            ended.write(b"late")
+        assert os.fstat(other.fileno()).st_size == 0
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     with full_disk.small(tmp_path / "disk", "64k") as place:
