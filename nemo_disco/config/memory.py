@@ -15,6 +15,7 @@ from nemo_disco.config.shape import ModelShape
 # (two moments, and under bf16 an fp32 copy of the weights).
 BYTES = {"bf16": (2, 4, 12), "32": (4, 4, 8), "64": (8, 8, 16)}
 _TILES = {True: 4096 * 8192, False: 512 * 1024}  # logits of a tile of the log-probs (policy/log_probs.py), CUDA or not
+LIBRARIES = {True: 4 << 30, False: 1 << 29}  # host memory of a process before its policy: on CUDA (assumed), on a CPU
 _VECTORS = 4 * 8  # old, new and generation log-probs and token weights of a step, 8 bytes each at most
 
 
@@ -79,6 +80,17 @@ class Memory:
     def sampling(self, *, offload: bool) -> int:
         """What is there while an engine samples, besides its cache: no gradients, with `offload` no optimizer state."""
         return self.weights + self.reference + (0 if offload else self.optimizer)
+
+
+def host_memory(memory: Memory, *, offload: bool, cuda: bool) -> int:
+    """Bytes of host memory that one rank takes at its peak: its libraries, a checkpoint's copy of the optimizer's state
+    while it is written and, without CUDA, training itself.
+
+    offload: the optimizer's state waits on the host too while an engine samples. A resume reads as much as the copy
+    takes, before there are activations.
+    """
+    on_host = memory.optimizer * (2 if offload and cuda else 1)
+    return LIBRARIES[cuda] + on_host + (0 if cuda else memory.training)
 
 
 def estimate(

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from nemo_disco.config.checks import check_shape
 from nemo_disco.config.layouts import CACHE, USABLE, Candidate, assess, candidates, recommend
-from nemo_disco.config.memory import Layout, Memory
+from nemo_disco.config.memory import Layout, Memory, host_memory
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.config.shape import ModelShape, find_shape
 from nemo_disco.config.timing import ASSUMED, Needs
+from nemo_disco.runtime.host import total_memory
 
 SHOWN, WIDTH = 8, 140  # layouts, columns
 _MOST_NODES = 128
@@ -41,10 +42,25 @@ def print_plan(config: RunConfig, world_size: int, console: Console | None = Non
             _advice(config, shape, needs, found, configured, best),
             f"Memory: GPUs of {gigabytes:g} GB ({whose}), {USABLE:.0%} of which is taken to be usable; keys and values "
             f"get {CACHE:.0%} of what weights and optimizer state leave (model.optim.offload moves the latter away).",
+            _host_line(config, configured.memory),
             f"Time: estimated, not measured. Assumed: {ASSUMED}.",
         ):
             console.print(line, soft_wrap=True, highlight=False)
     console.print(note, soft_wrap=True)
+
+
+def _host_line(config: RunConfig, memory: Memory) -> str:
+    """Host memory beside a GPU and without one, and what this host has."""
+    devices, offload = config.trainer.devices, config.model.optim.offload
+    beside, alone = (host_memory(memory, offload=offload, cuda=cuda) / _GIB for cuda in (True, False))
+    have = total_memory() / _GIB
+    line = (
+        f"Host memory: {beside:.1f} GiB a process beside a GPU (libraries, and a checkpoint's copy of the optimizer's "
+        f"state), {alone:.1f} GiB without one (training too); {devices} processes on a host take "
+        f"{devices * beside:.0f} or {devices * alone:.0f} GiB, and this one has {have:.0f}."
+    )
+    short = " Where that is too little, checkpoints are not copied: training waits until they are written."
+    return line + (short if devices * beside > have else "")
 
 
 def _needs(config: RunConfig) -> Needs:

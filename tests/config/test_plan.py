@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from nemo_disco.config.compose import compose
-from nemo_disco.config.memory import Layout, estimate
+from nemo_disco.config.memory import LIBRARIES, Layout, estimate, host_memory
 from nemo_disco.config.plan import print_plan, vocabulary
 from nemo_disco.config.shape import KNOWN, find_shape, read_shape
 
@@ -152,3 +152,17 @@ def test_a_reference_policy_is_counted():
         compose(overrides=["algorithm=grpo", "algorithm.kl_coefficient=0.01", *overrides]), 1
     )
     assert "reference policy" not in printed(compose(overrides=overrides), 1)
+
+
+def test_host_memory_is_what_training_and_a_checkpoint_take_there(monkeypatch):
+    config = compose("recipe/disco_logl_7b", ["model.path=7b", "data.train_files=[q.json]"])
+    memory = of_a_rank(config, KNOWN["DeepSeek-R1-Distill-Qwen-7B"])
+    beside = host_memory(memory, offload=False, cuda=True)
+    assert beside == LIBRARIES[True] + memory.optimizer
+    assert host_memory(memory, offload=True, cuda=True) == beside + memory.optimizer
+    assert host_memory(memory, offload=False, cuda=False) == LIBRARIES[False] + memory.optimizer + memory.training
+    for have, short in ((2000, False), (64, True)):
+        monkeypatch.setattr("nemo_disco.config.plan.total_memory", lambda have=have: have << 30)
+        text = printed(config, 8)
+        assert f"Host memory: {beside / 2**30:.1f} GiB a process" in text and f"this one has {have}." in text
+        assert ("training waits until they are written" in text) == short
