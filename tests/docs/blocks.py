@@ -1,4 +1,4 @@
-"""The commands and snippets of README and docs/, as their readers would copy them."""
+"""The commands and snippets of README and docs/, as their readers would copy them, and the settings of a command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from nemo_disco import cli
+from nemo_disco.config import checks
+from nemo_disco.config.compose import compose
+from nemo_disco.config.schema import RunConfig
 
 REPO = Path(__file__).resolve().parents[2]
 DOCUMENTS = [REPO / "README.md", REPO / "slurm/README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -43,3 +48,16 @@ def commands(document: Path) -> list[str]:
 
 def words(command: str) -> list[str]:
     return shlex.split(command, comments=True)
+
+
+def settings(arguments: list[str]) -> RunConfig:
+    """The settings of train, evaluate, verify or plan, checked as the command would before it starts."""
+    options, rest = cli._parser().parse_known_args(["plan", *arguments])
+    overrides = [word for word in [*options.overrides, *rest] if word != "..."]
+    assert not [word for word in overrides if word.startswith("-") or "=" not in word], overrides
+    given = {word.partition("=")[0] for word in overrides}
+    filled = {"model.path": "m", "data.train_files": "[q.json]"}
+    more = [f"{k}={v}" for k, v in filled.items() if k not in given] if options.config_name == "config" else []
+    config = compose(options.config_name, [*overrides, *more], options.config_path)
+    checks.check(config, config.trainer.devices * config.trainer.num_nodes)
+    return config

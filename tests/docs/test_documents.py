@@ -3,7 +3,6 @@ read by bash in any case. Every Python snippet runs."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -12,57 +11,19 @@ import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from blocks import DOCUMENTS, REPO, blocks, commands, words
+from blocks import DOCUMENTS, REPO, blocks, commands, settings, words
 
 from nemo_disco import cli
-from nemo_disco.config import checks
-from nemo_disco.config.compose import compose
-from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
 
 ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]
 IDS = [f"{document.stem}-{i}" for i, (document, _) in enumerate(ALL)]
-REWARD = "def brief(response, answers):\n    return 1.0\n"
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with what the documents name: question files, a model, runs."""
-    questions = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)]
-    for name in ("questions.jsonl", "heldout.jsonl", "more.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(q) + "\n" for q in questions[name == "heldout.jsonl" :]))
-    (tmp_path / "answers.jsonl").write_text(json.dumps({"response": r"\boxed{4}", "answer": "4"}) + "\n")
-    for name in ("quickstart", "grpo"):
-        run = tmp_path / "runs" / name
-        (run / "rollouts").mkdir(parents=True)
-        (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
-        line = {"question": questions[1]["problem"], "response": "2", "reward": 1.0, "correct": True}
-        (run / "rollouts/step_1.jsonl").write_text(json.dumps(line) + "\n")
-        correct = np.array([[True, False]])
-        write_evaluation(run / "evaluation", EvaluationResult("s", 0, correct, correct * 5, correct * False))
-    (tmp_path / "assets").symlink_to(REPO / "assets")
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize(("document", "command"), ALL, ids=IDS)
 def test_bash_reads_it(document: Path, command: str) -> None:  # noqa: ARG001 - the id
     subprocess.run(["bash", "-n", "-c", command], check=True)
-
-
-def settings(arguments: list[str]) -> None:
-    """Compose and check the settings of train, evaluate, verify or plan, as the command would before it starts."""
-    options, rest = cli._parser().parse_known_args(["plan", *arguments])
-    overrides = [word for word in [*options.overrides, *rest] if word != "..."]
-    assert not [word for word in overrides if word.startswith("-") or "=" not in word], overrides
-    given = {word.partition("=")[0] for word in overrides}
-    filled = {"model.path": "m", "data.train_files": "[q.json]"}
-    more = [f"{k}={v}" for k, v in filled.items() if k not in given] if options.config_name == "config" else []
-    config = compose(options.config_name, [*overrides, *more], options.config_path)
-    checks.check(config, config.trainer.devices * config.trainer.num_nodes)
 
 
 @pytest.mark.parametrize(("document", "command"), ALL, ids=IDS)
@@ -82,13 +43,14 @@ def test_its_settings_hold_together(document: Path, command: str, place: Path) -
         assert {word for word in arguments if "=" not in word} <= set(targets)
 
 
-RUN_HERE = ("data", "grade", "report", "doctor")
+RUN_HERE = ("data", "grade", "report", "doctor", "plan")
 QUICK = [(d, c) for d, c in ALL if words(c)[0] == "nemo-disco" and words(c)[1] in RUN_HERE and "--watch" not in c]
 
 
 QUICK_IDS = [f"{d.stem}-{words(c)[1]}-{i}" for i, (d, c) in enumerate(QUICK)]
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("command", [c for _, c in QUICK], ids=QUICK_IDS)
 def test_it_runs(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [sorted(map(str, place.glob(word))) if "*" in word else [word] for word in words(command)[1:]]
@@ -122,29 +84,6 @@ def test_the_records_of_data_md_are_questions(place: Path) -> None:
     assert [q.answers for q in load_questions([place / "records.jsonl"]).questions] == [
         ("42",), ("2", "-2"), ("42",), ("42",), ("42",), ("42",)
     ]  # fmt: skip
-
-
-EXTENDING = [c for c in commands(REPO / "docs/extending.md") if words(c)[0] == "nemo-disco"]
-
-
-@pytest.mark.parametrize("command", EXTENDING, ids=[words(c)[1] + f"-{i}" for i, c in enumerate(EXTENDING)])
-def test_the_commands_of_extending_md_run_as_they_stand(command: str, place: Path) -> None:
-    """But for a short run on one process."""
-    snippets = [block.text for block in blocks(REPO / "docs/extending.md") if block.language == "python"]
-    (place / "my_objective.py").write_text(next(text for text in snippets if "class Reinforce" in text))
-    (place / "my_rewards.py").write_text(next(text for text in snippets if "def brief" in text))
-    short = [
-        *("trainer.max_steps=1", "trainer.devices=1", "evaluation.enabled=false", "exp_manager.tensorboard=false"),
-        *("data.questions_per_step=4", "algorithm.mini_batch_questions=4", "generation.responses_per_question=2"),
-        *("generation.max_response_length=16", "model.token_budget=1024"),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "nemo_disco", *words(command)[1:], *short],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_every_link_leads_somewhere() -> None:

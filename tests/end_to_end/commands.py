@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preloaded_server import Done, Server, clean_environment
+
 from nemo_disco.config.paths import packaged
 
 QUICKSTART = packaged("assets") / "quickstart"
@@ -31,20 +33,6 @@ SMALL = (
 )
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-    def ok(self) -> Done:
-        assert self.code == 0, self.err + self.out
-        return self
-
-
 class Commands:
     """`nemo-disco COMMAND` on a few questions with SMALL settings: `commands(...)` runs one to its end,
     `commands.start(...)` is the real command line in the background."""
@@ -58,16 +46,7 @@ class Commands:
             self._small.append(f"{key}=[{directory}/{name}.jsonl]")
         self._count = 0
         self._started: list[Started] = []
-        server = Path(__file__).with_name("preloaded.py")
-        self._server = subprocess.Popen(
-            [sys.executable, str(server)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=_environment(),
-            start_new_session=True,
-        )
-        assert self._server.stdout is not None and self._server.stdout.readline() == "ready\n"
+        self._server = Server()
 
     def __call__(
         self,
@@ -81,22 +60,17 @@ class Commands:
     ) -> Done:
         """ranks: processes, started as torchrun does. life: seconds until they are killed. stdout, stderr: where these
         go, if not to the files of which Done tells."""
-        assert self._server.stdin is not None and self._server.stdout is not None
         devices = ("trainer.devices=1",) if ranks == 1 else ()  # else WORLD_SIZE rules
         files = self._files()
-        job: dict[str, Any] = {
-            "arguments": [command, *self._small, *devices, *overrides],
-            "ranks": ranks,
-            "life": life,
-            "environment": environment,
-            "stdout": stdout or str(files["stdout"]),
-            "stderr": stderr or str(files["stderr"]),
-        }
-        began = time.monotonic()
-        self._server.stdin.write(json.dumps(job) + "\n")
-        self._server.stdin.flush()
-        code = int(self._server.stdout.readline())
-        return Done(code, files["stdout"].read_text(), files["stderr"].read_text(), time.monotonic() - began)
+        code, seconds = self._server.run(
+            [command, *self._small, *devices, *overrides],
+            stdout or files["stdout"],
+            stderr or files["stderr"],
+            ranks=ranks,
+            life=life,
+            environment=environment,
+        )
+        return Done(code, files["stdout"].read_text(), files["stderr"].read_text(), seconds)
 
     def start(self, command: str, *overrides: str, devices: int = 1, **environment: str) -> Started:
         """devices: processes, started by the command itself."""
@@ -111,7 +85,7 @@ class Commands:
             *overrides,
         ]
         with files["stdout"].open("w") as out, files["stderr"].open("w") as err:
-            process = subprocess.Popen(arguments, stdout=out, stderr=err, env=_environment() | environment)
+            process = subprocess.Popen(arguments, stdout=out, stderr=err, env=clean_environment() | environment)
         self._started.append(Started(process, files["stdout"], files["stderr"], time.monotonic()))
         return self._started[-1]
 
@@ -119,9 +93,7 @@ class Commands:
         for started in self._started:
             started.process.kill()
             started.process.wait()
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.close()
 
     def _files(self) -> dict[str, Path]:
         self._count += 1
@@ -151,11 +123,6 @@ class Started:
             assert self.process.poll() is None, self.stderr.read_text() + self.stdout.read_text()
             assert time.monotonic() < deadline, f"{path} did not appear in {timeout} s"
             time.sleep(0.01)
-
-
-def _environment() -> dict[str, str]:
-    mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return mine | {"OMP_NUM_THREADS": "1"}
 
 
 # Four steps with a checkpoint at the second and the last, evaluated before and after.

@@ -1,8 +1,8 @@
 """Commands in processes forked from this one, which has imported everything: a run starts in milliseconds, not seconds.
 
-A job is a JSON line on stdin: arguments, environment, ranks (processes, told who they are as torchrun tells them), the
-files that take stdout and stderr, and the seconds after which it is killed (or null). The answer is a line with the
-exit code: of the first rank that failed, or 0.
+A job is a JSON line on stdin: arguments and the files that take stdout and stderr; where it is not the default,
+environment, directory, ranks (processes, told who they are as torchrun tells them), and life, the seconds after which
+it is killed. The answer is a line with the exit code: of the first rank that failed, or 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        children = {fork(job, rank, port) for rank in range(job["ranks"])}
+        children = {fork(job, rank, port) for rank in range(job.get("ranks", 1))}
         print(wait(children), flush=True)
 
 
@@ -51,17 +51,19 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
 def run(job: dict[str, Any], rank: int, port: int) -> NoReturn:
     from nemo_disco.cli import main
 
-    os.environ.update(job["environment"])
-    if job["ranks"] > 1:
-        size = str(job["ranks"])
+    environment, ranks, life = job.get("environment", {}), job.get("ranks", 1), job.get("life")
+    os.chdir(job.get("directory", "."))
+    os.environ.update(environment)
+    if ranks > 1:
+        size = str(ranks)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    sys.path[:0] = filter(None, job["environment"].get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     for descriptor, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if job["life"] is not None:
-        end = threading.Timer(job["life"], os.kill, (os.getpid(), signal.SIGKILL))
+    if life is not None:
+        end = threading.Timer(life, os.kill, (os.getpid(), signal.SIGKILL))
         end.daemon = True  # a command that is done by then is left alone
         end.start()
     sys.exit(main(job["arguments"]))
