@@ -5,6 +5,7 @@ Reads local files alone. Knows nothing of questions; what a chat template makes 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -53,6 +54,26 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokeniz
         tokenizer = _as_the_file_says(tokenizer, Path(path))
     _refuse_incomplete(tokenizer, path)
     return tokenizer
+
+
+def name_file_tokenizer(directory: Path) -> None:
+    """Let transformers read a written model's tokenizer.json as it is: where it rebuilds it as another tokenizer,
+    tokenizer_config.json gets a `tokenizer_class` that takes the file; all else there stays. Code of its own decides
+    for itself, and what cannot be read stays as it is (load_tokenizer refuses it by name)."""
+    from transformers import AutoTokenizer
+
+    file, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    try:
+        settings = _json_object(config)
+        if not file.exists() or "auto_map" in settings:
+            return
+        original = _original(file)
+        differs = bool(_difference(_read(AutoTokenizer, directory), original))
+    except UserError:
+        return
+    if differs:
+        text = json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False)
+        config.write_text(text + "\n", encoding="utf-8")
 
 
 def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ...]:
@@ -104,16 +125,10 @@ def _read(kind: Any, path: str | Path, **settings: Any) -> Any:
 
 def _as_the_file_says(tokenizer: Any, directory: Path) -> Any:
     """`tokenizer`, or tokenizer.json taken as it is where `tokenizer` is another one."""
-    from tokenizers import Tokenizer as FileTokenizer
     from transformers import PreTrainedTokenizerFast
 
     file = directory / "tokenizer.json"
-    try:
-        original = FileTokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{file}: cannot be read: {error}; it needs a sound tokenizer.json") from error
-    original.no_truncation()
-    original.no_padding()
+    original = _original(file)
     difference = _difference(tokenizer, original)
     if not difference:
         return tokenizer
@@ -129,6 +144,19 @@ def _as_the_file_says(tokenizer: Any, directory: Path) -> Any:
             *(file, type(tokenizer).__name__, difference),
         )
     return direct
+
+
+def _original(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, whole texts in and out."""
+    from tokenizers import Tokenizer as FileTokenizer
+
+    try:
+        original = FileTokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file}: cannot be read: {error}; it needs a sound tokenizer.json") from error
+    original.no_truncation()
+    original.no_padding()
+    return original
 
 
 def _difference(tokenizer: Any, original: tokenizers.Tokenizer) -> str:

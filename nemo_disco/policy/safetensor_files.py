@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from nemo_disco.config.model_directory import explain_weights
+from nemo_disco.data.tokenizer import name_file_tokenizer
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.safetensor_writer import Plan, write_safetensors
 from nemo_disco.runtime.saved_files import FileError, check_file, read_json
@@ -222,7 +223,7 @@ def save_hf_directory(
 
 def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Write config.json, and copy what else belongs to a model besides its weights. Modes are as the umask says, not
-    as the source's were."""
+    as the source's were. A tokenizer that transformers misreads there is one that it reads right here."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for pattern in COMPANIONS:
@@ -230,3 +231,4 @@ def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> No
             copy = target / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
+    name_file_tokenizer(target)

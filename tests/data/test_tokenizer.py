@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from nemo_disco.data.chat import decode, encode_prompts
 from nemo_disco.data.questions import Question
 from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids, vocabulary_size
+from nemo_disco.policy.safetensor_files import copy_companions
 from nemo_disco.runtime.errors import UserError
 
 EOS, THINK = 256, 257
@@ -65,6 +66,28 @@ def test_a_tokenizer_that_transformers_rebuilds_as_another_is_taken_from_its_fil
     asked = "<|begin|><|User|>1 + 1?<|Assistant|>"
     assert prompt.token_ids == original.encode(asked, add_special_tokens=False).ids
     assert stop_token_ids(tokenizer, llama_dir) == (original.token_to_id("<|end|>"),)
+
+
+def test_transformers_reads_an_exported_tokenizer_as_the_policy_does(llama_dir, tmp_path_factory, caplog):
+    """... of a directory whose own it misreads; all else that tokenizer_config.json says is kept."""
+    export = tmp_path_factory.mktemp("exported") / "export"
+    copy_companions(llama_dir, export, json.loads((llama_dir / "config.json").read_text()))
+    ours, theirs = load_tokenizer(llama_dir), AutoTokenizer.from_pretrained(export, local_files_only=True)
+    assert theirs(TEXT)["input_ids"] == ours(TEXT)["input_ids"]
+    assert theirs.get_vocab() == ours.get_vocab()
+    assert (theirs.bos_token, theirs.eos_token, theirs.chat_template) == ("<|begin|>", "<|end|>", ours.chat_template)
+    before, after = (json.loads((d / "tokenizer_config.json").read_text()) for d in (llama_dir, export))
+    assert {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} == {"tokenizer_class"}
+    caplog.clear()
+    load_tokenizer(export)
+    assert caplog.messages == []
+
+
+def test_an_exported_tokenizer_that_transformers_reads_right_is_the_same_file(tokenizer_dir, tmp_path):
+    (tokenizer_dir / "config.json").write_text("{}")
+    copy_companions(tokenizer_dir, tmp_path / "export", {})
+    name = "tokenizer_config.json"
+    assert (tmp_path / "export" / name).read_bytes() == (tokenizer_dir / name).read_bytes()
 
 
 def test_a_tokenizer_as_its_file_says_is_not_spoken_of(tokenizer_dir, caplog):
