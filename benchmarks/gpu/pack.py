@@ -1,17 +1,17 @@
 """Pack what a bare GPU machine lacks (Python 3.12, torch 2.11 for CUDA 13, x86-64, no network) into pieces that travel
 with one command each; unpack.py puts them together there.
 
-    .venv/bin/python benchmarks/gpu/pack.py [--piece-mib 46] base vllm smol te
+    python3 benchmarks/gpu/pack.py [--piece-mib 46] base vllm smol te
 
 `base` is wheels in .whl/, for pip; the others are .carry/SET.N/, unpacked packages recompressed by xz (CUDA libraries
-shrink to a tenth). Run it from the repository's root where there is a network; both folders are excluded from git.
+shrink to a tenth). Run it from the repository's root where there is a network, by any Python from 3.11 on that has pip
+(for `te` also setuptools and wheel); nothing of the project need be installed. Both folders are excluded from git.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -25,12 +25,13 @@ WHEELS, PIECES = Path(".whl"), Path(".carry")
 GLIBC = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)  # pip matches a platform's number exactly
 PLATFORMS = (*(f"manylinux_2_{n}_x86_64" for n in GLIBC), "manylinux2014_x86_64", "manylinux1_x86_64")
 
-# This environment's versions of these: what the tests ran with. The machine has the rest (torch, transformers, ...).
+# What setup.py asks for and the machine lacks, in versions that the tests ran with; setup.py's bounds hold.
 BASE = (
-    *("megatron-core", "mbridge", "hydra-core", "omegaconf", "pydantic", "pydantic-core", "annotated-types"),
-    *("typing-inspection", "typing-extensions", "math-verify", "latex2sympy2-extended"),
+    *("megatron-core==0.16.1", "mbridge==0.15.1", "hydra-core==1.3.8", "omegaconf==2.3.1", "pydantic==2.14.4"),
+    *("pydantic-core==2.50.5", "annotated-types==0.8.0", "typing-inspection==0.4.5", "typing-extensions==4.16.0"),
+    *("math-verify==0.9.0", "latex2sympy2-extended==1.11.0", "pyseccomp==0.1.2"),
 )
-BASE_SOURCE_ONLY = "antlr4-python3-runtime"
+BASE_SOURCE_ONLY = "antlr4-python3-runtime==4.9.3"
 
 # The last vLLM that pins torch 2.11, and what it imports that the machine lacks. openai, anthropic and
 # compressed-tensors are of its time; apache-tvm-ffi is what xgrammar 0.2.8 was built against.
@@ -84,9 +85,8 @@ def main() -> None:
 
 def base(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    download(folder, *(f"{name}=={importlib.metadata.version(name)}" for name in BASE))
-    source = f"{BASE_SOURCE_ONLY}=={importlib.metadata.version(BASE_SOURCE_ONLY)}"
-    pip("wheel", "--quiet", "--no-deps", "-w", str(folder), source)
+    download(folder, *BASE)
+    pip("wheel", "--quiet", "--no-deps", "-w", str(folder), BASE_SOURCE_ONLY)
 
 
 def vllm(folder: Path) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 sys.path.insert(0, str(GPU))
@@ -70,3 +72,14 @@ def test_questions_differ_and_are_answered() -> None:
 def test_a_script_without_arguments_says_how_it_is_called(script: str) -> None:
     done = subprocess.run([sys.executable, str(GPU / script)], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("usage: ") and "Traceback" not in done.stderr
+
+
+def test_the_wheels_that_are_carried_are_what_setup_asks_for() -> None:
+    """Their versions stand in pack.py, which needs no environment of the project."""
+    tree = ast.parse((GPU.parents[1] / "setup.py").read_text())
+    (asked,) = (k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "install_requires")
+    wanted = {r.name: r.specifier for r in map(Requirement, ast.literal_eval(asked))}
+    carried = {r.name: next(iter(r.specifier)).version for r in map(Requirement, pack.BASE)}
+    shared = wanted.keys() & carried.keys()
+    assert shared >= {"megatron-core", "mbridge", "hydra-core", "omegaconf", "pydantic", "math-verify"}
+    assert {name for name in shared if carried[name] not in wanted[name]} == set()
