@@ -7,23 +7,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from setting import TEMPERATURE, Setting, build_policy, model_directory, peak_gb, reset_peak, wait
+from setting import TEMPERATURE, Setting, build_policy, changed, model_directory, peak_gb, reset_peak, wait
 from torch.nn.attention import SDPBackend
 
 from nemo_disco.generation import decoder, static
 from nemo_disco.generation.engine import Sampling
 from nemo_disco.generation.megatron import MegatronEngine
 
-# Name, in place, graphs, cuDNN, and whether all tokens are decoded (else a quarter of them).
-WAYS = (
-    ("in_place", True, True, False, True),
-    ("in_place_without_graphs", True, False, False, False),
-    ("plain", False, False, False, False),
-    ("in_place_with_cudnn", True, True, True, False),
-    ("plain_with_cudnn", False, False, True, False),
-)
+# What each way is: in place, by graphs, with cuDNN.
+WAYS = {
+    "in_place": (True, True, False),
+    "in_place_without_graphs": (True, False, False),
+    "plain": (False, False, False),
+    "in_place_with_cudnn": (True, True, True),
+    "plain_with_cudnn": (False, False, True),
+}
+WHOLE = ("in_place",)  # decodes all tokens, the others a quarter of them
+
+
+def ways(engine: MegatronEngine) -> dict[str, AbstractContextManager[None]]:
+    """The settings of each way; each may be entered once."""
+    return {name: _way(engine, *settings) for name, settings in WAYS.items()}
+
+
+@contextmanager
+def _way(engine: MegatronEngine, in_place: bool, graphs: bool, cudnn: bool) -> Iterator[None]:
+    backends = [*([SDPBackend.CUDNN_ATTENTION] if cudnn else []), *decoder.BACKENDS]
+    with changed(engine, in_place=in_place), changed(static, GRAPHS=graphs), changed(decoder, BACKENDS=backends):
+        yield
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -35,12 +50,10 @@ def run(setting: Setting) -> dict[str, Any]:
     engine = MegatronEngine(policy, [shape.vocab])
     results: dict[str, Any] = {"rows": rows, "tokens_a_row": tokens}
     reset_peak()
-    without_cudnn = list(decoder.BACKENDS)
-    for name, in_place, graphs, cudnn, whole in WAYS:
-        engine.in_place, static.GRAPHS = in_place, graphs
-        decoder.BACKENDS = [SDPBackend.CUDNN_ATTENTION, *without_cudnn] if cudnn else without_cudnn
+    for name, way in ways(engine).items():
         try:
-            results[name] = _measure(setting, engine, prompts, tokens if whole else tokens // 4)
+            with way:
+                results[name] = _measure(setting, engine, prompts, tokens if name in WHOLE else tokens // 4)
         except Exception as error:  # one way that fails is a result, and stops no other
             results[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
     return results | {"peak_gb": peak_gb()}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from setting import CUDA, DEVICE, TEMPERATURE, Setting, peak_gb, relative_error, reset_peak, seconds
+from setting import CUDA, DEVICE, TEMPERATURE, Setting, changed, peak_gb, relative_error, reset_peak, seconds
 
 from nemo_disco.policy import log_probs
 from nemo_disco.policy.log_probs import token_log_probs
@@ -21,41 +20,30 @@ def run(setting: Setting) -> dict[str, Any]:
     weight = torch.randn(v, h, device=DEVICE).mul_(3 / h**0.5).bfloat16().requires_grad_()
     targets = torch.randint(v, (n,), device=DEVICE)
     results: dict[str, Any] = {"tokens": n, "vocabulary": v, "hidden": h}
-    for name, change in _ways().items():
-        undo = change()
+    for name, way in ways().items():
         try:
-            results[name] = _time_and_error(setting, hidden, weight, targets)
+            with way:
+                results[name] = _time_and_error(setting, hidden, weight, targets)
         except Exception as error:  # one way that fails is a result, and stops no other
             results[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
-        finally:
-            undo()
     return results
 
 
-def _ways() -> dict[str, Callable[[], Callable[[], None]]]:
-    """Each changes something and returns what undoes it."""
-    ways = {"tiled": _change(log_probs, _kernel=lambda *_: None)}
+def ways() -> dict[str, AbstractContextManager[None]]:
+    """The settings of each way, the default first; each may be entered once."""
+    tiled = {"tiled": changed(log_probs, _kernel=lambda *_: None)}
     if not CUDA:
-        return ways
+        return tiled
     from nemo_disco.policy import log_probs_kernel as kernel
 
-    changed = {"SPLITS_FIRST": not kernel.SPLITS_FIRST}
+    other_order = changed(kernel, SPLITS_FIRST=not kernel.SPLITS_FIRST)
     return {
-        "kernel": _change(kernel),
-        "tokens_first" if kernel.SPLITS_FIRST else "splits_first": _change(kernel, **changed),
-        "wide_backward": _change(kernel, BACKWARD=kernel.WIDE_BACKWARD),
-        "fused_sum": _change(log_probs, FUSED_SUM=True),
-        **ways,
+        "kernel": nullcontext(),
+        "tokens_first" if kernel.SPLITS_FIRST else "splits_first": other_order,
+        "wide_backward": changed(kernel, BACKWARD=kernel.WIDE_BACKWARD),
+        "fused_sum": changed(log_probs, FUSED_SUM=True),
+        **tiled,
     }
-
-
-def _change(module: ModuleType, **values: Any) -> Callable[[], Callable[[], None]]:
-    def change() -> Callable[[], None]:
-        before = {name: getattr(module, name) for name in values}
-        vars(module).update(values)
-        return lambda: vars(module).update(before)
-
-    return change
 
 
 def _time_and_error(

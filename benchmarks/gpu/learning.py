@@ -32,6 +32,8 @@ sys.path.insert(0, str(ROOT))
 from tools.quickstart import make_assets, warm_start  # noqa: E402 - the repository's own, not an installed package
 
 ASSETS = ROOT / "assets" / "quickstart"
+RECIPE = warm_start.Recipe(learning_rate=3e-4, check_from=40, stop_at=0.32)
+TINY_RECIPE = replace(RECIPE, batch=4, check_from=2, check_every=2, stop_at=0.0, max_steps=2)
 OBJECTIVES = {"disco": ["algorithm=disco", "algorithm.score=log_likelihood"], "grpo": ["algorithm=grpo"]}
 CURVES = ("reward/mean", "policy/kl", "policy/entropy", "response/length_mean", "time/step", "throughput/mfu")
 # Two runs, the warm start and what they print fit into one command of ten minutes.
@@ -71,10 +73,9 @@ def arguments() -> argparse.Namespace:
 def make_model(directory: Path, tiny: bool) -> dict[str, Any]:
     """A warm-started model with the quickstart's tokenizer; its size, and how long it took."""
     start = time.monotonic()
-    recipe = warm_start.Recipe(learning_rate=3e-4, check_from=40, stop_at=0.32)
-    if tiny:
-        recipe = replace(recipe, batch=4, check_from=2, check_every=2, stop_at=0.0, max_steps=2)
+    recipe = TINY_RECIPE if tiny else RECIPE
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    tokenizer.save_pretrained(directory)  # now: the warm start's padding would be saved with it
     model = new_model(tokenizer, tiny)
     _, development, _, supervised = make_assets.splits(recipe)
     error = None
@@ -83,7 +84,7 @@ def make_model(directory: Path, tiny: bool) -> dict[str, Any]:
             warm_start.train(model, tokenizer, supervised, development[: 4 if tiny else None], recipe)
     except (RuntimeError, TimeoutError) as stopped:  # short of its accuracy, or late: what it has learnt is kept
         error = f"{type(stopped).__name__}: {stopped}"
-    tokenizer.save_pretrained(directory)
+        print(f"warm start: {error}; both runs start from what it has learnt", flush=True)
     model.save_pretrained(directory)
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "warm_start_s": time.monotonic() - start, "warm_start_error": error}

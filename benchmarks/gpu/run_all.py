@@ -102,7 +102,8 @@ def run(name: str, results: Mapping[str, Any], limit_s: float, args: argparse.Na
     try:
         found = outcome(run_within(command, limit_s, environment))
     except subprocess.TimeoutExpired as expired:
-        found = {"error": f"not done after {limit_s:.0f} s; {_tail(expired.stderr)}"}
+        late = {"error": f"not done after {limit_s:.0f} s; {_tail(expired.stderr)}"}
+        found = (_last_result(str(expired.stdout or "")) or {}) | late
     finally:
         seen.unlink()
     return found | {"section_seconds": time.monotonic() - start, "date": _now()}
@@ -137,12 +138,19 @@ def run_within(command: list[str], limit_s: float, environment: Mapping[str, str
 
 def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The section's last line, whatever its process's end was: it is printed when all is measured."""
-    lines = done.stdout.strip().splitlines()
+    if (found := _last_result(done.stdout)) is not None:
+        return found if done.returncode == 0 else found | {"exit_code": done.returncode}
+    return {"error": f"exit code {done.returncode}\n{_tail(done.stderr)}"}
+
+
+def _last_result(stdout: str) -> dict[str, Any] | None:
+    """The JSON object of the last line, if it is one."""
+    lines = stdout.strip().splitlines()
     if lines and lines[-1].startswith("{"):
         with suppress(ValueError):
             found: dict[str, Any] = json.loads(lines[-1])
-            return found if done.returncode == 0 else found | {"exit_code": done.returncode}
-    return {"error": f"exit code {done.returncode}\n{_tail(done.stderr)}"}
+            return found
+    return None
 
 
 def _tail(text: str | bytes | None) -> str:
@@ -151,7 +159,8 @@ def _tail(text: str | bytes | None) -> str:
 
 
 def compare(results: dict[str, Any], tiny: bool) -> None:
-    """Every figure over its floor, and our tokens a second over the baselines', once both are there."""
+    """Every figure over its floor, our tokens a second over the baselines', and whether each way that was timed is
+    right, once both are there."""
     over = over_floors(Setting(tiny, results), results["about"]["device"], results)
     results["over_floors"] = over
     for way, name in (
@@ -166,6 +175,10 @@ def compare(results: dict[str, Any], tiny: bool) -> None:
         theirs = results.get(f"baseline_{kind}", {}).get("tokens_per_second")
         if theirs and "tokens_per_second" in ours:
             ours[f"times_{kind}_transformers"] = ours["tokens_per_second"] / theirs
+    for way, errors in results.get("correctness", {}).get("ways", {}).items():
+        section, name = way.split(".")
+        if name in results.get(section, {}):
+            results[section][name]["right"] = errors["right"]
 
 
 def about(tiny: bool) -> dict[str, Any]:
@@ -197,15 +210,29 @@ def table(results: Mapping[str, Any]) -> str:
         held = "" if value is None else "  yes" if (value >= target) == (kind == "least") or value == target else "  NO"
         found = "-" if value is None else f"{value:.4g}"
         lines.append(f"{key:45}{found:>12}{f'{sign} {target:g}':>14}{held}")
+    for way, found in results.get("correctness", {}).get("ways", {}).items():
+        said = "right" if found["right"] else f"WRONG {found.get('error', '')[:90]}"
+        worst = "-" if "error" in found else f"{found['times_bound']:.3g}"
+        lines.append(f"{way + ': error over its bound':45}{worst:>12}{'<= 1':>14}  {said}")
     for key in SHOWN:
         if (value := lookup(results, key)) is not None:
-            lines.append(f"{key:45}{value:>12.4g}")
+            lines.append(f"{key:45}{value:>12.4g}{judged(results, key)}")
     lines.append(f"{'seconds, over the floor':45}{'seconds':>12}{'datasheet':>14}{'measured':>12}")
     for key, figures in results.get("over_floors", {}).items():
         times = [figures.get(f"times_{kind}_floor") for kind in ("datasheet", "measured")]
         cells = ["-" if value is None else f"{value:.3g}" for value in times]
-        lines.append(f"{key:45}{figures['seconds']:>12.4g}{cells[0]:>14}{cells[1]:>12}")
+        line = f"{key:45}{figures['seconds']:>12.4g}{cells[0]:>14}{cells[1]:>12}"
+        lines.append(line + judged(results, key))
     return "\n".join(lines)
+
+
+def judged(results: Mapping[str, Any], key: str) -> str:
+    """What to write behind a figure of one of several ways: nothing where `correctness` found that it is right."""
+    section, *rest = key.split(".")
+    if section not in ("log_probs", "attention", "decode"):
+        return ""
+    right = results.get(section, {}).get(rest[0], {}).get("right")
+    return "" if right else "  unchecked" if right is None else "  WRONG"
 
 
 SHOWN = (

@@ -19,7 +19,7 @@ from setting import Setting
 # Where each section is, and the seconds that it may take. The first ones say whether and against what the rest count.
 SECTIONS = {
     "floors": ("floors:run", 35),
-    "correctness": ("correctness:run", 80),
+    "correctness": ("correctness:run", 100),
     "train_1p5b_8k": ("train_shapes:train_1p5b_8k", 80),
     "log_probs": ("heads:run", 60),
     "attention": ("attention_ways:run", 30),

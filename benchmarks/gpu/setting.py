@@ -229,6 +229,19 @@ def with_policy_scores(rollouts: Rollouts, log_probs: Tensor) -> Rollouts:
 # --- measuring ---
 
 
+@contextmanager
+def changed(target: Any, **values: Any) -> Iterator[None]:
+    """Attributes of a module or object that are others inside, and as before after it."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
 def wait() -> None:
     if CUDA:
         torch.cuda.synchronize()

@@ -9,16 +9,26 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 sys.path.insert(0, str(GPU))
 
-import run_all  # noqa: E402 - a script's directory, not a package
+import attention_ways  # noqa: E402 - a script's directory, not a package
+import decoding  # noqa: E402
+import heads  # noqa: E402
+import learning  # noqa: E402
+import run_all  # noqa: E402
 import section  # noqa: E402
+import way_errors  # noqa: E402
+from setting import Setting, changed, model_directory  # noqa: E402
+
+from nemo_disco.policy import log_probs  # noqa: E402
 
 
 def run(script: str, output: Path, *options: str) -> dict[str, Any]:
@@ -58,6 +68,35 @@ def test_a_result_survives_its_process() -> None:
     assert "error" in run_all.outcome(done)
 
 
+def test_a_way_that_is_wrong_is_shown_wrong_whatever_its_speed() -> None:
+    ways = {"log_probs.fused_sum": {"weight_gradient": 1.0, "times_bound": 50.0, "right": False}}
+    ways["log_probs.kernel"] = {"weight_gradient": 1e-3, "times_bound": 0.1, "right": True}
+    ways["decode.plain"] = {"error": "RuntimeError: no kernel", "right": False}
+    fast = {"forward_backward_s": 1e-3}
+    results = {"about": {"device": "NVIDIA H200"}, "correctness": {"ways": ways}}
+    results["log_probs"] = {"tokens": 8, "kernel": dict(fast), "fused_sum": dict(fast), "tiled": dict(fast)}
+    run_all.compare(results, tiny=False)
+    lines = {line.split()[0]: line for line in run_all.table(results).splitlines()}
+    assert lines["log_probs.fused_sum.forward_backward_s"].endswith("WRONG")
+    assert lines["log_probs.tiled.forward_backward_s"].endswith("unchecked")
+    assert "WRONG" not in lines["log_probs.kernel.forward_backward_s"]
+    assert lines["log_probs.fused_sum:"].split()[-1] == "WRONG" and lines["log_probs.kernel:"].endswith("right")
+    assert "WRONG RuntimeError: no kernel" in lines["decode.plain:"]
+
+
+def test_every_way_that_is_timed_is_compared_with_float64() -> None:
+    """And a way whose sum is wrong is found out: one that forgets what it had."""
+    setting = Setting(tiny=True, results={})
+    with model_directory(setting.shape("1p5b"), scale=0.05) as path:
+        ways = way_errors.run(setting, path)
+        timed = {"log_probs": heads.ways(), "attention": attention_ways.ways(), "decode": decoding.WAYS}
+        assert ways.keys() == {f"{part}.{name}" for part, names in timed.items() for name in names}
+        assert all(way["right"] for way in ways.values()), ways
+        with changed(log_probs, _add_product=lambda total, a, b: total.copy_(a @ b)):
+            wrong = way_errors.run(setting, path)
+    assert {name for name, way in wrong.items() if not way["right"]} == {"log_probs.tiled"}
+
+
 def gone(pid: int, within_s: float) -> bool:
     for _ in range(int(within_s / 0.1)):
         stat = Path(f"/proc/{pid}/stat")
@@ -74,6 +113,11 @@ def test_every_section_runs(tmp_path: Path) -> None:
     found = run("run_all.py", tmp_path / "out.json")
     assert {name: found[name].get("error") for name in section.SECTIONS} == dict.fromkeys(section.SECTIONS)
     assert found["correctness"]["passed"], found["correctness"]["within_bounds"]
+    for part in ("log_probs", "attention", "decode"):
+        ways = {name for name, value in found[part].items() if isinstance(value, dict)}
+        assert {(way, found["correctness"]["ways"][f"{part}.{way}"]["right"]) for way in ways} == {
+            (w, True) for w in ways
+        }
     assert found["train_1p5b_8k"]["times_unpadded_transformers"] > 0
     assert 0 < found["step"]["exact_pass_share"] < 1
 
@@ -85,6 +129,26 @@ def test_the_learning_run_runs(tmp_path: Path) -> None:
         assert found[objective]["error"] is None
         assert len(found[objective]["curves"]["reward/mean"]) == 2
         assert found[objective]["evaluations"].keys() == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limit_s", "error"),
+    [
+        ({"stop_at": 1.1}, 600, "RuntimeError: Pass@1 did not reach 1.1 in 2 steps"),
+        ({"max_steps": 10_000, "check_from": 10_000}, 3, "TimeoutError: not done after 3 s"),
+    ],
+)
+def test_a_warm_start_that_falls_short_leaves_its_model(
+    recipe: dict[str, Any], limit_s: int, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "TINY_RECIPE", replace(learning.TINY_RECIPE, **recipe))
+    monkeypatch.setattr(learning, "WARM_START_LIMIT_S", limit_s)
+    assert learning.make_model(tmp_path, tiny=True)["warm_start_error"] == error
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    start = learning.new_model(AutoTokenizer.from_pretrained(tmp_path), tiny=True).state_dict()
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any(not weights[name].equal(value) for name, value in start.items())
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["padding"] is None
 
 
 def test_the_sections_fit_into_eight_minutes() -> None:
