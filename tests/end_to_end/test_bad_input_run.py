@@ -118,11 +118,12 @@ def test_evaluation_questions_are_read_before_training_too(refused, tmp_path):
 
 
 def test_evaluation_files_whose_results_would_have_one_name(refused, tmp_path):
-    for directory in ("a", "b"):
-        (tmp_path / directory).mkdir()
-        questions(tmp_path / directory / "set.jsonl", GOOD)
-    line = refused(f"evaluation.files=[{tmp_path}/a/set.jsonl,{tmp_path}/b/set.jsonl]", command="evaluate")
-    assert "evaluation.files: two files are named set" in line
+    """File names of results have no spaces."""
+    for name in ("a/my set.jsonl", "b/my_set.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        questions(tmp_path / name, GOOD)
+    line = refused(f"evaluation.files=['{tmp_path}/a/my set.jsonl',{tmp_path}/b/my_set.jsonl]", command="evaluate")
+    assert "evaluation.files: two files are named my_set" in line
 
 
 def test_a_run_directory_that_cannot_be_made(refused, tmp_path):
