@@ -111,7 +111,7 @@ def _sample(
 def _keep(
     stream: SampleStream, asked: list[int], make: Callable[..., Sample], at: int, of: Response, text: str, reward: float
 ) -> None:
-    """A response that an engine handed over before the rest."""
+    """Write to the stream a response that the engine finished before the rest."""
     stream.add(asked[at], make(at, text, reward, len(of.tokens), of.finish_reason == "length"))
 
 
@@ -147,7 +147,7 @@ def weights_identity(source: ModelSource) -> dict[str, Any]:
 
 
 def identity(questions: Questions, config: RunConfig, step: int) -> dict[str, Any]:
-    """What decides the samples and their verdicts, but for the weights."""
+    """All settings and data that decide the samples and their verdicts, except the weights."""
     asked = json.dumps([[list(map(int, p)) for p in questions.prompts], [q.answers for q in questions.questions]])
     return {
         "set": questions.name,

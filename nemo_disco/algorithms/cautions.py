@@ -1,4 +1,4 @@
-"""What a step's responses show that no setting can know before: nothing will be learned from them. Said once a life.
+"""Warnings about a step whose responses teach nothing, each given once in the life of a process.
 
 Pure: texts and one number in, lines out.
 """

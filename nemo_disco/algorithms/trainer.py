@@ -128,7 +128,7 @@ class DisCO:
             if not self.finished:
                 done = f"saved step {self.saved}" if self.saved else "nothing is saved yet"
                 done = done if self.step else "before the first step"
-                done += ", whose evaluation is to be ended" if self.step and self.unfinished is not None else ""
+                done += ", whose evaluation has not finished" if self.step and self.unfinished is not None else ""
                 self.journal.say(f"asked to stop by {self.stop.signal_name}: {done}; start again to go on")
 
     @property
@@ -343,7 +343,7 @@ class DisCO:
             raise self._diverged(self.step + 1, f"{MAX_SKIPPED} mini-batches in a row had no finite gradient ({why})")
 
     def _diverged(self, step: int, why: str) -> UserError:
-        """What ends a run that has diverged. A collective."""
+        """The error that ends a run that has diverged. A collective."""
         self.writer.wait()
         last = checkpoint.latest(self.journal.run.checkpoints)
         if last is None:

@@ -113,7 +113,7 @@ class Validation:
 
 
 def _of(results: Sequence[EvaluationResult]) -> str:
-    """A hash of what was evaluated, and how; whichever weights."""
+    """A hash of the evaluation sets and of how they are sampled and judged; the weights do not count."""
     said = [
         {k: v for k, v in (r.identity or {}).items() if k not in ("step", "weights", "training_step")} for r in results
     ]

@@ -1,4 +1,4 @@
-"""What a config.json says of a network: one reader for every command, and the list of the fields that it may hold.
+"""The network that a config.json describes: one reader for every command, and the list of the fields it may hold.
 
 Each field is one that the network is built from, or one that is known to change nothing (the reason stands here once);
 any other is refused by name, since it may be another network. Reads one JSON file; must not import torch.
@@ -20,7 +20,7 @@ from nemo_disco.runtime.saved_files import FileError, read_json
 
 @dataclass(frozen=True)
 class Family:
-    """What the networks of one model_type have in common, and the value of a field that its config.json leaves out."""
+    """Properties that all networks of one model_type share, and the values of fields that a config.json leaves out."""
 
     qkv_bias: bool = False
     qk_norm: bool = False

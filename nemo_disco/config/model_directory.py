@@ -29,7 +29,7 @@ def explain(directory: Path) -> str | None:
 
 
 def explain_weights(directory: Path) -> str:
-    """What weights there are in a directory without safetensors, and what to do."""
+    """A line: which weights a directory without safetensors has, and what to do."""
     names = sorted(p.name for p in directory.iterdir())
     if any(name.startswith("consolidated") for name in names):
         return "consolidated.* is the format of its maker's own code: fetch the model-*.safetensors files beside it"

@@ -174,7 +174,7 @@ class SampleStream:
                 file.close()
 
     def _left(self) -> dict[int, Sample]:
-        """What the ranks of an earlier life had of the batch in hand; their files are removed."""
+        """Read and remove the samples of the unfinished batch that the ranks of an earlier life left, by row."""
         assert self._path is not None
         found: dict[int, Sample] = {}
         for path in sorted(self._path.parent.glob(f"{glob.escape(self._path.stem)}.rank_*.jsonl")):

@@ -24,7 +24,7 @@ Shards = dict[Tensor, dict[str, Tensor]]
 
 
 def shards(part: Any, *, copied: bool) -> Shards:
-    """What this rank holds of the moments and of the float32 weights, but for weights that are the model's own.
+    """This rank's pieces of the moments and of the float32 weights, except weights that are the model's own.
 
     part: megatron's DistributedOptimizer. copied: on the host; else the live tensors.
     """

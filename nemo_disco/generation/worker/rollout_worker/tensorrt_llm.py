@@ -183,7 +183,7 @@ class TensorRtLlm:
 
 
 def _bias(vocabulary: int, rows: int, takes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What SamplingParams needs so that rows that are no tokens are neither sampled nor part of log-probs."""
+    """Arguments of SamplingParams by which rows that are no tokens are neither sampled nor part of log-probs."""
     if vocabulary == rows:
         return {}
     if "embedding_bias" not in takes:
