@@ -31,9 +31,9 @@ def reward(
     """
     graded = rollouts.with_rewards(verdicts, threshold)
 
-    def judge(i: int) -> tuple[float, float]:
+    def seen(i: int) -> GradedResponse:
         question = picked.questions[i]
-        response = GradedResponse(
+        return GradedResponse(
             question=question.messages[-1].content,
             response=texts[i],
             answers=question.answers,
@@ -44,8 +44,7 @@ def reward(
             truncated=bool(rollouts.truncated[i]),
             metadata=question.metadata,
         )
-        return rewards.reward(response), rewards.preference(response)
 
-    judged = on_shares(len(texts), lambda mine: [judge(i) for i in mine])
+    judged = on_shares(len(texts), lambda mine: rewards.judge([seen(i) for i in mine]))
     terms = torch.tensor(judged, dtype=torch.float64).reshape(-1, 2)
     return replace(graded, rewards=terms[:, 0].clone(), preferences=terms[:, 1].clone())

@@ -15,7 +15,7 @@ from nemo_disco.config.schema import RewardConfig
 from nemo_disco.rewards.code_tests import PythonTests
 from nemo_disco.rewards.math_grader import MathGrader
 from nemo_disco.rewards.verdict import Verdict
-from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserFunction
+from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserClass, UserFunction
 from nemo_disco.runtime import user_code
 from nemo_disco.runtime.errors import UserError
 
@@ -48,12 +48,13 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
 
     workers: processes on this rank. Raises UserError for an unknown name, and for a parameter that it does not take.
     """
-    name = config.verifier
+    name, users_class = config.verifier, False
     if name in VERIFIERS:
         make = VERIFIERS[name]
     elif ":" in name:
         found = user_code.load("reward.verifier", name)
-        make = found if inspect.isclass(found) else _of_function(found, name)
+        users_class = inspect.isclass(found)
+        make = found if users_class else _of_function(found, name)
     else:
         raise UserError(f"reward.verifier={name}: there are {', '.join(VERIFIERS)}, and module:name of your own")
     takes = inspect.signature(make).parameters
@@ -63,7 +64,10 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
             f"reward.parameters: {name} takes no {unknown[0]!r}; it takes {', '.join(settable) or 'no parameters'}"
         )
     settings = {"require_think": config.require_think, "timeout": config.timeout, "workers": workers}
-    grader: Grader = make(**{key: value for key, value in settings.items() if key in takes}, **config.parameters)
+    given = {key: value for key, value in settings.items() if key in takes} | config.parameters
+    if users_class:
+        return UserClass(name, given | ({"workers": 1} if "workers" in takes else {}), config.timeout, workers)
+    grader: Grader = make(**given)
     return grader
 
 

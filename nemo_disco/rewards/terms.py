@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nemo_disco.rewards.extract import NoAnswerError, final_answer
+from nemo_disco.rewards.user_pool import UserPool, rank_workers
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import called, load
+from nemo_disco.runtime.user_code import load
 
 if TYPE_CHECKING:
     from nemo_disco.config.schema import RewardConfig
@@ -69,22 +71,38 @@ def overlong(r: GradedResponse, buffer: int | None) -> float:
 
 
 class Rewards:
-    """The terms of a run: `reward` is their weighted sum, `preference` one of them, for DRPO."""
+    """The terms of a run: a response's reward is their weighted sum, its preference one of them, for DRPO.
+
+    A user's functions run in processes of their own, which end with this object.
+    """
 
     def __init__(self, config: RewardConfig, preference: str | None = None) -> None:
         """Raises UserError for a preference or a function that there is not."""
         self._config = config
         self._terms = [(w, self._own(name)) for name, w in config.terms.model_dump().items() if w]
-        if config.function is not None:
-            self._terms.append((1.0, users_term("reward.function", config.function)))
-        self._preference = None if preference is None else self._named(preference)
+        self._function = None if config.function is None else self._users("reward.function", config.function)
+        self._preference: Term | UserPool | None = None if preference is None else self._named(preference)
+
+    def judge(self, responses: Sequence[GradedResponse]) -> list[tuple[float, float]]:
+        """The reward and the preference of each; the preference is 0 where none was asked for.
+
+        A user's function that takes longer than reward.timeout gives 0, which is said. Raises UserError, with file and
+        line, for one that raises or returns no finite number.
+        """
+        added = _numbers(self._function, responses)
+        preferences = _numbers(self._preference, responses)
+        rewards = [math.fsum(weight * term(response) for weight, term in self._terms) for response in responses]
+        return [
+            (reward + more(), preference())
+            for reward, more, preference in zip(rewards, added, preferences, strict=True)
+        ]
 
     def reward(self, response: GradedResponse) -> float:
-        return math.fsum(weight * term(response) for weight, term in self._terms)
+        return self.judge([response])[0][0]
 
     def preference(self, response: GradedResponse) -> float:
         """0 where none was asked for."""
-        return 0.0 if self._preference is None else self._preference(response)
+        return self.judge([response])[0][1]
 
     def _own(self, name: str) -> Term:
         terms: dict[str, Term] = {
@@ -95,9 +113,9 @@ class Rewards:
         }
         return terms[name]
 
-    def _named(self, name: str) -> Term:
+    def _named(self, name: str) -> Term | UserPool:
         if ":" in name:
-            return users_term("algorithm.preference", name)
+            return self._users("algorithm.preference", name)
         known = list(type(self._config.terms).model_fields)
         if name not in known:
             raise UserError(
@@ -106,11 +124,20 @@ class Rewards:
             )
         return self._own(name)
 
+    def _users(self, key: str, name: str) -> UserPool:
+        """A user's function, whose failures are named with file and line. Raises UserError if there is none."""
+        if not inspect.isfunction(load(key, name) if ":" in name else None):
+            raise UserError(f"{key}={name} must be module:function, of a function that takes a GradedResponse")
+        return UserPool(key, name, rank_workers(self._config.workers), self._config.timeout)
 
-def users_term(key: str, name: str) -> Term:
-    """A user's function as a term, whose failures are named with file and line. Raises UserError if there is none."""
-    function = load(key, name) if ":" in name else None
-    if not inspect.isfunction(function):
-        raise UserError(f"{key}={name} must be module:function, of a function that takes a GradedResponse")
 
-    return partial(called, key, name, function)
+def _numbers(term: Term | UserPool | None, responses: Sequence[GradedResponse]) -> list[Callable[[], float]]:
+    """What the term says of each response, once it is asked for; 0 where there is no term, or it took too long."""
+    if isinstance(term, UserPool):
+        return [partial(_in_time, term.submit(response)) for response in responses]
+    return [partial(term, response) if term else float for response in responses]
+
+
+def _in_time(call: Future[Any]) -> float:
+    value = call.result()
+    return 0.0 if value is None else float(value)

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from nemo_disco.rewards import verdict
 from nemo_disco.rewards.canonical import canonical
@@ -153,39 +153,68 @@ class MultipleChoice(Verifier):
         return match[1].upper()
 
 
-class UserFunction(Verifier):
-    """`function(response, answers) -> reward`: the whole response and the gold answers, a tuple of texts; the reward is
-    a finite number.
+class _InProcesses(Verifier):
+    """A user's code that judges in processes of its own, side by side; one that takes too long costs its response.
 
     What it raises, and a reward that is no number, ends the run: a reward that fails silently would train on noise.
     """
 
-    def __init__(self, name: str, require_think: bool = False, timeout: float = 5.0, workers: int = 2) -> None:
-        """name: module:function. timeout: seconds a call, beyond which the reward is 0; workers: processes."""
+    def __init__(self, pool: UserPool, require_think: bool = False) -> None:
         super().__init__(require_think)
-        self._pool = UserPool("reward.verifier", name, workers, timeout)
-
-    def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
-        pairs = zip(responses, ((a,) if isinstance(a, str) else tuple(a) for a in answers), strict=True)
-        calls = [None if self._lacks_think(r) else self._pool.submit(r, golds) for r, golds in pairs]
-        return [Verdict.of(verdict.NO_THINK) if call is None else _of_reward(call.result()) for call in calls]
+        self._pool = pool
 
     def close(self) -> None:
         self._pool.close()
 
+    def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
+        return self.grade_with_reasons([said], [golds])[0]
+
+    def _results(self, responses: Sequence[str], answers: Sequence[Alternatives], *method: str) -> list[Any]:
+        """What was returned for each response; None where it took too long, NO_THINK where that was asked for."""
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
+        pairs = zip(responses, ((a,) if isinstance(a, str) else tuple(a) for a in answers), strict=True)
+        calls = [None if self._lacks_think(r) else self._pool.submit(*method, r, golds) for r, golds in pairs]
+        return [verdict.NO_THINK if call is None else call.result() for call in calls]
+
     def _lacks_think(self, response: str) -> bool:
         return self._require_think and END_OF_THINKING not in response
 
-    def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        return _of_reward(self._pool.submit(said, golds).result())
+
+class UserFunction(_InProcesses):
+    """`function(response, answers) -> reward`: the whole response and the gold answers, a tuple of texts; the reward is
+    a finite number."""
+
+    def __init__(self, name: str, require_think: bool = False, timeout: float = 5.0, workers: int = 2) -> None:
+        """name: module:function. timeout: seconds a call, beyond which the reward is 0; workers: processes."""
+        super().__init__(UserPool("reward.verifier", name, workers, timeout), require_think)
+
+    def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
+        return [_of_reward(result) for result in self._results(responses, answers)]
 
 
-def _of_reward(reward: float | None) -> Verdict:
-    if reward is None:
-        return Verdict.of(verdict.TIMEOUT)
-    return Verdict(reward, verdict.CORRECT if reward == 1 else f"reward {reward:g}")
+class UserClass(_InProcesses):
+    """A user's class of MathGrader's interface, built in each process, which is given one response at a time."""
+
+    def __init__(self, name: str, settings: dict[str, Any], timeout: float, workers: int) -> None:
+        """settings: what it is built with. One that takes `timeout` keeps to it itself, as MathGrader does by processor
+        time and without its start: it is given up by the clock after four times that, and at least 30 s."""
+        limit = max(4 * timeout, 30.0) if "timeout" in settings else timeout
+        super().__init__(UserPool("reward.verifier", name, workers, limit, settings))
+
+    def grade(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[float]:
+        return [0.0 if reward is None else reward for reward in self._results(responses, answers, "grade")]
+
+    def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
+        results = self._results(responses, answers, "grade_with_reasons")
+        return [Verdict.of(verdict.TIMEOUT) if result is None else Verdict(*result) for result in results]
+
+
+def _of_reward(result: float | str | None) -> Verdict:
+    """result: the reward, None where it took too long, or the reason for which it was not asked."""
+    if result is None or isinstance(result, str):
+        return Verdict.of(result or verdict.TIMEOUT)
+    return Verdict(result, verdict.CORRECT if result == 1 else f"reward {result:g}")
 
 
 def _box_or(said: str, otherwise: str) -> str:

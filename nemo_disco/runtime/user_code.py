@@ -75,21 +75,31 @@ def raised_in(functions: list[Callable[..., Any]], error: BaseException) -> str:
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {' '.join(str(error).split())}"
 
 
-def called(key: str, name: str, function: Callable[..., Any], *args: object) -> float:
-    """What a user's function returns, a finite number. Raises UserError, with file and line, for anything else."""
+def guarded(key: str, name: str, functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Any:
+    """What `call` returns. Raises UserError, with file and line in one of the user's functions, for what it raises."""
     try:
-        returned = function(*args)
+        return call()
     except KeyboardInterrupt:  # Ctrl-C while it ran
         raise
     except BaseException as error:  # SystemExit too: a user's function does not end the run
-        raise UserError(f"{key}={name} raised {raised_in([function], error)}") from error
+        raise UserError(f"{key}={name} raised {raised_in(functions, error)}") from error
+
+
+def finite_number(key: str, name: str, place: str, returned: object) -> float:
+    """It. place: of the code that returned it. Raises UserError if it is no finite number."""
     try:
         if isinstance(returned, Real) and math.isfinite(returned):
             return float(returned)
         shown = f"{returned!r:.80}"
     except OverflowError:
         shown = "a whole number that is too large for a float"
-    raise UserError(f"{key}={name}: {defined_at(function)} must return a finite number; it returned {shown}")
+    raise UserError(f"{key}={name}: {place} must return a finite number; it returned {shown}")
+
+
+def called(key: str, name: str, function: Callable[..., Any], *args: object) -> float:
+    """What a user's function returns, a finite number. Raises UserError, with file and line, for anything else."""
+    returned = guarded(key, name, [function], lambda: function(*args))
+    return finite_number(key, name, defined_at(function), returned)
 
 
 def _code(function: Callable[..., Any]) -> CodeType | None:

@@ -97,6 +97,28 @@ def test_asked_before_the_first_step_it_ends_well_too(commands, tmp_path):
     assert not any((run / "checkpoints").iterdir())
 
 
+HANGS = """
+import pathlib, time
+
+def hangs(r):
+    pathlib.Path("{}").touch()
+    time.sleep(1000)
+"""
+
+
+def test_asked_while_a_users_function_hangs_it_ends_well(commands, tmp_path):
+    """Every response costs reward.timeout seconds, and the run goes on to the end of its step."""
+    run, called = tmp_path / "run", tmp_path / "called"
+    (tmp_path / "my_hang.py").write_text(HANGS.format(called))
+    slow = ("reward.function=my_hang:hangs", "reward.timeout=0.5", "reward.workers=2", "data.questions_per_step=2")
+    started = commands.start("train", *FOREVER, *slow, at(run), PYTHONPATH=str(tmp_path))
+    started.wait_for(called)
+    started.process.send_signal(signal.SIGTERM)
+    done = started.wait().ok()
+    assert "asked to stop by SIGTERM: saved step 1" in done.out
+    assert "reward.function=my_hang:hangs took longer than reward.timeout" in done.out + done.err
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_others_and_is_named(victim, commands, tmp_path):
     run = tmp_path / "run"

@@ -32,7 +32,7 @@ def rewards(preference: str | None = None, function: str | None = None, **terms:
         "verifier": "math",
         "parameters": {},
         "require_think": True,
-        "timeout": 1.0,
+        "timeout": 2.0,
         "workers": 1,
     }
     return Rewards(RewardConfig(terms=weights, function=function, overlong_buffer=None, **settings), preference)
@@ -80,7 +80,7 @@ def test_a_preference_is_any_of_the_terms(name: str, wanted: float) -> None:
 
 
 MINE = """
-import math
+import math, time
 
 
 def by_level(r):
@@ -103,6 +103,11 @@ def huge(r):
     return 10**5000
 
 
+def hangs_on_wrong(r):
+    time.sleep(0 if r.correct else 1000)
+    return 5.0
+
+
 CONSTANT = 1
 """
 
@@ -117,6 +122,14 @@ def test_a_users_function_sees_the_response_and_its_questions_metadata(mine: Pat
     assert rewards(function=own, correctness=1.0).reward(RIGHT) == pytest.approx(1.3)
     assert rewards(function=own).reward(WRONG) == -14.0
     assert rewards(own).preference(RIGHT) == pytest.approx(0.3)
+
+
+def test_a_users_function_that_hangs_gives_0_and_is_named(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = f"{mine.stem}:hangs_on_wrong"
+    some = rewards(own, function=own, correctness=1.0)
+    assert some.judge([RIGHT, WRONG, RIGHT]) == [(6.0, 5.0), (0.0, 0.0), (6.0, 5.0)]
+    for key in ("reward.function", "algorithm.preference"):
+        assert f"{key}={own} took longer than reward.timeout" in caplog.text
 
 
 @pytest.mark.parametrize(

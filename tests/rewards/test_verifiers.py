@@ -10,7 +10,6 @@ import pytest
 from user_module import beside_us
 
 from nemo_disco.config.compose import compose
-from nemo_disco.rewards.math_grader import MathGrader
 from nemo_disco.rewards.registry import VERIFIERS, build_verifier
 from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserFunction, Verifier
 from nemo_disco.runtime.errors import UserError
@@ -132,7 +131,7 @@ def test_a_function_of_yours_that_hangs_costs_its_response_only(caplog: pytest.L
     with UserFunction("my_functions:slow", timeout=1.0, workers=2) as slow:
         verdicts = slow.grade_with_reasons(["a", "hang", "b", "hang", "c"], ["x"] * 5)
     assert [v.reason for v in verdicts] == ["correct", "timeout", "correct", "timeout", "correct"]
-    assert time.monotonic() - began < 30 and "reward.timeout=1 s" in caplog.text
+    assert time.monotonic() - began < 30 and "reward.timeout allows (1 s)" in caplog.text
     with UserFunction("my_functions:dead") as dead, pytest.raises(UserError, match="ended its process with 7"):
         dead.grade(["x"], ["y"])
 
@@ -161,15 +160,49 @@ def test_a_verifier_of_yours_is_found_in_the_working_directory(tmp_path: Path, m
         "from nemo_disco.rewards import MathGrader\n"
         "def shout(response, answers):\n    return float(response.isupper())\n"
         "class Strict(MathGrader):\n    def __init__(self, limit, **rest):\n        super().__init__(**rest)\n"
-        "        self.limit = limit\nnumber = 3\n"
+        "        self.limit = limit\n"
+        "    def grade(self, responses, answers):\n        raise KeyError(*responses)\n"
+        "    def grade_with_reasons(self, responses, answers):\n"
+        "        seen = super().grade_with_reasons(responses, answers)\n"
+        "        return [type(v)(0.0, 'over 3') if '4' in responses[0] and self.limit == 3 else v for v in seen]\n"
+        "number = 3\n"
     )
     monkeypatch.chdir(tmp_path)
     function = build_verifier(settings("reward.verifier=my_reward:shout", "reward.require_think=false"), workers=1)
     assert function.grade(["YES", "no"], ["", ""]) == [1.0, 0.0]
     with pytest.raises(UserError, match="neither function nor class"):
         build_verifier(settings("reward.verifier=my_reward:number"), workers=1)
-    with build_verifier(settings("reward.verifier=my_reward:Strict", "reward.parameters.limit=3"), workers=1) as mine:
-        assert isinstance(mine, MathGrader) and mine.limit == 3  # type: ignore[attr-defined]
+    chosen = ("reward.verifier=my_reward:Strict", "reward.parameters.limit=3")
+    with build_verifier(settings(*chosen, "reward.timeout=60"), workers=1) as mine:
+        verdicts = mine.grade_with_reasons(["</think> \\boxed{4}", "</think> \\boxed{5}"], ["4", ["5", "6"]])
+        assert [(v.reward, v.reason) for v in verdicts] == [(0.0, "over 3"), (1.0, "correct")]
+        with pytest.raises(UserError, match=rf"my_reward:Strict raised KeyError at {tmp_path}/my_reward.py:\d+: 'odd'"):
+            mine.grade(["odd"], ["1"])
+
+
+HANGS = """
+import time
+class Judge:
+    def __init__(self, factor):
+        self.factor = factor
+    def grade(self, responses, answers):
+        return [v.reward for v in self.grade_with_reasons(responses, answers)]
+    def grade_with_reasons(self, responses, answers):
+        from nemo_disco.rewards import Verdict
+        time.sleep(1000 if "hang" in responses else 0)
+        return [Verdict(self.factor, "mine") for _ in responses]
+"""
+
+
+def test_a_class_of_yours_that_hangs_costs_its_response_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside_us(tmp_path / "my_hanging_judge.py", HANGS, monkeypatch)
+    chosen = ("reward.verifier=my_hanging_judge:Judge", "reward.parameters.factor=0.5", "reward.timeout=1")
+    with build_verifier(settings(*chosen), workers=2) as judge:
+        assert judge.grade(["a", "hang", "b"], ["x"] * 3) == [0.5, 0.0, 0.5]
+        assert [v.reason for v in judge.grade_with_reasons(["hang", "c"], ["x"] * 2)] == ["timeout", "mine"]
+    assert "reward.verifier=my_hanging_judge:Judge took longer than reward.timeout" in caplog.text
 
 
 @pytest.mark.parametrize(
