@@ -27,6 +27,8 @@ from nemo_disco.runtime.saved_files import FileError, read_bytes
 
 METADATA = ".metadata"
 LARGEST = 1 << 30  # bytes; 10,000 tensors in 1,000 pieces each have as many
+DEEPEST = 100  # objects in one another; megatron's own have about twelve
+_MARK = -1
 # BytesStorageMetadata is left out on purpose: what it announces, torch unpickles without restriction.
 _OURS = {
     ("torch", "Size"),
@@ -65,12 +67,43 @@ def read_metadata(file: Path, admitted: Collection[tuple[str, str]] = _OURS, ref
 
 
 def _check_opcodes(content: bytes) -> None:
-    """Raises ValueError where the pickle asks for more than it is: unpickling allocates by the number it reads, and an
-    altered bit of one made 18 GB of a small file."""
+    """Raises ValueError where the pickle asks for more than it is, or nests too deep.
+
+    Unpickling allocates by the number it reads, and an altered bit of one made 18 GB of a small file; hashing a deep
+    tuple ends the process.
+    """
+    stack: list[int] = []  # each object's depth; _MARK is a mark
+    memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(content):
         # Lengths of texts and bytes are checked by genops itself, which finds the text's end before the file's.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
             raise ValueError(f"{opcode.name} {argument} in {len(content)} bytes")
+        if opcode.name == "MARK":
+            stack.append(_MARK)
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else int(argument)] = stack[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument or 0)])
+        else:
+            depth = _depth(opcode, stack)
+            if depth > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} deep")
+            stack += [depth] * len(opcode.stack_after)
+
+
+def _depth(opcode: pickletools.OpcodeInfo, stack: list[int]) -> int:
+    """The depth of what the opcode makes of the objects that it takes off the stack."""
+    takes = opcode.stack_before
+    parts: list[int] = []
+    if pickletools.markobject in takes:
+        while (top := stack.pop()) != _MARK:
+            parts.append(top)
+        takes = takes[: takes.index(pickletools.markobject)]
+    parts += [stack.pop() for _ in takes]
+    if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD", "DUP"):
+        *items, grown = parts
+        return max(grown, 1 + max(items, default=-1))
+    return 1 + max(parts, default=-1)
 
 
 def _check_shape(metadata: Any) -> None:

@@ -69,6 +69,20 @@ def test_what_it_announces_is_compared_with_its_size_first(file: Path, pickled: 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "kilobytes"
 
 
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}K\x01" + b"\x85" * 100_000 + b"K\x02s.",  # the key of a dict: hashing it ends the process
+        b"\x80\x02}(" + b"(" * 100_000 + b"K\x01" + b"t" * 100_000 + b"K\x02u.",
+        b"\x80\x02}K\x01" + b"".join(b"\x85q\x000h\x00" for _ in range(1000)) + b"K\x02s.",  # through the memo
+    ],
+)
+def test_tuples_in_one_another_are_bounded(file: Path, pickled: bytes) -> None:
+    file.write_bytes(pickled)
+    with pytest.raises(UserError, match=r"damaged.*nested more than 100 deep"):
+        read_metadata(file)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_however_it_is_altered_it_is_read_or_refused(file: Path, data: st.DataObject) -> None:
