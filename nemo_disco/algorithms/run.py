@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rewards.registry import Grader, build_verifier
+from nemo_disco.rewards.user_pool import rank_workers
 from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
@@ -197,7 +197,6 @@ def _room(
     policy = _policy(config, tokenizer, dtype=dtype, trainable=trainable, read_weights=checkpoint_path is None)
     if checkpoint_path is not None:
         checkpoint.load(policy, checkpoint_path)
-    workers = max(1, config.reward.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     engine = build_engine(
         config.generation,
         policy,
@@ -206,7 +205,7 @@ def _room(
         logs=RunDirectory(config.exp_manager.explicit_log_dir).path / "engines",
     )
     try:
-        with build_verifier(config.reward, workers) as grader:
+        with build_verifier(config.reward, rank_workers(config.reward.workers)) as grader:
             yield Room(policy, engine, grader)
     finally:
         engine.close()
@@ -317,7 +316,7 @@ def _show(run: RunDirectory) -> None:
     from rich.console import Console
 
     from nemo_disco.evaluation.report import write_report
-    from nemo_disco.evaluation.table import compare, rich_table
+    from nemo_disco.evaluation.table import compare, made_differently, rich_table
 
     console = Console()
     if not console.is_terminal:
@@ -329,6 +328,8 @@ def _show(run: RunDirectory) -> None:
         if len(results) > 1:
             title = f"{name}: {results[0].problems} problems, before and after {results[-1].step} steps"
             console.print(rich_table(compare(results[0], results[-1]), title))
+            if note := made_differently(results[0], results[-1]):
+                console.print(note, soft_wrap=True, highlight=False, markup=False)
     console.print(f"report   {write_report([run.path])}", soft_wrap=True, highlight=False)
     console.print(f"model    {run.export} (a Hugging Face directory)", soft_wrap=True, highlight=False)
 

@@ -16,7 +16,7 @@ from typing import Any
 from nemo_disco.evaluation.rollout_pack import pack_rollouts
 from nemo_disco.evaluation.run_data import Run, read_runs
 from nemo_disco.evaluation.statistics import Estimate, bootstrap
-from nemo_disco.evaluation.table import HEADER, Row, compare
+from nemo_disco.evaluation.table import HEADER, Row, compare, made_differently
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
 
@@ -26,7 +26,7 @@ PHASES = ("generate", "grade", "log_probs", "train", "refit")
 
 @dataclass(frozen=True)
 class AccuracyTable:
-    """Before and after of one set of one run; `steps` is (before, after)."""
+    """Before and after of one set of one run; `steps` is (before, after), `note` says what else differs, or nothing."""
 
     run: int
     label: str
@@ -34,6 +34,7 @@ class AccuracyTable:
     problems: int
     steps: tuple[int, int]
     rows: list[Row]
+    note: str
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def accuracy_tables(runs: list[Run]) -> list[AccuracyTable]:
             rows = compare(first, last)
             if first is last:
                 rows = [Row(row.metric, row.before, None, None) for row in rows]
-            tables.append(AccuracyTable(number, run.label, name, first.problems, (first.step, last.step), rows))
+            note = made_differently(first, last)
+            tables.append(AccuracyTable(number, run.label, name, first.problems, (first.step, last.step), rows, note))
     return tables
 
 

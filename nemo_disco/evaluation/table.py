@@ -5,6 +5,7 @@ Rows are data; how they look (terminal, text, JSON) is separate. Rich is importe
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,21 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
     return rows
 
 
+def made_differently(before: EvaluationResult, after: EvaluationResult) -> str:
+    """A line that names what differed between two evaluations beside the weights: precision, engine, verifier, ...
+
+    Empty where nothing did, or where a result does not say how it was made.
+    """
+    if before.identity is None or after.identity is None:
+        return ""
+    old, new = _flat(before.identity), _flat(after.identity)
+    differing = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
+    if not differing:
+        return ""
+    said = [f"{key} ({old.get(key)}, then {new.get(key)})" if _is_short(key, old, new) else key for key in differing]
+    return f"The two evaluations were made differently, so the change is not training's alone: {'; '.join(said)}."
+
+
 def rich_table(rows: list[Row], title: str) -> Table:
     """For a terminal."""
     from rich.table import Table
@@ -83,6 +99,20 @@ def text_table(rows: list[Row], title: str) -> str:
 def json_table(rows: list[Row]) -> list[dict[str, Any]]:
     """For a machine: a list of objects, estimates as {value, low, high}."""
     return [asdict(row) for row in rows]
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, str]:
+    """What decided the samples and verdicts but for the weights, by key or group.key, as JSON."""
+    values: dict[str, Any] = {}
+    for key, value in identity.items():
+        if key not in ("step", "weights", "training_step"):
+            values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
+
+
+def _is_short(key: str, *sides: dict[str, str]) -> bool:
+    """Whether the values can be shown, as a hash cannot."""
+    return all(len(side.get(key, "")) <= 40 for side in sides)
 
 
 def _title(name: str, samples: int) -> str:

@@ -73,6 +73,14 @@ def test_the_page_holds_the_run(make_run: MakeRun) -> None:
         assert part in text
 
 
+def test_two_evaluations_that_were_made_differently_are_noted(make_run: MakeRun) -> None:
+    run = make_run()
+    assert "made differently" not in visible(write_report([run]).read_text())
+    for file, precision in zip(sorted((run / "evaluation").glob("*.json")), ("<b>32", "bf16"), strict=True):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"identity": {"precision": precision}}))
+    assert "made differently" in visible(page := write_report([run]).read_text()) and "<b>32" not in page
+
+
 def test_every_rollout_is_there_as_it_was(make_run: MakeRun) -> None:
     run = make_run(steps=5)
     page = write_report([run]).read_text()
