@@ -24,9 +24,9 @@ from nemo_disco.data.rollouts import Rollouts
 
 TEMPERATURE = 0.6
 TINY = ModelShape(2, 64, 128, 4, 2, 16, 260, tied=False, qkv_bias=True, max_positions=4096)
-TINY_QWEN3 = replace(TINY, tied=True, qkv_bias=False)
+TINY_QWEN3 = replace(TINY, tied=True, qkv_bias=False, qk_norm=True)
 # Qwen3-0.6B, with room for the longest context that is published for it.
-QWEN3 = ModelShape(28, 1024, 3072, 16, 8, 128, 151936, tied=True, qkv_bias=False, max_positions=131072)
+QWEN3 = ModelShape(28, 1024, 3072, 16, 8, 128, 151936, tied=True, qkv_bias=False, max_positions=131072, qk_norm=True)
 SHAPES = {"1p5b": KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"], "7b": KNOWN["DeepSeek-R1-Distill-Qwen-7B"]}
 SHAPES |= {"qwen3_0p6b_16k": QWEN3, "qwen3_0p6b_65k": QWEN3}
 CUDA = torch.cuda.is_available()
@@ -155,10 +155,10 @@ def model_directory(shape: ModelShape, seed: int = 0, scale: float = 0.02) -> It
 
 
 def hf_config(shape: ModelShape) -> Any:
-    """Qwen2's, or Qwen3's for a shape without biases, whose heads have a size of their own."""
+    """Qwen2's, or Qwen3's for a shape with q/k norms, whose heads have a size of their own."""
     from transformers import Qwen2Config, Qwen3Config
 
-    kind, own = (Qwen2Config, {}) if shape.qkv_bias else (Qwen3Config, {"head_dim": shape.head_dim})
+    kind, own = (Qwen3Config, {"head_dim": shape.head_dim}) if shape.qk_norm else (Qwen2Config, {})
     return kind(
         **own,
         vocab_size=shape.vocab,

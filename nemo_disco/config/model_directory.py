@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SNAPSHOTS = re.compile(r"models--.+")
+_MODELS = Path("models")  # where the recipes expect a model, so no owner on the Hub
 
 
 def explain(directory: Path) -> str | None:
@@ -46,10 +46,10 @@ _ORIGINAL = "give the Hugging Face directory it was made from (config.json, toke
 
 
 def _explain_missing(path: Path) -> str:
-    if _HUB_ID.fullmatch(str(path)) and not path.parent.exists():
+    if _HUB_ID.fullmatch(str(path)) and path.parent != _MODELS and not path.parent.exists():
         return (
             f"{path}: no Hugging Face model there; if it is a name on the Hugging Face Hub: nothing is downloaded "
-            f"here, so `hf download {path} --local-dir models/{path.name}` and give models/{path.name}"
+            f"here, so `hf download {path} --local-dir {_MODELS / path.name}` and give {_MODELS / path.name}"
         )
     return f"{path}: no Hugging Face model there: no such directory"
 

@@ -1,6 +1,6 @@
 """The shape of a model, from its Hugging Face config.json alone, for checks and estimates before anything is built.
 
-Reads one JSON file; must not import torch or transformers. Qwen2 and Llama: grouped-query attention, SwiGLU.
+Reads one JSON file; must not import torch or transformers. The families of hf_config: grouped-query attention, SwiGLU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_disco.config.hf_config import FAMILIES, read_hf_config
+from nemo_disco.config.model_directory import explain
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ModelShape:
     tied: bool
     qkv_bias: bool
     max_positions: int
+    qk_norm: bool = False
 
     @property
     def query_width(self) -> int:
@@ -41,7 +43,12 @@ class ModelShape:
         """Parameters of one layer."""
         qkv = self.query_width + 2 * self.kv_width
         attention = self.hidden * qkv + self.query_width * self.hidden + (qkv if self.qkv_bias else 0)
-        return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return attention + 3 * self.hidden * self.ffn + self.norm_parameters
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one layer's norms: of its two inputs, and of a query's and a key's head where they have one."""
+        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 
     @property
     def embedding_parameters(self) -> int:
@@ -71,13 +78,18 @@ SIZES = {name.rpartition("-")[2].lower(): name for name in KNOWN}
 def find_shape(path: str) -> tuple[ModelShape | None, str]:
     """The shape of the model at `path`, or the published one of a known name or size (32b), and a line that says which
     it is. Raises UserError for a damaged directory."""
-    if Path(path).exists():
+    try:
+        exists = Path(path).exists()
+    except OSError:
+        exists = True  # read_shape says why it cannot be read
+    if exists:
         return read_shape(path), f"Model: {path}."
+    missing = explain(Path(path))
     name = SIZES.get(path.lower(), Path(path).name)
     if (known := KNOWN.get(name)) is not None:
-        return known, f"Model: not found at {path}; this is the published shape of {name}."
+        return known, f"Model: the published shape of {name}; {missing}."
     sizes = ", ".join(SIZES)
-    return None, f"Model: not found at {path}, so there is no estimate; known without files: model.path={sizes}."
+    return None, f"Model: {missing}. So there is no estimate; known without files: model.path={sizes}."
 
 
 def read_shape(path: str | Path) -> ModelShape:
@@ -92,6 +104,7 @@ def read_shape(path: str | Path) -> ModelShape:
 def decoder_sizes(config: dict[str, Any]) -> dict[str, Any]:
     """Fields of ModelShape but max_positions, of what read_hf_config returns."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    family = FAMILIES[config["model_type"]]
     return {
         "layers": config["num_hidden_layers"],
         "hidden": hidden,
@@ -101,5 +114,6 @@ def decoder_sizes(config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": config.get("head_dim") or hidden // heads,
         "vocab": config["vocab_size"],
         "tied": config["tie_word_embeddings"],
-        "qkv_bias": FAMILIES[config["model_type"]].qkv_bias,
+        "qkv_bias": family.qkv_bias,
+        "qk_norm": family.qk_norm,
     }

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nemo_disco.config.hf_config import FAMILIES, read_hf_config
+from nemo_disco.config.hf_config import read_hf_config
 from nemo_disco.config.shape import decoder_sizes
 
 Shape = tuple[int, ...]
@@ -133,4 +133,4 @@ class Architecture:
 def read_architecture(directory: Path) -> Architecture:
     """Of a Hugging Face directory. Raises UserError as read_hf_config does."""
     config = read_hf_config(directory)
-    return Architecture(config=config, qk_norm=FAMILIES[config["model_type"]].qk_norm, **decoder_sizes(config))
+    return Architecture(config=config, **decoder_sizes(config))

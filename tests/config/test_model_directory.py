@@ -42,6 +42,12 @@ def test_a_directory_without_a_model(files: Iterable[str], hint: str, tmp_path: 
     assert str(raised.value).startswith(f"{directory}: ") and "\n" not in str(raised.value)
 
 
+def test_the_place_for_models_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such directory$"):
+        read_hf_config("models/Qwen3-0.6B")
+
+
 def test_a_path_that_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make(tmp_path, "models/x.gguf", "models/model.safetensors")

@@ -9,6 +9,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.config.memory import LIBRARIES, Layout, estimate, host_memory
 from nemo_disco.config.plan import print_plan, vocabulary
 from nemo_disco.config.shape import KNOWN, find_shape, read_shape
+from nemo_disco.runtime.errors import UserError
 
 
 def printed(config, world_size):
@@ -42,6 +43,7 @@ def test_a_shape_counts_what_transformers_builds(model_directory):
         {},
         {"tie_word_embeddings": False, "head_dim": 32},
         {"model_type": "llama"},
+        {"model_type": "qwen3", "head_dim": 16},
     ):
         directory = model_directory(**changes)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
@@ -123,13 +125,25 @@ def test_the_first_stage_of_a_pipeline_is_the_fullest():
 def test_the_plan_says_which_model_it_speaks_of(model_directory):
     text = printed(compose("recipe/disco_logl_7b"), 8)
     assert "7,615,616,512 parameters" in text
-    assert "not found at models/DeepSeek-R1-Distill-Qwen-7B; this is the published shape" in text
+    assert "the published shape of DeepSeek-R1-Distill-Qwen-7B" in text and "no such directory" in text
     lengths = ["data.max_prompt_length=64", "generation.max_response_length=64"]
     text = printed(compose("quickstart", [f"model.path={model_directory()}", *lengths]), 2)
     assert "optimizer state" in text and f"Model: {model_directory()}" in text
     text = printed(compose("quickstart", ["model.path=nowhere"]), 2)
-    assert "not found at nowhere, so there is no estimate" in text and "optimizer state" not in text
-    assert "model.path=1.5b, 7b, 8b, 32b, 70b" in text
+    assert "nowhere: no Hugging Face model there" in text and "optimizer state" not in text
+    assert "no estimate; known without files: model.path=1.5b, 7b, 8b, 32b, 70b" in text
+
+
+@pytest.mark.parametrize("hub_id", ["Qwen/Qwen3-0.6B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"])
+def test_the_plan_of_a_hub_id_says_how_to_fetch_it(hub_id):
+    name = hub_id.rpartition("/")[2]
+    text = printed(compose("quickstart", [f"model.path={hub_id}", "model.token_budget=8192"]), 2)
+    assert f"hf download {hub_id} --local-dir models/{name}" in text
+
+
+def test_a_path_that_cannot_be_looked_up_is_one_line():
+    with pytest.raises(UserError, match="cannot be read"):
+        find_shape("x" * 300)
 
 
 def test_the_plan_recommends_a_layout_and_says_what_it_assumed():
