@@ -1,7 +1,8 @@
 """The gate between the rollout engine and the policy: both must give the sampled tokens the same log-probs.
 
-`train` stops at its first step, `evaluate` before it samples with an engine of its own process, `verify` always; a
-later training step warns. Knows the policy and the engine by their contracts.
+`verify` and the first step of `train` always stop at a disagreement; with an engine in a process of its own `evaluate`
+and `train` also stop before they evaluate; a later step of `train` warns. Knows the policy and the engine by their
+contracts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_disco.algorithms.mismatch import Token, likely_cause, mismatch, worst_tokens
@@ -19,12 +21,14 @@ from nemo_disco.generation.engine import Engine, Sampling
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 
-# What `evaluate` asks of an engine before anything else: questions, and tokens of each response.
+# verify.max_kl where it is null: nats a token.
+_MAX_KL, _MAX_KL_BF16 = 1e-3, 1e-2
+# What a probe asks of an engine before anything else: questions, and tokens of each response.
 _PROBE_QUESTIONS, _PROBE_TOKENS = 16, 256
 
 
 class Agreement:
-    """Compares the two engines' log-probs of a run's rollouts, by verify.max_mismatch and verify.max_kl."""
+    """Compares the two engines' log-probs of a run's rollouts, by the limits of verify.max_mismatch and max_kl."""
 
     def __init__(self, config: RunConfig, policy: Policy, tokenizer: Any, say: Callable[[str], None]) -> None:
         """say: where a line for the person goes."""
@@ -32,11 +36,14 @@ class Agreement:
         self._above = False  # whether the last step was
 
     def check_step(self, step: int, rollouts: Rollouts, old_log_probs: Tensor) -> None:
-        """Of the step after `step` steps. old_log_probs [T]: the policy's. Raises UserError at a run's first step if
-        the engines disagree; a later step says so, once until they agree again. A collective.
+        """Compare the rollouts that the step after `step` steps trains on. old_log_probs [T]: the policy's.
 
-        Log-probs of the policy that are not finite are not the engine's fault, and rollouts of older weights differ by
-        what training changed: neither is compared.
+        The first step of a run (step 0; not the first one after a resume) raises UserError if the engines disagree. A
+        later one warns, and warns again only after a compared step in which they agreed. A collective.
+
+        Not compared: log-probs of the policy that are not finite, which are not the engine's fault; and a step with any
+        response of older weights than now, which differs by what training changed. So an asynchronous run compares its
+        first step and the first one after a resume. Dynamic sampling drops groups before this: they are not compared.
         """
         if not bool(old_log_probs.isfinite().all()) or int(rollouts.weight_versions.min()) < step:
             return
@@ -44,23 +51,32 @@ class Agreement:
         if step == 0:
             refuse_disagreement(self.config, self.policy, self.tokenizer, rollouts, old_log_probs, apart)
             return
-        above = not _agree(self.config, apart)
+        above = not _agree(self.config, self.policy, apart)
         if above and not self._above:
-            self.say(f"step {step + 1}: warning: {_figures(self.config, apart)}; see nemo-disco verify")
+            self.say(f"step {step + 1}: warning: {_figures(self.config, self.policy, apart)}; see nemo-disco verify")
         self._above = above
 
 
 def check_engine(config: RunConfig, policy: Policy, engine: Engine, questions: Questions) -> None:
     """Sample short responses to a few of the questions, and raise UserError if the policy gives their tokens other
-    log-probs than the engine. For an engine in a process of its own; a collective."""
+    log-probs than the engine. Afterwards the engine has the policy's weights and is ready. A collective.
+
+    The embedded engine is not probed: it has no process, version or weights of its own, and a run's first step compares
+    it all the same.
+    """
+    if config.generation.engine == "megatron":
+        return
     picked = questions.repeat(range(min(_PROBE_QUESTIONS, len(questions))), 1)
     # The whole distribution: under top-p some engines' log-probs are of the truncated one.
     limit = min(_PROBE_TOKENS, config.generation.longest_response)
     sampling = Sampling(config.evaluation.temperature, limit)
     rollouts, _ = packed(picked, engine.generate(picked.prompts, range(len(picked)), sampling))
+    engine.sleep()  # as in a training step: an engine on the training GPUs leaves the policy no room beside it
     log_probs = _log_probs(policy, rollouts, config.evaluation.temperature)
     apart = mismatch(log_probs, rollouts.generation_log_probs)
     refuse_disagreement(config, policy, questions.tokenizer, rollouts, log_probs, apart)
+    engine.wake()
+    engine.update_weights(policy.named_weights, int(rollouts.weight_versions.min()))
 
 
 def refuse_disagreement(
@@ -71,11 +87,11 @@ def refuse_disagreement(
     log_probs: Tensor,
     apart: dict[str, float],
 ) -> None:
-    """Raises UserError if engine and policy differ by more than verify.max_mismatch or verify.max_kl. A collective.
+    """Raises UserError if engine and policy differ by more than the limits (kl_limit). A collective.
 
     log_probs [T]: the policy's; apart: their mismatch.
     """
-    if _agree(config, apart):
+    if _agree(config, policy, apart):
         return
     cause = likely_cause(
         log_probs,
@@ -86,7 +102,8 @@ def refuse_disagreement(
     )
     worst = "; ".join(describe_token(tokenizer, token) for token in worst_tokens(log_probs, rollouts, 3))
     raise UserError(
-        f"{_figures(config, apart)}; worst: {worst}; likely cause: {cause}; to go on all the same, raise the limits"
+        f"{_figures(config, policy, apart)}; worst: {worst}; likely cause: {cause}; "
+        "to go on all the same, raise the limits"
     )
 
 
@@ -99,17 +116,34 @@ def describe_token(tokenizer: Any, token: Token) -> str:
     )
 
 
-def _agree(config: RunConfig, apart: dict[str, float]) -> bool:
+def kl_limit(config: RunConfig, dtype: torch.dtype) -> tuple[float, str]:
+    """The largest KL that passes, and where it comes from, for a message. dtype: of the policy's weights.
+
+    A missing q/k norm, bias or rope costs 0.1 nats a token and more. Two correct implementations of a real model differ
+    by about 1e-3 where they round to bfloat16. An engine that quantizes is held to the strict limit in any precision:
+    it samples from other weights, which is to be allowed knowingly.
+    """
+    verify, quantization = config.verify, config.generation.quantization
+    if verify.max_kl is not None:
+        return verify.max_kl, f"verify.max_kl={verify.max_kl:g}"
+    if dtype is not torch.bfloat16:
+        return _MAX_KL, f"verify.max_kl=null: {_MAX_KL:g} in {str(dtype)[6:]}"
+    if quantization is not None:
+        return _MAX_KL, f"verify.max_kl=null: {_MAX_KL:g} with generation.quantization={quantization}"
+    return _MAX_KL_BF16, f"verify.max_kl=null: {_MAX_KL_BF16:g} in bfloat16, for its rounding"
+
+
+def _agree(config: RunConfig, policy: Policy, apart: dict[str, float]) -> bool:
     """Not so for nan."""
-    verify = config.verify
-    return apart["mismatch/mean_exp_abs"] <= verify.max_mismatch and apart["mismatch/kl_k3"] <= verify.max_kl
+    limit, _ = kl_limit(config, policy.dtype)
+    return apart["mismatch/mean_exp_abs"] <= config.verify.max_mismatch and apart["mismatch/kl_k3"] <= limit
 
 
-def _figures(config: RunConfig, apart: dict[str, float]) -> str:
+def _figures(config: RunConfig, policy: Policy, apart: dict[str, float]) -> str:
+    _, why = kl_limit(config, policy.dtype)
     return (
         f"trainer and engine {config.generation.engine} disagree: mean e^|d| {apart['mismatch/mean_exp_abs']:.4g} "
-        f"(verify.max_mismatch={config.verify.max_mismatch:g}), KL {apart['mismatch/kl_k3']:.3g} "
-        f"(verify.max_kl={config.verify.max_kl:g})"
+        f"(verify.max_mismatch={config.verify.max_mismatch:g}), KL {apart['mismatch/kl_k3']:.3g} ({why})"
     )
 
 

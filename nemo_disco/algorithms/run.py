@@ -124,8 +124,7 @@ def evaluate(config: RunConfig) -> int:
         sets = _evaluation_sets(config, tokenizer)
         with _room(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as room:
             room.engine.update_weights(room.policy.named_weights, 0)
-            if config.generation.engine != "megatron":
-                check_engine(config, room.policy, room.engine, sets[0])
+            check_engine(config, room.policy, room.engine, sets[0])
             results = []
             for questions in sets:
                 samples = evaluation_file(directory, questions.name, source.step).with_suffix(".samples.jsonl")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nemo_disco.algorithms.agreement import Agreement
+from nemo_disco.algorithms.agreement import Agreement, check_engine
 from nemo_disco.algorithms.cautions import Cautions
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
@@ -109,6 +109,8 @@ class DisCO:
         with self.stop, self.journal.watch(limit, self.step if there else self.step - 1), self.writer:
             self.saved = self.step
             if self.step == 0:
+                if self.evaluation_sets:  # a wrong engine is refused before hours of evaluation
+                    check_engine(self.config, self.policy, self.engine, self.evaluation_sets[0])
                 self._evaluate()
             elif self.unfinished is not None:
                 self._finish_step(written=there)

@@ -220,7 +220,7 @@ class VerifyConfig(Section):
     save_gradients: PathText | None  # one mini-batch's gradient, Hugging Face names, safetensors
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
     max_mismatch: PositiveFloat  # mean exp|trainer - engine| of the sampled tokens' log-probs; above it commands stop
-    max_kl: PositiveFloat  # their KL (k3), nats a token
+    max_kl: PositiveFloat | None  # their KL (k3), nats a token; null: by precision, algorithms/agreement.py
 
 
 class PlanConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -90,7 +91,7 @@ def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, t
 
 def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_again(trainer: torch.Tensor) -> None:
     said: list[str] = []
-    policy = Mock(temperature=0.6, **{"log_probs.return_value": (plain(trainer), None)})
+    policy = Mock(temperature=0.6, dtype=torch.float32, **{"log_probs.return_value": (plain(trainer), None)})
     agreement = Agreement(compose("quickstart"), policy, Mock(**{"decode.return_value": "x"}), said.append)
 
     def check(step: int, apart: float, version: int | None = None, policy_log_probs: torch.Tensor = trainer) -> None:
@@ -108,6 +109,43 @@ def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_agai
     for step, apart in ((2, 0.2), (3, 0.2), (4, 0.001), (5, 0.2)):
         check(step, apart)
     assert [line.split(": trainer")[0] for line in said] == ["step 3: warning", "step 6: warning"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "overrides", "limit"),
+    [
+        (torch.float32, [], "0.001 in float32"),
+        (torch.float64, [], "0.001 in float64"),
+        (torch.bfloat16, [], None),
+        (torch.bfloat16, ["verify.max_kl=1e-3"], "verify.max_kl=0.001"),
+        (torch.float32, ["verify.max_kl=1e-2"], None),
+        (torch.bfloat16, ["generation=vllm", "generation.quantization=fp8"], "0.001 with generation.quantization=fp8"),
+    ],
+)
+def test_the_limit_of_kl_follows_the_precision_and_says_so(
+    dtype: torch.dtype, overrides: list[str], limit: str | None, trainer: torch.Tensor
+) -> None:
+    """The engine is as far away as bfloat16's rounding of a real model: KL 0.0015."""
+    config = compose("quickstart", [*overrides, *["generation.python=python"] * bool(overrides[1:])])
+    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (plain(trainer), None)})
+    agreement = Agreement(config, policy, Mock(**{"decode.return_value": "x"}), print)
+    drawn = rollouts(trainer + noise(trainer, 0.055))
+    drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
+    with nullcontext() if limit is None else pytest.raises(UserError, match=rf"KL 0\.001\d+ \(.*{limit}"):
+        agreement.check_step(0, drawn, trainer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kl_like_that_of_a_missing_norm_is_refused_in_every_precision(
+    dtype: torch.dtype, trainer: torch.Tensor
+) -> None:
+    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (plain(trainer), None)})
+    config = compose("quickstart", ["verify.max_mismatch=1e9"])
+    agreement = Agreement(config, policy, Mock(**{"decode.return_value": "x"}), print)
+    drawn = rollouts(trainer + noise(trainer, 0.4))
+    drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
+    with pytest.raises(UserError, match="disagree"):
+        agreement.check_step(0, drawn, trainer)
 
 
 def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:

@@ -39,9 +39,13 @@ def test_the_engine_sleeps_while_the_policy_trains(commands, tmp_path: Path) -> 
         "reward.verifier=noted:coin",
         "reward.require_think=false",
         "trainer.max_steps=2",
+        "evaluation.enabled=true",
+        "evaluation.samples=1",
     )
     commands("train", *settings, at(tmp_path / "run"), PYTHONPATH=str(tmp_path)).ok()
     assert '"sleeps": true' in told.read_text()
     seen = notes.read_text().split()
     once = [word for i, word in enumerate(seen) if i == 0 or word != seen[i - 1]]
-    assert once == ["begin", "commit", *["generate", "sleep", "train", "wake", "begin", "commit"] * 2]
+    probe = ["begin", "commit", "generate", "sleep", "wake"]  # before the evaluation
+    steps = ["begin", "commit", "generate", "sleep", "train", "wake"] * 2
+    assert once == [*probe, *steps, "begin", "commit", "generate"]

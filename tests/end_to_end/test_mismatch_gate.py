@@ -1,5 +1,5 @@
-"""`nemo-disco verify`, the first step of `train` and an `evaluate` with an engine of its own refuse an engine that
-disagrees with the trainer; later steps warn; every step reports by how much."""
+"""`nemo-disco verify`, `train` and an `evaluate` with an engine of its own refuse an engine that disagrees with the
+trainer, before they evaluate; later steps warn; every step reports by how much."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_engine_that_disagrees_is_refused_with_tokens_and_cause(commands, tmp
     assert done.code == 2
     assert re.match(
         r"error: trainer and engine megatron disagree: mean e\^\|d\| 1\.0\d+ \(verify.max_mismatch=1.05\), "
-        r"KL 0\.00\d+ \(verify.max_kl=0.001\); worst: token \d+ .*: trainer -\S+, engine -?\S+; .*; "
+        r"KL 0\.00\d+ \(verify.max_kl=null: 0.001 in float32\); worst: token \d+ .*: trainer -\S+, engine -?\S+; .*; "
         r"likely cause: small and everywhere: precision .*; to go on all the same, raise the limits$",
         done.err,
     )
@@ -46,13 +46,15 @@ def test_every_step_reports_the_mismatch(commands, tmp_path):
     assert all(token["token"] >= 0 and token["place"] >= 0 and token["response"] >= 0 for token in worst)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    "command", [("train",), ("train", "evaluation.enabled=true"), ("evaluate",)], ids=lambda command: " ".join(command)
+)
 def test_an_engine_of_its_own_that_disagrees_is_refused_before_anything_is_trained_or_scored(
     command, commands, tmp_path
 ):
     """The fake engine gives every token a log-prob of -0.5."""
     engine = ("generation=vllm", f"generation.python={fake_python(tmp_path)}")
-    done = commands(command, *engine, at(tmp_path / "run"))
+    done = commands(*command, *engine, at(tmp_path / "run"))
     assert done.code == 2
     (said,) = [line for line in done.err.splitlines() if "error" in line]
     assert re.match(r"error: trainer and engine vllm disagree: .*verify.max_mismatch=1.05.*likely cause: ", said)
