@@ -83,7 +83,7 @@ _REWRITES = [
         (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # mathematics delimiters and dollar signs
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*([CF])\s*$", r"\\text{ degrees \1}"),
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", r"\\text{ degrees}"),
-        (r"\\text\s*\{\s*([A-Z](?:\s*,\s*[A-Z])+)\s*\}", r"\1"),
+        (r"\\text\s*\{\s*([A-Z](?:(?:\s*,\s*(?:and\s)?|\sand\s)\s*[A-Z])+)\s*\}", r"\1"),
         (r",?\s*\\text\s*\{\s*,?\s*and\s*\}", ", "),
         (r",?\s*(?:\\text\s*\{\s*,?\s*or\s*\}|\\(?:lor|vee)(?![a-zA-Z]))", r" \\lor "),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi"),

@@ -45,7 +45,10 @@ def as_set(node: Node) -> Any:
         return sympy.FiniteSet(*values)
     if len(values) != 2 or node.opening not in "([" or node.closing not in ")]":
         raise ValueError("no interval")
-    return sympy.Interval(*values, left_open=node.opening == "(", right_open=node.closing == ")")
+    interval = sympy.Interval(*values, left_open=node.opening == "(", right_open=node.closing == ")")
+    if interval.is_empty:  # (2, 1) is a point
+        raise ValueError("no interval")
+    return interval
 
 
 def _is_set(node: Node) -> bool:

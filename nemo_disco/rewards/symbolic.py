@@ -5,6 +5,8 @@ The answer's structure (structure.py) is compared item by item, its expressions 
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from nemo_disco.rewards.units import quantity
 from nemo_disco.rewards.values import SURE_DIGITS, same_value
 from nemo_disco.rewards.words import is_word, same_text
 
+_ROUNDED = re.compile(r"-?\s*(\d*\.?\d+)(?:\s*\\(?:times|cdot)\s*10\^.*)?")
 _FLIPPED = {"<": ">", r"\le": r"\ge", ">": "<", r"\ge": r"\le"}
 
 
@@ -141,27 +144,45 @@ def _value_of_chain(chain: Relation, value: Node, only_names: bool) -> bool:
     only_names: the label must be a name such as x or f(x), since the chain is the gold answer: 2x + y = 0 is not 0.
     """
     right = [equal(side, value) if not only_names else equal(value, side) for side in chain.sides]
-    if not any(right):
-        approximate = r"\approx" in chain.operators and equal(chain.sides[0], value)
-        return approximate and _rounded(chain)
+    if not any(right) or (only_names and right[0] and not right[-1] and _is_name(value)):  # V = abc is not V
+        return False
     symbols = _symbols(value)
     for side, is_right in zip(chain.sides, right, strict=True):
         is_label = _is_function_of(side, symbols) or (
             bool(_symbols(side)) and not (_symbols(side) & symbols) and (not only_names or _is_name(side))
         )
-        if not (is_right or is_label or (r"\approx" in chain.operators and _rounded(chain))):
+        if not (is_right or is_label or (r"\approx" in chain.operators and _rounded(chain, right))):
             return False
     return True
 
 
-def _rounded(chain: Relation) -> bool:
-    """Whether the sides of a chain with \\approx are numbers within a twentieth of one another, labels apart."""
-    numbers: list[Any] = [_value(side) for side in chain.sides if isinstance(side, Leaf) and not _symbols(side)]
+def _rounded(chain: Relation, right: Sequence[bool]) -> bool:
+    """Whether a chain with \\approx names one number, labels apart.
+
+    Where its first number is the right one, the others are within a twentieth of it. Where a later one is, all are the
+    first one rounded, or it is theirs, to their last digits: 97 \\approx 98 \\approx 99 is a guess at each of them.
+    """
+    numbers = [(side, r) for side, r in zip(chain.sides, right, strict=True) if isinstance(side, Leaf)]
+    numbers = [(side, r) for side, r in numbers if not _symbols(side)]
     try:
-        sizes = [complex(number) for number in numbers]
+        sizes = [complex(_value(side)) for side, _ in numbers]  # type: ignore[arg-type]
     except TypeError:
         return False
-    return all(abs(size - sizes[0]) <= abs(sizes[0]) / 20 for size in sizes)
+    first, is_right = numbers[0]
+    if is_right:
+        return all(abs(size - sizes[0]) <= abs(sizes[0]) / 20 for size in sizes)
+    steps = [_last_place(side.text, size) for (side, _), size in zip(numbers, sizes, strict=True)]
+    own = steps[0] if "." in first.text else 0.0
+    return all(
+        size == sizes[0] or abs(size - sizes[0]) < max(step, own) for size, step in zip(sizes, steps, strict=True)
+    )
+
+
+def _last_place(text: str, size: complex) -> float:
+    """How much the last digit of a decimal counts; 0 where the text is none."""
+    match = _ROUNDED.fullmatch(quantity(text).body)
+    digits = int(match[1].replace(".", "")) if match else 0
+    return abs(size) / digits if digits else 0.0
 
 
 def _is_function_of(side: Node, symbols: set[str]) -> bool:
@@ -227,7 +248,7 @@ def _equal_items(gold: Items, answer: Items) -> bool:
             return False
         if len(gold.items) == 2 and (bracketed.opening, bracketed.closing) != ("(", ")"):  # an interval
             return False
-        return _matches(gold.items, answer.items, in_order=True)
+        return _matches(_in_order_of_labels(gold.items), _in_order_of_labels(answer.items), in_order=True)
     ours, theirs = list(answer.items), list(gold.items)
     if gold.opening and answer.opening:
         ours, theirs = _distinct(answer.items), _distinct(gold.items)
@@ -241,10 +262,29 @@ def _labelled(items: Sequence[Node]) -> bool:
     return len(labels) > 1 and len(labels) == len(items)
 
 
+def _in_order_of_labels(items: tuple[Node, ...]) -> tuple[Node, ...]:
+    """y = 2, x = 1 as x = 1, y = 2: letters that follow each other in the alphabet have an order, others have none."""
+    labels = {
+        side.text: item for item in items if isinstance(item, Relation) and isinstance(side := item.sides[0], Leaf)
+    }
+    letters = sorted(labels)
+    if not _labelled(items) or "".join(letters) not in string.ascii_letters:
+        return items
+    return tuple(labels[letter] for letter in letters)
+
+
 def _equal_singletons(gold: Node, answer: Node) -> bool:
-    """{5} is 5."""
-    one, other = (n.items[0] if isinstance(n, Items) and len(n.items) == 1 else n for n in (gold, answer))
+    """{5} is 5, but {{1, 2}} is not {1, 2}."""
+    one, other = _only_item(gold), _only_item(answer)
     return (one, other) != (gold, answer) and equal(one, other)
+
+
+def _only_item(node: Node) -> Node:
+    if not isinstance(node, Items) or len(node.items) != 1:
+        return node
+    item = node.items[0]
+    is_set = (isinstance(item, Items) and item.opening == r"\{") or item == Leaf(r"\emptyset")
+    return node if is_set else item
 
 
 def _matches(gold: Sequence[Node], answer: Sequence[Node], in_order: bool = False) -> bool:

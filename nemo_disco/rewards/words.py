@@ -13,11 +13,18 @@ _TEXT = re.compile(r"\\text\s*\{\s*((?:[^{}]|\{[^{}]*\})*?)\s*\}")
 _WHOLE_TEXT = re.compile(r"\\text\s*\{[^{}]*\}")
 _MARKED = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.):])\s*(\S.*)", re.DOTALL)
 
+# A second choice behind the first one: "Paris or (B) London". "Both (A) and (B)" is the text of a choice.
+_SECOND = re.compile(
+    r"(?!\s*(?i:both|either|neither|all|none|only)\b).*?(?:\b(?:or|and)\b|\\lor|[,;])\s*(?:\([A-Z]\)|[A-Z][.):])",
+    re.DOTALL,
+)
+_OR_LETTER = re.compile(r"\s*(?:or|and|\\lor|,)\s*[A-Z]\s*$")
+
 
 def squeezed(text: str) -> str:
     """Canonical text without the spaces and wrappers that only typesetting needs; for comparing, not for parsing."""
     bare = _TEXT.sub(r" \1 ", text)
-    bare = re.sub(r"^\s*\(\s*([A-Za-z])\s*\)\s*$", r"\1", bare)  # the choice (C)
+    bare = re.sub(r"^\s*\(?\s*([A-Za-z])\s*\)\s*$", r"\1", bare)  # the choice (C), or C)
     bare = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", bare)
     return re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", bare)
 
@@ -53,6 +60,6 @@ def same_choice(answer: str, gold: str) -> bool | None:
 
 def _is_marked(text: str, choice: re.Match[str]) -> bool:
     """(C)x is a product, (C)+1 a sum; with words in \\text{} or a dot behind the letter it is a choice."""
-    if choice[3][0] in "+-*/=^_<>,":
+    if choice[3][0] in "+-*/=^_<>," or _SECOND.match(choice[3]) or _OR_LETTER.match(choice[3]):
         return False
     return r"\text" in text or bool(choice[2]) or bool(re.search(r"[a-z]{3}", choice[3]))
