@@ -119,7 +119,8 @@ def alternative(source: str, name: str, value: Any) -> str:
         return ""
     if isinstance(value, str):
         return encodable(source, name, value.strip())
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not math.isfinite(value):
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not is_number or not (isinstance(value, int) or math.isfinite(value)):  # no float holds 10**400
         raise UserError(f"{source}: `{name}` is {value!r:.80}; an answer is text, a number, or a list of these")
     if isinstance(value, int):
         return str(value)
@@ -157,7 +158,7 @@ def _taken(where: str, answers: Sequence[str]) -> Gold:
 
 def _message(source: str, name: str, turn: Any) -> Message:
     if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
-        if turn["from"] not in _SHAREGPT:
+        if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
             raise UserError(f"{source}: `{name}.from` is {turn['from']!r:.40}, not one of {', '.join(_SHAREGPT)}")
         turn = {k: v for k, v in turn.items() if k not in ("from", "value")} | {
             "role": _SHAREGPT[turn["from"]],

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nemo_disco.data import schemas
 from nemo_disco.data.questions import load_questions
 from nemo_disco.data.schemas import Message
 from nemo_disco.runtime.errors import UserError
@@ -105,3 +106,13 @@ def test_a_bad_record_is_left_out_and_named_up_to_a_share(write):
     assert "2 of 20 records left out, malformed: line 5, line 9; the first: " in note and "`problem` is of type" in note
     with pytest.raises(UserError, match=r"line 5: `problem` is .*2 of 20 records are malformed; data\.max_bad_records"):
         load_questions([path], max_bad_records=0.09)
+
+
+def test_an_integer_that_no_float_holds_is_an_answer():
+    assert schemas.alternative("F", "answer", 10**400) == "1" + 400 * "0"
+
+
+@pytest.mark.parametrize("sender", [["human"], {"a": 1}, None])
+def test_a_sender_that_is_no_text_is_named(sender):
+    with pytest.raises(UserError, match=r"conversations\[0\]\.from"):
+        schemas.asked("F", {"conversations": [{"from": sender, "value": "x"}]})
