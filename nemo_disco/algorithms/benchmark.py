@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from nemo_disco.algorithms.cautions import Cautions
 from nemo_disco.algorithms.early_grades import EarlyGrades
 from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.config.model_source import ModelSource
@@ -25,6 +27,7 @@ from nemo_disco.generation.engine import Engine, Response, Sampling
 from nemo_disco.rewards.registry import Grader, verifier_code
 from nemo_disco.rewards.votes import votes
 
+log = logging.getLogger(__name__)
 _ENGINE = ("engine", "quantization", "options", "tensor_parallel_size")
 _MODEL = ("fp8", "transformer_engine", "apply_rope_fusion", "bias_activation_fusion", "trust_remote_code")
 BATCH = 2048  # samples that are asked for together: what a kill costs
@@ -38,12 +41,13 @@ def evaluate_set(
     step: int,
     stream: tuple[Path, Mapping[str, Any]] | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    cautions: Cautions | None = None,
 ) -> EvaluationResult | None:
     """k samples and one greedy response to every question of a set, graded. The same seeds at every step. A collective.
 
     stream: the file that takes the samples, and what the weights are: where the file holds samples of the same
     evaluation, these are not sampled again. stopped: asked before each batch, the same on every rank; then the result
-    is None.
+    is None. cautions: those that rank 0 gives about the responses.
     """
     k = config.evaluation.samples
     size = max(1, BATCH // k)
@@ -56,7 +60,11 @@ def evaluate_set(
             if stopped():
                 return None
             samples.append(_batch(engine, grader, questions, batches[number], seeds, config, samples))
-        return _result(questions.name, step, samples.all(), k, whole)
+        all_samples = samples.all()
+    if cautions is not None and dist.get_rank() == 0:
+        for caution in cautions.about([s["response"] for s in all_samples], mixed=1.0):  # nothing is to be learned here
+            log.warning("%s", caution)
+    return _result(questions.name, step, all_samples, k, whole)
 
 
 def _batch(

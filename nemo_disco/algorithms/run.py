@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from nemo_disco.algorithms.agreement import check_engine
 from nemo_disco.algorithms.benchmark import evaluate_set, weights_identity
+from nemo_disco.algorithms.cautions import Cautions
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.objectives import Objective, build_objective
 from nemo_disco.algorithms.sampling import Questions
@@ -125,12 +126,14 @@ def evaluate(config: RunConfig) -> int:
         with _room(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as room:
             room.engine.update_weights(room.policy.named_weights, 0)
             check_engine(config, room.policy, room.engine, sets[0])
-            results = []
+            results, cautions = [], Cautions(config.reward.require_think)
             for questions in sets:
                 samples = evaluation_file(directory, questions.name, source.step).with_suffix(".samples.jsonl")
                 stream = (samples, weights_identity(source))
                 run.check_held()
-                result = evaluate_set(room.engine, room.grader, questions, config, source.step, stream)
+                result = evaluate_set(
+                    room.engine, room.grader, questions, config, source.step, stream, cautions=cautions
+                )
                 assert result is not None, "nothing asks it to stop"
                 results.append(result)
                 run.check_held()

@@ -38,6 +38,36 @@ def test_hydra_syntax(override, read):
     assert read(compose("quickstart", [override]))
 
 
+def test_a_tilde_is_the_home_directory_wherever_a_path_begins(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    overrides = ["model.path=~/m", "data.train_files=[~/a.json,b.json]", "exp_manager.explicit_log_dir='~/r'"]
+    config = compose("quickstart", overrides)
+    assert (config.model.path, config.exp_manager.explicit_log_dir) == ("/home/ada/m", "/home/ada/r")
+    assert config.data.train_files == ["/home/ada/a.json", "b.json"]
+
+
+@pytest.mark.parametrize(
+    ("override", "mended"),
+    [
+        ("data.train_files=[a (1).json,b.json]", 'data.train_files=["a (1).json","b.json"]'),
+        ("exp_manager.explicit_log_dir=runs/a (1)", 'exp_manager.explicit_log_dir="runs/a (1)"'),
+        ("exp_manager.explicit_log_dir=2024", 'exp_manager.explicit_log_dir="2024"'),
+    ],
+)
+def test_the_quotes_that_a_hint_advises_help(override, mended):
+    """A list's stand around each item, not around the whole."""
+    with pytest.raises(UserError, match="quotes") as raised:
+        compose("quickstart", [override])
+    advice = {"[": """key=["a, b","c"]""", "2": """='"2024"'""", "r": """key='"runs/a (1)"'"""}[
+        override.partition("=")[2][0]
+    ]
+    assert advice in str(raised.value)
+    key, _, value = mended.partition("=")
+    section, name = key.split(".")
+    config = getattr(getattr(compose("quickstart", [mended]), section), name)
+    assert config == (["a (1).json", "b.json"] if "[" in value else value.strip('"'))
+
+
 MISTAKES = [
     ("trainer.max_step=3", "unknown key trainer.max_step; did you mean trainer.max_steps?"),
     ("max_steps=3", "unknown key max_steps; did you mean trainer.max_steps?"),

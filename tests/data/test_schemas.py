@@ -53,6 +53,23 @@ def test_gsm8ks_solutions_are_their_final_answers_and_it_is_said(write):
     assert loaded.notes == (f"{path}: 1 of 2 answers are whole solutions: what follows #### is the answer",)
 
 
+def test_a_file_of_gsm8k_is_read_whole(write):
+    """20 records as openai/gsm8k has them: calculator marks, blank lines, thousands, signs, decimals, line ends."""
+    ends = ["72", "10", "5", "-42", "624", "1,450", "160,000", "1,234,567", "0", "3.5", "-1,000", "12.50", "$18", "25%"]
+    ends += ["7 ", " 8", "1/2", "109,200,000", "6", "990"]
+    solution = (
+        "She sold 48/2 = <<48/2=24>>24 clips #1.\n\nThat is 24*{i} = <<24*{i}=0>>many, not #### 3.\n#### {end}{cr}"
+    )
+    records = [
+        {"question": f"How many in week {i}?", "answer": solution.format(i=i, end=end, cr="\r\n" if i % 5 == 0 else "")}
+        for i, end in enumerate(ends)
+    ]
+    loaded = load_questions([path := write("gsm8k.jsonl", records)])
+    plain = [end.strip() if end.startswith("$") or "%" in end else end.strip().replace(",", "") for end in ends]
+    assert [q.answers for q in loaded.questions] == [(end,) for end in plain]
+    assert loaded.notes == (f"{path}: 20 of 20 answers are whole solutions: what follows #### is the answer",)
+
+
 def test_a_solution_is_an_answer_only_where_it_ends_in_one(write):
     solutions = ["So it is\n\\boxed{42}.", "It can be shown\nthat it is 42.", "42"]
     path = write("q.json", [{"problem": "?", "solution": s} for s in solutions])

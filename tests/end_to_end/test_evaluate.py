@@ -47,6 +47,21 @@ def test_an_evaluation_that_was_done_is_not_sampled_again(commands, tmp_path):
     assert samples.read_bytes().splitlines()[1:] != first.splitlines()[1:]
 
 
+def test_it_needs_no_training_files(commands, tmp_path):
+    """... and warns of responses that never end their thinking."""
+    short = ("generation.max_response_length=2", "evaluation.samples=1", "reward.require_think=true", at(tmp_path))
+    done = commands(
+        "evaluate",
+        "--config-name=config",
+        f"model.path={QUICKSTART}/model",
+        "data.train_files=[]",
+        *short,
+        "model.token_budget=2048",
+    ).ok()
+    assert read_evaluation(tmp_path / "evaluation/test.step_0.json").correct.shape == (8, 1)
+    assert done.err.count("no response has </think>") == 1
+
+
 def test_the_best_weights_of_a_run_are_kept(commands, tmp_path):
     run = tmp_path / "run"
     settings = ("trainer.max_steps=3", "evaluation.enabled=true", "evaluation.samples=2", "evaluation.every_n_steps=1")

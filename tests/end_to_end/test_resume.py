@@ -5,6 +5,7 @@ N steps, a kill -9 at a random moment after their checkpoint, and N more, agains
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import signal
@@ -66,6 +67,20 @@ def test_a_finished_run_started_again_has_nothing_to_do(finished, commands, tmp_
     done = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
     assert "step 4 of 4: nothing is left to train" in done.out and f"{run}/export" in done.out
     assert_same(run, finished.path)
+
+
+def test_a_run_that_is_done_is_not_exported_again_and_says_its_learning_rates(commands, tmp_path):
+    """Two mini-batches a step: one of warmup from half the rate, then a cosine over the four that are left."""
+    low, high = 1e-5, 4e-4
+    schedule = (f"model.optim.lr={high}", "model.optim.sched.warmup_steps=2", f"model.optim.sched.min_lr={low}")
+    settings = ("trainer.max_steps=3", *schedule, at(tmp_path))
+    commands("train", *settings).ok()
+    rates = [high / 2, high * 3 / 4, *(low + (high - low) * (1 + math.cos(math.pi * n / 4)) / 2 for n in range(4))]
+    means = [(one + two) / 2 for one, two in zip(rates[::2], rates[1::2], strict=True)]
+    assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx(means)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "export").iterdir()}
+    commands("train", *settings).ok()
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "export").iterdir()} == before
 
 
 def test_more_steps_go_on_from_the_last_and_changes_are_said(finished, commands, tmp_path):
