@@ -93,6 +93,15 @@ def test_a_file_that_cannot_be_written_is_refused_first(key, commands, tmp_path)
     assert done.err == f"error: {key}={tmp_path}/nowhere/file: there is no directory {tmp_path}/nowhere; make it\n"
 
 
+def test_a_sequence_of_the_rollouts_over_the_token_budget_is_refused(alone, commands):
+    directory, _ = alone
+    longest = int(Rollouts.load(directory / "rollouts").total_lengths.max())  # of which the last token is not read
+    short = (f"model.token_budget={longest - 2}", "data.max_prompt_length=40", "generation.max_response_length=8")
+    done = commands("verify", f"verify.rollouts={directory}/rollouts", *short)
+    assert done.code == 2
+    assert re.fullmatch(rf"error: .*model\.token_budget.*\b{longest - 1}\b.*\n", done.err), done.err
+
+
 def test_rows_of_a_model_beyond_its_tokenizer_change_nothing(commands, tmp_path):
     """As Qwen2.5 has them: 9 rows more than tokens, with large logits. One process samples and takes the gradient with
     them, and without; two split them over tensor-parallel ranks."""
