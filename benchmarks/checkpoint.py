@@ -2,7 +2,8 @@
 
 The two take turns in the same processes (1, then 2 of one thread, data-parallel), on 200 MB of weights and optimizer
 state, each after a barrier; the slowest rank counts. In the background, training steps go on until the checkpoint is
-complete; how much longer they take than quiet ones is reported beside.
+complete; how much longer they take than quiet ones is reported beside. What training waits for is the snapshot, and the
+optimizer of the first step after it for the weights to be read (in a run that step samples first).
 """
 
 from __future__ import annotations
@@ -52,6 +53,15 @@ def train(policy: Policy, rollouts: Rollouts) -> None:
     policy.step()
 
 
+def first_step(policy: Policy, rollouts: Rollouts) -> tuple[float, float]:
+    """A training step beside a save: seconds that its optimizer waits for the weights to be read, and the others."""
+    assert policy.optimizer is not None
+    total = int(rollouts.response_lengths.sum())
+    gradient = slowest(lambda: policy.accumulate(rollouts, lambda _, log_probs, __: log_probs / total))
+    waited = slowest(policy.optimizer.weights_read.wait)
+    return waited, gradient + slowest(policy.step)
+
+
 def turn(policy: Policy, rollouts: Rollouts, directory: Path, number: int) -> dict[str, float]:
     """One save of each kind, and the steps around them."""
     with CheckpointWriter() as writer:
@@ -67,14 +77,16 @@ def turn(policy: Policy, rollouts: Rollouts, directory: Path, number: int) -> di
         quiet = [slowest(lambda: train(policy, rollouts)) for _ in range(QUIET_STEPS)]
         start = time.perf_counter()
         blocked = slowest(save)
-        busy = []
+        optimizer_waited, first = first_step(policy, rollouts)
+        busy = [first]
         while not everywhere(writer.done):
             busy.append(slowest(lambda: train(policy, rollouts)))
         complete = time.perf_counter() - start
         waited_at_the_end = slowest(writer.wait)
     return {
         "synchronous": waited,
-        "blocked": blocked + waited_at_the_end,
+        "blocked": blocked + optimizer_waited + waited_at_the_end,
+        "optimizer_waited": optimizer_waited,
         "complete_after": complete,
         "steps_beside": len(busy),
         "quiet_step": statistics.median(quiet),
