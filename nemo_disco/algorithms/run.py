@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from nemo_disco.evaluation.result import (
 )
 from nemo_disco.generation.build import build_engine
 from nemo_disco.generation.engine import Engine
-from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy import checkpoint, checkpoint_files, parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rewards.registry import Grader, build_verifier
@@ -48,7 +48,6 @@ from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
 from nemo_disco.runtime.rundir import RunDirectory
-from nemo_disco.runtime.saved_files import FileError, read_json
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
 log = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def train(config: RunConfig) -> int:
             algorithm.fit()
             if algorithm.finished:
                 run.check_held()
-                _export(room.policy, run, algorithm.step)
+                _export(room.policy, run)
                 if _first():
                     _show(run)
     return 0
@@ -263,20 +262,19 @@ def _evaluation_sets(config: RunConfig, tokenizer: Any) -> list[Questions]:
     return [s.repeat(range(min(len(s), most or len(s))), 1) for s in sets]
 
 
-def _export(policy: Policy, run: RunDirectory, step: int) -> None:
-    """Write RUN/export, unless it has this step's weights already. A collective."""
-    there = [False]
-    if _first() and run.export.is_dir() and run.exported.exists():
-        with contextlib.suppress(FileError):  # a damaged record: export again
-            there = [read_json(run.exported, dict[str, Any]).get("step") == step]
+def _export(policy: Policy, run: RunDirectory) -> None:
+    """Write RUN/export, unless it is younger than the last checkpoint, whose weights it has then. A collective."""
+    there = [_first() and _younger(run.export, checkpoint.latest(run.checkpoints))]
     dist.broadcast_object_list(there, src=0)
-    if there[0]:
-        return
-    if _first():
-        run.exported.unlink(missing_ok=True)  # export/ is another step's until it is replaced
-    policy.export(run.export)
-    if _first():
-        write_atomically(run.exported, json.dumps({"step": step}) + "\n")
+    if not there[0]:
+        policy.export(run.export)
+    elif _first():
+        os.utime(run.export)  # by the directory's time slurm/lib.sh knows that this life of the job reached the end
+
+
+def _younger(export: Path, saved: Path | None) -> bool:
+    weights = [file.stat().st_mtime for file in export.glob("*.safetensors")]
+    return saved is not None and bool(weights) and min(weights) > (saved / checkpoint_files.RECORD).stat().st_mtime
 
 
 def _refuse_used(run: RunDirectory, config: RunConfig) -> None:

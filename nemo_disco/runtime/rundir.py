@@ -36,7 +36,7 @@ PATIENCE_S = 30.0
 NO_FLOCK_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 # What versions before the atomic writer of files.py left of their writes.
 _LEFT = re.compile(
-    r"\.(config\.yaml|exported\.json|metrics\.jsonl|report\.html|mlflow\.run_id|best|export|step_\d+\.jsonl|.+\.step_\d+\.json)"
+    r"\.(config\.yaml|metrics\.jsonl|report\.html|mlflow\.run_id|best|export|step_\d+\.jsonl|.+\.step_\d+\.json)"
     r"\.\d+(\.tmp|\.old)?"
 )
 _MEETING = ".meeting.*"  # srun.py's; a rank that is killed while the others find it leaves one
@@ -61,7 +61,6 @@ class RunDirectory:
         self.rollouts = self.path / "rollouts"
         self.evaluation = self.path / "evaluation"
         self.export = self.path / "export"
-        self.exported = self.path / "exported.json"  # the step whose weights export/ has
         self.best = self.path / "best"
         self.report = self.path / "report.html"
         self.lock_file = self.path / ".lock"

@@ -25,7 +25,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made._profiled = lambda: DisCO._profiled(made)
     made._validates.return_value = False
     made.generate_rollouts.return_value.counts = {}
-    made.run_training.return_value = {"policy/noise_floor": 0.0}
+    made.run_training.return_value = {"policy/noise_floor": 0.0, "groups/mixed": 1.0}
     return made
 
 

@@ -90,7 +90,7 @@ def test_an_empty_question_file(refused, tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"problem": "What is', "line 3, column 13: not valid JSON"),
+        ('{"problem": "What is', "line 3, column 21: not valid JSON"),
         ({"problem": 7, "answer": "2"}, "line 3: `problem` is of type int, not text"),
         ({"answer": "2"}, "line 3: no question; expected one of the fields problem"),
         ({"problem": "What?", "answer": {"a": 1}}, "line 3: `answer` is {'a': 1}"),

@@ -63,6 +63,9 @@ def test_killed_at_any_moment_again_and_again_it_ends_as_one_life_does(finished,
 def test_a_finished_run_started_again_has_nothing_to_do(finished, commands, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)
+    untouched = (run / "export/model.safetensors").stat()
+    commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
+    assert (run / "export/model.safetensors").stat().st_ino == untouched.st_ino
     (run / "export/model.safetensors").unlink()
     done = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
     assert "step 4 of 4: nothing is left to train" in done.out and f"{run}/export" in done.out
