@@ -35,6 +35,7 @@ _ABSENT = "clone3 openat2 fchmodat2 futex_waitv mseal map_shadow_stack"
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _O_ASYNC = 0x2000  # a signal to the descriptor's owner, whoever that is
+_SHARED_FLAGS = _O_ASYNC | os.O_APPEND | os.O_DIRECT  # set on an inherited descriptor they stay for the next program
 _THREAD, _NAMESPACES = 0x10100, 0x7E020000  # CLONE_THREAD | CLONE_VM; CLONE_NEW*
 _TRACED, _OF_PARENT = 0x2000, 0x8000  # CLONE_PTRACE, CLONE_PARENT
 _STREAM, _TYPE, _AF_UNIX = 1, 0xF, 1
@@ -90,7 +91,7 @@ def _conditions(seccomp: ModuleType) -> list[tuple[str, list[Any]]]:
         ("openat", [masked(2, _WRITING, 0)]),
         ("clone", [masked(0, _THREAD | _NAMESPACES | _TRACED | _OF_PARENT, _THREAD)]),
         *(("fcntl", [equal(1, command)]) for command in duplicates),
-        ("fcntl", [equal(1, _F_SETFL), masked(2, _O_ASYNC, 0)]),
+        ("fcntl", [equal(1, _F_SETFL), masked(2, _SHARED_FLAGS, 0)]),
         *(("ioctl", [equal(1, question)]) for question in _QUESTIONS),
         *(("prctl", [equal(0, option)]) for option in (_PR_SET_NAME, _PR_GET_NAME)),
         ("prlimit64", [equal(0, 0)]),  # of itself; it cannot raise a hard limit
