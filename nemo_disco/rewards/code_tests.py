@@ -1,7 +1,7 @@
 """Rewards code that passes its tests: each program in a process of its own, confined by the kernel (sandbox.py).
 
-Outputs are compared here, in a process that no program can read; an answer is never run or parsed here. The threat
-model stands in docs/data.md.
+Outputs are compared here, or in a second confined process that runs the tests, neither of which a program can read; an
+answer is never run or parsed here. The threat model stands in docs/data.md.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 import queue
 import re
 import secrets
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +21,7 @@ from nemo_disco.rewards import code_cases, verdict
 from nemo_disco.rewards.code_blocks import programs_that_define, programs_that_read
 from nemo_disco.rewards.code_cases import CallCases, ExpressionCases, ProgramCases, Script
 from nemo_disco.rewards.fork_server import Ended, ForkServer, Limits
+from nemo_disco.rewards.remote_names import UNSENDABLE
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.rewards.verifiers import Alternatives, Verifier
 from nemo_disco.runtime.errors import UserError
@@ -26,6 +29,9 @@ from nemo_disco.runtime.errors import UserError
 OUTPUT = 1 << 20  # bytes that a program may print, beyond twice what it is to print
 _NUMPY = re.compile(r"\bnumpy\b")
 _SIGXCPU = -24
+# Times a response's time that a program may wait for its tests, and these for it: on a busy machine either is slow.
+_PROGRAM_WAITS, _TESTS_WAIT = 3, 10
+_Servers = tuple[ForkServer, ForkServer]  # for programs, for tests
 # What each of these tries must be refused, or no program is run at all.
 _PROBE = """
 import ctypes, os, socket
@@ -67,7 +73,7 @@ class PythonTests(Verifier):
     The program is the last fenced block marked as Python (or unmarked, where none is) that is Python, and that reads an
     input or defines what the tests name where there is one that does.
 
-    A gold answer is Python that asserts, run after the program in the same names; or JSON, in the forms of
+    A gold answer is Python that asserts, run with the program's names; or JSON, in the forms of
     `code_cases.read_cases`: inputs and outputs of programs (compared apart from spaces at line ends and empty lines at
     the end), or with `fn_name` of calls of a function or of a method of `Solution`. Several gold answers: each is a set
     of tests, and passing any is enough.
@@ -85,15 +91,16 @@ class PythonTests(Verifier):
         if memory_mb < 64:
             raise UserError(f"reward.parameters.memory_mb={memory_mb}: a Python program needs 64")
         self._timeout, self._memory = timeout, memory_mb << 20
-        self._all_servers = [ForkServer() for _ in range(workers)]
+        # Each worker's: one for programs, one for tests that run beside a program.
+        self._all_servers = [(ForkServer(), ForkServer()) for _ in range(workers)]
         try:
-            _check_confinement(self._all_servers[0])
+            _check_confinement(self._all_servers[0][0])
         except UserError:
             self._close_servers()
             raise
-        self._servers: queue.LifoQueue[ForkServer] = queue.LifoQueue()
-        for server in reversed(self._all_servers):
-            self._servers.put(server)
+        self._servers: queue.LifoQueue[_Servers] = queue.LifoQueue()
+        for servers in reversed(self._all_servers):
+            self._servers.put(servers)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="code-tests")
 
     def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
@@ -108,26 +115,31 @@ class PythonTests(Verifier):
         self._close_servers()
 
     def _close_servers(self) -> None:
-        servers, self._all_servers = self._all_servers, []
-        for server in servers:
-            server.close()
+        pairs, self._all_servers = self._all_servers, []
+        for pair in pairs:
+            for server in pair:
+                server.close()
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        server = self._servers.get()
+        servers = self._servers.get()
         try:
-            reasons = [self._reason(server, said, gold) for gold in golds] or [verdict.UNPARSABLE_GOLD]
+            reasons = [self._reason(servers, said, gold) for gold in golds] or [verdict.UNPARSABLE_GOLD]
         finally:
-            self._servers.put(server)
+            self._servers.put(servers)
         return Verdict.of(verdict.CORRECT if verdict.CORRECT in reasons else reasons[0])
 
-    def _reason(self, server: ForkServer, said: str, gold: str) -> str:
-        cases = _read_cases(gold)
+    def _reason(self, servers: _Servers, said: str, gold: str) -> str:
+        server, cases = servers[0], _read_cases(gold)
         budget = _Budget(self._timeout, self._memory)
         if isinstance(cases, ProgramCases):
             programs = programs_that_read(said)
             return _reason_of_programs(server, programs, cases, budget) if programs else verdict.NO_CODE
         programs = programs_that_define(said, cases.function if isinstance(cases, CallCases) else gold)
-        return _reason_of_names(server, programs, cases, budget) if programs else verdict.NO_CODE
+        if not programs:
+            return verdict.NO_CODE
+        if isinstance(cases, Script):
+            return _reason_of_script(servers, programs, cases, budget)
+        return _reason_of_names(server, programs, cases, budget)
 
 
 def _reason_of_programs(server: ForkServer, programs: list[str], cases: ProgramCases, budget: _Budget) -> str:
@@ -145,21 +157,45 @@ def _reason_of_programs(server: ForkServer, programs: list[str], cases: ProgramC
 
 
 def _reason_of_names(
-    server: ForkServer, programs: list[str], cases: CallCases | ExpressionCases | Script, budget: _Budget
+    server: ForkServer, programs: list[str], cases: CallCases | ExpressionCases, budget: _Budget
 ) -> str:
-    token = secrets.token_hex(16)
     if isinstance(cases, CallCases):
         test: dict[str, Any] = {"function": cases.function, "calls": cases.arguments}
-    elif isinstance(cases, ExpressionCases):
-        test = {"setup": cases.setup, "expressions": cases.expressions}
     else:
-        test = {"tests": cases.text, "token": token}
-    wanted = "" if isinstance(cases, Script) else json.dumps(cases.wanted, default=list, skipkeys=True)
+        test = {"setup": cases.setup, "expressions": cases.expressions}
+    wanted = json.dumps(cases.wanted, default=list, skipkeys=True)
     limits = budget.limits(OUTPUT + 2 * len(wanted))
     ended = server.run(_job(programs, as_module=True, test=test), limits, preload=_preload(programs))
-    if isinstance(cases, Script):
-        return _reason(ended, ended.report == token.encode())
     return _reason(ended, _right_values(ended.report, cases))
+
+
+def _reason_of_script(servers: _Servers, programs: list[str], script: Script, budget: _Budget) -> str:
+    """The tests run in a process of their own, and ask the program's for what they need of it (remote_names.py)."""
+    token = secrets.token_hex(16)
+    to_program, to_tests = socket.socketpair()
+    limits = budget.limits(OUTPUT)
+    limits_of_tests = replace(limits, asleep=_TESTS_WAIT * limits.asleep)
+    with ThreadPoolExecutor(1) as beside, to_program, to_tests:
+        linked = beside.submit(
+            servers[0].run,
+            _job(programs, as_module=True, test={"linked": True}),
+            replace(limits, asleep=_PROGRAM_WAITS * limits.asleep),
+            preload=_preload(programs),
+            link=to_tests,
+        )
+        test = {"tests": script.text, "token": token}
+        preload = _preload([script.text])
+        ended = servers[1].run(_job([], as_module=True, test=test), limits_of_tests, preload=preload, link=to_program)
+        program = linked.result()
+    if ended.report == UNSENDABLE:
+        return verdict.UNSUPPORTED_TEST
+    reason = _reason(ended, ended.report == token.encode())
+    over = program.late or program.spent + ended.spent > limits.seconds
+    if over or reason != verdict.CORRECT:
+        # A program that ended early is why tests end: its own reason comes first.
+        own = verdict.TIMEOUT if over else _reason(program, right=True)
+        return own if own != verdict.CORRECT else reason
+    return reason
 
 
 def _job(programs: list[str], as_module: bool, test: dict[str, Any] | None = None) -> bytes:

@@ -73,10 +73,20 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
 
-    def run(self, job: bytes, limits: Limits, *, stdin: bytes | None = None, preload: tuple[str, ...] = ()) -> Ended:
+    def run(
+        self,
+        job: bytes,
+        limits: Limits,
+        *,
+        stdin: bytes | None = None,
+        preload: tuple[str, ...] = (),
+        link: socket.socket | None = None,
+    ) -> Ended:
         """Run the job (see graded_program.py); with `stdin` None it reads nothing and what it prints is dropped.
 
-        Raises UserError where the kernel does not confine it, RuntimeError where the server died twice.
+        link: this job's end of the socket between a program and its tests; it is closed here once the job has it.
+        Raises UserError where the kernel does not confine it, RuntimeError where the server died twice (with a link:
+        once, since the other end has then ended too).
         """
         for name, data in (("job", job), ("stdin", stdin or b""), ("stdout", b""), ("stderr", b""), ("report", b"")):
             os.ftruncate(self._files[name], 0)
@@ -85,9 +95,11 @@ class ForkServer:
         closed = ["stdin", "stdout"] if stdin is None else []
         message = json.dumps(request | {"closed": closed, "preload": preload}).encode()
         with _private_memory():
-            outcome = self._ask(message, limits) or self._ask(message, limits)
+            outcome = self._ask(message, limits, link)
+            if outcome is None and link is None:
+                outcome = self._ask(message, limits)
         if outcome is None:
-            raise RuntimeError("the sandbox's server ended twice at one program; what it printed above says why")
+            raise RuntimeError("the sandbox's server ended at one program; what it printed above says why")
         if outcome["problem"]:
             raise _unconfined(outcome["problem"])
         return Ended(
@@ -107,12 +119,16 @@ class ForkServer:
             os.close(descriptor)
         self._files = {}
 
-    def _ask(self, message: bytes, limits: Limits) -> dict[str, Any] | None:
+    def _ask(self, message: bytes, limits: Limits, link: socket.socket | None = None) -> dict[str, Any] | None:
         """The server's answer; None where it died, or answers no more."""
         try:
             channel = self._started()
             channel.settimeout(10 * limits.seconds + _GRACE)
-            channel.send(message)
+            if link is None:
+                channel.send(message)
+            else:
+                with link:
+                    socket.send_fds(channel, [message], [link.fileno()])
             if answer := channel.recv(1 << 16):
                 return _mapping(answer)
         except OSError:  # a timeout too
@@ -121,8 +137,9 @@ class ForkServer:
         return None
 
     def _started(self) -> socket.socket:
-        if self._channel is not None:
+        if self._channel is not None and self._process is not None and self._process.poll() is None:
             return self._channel
+        self._end()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, spared_children():
             settings = {"channel": theirs.fileno(), "files": self._files, "landlock": self._landlock}

@@ -1,7 +1,8 @@
 """Runs one graded program inside the confined process of sandbox.py, as `python answer.py` would.
 
 Imports the standard library alone. A job is two lines of JSON: the candidates for the program, and what to do with the
-names that it defines: nothing, calls of a function, or tests in Python. Outputs to compare with never come here.
+names that it defines: nothing, calls of a function, expressions, or an answer to all that tests ask (remote_names.py).
+Or it is such tests, without a program. Outputs to compare with never come to a program's process.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, BinaryIO, NoReturn
 
+import remote_names  # type: ignore[import-not-found]
+
 ANSWER = "<answer>"
 _really_exit = os._exit
 _MODULES = (bisect, collections, copy, functools, heapq, itertools, json, math, operator, random, re, string, sys)
@@ -60,17 +63,18 @@ def _leetcode_names() -> dict[str, Any]:
 LEETCODE = _leetcode_names()
 
 
-def run(job: int, report: int) -> int:
+def run(job: int, report: int, link: int) -> int:
     """Run the job of that descriptor; returns the exit code that Python would give.
 
-    report: descriptor for what calls returned, or the token of tests that passed.
+    report: descriptor for what calls returned, or the token of tests that passed; link: socket between a program and
+    its tests, which has a number only for these.
     """
     _attach_streams()
     os._exit = _exit_after_flush
     with open(job, "rb") as file:
         sources, as_module = json.loads(file.readline())
         try:
-            _run_job(sources, as_module, file, report)
+            _run_job(sources, as_module, file, report, link)
             return 0
         except SystemExit as error:
             return _exit_code(error)
@@ -90,19 +94,21 @@ def exit_now(code: int) -> NoReturn:
         _really_exit(code)
 
 
-def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int) -> None:
+def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, link: int) -> None:
     if not as_module:
         file.close()
         exec(_compiled(sources), _names("__main__"))
         return
     names = _names("answer")  # not __main__: there a function's own demonstration would read an input
     names.update(LEETCODE)
+    before, test = dict(names), json.loads(file.readline())
+    if "tests" in test:
+        _run_tests(test, names, report, link)
+        return
     with contextlib.suppress(SystemExit):
         exec(_compiled(sources), names)
-    test = json.loads(file.readline())
-    if "tests" in test:
-        exec(compile(test["tests"], "<tests>", "exec", dont_inherit=True), names)
-        _write(report, test["token"].encode())
+    if "linked" in test:
+        remote_names.Program(link, names, before).serve()
     elif "expressions" in test:
         exec(compile(test["setup"], "<tests>", "exec", dont_inherit=True), names)
         values = [eval(compile(text, "<tests>", "eval", dont_inherit=True), names) for text in test["expressions"]]
@@ -111,6 +117,18 @@ def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int) -
         function = test["function"]
         returned = [plain(_function(names, function)(*map(_argument, given))) for given in test["calls"]]
         _write(report, json.dumps(returned).encode())
+
+
+def _run_tests(test: dict[str, Any], names: dict[str, Any], report: int, link: int) -> None:
+    """Write the token where the tests pass with the names of the program at the link's other end."""
+
+    def fail(reason: bytes) -> NoReturn:
+        _write(report, reason)
+        _really_exit(1)
+
+    names.update(remote_names.Tests(link, fail).names(test["tests"], dict(names)))
+    exec(compile(test["tests"], "<tests>", "exec", dont_inherit=True), names)
+    _write(report, test["token"].encode())
 
 
 def _compiled(sources: list[str]) -> types.CodeType:

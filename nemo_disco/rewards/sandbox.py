@@ -193,7 +193,10 @@ class Server:
     def serve(self, channel: socket.socket) -> None:
         """Until the other end closes the channel."""
         gc.freeze()  # keeps pages shared with the programs
-        while message := channel.recv(1 << 16):
+        while True:
+            message, links, *_ = socket.recv_fds(channel, 1 << 16, 1)
+            if not message:
+                return
             request = json.loads(message)
             for name in request["preload"]:
                 with contextlib.suppress(ImportError):  # then the program's own import says so
@@ -201,31 +204,35 @@ class Server:
             reading, writing = os.pipe()
             pid = os.fork()
             if pid == 0:
-                self._become_program(request, writing)
-            os.close(writing)
+                self._become_program(request, writing, links)
+            for descriptor in (writing, *links):
+                os.close(descriptor)
             with open(reading, "rb") as file:
                 problem = file.read().decode()  # returns when the process is confined
             outcome = watch(pid, request)
             channel.send(json.dumps(outcome | {"problem": problem}).encode())
 
-    def _become_program(self, request: dict[str, Any], problem: int) -> NoReturn:
-        """The forked process's whole life. Where it cannot be confined it says why, and runs nothing."""
+    def _become_program(self, request: dict[str, Any], problem: int, links: list[int]) -> NoReturn:
+        """The forked process's whole life. Where it cannot be confined it says why, and runs nothing.
+
+        links: the socket between a program and its tests, where they are run apart.
+        """
         code = 1
         try:
             try:
-                self._confine(request, problem)
+                self._confine(request, [problem, *links])
             except BaseException as error:
                 os.write(problem, (str(error) or type(error).__name__).encode())
                 raise
             os.close(problem)
-            code = graded_program.run(self._files["job"], self._files["report"])
+            code = graded_program.run(self._files["job"], self._files["report"], links[0] if links else -1)
         except BaseException:
             code = 1
         graded_program.exit_now(code)
         raise AssertionError("exit_now does not return")
 
-    def _confine(self, request: dict[str, Any], problem: int) -> None:
-        """Take the limits on. Raises OSError where the kernel does not take them."""
+    def _confine(self, request: dict[str, Any], kept: list[int]) -> None:
+        """Take the limits on, and keep those descriptors open. Raises OSError where the kernel refuses a limit."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             os.dup2(self._null if name in request["closed"] else self._files[name], number)
@@ -244,7 +251,7 @@ class Server:
             checked(_libc.syscall(_RESTRICT_SELF, self._landlock, 0), "landlock_restrict_self")
             prctl(_SET_DUMPABLE, 1)  # for its own /proc/self/fd; under Landlock no other program can read its memory
         last = 2
-        for number in sorted({self._files["job"], self._files["report"], problem, LIBRARY}):
+        for number in sorted({self._files["job"], self._files["report"], *kept, LIBRARY}):
             os.closerange(last + 1, number)
             last = number
         limit(resource.RLIMIT_NOFILE, DESCRIPTORS)

@@ -20,6 +20,7 @@ DIED: Final = "grader worker died"
 NO_CHOICE: Final = "no choice"
 NO_CODE: Final = "no code block"
 FAILED_TEST: Final = "failed a test"
+UNSUPPORTED_TEST: Final = "test gives the program more than values"
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,8 +201,9 @@ def search(*_):
         json.dumps({"inputs": ["1"], "outputs": ["SECRET-9999"]}),
         json.dumps({"inputs": [[1]], "outputs": ["SECRET-9999"], "fn_name": "search"}),
         "assert search(1) == 'SECRET-9999'",
+        "wanted = 'SECRET-9999'\nassert search(1) == wanted",
     ],
-    ids=["program", "call", "assertion"],
+    ids=["program", "call", "assertion", "script"],
 )
 def test_expected_outputs_are_not_in_the_process(tests: str) -> None:
     program = f"{SEARCH}\nif __name__ == '__main__':\n    print(input() and search())"
@@ -211,8 +212,7 @@ def test_expected_outputs_are_not_in_the_process(tests: str) -> None:
 
 
 def test_that_search_finds_what_is_there() -> None:
-    """Tests that are more than comparisons run beside the program: what is not promised, and shows the search works."""
-    tests = "wanted = 'SECRET-9999'\nassert search(1) == wanted"
+    tests = json.dumps({"inputs": [["SECRET-9999"]], "outputs": ["SECRET-9999"], "fn_name": "search"})
     with PythonTests(workers=1) as verifier:
         assert verifier.grade([f"```python\n{SEARCH}\n```"], [tests]) == [1.0]
 
