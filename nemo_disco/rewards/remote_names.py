@@ -131,19 +131,20 @@ class Program:
 
     def _answer(self, request: list[Any]) -> dict[str, Any]:
         arguments: list[Any] = []
+        named: dict[str, Any] = {}
         try:
             action, *rest = request
-            named: dict[str, Any]
             arguments, named = [decode(item, lambda read: self._objects[read["object"]]) for item in rest]
             value = self._do(action, arguments, named)
-            return {"value": encode(value, self._number), "arguments": [encode(a, self._number) for a in arguments]}
+            answer = {"value": encode(value, self._number)}
         except BaseException as error:
             try:
                 texts = [encode(item, _refuse) for item in error.args]
             except TypeError:
                 texts = [str(error)]
             kinds = [kind.__name__ for kind in type(error).__mro__]
-            return {"error": kinds, "texts": texts, "arguments": [encode(a, self._number) for a in arguments]}
+            answer = {"error": kinds, "texts": texts}
+        return answer | {"arguments": [encode(item, self._number) for item in (*arguments, *named.values())]}
 
     def _do(self, action: str, arguments: list[Any], named: dict[str, Any]) -> Any:
         if action == "name":
@@ -219,7 +220,7 @@ class Tests:
             changed = [decode(item, self._object) for item in answer["arguments"]]
             error = self._error(answer["error"], decode(answer["texts"], self._object)) if "error" in answer else None
             value = None if error else decode(answer["value"], self._object)
-            for mine, its in zip(arguments, changed, strict=True):
+            for mine, its in zip((*arguments, *named.values()), changed, strict=True):
                 update(mine, its)
         except Exception:
             self._fail(b"")

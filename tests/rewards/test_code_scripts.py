@@ -44,7 +44,7 @@ HONEST = {
     ),
     "in place": (
         "def f(x, y):\n    x.sort()\n    x[0].append(9)\n    y['a'] = {1}",
-        "a, b = [[3], [1]], {}; inner = a[0]\n    candidate(a, b); assert a == [[1, 9], [3]] and b == {'a': {1}}",
+        "a, b = [[3], [1]], {}\n    candidate(a, y=b); assert a == [[1, 9], [3]] and b == {'a': {1}}",
         "a = [[2]]; candidate(a, {}); assert a == [[2]]",
     ),
     "exceptions": (
@@ -79,6 +79,12 @@ HONEST = {
         "    try: s.pop()\n    except Empty as e: assert str(e) == 'none left'\n    else: assert False\n"
         "    assert reverse(Stack([1, 2])) == Stack([2, 1]) != Stack()",
         "s = Stack(); s.push(4); assert s.pop() == 5",
+    ),
+    "method": (
+        "class Solution:\n    def two(self, nums: List[int], k: int) -> List[int]: return [n for n in nums if n > k]\n"
+        "f = Solution().two",
+        "assert candidate(nums=[1, 2, 3], k=1) == [2, 3] == Solution().two([3, 2], 0)[::-1]",
+        "assert candidate(nums=[1, 2, 3], k=1) == [3, 2]",
     ),
     "recursion": (
         "def f(n): return 0 if n == 0 else 1 + f(n - 1)",
