@@ -30,7 +30,7 @@ from nemo_disco.rewards.votes import votes
 log = logging.getLogger(__name__)
 _ENGINE = ("engine", "quantization", "options", "tensor_parallel_size")
 _MODEL = ("fp8", "transformer_engine", "apply_rope_fusion", "bias_activation_fusion", "trust_remote_code")
-BATCH = 2048  # samples that are asked for together: what a kill costs
+BATCH = 2048  # samples that are asked for together
 
 
 def evaluate_set(

@@ -21,6 +21,7 @@ from nemo_disco.generation.decoder import GROWTH, Cache, Decoder
 from nemo_disco.generation.engine import Finished, Response, Sampling
 from nemo_disco.generation.sampling import sample, uniforms
 from nemo_disco.generation.static import Rows, StaticWave
+from nemo_disco.generation.wave import WaveResponses
 from nemo_disco.policy.policy import Policy
 
 # Finished rows are carried along until they are this share: dropping rows copies the whole cache.
@@ -60,6 +61,7 @@ class MegatronEngine:
         )
         self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         ranks = policy.ranks
+        self._streams = ranks.tensor == 0 and ranks.pipeline == ranks.pipeline_size - 1
         self.in_place = policy.device.type == "cuda" and ranks.tensor_size == ranks.pipeline_size == 1
 
     def generate(
@@ -67,16 +69,18 @@ class MegatronEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: Sampling,
-        finished: Finished | None = None,  # noqa: ARG002
+        finished: Finished | None = None,
     ) -> list[Response]:
-        """See Engine.generate. Does not stream."""
+        """See Engine.generate. Of the ranks that decode a response together, the first tensor-parallel one of the last
+        pipeline stage hands it over, from this thread."""
         self.policy.gather_weights()
         questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
         mine = [i for rows in questions[self._group.rank() :: self._group.size()] for i in rows]
+        streams = finished if self._streams else None
         found: dict[int, Response] = {}
         with torch.inference_mode():
             for wave in self._waves(mine, prompts, sampling):
-                found.update(self._decode_wave(wave, prompts, seeds, sampling))
+                found.update(self._decode_wave(wave, prompts, seeds, sampling, streams))
         return self._gather(found, len(prompts))
 
     def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:  # noqa: ARG002
@@ -113,13 +117,19 @@ class MegatronEngine:
         return _CPU_CACHE_BYTES
 
     def _decode_wave(
-        self, wave: list[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+        self,
+        wave: list[int],
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        finished: Finished | None,
     ) -> dict[int, Response]:
         device = self.policy.device
         logits, cache, padding = self._prefill([prompts[i] for i in wave])
         width = max(len(prompts[i]) for i in wave)
+        responses = WaveResponses(wave, sampling.max_response_length, self.version, device, finished)
         if self.in_place and logits is not None:
-            return self._decode_in_place(wave, logits, cache, padding, width, [seeds[i] for i in wave], sampling)
+            return self._decode_in_place(responses, logits, cache, padding, width, [seeds[i] for i in wave], sampling)
         rows = _Rows(
             request=torch.arange(len(wave), device=device),
             seeds=torch.tensor([seeds[i] for i in wave], device=device),
@@ -128,20 +138,17 @@ class MegatronEngine:
         )
         limit = sampling.max_response_length
         mask = self._padding_mask(padding, width + limit)
-        tokens = torch.zeros(len(wave), limit, dtype=torch.int64, device=device)
-        log_probs = torch.zeros(len(wave), limit, device=device)
-        lengths = torch.full((len(wave),), limit, device=device)
-        stopped = torch.zeros(len(wave), dtype=torch.bool, device=device)
         for t in range(limit):
             token, log_prob = self._draw(logits, rows, sampling, t)
-            tokens[rows.request, t], log_probs[rows.request, t] = token, log_prob
+            responses.tokens[rows.request, t], responses.log_probs[rows.request, t] = token, log_prob
             ending = torch.isin(token, self.stop) & ~rows.done
             ended = rows.request[ending]
-            lengths[ended], stopped[ended] = t + 1, True
+            responses.lengths[ended], responses.stopped[ended] = t + 1, True
             rows.done |= ending
             alive = int((~rows.done).sum())
             if alive == 0 or t + 1 == limit:
                 break
+            responses.hand_over(alive)
             if alive < _COMPACT_BELOW * len(rows.done):
                 keep = (~rows.done).nonzero()[:, 0]
                 rows, token = rows.select(keep), token[keep]
@@ -156,11 +163,11 @@ class MegatronEngine:
                 end - 1,
                 None if mask is None else mask[..., :end],
             )
-        return _responses(wave, tokens.cpu(), log_probs.cpu(), lengths.tolist(), stopped.tolist(), self.version)
+        return responses.all()
 
     def _decode_in_place(
         self,
-        wave: list[int],
+        responses: WaveResponses,
         logits: Tensor,
         cache: Cache,
         padding: Tensor,
@@ -170,16 +177,14 @@ class MegatronEngine:
     ) -> dict[int, Response]:
         device = logits.device
         rows = Rows(
-            request=torch.arange(len(wave), device=device),
+            request=torch.arange(len(seeds), device=device),
             seeds=torch.tensor(seeds, device=device),
             padding=padding,
-            token=torch.zeros(len(wave), dtype=torch.int64, device=device),
-            done=torch.zeros(len(wave), dtype=torch.bool, device=device),
+            token=torch.zeros(len(seeds), dtype=torch.int64, device=device),
+            done=torch.zeros(len(seeds), dtype=torch.bool, device=device),
         )
-        run = StaticWave(self.decoder, cache, width, rows, sampling, self.stop)
-        run.run(logits)
-        lengths, stopped = run.lengths.tolist(), run.stopped.tolist()
-        return _responses(wave, run.tokens.cpu(), run.log_probs.cpu(), lengths, stopped, self.version)
+        StaticWave(self.decoder, cache, width, rows, sampling, self.stop, responses).run(logits)
+        return responses.all()
 
     def _prefill(self, prompts: list[Sequence[int]]) -> tuple[Tensor | None, Cache, Tensor]:
         """Logits after each prompt, the cache and the padding [B] before each; equal prompts are computed once."""
@@ -240,12 +245,3 @@ class MegatronEngine:
 
 def _digest(prompt: Sequence[int]) -> int:
     return zlib.crc32(np.asarray(prompt, np.int64).tobytes())
-
-
-def _responses(
-    wave: list[int], tokens: Tensor, log_probs: Tensor, lengths: list[int], stopped: list[bool], version: int
-) -> dict[int, Response]:
-    return {
-        request: Response(tokens[row, :n].tolist(), log_probs[row, :n].tolist(), "stop" if end else "length", version)
-        for row, (request, n, end) in enumerate(zip(wave, lengths, stopped, strict=True))
-    }

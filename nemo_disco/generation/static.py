@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_disco.generation.decoder import Cache, Decoder
 from nemo_disco.generation.engine import Sampling
 from nemo_disco.generation.sampling import sample, uniforms
+from nemo_disco.generation.wave import WaveResponses
 
 # Steps between two looks at which rows are done: each is a wait, and rows that ended meanwhile run on.
 _LOOK = 32
@@ -39,21 +40,25 @@ class Rows:
 
 
 class StaticWave:
-    """One wave of requests: their rows, cache and outcomes. tokens, log_probs [N, limit]; lengths, stopped [N]."""
+    """One wave of requests: their rows and cache; what is sampled goes into its WaveResponses."""
 
     def __init__(
-        self, decoder: Decoder, cache: Cache, width: int, rows: Rows, sampling: Sampling, stop: Tensor
+        self,
+        decoder: Decoder,
+        cache: Cache,
+        width: int,
+        rows: Rows,
+        sampling: Sampling,
+        stop: Tensor,
+        responses: WaveResponses,
     ) -> None:
         """width: of the longest prompt, up to where the cache is filled. stop: the tokens that end a response."""
+        self.responses = responses
         self.decoder, self.cache, self.rows, self.sampling, self.stop = decoder, cache, rows, sampling, stop
-        count, limit, device = len(rows.request), sampling.max_response_length, rows.request.device
-        self.most = width + limit
+        device = rows.request.device
+        self.most = width + sampling.max_response_length
         self.t = torch.zeros(1, dtype=torch.int64, device=device)
         self.place = torch.full((1,), width, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(count, limit, dtype=torch.int64, device=device)
-        self.log_probs = torch.zeros(count, limit, device=device)
-        self.lengths = torch.full((count,), limit, dtype=torch.int64, device=device)
-        self.stopped = torch.zeros(count, dtype=torch.bool, device=device)
         self._width = width
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -71,8 +76,10 @@ class StaticWave:
             done += steps
 
     def _rows_left(self) -> bool:
-        """Whether any row is not done; rows that are leave the batch once they are many."""
+        """Whether any row is not done. The responses of those that are go out, and they leave the batch once they are
+        many."""
         alive = int((~self.rows.done).sum())
+        self.responses.hand_over(alive)
         if 0 < alive < _COMPACT_BELOW * len(self.rows.done):
             keep = (~self.rows.done).nonzero()[:, 0]
             self.rows = self.rows.select(keep)
@@ -101,13 +108,13 @@ class StaticWave:
 
     def _take(self, logits: Tensor) -> None:
         """Draw the next token of each row, and note what it means for it."""
-        rows = self.rows
+        rows, responses = self.rows, self.responses
         token, log_prob = sample(logits, self.sampling, uniforms(rows.seeds, self.t))
-        self.tokens[rows.request, self.t] = token
-        self.log_probs[rows.request, self.t] = log_prob.float()
+        responses.tokens[rows.request, self.t] = token
+        responses.log_probs[rows.request, self.t] = log_prob.float()
         ending = (token[:, None] == self.stop).any(1) & ~rows.done
-        self.lengths[rows.request] = torch.where(ending, self.t + 1, self.lengths[rows.request])
-        self.stopped[rows.request] = self.stopped[rows.request] | ending
+        responses.lengths[rows.request] = torch.where(ending, self.t + 1, responses.lengths[rows.request])
+        responses.stopped[rows.request] = responses.stopped[rows.request] | ending
         rows.done |= ending
         rows.token.copy_(token)
         self.t += 1
@@ -123,8 +130,9 @@ class StaticWave:
     def _captured(self) -> torch.cuda.CUDAGraph:
         """A step as a graph. What warming up and capturing change is put back; the cache's next column is written
         anew anyway."""
-        state = (self.t, self.place, self.tokens, self.log_probs, self.lengths, self.stopped)
-        changed = [*state, self.rows.token, self.rows.done]
+        responses = self.responses
+        state = (responses.tokens, responses.log_probs, responses.lengths, responses.stopped)
+        changed = [self.t, self.place, *state, self.rows.token, self.rows.done]
         before = [x.clone() for x in changed]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())

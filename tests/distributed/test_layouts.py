@@ -76,20 +76,26 @@ REPRESENTATIVE = {
 
 
 class Recording(MegatronEngine):
-    """Remembers which requests this rank sampled."""
+    """Remembers which requests this rank sampled, and what it handed over."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy, [1])
         self.sampled: list[int] = []
+        self.handed: list[tuple[int, list[int]]] = []
 
     def _decode_wave(self, wave: list[int], *rest: Any) -> Any:
         self.sampled += wave
         return super()._decode_wave(wave, *rest)
 
-    def everywhere(self) -> list[int]:
-        shares: list[list[int]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(shares, self.sampled)
-        return sorted(chain(*shares))
+    def hand_over(self, index: int, response: Response) -> None:
+        self.handed.append((index, response.tokens))
+
+
+def everywhere(mine: list[Any]) -> list[Any]:
+    """The entries of all ranks."""
+    shares: list[list[Any]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return sorted(chain(*shares))
 
 
 def both_ways(model: str) -> list[dict[str, torch.Tensor]]:
@@ -115,7 +121,7 @@ def measure(
         parallel.start(config)
         policy = Policy(config, dtype=dtype, temperature=0.6, vocabulary=vocabulary)
         engine = Recording(policy)
-        responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12))
+        responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12), engine.hand_over)
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
         sampled = as_rollouts(prompts, responses)
         mismatch = policy.log_probs(sampled)[0] - sampled.generation_log_probs
@@ -132,7 +138,8 @@ def measure(
                 "log_probs": log_probs,
                 "entropies": entropies,
                 "responses": [r.tokens for r in responses],
-                "sampled": engine.everywhere(),
+                "sampled": everywhere(engine.sampled),
+                "handed": everywhere(engine.handed),
                 "mismatch": float(mismatch.abs().max()),
                 "gradients": {n: g.clone() for n, g in policy.named_gradients()},
                 "norm": policy.step().grad_norm if policy.optimizer is not None else None,
@@ -196,6 +203,7 @@ def check(
                 together = changes["tensor_model_parallel_size"] * changes["pipeline_model_parallel_size"]
                 requests = range(len(found["responses"]))
                 assert found["sampled"] == sorted([*requests] * together), f"not once: {where}"
+                assert found["handed"] == [*enumerate(found["responses"])], f"not handed over once: {where}"
                 if dtype is torch.bfloat16:
                     assert cosine(found["gradients"], references[torch.float32]["gradients"]) >= 0.999, where
                 else:

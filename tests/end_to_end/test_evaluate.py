@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 
 import numpy as np
 import torch
@@ -45,6 +47,23 @@ def test_an_evaluation_that_was_done_is_not_sampled_again(commands, tmp_path):
     assert samples.read_bytes() == b"".join(marked)
     commands("evaluate", *small, "seed=9").ok()
     assert samples.read_bytes().splitlines()[1:] != first.splitlines()[1:]
+
+
+def test_killed_within_a_batch_it_goes_on_sample_by_sample(commands, tmp_path):
+    many, part = "evaluation.samples=64", tmp_path / "killed/evaluation/test.step_0.samples.rank_0.jsonl"
+    commands("evaluate", many, at(tmp_path / "whole")).ok()
+    killed = commands.start("evaluate", many, at(tmp_path / "killed"))
+    killed.wait_for(part)
+    while not part.stat().st_size:
+        time.sleep(0.01)
+    killed.process.kill()
+    assert killed.wait().code == -signal.SIGKILL
+    kept = part.read_bytes().count(b"\n")
+    assert 0 < kept < 8 * 65
+    done = commands("evaluate", many, at(tmp_path / "killed")).ok()
+    assert f"{kept} samples of a batch that was not finished are used" in done.err
+    whole, resumed = (tmp_path / name / "evaluation/test.step_0.samples.jsonl" for name in ("whole", "killed"))
+    assert resumed.read_bytes() == whole.read_bytes() and not part.exists()
 
 
 def test_it_needs_no_training_files(commands, tmp_path):

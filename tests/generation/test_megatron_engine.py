@@ -159,6 +159,39 @@ def test_decoding_in_place_gives_the_same_responses(
 
 
 @one_family
+@pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in place"])
+def test_each_response_is_handed_over_once_when_its_row_ends(
+    engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... of several waves, too; in place, at the next look at the rows."""
+    look, limit, calls = 7, 40, 0
+    monkeypatch.setattr(static, "_LOOK", look)
+    forward = engine.decoder.forward
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine.decoder, "forward", counted)
+    engine.in_place = in_place
+    asked, seeds, sampling = prompts(copies=8), range(48), Sampling(1.0, limit)
+    expected = engine.generate(asked, seeds, sampling)
+    assert {r.finish_reason for r in expected} == {"stop", "length"}
+    handed: list[tuple[int, Response, int]] = []
+    calls = 0
+    responses = engine.generate(asked, seeds, sampling, lambda i, r: handed.append((i, r, calls)))
+    assert responses == expected
+    assert [(i, r) for i, r, _ in sorted(handed, key=lambda entry: entry[0])] == list(enumerate(responses))
+    for _, response, steps in handed:
+        assert 0 <= steps - len(response.tokens) < (look if in_place else 1)
+    monkeypatch.setattr(megatron, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
+    handed.clear()
+    responses = engine.generate(asked, seeds, sampling, lambda i, r: handed.append((i, r, calls)))
+    assert [(i, r) for i, r, _ in sorted(handed, key=lambda entry: entry[0])] == list(enumerate(responses))
+
+
+@one_family
 @pytest.mark.parametrize("in_place", [False, True])
 def test_attention_takes_masks_as_they_lie_and_never_cudnn(
     engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
