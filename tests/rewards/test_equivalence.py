@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from answer_table import DIFFERENT, EQUAL
 from fault_table import KINDS
+from fault_table_more import MORE_KINDS
 
 from nemo_disco.rewards import MathGrader
 
@@ -29,9 +30,9 @@ def test_different(grader: MathGrader, gold: str, answers: list[str]) -> None:
     ] == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | MORE_KINDS)
 def test_both_sides_of_each_kind_of_fault(grader: MathGrader, kind: str) -> None:
-    for pairs, wanted in zip(KINDS[kind], (1.0, 0.0), strict=True):
+    for pairs, wanted in zip((KINDS | MORE_KINDS)[kind], (1.0, 0.0), strict=True):
         verdicts = grader.grade_with_reasons([box(answer) for answer, _ in pairs], [gold for _, gold in pairs])
         found = [(pair, v.reason) for pair, v in zip(pairs, verdicts, strict=True) if v.reward != wanted]
         assert found == [], f"should give {wanted}"
