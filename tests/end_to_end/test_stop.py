@@ -28,7 +28,7 @@ def test_a_signal_saves_the_step_and_the_next_life_ends_as_one(finished, command
     number = signal.SIGTERM if finished.ranks == 1 else signal.SIGHUP
     never = "exp_manager.checkpoint_every_n_steps=1000"  # so that it is the signal that saves
     stopped = commands.start("train", *WHOLE, never, at(run), devices=finished.ranks)
-    stopped.wait_for(run / "rollouts/step_2.jsonl")
+    stopped.wait_for(run / "rollouts/step_1.jsonl")
     stopped.process.send_signal(number)
     done = stopped.wait().ok()
     said = re.search(rf"asked to stop by {number.name}: saved step (\d)", done.out)
