@@ -81,7 +81,7 @@ ranks() {
 }
 
 # The rank that failed first, and the end of its log. srun names whom it saw first; a rank that raised said when it did,
-# which is the better order. One that was killed says nothing.
+# which is the better order. One that was killed says nothing; one that aborted may have done so for a peer that failed.
 post_mortem() {
     local rank='' node what word
     local seen='^srun: error: (.*): tasks? ([0-9]+)[^:]*: (.*)$' said='^FAILED [0-9.]+ rank ([0-9]+) on ([^:]*): (.*)$'
@@ -89,7 +89,7 @@ post_mortem() {
         node=${BASH_REMATCH[1]} rank=${BASH_REMATCH[2]} what=${BASH_REMATCH[3]}
     fi
     word=$(grep -hs '^FAILED ' "$LOGS"/rank_*.log | sort | head -n 1)
-    if [[ ${what:-Exited} == Exited* && $word =~ $said ]]; then
+    if [[ ${what:-Exited} == @(Exited|Aborted)* && $word =~ $said ]]; then
         rank=${BASH_REMATCH[1]} node=${BASH_REMATCH[2]} what=${BASH_REMATCH[3]}
     fi
     if [[ -z $rank ]]; then

@@ -156,8 +156,8 @@ def run(server: ForkServer, code: str, stdin: bytes = b"") -> Ended:
 def attack(landlock: bool) -> dict[str, Any]:
     """The results, name to error, and `harm`: whether the victim file changed, or a signal came."""
     came: list[int] = []
-    for number in (signal.SIGIO, signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, _: came.append(number))
+    numbers = (signal.SIGIO, signal.SIGUSR1, signal.SIGTERM)
+    earlier = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         path = Path(folder) / "victim"
@@ -174,6 +174,8 @@ def attack(landlock: bool) -> dict[str, Any]:
             before.st_mode, before.st_uid, before.st_gid, before.st_mtime_ns, before.st_size, before.st_ctime_ns
         )  # fmt: skip
         harm = not same or os.listdir(folder) != ["victim"] or os.listxattr(path) != []
+    for number, handler in earlier.items():
+        signal.signal(number, handler)
     results = json.loads(ended.printed) if ended.code == 0 else {}
     return {"results": results, "harm": harm, "signals": came, "code": ended.code, "complaint": ended.complaint}
 

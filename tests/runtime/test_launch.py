@@ -112,7 +112,9 @@ def test_a_rank_that_aborts_after_a_peer_failed_is_not_blamed(ranks, capfd):
     if rank == 0:
         launch.report(ValueError("the cause"))
         sys.exit(1)
-    time.sleep(0.2)
+    while not os.path.exists(os.environ["NEMO_DISCO_REPORTS"] + "/0"):
+        time.sleep(0.01)
+    time.sleep(0.2)  # longer than the launcher takes to look
     os.abort()
     """
     assert launch.spawn(2, ranks(body)) == 1

@@ -1,6 +1,7 @@
 """An objective of a user's own, for jobs that the tests catch: DisCO, slowly in a job's first life.
 
 PACE_S: seconds that each mini-batch waits. HOLD_START_S: seconds that the start waits, before anything is trained.
+BREAK: a file; once it is there, rank 0 raises an error that nobody foresaw.
 """
 
 from __future__ import annotations
@@ -26,4 +27,6 @@ class Paced(DisCO):
 
     def value(self, batch: MiniBatch) -> Tensor:
         time.sleep(PACE_S)
+        if os.environ["SLURM_PROCID"] == "0" and os.path.exists(os.environ.get("BREAK", "")):
+            raise RuntimeError("broken on purpose")
         return super().value(batch)

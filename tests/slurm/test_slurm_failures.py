@@ -21,9 +21,10 @@ MINUTE = 60
 
 
 @pytest.fixture
-def training(submit: Submit) -> Job:
+def training(submit: Submit, tmp_path: Path) -> Job:
     """Two nodes that train, slowly and for long."""
-    job = submit("train_multi_node.sbatch", [*TRAIN, "trainer.max_steps=1000"], PACE_S="2")
+    broken = str(tmp_path / "break")
+    job = submit("train_multi_node.sbatch", [*TRAIN, "trainer.max_steps=1000"], PACE_S="2", BREAK=broken)
     job.wait_for_step()
     return job
 
@@ -52,12 +53,18 @@ def test_a_crash_leaves_its_traceback(training: Job) -> None:
     assert re.search(r'File ".*/nemo_disco/algorithms/trainer\.py", line \d+ in fit', log)
 
 
-def test_an_error_leaves_its_traceback(training: Job) -> None:
+def test_an_error_of_a_users_objective_is_named_with_its_line(training: Job, tmp_path: Path) -> None:
+    (tmp_path / "break").touch()
+    said = r"objective paced raised RuntimeError at .*/paced\.py:\d+: broken on purpose"
+    assert_ends_in_a_minute(training, f"rank 0 on n1: UserError: {said}")
+
+
+def test_a_full_or_broken_disk_is_one_line(training: Job) -> None:
     rollouts = training.run / "rollouts"
     shutil.rmtree(rollouts)
     rollouts.touch()  # rank 0 cannot write into it
-    log = assert_ends_in_a_minute(training, "rank 0 on n1: FileExistsError: ")
-    assert re.search(r'File ".*/nemo_disco/algorithms/journal\.py", line \d+, in rollouts', log)
+    log = assert_ends_in_a_minute(training, "rank 0 on n1: UserError: .*/rollouts/step_.*cannot be written")
+    assert "Traceback" not in log
 
 
 def test_a_node_that_falls_silent(training: Job, frozen_node_2: list[int]) -> None:
