@@ -27,7 +27,7 @@ _FREE = """
     time gettimeofday clock_gettime clock_getres nanosleep clock_nanosleep times getrusage
     getpid gettid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getgroups getresuid getresgid
     getpriority getrlimit uname sysinfo getrandom
-    recvfrom recvmsg shutdown getsockopt
+    recvfrom recvmsg shutdown
     exit exit_group
 """
 # Newer calls that the C library tries first and does without where they do not exist.
@@ -42,6 +42,7 @@ _STREAM, _TYPE, _AF_UNIX = 1, 0xF, 1
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
 _QUESTIONS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
+_SOL_SOCKET, _SO_TYPE, _SO_ERROR, _SO_PROTOCOL, _SO_DOMAIN = 1, 3, 4, 38, 39  # others name the peer's process
 
 
 def filter_program(architecture: int | None = None) -> bytes:
@@ -99,6 +100,10 @@ def _conditions(seccomp: ModuleType) -> list[tuple[str, list[Any]]]:
         # asyncio wakes itself through a pair of connected sockets; these reach no other address.
         ("socketpair", [equal(0, _AF_UNIX), masked(1, _TYPE, _STREAM)]),
         ("sendto", [equal(4, 0)]),
+        *(
+            ("getsockopt", [equal(1, _SOL_SOCKET), equal(2, option)])
+            for option in (_SO_TYPE, _SO_ERROR, _SO_PROTOCOL, _SO_DOMAIN)
+        ),
     ]
 
 

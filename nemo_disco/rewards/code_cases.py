@@ -141,6 +141,8 @@ def _of_python(tests: str) -> Cases:
         statements = ast.parse(tests).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _damaged(f"they are not Python ({error})", tests) from error
+    if not any(map(_does_something, statements)):
+        raise _damaged("they define names and then test nothing; end them with a call, such as `check(NAME)`", tests)
     setup: list[str] = []
     found: list[tuple[str, Any]] = []
     for statement in statements:
@@ -153,6 +155,14 @@ def _of_python(tests: str) -> Cases:
     if not found:
         return Script(tests)
     return ExpressionCases("\n".join(setup), tuple(text for text, _ in found), tuple(value for _, value in found))
+
+
+def _does_something(statement: ast.stmt) -> bool:
+    """Whether the statement is more than a definition."""
+    if isinstance(statement, (ast.Expr, ast.Assign, ast.AnnAssign)):
+        return any(isinstance(node, ast.Call) for node in ast.walk(statement))
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
+    return not isinstance(statement, definitions)
 
 
 def _comparison(test: ast.expr) -> tuple[str, Any] | None:

@@ -154,10 +154,10 @@ class ForkServer:
         self._channel = ours
         ours.settimeout(_START)
         hello = ours.recv(1 << 16)
-        problem = _mapping(hello)["problem"] if hello else f"its server ended with {self._process.wait()}"
-        if problem:
+        said = _mapping(hello) if hello else {"problem": f"its server ended with {self._process.wait()}"}
+        if said["problem"]:
             self._end()
-            raise _unconfined(problem)
+            raise _unconfined(str(said["problem"]), said.get("unreadable") is True)
         return ours
 
     def _end(self) -> None:
@@ -199,11 +199,16 @@ def _private_memory() -> Iterator[None]:
                 libc.prctl(_SET_DUMPABLE, 1, 0, 0, 0)
 
 
-def _unconfined(problem: str) -> UserError:
-    return UserError(
-        f"reward.verifier=python_tests: this machine cannot confine a program ({problem}); it needs Linux with seccomp "
-        "on x86_64 or aarch64, and in a container a profile that lets a process add filters"
+def _unconfined(problem: str, unreadable: bool = False) -> UserError:
+    needs = (
+        "it needs Linux with seccomp on x86_64 or aarch64, and in a container a profile that lets a process add filters"
     )
+    if unreadable:
+        needs = (
+            "programs of a run of root's are run as nobody: install Python where every user can read it, such as /opt, "
+            "start the run as another user than root, or use a kernel with Landlock (Linux 5.13)"
+        )
+    return UserError(f"reward.verifier=python_tests: this machine cannot confine a program ({problem}); {needs}")
 
 
 def _mapping(message: bytes) -> dict[str, Any]:

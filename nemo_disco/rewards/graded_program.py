@@ -7,6 +7,7 @@ Or it is such tests, without a program. Outputs to compare with never come to a 
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import bisect
 import builtins
@@ -36,10 +37,14 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, BinaryIO, NoReturn
 
+import nodes  # type: ignore[import-not-found]
 import remote_names  # type: ignore[import-not-found]
 
 ANSWER = "<answer>"
+FILE = "answer.py"
+LARGEST_STACK = 128 << 20  # of a thread: programs ask for a gigabyte, which would count as memory that they use
 _really_exit = os._exit
+_set_stack_size = threading.stack_size
 _MODULES = (bisect, collections, copy, functools, heapq, itertools, json, math, operator, random, re, string, sys)
 _NAMES = (
     (collections, "Counter OrderedDict defaultdict deque namedtuple"),
@@ -54,6 +59,7 @@ _NAMES = (
 def _leetcode_names() -> dict[str, Any]:
     """What LeetCode has imported before an answer runs; none of it hides a built-in name."""
     names: dict[str, Any] = {name: getattr(typing, name) for name in typing.__all__}
+    names |= {"ListNode": nodes.ListNode, "TreeNode": nodes.TreeNode}
     names |= {module.__name__: module for module in (*_MODULES, statistics)}
     for module, listed in _NAMES:
         names |= {name: getattr(module, name) for name in listed.split()}
@@ -71,6 +77,7 @@ def run(job: int, report: int, link: int) -> int:
     """
     _attach_streams()
     os._exit = _exit_after_flush
+    threading.stack_size = _thread.stack_size = _stack_size
     with open(job, "rb") as file:
         sources, as_module = json.loads(file.readline())
         try:
@@ -84,12 +91,15 @@ def run(job: int, report: int, link: int) -> int:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process as Python ends: wait for threads, run exit functions, flush."""
+    """End the process as Python ends: wait for threads, run exit functions, flush, let go of the program's objects."""
     try:
         with contextlib.suppress(BaseException):
             threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         code = code or int(not _flush())
+        with contextlib.suppress(BaseException):
+            _release(sys.modules["__main__"].__dict__)
+            _flush()
     finally:
         _really_exit(code)
 
@@ -99,9 +109,11 @@ def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, l
         file.close()
         exec(_compiled(sources), _names("__main__"))
         return
-    names = _names("answer")  # not __main__: there a function's own demonstration would read an input
+    test = json.loads(file.readline())
+    # A program is not __main__ here, where a function's own demonstration would read an input.
+    names = _names("__main__" if "tests" in test else "answer")
     names.update(LEETCODE)
-    before, test = dict(names), json.loads(file.readline())
+    before = dict(names)
     if "tests" in test:
         _run_tests(test, names, report, link)
         return
@@ -114,8 +126,7 @@ def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, l
         values = [eval(compile(text, "<tests>", "eval", dont_inherit=True), names) for text in test["expressions"]]
         _write(report, json.dumps([plain(value) for value in values]).encode())
     else:
-        function = test["function"]
-        returned = [plain(_function(names, function)(*map(_argument, given))) for given in test["calls"]]
+        returned = [_call(names, test["function"], given) for given in test["calls"]]
         _write(report, json.dumps(returned).encode())
 
 
@@ -127,7 +138,11 @@ def _run_tests(test: dict[str, Any], names: dict[str, Any], report: int, link: i
         _really_exit(1)
 
     names.update(remote_names.Tests(link, fail).names(test["tests"], dict(names)))
-    exec(compile(test["tests"], "<tests>", "exec", dont_inherit=True), names)
+    try:
+        exec(compile(test["tests"], "<tests>", "exec", dont_inherit=True), names)
+    except SystemExit as error:  # as `unittest.main()` ends
+        if error.code or type(error) is not SystemExit:  # the program's own is a ProgramExit
+            raise
     _write(report, test["token"].encode())
 
 
@@ -146,8 +161,9 @@ def _names(module_name: str) -> dict[str, Any]:
     """The names of a fresh module that `pickle`, `dataclasses` and `typing` find as any other."""
     module = types.ModuleType(module_name)
     sys.modules[module_name] = module
-    sys.argv = ["answer.py"]
+    sys.argv = [FILE]
     module.__dict__["__builtins__"] = builtins
+    module.__dict__["__file__"] = FILE
     return module.__dict__
 
 
@@ -159,6 +175,13 @@ def _function(names: dict[str, Any], name: str) -> Callable[..., Any]:
         return method
     function: Callable[..., Any] = names[name]
     return function
+
+
+def _call(names: dict[str, Any], name: str, given: list[Any]) -> Any:
+    """What the function of that name returns, plain."""
+    function = _function(names, name)
+    returned = function(*nodes.arguments(function, [_argument(item) for item in given], names))
+    return [] if returned is None and nodes.returned_by(function) else plain(returned)
 
 
 def _argument(given: Any) -> Any:
@@ -184,6 +207,8 @@ def plain(value: Any) -> Any:
         return {"ratio": list(value.as_integer_ratio())}
     if hasattr(value, "tolist"):  # numpy's
         return plain(value.tolist())
+    if (listed := nodes.as_list(value)) is not None:
+        return plain(listed)
     raise TypeError(f"a {type(value).__name__} was returned")
 
 
@@ -201,15 +226,26 @@ def _exit_after_flush(status: int) -> NoReturn:
     _really_exit(status)
 
 
+def _stack_size(size: int = 0) -> int:
+    return _set_stack_size(min(size, LARGEST_STACK))
+
+
+def _release(names: dict[str, Any]) -> None:
+    """Let a program's names go, as Python does at its end: what it wrote to a file of its own is then written out."""
+    if names.get("__file__") == FILE:
+        for name in [name for name in names if not name.startswith("__")]:
+            names[name] = None
+
+
 def _flush() -> bool:
     """Whether all that was printed could be written."""
     complete = True
-    for stream in (sys.stdout, sys.__stdout__, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__):
         try:
             if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
-        except Exception:
-            complete = False
+        except Exception:  # where a program put another in its place, the first one may be of no use
+            complete = complete and stream is sys.__stdout__ is not sys.stdout
     return complete
 
 

@@ -256,6 +256,7 @@ class Tests:
         base: type[BaseException] = getattr(builtins, python)
         if not issubclass(base, BaseException):
             raise TypeError(python)
+        base = ProgramExit if base is SystemExit else base
         if python == kinds[0]:
             return base
         return self._exceptions.setdefault(kinds[0], type(kinds[0], (self._exception(kinds[1:]),), {}))
@@ -268,12 +269,23 @@ class Tests:
             return kind.__new__(kind)
 
 
+class ProgramExit(SystemExit):
+    """A SystemExit of the program, which ends no tests well."""
+
+
 class Remote:
-    """An object of the program that is no plain value: it equals nothing, and can only be given back."""
+    """An object of the program that is no plain value: it equals nothing; it can be given back, and has attributes."""
 
     def __init__(self, tests: Tests, at: int) -> None:
         object.__setattr__(self, "_tests", tests)
         object.__setattr__(self, "_at", at)
+
+    def __getattr__(self, name: str) -> Any:
+        """Data alone, which the tests compare themselves: a method could answer what they want to hear."""
+        value = None if name.startswith("__") else _ask(self, "getattr", name)
+        if name.startswith("__") or type(value) in (RemoteFunction, RemoteIterator):
+            raise AttributeError(name)
+        return value
 
 
 class RemoteFunction(Remote):

@@ -32,6 +32,7 @@ POLL = 0.02  # seconds between two looks at a running program
 PATIENCE = 10  # a program is ended after this many times its processor time by the clock, whatever it does
 THREADS = 64  # with more than these at once a program is ended
 DESCRIPTORS = 64  # that a program may hold
+STACK = 100 << 20  # bytes of the first thread's stack, for deep recursion; the kernel leaves 128 MB free below it
 LIBRARY = 200  # descriptors from here on are Python's directories, see `open_library`
 # What Python's modules read, beside Python's own directories.
 SYSTEM = (
@@ -44,6 +45,10 @@ _LANDLOCK_ALL, _READ_FILE, _READ_DIRECTORY = 0x1FFF, 0x4, 0xC  # of version 1
 _O_PATH = 0x200000
 _CAPABILITIES_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class UnreadablePythonError(OSError):
+    """The user that programs run as cannot read Python's own files."""
 
 
 def checked(result: int, name: str) -> int:
@@ -109,7 +114,8 @@ def open_library(paths: list[str], landlock: bool) -> None:
     """Keep Python's directories readable for a program whose user may not pass a directory above them (/root).
 
     Such a directory is opened here and named by its descriptor, in sys.path and in the packages that are loaded.
-    Raises OSError where Python cannot be read all the same.
+    Raises UnreadablePythonError where Python cannot be read all the same, or the kernel has no Landlock: by the
+    descriptor a program would get at what lies above the directory.
     """
 
     def unreadable() -> list[str]:
@@ -133,7 +139,7 @@ def open_library(paths: list[str], landlock: bool) -> None:
             if isinstance(package, list):
                 package[:] = [prefix + p.removeprefix(path) if p.startswith(path + "/") else p for p in package]
     if hidden and (not landlock or in_a_fork(still_unreadable)):
-        raise OSError(f"the user nobody cannot read Python's own files in {hidden[0]}")
+        raise UnreadablePythonError(f"the user nobody cannot read Python's own files in {hidden[0]}")
 
 
 def watch(pid: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -244,6 +250,7 @@ class Server:
         limit(resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1)
         limit(resource.RLIMIT_FSIZE, request["output"])
         limit(resource.RLIMIT_CORE, 0)
+        limit(resource.RLIMIT_STACK, STACK, lower=False)
         give_up_privileges()
         prctl(_SET_PDEATHSIG, signal.SIGKILL)
         prctl(_SET_NO_NEW_PRIVS, 1)
@@ -258,10 +265,11 @@ class Server:
         prctl(_SET_SECCOMP, 2, self._filter)
 
 
-def limit(kind: int, value: int) -> None:
+def limit(kind: int, value: int, lower: bool = True) -> None:
+    """lower: the hard limit too."""
     _, hard = resource.getrlimit(kind)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (value, value))
+    resource.setrlimit(kind, (value, value if lower else hard))
 
 
 def renumbered(descriptor: int) -> int:
@@ -280,7 +288,8 @@ def main() -> None:
         prctl(_SET_DUMPABLE, 0)
         server = Server(settings)
     except Exception as error:
-        channel.send(json.dumps({"problem": str(error)}).encode())
+        unreadable = isinstance(error, UnreadablePythonError)
+        channel.send(json.dumps({"problem": str(error), "unreadable": unreadable}).encode())
         return
     channel.send(json.dumps({"problem": ""}).encode())
     with contextlib.suppress(OSError):  # the other end is gone

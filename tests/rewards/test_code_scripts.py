@@ -80,6 +80,19 @@ HONEST = {
         "    assert reverse(Stack([1, 2])) == Stack([2, 1]) != Stack()",
         "s = Stack(); s.push(4); assert s.pop() == 5",
     ),
+    "data of an object": (
+        "class node:\n    def __init__(self, val, next): self.val, self.next = val, next\n"
+        "def f(values): return node(values[0], f(values[1:])) if values else None",
+        "h = candidate([1, 2]); assert h.val == 1 and h.next.val == 2 and h.next.next is None",
+        "assert candidate([1]).val == 2",
+    ),
+    "unittest": (
+        "def f(x): return x",
+        "import unittest\n    class T(unittest.TestCase):\n        def test(self): self.assertEqual(candidate(3), 3)\n"
+        "    globals()['T'] = T\n    unittest.main()",
+        "import unittest\n    class T(unittest.TestCase):\n        def test(self): self.assertEqual(candidate(3), 4)\n"
+        "    globals()['T'] = T\n    unittest.main()",
+    ),
     "method": (
         "class Solution:\n    def two(self, nums: List[int], k: int) -> List[int]: return [n for n in nums if n > k]\n"
         "f = Solution().two",
@@ -99,6 +112,14 @@ def test_honest_programs(verifier: PythonTests, code: str, right: str, wrong: st
     assert reason(verifier, code, CHECK.format(right)) == verdict.CORRECT
     if wrong != "pass":
         assert reason(verifier, code, CHECK.format(wrong)) == verdict.FAILED_TEST
+
+
+def test_tests_are_a_program_of_their_own(verifier: PythonTests) -> None:
+    """So that `__name__` is "__main__" there, and to exit is to end well; not where the program exits."""
+    tests = "def test_f():\n    assert f(1) == 1\nif __name__ == '__main__':\n    test_f()\n    raise SystemExit"
+    assert reason(verifier, "def f(x): return x", tests) == verdict.CORRECT
+    for wrong in ("return x + 1", "raise SystemExit", "raise SystemExit(0)"):
+        assert reason(verifier, f"def f(x): {wrong}", tests) == verdict.FAILED_TEST
 
 
 def test_the_function_may_have_a_builtin_name(verifier: PythonTests) -> None:

@@ -51,6 +51,13 @@ PROGRAMS = {
     "threads": "import sys, threading\nsys.setrecursionlimit(10**7)\nthreading.stack_size(1 << 27)\n"
     "def deep(n): return 0 if n == 0 else deep(n - 1)\n"
     f"def main():\n    deep(100000)\n    {ADD}\nthreading.Thread(target=main).start()",
+    "a thread's large stack": "import threading\nthreading.stack_size(1 << 30)\n"
+    f"threading.Thread(target=lambda: {ADD}).start()",
+    "recursion through C": "import functools, sys\nsys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\n"
+    f"def deep(n): return n and deep(n - 1)\ndeep(100000)\n{ADD}",
+    "a file of its own that is not closed": "out = open(1, 'w')\nout.write(str(sum(map(int, input().split()))))",
+    "streams put in their place": f"import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach())\n{ADD}",
+    "its place": f"import os\nos.path.dirname(os.path.abspath(__file__))\n{ADD}",
     "stack limit": f"import resource\nresource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\n{ADD}",
     "pool": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as p:\n"
     "    print(sum(p.map(int, input().split())))",
@@ -117,6 +124,14 @@ def test_which_block_is_the_program() -> None:
 
 DOUBLE = "def double(x):\n    return 2 * x"
 SOLUTION = "class Solution:\n    def double(self, x: List[int]) -> List[int]:\n        return [2 * y for y in x]"
+REVERSE = (
+    "def reverse(self, head: Optional[ListNode]) -> Optional[ListNode]:\n        last = None\n"
+    "        while head: head.next, last, head = last, head, head.next\n        return last"
+)
+MIRROR = (
+    "def mirror(root: 'TreeNode | None'):\n    if root: root.left, root.right = mirror(root.right), mirror(root.left)\n"
+    "    return root"
+)
 STDIN_TOO = DOUBLE + "\nif __name__ == '__main__':\n    print(double(int(input())))"
 
 
@@ -152,6 +167,22 @@ STDIN_TOO = DOUBLE + "\nif __name__ == '__main__':\n    print(double(int(input()
             {"fn_name": "f", "inputs": [[2]], "outputs": [[[0, 1]]]},
             True,
         ),
+        (
+            f"class Solution:\n    {REVERSE}",
+            {"fn_name": "reverse", "inputs": [[[1, 2, 3]], [[]]], "outputs": [[3, 2, 1], []]},
+            True,
+        ),
+        (
+            "class ListNode:\n    def __init__(self, val=0, next=None): self.val, self.next = val, next\n"
+            f"class Solution:\n    {REVERSE}",
+            {"fn_name": "reverse", "inputs": ["[1, 2]"], "outputs": ["[1, 2]"]},
+            False,
+        ),
+        (
+            MIRROR,
+            {"fn_name": "mirror", "inputs": [[[4, 2, 7, 1, None, 6]]], "outputs": [[4, 7, 2, None, 6, None, 1]]},
+            True,
+        ),
         ("f = print", {"fn_name": "f", "inputs": [[1]], "outputs": [[1]]}, False),
         (
             "class E:\n    def __eq__(self, o): return True\nf = lambda x: E()",
@@ -181,6 +212,8 @@ def test_calls_and_assertions(verifier: PythonTests, code: str, tests: object, r
         [{"input": "1", "output": "1", "testtype": "functional"}],
         [{"input": "1"}],
         "{'inputs': ['1']}",
+        "def check(candidate):\n    assert candidate(1) == 2\n",
+        "import unittest\nMETA = {}\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)",
         "assert f(1) = 1",
     ],
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,20 @@ def test_a_kernel_that_does_not_confine_stops_the_run(monkeypatch: pytest.Monkey
     monkeypatch.setattr(fork_server, "filter_program", lambda: allow_all)
     with pytest.raises(UserError, match="does not hold programs back"):
         PythonTests()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root's programs become another user")
+def test_roots_python_that_nobody_can_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Landlock; the message is not that of a kernel without seccomp."""
+    environment = tmp_path / "root's"
+    venv.create(environment, symlinks=True, with_pip=False)
+    (environment / "lib").chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(environment / "bin/python"))
+    server = ForkServer(landlock=False)
+    with pytest.raises(UserError, match=r"the user nobody cannot read .*install Python where every user can") as raised:
+        attacks.run(server, "print(1)")
+    server.close()
+    assert "seccomp" not in str(raised.value)
 
 
 FLOODS = {
