@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import secrets
 import time
 from collections.abc import Callable
@@ -13,20 +14,39 @@ import torch
 from ranks import run_rank
 
 TIMEOUT_S = 1800  # a hang, and not a busy machine
+# Imported once, by the process that the ranks are forked from: an import takes longer than most tests.
+HEAVY = [
+    "nemo_disco.algorithms.run",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3", "llama", "mistral")),
+]
+multiprocessing.set_forkserver_preload(HEAVY)  # the process starts with the first test that needs it
 
 
 @pytest.fixture
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """on_ranks(world_size, function, *arguments) -> what the function returned on each rank.
 
-    The function is of a module's top level (processes are spawned, so it is imported anew); the process group stands
-    when it is called. A rank that raises, or a silence of TIMEOUT_S, ends all of them and fails the test.
+    The function is of a module's top level (it is imported anew in processes that know libraries alone); the process
+    group stands when it is called. A rank that raises, or a silence of TIMEOUT_S, ends all of them and fails the test.
     """
+    return _runner(tmp_path, "forkserver")
 
+
+@pytest.fixture
+def on_new_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """As on_ranks, in processes of their own from the start, with this process's environment."""
+    return _runner(tmp_path, "spawn")
+
+
+def _runner(tmp_path: Path, start_method: str) -> Callable[..., list[Any]]:
     def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         meeting = tmp_path / f"meeting-{secrets.token_hex(4)}"
         context = torch.multiprocessing.start_processes(
-            run_rank, (world_size, meeting, function, arguments), nprocs=world_size, join=False, start_method="spawn"
+            run_rank,
+            (world_size, meeting, function, arguments),
+            nprocs=world_size,
+            join=False,
+            start_method=start_method,
         )
         deadline = time.monotonic() + TIMEOUT_S
         try:

@@ -67,7 +67,7 @@ def worker(rank: int, ranks: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four processes, once: TP 4 of all of them, then TP 2 in each half (where group ranks are not global ranks)."""
     folder = tmp_path_factory.mktemp("tp")
-    mp.spawn(worker, args=(4, str(folder)), nprocs=4)
+    mp.start_processes(worker, args=(4, str(folder)), nprocs=4, start_method="forkserver")
     return folder
 
 

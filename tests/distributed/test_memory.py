@@ -93,7 +93,7 @@ def estimated(model: str, changes: dict[str, Any], world_size: int, precision: s
 
 
 def check(
-    on_ranks: Callable[..., list[Any]],
+    on_new_ranks: Callable[..., list[Any]],
     directory: Path,
     shape: dict[str, int],
     world_size: int,
@@ -106,7 +106,7 @@ def check(
     model = str(save_model(directory / "model", "qwen2", tied=False, **(sizes | shape)))
     small = str(save_model(directory / "small", "qwen2", tied=False, **(sizes | {"hidden_size": 64})))
     dtype = {"32": torch.float32, "bf16": torch.bfloat16}[precision]
-    ranks = on_ranks(world_size, measure, small, model, layouts, dtype, questions)
+    ranks = on_new_ranks(world_size, measure, small, model, layouts, dtype, questions)
     for changes, *peaks in zip(layouts, *ranks, strict=True):
         expected = estimated(model, changes, world_size, precision, questions)
         figures = f"{changes}: measured {[p >> 20 for p in peaks]} MiB, estimated {expected.training >> 20}: {expected}"
@@ -125,21 +125,21 @@ SP = TP | {"sequence_parallel": True}
 VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
 
 
-def test_one_process(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    check(on_ranks, tmp_path, SMALL, 1, [{}], questions=2)
+def test_one_process(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(on_new_ranks, tmp_path, SMALL, 1, [{}], questions=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [WIDE, WORDY], ids=["wide", "wordy"])
-def test_two_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path, shape: dict[str, int]) -> None:
-    check(on_ranks, tmp_path, shape, 2, [{}, FULL, TP, TP | FULL, SP, SP | SELECTIVE, PP, PP | FULL, CP])
+def test_two_processes(on_new_ranks: Callable[..., list[Any]], tmp_path: Path, shape: dict[str, int]) -> None:
+    check(on_new_ranks, tmp_path, shape, 2, [{}, FULL, TP, TP | FULL, SP, SP | SELECTIVE, PP, PP | FULL, CP])
 
 
 @pytest.mark.slow
-def test_four_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    check(on_ranks, tmp_path, WIDE, 4, [SP | PP, TP | FULL, PP, VPP], questions=16)
+def test_four_processes(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(on_new_ranks, tmp_path, WIDE, 4, [SP | PP, TP | FULL, PP, VPP], questions=16)
 
 
 @pytest.mark.slow
-def test_bfloat16(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    check(on_ranks, tmp_path, WIDE, 1, [{}, FULL, SELECTIVE], "bf16")
+def test_bfloat16(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(on_new_ranks, tmp_path, WIDE, 1, [{}, FULL, SELECTIVE], "bf16")
