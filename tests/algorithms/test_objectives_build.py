@@ -152,6 +152,17 @@ class NanGradient(Objective):
 class Vector(Objective):
     def value(self, batch):
         return batch.log_probs
+
+
+class EndsWhenMade(Vector):
+    def __post_init__(self):
+        raise SystemExit(0)
+
+
+class EndsWhenAsked(Vector):
+    @property
+    def requires(self):
+        raise SystemExit(0)
 """
 
 
@@ -172,6 +183,12 @@ def test_a_users_own_objective(mine: Path) -> None:
     torch.testing.assert_close(output.token_weights, torch.tensor(wanted, dtype=torch.float64))
     with pytest.raises(UserError, match="Reinforce: scale must be above 0"):
         build_objective({"name": f"{mine.stem}:Reinforce", "scale": 0})
+
+
+@pytest.mark.parametrize("cls", ["EndsWhenMade", "EndsWhenAsked"])
+def test_a_users_objective_that_exits_before_it_is_called_is_named_too(mine: Path, cls: str) -> None:
+    with pytest.raises(UserError, match=rf"objective {cls} raised SystemExit at {mine}:\d+: 0"):
+        build_objective({"name": f"{mine.stem}:{cls}"})
 
 
 @pytest.mark.parametrize(

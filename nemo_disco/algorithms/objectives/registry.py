@@ -19,7 +19,7 @@ from nemo_disco.algorithms.objectives.parameters import Checked, key_of, nearest
 from nemo_disco.algorithms.objectives.policy_gradient import DAPO, GPG, GRPO, GRPOER, GRPORW, RLOO, DrGRPO
 from nemo_disco.algorithms.objectives.preference import TRPA
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import load
+from nemo_disco.runtime.user_code import is_users, load, methods, raised_in
 
 _ALL = (DisCO, DisCOb, DRPO, GRPO, GRPOER, GRPORW, DrGRPO, DAPO, TRPA, GPG, RLOO, RLOOLP, ALP, HAPO, GRPOLEAD)
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _ALL}
@@ -41,7 +41,20 @@ def build_objective(mapping: Mapping[str, Any]) -> Objective:
         given["constraint"] = constraint
     if not isinstance(off_policy := given.get("off_policy", UNCORRECTED), OffPolicy):
         given["off_policy"] = OffPolicy(**_arguments(OffPolicy, _set_keys(off_policy, "off_policy"), "off_policy"))
-    return cls(**_arguments(cls, given, f"objective {cls.name}"))
+    arguments = _arguments(cls, given, f"objective {cls.name}")
+    return _users(cls, arguments) if is_users(cls) else cls(**arguments)
+
+
+def _users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
+    """A user's objective, made and asked what it reads. Raises UserError, with file and line, for what it raises."""
+    try:
+        objective = cls(**arguments)
+        objective.needs, objective.separable  # noqa: B018 - their own code too
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit too: a user's function does not end the run
+        raise UserError(f"objective {cls.name} raised {raised_in(methods(cls), error)}") from error
+    return objective
 
 
 def _set_keys(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
