@@ -49,6 +49,7 @@ class Snapshot:
     scales: dict[str, Any]  # delayed scaling's state, by chunk
     reference: dict[str, Any]  # copies of a reference's weights, where it has moved
     optimizer: Optimizer
+    copied: bool  # whether the moments are copies on the host, which the next optimizer step need not wait for
     moments: list[Shards]
     record: dict[str, Any]
     random_state: dict[str, str]
@@ -63,20 +64,16 @@ class Snapshot:
         held = reference is not None and reference.moved
         scales = {str(i): sharded_scales(chunk) for i, chunk in enumerate(policy.model.chunks)}
         optimizer = policy.optimizer
-        copied = host.free_memory() > MARGIN * optimizer.state_bytes
-        if not copied:
-            log.warning(
-                "step %d: this host has too little free memory to copy the optimizer's state (%.1f GB a rank): the "
-                "next optimizer step waits until the checkpoint is written",
-                step,
-                optimizer.state_bytes / 1e9,
-            )
+        weights = reference_weights(reference) if reference is not None and held else {}
+        copies = sum(t.data.nbytes for tensors in weights.values() for t in tensors.values())
+        copied = host.free_memory() > MARGIN * optimizer.state_bytes + copies
         snapshot = cls(
             step=step,
             model=model,
             scales=scales,
-            reference=_copies(reference_weights(reference)) if reference is not None and held else {},
+            reference=_copies(weights),
             optimizer=optimizer,
+            copied=copied,
             moments=optimizer.shards(copied=copied),
             record=checkpoint_record.identity(policy, step)
             | {"reference": held, "fp8_scales": any(scales.values()), "loop_state": state},
@@ -124,6 +121,7 @@ class CheckpointWriter:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Path] | None = None
+        self._said_short = False
 
     def save(
         self,
@@ -141,6 +139,7 @@ class CheckpointWriter:
         """
         self.wait()
         snapshot = Snapshot.of(policy, step, loop_state, reference)
+        self._say_short(snapshot)
         self._pending = self._thread.submit(_explained, snapshot, Path(directory), keep)
 
     @property
@@ -159,6 +158,21 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def _say_short(self, snapshot: Snapshot) -> None:
+        """Once a life, and by one rank: that the next optimizer step waits, since a host is short of memory. A
+        collective."""
+        short = sum(not copied for copied in every(lambda: snapshot.copied))
+        if short and not self._said_short and dist.get_rank() == 0:
+            log.warning(
+                "step %d: %d of %d ranks have too little free memory on their host to copy the optimizer's state "
+                "(%.1f GB a rank): the next optimizer step waits until the checkpoint is written (said once)",
+                snapshot.step,
+                short,
+                dist.get_world_size(),
+                snapshot.optimizer.state_bytes / 1e9,
+            )
+        self._said_short = self._said_short or short > 0
 
     def __enter__(self) -> CheckpointWriter:
         return self

@@ -15,10 +15,11 @@ import torch
 from models import model_config, save_model
 from training import fingerprint, train
 
-from nemo_disco.policy import checkpoint, checkpoint_storage, parallel
+from nemo_disco.policy import checkpoint, checkpoint_storage, checkpoint_writer, parallel
 from nemo_disco.policy import checkpoint_files as files
 from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.reference import Reference
 from nemo_disco.runtime import host
 from nemo_disco.runtime.errors import UserError
 
@@ -85,8 +86,14 @@ def test_the_checkpoint_is_of_its_step_whatever_training_does_meanwhile(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_the_host_is_short_nothing_is_copied_and_the_next_step_waits(
-    model: Path, tmp_path: Path, disk: threading.Event, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    disk: threading.Event,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """... and this is said once."""
     monkeypatch.setattr(host, "free_memory", lambda: 0)
     policy = build(model, dtype)
     train(policy, range(2))
@@ -96,9 +103,23 @@ def test_where_the_host_is_short_nothing_is_copied_and_the_next_step_waits(
         threading.Timer(0.3, disk.set).start()
         train(policy, range(2, 3))
         assert disk.is_set(), "the optimizer changed what was still to be written"
+        writer.save(policy, tmp_path / "next", 3, {}, keep=1)
+    assert len([line for line in caplog.messages if "too little free memory" in line]) == 1
     resumed = build(model, dtype)
     checkpoint.load_latest(resumed, tmp_path)
     assert fingerprint(resumed) == bits
+
+
+def test_a_reference_that_moved_counts_where_free_memory_decides(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the moments need is free, but the copy of the reference's weights comes first."""
+    policy = build(model)
+    reference = Reference(Policy(policy.config, dtype=torch.float32, trainable=False))
+    assert policy.optimizer is not None
+    enough = int(checkpoint_writer.MARGIN * policy.optimizer.state_bytes) + 1
+    monkeypatch.setattr(host, "free_memory", lambda: enough)
+    assert checkpoint_writer.Snapshot.of(policy, 1, {}, reference).copied
+    reference.become(policy)
+    assert not checkpoint_writer.Snapshot.of(policy, 1, {}, reference).copied
 
 
 def test_the_optimizer_waits_until_the_weights_are_read(
