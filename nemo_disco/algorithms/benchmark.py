@@ -26,6 +26,7 @@ from nemo_disco.evaluation.samples import Sample, SampleStream
 from nemo_disco.generation.engine import Engine, Response, Sampling
 from nemo_disco.rewards.registry import Grader, verifier_code
 from nemo_disco.rewards.votes import votes
+from nemo_disco.runtime.signals import StoppedError
 
 log = logging.getLogger(__name__)
 _ENGINE = ("engine", "quantization", "options", "tensor_parallel_size")
@@ -47,7 +48,8 @@ def evaluate_set(
 
     stream: the file that takes the samples, and what the weights are: where the file holds samples of the same
     evaluation, these are not sampled again. stopped: asked before each batch, the same on every rank; then the result
-    is None. cautions: those that rank 0 gives about the responses.
+    is None, as where a user's verifier takes too long after a request to stop. cautions: those that rank 0 gives about
+    the responses.
     """
     k = config.evaluation.samples
     size = max(1, BATCH // k)
@@ -59,7 +61,10 @@ def evaluate_set(
         for number in range(len(samples.done), len(batches)):
             if stopped():
                 return None
-            samples.append(_batch(engine, grader, questions, batches[number], seeds, config, samples))
+            try:
+                samples.append(_batch(engine, grader, questions, batches[number], seeds, config, samples))
+            except StoppedError:
+                return None
         all_samples = samples.all()
     if cautions is not None and dist.get_rank() == 0:
         for caution in cautions.about([s["response"] for s in all_samples], mixed=1.0):  # nothing is to be learned here

@@ -24,6 +24,7 @@ from nemo_disco.generation.engine import Engine, EngineApart, Outstanding, Respo
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.clock import Clock
+from nemo_disco.runtime.signals import StoppedError
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,33 @@ class Collector:
         self._ahead = _Ahead(indices, state, request, outstanding)
 
     def receive(self, version: int, clock: Clock) -> None:
-        """Wait for what was asked ahead, if anything was. version: of the weights that the policy has now."""
+        """Wait for what was asked ahead, if anything was. version: of the weights that the policy has now. Where a
+        user's function takes too long after a request to stop, it is as if nothing had been asked."""
         if self._ahead is None:
             return
         with clock("generate"):
             responses = self._ahead.outstanding(version)
-        self._ahead = replace(self._ahead, sampled=self._rewarded(self._ahead.request, responses, clock))
+        before = self._ahead.state
+        try:
+            self._ahead = replace(self._ahead, sampled=self._rewarded(self._ahead.request, responses, clock))
+        except StoppedError:
+            self._ahead = None
+            self.load_state_dict(before)
 
     def collect(self, step: int, clock: Clock) -> Sampled:
-        """The rollouts of the step after `step` steps: G responses to each of data.questions_per_step questions."""
+        """The rollouts of the step after `step` steps: G responses to each of data.questions_per_step questions.
+
+        Raises StoppedError where a user's function takes too long after a request to stop; then the state is what it
+        was before.
+        """
+        before = self.state_dict()
+        try:
+            return self._collect(step, clock)
+        except StoppedError:
+            self.load_state_dict(before)
+            raise
+
+    def _collect(self, step: int, clock: Clock) -> Sampled:
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             asked = self.sampler.next()

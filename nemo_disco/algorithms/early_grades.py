@@ -16,6 +16,7 @@ from nemo_disco.algorithms.sampling import Questions, response_text
 from nemo_disco.generation.engine import Response
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.signals import StoppedError
 
 
 class EarlyGrades:
@@ -43,19 +44,19 @@ class EarlyGrades:
     def collect(self, texts: list[str], grade: Callable[[list[str], Questions], list[float]]) -> list[float]:
         """The grades of all responses: those of the thread, and by `grade`, a collective, what no engine handed over.
 
-        Raises what the grader raised; what is wrong with a user's code, on every rank. A collective.
+        Raises what the grader raised; what is wrong with a user's code, or a StoppedError, on every rank. A collective.
         """
         if self._thread is not None:
             self._waiting.put(None)
             self._thread.join()
         mine: Any = self._problem or self._grades
-        if isinstance(mine, BaseException) and not isinstance(mine, UserError):
+        if isinstance(mine, BaseException) and not isinstance(mine, UserError | StoppedError):
             raise mine
         shares = [mine] * dist.get_world_size()
         if len(shares) > 1:
             dist.all_gather_object(shares, mine)
         for share in shares:
-            if isinstance(share, UserError):
+            if isinstance(share, UserError | StoppedError):
                 raise share
         known = {index: value for share in shares for index, value in share.items()}
         rest = [i for i in range(len(texts)) if i not in known]

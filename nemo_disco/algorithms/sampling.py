@@ -19,6 +19,7 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Engine, Finished, Response, Sampling
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.signals import StoppedError
 
 T = TypeVar("T")
 
@@ -85,18 +86,18 @@ def grade(grader: Grader, texts: Sequence[str], picked: Questions) -> list[float
 
 
 def on_shares(count: int, judge: Callable[[range], list[T]]) -> list[T]:
-    """What `judge` says of each of `count` responses, each rank asked about its share. What is wrong with a user's code
-    is raised on every rank, even if one alone met it. A collective."""
+    """What `judge` says of each of `count` responses, each rank asked about its share. What is wrong with a user's
+    code, or a StoppedError, is raised on every rank, even if one alone met it. A collective."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    mine: list[T] | UserError
+    mine: list[T] | UserError | StoppedError
     try:
         mine = judge(range(rank, count, size))
-    except UserError as error:
+    except (UserError, StoppedError) as error:
         mine = error
     shares: list[Any] = [mine] * size
     if size > 1:
         dist.all_gather_object(shares, mine)
     for share in shares:
-        if isinstance(share, UserError):
+        if isinstance(share, UserError | StoppedError):
             raise share
     return [shares[i % size][i // size] for i in range(count)]

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from nemo_disco.config.schema import RewardConfig
+from nemo_disco.rewards import user_pool
 from nemo_disco.rewards.code_tests import PythonTests
 from nemo_disco.rewards.math_grader import MathGrader
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserClass, UserFunction
-from nemo_disco.runtime import user_code
 from nemo_disco.runtime.errors import UserError
 
 VERIFIERS: dict[str, Callable[..., Any]] = {
@@ -26,6 +27,7 @@ VERIFIERS: dict[str, Callable[..., Any]] = {
     "choice": MultipleChoice,
     "python_tests": PythonTests,
 }
+_SETTINGS = ["require_think", "timeout", "workers"]  # which other keys of the section decide
 
 
 class Grader(Protocol):
@@ -51,15 +53,17 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
     name, users_class = config.verifier, False
     if name in VERIFIERS:
         make = VERIFIERS[name]
+        takes = list(inspect.signature(make).parameters)
     elif ":" in name:
-        found = user_code.load("reward.verifier", name)
-        users_class = inspect.isclass(found)
-        make = found if users_class else _of_function(found, name)
+        code = user_pool.describe("reward.verifier", name)
+        if code.kind not in ("class", "function", "callable"):
+            raise UserError(f"reward.verifier={name}: it is a {code.kind}, neither function nor class")
+        users_class = code.kind == "class"
+        make, takes = partial(UserFunction, name), code.takes if users_class else _SETTINGS
     else:
         raise UserError(f"reward.verifier={name}: there are {', '.join(VERIFIERS)}, and module:name of your own")
-    takes = inspect.signature(make).parameters
     if unknown := [key for key in config.parameters if key not in takes]:
-        settable = sorted(takes.keys() - {"require_think", "timeout", "workers"})
+        settable = sorted(set(takes) - {*_SETTINGS})
         raise UserError(
             f"reward.parameters: {name} takes no {unknown[0]!r}; it takes {', '.join(settable) or 'no parameters'}"
         )
@@ -74,16 +78,6 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
 def verifier_code(config: RewardConfig) -> str:
     """A hash of the code that judges: the user's file, or this package's. For a verifier that was built."""
     if config.verifier not in VERIFIERS:
-        return user_code.source_hash(config.verifier)
+        return user_pool.source_hash(config.verifier)
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _of_function(function: Any, name: str) -> Callable[..., UserFunction]:
-    if not callable(function):
-        raise UserError(f"reward.verifier={name}: it is a {type(function).__name__}, neither function nor class")
-
-    def make(require_think: bool = False, timeout: float = 5.0, workers: int = 2) -> UserFunction:
-        return UserFunction(name, require_think, timeout, workers)
-
-    return make

@@ -5,7 +5,6 @@ A term sees one graded response and returns a number. Plain Python: knows no ten
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -14,9 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nemo_disco.rewards.extract import NoAnswerError, final_answer
-from nemo_disco.rewards.user_pool import UserPool, rank_workers
+from nemo_disco.rewards.user_pool import UserPool, describe, rank_workers
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import load
 
 if TYPE_CHECKING:
     from nemo_disco.config.schema import RewardConfig
@@ -73,7 +71,7 @@ def overlong(r: GradedResponse, buffer: int | None) -> float:
 class Rewards:
     """The terms of a run: a response's reward is their weighted sum, its preference one of them, for DRPO.
 
-    A user's functions run in processes of their own, which end with this object.
+    A user's functions run in processes of their own, which end with `close`.
     """
 
     def __init__(self, config: RewardConfig, preference: str | None = None) -> None:
@@ -96,6 +94,12 @@ class Rewards:
             (reward + more(), preference())
             for reward, more, preference in zip(rewards, added, preferences, strict=True)
         ]
+
+    def close(self) -> None:
+        """End the processes of a user's functions; calls that have not begun are not made."""
+        for term in (self._function, self._preference):
+            if isinstance(term, UserPool):
+                term.close()
 
     def reward(self, response: GradedResponse) -> float:
         return self.judge([response])[0][0]
@@ -126,7 +130,7 @@ class Rewards:
 
     def _users(self, key: str, name: str) -> UserPool:
         """A user's function, whose failures are named with file and line. Raises UserError if there is none."""
-        if not inspect.isfunction(load(key, name) if ":" in name else None):
+        if ":" not in name or describe(key, name).kind != "function":
             raise UserError(f"{key}={name} must be module:function, of a function that takes a GradedResponse")
         return UserPool(key, name, rank_workers(self._config.workers), self._config.timeout)
 

@@ -200,7 +200,7 @@ class UserClass(_InProcesses):
         """settings: what it is built with. One that takes `timeout` keeps to it itself, as MathGrader does by processor
         time and without its start: it is given up by the clock after four times that, and at least 30 s."""
         limit = max(4 * timeout, 30.0) if "timeout" in settings else timeout
-        super().__init__(UserPool("reward.verifier", name, workers, limit, settings))
+        super().__init__(UserPool("reward.verifier", name, workers, limit, settings, grace=timeout))
 
     def grade(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[float]:
         return [0.0 if reward is None else reward for reward in self._results(responses, answers, "grade")]

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_asked_at: float | None = None  # when the first of them came to a StopRequest that is entered, by the monotonic clock
+
+
+class StoppedError(Exception):
+    """Work was given up, since this process is asked to stop and the work may take too long."""
+
+
+def seconds_since_stop() -> float | None:
+    """How long ago this process was asked to stop; None where it was not. For any thread."""
+    return None if _asked_at is None else time.monotonic() - _asked_at
 
 
 def is_ignored(number: signal.Signals) -> bool:
@@ -24,15 +35,20 @@ class StopRequest:
     """While it is entered, STOP_SIGNALS set `requested` instead of ending the process.
 
     Enter it in the main thread (Python installs handlers nowhere else). The earlier handlers come back on exit.
+    number: of the first signal, 0 before it.
     """
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
+        self.number = 0
         self._earlier: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self.signal_name is not None
+        return self.number != 0
+
+    @property
+    def signal_name(self) -> str | None:
+        return signal.Signals(self.number).name if self.number else None
 
     def __enter__(self) -> StopRequest:
         for number in (n for n in STOP_SIGNALS if not is_ignored(n)):
@@ -44,9 +60,17 @@ class StopRequest:
             # None: the earlier handler was not installed from Python, so it cannot be put back from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier.clear()
+        _note_stop(None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        self.number = self.number or number
+        if _asked_at is None:
+            _note_stop(time.monotonic())
+
+
+def _note_stop(now: float | None) -> None:
+    global _asked_at
+    _asked_at = now
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ Imports no torch; knows neither objectives nor rewards.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import math
@@ -14,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from numbers import Real
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -37,12 +35,6 @@ def load(key: str, name: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{key}={name}: {module.__file__} has no {attribute!r}")
     return getattr(module, attribute)
-
-
-def source_hash(name: str) -> str:
-    """Of the file that holds `module:attribute`, once it was loaded; what that file imports is not looked at."""
-    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def is_users(cls: type) -> bool:

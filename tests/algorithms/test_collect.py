@@ -23,6 +23,7 @@ from nemo_disco.generation.engine import Finished, Outstanding, Response, Sampli
 from nemo_disco.policy import parallel
 from nemo_disco.runtime.clock import Clock
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.signals import StoppedError
 
 
 class Tokenizer:
@@ -197,6 +198,31 @@ def test_until_its_turn_what_was_asked_ahead_leaves_no_trace_in_the_state(collec
     again.load_state_dict(before)
     assert again.collect(1, Clock()).texts == made.collect(1, Clock()).texts
     assert again.state_dict() == made.state_dict() != before
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_that_is_given_up_leaves_no_trace_in_the_state(ahead: bool, collector: Any, monkeypatch: Any) -> None:
+    """The next life asks the same questions, and remembers nothing of the answers that were graded before."""
+    made, script, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, remembers=True)
+    again, _, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, remembers=True)
+    for one in (made, again):
+        one.collect(0, Clock())
+    before, calls, theirs = made.state_dict(), iter(range(9)), script.grade
+
+    def grade(*request: Any) -> Any:
+        if next(calls) == (0 if ahead else 1):
+            raise StoppedError
+        return theirs(*request)
+
+    monkeypatch.setattr(script, "grade", grade)
+    if ahead:
+        made.ask(1)
+        made.receive(1, Clock())
+    else:
+        with pytest.raises(StoppedError):
+            made.collect(1, Clock())
+    assert made.state_dict() == before
+    assert made.collect(1, Clock()).texts == again.collect(1, Clock()).texts
 
 
 def test_an_empty_response_is_no_shortest_answer() -> None:

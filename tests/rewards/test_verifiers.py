@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 from user_module import beside_us
 
 from nemo_disco.config.compose import compose
+from nemo_disco.rewards import user_pool
 from nemo_disco.rewards.registry import VERIFIERS, build_verifier
 from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserFunction, Verifier
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.signals import StoppedError
 
 CASES: list[tuple[type[Verifier], str, str | list[str], float]] = [
     (ExactMatch, r"</think> It is \boxed{New  York}.", "New York", 1.0),
@@ -134,6 +138,43 @@ def test_a_function_of_yours_that_hangs_costs_its_response_only(caplog: pytest.L
     assert time.monotonic() - began < 30 and "reward.timeout allows (1 s)" in caplog.text
     with UserFunction("my_functions:dead") as dead, pytest.raises(UserError, match="ended its process with 7"):
         dead.grade(["x"], ["y"])
+
+
+@pytest.mark.usefixtures("functions")
+def test_a_request_to_stop_leaves_calls_that_hang_one_time_limit_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... all together, those that have not begun included; and leaving does not wait for the others."""
+    with UserFunction("my_functions:slow", timeout=600.0, workers=1) as slow:
+        threading.Timer(1.0, lambda: monkeypatch.setattr(user_pool, "seconds_since_stop", lambda: 601.0)).start()
+        began = time.monotonic()
+        with pytest.raises(StoppedError):
+            slow.grade(["hang"] * 50, ["x"] * 50)
+        monkeypatch.setattr(user_pool, "seconds_since_stop", lambda: 599.0)
+        assert slow.grade(["a"], ["x"]) == [1.0]
+        slow._pool.submit("hang", ("x",))
+    assert time.monotonic() - began < 60
+
+
+IMPORT = """
+import os, time
+time.sleep(float(os.environ["IMPORT_S"]))
+def judge(response, answers):
+    return 1.0
+"""
+
+
+def test_a_module_of_yours_is_imported_in_other_processes_alone_and_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = beside_us(tmp_path / "my_import.py", IMPORT, monkeypatch)
+    monkeypatch.setenv("IMPORT_S", "0")
+    chosen = settings("reward.verifier=my_import:judge", "reward.require_think=false")
+    with build_verifier(chosen, workers=1) as judge:
+        assert judge.grade(["a"], ["x"]) == [1.0]
+    assert file.stem not in sys.modules
+    monkeypatch.setenv("IMPORT_S", "1000")
+    monkeypatch.setattr(user_pool, "START_S", 0.2)
+    with pytest.raises(UserError, match=r"reward.verifier=my_import:judge: its import was not done after 0.2 s"):
+        build_verifier(chosen, workers=1)
 
 
 @pytest.mark.usefixtures("functions")
