@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_disco.algorithms.mismatch import Token, likely_cause, mismatch, worst_tokens
+from nemo_disco.algorithms.mismatch import Token, in_float32, likely_cause, mismatch, token_at, worst_tokens
 from nemo_disco.algorithms.sampling import Questions, packed
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
@@ -38,19 +38,22 @@ class Agreement:
     def check_step(self, step: int, rollouts: Rollouts, old_log_probs: Tensor) -> None:
         """Compare the rollouts that the step after `step` steps trains on. old_log_probs [T]: the policy's.
 
-        The first step of a run (step 0; not the first one after a resume) raises UserError if the engines disagree. A
-        later one warns, and warns again only after a compared step in which they agreed. A collective.
+        The first step of a run (step 0; not the first one after a resume) raises UserError if the engines disagree, or
+        if any log-prob of either is not finite. A later one warns, and warns again only after a compared step in which
+        they agreed. A collective.
 
-        Not compared: log-probs of the policy that are not finite, which are not the engine's fault; and a step with any
-        response of older weights than now, which differs by what training changed. So an asynchronous run compares its
-        first step and the first one after a resume. Dynamic sampling drops groups before this: they are not compared.
+        Not compared after the first step: log-probs of the policy that are not finite, which training made so and whose
+        mini-batches are skipped; and a step with any response of older weights than now, which differs by what training
+        changed. So an asynchronous run compares its first step and the first one after a resume. Dynamic sampling drops
+        groups before this: they are not compared.
         """
+        if step == 0:
+            apart = mismatch(old_log_probs, rollouts.generation_log_probs)
+            refuse_disagreement(self.config, self.policy, self.tokenizer, rollouts, old_log_probs, apart)
+            return
         if not bool(old_log_probs.isfinite().all()) or int(rollouts.weight_versions.min()) < step:
             return
         apart = mismatch(old_log_probs, rollouts.generation_log_probs)
-        if step == 0:
-            refuse_disagreement(self.config, self.policy, self.tokenizer, rollouts, old_log_probs, apart)
-            return
         above = not _agree(self.config, self.policy, apart)
         if above and not self._above:
             self.say(f"step {step + 1}: warning: {_figures(self.config, self.policy, apart)}; see nemo-disco verify")
@@ -86,18 +89,22 @@ def refuse_disagreement(
     rollouts: Rollouts,
     log_probs: Tensor,
     apart: dict[str, float],
+    setting: str = "trainer.precision",
 ) -> None:
-    """Raises UserError if engine and policy differ by more than the limits (kl_limit). A collective.
+    """Raises UserError if a log-prob of either is not finite, whatever the limits, or if they differ by more than the
+    limits (kl_limit). A collective.
 
-    log_probs [T]: the policy's; apart: their mismatch.
+    log_probs [T]: the policy's; apart: their mismatch; setting: what decided the type of the policy's weights.
     """
+    _refuse_non_finite(config, policy, tokenizer, rollouts, log_probs, setting)
     if _agree(config, policy, apart):
         return
     cause = likely_cause(
         log_probs,
         rollouts,
         plain_log_probs=_log_probs(policy, rollouts, 1.0),
-        precision=config.trainer.precision,
+        dtype=policy.dtype,
+        setting=setting,
         quantization=config.generation.quantization,
     )
     worst = "; ".join(describe_token(tokenizer, token) for token in worst_tokens(log_probs, rollouts, 3))
@@ -105,6 +112,27 @@ def refuse_disagreement(
         f"{_figures(config, policy, apart)}; worst: {worst}; likely cause: {cause}; "
         "to go on all the same, raise the limits"
     )
+
+
+def _refuse_non_finite(
+    config: RunConfig, policy: Policy, tokenizer: Any, rollouts: Rollouts, log_probs: Tensor, setting: str
+) -> None:
+    """Raises UserError if a log-prob of either engine is not finite: no limit says anything of those."""
+    for whose, values in (
+        ("policy", log_probs),
+        (f"engine {config.generation.engine}", rollouts.generation_log_probs),
+    ):
+        bad = (~values.isfinite()).nonzero()[:, 0].tolist()
+        if not bad:
+            continue
+        token = describe_token(tokenizer, token_at(log_probs, rollouts, bad[0]))
+        if whose != "policy":
+            hint = "look at its version and generation.options"
+        elif policy.dtype is torch.bfloat16:
+            hint = f"its weights overflow in bfloat16: try {in_float32(setting)}"
+        else:
+            hint = f"its weights overflow in {str(policy.dtype)[6:]}: look at model.path={config.model.path}"
+        raise UserError(f"the {whose} gives {len(bad)} of {len(values)} tokens no finite log-prob: {token}; {hint}")
 
 
 def describe_token(tokenizer: Any, token: Token) -> str:

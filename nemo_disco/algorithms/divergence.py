@@ -5,8 +5,10 @@ Reads the policy; writes no file.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
 
@@ -18,23 +20,28 @@ class Divergence:
     """The state of a run's mini-batches: `applied` and `skip` after each, `begin` before those of a step.
 
     While mini-batches are being skipped nothing is kept: no checkpoint, no best/, no export/. Nor is it where the
-    weights give log-probs that are not finite, which a step's last update may have made them do unnoticed.
+    weights have a fault, which a step's last update may have given them unnoticed. Weights of no use without one of
+    these faults are not seen: the metrics and the evaluations show them.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.skipped = 0  # mini-batches of the whole run that were not applied
         self.in_a_row = 0
-        self.moved = False  # whether a mini-batch was applied in this life
+        self.moved = False  # whether a mini-batch was applied since the last checkpoint
         self._seen: Rollouts | None = None
-        self._sound: bool | None = None
+        self._fault: str | None = None
 
     def begin(self, mini_batch: Rollouts) -> None:
         """mini_batch: the one that is trained on now."""
-        self._seen, self._sound = mini_batch, None
+        self._seen, self._fault = mini_batch, None
 
     def applied(self) -> None:
         self.moved, self.in_a_row = True, 0
+
+    def saved(self) -> None:
+        """A checkpoint of the weights of now is being written."""
+        self.moved = False
 
     def skip(self) -> bool:
         """Count a mini-batch that is not applied; whether the run is to end."""
@@ -42,12 +49,28 @@ class Divergence:
         self.in_a_row += 1
         return self.in_a_row >= MAX_SKIPPED
 
-    def sound(self) -> bool:
-        """Whether the present weights give finite log-probs on the last mini-batch. A collective; one forward pass,
-        once after each update, without an effect on what follows."""
-        if self._sound is None:
-            self._sound = self._seen is None or bool(self._policy.log_probs(self._seen)[0].isfinite().all())
-        return self._sound
+    def fault(self) -> str:
+        """What is wrong with the weights of now beyond doubt, or "". A collective; a forward and a backward pass on the
+        last mini-batch, once after each update, without an effect on what follows."""
+        if self._fault is None:
+            self._fault = "" if self._seen is None else self._find_fault(self._seen)
+        return self._fault
+
+    def _find_fault(self, mini_batch: Rollouts) -> str:
+        policy = self._policy
+        log_probs = policy.log_probs(mini_batch)[0]
+        if not bool(log_probs.isfinite().all()) or not policy.has_finite_weights():
+            return "its update left weights or log-probs that are not finite"
+        kl = mismatch(log_probs, mini_batch.generation_log_probs)["mismatch/kl_k1"]
+        if kl > math.log(policy.vocabulary):
+            return (
+                "after its update the policy gives the step's own responses less probability than a guess among all "
+                f"{policy.vocabulary:,} tokens would ({kl:.1f} nats a token from the policy that sampled them)"
+            )
+        # Delayed scaling follows every pass with a gradient: there it would have an effect.
+        if policy.config.fp8 != "delayed" and not math.isfinite(policy.gradient_norm(mini_batch)):
+            return "its update left weights whose gradient is not finite"
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row}

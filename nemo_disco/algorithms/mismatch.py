@@ -46,18 +46,15 @@ class Token:
 def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> list[Token]:
     """The `count` tokens that differ most, worst first."""
     delta = (old_log_probs.cpu().double() - rollouts.generation_log_probs.double()).abs()
-    response, place = _places(rollouts)
-    tokens = _response_tokens(rollouts)
-    return [
-        Token(
-            int(response[i]),
-            int(place[i]),
-            int(tokens[i]),
-            float(old_log_probs[i]),
-            float(rollouts.generation_log_probs[i]),
-        )
-        for i in delta.topk(min(count, len(delta))).indices.tolist()
-    ]
+    worst = delta.topk(min(count, len(delta))).indices.tolist()
+    return [token_at(old_log_probs, rollouts, i) for i in worst]
+
+
+def token_at(old_log_probs: Tensor, rollouts: Rollouts, i: int) -> Token:
+    """Number i of the packed T response tokens."""
+    response, place = (int(values[i]) for values in _places(rollouts))
+    token = int(rollouts.response(response)[place])
+    return Token(response, place, token, float(old_log_probs[i]), float(rollouts.generation_log_probs[i]))
 
 
 def likely_cause(
@@ -65,13 +62,14 @@ def likely_cause(
     rollouts: Rollouts,
     *,
     plain_log_probs: Tensor,
-    precision: str,
+    dtype: torch.dtype,
+    setting: str = "trainer.precision",
     quantization: str | None = None,
 ) -> str:
     """A guess, from the shape of the difference, at the setting that makes it.
 
-    plain_log_probs [T]: the trainer's at temperature 1. precision: the trainer's, as trainer.precision has it;
-    quantization: the engine's, as generation.quantization has it.
+    plain_log_probs [T]: the trainer's at temperature 1. dtype: of its weights, which `setting` decided; quantization:
+    the engine's, as generation.quantization has it.
     """
     engine = rollouts.generation_log_probs.double()
     delta = (old_log_probs.cpu().double() - engine).abs()
@@ -95,9 +93,14 @@ def likely_cause(
     ):
         return f"it sits on tokens {top.indices.tolist()}: the output layer (tied embeddings, padded vocabulary)"
     if small:
-        how = "try trainer.precision=32" if precision != "32" else "is the engine quantised, or in bfloat16?"
+        how = f"try {in_float32(setting)}" if dtype is torch.bfloat16 else "is the engine in bfloat16, or quantised?"
         return f"small and everywhere: precision ({how})"
     return "large and everywhere: other weights than the trainer's, or another network (bias-activation fusion, norms)"
+
+
+def in_float32(setting: str) -> str:
+    """How verify.dtype or trainer.precision says float32."""
+    return f"{setting}={'float32' if setting == 'verify.dtype' else '32'}"
 
 
 def noise_warning(noise: float, constraint: Constraint) -> str:

@@ -47,6 +47,7 @@ from nemo_disco.rewards.user_pool import rank_workers
 from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
+from nemo_disco.runtime.model_record import ModelRecord, as_files, read_record
 from nemo_disco.runtime.rundir import RunDirectory
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "64": torch.float64}
@@ -95,19 +96,20 @@ def train(config: RunConfig) -> int:
                 ),
                 reference=Reference(_policy(config, tokenizer, trainable=False)) if needs_reference else None,
             )
-            _resume(algorithm, run, config)
-            run.check_held()
-            if _first():
-                sets = [file_stem(questions.name) for questions in evaluation_sets]
-                if moved := set_aside(run, algorithm.step, sets):
-                    log.warning("%s", moved)
-                write_atomically(run.config, to_yaml(config))
-            algorithm.fit()
-            if algorithm.finished:
+            with contextlib.closing(algorithm):
+                _resume(algorithm, run, config)
                 run.check_held()
-                _export(room.policy, run)
                 if _first():
-                    _show(run)
+                    sets = [file_stem(questions.name) for questions in evaluation_sets]
+                    if moved := set_aside(run, algorithm.step, sets):
+                        log.warning("%s", moved)
+                    write_atomically(run.config, to_yaml(config))
+                algorithm.fit()
+                if algorithm.finished:
+                    run.check_held()
+                    _export(room.policy, run, algorithm.step)
+                    if _first():
+                        _show(run)
     return 0
 
 
@@ -262,12 +264,16 @@ def _evaluation_sets(config: RunConfig, tokenizer: Any) -> list[Questions]:
     return [s.repeat(range(min(len(s), most or len(s))), 1) for s in sets]
 
 
-def _export(policy: Policy, run: RunDirectory) -> None:
-    """Write RUN/export, unless it is younger than the last checkpoint, whose weights it has then. A collective."""
-    there = [_first() and _younger(run.export, checkpoint.latest(run.checkpoints))]
+def _export(policy: Policy, run: RunDirectory, step: int) -> None:
+    """Write RUN/export, unless it is of this step and younger than the last checkpoint, whose weights it has then. A
+    collective."""
+    record: ModelRecord = {"step": step}
+    there = [
+        _first() and read_record(run.export) == record and _younger(run.export, checkpoint.latest(run.checkpoints))
+    ]
     dist.broadcast_object_list(there, src=0)
     if not there[0]:
-        policy.export(run.export)
+        policy.export(run.export, as_files(record))
     elif _first():
         os.utime(run.export)  # by the directory's time slurm/lib.sh knows that this life of the job reached the end
 

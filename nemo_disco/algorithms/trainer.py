@@ -10,23 +10,23 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from nemo_disco.algorithms.agreement import Agreement, check_engine
+from nemo_disco.algorithms.best_weights import BestWeights
 from nemo_disco.algorithms.cautions import Cautions
 from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.mini_batch import NonFiniteError
-from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_tokens
+from nemo_disco.algorithms.mismatch import noise_warning
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.sampling import Questions
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.algorithms.step_metrics import summary
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.algorithms.token_values import TokenValues
 from nemo_disco.algorithms.validation import Validation
@@ -46,14 +46,9 @@ from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.clock import Clock, device_clock
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.profiler import profiled
-from nemo_disco.runtime.signals import StopRequest
+from nemo_disco.runtime.signals import StoppedError, StopRequest
 from nemo_disco.runtime.sinks import strict_metrics
 
-# What only a mini-batch that was applied says, of the names that every line of metrics.jsonl has.
-MEASURED = (
-    *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
-    *("constraint/active", "constraint/penalty", "grad_norm", "lr", "policy/noise_floor"),
-)
 log = logging.getLogger(__name__)
 
 
@@ -95,6 +90,7 @@ class DisCO:
         self.warned_of_noise = False
         self.cautions = Cautions(config.reward.require_think)
         self.validation = Validation(config, engine=engine, grader=grader, sets=evaluation_sets, journal=journal)
+        self.best = BestWeights(journal.run, journal.say)
         self.stop = StopRequest()
         # The metrics of a step whose evaluation has not ended: the next life ends it, then writes them.
         self.unfinished: dict[str, Any] | None = None
@@ -117,7 +113,11 @@ class DisCO:
             if self.step >= limit and there:
                 self.journal.say(f"step {self.step} of {limit}: nothing is left to train")
             while self.step < limit and not self._stops():
-                self.unfinished = self.train_step()
+                try:
+                    self.unfinished = self.train_step()
+                except StoppedError:
+                    self.journal.say(f"step {self.step + 1} is given up: its rewards would take too long")
+                    continue
                 if not self._validates():
                     self._finish_step()
                 if self._saves():
@@ -127,11 +127,16 @@ class DisCO:
             if self.saved != self.step:
                 self._save_at_stop()
             self.writer.wait()
+            self.best.release(self.saved)
             if not self.finished:
                 done = f"saved step {self.saved}" if self.saved else "nothing is saved yet"
                 done = done if self.step else "before the first step"
                 done += ", whose evaluation has not finished" if self.step and self.unfinished is not None else ""
                 self.journal.say(f"asked to stop by {self.stop.signal_name}: {done}; start again to go on")
+
+    def close(self) -> None:
+        """End what only this run needs: the processes of a user's reward functions."""
+        self.collector.rewards.close()
 
     @property
     def finished(self) -> bool:
@@ -214,7 +219,8 @@ class DisCO:
         clock.seconds["log_probs"] += clock.seconds["pass1"]
         seconds = clock.seconds
         speed = throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])
-        return self._summary(rollouts, old, history) | speed
+        limit, skipped = self.config.generation.response_limit(self.step), self.divergence.skipped
+        return summary(rollouts, old, history, step=self.step, limit=limit, skipped=skipped) | speed
 
     def run_validation(self) -> list[EvaluationResult] | None:
         """Score the present weights on every evaluation set; None if the run was asked to stop meanwhile."""
@@ -228,14 +234,17 @@ class DisCO:
         # A run whose last mini-batches were skipped may have diverged: the checkpoints from before stay.
         keep = self.config.exp_manager.keep_checkpoints if self.divergence.in_a_row == 0 else sys.maxsize
         checkpoints = self.journal.run.checkpoints
+        self.writer.wait()
+        self.best.release(self.saved)
         self.writer.save(self.policy, checkpoints, self.step, self.state_dict(), keep, self.reference)
         self.saved = self.step
+        self.divergence.saved()
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's own state, as JSON; weights, optimizer and torch's RNG are the checkpoint's."""
         return {
             "step": self.step,
-            "best": self.validation.best,
+            "best": self.best.chosen,
             "unfinished": None if self.unfinished is None else strict_metrics(self.unfinished),
             **self.divergence.state_dict(),
             **self.collector.state_dict(),
@@ -245,7 +254,7 @@ class DisCO:
         self.step = state["step"]
         self.collector.load_state_dict(state)
         self.divergence.load_state_dict(state)
-        self.validation.load_state(state.get("best"))
+        self.best.load_state(state.get("best"), self.step)
         self.unfinished = state.get("unfinished")
 
     # --- parts ---
@@ -293,13 +302,12 @@ class DisCO:
     def _evaluate(self) -> list[EvaluationResult] | None:
         """As run_validation, and keep the weights as RUN/best where no evaluation during training was better."""
         results = self.run_validation()
-        improved = bool(results) and self._keeps() and self.validation.improved(self.step, results or [])
-        if improved and self.step and self.config.evaluation.every_n_steps:
-            best = self.journal.run.best
+        # Without evaluations during training there is no choice: the weights are export/'s.
+        chooses = self.step == 0 or (self.config.evaluation.every_n_steps > 0 and self._keeps())
+        if results and chooses and self.best.consider(self.step, results) and self.step:
+            self.writer.wait()
             self.journal.run.check_held()
-            self.policy.export(best)
-            score = np.mean([result.correct.mean() for result in results or []])
-            self.journal.say(f"step {self.step}: the best so far (mean Pass@1 {score:.3f}), kept in {best}")
+            self.best.keep(self.policy, self.saved)
         return results
 
     def _warn_of_noise(self, noise: float) -> None:
@@ -331,8 +339,8 @@ class DisCO:
 
     def _refuse_unsound(self) -> None:
         """Raises UserError if the weights, which are about to be kept, are of no use. A collective."""
-        if not self.divergence.sound():
-            raise self._diverged(self.step, "the weights after it give log-probs that are not finite")
+        if fault := self.divergence.fault():
+            raise self._diverged(self.step, fault)
 
     def _skip(self, why: str) -> None:
         """Count a mini-batch that is not applied. Raises UserError after MAX_SKIPPED in a row."""
@@ -356,39 +364,10 @@ class DisCO:
             left = f"none was applied since {last}: if that one is at fault, remove it to go on from an earlier one"
         return UserError(f"step {step}: {why}; {left}; lower model.optim.lr, then start again")
 
-    def _summary(self, rollouts: Rollouts, old: OldPolicy, history: list[dict[str, float]]) -> dict[str, Any]:
-        """The step's metrics: numbers, and the tokens on which engine and trainer differ most. KL is the last
-        mini-batch's, whose policy is farthest from the one that sampled; constraint/active is the share of
-        mini-batches; the rest are means over mini-batches."""
-        if not history:  # every mini-batch was skipped: the names stay, without a number
-            history = [dict.fromkeys(MEASURED, float("nan"))]
-        names = {name for metrics in history for name in metrics}
-        metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
-        metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
-        assert old.entropies is not None
-        staleness = self.step - rollouts.weight_versions
-        lengths = rollouts.response_lengths.double()
-        correct = rollouts.correct
-        ids = rollouts.question_ids
-        mixed = np.intersect1d(ids[correct].numpy(), ids[~correct].numpy()).size / len(np.unique(ids.numpy()))
-        return metrics | {
-            "reward/mean": float(rollouts.rewards.mean()),
-            "reward/correct": float(correct.double().mean()),
-            "response/length_mean": float(lengths.mean()),
-            "response/limit": self.config.generation.response_limit(self.step),
-            "response/truncated": float(rollouts.truncated.double().mean()),
-            "policy/entropy": float(old.entropies.mean()) if len(old.entropies) else 0.0,
-            "groups/mixed": float(mixed),
-            "tokens": int(rollouts.total_lengths.sum()),
-            "mini_batches/skipped": self.divergence.skipped,
-            "staleness/mean": float(staleness.double().mean()),
-            "staleness/max": int(staleness.max()),
-            **mismatch(old.log_probs, rollouts.generation_log_probs),
-            "mismatch/worst_tokens": [asdict(token) for token in worst_tokens(old.log_probs, rollouts)],
-        }
-
     def _stops(self) -> bool:
         """Whether any rank was signalled, or cannot save: all must leave the loop after the same step. A collective."""
-        votes = torch.tensor(int(self.stop.requested or self.writer.failed), device=self.policy.device)
+        votes = torch.tensor([self.stop.number, int(self.writer.failed)], device=self.policy.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes)
+        number, failed = votes.tolist()
+        self.stop.number = self.stop.number or number  # another rank's: that it is the one that is named
+        return bool(number or failed)

@@ -1,18 +1,16 @@
-"""Scoring the policy while it trains: each set once a step, whatever the number of lives, and which weights are best.
+"""Scoring the policy while it trains: each set once a step, whatever the number of lives.
 
-Touches the engine and the grader through evaluate_set, and the run's evaluation/ and best/; decides no step.
+Touches the engine and the grader through evaluate_set, and the run's evaluation/; decides no step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 
 from nemo_disco.algorithms.benchmark import evaluate_set, identity, weights_identity
@@ -30,14 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class Validation:
-    """The evaluation sets of a run. `best`: the highest mean Pass@1 so far (score), where (step), and of which sets,
-    sampled and judged how (of, a hash): scores of other sets are not compared with it."""
+    """The evaluation sets of a run."""
 
     def __init__(
         self, config: RunConfig, *, engine: Engine, grader: Grader, sets: Sequence[Questions], journal: Journal
     ) -> None:
         self.config, self.engine, self.grader, self.sets, self.journal = config, engine, grader, sets, journal
-        self.best: dict[str, Any] | None = None
 
     def run(self, step: int, stopped: Callable[[], bool]) -> list[EvaluationResult] | None:
         """Score the present weights on every set; None where `stopped`, asked before each batch of samples, says so.
@@ -61,38 +57,6 @@ class Validation:
                 self._samples(questions.name, step).unlink(missing_ok=True)  # the verdicts are in the result
         return results
 
-    def improved(self, step: int, results: Sequence[EvaluationResult]) -> bool:
-        """Whether the weights of now have the highest mean Pass@1 so far; it is remembered."""
-        if not results:
-            return False
-        score, of = float(np.mean([result.correct.mean() for result in results])), _of(results)
-        if self.best is not None and self.best["of"] != of:
-            self._begin_anew(step)
-        if self.best is not None and score <= self.best["score"]:
-            return False
-        self.best = {"score": score, "step": step, "of": of}
-        return True
-
-    def load_state(self, best: Any) -> None:
-        """best: of a checkpoint; a number alone, of an earlier version, is compared with nothing."""
-        self.best = best if isinstance(best, dict) else None
-
-    def _begin_anew(self, step: int) -> None:
-        """Another choice begins; what the last one chose is kept beside it."""
-        assert self.best is not None
-        run, old = self.journal.run, self.best["step"]
-        kept = run.path / f"best.step_{old}"
-
-        def keep() -> bool:
-            if not run.best.is_dir() or kept.exists():
-                return False
-            run.best.rename(kept)
-            return True
-
-        where = f"; {run.best} of step {old} is now {kept}" if first(keep) else ""
-        self.journal.say(f"step {step}: the evaluations are others than before: the best is chosen anew{where}")
-        self.best = None
-
     def _earlier_result(self, questions: Questions, step: int, weights: dict[str, Any]) -> EvaluationResult | None:
         """The result that an earlier life wrote, if it is of this evaluation."""
         path = evaluation_file(self.journal.run.evaluation, questions.name, step)
@@ -110,11 +74,3 @@ class Validation:
 
     def _samples(self, name: str, step: int) -> Path:
         return evaluation_file(self.journal.run.evaluation, name, step).with_suffix(".samples.jsonl")
-
-
-def _of(results: Sequence[EvaluationResult]) -> str:
-    """A hash of the evaluation sets and of how they are sampled and judged; the weights do not count."""
-    said = [
-        {k: v for k, v in (r.identity or {}).items() if k not in ("step", "weights", "training_step")} for r in results
-    ]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

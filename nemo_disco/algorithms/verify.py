@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def verify_mini_batch(
     rollouts = _rollouts(config, engine, grader, questions)
     old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
     apart = mismatch(old_log_probs, rollouts.generation_log_probs)
-    refuse_disagreement(config, policy, questions.tokenizer, rollouts, old_log_probs, apart)
+    refuse_disagreement(config, policy, questions.tokenizer, rollouts, old_log_probs, apart, "verify.dtype")
     noise = _noise_floor(policy, rollouts, old_log_probs)
     if config.verify.perturb > 0:
         with SafetensorReader(config.model.path) as reader:
@@ -125,15 +126,16 @@ def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Ques
     generation = config.generation
     sampling = Sampling(generation.temperature, generation.max_response_length, generation.top_p, generation.top_k)
     rollouts, texts = sample_responses(engine, picked, [int(s) for s in seeds], sampling)
-    rollouts = reward(
-        rollouts,
-        texts,
-        picked,
-        verdicts=grade(grader, texts, picked),
-        rewards=Rewards(config.reward, config.algorithm.preference),
-        threshold=config.algorithm.threshold,
-        max_response_length=generation.max_response_length,
-    )
+    with closing(Rewards(config.reward, config.algorithm.preference)) as rewards:
+        rollouts = reward(
+            rollouts,
+            texts,
+            picked,
+            verdicts=grade(grader, texts, picked),
+            rewards=rewards,
+            threshold=config.algorithm.threshold,
+            max_response_length=generation.max_response_length,
+        )
     if path is not None and dist.get_rank() == 0:
         rollouts.save(path)
     return rollouts

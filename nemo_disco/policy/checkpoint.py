@@ -44,7 +44,7 @@ def load(policy: Policy, path: str | Path) -> dict[str, Any]:
     """Take weights, optimizer, schedule and RNG from a checkpoint; the loop_state that was saved with it.
 
     A policy without an optimizer takes the weights alone. Raises UserError if the checkpoint is damaged (the file is
-    named), was not written by this program, or is of another model or dtype.
+    named), was not written by this program, is of another model or dtype, or has weights that are not finite.
     """
     try:
         record = _intact(Path(path))
@@ -115,6 +115,11 @@ def _load(policy: Policy, path: Path, record: dict[str, Any], reference: Referen
             load_scales(chunk, state["scales"][str(i)])
             policy.unscaled.clear()
         chunk.load_state_dict(state["model"][str(i)])
+    if not policy.has_finite_weights():
+        raise UserError(
+            f"checkpoint {path}: some of its weights are NaN or infinite: the run that wrote it had diverged; take an "
+            "earlier one (remove this one, where a run is to go on)"
+        )
     if reference is not None and "reference" in state:
         for i, chunk in enumerate(reference.policy.model.chunks):
             chunk.load_state_dict(state["reference"][str(i)])

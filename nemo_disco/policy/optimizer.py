@@ -77,13 +77,17 @@ class Optimizer:
                     if part.optimizer.state[p]:
                         part.optimizer.set_scaled_state(p, "master_param", p.detach().float())
 
+    def gradient_norm(self) -> float:
+        """Of the whole gradient, before clipping. A collective."""
+        self.megatron.prepare_grads()
+        return float(self.megatron.get_grad_norm())
+
     def step(self) -> StepResult:
         """Clip and apply the gradient, and move the schedule. Nothing moves if the gradient is not finite.
 
         Waits for a checkpoint that still reads what changes here.
         """
-        self.megatron.prepare_grads()
-        norm = float(self.megatron.get_grad_norm())
+        norm = self.gradient_norm()
         if not math.isfinite(norm):
             return StepResult(norm, applied=False)
         if self.clip_grad > 0:

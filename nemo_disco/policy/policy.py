@@ -6,10 +6,11 @@ takes a loss of per-token log-probs that is a sum over tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -169,6 +170,14 @@ class Policy:
         assert self.optimizer is not None, "this policy was built without an optimizer"
         return self.optimizer.step()
 
+    def gradient_norm(self, rollouts: Rollouts) -> float:
+        """Of the mean log-prob of the response tokens, before clipping: finite where the weights can be trained. The
+        gradient is replaced, and nothing moves. A collective."""
+        assert self.optimizer is not None, "this policy was built without an optimizer"
+        total = max(1, int(rollouts.response_lengths.sum()))
+        self.accumulate(rollouts, lambda _index, log_probs, _entropies: log_probs / total)
+        return self.optimizer.gradient_norm()
+
     @contextmanager
     def resting(self) -> Iterator[None]:
         """While an engine samples: the gradient's memory goes back to the device, and with model.optim.offload the
@@ -207,6 +216,15 @@ class Policy:
             for buckets in ddp.bucket_groups if ddp.use_forward_hook else ():
                 buckets.finish_param_sync(skip_next_bucket_dispatch=True)
 
+    def has_finite_weights(self) -> bool:
+        """Whether every weight is a finite number, on every rank; what is kept in FP8 always is. A collective."""
+        self.gather_weights()
+        plain = (p.detach() for chunk in self.model.chunks for p in chunk.parameters())
+        finite = all(bool(p.isfinite().all()) for p in plain if type(p) is Tensor)
+        votes = torch.tensor(int(finite), device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+        return bool(votes)
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, under its Hugging Face name. A collective: run it to its end on every rank."""
         self.gather_weights()
@@ -216,9 +234,9 @@ class Policy:
         """The gradient after accumulate(everywhere=True), under Hugging Face names. A collective."""
         return self.model.named_tensors(lambda p: p.main_grad)  # type: ignore[attr-defined]
 
-    def export(self, directory: str | Path) -> None:
+    def export(self, directory: str | Path, also: Mapping[str, str] = MappingProxyType({})) -> None:
         """Write the policy as a Hugging Face directory, in the type that config.json names, with the tokenizer of the
-        directory it came from. A collective."""
+        directory it came from. also: texts of further files in it, by name. A collective."""
         if not self.ranks.is_first:
             for _ in self.named_weights():
                 pass
@@ -228,6 +246,8 @@ class Policy:
             config = read_hf_config(self.config.path)
             with atomic_directory(directory) as work:
                 save_hf_directory(work, plan, self.named_weights(), config, Path(self.config.path))
+                for name, text in also.items():
+                    (work / name).write_text(text, encoding="utf-8")
         dist.barrier()
 
     # --- the micro-batch schedule ---

@@ -6,10 +6,11 @@ Moves and removes files of one run directory, under its lock.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nemo_disco.runtime.files import remove, writing
+from nemo_disco.runtime.model_record import read_record
 from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.sinks import MLFLOW_ID, WANDB_ID
 
@@ -21,9 +22,10 @@ _EVALUATION = re.compile(r"(?P<set>.+?)\.step_(?P<step>\d+)(\.samples)?(\.replac
 def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
     """Clear what lies beyond `step`; a line that says so, or "". Raises UserError where the disk refuses.
 
-    After a checkpoint it is removed: these steps are made again. At step 0 there is none to go on from, so that all is
-    of another run, if only of one that was killed early: it is moved to RUN/earlier/N. Evaluations before training stay
-    where their set is one of `sets` (names as they stand in file names): each file says which weights it is of.
+    After a checkpoint it is removed: these steps are made again; but export/, which took the whole run, is moved to
+    RUN/earlier/N. At step 0 there is none to go on from, so that all is of another run, if only of one that was killed
+    early: it is moved there too. Evaluations before training stay where their set is one of `sets` (names as they stand
+    in file names): each file says which weights it is of. best/ is for algorithms/best_weights.py to settle.
     """
     with writing(run.path):
         evaluations = [p for p in _entries(run.evaluation) if _is_stale(_EVALUATION, p, step, sets)]
@@ -33,7 +35,14 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
                 remove(path)
             names = ", ".join(f"{path.parent.name}/{path.name}" for path in (*evaluations, *rollouts)[:3])
             more = len(evaluations) + len(rollouts)
-            return f"{more} files of a life that went beyond step {step} were removed ({names} ...)" if more else ""
+            said = f"{more} files of a life that went beyond step {step} were removed ({names} ...)" if more else ""
+            exported = read_record(run.export)
+            if exported is None or exported["step"] <= step:
+                return said
+            moved = (
+                f"{run.export} is of step {exported['step']}: it is now {_move(run, [run.export]) / run.export.name}"
+            )
+            return "; ".join(filter(None, [said, moved]))
         files = [
             run.metrics,
             run.config,
@@ -42,16 +51,22 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
             run.path / MLFLOW_ID,
             *_entries(run.tensorboard),
         ]
-        results = [*evaluations, *rollouts, run.best, run.export, *run.path.glob("best.step_*")]
+        results = [*evaluations, *rollouts, run.best, run.export, *run.path.glob("best.*")]
         if not any(path.exists() for path in results) and not (run.metrics.is_file() and run.metrics.stat().st_size):
             return ""
-        place = next(p for n in range(1, 10**6) if not (p := run.path / EARLIER / str(n)).exists())
-        for path in (*files, *results):
-            if path.exists() or path.is_symlink():
-                target = place / path.relative_to(run.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.rename(target)
+        place = _move(run, [*files, *results])
     return f"no checkpoint in {run.checkpoints}: training starts at step 0; what another run left there is in {place}"
+
+
+def _move(run: RunDirectory, paths: Sequence[Path]) -> Path:
+    """Move what there is of some paths of a run to RUN/earlier/N, the first N that is free; that directory."""
+    place = next(p for n in range(1, 10**6) if not (p := run.path / EARLIER / str(n)).exists())
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            target = place / path.relative_to(run.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    return place
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -80,13 +80,15 @@ def plain(trainer: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("cause", ["ignore the temperature", "rope", "the output layer", "precision", "other weights"])
 def test_the_cause_is_told_by_the_shape_of_the_difference(cause: str, trainer: torch.Tensor) -> None:
     drawn = rollouts(causes(trainer)[cause])
-    assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), precision="bf16")
+    assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("cause", ["ignore the temperature", "rope", "generation.quantization=fp8", "other weights"])
 def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, trainer: torch.Tensor) -> None:
     drawn = rollouts({**causes(trainer), "generation.quantization=fp8": causes(trainer)["precision"]}[cause])
-    assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), precision="bf16", quantization="fp8")
+    assert cause in likely_cause(
+        trainer, drawn, plain_log_probs=plain(trainer), dtype=torch.bfloat16, quantization="fp8"
+    )
 
 
 def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_again(trainer: torch.Tensor) -> None:
@@ -103,7 +105,7 @@ def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_agai
         check(0, 0.2)
     assert policy.temperature == 0.6
     check(0, 0.001)
-    check(0, 0.2, policy_log_probs=trainer * torch.nan)  # the policy's own fault, which the step reports
+    check(1, 0.2, policy_log_probs=trainer * torch.nan)  # the policy's own fault, whose mini-batches are skipped
     check(1, 0.2, version=0)  # sampled by the weights before
     assert said == []
     for step, apart in ((2, 0.2), (3, 0.2), (4, 0.001), (5, 0.2)):
@@ -148,6 +150,28 @@ def test_a_kl_like_that_of_a_missing_norm_is_refused_in_every_precision(
         agreement.check_step(0, drawn, trainer)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("whose", "said"),
+    [
+        ("policy", "the policy gives 1 of .* overflow in bfloat16: try trainer.precision=32"),
+        ("engine", "the engine meg"),
+    ],
+)
+def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the_limits(
+    whose: str, said: str, bad: float, trainer: torch.Tensor
+) -> None:
+    config = compose("quickstart", ["verify.max_mismatch=1e9", "verify.max_kl=1e9"])
+    agreement = Agreement(config, Mock(dtype=torch.bfloat16), Mock(**{"decode.return_value": "x"}), print)
+    sides = {"policy": trainer.clone(), "engine": trainer.clone()}
+    sides[whose][5] = bad
+    drawn = rollouts(sides["engine"])
+    drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
+    with pytest.raises(UserError, match=said) as raised:
+        agreement.check_step(0, drawn, sides["policy"])
+    assert "number 5 of response 0" in str(raised.value)
+
+
 def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
     names = ("policy", "engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
     parts: dict[str, Any] = {name: Mock() for name in names}
@@ -157,6 +181,16 @@ def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
         algorithm._warn_of_noise(noise)
     (said,) = [call.args[0] for call in parts["journal"].say.call_args_list]
     assert "warning: the noise floor, 3.10e-05, is above 0.3 of delta (0.0001)" in said
+
+
+def test_a_signal_that_came_to_another_rank_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("policy", "engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
+    parts: dict[str, Any] = {name: Mock() for name in names} | {"policy": Mock(device="cpu")}
+    algorithm = DisCO(compose("quickstart"), objective=build_objective({"name": "disco"}), **parts)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.fill_(0))
+    assert not algorithm._stops() and not algorithm.stop.requested
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.copy_(torch.tensor([15, 0])))
+    assert algorithm._stops() and algorithm.stop.signal_name == "SIGTERM"
 
 
 def test_without_a_hinge_no_noise_is_too_much() -> None:

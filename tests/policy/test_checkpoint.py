@@ -191,6 +191,15 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -
         checkpoint.load_latest(build(other), saved)
 
 
+def test_a_checkpoint_of_a_run_that_had_diverged_is_refused(model: Path, tmp_path: Path) -> None:
+    policy = build(model)
+    with torch.no_grad():
+        next(iter(policy.model.chunks[0].parameters())).view(-1)[-1] = torch.nan
+    checkpoint.save(policy, tmp_path, 1, {}, keep=1)
+    with pytest.raises(UserError, match=rf"{tmp_path}/step_1: some of its weights are NaN or infinite"):
+        checkpoint.load_latest(build(model), tmp_path)
+
+
 def test_a_checkpoint_of_another_dtype_is_refused(model: Path, saved: Path) -> None:
     with pytest.raises(UserError, match="dtype float32, this run has bfloat16"):
         checkpoint.load_latest(build(model, torch.bfloat16), saved)

@@ -201,3 +201,12 @@ def test_a_broken_model_directory_is_named(qwen2: Path, tmp_path: Path, edit: st
     with pytest.raises(UserError, match=re.escape(said)) as raised:
         build(broken(tmp_path, qwen2, edit))
     assert "\n" not in str(raised.value)
+
+
+def test_a_weight_that_is_not_finite_is_seen_though_no_log_prob_shows_it(qwen2: Path) -> None:
+    """That of a token which no response has; nothing else of an update that overflows may be in sight."""
+    policy = build(qwen2)
+    assert policy.has_finite_weights()
+    with torch.no_grad():
+        policy.model.chunks[0].embedding.word_embeddings.weight[-1, 3] = torch.inf
+    assert not policy.has_finite_weights()
