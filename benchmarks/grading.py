@@ -8,7 +8,6 @@ DIR holds the papers' sets (test/*.json, train/*.json); what is reported of them
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import random
 import sys
@@ -27,6 +26,7 @@ from answer_forms import changed, rewritten  # noqa: E402 - a script's neighbour
 from answer_table import DIFFERENT, EQUAL  # noqa: E402
 from common import write_record  # noqa: E402
 from fault_table import KINDS  # noqa: E402
+from fault_table_more import MORE_KINDS  # noqa: E402
 from grading_reasons import reason_of  # noqa: E402
 
 from nemo_disco.data.questions import Question, load_questions  # noqa: E402
@@ -52,26 +52,27 @@ def box(answer: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="the papers' sets, such as shared/data/deepscaler")
+    parser.add_argument("--data", type=Path, required=True, help="the papers' sets, such as shared/data/deepscaler")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", nargs="+", help="measure these only; the output keeps its other figures")
     options = parser.parse_args()
-    files = sorted(options.data.glob("t*/*.json")) if options.data else []
+    files = sorted(options.data.glob("t*/*.json"))
+    if not files:
+        parser.error(f"--data {options.data} has no test/*.json and no train/*.json")
+    measured: dict[str, Any] = {"seconds": {}}
     with MathGrader(timeout=10.0, workers=2) as grader:
         parts: dict[str, Callable[[], Any]] = {
             "speed": lambda: speed(grader),
             "speed_of_math_verify": speed_of_math_verify,
             "table": lambda: against_math_verify(grader, table()),
+            "cross_pairs": lambda: cross_pairs(grader, files),
+            "sets": lambda: {f"{file.parent.name}/{file.stem}": of_set(grader, file) for file in files},
+            "golds_against_math_verify": lambda: against_math_verify(grader, gold_cases(files), hide=True),
         }
-        if files:
-            parts |= {
-                "cross_pairs": lambda: cross_pairs(grader, files),
-                "sets": lambda: {f"{file.parent.name}/{file.stem}": of_set(grader, file) for file in files},
-                "golds_against_math_verify": lambda: against_math_verify(grader, gold_cases(files), hide=True),
-            }
-        chosen = options.parts or list(parts)
-        earlier = json.loads(options.output.read_text()) if options.parts and options.output.exists() else {}
-        measured = {name: parts[name]() if name in chosen else earlier.get(name) for name in parts}
+        for name, measure in parts.items():
+            began = time.perf_counter()
+            measured[name] = measure()
+            measured["seconds"][name] = time.perf_counter() - began
+            print(f"{name}: {measured['seconds'][name]:.0f} s", file=sys.stderr, flush=True)
     write_record(options.output, measured)
 
 
@@ -152,7 +153,7 @@ def table() -> list[Case]:
     different = [Case(a, gold, False, "different") for gold, answers in DIFFERENT for a in answers]
     faults = [
         Case(answer, gold, right, kind)
-        for kind, sides in KINDS.items()
+        for kind, sides in (KINDS | MORE_KINDS).items()
         for pairs, right in zip(sides, (True, False), strict=True)
         for answer, gold in pairs
     ]

@@ -29,8 +29,11 @@ _COMMANDS = {
     "\N{LOGICAL OR}": r"\lor ",
     "\N{HORIZONTAL ELLIPSIS}": r"\ldots ",
     "\N{MIDLINE HORIZONTAL ELLIPSIS}": r"\ldots ",
-    "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}",
-    "\N{DOUBLE-STRUCK CAPITAL Z}": r"\mathbb{Z}",
+    **{unicodedata.lookup(f"DOUBLE-STRUCK CAPITAL {letter}"): rf"\mathbb{{{letter}}}" for letter in "CNQRZ"},
+    "\N{ANGLE}": r"\angle ",
+    "\N{WHITE UP-POINTING TRIANGLE}": r"\triangle ",
+    "\N{FRACTION SLASH}": "/",
+    "\N{CENT SIGN}": r"\text{ cents}",
     "\N{EURO SIGN}": r"\euro ",
     "\N{POUND SIGN}": r"\pounds ",
     "\N{YEN SIGN}": r"\yen ",
@@ -38,6 +41,7 @@ _COMMANDS = {
     "\N{EN DASH}": "-",
     "\N{FULLWIDTH HYPHEN-MINUS}": "-",
     "\N{NO-BREAK SPACE}": " ",
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),  # take no room
     "\N{GREEK CAPITAL LETTER OMEGA}": r"\Omega ",
 }
 _GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi psi omega"
@@ -52,23 +56,37 @@ _SUBSCRIPTS = {c: unicodedata.normalize("NFKC", c) for c in "₀₁₂₃₄₅�
 _HALVES = {c: unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"}
 
 _MARKDOWN = re.compile(r"(\*\*|__|\*|`)([^*`]+)\1")
+_LABEL = r"(?i:(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*)"
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|gcd|lcm|max|min"
 _NO_LETTER = "(?![a-zA-Z])"
+_NESTED = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)"  # what stands in braces
 # \text{...} and \operatorname{...}, matched first so that their words are left alone.
 _ASIDE = r"\\(?:text|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+"
 
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"\\(?:displaystyle|textstyle|left|right|big|Big|bigl|bigr|Bigl|Bigr|limits)" + _NO_LETTER, ""),
-        (r"^\{([^{}]*)\}$", r"\1"),
-        (r"\\(?:mathbf|boldsymbol|bm)\s*\{(\d[^{}]*)\}", r"\1"),
+        (r"\\(?:displaystyle|textstyle|left|right|big|Big|bigl|bigr|Bigl|Bigr|limits|bf|rm|it)" + _NO_LETTER, ""),
+        (r"\\(?:checkmark|blacksquare|qed)(?![a-zA-Z])|\\(?:[hv]space\*?|color)\s*\{[^{}]*\}", ""),
+        (r"\\lbrace" + _NO_LETTER, r"\\{"),
+        (r"\\rbrace" + _NO_LETTER, r"\\}"),
+        (r"\\(?:[lr]?vert|mid)" + _NO_LETTER, "|"),
+        (r"\\[lr]?Vert" + _NO_LETTER, r"\\|"),
+        # {x : x > 1} is x > 1
+        (r"^\\?\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*[|:]\s*((?=.*\1).*(?:[<>]|\\[lgn]e).*?)\\?\}$", r"\2"),
+        (rf"^(?:\\(?:boxed|fbox|underline|mathit|mathsf)\s*)?\{{\s*{_NESTED}\}}$", r"\1"),
+        (r"\\(?:mathbf|boldsymbol|bm)\s*\{((?=\d|[A-Z]+\})[^{}]*)\}", r"\1"),
         (r"\\[hv]?phantom(?![a-zA-Z])\s*(?:\{[^{}]*\}|\\[a-zA-Z]+|\S)", ""),  # takes room, is not printed
         (r"\\[dtc]frac" + _NO_LETTER, r"\\frac"),
         (r"\\frac\s*(\\[a-zA-Z]+|[0-9a-zA-Z])\s*(\\[a-zA-Z]+|[0-9a-zA-Z])", r"\\frac{\1}{\2}"),  # TeX: one token each
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
         (r"\\frac\s*([0-9a-zA-Z])\s*\{", r"\\frac{\1}{"),
-        (r"\\sqrt\s*(\\[a-zA-Z]+|[0-9a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*(\[[^][]*\])?\s*(\\[a-zA-Z]+|[0-9a-zA-Z])", r"\\sqrt\1{\2}"),
+        (r"\\[dt]?binom\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\binom{\1}{\2}"),
+        (r"(?:^|\{)\s*([^{}]*?)\s*\\choose\s*([^{}]*?)\s*(?:$|\})", r"\\binom{\1}{\2}"),
+        (r"(?<![a-zA-Z\\])sqrt\s*(\d+)" + _NO_LETTER, r"\\sqrt{\1}"),
+        (r"\\lg" + _NO_LETTER, r"\\log_{10}"),
+        (r"\\mathbb\s+([A-Z])|\\([NRZ])" + _NO_LETTER, r"\\mathbb{\1\2}"),
         (r"\\(?:textbf|textit|textrm|textnormal|mbox|mathrm)\s*\{", r"\\text{"),
         (r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})", ""),  # 32{,}348 and 32,\!348 are thousands wherever they stand
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
@@ -83,12 +101,24 @@ _REWRITES = [
         (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # mathematics delimiters and dollar signs
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*([CF])\s*$", r"\\text{ degrees \1}"),
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", r"\\text{ degrees}"),
+        # \text{5 apples} is 5\text{ apples}, and the words before an answer are none of it
+        (r"^\\text\s*\{\s*(-?\d[\d.,/]*)(\s[^{}]*)?\}$", r"\1\\text{\2}"),
+        (rf"^(\\text\s*\{{)?\s*{_LABEL}(?=[^a-z}}]|\}}.)", r"\1"),
+        (r"\\text\s*\{[\s.,;:]*\}", ""),
+        (r"^(\\text\s*\{\s*)?(?i:(?:the )?(?:empty|null) set|no solutions?)\s*(?(1)\})$", r"\\emptyset"),
+        (r"^(\\text\s*\{\s*)?(?i:all (?:the )?real(?: number)?s)\s*(?(1)\})$", r"\\mathbb{R}"),
+        (r"(?<![a-zA-Z\\])infinity" + _NO_LETTER, r"\\infty"),
+        (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":"),
+        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}([^{}]*)\}", r"\\text{ \1/\2}\3"),
+        (r"^(-?[0-9A-F]+)\s*(?:\\text\s*\{\s*)?\(?base\s*\}?\s*(\d+)\s*\)?\s*\}?$", r"\1_{\2}"),
         (r"\\text\s*\{\s*([A-Z](?:(?:\s*,\s*(?:and\s)?|\sand\s)\s*[A-Z])+)\s*\}", r"\1"),
         (r",?\s*\\text\s*\{\s*,?\s*and\s*\}", ", "),
         (r",?\s*(?:\\text\s*\{\s*,?\s*or\s*\}|\\(?:lor|vee)(?![a-zA-Z]))", r" \\lor "),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi"),
         (r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|(?<=[\d}) ])percent$)", r"\\%"),
-        (r"^\s*\\approx", ""),
+        (r"^\s*(?:\\approx|=)", ""),
+        (r"\*\*", "^"),
         (r"\\(le|ge)q?(?:slant)?" + _NO_LETTER, r"\\\1"),
         (r"<=", r"\\le "),
         (r">=", r"\\ge "),
@@ -104,8 +134,16 @@ _REWRITES = [
 ]
 _WORDS = re.compile(
     rf"(?P<aside>{_ASIDE})|,?\s*(?<![a-zA-Z])(?P<join>and|or)(?![a-zA-Z])\s*"
-    rf"|(?<![a-zA-Z])(?P<root>sqrt)\((?P<under>[^()]*)\)|(?<![a-zA-Z])(?P<function>{_FUNCTIONS})(?![a-zA-Z])"
+    rf"|(?<![a-zA-Z])(?P<function>{_FUNCTIONS})(?=x?(?![a-zA-Z]))"
 )
+_BRACKET = re.compile(r"((?<![a-zA-Z])\\?sqrt(?:\s*\[3\])?|(?<![a-zA-Z\\])abs|\^)?\s*\(|\)")
+_BRACES = {
+    r"\sqrt": (r"\sqrt{", "}"),
+    "sqrt": (r"\sqrt{", "}"),
+    r"\sqrt[3]": (r"\sqrt[3]{", "}"),
+    "abs": ("|", "|"),
+    "^": ("^{", "}"),
+}
 _BASED = re.compile(r"^(?:\\text\s*\{)?(-?[0-9A-F]+)\}?_\{?(\d+)\}?$")
 
 
@@ -120,7 +158,7 @@ def canonical(text: str) -> str:
         return text
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _WORDS.sub(_word, text)
+    text = _WORDS.sub(_word, _bracketed(text))
     return " ".join(text.split()).rstrip(".;, ")
 
 
@@ -135,7 +173,27 @@ def _scripts(text: str) -> str:
     text = re.sub(f"[{''.join(_SUPERSCRIPTS)}]+", lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
     text = re.sub(f"[{''.join(_SUBSCRIPTS)}]+", lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", text)
     text = re.sub(f"[{''.join(_HALVES)}]", lambda m: r"\frac{" + "}{".join(_HALVES[m[0]]) + "}", text)
-    return re.sub(r"√\s*(\d+|[a-zA-Z]|\([^()]*\))", lambda m: rf"\sqrt{{{m[1].strip('()')}}}", text)
+    text = text.replace("\N{CUBE ROOT}", r"\sqrt[3]").replace("\N{SQUARE ROOT}", r"\sqrt")
+    return re.sub(r"(?<=\\sqrt)(\[3\])?\s*(\d+)", r"\1{\2}", text)
+
+
+def _bracketed(text: str) -> str:
+    """What plain text writes with brackets, in LaTeX: sqrt(x+1), abs(x), x^(1/2)."""
+    pieces, closers, done = [], [], 0
+    for match in _BRACKET.finditer(text):
+        pieces.append(text[done : match.start()])
+        done = match.end()
+        if match[0] != ")":
+            opening, closing = _BRACES.get(match[1], ("", ""))
+            closers.append((len(pieces), match[0], closing))
+            pieces.append(opening or match[0])
+        elif closers:
+            pieces.append(closers.pop()[2] or ")")
+        else:
+            pieces.append(")")
+    for place, written, _ in closers:  # never closed
+        pieces[place] = written
+    return "".join(pieces) + text[done:]
 
 
 def _word(match: re.Match[str]) -> str:
@@ -143,4 +201,4 @@ def _word(match: re.Match[str]) -> str:
         return match[0]
     if match["join"]:
         return ", " if match["join"] == "and" else r" \lor "
-    return rf"\sqrt{{{match['under']}}}" if match["root"] else "\\" + match["function"] + " "
+    return "\\" + match["function"] + " "

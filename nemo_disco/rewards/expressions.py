@@ -38,6 +38,7 @@ _REWRITES = [
         (r"\\ast(?![a-zA-Z])", "*"),
         (r"\\log\s*_\s*(\d)", r"\\log_{\1}"),
         (r"\\(angle|triangle|square)\s*([A-Z]{2,})(?![a-zA-Z])", r"\\text{\1\2}"),  # BCA is not ABC
+        (r"(?<![a-zA-Z\\])([fgh])\s*\^\s*\{\s*-\s*1\s*\}\s*(?=\()", r"\1_{9v}"),  # an inverse function
         (r"([a-zA-Z])''", r"\1_{9pp}"),
         (r"([a-zA-Z])'", r"\1_{9p}"),
         (r"\^\s*(?:\{\s*T\s*\}|T(?![a-zA-Z]))", "^{(T)}"),

@@ -6,7 +6,7 @@ Numerals are compared as rational numbers: no false positives, no rounding. Need
 from __future__ import annotations
 
 import re
-from decimal import Context, Decimal
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Context, Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from nemo_disco.rewards.words import is_word, same_choice, same_text, squeezed
 MAX_NUMERAL = 400  # characters; Python refuses integers of over 4,300 digits, and none is an answer
 MAX_EXPONENT = 400
 SURE_DIGITS = 6  # a decimal with as many significant digits may stand for a number that has no finite decimal
+FLOAT_DIGITS = 15  # what a computer's number has beyond these is rounding
 
 _INTEGER = r"\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+"
 _DECIMAL = rf"(?P<decimal>(?:{_INTEGER})?\.\d+|(?:{_INTEGER})\.?)"
@@ -29,7 +30,8 @@ _FRACTION = (
 )
 _NUMERAL = re.compile(rf"(?P<sign>[+-]?)\s*(?:{_DECIMAL}{_POWER}|{_FRACTION})\s*(?P<percent>\\%)?", re.ASCII)
 _REPEATING = re.compile(
-    r"(?P<sign>-?)(?P<whole>\d*)\.(?P<fixed>\d*)(?:\\(?:overline|bar|dot)\s*(?:\{\s*(?P<period>\d+)\s*\}|(?P<digit>\d))|\((?P<round>\d+)\))",
+    r"(?P<sign>-?)(?P<whole>\d*)\.(?:(?P<fixed>\d*)(?:\\(?:overline|bar|dot)\s*(?:\{\s*(?P<period>\d+)\s*\}|(?P<digit>\d))"
+    r"|\((?P<round>\d+)\))|(?P<before>\d{0,9}?)(?P<again>\d{1,9})(?P=again){2,}\s*\\ldots)",
     re.ASCII,
 )
 _PLAIN = re.compile(r"-?\d{1,40}", re.ASCII)
@@ -91,10 +93,11 @@ def numeral(text: str) -> Numeral | None:
 
 
 def _repeating(match: re.Match[str]) -> Numeral:
-    """0.1\\overline{6}: the digits up to the end of the first period, less those before it, over 99...900...0."""
-    before, period = match["whole"] + match["fixed"], match["period"] or match["digit"] or match["round"]
-    difference = int(before + period) - int(before or "0")
-    value = Fraction(difference, (10 ** len(period) - 1) * 10 ** len(match["fixed"]))
+    """0.1\\overline{6}, or 0.1666...: the digits to the first period's end, less those before it, over 99...900...0."""
+    fixed = match["fixed"] or match["before"] or ""
+    period = match["period"] or match["digit"] or match["round"] or match["again"]
+    difference = int(match["whole"] + fixed + period) - int(match["whole"] + fixed or "0")
+    value = Fraction(difference, (10 ** len(period) - 1) * 10 ** len(fixed))
     return Numeral(-value if match["sign"] else value, False, 0)
 
 
@@ -110,30 +113,43 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
 
 
 def _same_numeral(answer: Numeral, gold: Numeral) -> bool:
-    if answer.percent != gold.percent:
-        return _same_but_for_percent_sign(answer, gold)
-    if answer.value == gold.value:
-        return True
-    rounded = any(n.digits >= SURE_DIGITS for n in (answer, gold))
-    if rounded and not (_terminates(answer.value) and _terminates(gold.value)):
-        return _to_six_digits(answer.value) == _to_six_digits(gold.value)  # 33.3333 for 100/3
-    return False
-
-
-def _to_six_digits(value: Fraction) -> Decimal:
-    context = Context(prec=SURE_DIGITS)
-    return context.divide(Decimal(value.numerator), Decimal(value.denominator))
-
-
-def _same_but_for_percent_sign(answer: Numeral, gold: Numeral) -> bool:
-    """80% is 0.8, and 80 where the question asks for per cent; but 0.5 and 0.5% are both plausible, and differ."""
+    if answer.percent == gold.percent:
+        return _same_value(answer, gold)
+    # 80% is 0.8, and 80 where the question asks for per cent; but 0.5 and 0.5% are both plausible, and differ.
     percent, bare = (answer, gold) if answer.percent else (gold, answer)
-    return percent.value == 100 * bare.value or (percent.value == bare.value and abs(bare.value) >= 1)
+    as_percent = bare._replace(value=100 * bare.value)
+    return _same_value(percent, as_percent) or (abs(bare.value) >= 1 and _same_value(percent, bare))
 
 
-def _terminates(value: Fraction) -> bool:
-    """Whether the number has a finite decimal: its denominator divides a power of ten."""
-    return pow(10, value.denominator.bit_length(), value.denominator) == 0 or value.denominator == 1
+def _same_value(one: Numeral, other: Numeral) -> bool:
+    if one.value == other.value:
+        return True
+    if terminates(one.value.denominator) and terminates(other.value.denominator):
+        return False
+    places = Context(prec=2 * FLOAT_DIGITS)
+    ours, theirs = (places.divide(Decimal(n.value.numerator), Decimal(n.value.denominator)) for n in (one, other))
+    return same_digits(ours, theirs, sure_digits(one.digits, other.digits))
+
+
+def sure_digits(one: int, other: int) -> int:
+    """The significant digits to which two numbers must agree, of the decimals in each; 0 if that does not do."""
+    return min((digits for digits in (one, other) if digits >= SURE_DIGITS), default=0)
+
+
+def same_digits(one: Decimal, other: Decimal, digits: int) -> bool:
+    """Whether one is the other rounded, or cut off, to so many significant digits; never to none.
+
+    So 33.3333 is 100/3, and so are 33.33333 and 33.333333333333336, but neither 33.3334 nor 33.33334.
+    """
+    if not digits:
+        return False
+    rounded, cut = (Context(min(digits, FLOAT_DIGITS), how).plus for how in (ROUND_HALF_UP, ROUND_DOWN))
+    return rounded(one) == rounded(other) or cut(one) == rounded(other) or rounded(one) == cut(other)
+
+
+def terminates(denominator: int) -> bool:
+    """Whether a fraction in lowest terms has a finite decimal: its denominator divides a power of ten."""
+    return denominator == 1 or pow(10, denominator.bit_length(), denominator) == 0
 
 
 def _same_list(answer: str, gold: str) -> bool:
@@ -147,10 +163,8 @@ def _same_list(answer: str, gold: str) -> bool:
 
 
 def _same_in_base(answer: str, gold: str) -> bool | None:
-    """4343_6 is 4343 where the base is left out, but not 4343_7; None if neither names a base."""
+    """4343 is 4343_6, its base left out, but 4343_6 is neither 4343_7 nor 4343; None if it takes more to tell."""
     ours, theirs = based(answer), based(gold)
     if ours and theirs:
         return ours == theirs
-    if ours or theirs:
-        return True if (ours[0] if ours else answer) == (theirs[0] if theirs else gold) else None
-    return None
+    return True if (theirs and theirs[0] == answer) or ours == (gold, "10") else None

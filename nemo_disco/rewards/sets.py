@@ -42,7 +42,10 @@ def as_set(node: Node) -> Any:
         return sympy.Union(*sets) if node.operator == "," and joint.is_empty else joint
     values = [_number(item) for item in node.items]
     if node.opening in ("", r"\{"):
-        return sympy.FiniteSet(*values)
+        finite = sympy.FiniteSet(*values)
+        if not node.opening and len(finite) < len(values):  # 5, 5 is not 5
+            raise ValueError("a list that says one thing twice")
+        return finite
     if len(values) != 2 or node.opening not in "([" or node.closing not in ")]":
         raise ValueError("no interval")
     interval = sympy.Interval(*values, left_open=node.opening == "(", right_open=node.closing == ")")

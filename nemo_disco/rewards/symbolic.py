@@ -14,10 +14,11 @@ import sympy  # type: ignore[import-untyped]
 
 from nemo_disco.rewards import verdict
 from nemo_disco.rewards.expressions import read_expression, significant_digits
+from nemo_disco.rewards.quick import sure_digits
 from nemo_disco.rewards.sets import same_set
 from nemo_disco.rewards.structure import Combined, Items, Leaf, Node, Relation, split_answer
 from nemo_disco.rewards.units import quantity
-from nemo_disco.rewards.values import SURE_DIGITS, same_value
+from nemo_disco.rewards.values import same_value
 from nemo_disco.rewards.words import is_word, same_text
 
 _ROUNDED = re.compile(r"-?\s*(\d*\.?\d+)(?:\s*\\(?:times|cdot)\s*10\^.*)?")
@@ -52,7 +53,7 @@ def equal(gold: Node, answer: Node) -> bool:
         if _matches(gold.parts, answer.parts, gold.operator == r"\setminus"):
             return True
     elif isinstance(gold, Items) and isinstance(answer, Items):
-        return _equal_items(gold, answer)
+        return _equal_items(gold, answer) or _equal_singletons(gold, answer)
     return same_set(gold, answer) or _equal_singletons(gold, answer)
 
 
@@ -91,8 +92,8 @@ def _equal_leaves(gold: Leaf, answer: Leaf) -> bool:
     theirs, ours = _value(gold), _value(answer)
     if theirs is None or ours is None or one.differs_in_unit(other):
         return False
-    is_decimal = max(map(significant_digits, (one.body, other.body))) >= SURE_DIGITS
-    return same_value(theirs, ours, is_decimal)
+    digits = sure_digits(significant_digits(one.body), significant_digits(other.body))
+    return same_value(theirs, ours, digits)
 
 
 def _is_statement(node: Node) -> bool:
@@ -257,9 +258,10 @@ def _equal_items(gold: Items, answer: Items) -> bool:
 
 
 def _labelled(items: Sequence[Node]) -> bool:
-    """Whether the items say which is which, as in x = 1, y = 2."""
-    labels = {str(item.sides[0]) for item in items if isinstance(item, Relation)}
-    return len(labels) > 1 and len(labels) == len(items)
+    """Whether the items say which is which, as in x = 1, y = 2; x_1 and x_2 number the roots of one equation."""
+    labels = {item.sides[0] for item in items if isinstance(item, Relation)}
+    are_roots = all(isinstance(label, Leaf) and re.fullmatch(r"x\s*_\s*\{?\s*\d\s*\}?", label.text) for label in labels)
+    return len(labels) > 1 and len(labels) == len(items) and not are_roots
 
 
 def _in_order_of_labels(items: tuple[Node, ...]) -> tuple[Node, ...]:

@@ -99,15 +99,19 @@ _COUNT_NOUNS = set(_IRREGULAR.split())
 # Words that mean more than what is counted, though they look like nouns.
 _MEANING = re.compile(
     r"\b(?:or|and|if|is|are|was|not|no|non|for|when|where|to|from|base|mod|modulo|even|odd|more|less|fewer|over|under|"
-    r"above|below|about|than|at|most|least|times|plus|minus|choose|power|factorial\w*|squares|cubes|squared|cubed|"
+    r"above|below|about|than|at|most|least|times|plus|minus|choose|power|factorial\w*|gross(?:es)?|squares|cubes|squared|cubed|"
     r"tens|ones|halves|thirds|quarters|fourths|fifths|sixths|eighths|tenths|hundredths|thousandths|hundreds|"
     r"thousands|millions|billions|dozens?|pairs? of|factors of|multiples of|per ?cents?|remainders?|logs|roots of|"
     r"twice|half|thrice|double|triple|s|ss)\b|[^a-zA-Z.\s]"
 )
+_RATE = re.compile(r"^[a-z]+s per (?=[a-z]+$)")  # pages per day
+_TAIL = re.compile(
+    r"(?<=[a-z])\s+(?:each|old|long|tall|high|wide|deep|away|apart|in total|total|in all|altogether|of [a-z]+)$"
+)
 _DEGREES = re.compile(r"\bdeg(?:ree)?s?\s+(?=C\b|F\b|[Cc]elsius|[Ff]ahrenheit)")
 _TOKEN = re.compile(r"\\?[A-Za-z]+(?:\^\{?-?\d+\}?)?|/")
 _LAST_TEXT = re.compile(
-    r"(?P<over>/)?\s*\\text\s*\{(?P<words>(?:[^{}]|\{[^{}]*\})*)\}\s*(?P<power>\^\s*(?:\d|\{\s*-?\d+\s*\}))?\s*$"
+    r"(?P<over>/)?\s*(?:\\cdot\s*)?\\text\s*\{(?P<words>(?:[^{}]|\{[^{}]*\})*)\}\s*(?P<power>\^\s*(?:\d|\{\s*-?\d+\s*\}))?\s*$"
 )
 _LAST_WORDS = re.compile(r"(?<=[\d})])\s+(?P<words>[a-zA-Z]+(?:[a-zA-Z./ ]|\^\d|\^\{-?\d+\})*)$")
 _OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]).*\\text\{ degrees\}")
@@ -162,14 +166,16 @@ def _plain(body: str) -> str:
 
 def _unit(words: str, bare: bool) -> Unit | None:
     """The unit that the words name, () for a count noun, None for words that matter."""
-    words = _DEGREES.sub("", words.replace(".", "")).strip()
-    if (powers := _known(words, bare)) is not None:
-        return tuple(sorted(powers.items()))
-    if _MEANING.search(words) or not words:
-        return None
-    *_, noun = words.split()
+    words = _DEGREES.sub("", words.replace(".", "").strip(" ()"))
+    counted = _TAIL.sub("", _RATE.sub("per ", words))
+    for spelled in (words, counted):
+        if (powers := _known(spelled, bare)) is not None:
+            return tuple(sorted(powers.items()))
+        if _MEANING.search(words) or not words:
+            return None
+    *_, noun = counted.split()
     plural = len(noun) > 3 and noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
-    return () if words == words.lower() and (plural or noun in _COUNT_NOUNS) else None
+    return () if words.islower() and (plural or noun in _COUNT_NOUNS) else None
 
 
 def _known(words: str, bare: bool) -> dict[str, int] | None:

@@ -6,25 +6,29 @@ Differences are refuted by numbers and never accepted because they are small. Ru
 from __future__ import annotations
 
 import random
-from decimal import Context
+from decimal import Decimal
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-SURE_DIGITS = 6  # significant digits that a decimal must share with the exact value that it stands for
+from nemo_disco.rewards.quick import same_digits, terminates
+
 _PROOF_DIGITS = 600  # two numbers that agree in so many are equal, unless they are written with numbers nearly as long
 _LONG_NUMBER = 1000  # bits
 _POINTS = 24
 _AGREEING = 4  # points at which two expressions must both be real and equal
 
 
-def same_value(gold: Any, answer: Any, is_decimal: bool = False) -> bool:
-    """Whether both are equal as numbers, functions of their symbols, matrices or sets; is_decimal: one is a decimal."""
+def same_value(gold: Any, answer: Any, digits: int = 0) -> bool:
+    """Whether both are equal as numbers, functions of their symbols, matrices or sets.
+
+    digits: significant ones of a decimal that may stand for an exact number; 0 if neither is one.
+    """
     if isinstance(gold, sympy.MatrixBase) or isinstance(answer, sympy.MatrixBase):
         if not (isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase)):
             return False
         pairs = zip(gold.flat(), answer.flat(), strict=False)
-        return gold.shape == answer.shape and all(same_value(one, other, is_decimal) for one, other in pairs)
+        return gold.shape == answer.shape and all(same_value(one, other, digits) for one, other in pairs)
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return bool(gold == answer)
     if gold == answer:
@@ -33,7 +37,7 @@ def same_value(gold: Any, answer: Any, is_decimal: bool = False) -> bool:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if symbols:
         return _same_function(gold, answer, symbols)
-    return same_number(gold, answer) or (is_decimal and _same_digits(gold, answer))
+    return same_number(gold, answer) or _same_decimal(gold, answer, digits)
 
 
 def same_number(one: Any, other: Any) -> bool:
@@ -101,22 +105,16 @@ def _is_real(value: Any) -> bool:
     return imaginary == 0 or getattr(imaginary, "_prec", 2) == 1
 
 
-def _same_digits(one: Any, other: Any) -> bool:
-    """Whether both round to the same six significant digits; two finite decimals are compared exactly instead."""
-    if all(value.is_Rational and _terminates(value) for value in (one, other)):
+def _same_decimal(one: Any, other: Any, digits: int) -> bool:
+    """Whether one is the other's decimal, of so many digits; two finite decimals are compared exactly instead."""
+    if not digits or all(value.is_Rational and terminates(int(value.q)) for value in (one, other)):
         return False
-    ours, theirs = (value.evalf(20).as_real_imag() for value in (one, other))
-    context = Context(prec=SURE_DIGITS)
+    ours, theirs = (value.evalf(30).as_real_imag() for value in (one, other))
     try:
         pairs = zip(ours, theirs, strict=True)
-        return all(context.create_decimal(str(a)) == context.create_decimal(str(b)) for a, b in pairs)
+        return all(same_digits(Decimal(str(a)), Decimal(str(b)), digits) for a, b in pairs)
     except ArithmeticError:  # not a number
         return False
-
-
-def _terminates(value: Any) -> bool:
-    """Whether the rational number has a finite decimal."""
-    return bool(value.q == 1 or pow(10, value.q.bit_length(), value.q) == 0)
 
 
 def _with_letters_for_functions(*expressions: Any) -> list[Any]:

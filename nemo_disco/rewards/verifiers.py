@@ -18,6 +18,7 @@ from nemo_disco.rewards.quick import numeral
 from nemo_disco.rewards.units import quantity
 from nemo_disco.rewards.user_pool import UserPool
 from nemo_disco.rewards.verdict import Verdict
+from nemo_disco.rewards.words import LETTERS_ALONE, names_another
 from nemo_disco.runtime.errors import UserError
 
 Alternatives = str | Sequence[str]
@@ -121,14 +122,21 @@ class MultipleChoice(Verifier):
         rf"\b{_VERB}(?:[(\[*]+([A-Za-z])[)\]*]+|{_MARK}(?!['\w])(?!\s+(?!because|since|as|is|for|with)[a-z]))"
         rf"|(?<![\w'])(?!I\b){_MARK}\s+is\s+(?:the\s+)?(?:correct|right|best|answer)"
     )
-    _ANOTHER = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b|\\text\s*\{\s*(?:or|and)\s*\})+\s*\(?[A-Z]\b")
+    _ANOTHER = re.compile(  # joined to the first, or one of nothing but letters: A. B. C. D
+        r"\s*(?:,|/|&|\bor\b|\band\b|\\text\s*\{\s*(?:or|and)\s*\})+\s*\(?[A-Z]\b"
+        rf"|{LETTERS_ALONE}"
+    )
+    _LISTED = re.compile(r"\n\s*\(?[A-Z][).:]")  # the options, a line each
     _LETTER = re.compile(
         r"[\s({\[$*]*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?[\s(*]*([A-Za-z])(?:[\s}$*]*|(?=[\s}*]*[)\].:])[)\]}.:*$]*(.*))",
         re.DOTALL,
     )
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
-        given = self._letter(_box_or(said, self._last_said(said)))
+        try:
+            given = self._letter(boxed(said))
+        except NoAnswerError:  # without a box the others may be discussed: "C. Since (A) and (B) are too small"
+            given = self._letter(self._last_said(said), alone=False)
         if given is None:
             return Verdict.of(verdict.NO_CHOICE)
         letters = {letter for gold in golds if (letter := self._letter(gold))}
@@ -145,10 +153,14 @@ class MultipleChoice(Verifier):
         another = self._ANOTHER.match(said, found[-1].end())
         return letter + (another[0] if another else "")
 
-    def _letter(self, text: str) -> str | None:
-        """The one letter that a text chooses, as in C, (c) or C. Paris; None if there is none, or more than one."""
+    def _letter(self, text: str, alone: bool = True) -> str | None:
+        """The one letter that a text chooses, as in C, (c) or C. Paris; None if there is none, or more than one.
+
+        alone: whether the text is no more than the choice, so that a letter anywhere in it would be a second one.
+        """
         match = self._LETTER.fullmatch(text)
-        if match is None or self._ANOTHER.match(match[2] or ""):
+        rest = match[2] or "" if match else ""
+        if match is None or self._ANOTHER.match(rest) or self._LISTED.search(rest) or (alone and names_another(rest)):
             return None
         return match[1].upper()
 

@@ -19,6 +19,8 @@ _SECOND = re.compile(
     re.DOTALL,
 )
 _OR_LETTER = re.compile(r"\s*(?:or|and|\\lor|,)\s*[A-Z]\s*$")
+LETTERS_ALONE = r"(?:[\s().:]*[A-J](?!\w))+[\s().:]*\Z"  # A. B. C. D
+_LETTERS_ALONE, _REFUSED = re.compile(LETTERS_ALONE), re.compile(r"is\s+(?:not|wrong|false|incorrect)\b")
 
 
 def squeezed(text: str) -> str:
@@ -58,8 +60,14 @@ def same_choice(answer: str, gold: str) -> bool | None:
     return None
 
 
+def names_another(rest: str) -> bool:
+    """Whether what follows a choice's letter names a second choice: "or B", "Paris or (B) London", "B. C. D"."""
+    return bool(_SECOND.match(rest) or _OR_LETTER.match(rest) or _LETTERS_ALONE.match(rest))
+
+
 def _is_marked(text: str, choice: re.Match[str]) -> bool:
-    """(C)x is a product, (C)+1 a sum; with words in \\text{} or a dot behind the letter it is a choice."""
-    if choice[3][0] in "+-*/=^_<>," or _SECOND.match(choice[3]) or _OR_LETTER.match(choice[3]):
+    """(C)x is a product, (C)+1 a sum; before words, a number set off by a space, or with a dot, it is a choice."""
+    if choice[3][0] in "+-*/=^_<>," or names_another(choice[3]) or _REFUSED.match(choice[3]):
         return False
-    return r"\text" in text or bool(choice[2]) or bool(re.search(r"[a-z]{3}", choice[3]))
+    number = re.search(r"\)\s+(?:\d|\\frac|\\sqrt)", text)
+    return r"\text" in text or bool(choice[2] or number or re.search(r"[a-z]{3}", choice[3]))
