@@ -16,7 +16,7 @@ from pathlib import Path
 from nemo_disco import __version__
 from nemo_disco.runtime import launch, srun, streams, user_code
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import sweep_scratch, writing
+from nemo_disco.runtime.files import atomic_file, refusal_of_disk, sweep_scratch
 
 RUNS = {
     "train": "train a policy",
@@ -37,18 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        if not launch.report(error):
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     except KeyboardInterrupt:
         return 130
     except streams.ReaderLeftError:
         return 0
     except Exception as error:
+        if (refusal := refusal_of_disk(error)) is not None:
+            return _refused(refusal)
         launch.report(error)
         raise
     finally:
         streams.tolerate()  # the interpreter writes what is left at its end
+
+
+def _refused(error: UserError) -> int:
+    if not launch.report(error):
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -119,7 +125,7 @@ def _grade(options: argparse.Namespace) -> int:
     if options.out is None:
         grade_file(options.file, sys.stdout, **settings)
         return 0
-    with writing(options.out), options.out.open("w", encoding="utf-8") as out:
+    with atomic_file(options.out) as work, work.open("w", encoding="utf-8") as out:
         grade_file(options.file, out, **settings)
     return 0
 

@@ -1,5 +1,6 @@
 """The commands: exit codes, one line for bad input, nothing heavy for --help, and how a run is started."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ import types
 import pytest
 
 from nemo_disco import cli
+from nemo_disco.data import records
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import reading
 
 COMMANDS = ("train", "evaluate", "verify", "plan", "grade", "doctor", "report", "data")
 
@@ -155,6 +158,29 @@ def test_grade_prints_a_reward_and_a_reason_a_line(tmp_path, capsys):
     assert all(line["reason"] for line in graded)
     assert cli.main(["grade", str(file), "--workers", "1", "--out", str(tmp_path / "out.jsonl")]) == 0
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == graded
+
+
+def test_grade_replaces_its_output_when_all_is_graded(tmp_path, capsys, monkeypatch):
+    """An earlier one stays where the answers cannot be read, to their end too; the error names what was at fault."""
+    file, out = tmp_path / "answers.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"response": "\\\\boxed{4}", "answer": "4"}\n')
+    out.write_text("earlier")
+    assert cli.main(["grade", str(tmp_path / "none.jsonl"), "--out", str(out)]) == 2
+    broken = types.SimpleNamespace(reads=0)
+
+    def read_lines(path):
+        broken.reads += 1
+        with reading(path):
+            if broken.reads == 2:  # all lines were checked
+                raise OSError(errno.EIO, "Input/output error")
+            yield from records.read_lines(path)
+
+    monkeypatch.setattr("nemo_disco.rewards.grade_file.read_lines", read_lines)
+    assert cli.main(["grade", str(file), "--out", str(out)]) == 2
+    assert f"error: {file}: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert out.read_text() == "earlier" and len(list(tmp_path.iterdir())) == 2
+    assert cli.main(["grade", str(file), "--out", str(file)]) == 0  # in its place
+    assert json.loads(file.read_text())["reward"] == 1.0
 
 
 def test_help_is_there_at_once_and_imports_nothing_heavy():

@@ -23,6 +23,7 @@ from nemo_disco.generation.engine import Engine
 from nemo_disco.policy.together import first
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import remove, writing
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,9 @@ class Validation:
             results.append(result)
             self.journal.evaluated([result])
             if dist.get_rank() == 0:
-                self._samples(questions.name, step).unlink(missing_ok=True)  # the verdicts are in the result
+                samples = self._samples(questions.name, step)
+                with writing(samples):
+                    remove(samples)  # the verdicts are in the result
         return results
 
     def _earlier_result(self, questions: Questions, step: int, weights: dict[str, Any]) -> EvaluationResult | None:

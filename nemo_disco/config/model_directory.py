@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from nemo_disco.runtime.files import replaced
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MODELS = Path("models")  # where the recipes expect a model, so no owner on the Hub
 
@@ -50,6 +52,11 @@ def _explain_missing(path: Path) -> str:
         return (
             f"{path}: no Hugging Face model there; if it is a name on the Hugging Face Hub: nothing is downloaded "
             f"here, so `hf download {path} --local-dir {_MODELS / path.name}` and give {_MODELS / path.name}"
+        )
+    if replaced(path).is_dir():
+        return (
+            f"{path}: no such directory, but {replaced(path)} is there: a run is replacing it, or was killed while it "
+            "did; try again in a moment, or start that run again, which puts it back"
         )
     return f"{path}: no Hugging Face model there: no such directory"
 

@@ -15,7 +15,7 @@ from nemo_disco.config.yaml_size import read_yaml
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.saved_files import Count, check_shape, read_json
 
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_(\d+)(?:\.replaced)?")
 
 
 class _Step(TypedDict):
@@ -50,7 +50,8 @@ def model_source(path: str) -> ModelSource:
         return _of_checkpoint(directory)
     if (directory / "config.yaml").is_file() and not (directory / "config.json").is_file():
         found = directory.glob("checkpoints/step_*")
-        steps = {int(m[1]): p for p in found if (m := _STEP.fullmatch(p.name)) and p.is_dir()}
+        # Backwards, since step_N.replaced counts only where a kill left no step_N.
+        steps = {int(m[1]): p for p in sorted(found)[::-1] if (m := _STEP.fullmatch(p.name)) and p.is_dir()}
         if not steps:
             raise UserError(f"model.path={path}: a run directory without a checkpoint; name a Hugging Face directory")
         return _of_checkpoint(steps[max(steps)])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.saved_files import check_file, open_file
+from nemo_disco.runtime.saved_files import check_file, open_file, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +53,7 @@ def read_lines(path: Path) -> Iterator[Record]:
 
     Raises UserError where it cannot be read.
     """
-    with open_file(path, links=True) as file:
+    with open_file(path, links=True) as file, reading(path):
         for number, line in enumerate(file, 1):
             if line.removeprefix(codecs.BOM_UTF8).strip():
                 place = f"line {number}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from nemo_disco.evaluation.run_data import Run, read_runs
 from nemo_disco.evaluation.statistics import bootstrap
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import atomic_file
+from nemo_disco.runtime.files import atomic_file, writing
 
 PLOTS = {
     "reward/mean": "reward",
@@ -32,7 +32,8 @@ def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
     except ImportError as error:
         raise UserError(f"plots need matplotlib ({error}): pip install 'nemo-disco[plots]'") from error
     runs = read_runs(run_dirs)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     paths = [_write_csv(runs, directory / "metrics.csv")]
     sets = dict.fromkeys(result.name for run in runs for result in run.evaluations)
     for name, title in [*PLOTS.items(), *((f"pass@1 {s}", f"Pass@1, {s}") for s in sets)]:

@@ -163,7 +163,7 @@ def _configuration(runs: list[Run]) -> tuple[list[str], list[str]]:
 def _shown(config: dict[str, Any], key: str) -> str:
     if key not in config:
         return "(not set)"
-    return json.dumps(config[key], ensure_ascii=False)
+    return json.dumps(config[key], ensure_ascii=False, default=str)  # YAML has values that JSON lacks
 
 
 def _for_script_tag(data: Any) -> str:

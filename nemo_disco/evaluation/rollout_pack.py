@@ -94,7 +94,8 @@ def _groups(runs: list[Run]) -> Iterator[tuple[int, int, Any, list[dict[str, Any
             for rollout in rollouts:
                 groups.setdefault(str(rollout.get("question_id", rollout.get("question"))), []).append(rollout)
             for group in groups.values():
-                yield number, step, group[0].get("question_id"), group
+                question_id = group[0].get("question_id")
+                yield number, step, question_id if isinstance(question_id, int | str) else None, group
 
 
 def _add_to_index(
@@ -185,7 +186,7 @@ def _levels(values: NDArray[np.float64]) -> dict[str, Any]:
     top = float(np.abs(values).max(initial=0.0))
     if np.ptp(values) == 0:
         return {"all": float(f"{values[0]:.3g}")}
-    return {"unit": float(f"{top / LEVELS:.3g}"), "of": np.rint(values * LEVELS / top).astype(int).tolist()}
+    return {"unit": float(f"{top / LEVELS:.3g}"), "of": np.rint(values / top * LEVELS).astype(int).tolist()}
 
 
 def _longest_allowed(lengths: list[int], budget: int) -> int:
@@ -201,5 +202,5 @@ def _longest_allowed(lengths: list[int], budget: int) -> int:
 
 
 def _compress(groups: list[Any]) -> str:
-    raw = json.dumps(groups, ensure_ascii=False).encode("utf-8", errors="replace")
+    raw = json.dumps(groups, ensure_ascii=False, allow_nan=False).encode("utf-8", errors="replace")
     return base64.b64encode(gzip.compress(raw, compresslevel=6, mtime=0)).decode("ascii")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -19,9 +20,10 @@ from typing import Any, Literal
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from nemo_disco.runtime.files import AppendedFile, open_regular, remove, writing
-from nemo_disco.runtime.saved_files import LINE, Count, FileError, open_file, parse_json, read_json_lines
+from nemo_disco.runtime.files import AppendedFile, atomic_file, remove, writing
+from nemo_disco.runtime.saved_files import LINE, Count, FileError, open_file, parse_json, read_json_lines, reading
 
+REPLACED = "replaced"  # the directory beside it that takes another evaluation's samples
 log = logging.getLogger(__name__)
 
 
@@ -53,65 +55,64 @@ class SampleFile:
     """Samples in batches of known sizes. `done`: the whole batches that an earlier life of this evaluation left."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any], batches: Sequence[int]) -> None:
-        """identity: what decides every sample, of JSON types. A file of another identity is kept under another name,
-        and what stands behind the last whole batch is cut off; both are said."""
+        """identity: what decides every sample, of JSON types. What another evaluation left is moved to a place of its
+        own, and what stands behind the last whole batch is cut off; both are said. Raises UserError."""
         self._path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps(identity, sort_keys=True).encode() + b"\n"
-        self._set_aside(head)
-        self._file = open(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+b")  # noqa: SIM115 - see close
-        self._file.seek(0)
-        if self._file.readline() != head:
-            self._file.truncate(0)
+        if os.path.lexists(path):
+            self._set_aside(head)
+        self.done, end = self._read(head, batches) if os.path.lexists(path) else ([], 0)
+        self._file = AppendedFile(path)
+        self._file.cut(end)
+        if not end:
             self._file.write(head)
-        self.done = self._read(batches, len(head))
         if self.done:
             log.info("%s: %d samples of an earlier life of this evaluation are used", path, sum(map(len, self.done)))
-        with writing(path):
-            self._sync()
 
     def append(self, samples: Sequence[Sample]) -> None:
         """A batch; when it returns, it survives the death of this process."""
-        with writing(self._path):
-            self._file.write(b"".join(map(_line, samples)))
-            self._sync()
+        self._file.write(b"".join(map(_line, samples)))
 
     def close(self) -> None:
         self._file.close()
 
     def _set_aside(self, head: bytes) -> None:
-        """Another evaluation's samples took long: they are kept, under a name that says nothing of this one."""
-        if not os.path.lexists(self._path):
-            return
-        with open_file(self._path) as file:
+        """Another evaluation's samples took long: they are kept where they say nothing of this one."""
+        with open_file(self._path) as file, reading(self._path):
             theirs, more = file.readline(LINE), file.readline(LINE)
-        if theirs == head or not more:
+        parts = [path for path in _parts(self._path) if path.lstat().st_size]
+        if theirs == head or not (more or parts):
             return
-        kept = self._path.with_name(f"{self._path.stem}.replaced.jsonl")
-        with writing(kept):
-            self._path.replace(kept)
-        log.warning("%s is of another evaluation (%s): it is kept as %s", self._path, _differences(theirs, head), kept)
+        name = self._path.name
+        places = (self._path.with_name(REPLACED) / str(number) for number in itertools.count(1))
+        place = next(place for place in places if not os.path.lexists(place / name))
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            for path in (*parts, self._path):  # its first line says what they are, so it goes last
+                path.rename(place / path.name)
+        differences = _differences(theirs, head)
+        log.warning("%s is of another evaluation (%s): its samples are now in %s", self._path, differences, place)
 
-    def _read(self, batches: Sequence[int], end: int) -> list[list[Sample]]:
+    def _read(self, head: bytes, batches: Sequence[int]) -> tuple[list[list[Sample]], int]:
+        """The whole batches, and how many bytes they are with the first line; 0 if that is not `head`."""
         done: list[list[Sample]] = []
-        self._file.seek(end)
-        for size in batches:
-            lines = [self._file.readline(LINE) for _ in range(size)]
-            try:
+        with open_file(self._path) as file, reading(self._path):
+            if file.readline(LINE) != head:
+                return [], 0
+            end = len(head)
+            for size in batches:
+                lines = [file.readline(LINE) for _ in range(size)]
                 if not all(line.endswith(b"\n") for line in lines):
                     break
-                done.append([parse_json(self._path, line, Sample) for line in lines])
-            except FileError as fault:
-                log.warning("%s: a sample is %s; it and what follows is sampled again", self._path, fault.what)
-                break
-            end += sum(map(len, lines))
-        self._file.truncate(end)
-        return done
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+                try:
+                    done.append([parse_json(self._path, line, Sample) for line in lines])
+                except FileError as fault:
+                    log.warning("%s: a sample is %s; it and what follows is sampled again", self._path, fault.what)
+                    break
+                end += sum(map(len, lines))
+        return done, end
 
 
 class SampleStream:
@@ -136,8 +137,6 @@ class SampleStream:
         self._known: dict[int, Sample] = self._left() if self._file else {}
         # The identity too: of the weights it has the times of their files, which may differ from machine to machine.
         self.done, self._known, self._identity = share((self.done, self._known, self._identity))
-        for row, sample in self._known.items() if rank == 0 else ():
-            self.add(row, sample)
 
     def known(self) -> Mapping[int, Sample]:
         """The samples of the batch in hand that an earlier life left, by row."""
@@ -148,8 +147,7 @@ class SampleStream:
         if self._part_path is None:
             return
         self._part = self._part or AppendedFile(self._part_path)
-        entry = {"identity": self._identity, "batch": len(self.done), "row": row, "sample": sample}
-        self._part.write(_line(entry))
+        self._part.write(self._entry(row, sample))
 
     def append(self, samples: list[Sample]) -> None:
         """The batch in hand, whole."""
@@ -157,10 +155,12 @@ class SampleStream:
             self._file.append(samples)
         self.done.append(samples)
         self._known = {}
-        if self._part is not None and self._part_path is not None:
+        if self._part is not None:
             self._part.close()
             self._part = None
-            remove(self._part_path)
+        if self._part_path is not None:
+            with writing(self._part_path):
+                remove(self._part_path)
 
     def all(self) -> list[Sample]:
         return [sample for batch in self.done for sample in batch]
@@ -174,19 +174,35 @@ class SampleStream:
                 file.close()
 
     def _left(self) -> dict[int, Sample]:
-        """Read and remove the samples of the unfinished batch that the ranks of an earlier life left, by row."""
-        assert self._path is not None
+        """The samples of the unfinished batch that the ranks of an earlier life left, by row. They are in this rank's
+        file before the others' are removed: a kill in between loses none."""
+        assert self._path is not None and self._part_path is not None
         found: dict[int, Sample] = {}
-        for path in sorted(self._path.parent.glob(f"{glob.escape(self._path.stem)}.rank_*.jsonl")):
+        parts = _parts(self._path)
+        for path in parts:
             with contextlib.suppress(FileError):
                 for line in read_json_lines(path, _Part):
                     entry = None if line.fault else line.value
                     if entry and (entry["identity"], entry["batch"]) == (self._identity, len(self.done)):
                         found[entry["row"]] = entry["sample"]
-            remove(path)
         if found:
+            with atomic_file(self._part_path) as work:
+                work.write_bytes(b"".join(self._entry(row, sample) for row, sample in found.items()))
             log.info("%s: %d samples of a batch that was not finished are used", self._path, len(found))
+        for path in parts:
+            if not found or path != self._part_path:
+                with writing(path):
+                    remove(path)
         return found
+
+    def _entry(self, row: int, sample: Sample) -> bytes:
+        """A line of a rank's file."""
+        return _line({"identity": self._identity, "batch": len(self.done), "row": row, "sample": sample})
+
+
+def _parts(path: Path) -> list[Path]:
+    """What the ranks have of the batch in hand, beside the samples' file."""
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank_*.jsonl"))
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

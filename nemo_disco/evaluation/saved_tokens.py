@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +37,12 @@ def unpack_widths(saved: Any) -> list[int] | None:
 
 
 def unpack_values(saved: Any, count: int) -> NDArray[np.float64] | None:
-    """[count] what `pack_values` was given; None if this is nothing that it made of so many."""
+    """[count] what `pack_values` was given, finite numbers; None if this is nothing that it made of so many."""
     if isinstance(saved, (int, float)):
-        return np.full(count, float(saved))
+        return np.full(count, float(saved)) if abs(saved) < sys.float_info.max else None  # an int may be beyond it
     numbers = _numbers(saved, "<f2")
-    return None if numbers is None or len(numbers) != count else numbers.astype(np.float64)
+    whole = numbers is not None and len(numbers) == count and np.isfinite(numbers).all()
+    return numbers.astype(np.float64) if numbers is not None and whole else None
 
 
 def _numbers(saved: Any, kind: str) -> NDArray[Any] | None:

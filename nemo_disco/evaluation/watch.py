@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -35,5 +36,9 @@ def state(path: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of what the page is made of."""
     run = RunDirectory(path)
     files = [run.metrics, run.config, *sorted(run.evaluation.glob("*.json")), *sorted(run.rollouts.glob("*.jsonl"))]
-    stats = [(file.name, file.stat()) for file in files if file.exists()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    found = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # the run removes some of its files
+            stat = file.stat()
+            found.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return found

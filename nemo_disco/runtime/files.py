@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
+import logging
 import os
 import re
 import secrets
@@ -27,18 +29,29 @@ _REPLACED = ".replaced"
 _SCRATCH = "nemo-disco-"
 # A directory of the temporary folder is held from the moment after it was made.
 _SETTLED_S = 60.0
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """What the system refuses in here (a full disk, a quota, a read-only or broken one) is raised as a UserError that
-    names `path`."""
+    names `path`, and another file where that is at fault."""
     try:
         yield
     except OSError as error:
-        why = error.strerror or str(error)
+        why, at_fault = error.strerror or str(error), error.filename
+        if isinstance(at_fault, str) and Path(path).name not in at_fault:  # a temporary file's name has it
+            why = f"{at_fault}: {why}"
         raise UserError(f"{path} cannot be written: {why}; mend that, then run the same command again") from error
+
+
+def refusal_of_disk(error: Exception) -> UserError | None:
+    """The line for an error of the disk that names its file; None for any other error, which may be a bug."""
+    if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
+        return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; mend that, then run the same command again")
+    return None
 
 
 # --- whole or not at all ---
@@ -50,6 +63,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     content or the new, whole and on the disk. Its directory is made. Raises UserError if it cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path) and stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise _not_regular(path)  # root would replace /dev/null by a file
         work = _temporary_name(path)
         descriptor = os.open(work, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -71,11 +86,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(target: str | Path) -> Iterator[Path]:
-    """An empty directory to fill, which then takes the place of `target`, as put_in_place says. Raises UserError if it
-    cannot be written."""
+    """An empty directory to fill, which then takes the place of `target`, as put_in_place says. What killed processes
+    left of earlier ones goes first. Raises UserError if it cannot be written."""
     final = Path(target)
     with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
+        for left in final.parent.glob(f".{glob.escape(final.name)}.tmp-*"):
+            if _TEMPORARY.fullmatch(left.name) and not _is_held(left, unknown=True):
+                remove(left)
         work = _temporary_name(final)
         work.mkdir()
         descriptor = os.open(work, os.O_RDONLY)
@@ -84,7 +102,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
             yield work
             put_in_place(work, final)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            remove(work)
             os.close(descriptor)
 
 
@@ -104,12 +122,28 @@ def put_in_place(work: Path, final: Path) -> None:
     elif _exchange(work, final):
         remove(work)
     else:
-        old = final.with_name(final.name + _REPLACED)
+        old = replaced(final)
         remove(old)
         final.rename(old)
-        work.rename(final)
+        try:
+            work.rename(final)
+        except OSError:
+            old.rename(final)
+            raise
         remove(old)
     sync(final.parent)
+
+
+def replaced(final: Path) -> Path:
+    """Where put_in_place has the old directory of that name for a moment, if the file system needs it."""
+    return final.with_name(final.name + _REPLACED)
+
+
+def _put_back(final: Path) -> None:
+    """Finish what a put_in_place that was killed between its renames had in hand."""
+    old = replaced(final)
+    if old.is_dir():
+        remove(old) if os.path.lexists(final) else old.rename(final)
 
 
 def sync(path: Path) -> None:
@@ -161,7 +195,7 @@ def _not_regular(path: Path) -> UserError:
 
 
 class AppendedFile:
-    """A regular file that grows: what `write` was given is on the disk when it returns. Raises UserError."""
+    """A regular file that grows, or is cut: it is so on the disk when a method returns. Raises UserError."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor = path, open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -173,10 +207,18 @@ class AppendedFile:
                 view = view[os.write(self._descriptor, view) :]
             os.fsync(self._descriptor)
 
+    def cut(self, size: int) -> None:
+        """Drop what stands behind the first `size` bytes."""
+        with writing(self._path):
+            if os.fstat(self._descriptor).st_size > size:
+                os.ftruncate(self._descriptor, size)
+                os.fsync(self._descriptor)
+
     def close(self) -> None:
         """A thread that still writes afterwards gets a UserError: the number may be another file's by then."""
         descriptor, self._descriptor = self._descriptor, -1
-        os.close(descriptor)
+        with writing(self._path):  # NFS may refuse only now
+            os.close(descriptor)
 
 
 # --- what killed processes left ---
@@ -189,19 +231,26 @@ def sweep(directory: Path, also: re.Pattern[str] | None = None) -> None:
     """
     with writing(directory):
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-            final = path.with_name(path.name.removesuffix(_REPLACED))
-            if final != path and path.is_dir():
-                remove(path) if os.path.lexists(final) else path.rename(final)
+            if path.name.endswith(_REPLACED):
+                _put_back(path.with_name(path.name.removesuffix(_REPLACED)))
             elif (_TEMPORARY.fullmatch(path.name) or (also and also.fullmatch(path.name))) and not _is_held(path):
                 remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole directory, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Remove a file, a link or a whole directory, if it is there. What of a directory cannot be removed stays, and is
+    said in a warning; a file that cannot be raises OSError."""
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    shutil.rmtree(path, ignore_errors=True)  # goes on after an error
+    if os.path.lexists(path):
+        try:
+            shutil.rmtree(path)  # for the error
+        except FileNotFoundError:  # another process removes it too
+            pass
+        except OSError as error:
+            log.warning("%s is of no use any more and cannot be removed: %s; remove it yourself", path, error)
 
 
 class Scratch:
@@ -214,7 +263,7 @@ class Scratch:
         _hold(self._descriptor)
 
     def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         os.close(self._descriptor)
 
     def __enter__(self) -> Path:

@@ -31,8 +31,10 @@ HOST = socket.gethostname()
 HEARTBEAT_S = 5.0
 # A holder that flock cannot vouch for is believed dead after this long without a heartbeat.
 SILENCE_S = 60.0
-# A beat that cannot be written is tried again, but not until others believe this process dead.
+# A beat that cannot be written, or a lock that cannot be looked at, is tried again (a file server restarts), but not
+# until others believe this process dead.
 PATIENCE_S = 30.0
+RETRY_S = 0.5
 NO_FLOCK_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 # What versions before the atomic writer of files.py left of their writes.
 _LEFT = re.compile(
@@ -113,18 +115,36 @@ class RunDirectory:
     def check_held(self) -> None:
         """Call before anything is written by its name. Raises UserError if this process had the lock and the directory
         or its lock file was removed or replaced since: what is there now may be another run's. Without the lock nothing
-        is checked."""
-        if self._descriptor is None:
+        is checked.
+
+        A file system that does not answer (NFS: ESTALE, EIO, ETIMEDOUT) has taken nothing away: it is asked again.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        warned = False
+        while self._descriptor is not None:
+            try:
+                state = self._state_of_lock(self._descriptor)
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise self._lost(f"could not be looked at for {PATIENCE_S:g} s ({error.strerror})") from error
+                if not warned:
+                    words = "%s cannot be looked at (%s): this is tried again for %g s"
+                    log.warning(words, self.lock_file, error.strerror, PATIENCE_S)
+                    warned = True
+                time.sleep(RETRY_S)
+                continue
+            if state:
+                raise self._lost(state)
             return
+
+    def _state_of_lock(self, descriptor: int) -> str:
+        """What befell the lock file; "" if nothing did. Raises OSError where that is not known."""
         try:
             there = os.stat(self.lock_file, follow_symlinks=False)
-        except FileNotFoundError:
-            there = None
-        except OSError as error:
-            raise self._lost(f"cannot be looked at ({error.strerror})") from error
-        held = os.fstat(self._descriptor)
-        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
-            raise self._lost("was removed" if there is None else "was replaced")
+        except (FileNotFoundError, NotADirectoryError):
+            return "was removed"
+        held = os.fstat(descriptor)
+        return "" if (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino) else "was replaced"
 
     def _lost(self, how: str) -> UserError:
         return UserError(
@@ -142,14 +162,15 @@ class RunDirectory:
 
     def _flock(self, descriptor: int) -> bool:
         """Whether flock was granted; False where the file system has none."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._taken() from None
-        except OSError as error:
-            if error.errno not in NO_FLOCK_HERE:
-                raise
-            return False
+        with writing(self.lock_file):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._taken() from None
+            except OSError as error:
+                if error.errno not in NO_FLOCK_HERE:
+                    raise
+                return False
         return True
 
     def _holder(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -44,6 +45,15 @@ class Line(NamedTuple):
     fault: str
 
 
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """What the system refuses in here (a broken disk, a server that is away) is raised as a FileError of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(path, _said(error)) from error
+
+
 def open_file(path: Path | str, *, links: bool = False) -> BufferedReader:
     """A regular file, open for reading. Raises FileError for anything else, at once.
 
@@ -69,7 +79,9 @@ def check_file(path: Path | str, *, links: bool = False) -> None:
 
 def check_directory(path: Path | str) -> None:
     """Raises FileError where a directory holds a FIFO, a device or a socket: a library that opens it waits for ever."""
-    for entry in Path(path).iterdir():
+    with reading(path):
+        entries = list(Path(path).iterdir())
+    for entry in entries:
         kind = stat.S_IFMT(entry.stat().st_mode) if entry.exists() else stat.S_IFREG
         if kind not in (stat.S_IFREG, stat.S_IFDIR):
             raise FileError(entry, _no_file(kind))
@@ -81,10 +93,8 @@ def read_bytes(path: Path | str, limit: int = DOCUMENT, *, links: bool = False) 
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise FileError(path, f"damaged: {size:,} bytes, and such a file has at most {limit:,}")
-        try:
+        with reading(path):
             return file.read(limit)
-        except OSError as error:
-            raise FileError(path, _said(error)) from None
 
 
 def read_text(path: Path | str, limit: int = DOCUMENT, *, links: bool = False) -> str:
@@ -127,7 +137,7 @@ def parse_json(path: Path | str, content: bytes, shape: type[T]) -> T:
 def read_json_lines(path: Path | str, shape: type[Any]) -> Iterator[Line]:
     """Each line of a file of JSON lines, blank ones too, with what is wrong with it. Ends at a line that is too long,
     of which it keeps the beginning. Raises FileError where there is no such file."""
-    with open_file(path) as file:
+    with open_file(path) as file, reading(path):
         number = 0
         while raw := file.readline(LINE):
             number += 1

@@ -27,6 +27,15 @@ def test_a_run_is_its_newest_checkpoint_and_a_checkpoint_itself(run: Path) -> No
     assert model_source(str(run / "checkpoints/step_2")) == ("some/model", run / "checkpoints/step_2", 2)
 
 
+def test_a_checkpoint_that_a_kill_left_under_its_other_name_is_found(run: Path) -> None:
+    newest = run / "checkpoints/step_10"
+    newest.rename(f"{newest}.replaced")
+    assert model_source(str(run)).checkpoint == Path(f"{newest}.replaced")
+    newest.mkdir()
+    (newest / "checkpoint.json").write_text('{"step": 10}')
+    assert model_source(str(run)).checkpoint == newest
+
+
 def test_any_other_directory_is_a_hugging_face_one(tmp_path: Path) -> None:
     assert model_source(str(tmp_path)) == (str(tmp_path), None, 0)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,17 @@ import torch.distributed as dist
 from damage import spoil
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_process import ends_well
 from models import model_config, save_model
 
 from nemo_disco.conversion import convert
 from nemo_disco.policy import checkpoint, parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.convert import hf_to_megatron, hf_to_nemo, megatron_to_hf, nemo_to_hf
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +69,18 @@ def test_a_damaged_checkpoint_is_loaded_resumed_from_or_refused(tmp_path: Path) 
 
 def test_a_damaged_source_is_converted_or_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "qwen2", tied=True)
-    out = tmp_path / "out"
+    sources = {
+        hf_to_megatron: model,
+        hf_to_nemo: model,
+        megatron_to_hf: convert.hf_to_megatron(model, tmp_path / "megatron"),
+        nemo_to_hf: convert.hf_to_nemo(model, tmp_path / "nemo"),
+    }
+    for command, source in sources.items():
 
-    def there(copy: Path) -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        convert.hf_to_megatron(copy, out)
+        def convert_to_new(copy: Path, command: Any = command) -> None:
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            ends_well([str(copy), str(tmp_path / "out")], command.main)
 
-    def back(copy: Path) -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        convert.megatron_to_hf(copy, out, model)
-
-    damaged(model, tmp_path / "copy", there, 25)
-    damaged(convert.hf_to_megatron(model, tmp_path / "megatron"), tmp_path / "copy", back, 25)
+        assert ends_well([str(source), str(tmp_path / "sound")], command.main) == ""
+        shutil.rmtree(tmp_path / "sound")
+        damaged(source, tmp_path / "copy", convert_to_new, 15)

@@ -63,7 +63,7 @@ class Commands:
         devices = ("trainer.devices=1",) if ranks == 1 else ()  # else WORLD_SIZE rules
         files = self._files()
         code, seconds = self._server.run(
-            [command, *self._small, *devices, *overrides],
+            self.arguments(command, *devices, *overrides),
             stdout or files["stdout"],
             stderr or files["stderr"],
             ranks=ranks,
@@ -76,18 +76,17 @@ class Commands:
         """devices: processes, started by the command itself."""
         files = self._files()
         arguments = [
-            sys.executable,
-            "-m",
-            "nemo_disco",
-            command,
-            *self._small,
-            f"trainer.devices={devices}",
-            *overrides,
+            *(sys.executable, "-m", "nemo_disco"),
+            *self.arguments(command, f"trainer.devices={devices}", *overrides),
         ]
         with files["stdout"].open("w") as out, files["stderr"].open("w") as err:
             process = subprocess.Popen(arguments, stdout=out, stderr=err, env=clean_environment() | environment)
         self._started.append(Started(process, files["stdout"], files["stderr"], time.monotonic()))
         return self._started[-1]
+
+    def arguments(self, command: str, *overrides: str) -> list[str]:
+        """Of the command line, after its name."""
+        return [command, *self._small, *overrides]
 
     def close(self) -> None:
         for started in self._started:

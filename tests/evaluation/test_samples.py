@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_disco.evaluation.samples import Sample, SampleFile, SampleStream
+from nemo_disco.runtime.files import remove
 
 IDENTITY = {"set": "s", "seed": 1}
 BATCHES = [2, 2, 1]
@@ -31,7 +32,7 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_batches(tmp_path: Path) -> None:
         ends.append(path.stat().st_size)
     file.close()
     whole = path.read_bytes()
-    for cut in range(len(whole) + 1):
+    for cut in sorted({*range(0, len(whole), 11), *(end + d for end in ends for d in (-1, 0) if end), 1}):
         path.write_bytes(whole[:cut])
         file = open_file(path)
         complete = sum(end <= cut for end in ends)
@@ -53,14 +54,41 @@ def test_another_evaluation_begins_anew(tmp_path: Path) -> None:
 
 
 def test_another_evaluations_samples_are_kept_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """... each time; moved back, they are used: those of the batch in hand too."""
     path = tmp_path / "s.jsonl"
-    file = open_file(path)
-    file.append(SAMPLES[0])
-    file.close()
-    whole = path.read_bytes()
-    open_file(path, seed=2).close()
-    assert (tmp_path / "s.replaced.jsonl").read_bytes() == whole
-    assert "seed changed" in caplog.text and "s.replaced.jsonl" in caplog.text
+    for seed in (1, 2):
+        with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
+            assert stream.done == [] and stream.known() == {}
+            if seed == 1:
+                stream.append(SAMPLES[0])
+            stream.add(1, SAMPLES[1][1])
+    open_file(path, seed=3).close()
+    assert "seed changed" in caplog.text and f"{tmp_path}/replaced/2" in caplog.text
+    for seed in (1, 2):
+        for kept in (tmp_path / f"replaced/{seed}").iterdir():
+            kept.rename(tmp_path / kept.name)
+        with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
+            assert stream.done == SAMPLES[: 2 - seed] and stream.known() == {1: SAMPLES[1][1]}
+
+
+def test_samples_of_the_batch_in_hand_survive_kill_after_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are never in no file: not while they are gathered in rank 0's either."""
+    path = tmp_path / "s.jsonl"
+    for rank, row in ((0, 1), (1, 0)):
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
+
+    def killed(path: Path) -> None:
+        remove(path)
+        if path.name == "s.rank_1.jsonl":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nemo_disco.evaluation.samples.remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            SampleStream(path, IDENTITY, BATCHES)
+    for _ in range(2):
+        with SampleStream(path, IDENTITY, BATCHES) as stream:
+            assert dict(stream.known()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
 
 
 @pytest.mark.parametrize("junk", [b"\0\0\0\n", b"{}\n", b"[" * 1000 + b"\n", b"\xff\n", b'{"response": 3}\n'])

@@ -7,16 +7,26 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import full_disk
 import pytest
 import torch
 
+from nemo_disco.config.hf_config import read_hf_config
 from nemo_disco.runtime import files
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import AppendedFile, Scratch, atomic_directory, open_regular, sweep, write_atomically
+from nemo_disco.runtime.files import (
+    AppendedFile,
+    Scratch,
+    atomic_directory,
+    open_regular,
+    remove,
+    sweep,
+    write_atomically,
+)
+from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.safetensor_writer import save_tensors
 
 
@@ -93,13 +103,63 @@ def test_where_names_cannot_be_exchanged_two_renames_do(tmp_path: Path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
-def test_what_a_crash_between_two_renames_left_is_put_back(tmp_path: Path) -> None:
-    fill(tmp_path / "best.replaced", "old")
-    fill(tmp_path / "export.replaced", "old")
-    fill(tmp_path / "export", "new")
-    sweep(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "export"]
-    assert (tmp_path / "export/a").read_text() == "new"
+@pytest.fixture
+def second_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Names cannot be exchanged, and the rename that lets the new directory appear raises."""
+
+    def fail(error: BaseException) -> None:
+        real = Path.rename
+
+        def rename(self: Path, target: Path) -> Path:
+            if self.name.startswith(".best.tmp-"):
+                raise error
+            return real(self, target)
+
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+        monkeypatch.setattr(Path, "rename", rename)
+
+    return fail
+
+
+def test_what_a_kill_between_two_renames_left_is_put_back_by_the_next_start(
+    tmp_path: Path, second_rename: Callable[[BaseException], None]
+) -> None:
+    run = RunDirectory(tmp_path)
+    fill(run.best, "old")
+    fill(run.path / "export.replaced", "old")
+    fill(run.export, "new")
+    second_rename(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        fill(run.best, "new")
+    assert not run.best.exists()
+    with pytest.raises(UserError, match=r"best: no such directory, but .*/best.replaced is there"):
+        read_hf_config(run.best)
+    with run.lock():
+        assert (run.best / "a").read_text() == "old" and (run.export / "a").read_text() == "new"
+    assert not list(run.path.glob("*.replaced"))
+
+
+def test_a_rename_that_is_refused_leaves_the_old_directory_in_its_place(
+    tmp_path: Path, second_rename: Callable[[BaseException], None]
+) -> None:
+    fill(tmp_path / "best", "old")
+    second_rename(OSError(5, "Input/output error"))
+    with pytest.raises(UserError, match=r"best cannot be written: Input/output error"):
+        fill(tmp_path / "best", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["best"] and (tmp_path / "best/a").read_text() == "old"
+
+
+def test_a_directory_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    fill(tmp_path / "step_1", "old")
+    monkeypatch.setattr(os, "rmdir", busy)
+    remove(tmp_path / "step_1")
+    assert f"{tmp_path}/step_1" in caplog.text and "Device or resource busy" in caplog.text
+    assert not list((tmp_path / "step_1").iterdir())  # what can be removed is
 
 
 KILLED = """
@@ -136,9 +196,11 @@ def test_left_overs_go_when_their_owner_is_dead(tmp_path: Path, monkeypatch: pyt
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+    fill(run / "export", "new")  # outside a run's directory nobody else clears them away
+    assert len(list(run.iterdir())) == 2 + len(mine)
     sweep(run)
     files.sweep_scratch()
-    assert sorted(p.name for p in run.iterdir()) == sorted(mine)
+    assert sorted(p.name for p in run.iterdir()) == sorted([*mine, "export"])
     assert not scratch.exists()
 
 
@@ -162,6 +224,9 @@ def test_nothing_is_written_through_what_is_no_regular_file(kind: str, tmp_path:
     for flags in (os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND | os.O_CREAT):
         with pytest.raises(UserError, match=rf"{path} is a symbolic link, a pipe or a device"):
             open_regular(path, flags)
+    if kind != "device":  # were it replaced, by root, every other program would suffer
+        with pytest.raises(UserError, match=rf"{path} is a symbolic link, a pipe or a device"):
+            write_atomically(path, "new")
     assert target.exists() == (kind == "link") and (kind != "link" or target.read_text() == "precious")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -190,6 +191,32 @@ def test_a_lock_that_is_taken_away_stops_the_next_write(take: Callable[[Path], N
         take(run.path)
         with pytest.raises(UserError, match=r"run/.lock, .* was (removed|replaced): another run may be writing there"):
             run.check_held()
+
+
+def test_a_file_server_that_is_away_for_a_while_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rundir, "HEARTBEAT_S", 1000)
+    monkeypatch.setattr(rundir, "RETRY_S", 0.01)
+    real, answers = os.stat, [errno.ESTALE, errno.EIO, errno.ETIMEDOUT]
+
+    def away(path: Path, **options: bool) -> os.stat_result:
+        if Path(path).name == ".lock" and answers:
+            number = answers.pop() if len(answers) > 1 or not forever else answers[0]
+            raise OSError(number, os.strerror(number))
+        return real(path, **options)
+
+    forever = False
+    run = RunDirectory(tmp_path)
+    with run.lock():
+        monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", away)
+        run.check_held()
+        assert caplog.text.count("cannot be looked at") == 1 and answers == []
+        forever, answers[:] = True, [errno.ESTALE]
+        monkeypatch.setattr(rundir, "PATIENCE_S", 0.05)
+        with pytest.raises(UserError, match="could not be looked at for"):
+            run.check_held()
+        monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", real)
 
 
 def test_a_lock_that_is_taken_away_ends_a_process_that_writes_nothing(tmp_path: Path) -> None:
