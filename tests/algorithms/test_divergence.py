@@ -1,0 +1,46 @@
+"""Which weights are not kept: those that are of no use beyond doubt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from models import random_rollouts
+
+from nemo_disco.algorithms.divergence import Divergence
+
+
+@pytest.mark.parametrize(
+    ("fault", "changes"),
+    [
+        ("", {}),
+        ("not finite", {"drop": math.nan}),
+        ("not finite", {"finite_weights": False}),
+        ("gradient is not finite", {"gradient": math.nan}),
+        ("", {"drop": 4.5}),
+        ("less probability than a guess among all 100 tokens", {"drop": 4.7}),  # log(100) is 4.6
+        ("", {"gradient": math.nan, "fp8": "delayed"}),  # whose scales would follow the pass
+    ],
+)
+def test_the_weights_of_an_update_are_looked_at_once(fault: str, changes: dict[str, Any]) -> None:
+    """drop: of the log-probs of what the policy sampled, by the update."""
+    given: dict[str, Any] = {"drop": 0.0, "finite_weights": True, "gradient": 1.0, "fp8": None} | changes
+    rollouts = random_rollouts()
+    rollouts = replace(rollouts, generation_log_probs=torch.full_like(rollouts.generation_log_probs, -0.1))
+    policy = Mock(vocabulary=100)
+    policy.config.fp8 = given["fp8"]
+    policy.log_probs.return_value = (rollouts.generation_log_probs - given["drop"], None)
+    policy.has_finite_weights.return_value = given["finite_weights"]
+    policy.gradient_norm.return_value = given["gradient"]
+    divergence = Divergence(policy)
+    assert divergence.fault() == "" and not policy.log_probs.called, "nothing was trained in this life"
+    divergence.begin(rollouts)
+    found = divergence.fault()
+    assert fault in found and bool(found) == bool(fault)
+    assert divergence.fault() == found and policy.log_probs.call_count == 1
+    divergence.begin(rollouts)
+    assert divergence.fault() == found and policy.log_probs.call_count == 2
