@@ -179,6 +179,11 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _path(text: str) -> Path:
+    """~ is the home directory here too: a shell leaves that of --out=~/x as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nemo-disco", description="DisCO post-training of reasoning models.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -186,29 +191,35 @@ def _parser() -> argparse.ArgumentParser:
     for name, words in {**RUNS, "plan": "the batch vocabulary and the memory of a run, without running it"}.items():
         command = commands.add_parser(name, help=words, description=f"{words}.", epilog=CONFIG_HELP)
         command.add_argument("--config-name", "-cn", default="config", metavar="NAME", help="default: config")
-        command.add_argument("--config-path", "-cp", metavar="DIR", help="looked in before ./conf and the packaged one")
+        command.add_argument(
+            "--config-path",
+            "-cp",
+            type=os.path.expanduser,
+            metavar="DIR",
+            help="looked in before ./conf and the packaged one",
+        )
         command.add_argument("overrides", nargs="*", metavar="key=value")
     grade = commands.add_parser("grade", help="reward and reason of each answer in a file")
-    grade.add_argument("file", type=Path, metavar="FILE.jsonl", help="`response` and `answer` a line")
-    grade.add_argument("--out", type=Path, metavar="FILE", help="write the lines there instead of to the screen")
+    grade.add_argument("file", type=_path, metavar="FILE.jsonl", help="`response` and `answer` a line")
+    grade.add_argument("--out", type=_path, metavar="FILE", help="write the lines there instead of to the screen")
     grade.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
     grade.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
     data = commands.add_parser("data", help="what is in question files; filter and convert them")
-    data.add_argument("files", type=Path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
-    data.add_argument("--model", type=Path, metavar="DIR", help="count prompt tokens with this directory's tokenizer")
-    data.add_argument("--against", type=Path, nargs="+", default=[], metavar="FILE", help="evaluation files: overlap")
+    data.add_argument("files", type=_path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
+    data.add_argument("--model", type=_path, metavar="DIR", help="count prompt tokens with this directory's tokenizer")
+    data.add_argument("--against", type=_path, nargs="+", default=[], metavar="FILE", help="evaluation files: overlap")
     data.add_argument(
-        "--rollouts", type=Path, nargs="+", default=[], metavar="FILE", help="pass rates: rollouts/*.jsonl"
+        "--rollouts", type=_path, nargs="+", default=[], metavar="FILE", help="pass rates: rollouts/*.jsonl"
     )
-    data.add_argument("--out", type=Path, metavar="FILE", help="write what is left as .jsonl, .json or .parquet")
+    data.add_argument("--out", type=_path, metavar="FILE", help="write what is left as .jsonl, .json or .parquet")
     data.add_argument("--max-tokens", type=int, metavar="N", help="with --out: leave longer prompts out")
     drop = ("duplicates", "contaminated", "unparsable")
     data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave these out as well")
     commands.add_parser("doctor", help="which kernels and engines this machine has, and what is missing for what")
     report = commands.add_parser("report", help="one HTML page about one or several runs")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run directory")
-    report.add_argument("--plots", type=Path, metavar="DIR", help="also write PNG plots and metrics.csv there")
+    report.add_argument("runs", type=_path, nargs="+", metavar="RUN", help="a run directory")
+    report.add_argument("--out", type=_path, metavar="FILE", help="default: report.html in the first run directory")
+    report.add_argument("--plots", type=_path, metavar="DIR", help="also write PNG plots and metrics.csv there")
     report.add_argument("--watch", action="store_true", help="write it anew whenever a run does, until Ctrl-C")
     return parser

@@ -22,7 +22,6 @@ from nemo_disco.algorithms.rewarding import reward
 from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.config.schema import RunConfig, VerifyConfig
-from nemo_disco.config.shape import read_shape
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.generation.engine import Engine, Sampling
@@ -42,7 +41,7 @@ def verify_mini_batch(
 
     Returns the lines to print, the same on every rank. A collective.
     """
-    rollouts = _rollouts(config, engine, grader, questions)
+    rollouts = _rollouts(config, engine, grader, questions, policy.vocabulary)
     old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
     apart = mismatch(old_log_probs, rollouts.generation_log_probs)
     refuse_disagreement(config, policy, questions.tokenizer, rollouts, old_log_probs, apart, "verify.dtype")
@@ -114,12 +113,12 @@ def _noise_said(noise: float, objective: Objective) -> list[str]:
     return [*lines, f"warning             {warning}"] if warning else lines
 
 
-def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Questions) -> Rollouts:
+def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: Questions, vocabulary: int) -> Rollouts:
     path = Path(config.verify.rollouts) if config.verify.rollouts else None
     exists = [path is not None and path.exists()]
     dist.broadcast_object_list(exists, src=0)
     if path is not None and exists[0]:
-        return Rollouts.load(path, read_shape(config.model.path).vocab)
+        return Rollouts.load(path, vocabulary)
     sampler = QuestionSampler(len(questions), config.algorithm.mini_batch_questions, config.seed, config.data.shuffle)
     picked = questions.repeat(sampler.next(), config.generation.responses_per_question)
     seeds = np.random.SeedSequence((config.seed, 0)).generate_state(len(picked), np.uint64) >> 1

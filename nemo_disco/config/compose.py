@@ -26,12 +26,13 @@ from pydantic import ValidationError
 from nemo_disco.config import paths
 from nemo_disco.config.keys import SECTION, known_keys, nearest_known
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.config.yaml_size import check_yaml_files, read_yaml
+from nemo_disco.config.yaml_size import check_interpolations, check_yaml_files, read_yaml
 from nemo_disco.runtime.errors import UserError, printable
 
 SHOWN = 3  # mistakes in one line
 LONGEST_VALUE = 200  # characters of a value in a message
-_HOME = re.compile(r"(?<=[=\[,])~(?=/)")  # bash expands it only at the beginning of a word
+# A path's ~, which bash expands only at the beginning of a word; texts in quotes are for themselves.
+_HOME = re.compile(r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?<=[=\[,])~(?=/) """, re.VERBOSE)
 # Mappings whose keys are the user's own.
 FREE = {"algorithm.parameters", "data.chat_template_kwargs", "generation.options", "reward.parameters"}
 
@@ -81,7 +82,7 @@ def overridden(overrides: Sequence[str]) -> set[str]:
 
 
 def _at_home(override: str) -> str:
-    return _HOME.sub(lambda _: os.path.expanduser("~"), override)
+    return _HOME.sub(lambda part: os.path.expanduser("~") if part[0] == "~" else part[0], override)
 
 
 def _checked(text: str, roots: list[Path]) -> str:
@@ -112,10 +113,12 @@ def _checked(text: str, roots: list[Path]) -> str:
 
 
 def _typed(composed: DictConfig) -> RunConfig:
-    known = known_keys()
-    unknown = [key for key in _keys(OmegaConf.to_container(composed)) if key not in known]
+    known, written = known_keys(), OmegaConf.to_container(composed)
+    assert isinstance(written, dict)
+    unknown = [key for key in _keys(written) if key not in known]
     if unknown:
         raise UserError("; ".join(f"unknown key {key}{paths.nearest(key, known)}" for key in unknown))
+    check_interpolations(written)  # before anything resolves them, as looking for what is missing does
     missing = sorted(nearest_known(key) for key in OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(f"{', '.join(missing)} must be given: add {missing[0]}=... ({known[missing[0]]})")

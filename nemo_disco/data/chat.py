@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from nemo_disco.data.prompt_fields import ARGUMENTS, TOOLS
 from nemo_disco.data.questions import Question, first_of
 from nemo_disco.data.schemas import Message
 from nemo_disco.data.template import Conversation, render
+from nemo_disco.data.template_reading import check_arguments, left_out
 from nemo_disco.data.tokenizer import refuse_beyond
 from nemo_disco.runtime.errors import UserError
 
@@ -41,15 +43,18 @@ def encode_prompts(
 ) -> tuple[list[Prompt], list[str]]:
     """Questions as prompts, in order, each with `suffix` after the text of its last user turn if it is not there yet.
 
-    max_prompt_length: tokens, the template's included. Longer ones are dropped if `too_long` says so: then the second
-    value has the line that names them. system: a system turn for questions without one. template_arguments: what the
-    chat template takes beside the conversation. vocabulary: rows of the model's embedding.
+    max_prompt_length: tokens, the template's included. Longer ones are dropped if `too_long` says so. The second value
+    has a line for these, and one for each part of a question that the template leaves out. system: a system turn for
+    questions without one. template_arguments: what the chat template takes beside the conversation; a question's own
+    come first. vocabulary: rows of the model's embedding.
     Raises UserError naming the question, its length and the limit if `too_long` is "error", or if none would be left;
-    for a token beyond the embedding; and where the template does not make a prompt of it (template.render).
+    for a token beyond the embedding; where the template does not make a prompt of it (template.render), or does not
+    read one of `template_arguments`.
     """
+    check_arguments(tokenizer, template_arguments, "data.chat_template_kwargs")
     if not questions:
         return [], []
-    tokens = _tokens(tokenizer, questions, suffix, system, template_arguments)
+    tokens, notes = _tokens(tokenizer, questions, suffix, system, template_arguments)
     prompts = [Prompt(question, ids) for question, ids in zip(questions, tokens, strict=True)]
     if vocabulary is not None:
         for prompt in prompts:
@@ -62,16 +67,16 @@ def encode_prompts(
             f"{max_prompt_length} ({len(over)} of {len(prompts)} questions are over it, the longest has "
             f"{max(len(p.token_ids) for p in over)} tokens); raise it" + (", or set data.too_long=drop" if kept else "")
         )
-    notes = [
-        f"{len(over)} of {len(prompts)} questions left out, prompts over data.max_prompt_length={max_prompt_length} "
-        f"tokens: {first_of([f'{p.question.source} ({len(p.token_ids)})' for p in over], most=5)}"
-    ]
-    return kept, notes if over else []
+    if over:
+        names = first_of([f"{p.question.source} ({len(p.token_ids)})" for p in over], most=5)
+        limit = f"data.max_prompt_length={max_prompt_length} tokens"
+        notes.append(f"{len(over)} of {len(prompts)} questions left out, prompts over {limit}: {names}")
+    return kept, notes
 
 
 def prompt_lengths(tokenizer: Tokenizer, questions: Sequence[Question], suffix: str = "") -> list[int]:
     """The tokens of each question's prompt. Raises UserError where the chat template does not make one of it."""
-    return [len(ids) for ids in _tokens(tokenizer, questions, suffix, None, {})]
+    return [len(ids) for ids in _tokens(tokenizer, questions, suffix, None, {})[0]] if questions else []
 
 
 def _tokens(
@@ -80,24 +85,26 @@ def _tokens(
     suffix: str,
     system: str | None,
     arguments: Mapping[str, Any],
-) -> list[list[int]]:
-    if not questions:
-        return []
-    texts = render(tokenizer, [_conversation(question, suffix, system) for question in questions], arguments)
+) -> tuple[list[list[int]], list[str]]:
+    """The token ids of each prompt, and what the template leaves out."""
+    conversations = [_conversation(question, suffix, system, arguments) for question in questions]
+    for conversation in conversations:
+        own = {name: value for name, value in conversation.arguments.items() if name not in arguments}
+        check_arguments(tokenizer, own, f"{conversation.source}: chat_template_kwargs", unread=False)
+    texts = render(tokenizer, conversations)
     # The template has written the special tokens.
     tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return tokens
+    return tokens, left_out(tokenizer, conversations, texts)
 
 
-def _conversation(question: Question, suffix: str, system: str | None) -> Conversation:
+def _conversation(question: Question, suffix: str, system: str | None, arguments: Mapping[str, Any]) -> Conversation:
     turns = list(question.messages)
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
     turns[last] = turns[last]._replace(content=_with_suffix(turns[last].content, suffix))
     if system and turns[0].role not in ("system", "developer"):
         turns.insert(0, Message("system", system))
-    tools = question.metadata.get("tools")
-    schemas = tools if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else []
-    return Conversation(question.source, [turn.as_dict() for turn in turns], schemas or None)
+    tools, own = question.metadata.get(TOOLS) or None, question.metadata.get(ARGUMENTS) or {}
+    return Conversation(question.source, [turn.as_dict() for turn in turns], tools, {**arguments, **own})
 
 
 def _with_suffix(text: str, suffix: str) -> str:

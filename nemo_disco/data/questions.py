@@ -10,8 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.data.prompt_fields import template_fields, unread_fields
 from nemo_disco.data.records import Record, scan_records
-from nemo_disco.data.schemas import ANSWER_FIELDS, Asked, Gold, Message, asked, gold, one_each
+from nemo_disco.data.schemas import (
+    ANSWER_FIELDS,
+    PLAIN,
+    SYSTEM_FIELDS,
+    Asked,
+    Gold,
+    Message,
+    asked,
+    gold,
+    one_each,
+    usual_names,
+)
 from nemo_disco.runtime.errors import UserError
 
 MAX_BAD = 0.1  # the share of a file's records that may be malformed; conf/data/default.yaml has the same
@@ -23,7 +35,8 @@ class Question:
 
     id: its position over all records of all files, in the order given (records that were left out count too).
     text: what the user asks; or, if it is more than one user turn, the conversation, which ends with a user turn.
-    answers: alternatives, any of which is right. source: file and record, for messages. metadata: the other fields.
+    answers: alternatives, any of which is right. source: file and record, for messages. metadata: the other fields,
+    with what the chat template takes beside the conversation (prompt_fields.template_fields).
     weight: how often an epoch asks it, on the average of its file.
     """
 
@@ -42,7 +55,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Loaded:
-    """notes: one line for each file and reason that left records out or took answers out of solutions."""
+    """notes: one line for each file and reason that left records out, took answers out of solutions, or read a part of
+    a record alone."""
 
     questions: tuple[Question, ...]
     notes: tuple[str, ...]
@@ -54,9 +68,10 @@ def load_questions(
     """The questions of all files, in order; records that are malformed or have no answer are left out and noted.
 
     A record has its question in one of schemas.QUESTION_FIELDS (a text, or turns with role and content, or ShareGPT's
-    from and value) and its answer in one of schemas.ANSWER_FIELDS (a text, a number or a list of alternatives; of a
-    solution in GSM8K's form, what follows `####`). An assistant turn at the end is the reference: not part of the
-    question, and the answer if there is no other. Lists of questions and answers are one question each.
+    from and value), its system prompt there or in one of SYSTEM_FIELDS, and its answer in one of schemas.ANSWER_FIELDS
+    (a text, a number or a list of alternatives; of a solution in GSM8K's form, what follows `####`). An assistant turn
+    at the end is the reference: not part of the question, and the answer if there is no other. Lists of questions and
+    answers are one question each.
     weights: one a file (default: 1 each). max_bad_records: the share of a file's records that may be malformed.
     Raises UserError naming file, record and field: more are, or no record of a file has an answer.
     """
@@ -92,11 +107,12 @@ class _File:
         self.bad: list[tuple[str, UserError]] = []  # place, what is wrong
         self.lacking: dict[str, list[str]] = {}  # reason: places
         self.taken: dict[str, int] = {}  # what marked the answer in a solution: how often
+        self.unread: dict[str, int] = {}  # fields that are not part of the prompt: how often
 
     def read(self) -> None:
         for record in scan_records(self.path):
             self.first_fields = self.first_fields or tuple(record.fields)
-            items = [record.fields] if record.fault else one_each(record.fields)
+            items = [record.fields] if record.fault else one_each(usual_names(record.fields))
             for number, fields in enumerate(items, 1):
                 place = record.place if len(items) == 1 else f"{record.place}, item {number}"
                 try:
@@ -107,6 +123,9 @@ class _File:
 
     def check(self, max_bad_records: float) -> None:
         """Raises UserError if too much of the file is malformed, or nothing of it has an answer."""
+        if len(self.bad) == self.count:
+            more = f" (all {self.count} records are malformed)" if self.count > 1 else ""
+            raise UserError(f"{self.bad[0][1]}{more}") from self.bad[0][1]
         if len(self.bad) > max_bad_records * self.count:
             error = self.bad[0][1]
             raise UserError(
@@ -128,10 +147,17 @@ class _File:
             places = first_of([place for place, _ in self.bad])
             what = f"{len(self.bad)} of {self.count} records left out, malformed: {places}"
             lines.append(f"{self.path}: {what}; the first: {self.bad[0][1]}")
-        ends = {"####": "what follows #### is the answer", r"\boxed": r"the last \boxed{} is the answer"}
+        words = {
+            "####": "whole solutions: what follows #### is the answer",
+            r"\boxed": r"whole solutions: the last \boxed{} is the answer",
+            "prose": rf"longer than {PLAIN} characters, with neither a line `#### answer` nor a \boxed{{}}: a response "
+            "must repeat them to be right",
+        }
+        lines += [f"{self.path}: {n} of {self.count} answers are {words[kind]}" for kind, n in self.taken.items()]
         lines += [
-            f"{self.path}: {count} of {self.count} answers are whole solutions: {ends[mark]}"
-            for mark, count in self.taken.items()
+            f"{self.path}: {n} of {self.count} records have `{name}` beside the question, unseen by the model; "
+            "if it has to, write it into the question"
+            for name, n in self.unread.items()
         ]
         return lines
 
@@ -140,16 +166,20 @@ class _File:
             raise record.fault
         source = f"{self.path}, {place}"
         question = asked(source, fields)
+        template = template_fields(source, fields)
         answer = gold(source, fields, question)
         if answer.lack:
             self.lacking.setdefault(answer.lack, []).append(place)
             return
         if answer.taken:
             self.taken[answer.taken] = self.taken.get(answer.taken, 0) + 1
-        self.questions.append(self._question(source, fields, question, answer))
+        for name in unread_fields(source, fields, question):
+            self.unread[name] = self.unread.get(name, 0) + 1
+        self.questions.append(self._question(source, {**fields, **template}, question, answer))
 
     def _question(self, source: str, fields: Mapping[str, Any], question: Asked, answer: Gold) -> Question:
         turns = question.turns
         text = turns[0].content if len(turns) == 1 and not turns[0].more else turns
-        metadata = {k: v for k, v in fields.items() if k != question.field and k not in ANSWER_FIELDS[:2]}
+        used = {question.field, *ANSWER_FIELDS[:2], *SYSTEM_FIELDS}
+        metadata = {k: v for k, v in fields.items() if k not in used}
         return Question(self.position + self.count, text, answer.answers, source, metadata, self.weight)

@@ -94,7 +94,7 @@ def _json(path: Path) -> Iterator[Record]:
 
 def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unambiguous)
     except json.JSONDecodeError as error:
         where = f"{place or f'line {error.lineno}'}, column {error.colno}"
         raise UserError(f"{path}, {where}: not valid JSON: {error.msg}{hint}") from error
@@ -103,6 +103,16 @@ def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
         raise UserError(f"{path}, {where}: not UTF-8 text: byte 0x{content[error.start]:02x}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}{place and f', {place}'}: not usable JSON: {error}") from error
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError where it has two values of one name."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has two values of {twice!r:.80}")
+    return made
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -131,8 +141,13 @@ def _arrow(path: Path, kind: str) -> Iterator[None]:
 def _rows(path: Path, table: pa.Table, begin: int = 0) -> list[Record]:
     """The rows of a table. One with a value that Python cannot hold (text that is not UTF-8, a date beyond the year
     9999) is malformed alone. begin: rows before these."""
+    import pyarrow as pa
+
     try:
-        return [_record(path, f"record {number}", row) for number, row in enumerate(table.to_pylist(), begin + 1)]
+        rows = table.to_pylist()
+        if any(pa.types.is_nested(kind) for kind in table.schema.types):
+            rows = [{name: _without_nulls(value) for name, value in row.items()} for row in rows]
+        return [_record(path, f"record {number}", row) for number, row in enumerate(rows, begin + 1)]
     except (ValueError, OverflowError) as error:  # UnicodeDecodeError and ArrowInvalid are ValueErrors
         if table.num_rows == 1:
             place = f"record {begin + 1}"
@@ -140,6 +155,13 @@ def _rows(path: Path, table: pa.Table, begin: int = 0) -> list[Record]:
             return [Record(place, {}, fault)]
     half = table.num_rows // 2
     return _rows(path, table.slice(0, half), begin) + _rows(path, table.slice(half), begin + half)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the names of nested objects that have no value: a table has all names of all rows in each of them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _culprit(row: pa.Table) -> str:

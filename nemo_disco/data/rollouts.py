@@ -167,7 +167,7 @@ class Rollouts:
     @classmethod
     def load(cls, path: str | Path, vocabulary: int | None = None) -> Rollouts:
         """Read what `save` wrote. Raises UserError if the file is not that, or holds what no rollouts can be: tokens
-        outside the `vocabulary` (rows of the model's embedding), negative lengths, numbers that are not finite."""
+        outside the `vocabulary` (ids that the model may say), negative lengths, numbers that are not finite."""
         check_file(path, links=True)
         try:
             with safe_open(path, framework="pt") as file:
@@ -196,6 +196,8 @@ def _refuse_impossible(tensors: dict[str, Tensor], vocabulary: int | None) -> No
         if bad.any():
             at = int(bad.nonzero()[0])
             raise ValueError(f"{name}[{at}] is {tensor[at].item():g}")
+    if not len(tensors["generation_log_probs"]):
+        raise ValueError("no response in it has a token")
 
 
 def _offsets(lengths: Tensor) -> Tensor:

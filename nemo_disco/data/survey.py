@@ -65,9 +65,10 @@ def survey(
 
     against: evaluation files. rollouts: JSON lines with `question` and `correct`, as runs write them.
     count_tokens: questions -> tokens. unread: answers -> what the grader cannot do with each, or "".
-    Raises UserError as load_questions does, and naming the line of a rollout that is none.
+    Malformed records are left out and noted, however many they are. Raises UserError as load_questions does, and naming
+    the line of a rollout that is none.
     """
-    loaded = load_questions(files)
+    loaded = load_questions(files, max_bad_records=1.0)  # what is wrong is what is looked for
     found = Survey(loaded.questions, list(loaded.notes))
     keys = [question_key(q) for q in found.questions]
     first: dict[str, int] = {}
@@ -76,7 +77,11 @@ def survey(
             found.repeated[i] = first[key]
             if set(found.questions[i].answers) != set(found.questions[first[key]].answers):
                 found.conflicting.append(i)
-    held_out = {question_key(q): q for path in against for q in load_questions([path]).questions}
+    held_out: dict[str, Question] = {}
+    for path in against:
+        other = load_questions([path], max_bad_records=1.0)
+        held_out |= {question_key(q): q for q in other.questions}
+        found.notes += other.notes
     found.overlapping = {i: held_out[key] for i, key in enumerate(keys) if key in held_out}
     if count_tokens is not None:
         found.lengths = count_tokens(found.questions)

@@ -7,7 +7,6 @@ has a limit on processor time and memory, touches no file, and tells the parent 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError
@@ -34,25 +34,26 @@ LONGEST = 10_000_000  # characters of a prompt
 
 
 class Conversation(NamedTuple):
-    """messages: role, content and what else the template takes. tools: their JSON schemas. source: for messages."""
+    """messages: role, content and what else the template takes. tools: their JSON schemas. source: for messages.
+    arguments: what the template takes beside these, by name."""
 
     source: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
 
-def render(tokenizer: Tokenizer, conversations: Sequence[Conversation], arguments: Mapping[str, Any]) -> list[str]:
-    """The text of each conversation, up to where the response begins. `arguments` go to the template by name.
+def render(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[str]:
+    """The text of each conversation, up to where the response begins.
 
     Raises UserError, naming the conversation: the template refuses it, fails, makes nothing or too much of it, or does
-    not end in SECONDS of processor time; or it does not use an argument.
+    not end in SECONDS of processor time.
     """
-    _refuse_arguments(tokenizer, arguments)
     if not conversations:
         return []
     context = multiprocessing.get_context("fork")  # milliseconds, where a new interpreter imports for seconds
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_serve, args=(sender, tokenizer, conversations, arguments), daemon=True)
+    child = context.Process(target=_serve, args=(sender, tokenizer, conversations), daemon=True)
     with spared_children(), warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads. The child takes no lock that another thread may hold.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -83,9 +84,7 @@ def _answer(receiver: Connection, child: ForkProcess, source: str) -> str:
     return answer["text"]
 
 
-def _serve(
-    channel: Connection, tokenizer: Tokenizer, conversations: Sequence[Conversation], arguments: Mapping[str, Any]
-) -> None:
+def _serve(channel: Connection, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> None:
     """The child's whole life."""
     try:
         with contextlib.suppress(OSError):  # no /proc: no limit of memory
@@ -95,7 +94,7 @@ def _serve(
         for conversation in conversations:
             used = resource.getrusage(resource.RUSAGE_SELF)
             _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS)
-            channel.send_bytes(json.dumps(_rendered(tokenizer, conversation, arguments)).encode())
+            channel.send_bytes(json.dumps(_rendered(tokenizer, conversation)).encode())
     finally:
         os._exit(0)  # nothing of the parent's is to be closed or flushed here
 
@@ -105,12 +104,16 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
-def _rendered(tokenizer: Tokenizer, conversation: Conversation, arguments: Mapping[str, Any]) -> dict[str, str]:
+def _rendered(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, str]:
     import jinja2
 
     try:
         text = tokenizer.apply_chat_template(
-            conversation.messages, tools=conversation.tools, add_generation_prompt=True, tokenize=False, **arguments
+            conversation.messages,
+            tools=conversation.tools,
+            add_generation_prompt=True,
+            tokenize=False,
+            **conversation.arguments,
         )
         if not isinstance(text, str) or not text:
             return {"error": "makes an empty prompt of it"}
@@ -126,16 +129,3 @@ def _rendered(tokenizer: Tokenizer, conversation: Conversation, arguments: Mappi
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _refuse_arguments(tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> None:
-    """Raises UserError for a name that is transformers' own, or one that the template does not read: a misspelt one
-    would do nothing."""
-    own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"kwargs"}
-    template = tokenizer.chat_template if arguments else ""
-    text = template if isinstance(template, str) else template["default"]
-    for name in arguments:
-        if name in own or name == "messages":
-            raise UserError(f"data.chat_template_kwargs.{name}: set by this program; leave it out")
-        if name not in text:
-            raise UserError(f"data.chat_template_kwargs.{name}: the tokenizer's chat template does not use {name}")

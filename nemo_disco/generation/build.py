@@ -82,7 +82,8 @@ def _gpus(numbers: range, here: bool) -> list[str]:
     if not here:
         return [str(n) for n in numbers]
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = given.split(",") if given else [str(n) for n in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()  # of the list, CUDA ignores what follows the first number that is no GPU
+    visible = given.split(",")[:count] if given else [str(n) for n in range(count)]
     if numbers.stop > len(visible):
         wanted = "the training processes' own" if numbers.start == 0 else "those after the training processes'"
         raise UserError(

@@ -246,11 +246,15 @@ class ExternalEngine:
             )
         if "done" in message:
             return True
-        count = message["tokens"]
+        count, place = message["tokens"], message["response"]
+        if not 0 <= place < len(share) or len(payload) != 8 * count:
+            raise ReplicaLostError(
+                f"{replica.name} answered request {place} of {len(share)} with {count} tokens in {len(payload)} bytes"
+            )
         tokens, log_probs = array("i", bytes(payload[: 4 * count])), array("f", bytes(payload[4 * count :]))
         reason: Literal["stop", "length"] = "stop" if message["reason"] == "stop" else "length"
         response = Response(tokens.tolist(), log_probs.tolist(), reason, message["version"])
-        request.take(share[message["response"]], response)
+        request.take(share[place], response)
         return False
 
     def _shared(self, mine: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_disco.generation.replica import Replica
 from nemo_disco.generation.worker.rollout_worker.cuda import Broadcast, IpcMemory
+from nemo_disco.generation.worker.rollout_worker.weights import check_slots
 from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 _GPU = "cuda"  # where the slots of a broadcast are
@@ -23,8 +24,10 @@ class Staging:
     """The slots of a replica's present process."""
 
     def __init__(self, replica: Replica) -> None:
+        """Raises ReplicaLostError or RefusedError; the latter for more memory than the model's weights can need."""
         described = replica.ready["staging"]
         self.kind, shape = described["kind"], described["shape"]
+        check_slots(shape, replica.settings["model"], getattr(torch, replica.settings["dtype"]))
         self.slots: int = shape[0]
         self.slot_bytes: int = shape[1]
         self.memories: list[Tensor]  # [slots, bytes] each; a bucket is written to all

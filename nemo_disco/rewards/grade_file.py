@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_disco.data.records import read_lines
-from nemo_disco.data.schemas import final_of
+from nemo_disco.data.schemas import alternative, final_of, unfinished
 from nemo_disco.rewards.math_grader import MathGrader
 from nemo_disco.runtime.errors import UserError
 
@@ -58,16 +58,18 @@ def _record(record: dict[str, Any], where: str) -> tuple[str, list[str]]:
 
 
 def _alternatives(answer: Any, where: str) -> list[str]:
-    """The gold answers as strings."""
+    """The gold answers as strings, as a question file's are."""
     answers = answer if isinstance(answer, list) else [answer]
     if not answers:
         raise UserError(f"{where}: `answer` is an empty list; give at least one answer")
     for one in answers:
         if isinstance(one, bool) or not isinstance(one, str | int | float):
             raise UserError(f"{where}: `answer` must be a string, a number, or a list of them, not {_kind(one)}")
-        if not str(one).strip():
+        if not alternative(where, "answer", one):
             raise UserError(f"{where}: `answer` is empty")
-    return [str(one) for one in answers]
+        if isinstance(one, str) and unfinished(one):
+            raise UserError(f"{where}: `answer` ends in `####`, and no answer follows it")
+    return [alternative(where, "answer", one) for one in answers]
 
 
 def _kind(value: Any) -> str:

@@ -44,6 +44,7 @@ def test_a_tilde_is_the_home_directory_wherever_a_path_begins(monkeypatch):
     config = compose("quickstart", overrides)
     assert (config.model.path, config.exp_manager.explicit_log_dir) == ("/home/ada/m", "/home/ada/r")
     assert config.data.train_files == ["/home/ada/a.json", "b.json"]
+    assert compose("quickstart", ['data.prompt_suffix="[~/a,~/b]"']).data.prompt_suffix == "[~/a,~/b]"  # no path
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,10 @@ def test_any_override_is_obeyed_or_refused_in_one_line(override):
     ends_well(["plan", "--config-name=quickstart", override])
 
 
+REFERRING = ", ".join(f'a{i}: "{f"${{.a{i - 1}}}" * 10}"' for i in range(1, 12))
+LAUGHS = f"algorithm.parameters={{a0: 0123456789, {REFERRING}}}"
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
@@ -75,6 +79,9 @@ def test_any_override_is_obeyed_or_refused_in_one_line(override):
         ("data.train_files=[???]", "data.train_files must be given"),
         ("algorithm.parameters={1: 2}", "algorithm.parameters: the name 1 is not text; put it in quotes"),
         ("seed=${model}", "seed: expected an integer of at least 0, got {"),
+        ("seed=${seed}", "seed: its interpolations refer to itself"),
+        ("model.optim.eps=${..optim}", "its interpolations refer to itself"),
+        (LAUGHS, "its interpolations refer to more than 1,000,000 characters"),
     ],
 )
 def test_what_once_ended_in_a_traceback_or_never(override, line):

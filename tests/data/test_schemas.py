@@ -20,11 +20,17 @@ GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all she sold 48+24 
         {"problem": "1+1?", "label": 2},
         {"problem": "1+1?", "final_answer": "2", "solution": "Long.\n" * 9},
         {"problem": "1+1?", "answers": ["2"]},
+        {"problem": "1+1?", "reward_model": {"ground_truth": '["2"]'}},
         {"problem": "1+1?", "ground_truth": 2.0},
+        {"problem": "1+1?", "expected_answer": "2", "solution": "Long.\n" * 9},
+        {"ID": "7", "Problem": "1+1?", "Solution": "Long.\n" * 9, "Answer": 2},
+        {"messages": json.dumps([USER, {"role": "assistant", "content": "2"}])},
+        {"prompt": json.dumps([{"from": "human", "value": "1+1?"}]), "answer": "2"},
         {"question": ["1+1?"], "answer": ["2"]},
         {"question": [USER], "answer": ["2"]},
         {"problem": "1+1?", "answer": "One and one.\n#### 2\n"},
         {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]},
+        {"conversations": [{"from": "Human", "value": "1+1?"}, {"from": "GPT", "value": "2"}]},
         {"conversations": [USER], "answer": "2"},
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}], "answer": "2"},
         {"messages": [USER, {"role": "assistant", "content": ""}], "answer": "2"},
@@ -80,6 +86,22 @@ def test_a_solution_is_an_answer_only_where_it_ends_in_one(write):
     assert "the last \\boxed{} is the answer" in taken
 
 
+def test_a_reference_turn_of_several_lines_is_an_answer_only_where_it_ends_in_one(write):
+    turns = [[USER, {"role": "assistant", "content": c}] for c in ("So\nit is 2.", "So\n\\boxed{2}", "2")]
+    loaded = load_questions([write("q.json", [{"messages": t} for t in turns])])
+    assert [q.answers for q in loaded.questions] == [("So\n\\boxed{2}",), ("2",)]
+    assert "1 of 3 records left out, `messages` has no final answer" in loaded.notes[0]
+
+
+def test_long_prose_as_an_answer_is_said_and_tests_of_code_are_none(write):
+    prose, code = "It can be shown that it is so. " * 20, "assert f(1) == 2\n" * 30
+    path = write("q.json", [{"problem": "?", "answer": a} for a in (prose, code, "2", json.dumps({"inputs": [code]}))])
+    loaded = load_questions([path])
+    assert len(loaded.questions) == 4
+    (note,) = loaded.notes
+    assert "1 of 4 answers are longer than 300 characters" in note
+
+
 def test_tool_turns_and_empty_assistant_turns_are_kept(write):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
     turns = [USER, call, {"role": "tool", "content": "2", "name": "add", "tool_call_id": None}]
@@ -91,10 +113,23 @@ def test_tool_turns_and_empty_assistant_turns_are_kept(write):
     )
 
 
-def test_sharegpts_system_field_is_a_turn(write):
-    record = {"system": "Be brief.", "conversations": [{"from": "human", "value": "1+1?"}], "answer": "2"}
-    (question,) = load_questions([write("q.json", [record])]).questions
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "1+1?"}], "system": "Be brief."},
+        {"question": "1+1?", "system": "Be brief."},
+        {"problem": "1+1?", "system_prompt": [{"type": "text", "text": "Be brief."}], "system": ""},
+        {"messages": [SYSTEM, USER], "system": "Be brief.\n"},
+        {"messages": [SYSTEM, USER], "system": None},
+    ],
+)
+def test_a_system_prompt_in_a_field_of_its_own_is_a_turn(write, record):
+    (question,) = load_questions([write("q.json", [record | {"answer": "2"}])]).questions
     assert question.messages == (Message("system", "Be brief."), Message("user", "1+1?"))
+    assert not {"system", "system_prompt"} & question.metadata.keys()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +139,13 @@ def test_sharegpts_system_field_is_a_turn(write):
         ({"messages": [{"role": "user", "content": [{"text": " "}]}]}, "`messages[0].content` is empty"),
         ({"messages": [{"role": "tool", "content": "2"}], "answer": 1}, "must ask something"),
         ({"conversations": [{"from": "alien", "value": "?"}], "answer": 1}, "`conversations[0].from` is 'alien'"),
-        ({"question": ["a", "b"], "answer": ["1"]}, "`question[0]` is not an object with `role` and `content`"),
+        ({"question": ["a", "b"], "answer": ["1"]}, "`question` lists 2 questions, and there are answers to 1 of them"),
+        ({"question": ["a", "b"], "answer": "1", "level": [1, 2]}, "there are answers to 1 of them"),
+        ({"problem": "?", "answer": "#### "}, "`answer` ends in `####`, and no answer follows it"),
+        ({"problem": "?", "answer": "So it is.\n####\n"}, "`answer` ends in `####`, and no answer follows it"),
+        ({"messages": "[{'role': 'user', 'content': '?'}]"}, "`messages` is a text; give a list of turns"),
+        ({"question": "?", "system": 7}, "`system` is of type int, not text"),
+        ({"messages": [SYSTEM, USER], "system": "Be long."}, "`system` and `messages[0]` are two system prompts"),
     ],
 )  # fmt: skip
 def test_what_is_not_text_is_named(write, record, complaint):

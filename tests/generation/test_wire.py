@@ -7,14 +7,17 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nemo_disco.generation.worker.rollout_worker import wire
 from nemo_disco.generation.worker.rollout_worker.__main__ import connect
 from nemo_disco.generation.worker.rollout_worker.tensors import ROW, Assembly, Checksum, as_bytes, checksum
-from nemo_disco.generation.worker.rollout_worker.wire import Channel, WireError
+from nemo_disco.generation.worker.rollout_worker.weights import check_slots
+from nemo_disco.generation.worker.rollout_worker.wire import Channel, RefusedError, WireError, map_staging
 
 SECRET = b"s" * 32
 WORDS = ROW // 8
@@ -112,13 +115,42 @@ def test_a_stranger_that_sends_a_byte_at_a_time_has_one_deadline_for_all(ends: t
 
 def test_memory_follows_what_arrives_and_not_what_is_announced(ends: tuple[Channel, Channel]) -> None:
     run, worker = ends
-    worker.socket.sendall(wire._HEAD.pack(2, 1 << 40) + b"{}" + b"x" * 1000)
+    worker.socket.sendall(wire._HEAD.pack(2, 1 << 31) + b"{}" + b"x" * 1000)
     worker.socket.shutdown(socket.SHUT_WR)
     tracemalloc.start()
     with pytest.raises(WireError, match="closed"):
         run.receive()
     assert tracemalloc.get_traced_memory()[1] < 2 * wire._PIECE
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("sent", "complaint"),
+    [
+        (wire._HEAD.pack(1 << 31, 0), "announced a message of 2,147,483,648"),
+        (wire._HEAD.pack(2, 1 << 40) + b"{}", "announced a message of 2 and 1,099,511,627,776 bytes"),
+        (wire._HEAD.pack(2, 0) + b"[]", "no JSON object"),
+        (wire._HEAD.pack(2, 0) + b"{\xff", "no JSON object"),
+        (wire._HEAD.pack(50_000, 0) + b"[" * 50_000, "no JSON object"),
+    ],
+)
+def test_what_is_no_message_is_refused_at_once(ends: tuple[Channel, Channel], sent: bytes, complaint: str) -> None:
+    run, worker = ends
+    worker.socket.sendall(sent)
+    with pytest.raises(WireError, match=complaint):
+        run.receive()
+
+
+def test_staging_memory_is_not_taken_at_an_engines_word(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(100, 10)}, tmp_path / "model.safetensors")
+    check_slots([4, ROW], str(tmp_path), torch.float32)
+    for shape in ([4, 1 << 40], [1 << 20, ROW], [0, ROW], [2, -1]):
+        with pytest.raises(RefusedError, match="announced; all weights have"):
+            check_slots(shape, str(tmp_path), torch.float32)
+    (tmp_path / "slots").write_bytes(bytes(ROW))
+    with pytest.raises(RefusedError, match="smaller than 16,384 bytes"):
+        map_staging(str(tmp_path / "slots"), [4, ROW])
 
 
 def test_a_message_of_several_pieces_arrives_whole(

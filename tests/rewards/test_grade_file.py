@@ -69,6 +69,9 @@ def test_the_answer_of_a_whole_solution_follows_its_hashes(tmp_path: Path, caplo
         ('{"response": "1", "answer": ["1", {}]}', "line 2: `answer` must be a string.*not an object"),
         ('{"response": "1", "answer": []}', "line 2: `answer` is an empty list"),
         ('{"response": "1", "answer": " "}', "line 2: `answer` is empty"),
+        ('{"response": "1", "answer": NaN}', "line 2: `answer` is empty"),
+        ('{"response": "1", "answer": -Infinity}', "line 2: `answer` is -inf"),
+        ('{"response": "1", "answer": "So.\\n####"}', "line 2: `answer` ends in `####`, and no answer follows it"),
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_graded(tmp_path: Path, bad: str, message: str) -> None:

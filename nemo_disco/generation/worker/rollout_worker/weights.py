@@ -36,6 +36,19 @@ def expected_weights(directory: str) -> dict[str, list[int]]:
     return found
 
 
+def check_slots(shape: Sequence[int], directory: str, dtype: torch.dtype) -> None:
+    """Raises RefusedError for slots [slots, bytes] that are more, or larger, than a model's weights can need."""
+    total = _aligned([product(weight) * dtype.itemsize for weight in expected_weights(directory).values()])
+    slots, size = shape
+    if not (1 <= slots <= max(_GPU_SLOTS[0], _CPU_SLOTS[0]) and 1 <= size < total + ROW):
+        raise RefusedError(f"refit: {slots} slots of {size:,} bytes were announced; all weights have {total:,} bytes")
+
+
+def _aligned(sizes: Sequence[int]) -> int:
+    """Bytes of tensors one after another in a bucket."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
 class Weights:
     """The refit's transaction. `version` is None, and nothing may be generated, until a full refit is committed."""
 
@@ -51,7 +64,7 @@ class Weights:
         self._arrived: dict[str, int] = {}  # bytes
         self._received: dict[str, str] = {}  # checksums of what is complete
         sizes = [product(shape) * dtype.itemsize for shape in self.expected.values()]
-        total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        total = _aligned(sizes)
         self.slots, usual = _GPU_SLOTS if engine.gpu else _CPU_SLOTS
         wanted = min(total, bucket_bytes or usual)
         self.slot_bytes = -(-max(wanted, max(sizes) if engine.gpu else 0) // ROW) * ROW

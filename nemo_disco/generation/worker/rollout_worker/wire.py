@@ -24,6 +24,8 @@ _MAGIC = b"NDRW"
 _HELLO = struct.Struct(">4sH32s")  # magic, protocol, nonce
 _HEAD = struct.Struct(">IQ")  # bytes of JSON, bytes of payload
 _PIECE = 64 << 20  # bytes that are made room for at a time: memory follows what arrives, not what is announced
+# Bytes of JSON and of a payload: a hundred times what a step of a thousand responses needs.
+LARGEST = (256 << 20, 4 << 30)
 
 
 class WireError(ConnectionError):
@@ -67,8 +69,16 @@ class Channel:
             self.socket.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytearray]:
+        """The next message. Raises WireError for what is none, or is announced to be larger than any; TimeoutError."""
         body, payload = _HEAD.unpack(self._exactly(_HEAD.size))
-        message: dict[str, Any] = json.loads(self._exactly(body))
+        if body > LARGEST[0] or payload > LARGEST[1]:
+            raise WireError(f"the peer announced a message of {body:,} and {payload:,} bytes, which none has")
+        try:
+            message = json.loads(self._exactly(body))
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise WireError("the peer sent a message that is no JSON object")
         return message, self._exactly(payload)
 
     def _exactly(self, count: int, deadline: float | None = None) -> bytearray:
@@ -88,9 +98,12 @@ class Channel:
 
 
 def map_staging(path: str, shape: Sequence[int]) -> Tensor:
-    """The slots [slots, bytes] of shared memory that another process of this machine made."""
+    """The slots [slots, bytes] of shared memory that another process of this machine made. Raises RefusedError if it
+    made less than that."""
     descriptor = os.open(path, os.O_RDWR)
     try:
+        if os.fstat(descriptor).st_size < product(shape):
+            raise RefusedError(f"refit: the staging memory at {path} is smaller than {product(shape):,} bytes")
         shared = mmap.mmap(descriptor, product(shape), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     finally:
         os.close(descriptor)
