@@ -18,8 +18,7 @@ _PUNCTUATION = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w<>=+*/^!.-]|_")
 
 def question_key(question: Question) -> str:
     """What the user is asked, without case, spaces, punctuation, LaTeX's sizes and a trailing instruction."""
-    asked = "\n".join(turn.content for turn in question.messages if turn.role == "user")
-    return text_key(asked)
+    return text_key(question.asked)
 
 
 def text_key(text: str) -> str:

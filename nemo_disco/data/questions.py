@@ -52,6 +52,11 @@ class Question:
         """The conversation, also where it is one user turn."""
         return (Message("user", self.text),) if isinstance(self.text, str) else self.text
 
+    @property
+    def asked(self) -> str:
+        """What the user says, without system prompts and other turns."""
+        return "\n\n".join(turn.content for turn in self.messages if turn.role == "user")
+
 
 @dataclass(frozen=True)
 class Loaded:

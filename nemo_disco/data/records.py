@@ -199,6 +199,8 @@ def _saved_dataset(path: Path) -> Iterator[Record]:
 
 def _refuse_objects(path: Path, schema: pa.Schema) -> None:
     for field in schema:
+        if schema.names.count(field.name) > 1:
+            raise UserError(f"{path}: two columns are named `{field.name}`; leave one out")
         for kind in map(str, _leaves(field.type)):
             if "binary" in kind or "extension" in kind:
                 raise UserError(f"{path}: column `{field.name}` holds {kind}, which is never read; leave it out")

@@ -115,6 +115,13 @@ def test_extension_columns_are_refused(tmp_path):
         read_records(tmp_path / "q.parquet")
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["?"]), pa.array(["1"]), pa.array(["2"])], ["problem", "answer", "answer"])
+    pq.write_table(table, tmp_path / "q.parquet")
+    with pytest.raises(UserError, match="two columns are named `answer`"):
+        read_records(tmp_path / "q.parquet")
+
+
 def test_a_column_may_be_named_binary(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"binary": {"extension": "x"}}]), tmp_path / "q.parquet")
     assert read_records(tmp_path / "q.parquet")[0].fields == {"binary": {"extension": "x"}}

@@ -76,6 +76,19 @@ def test_what_always_comes_out_the_same_is_left_out(write):
                            rollouts=rollouts), [], None)[0]) == 1  # fmt: skip
 
 
+def test_a_question_with_a_system_prompt_has_its_rollouts(write):
+    (question,) = load_questions([write("q.json", [RECORDS[3]])]).questions
+    rollouts = write("step_1.jsonl", [{"question": question.asked, "correct": True}])  # as runs write them
+    assert survey([write("q.json", [RECORDS[3]])], rollouts=[rollouts]).pass_rates == {0: 1.0}
+
+
+def test_malformed_records_are_noted_however_many_they_are(write):
+    bad = write("bad.jsonl", [{"problem": 7, "answer": 1}, {"problem": 8, "answer": 1}, RECORDS[0]])
+    found = survey([bad], against=[bad])
+    assert len(found.questions) == 1
+    assert len([note for note in found.notes if "2 of 3 records left out, malformed" in note]) == 2  # of each file
+
+
 def test_a_line_that_is_no_rollout_is_named(write):
     with pytest.raises(UserError, match=r"x\.jsonl, line 2: a rollout has `question`"):
         pass_rates([write("x.jsonl", [{"question": "a", "correct": True}, {"question": "a"}])])
