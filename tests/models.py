@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.generation.engine import Response
 
 VOCABULARY = 130  # not a multiple of 4: TP 4 has to pad it
 # Every family of the README, with its embeddings tied and untied.
@@ -125,6 +127,17 @@ def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: 
         [False] * len(prompts),
     )
     return rollouts.with_rewards([float(draw(0, 2)) for _ in prompts])
+
+
+def answered(prompts: Sequence[Sequence[int]], responses: Sequence[Response]) -> Rollouts:
+    """What an engine answered to `prompts`; each is a question of its own."""
+    return Rollouts.from_lists(
+        prompts,
+        [r.tokens for r in responses],
+        [r.log_probs for r in responses],
+        range(len(responses)),
+        [r.finish_reason == "length" for r in responses],
+    )
 
 
 def below(rollouts: Rollouts, vocabulary: int) -> Rollouts:

@@ -33,14 +33,13 @@ class Agreement:
     def __init__(self, config: RunConfig, policy: Policy, tokenizer: Any, say: Callable[[str], None]) -> None:
         """say: where a line for the person goes."""
         self.config, self.policy, self.tokenizer, self.say = config, policy, tokenizer, say
-        self._above = False  # whether the last step was
 
     def check_step(self, step: int, rollouts: Rollouts, old_log_probs: Tensor) -> None:
         """Compare the rollouts that the step after `step` steps trains on. old_log_probs [T]: the policy's.
 
         The first step of a run (step 0; not the first one after a resume) raises UserError if the engines disagree, or
-        if any log-prob of either is not finite. A later one warns, and warns again only after a compared step in which
-        they agreed. A collective.
+        if any log-prob of either is not finite. At each later one where they do there is a warning, one line. A
+        collective.
 
         Not compared after the first step: log-probs of the policy that are not finite, which training made so and whose
         mini-batches are skipped; and a step with any response of older weights than now, which differs by what training
@@ -54,10 +53,8 @@ class Agreement:
         if not bool(old_log_probs.isfinite().all()) or int(rollouts.weight_versions.min()) < step:
             return
         apart = mismatch(old_log_probs, rollouts.generation_log_probs)
-        above = not _agree(self.config, self.policy, apart)
-        if above and not self._above:
+        if not _agree(self.config, self.policy, apart):
             self.say(f"step {step + 1}: warning: {_figures(self.config, self.policy, apart)}; see nemo-disco verify")
-        self._above = above
 
 
 def check_engine(config: RunConfig, policy: Policy, engine: Engine, questions: Questions) -> None:

@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 
 from nemo_disco.config.engines import check_engine, check_python
-from nemo_disco.config.model_source import model_source
+from nemo_disco.config.model_directory import safetensor_names
+from nemo_disco.config.model_source import ModelSource, model_source
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.config.shape import ModelShape, read_shape
 from nemo_disco.runtime.errors import UserError
@@ -50,8 +51,10 @@ def check_files(config: RunConfig, command: str, first_rank: bool = True) -> Non
 
     The run directory is made here, by the first rank.
     """
-    path = model_source(config.model.path).hugging_face if command == "evaluate" else config.model.path
-    check_shape(config, read_shape(path))
+    source = model_source(config.model.path) if command == "evaluate" else ModelSource(config.model.path, None, 0)
+    check_shape(config, read_shape(source.hugging_face))
+    if source.checkpoint is None:
+        safetensor_names(Path(source.hugging_face))
     check_python(config.generation)
     if command in ("train", "verify"):
         if not config.data.train_files:

@@ -44,6 +44,7 @@ _SIZES = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond these transformers takes all memory, or for ever
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 USED = frozenset(_SIZES) | {
     "model_type", "architectures", "auto_map", "head_dim", "rms_norm_eps", "tie_word_embeddings", "dtype",
@@ -169,10 +170,12 @@ def _check_known(config: dict[str, Any], kind: str) -> None:
 def _check_sizes(config: dict[str, Any], kind: str) -> None:
     if missing := [name for name in _SIZES if config.get(name) is None]:
         raise UserError(f"{missing[0]} is missing; only decoders such as Qwen2 and Llama are built")
-    needed = [*_SIZES, *(["head_dim"] if config.get("head_dim") is not None or kind == "qwen3" else [])]
-    for name in needed:
-        if not _is_size(config[name]):
-            raise UserError(f"{name}={_shown(config[name])} is not a whole number of at least 1")
+    # Llama's and Mistral's null is hidden_size / num_attention_heads; transformers knows no null of Qwen's.
+    null = config.get("head_dim") is None and not (kind.startswith("qwen") and "head_dim" in config)
+    for name in _SIZES if null else (*_SIZES, "head_dim"):
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        if not _is_size(config[name], most):
+            raise UserError(f"{name}={_shown(config[name])} is not a whole number of at least 1 and at most {most:,}")
     heads, kv_heads, hidden = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads % kv_heads:
         raise UserError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
@@ -226,8 +229,8 @@ def _same(value: Any, allowed: Any) -> bool:
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _is_number(value: Any) -> bool:

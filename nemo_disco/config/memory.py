@@ -188,9 +188,20 @@ def _saved_by_layer(shape: ModelShape, layout: Layout, number: int, cuda: bool, 
     if layout.recompute == "selective":  # its inputs stay, what it computes goes
         attention -= number * query + 4 * shape.heads
     # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
-    split = (attention + number * (3 if cuda else 4) * shape.ffn) // tensor
+    split = (attention + _head_norms(shape, layout, number, cuda) + number * (3 if cuda else 4) * shape.ffn) // tensor
     rope = number * 4 * shape.head_dim  # sine and cosine, for queries and for keys
     return 2 * _norm(shape, layout, number, cuda) + split + rope
+
+
+def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
+    """Bytes a token that the norms of queries and keys keep, where there are any, beside the projections: on CUDA their
+    input in one piece; else the normalised input, and the input itself where that is not float32 already."""
+    if not shape.qk_norm:
+        return 0
+    wide = max(number, 4)
+    kept = number if cuda else wide * (2 if wide > number else 1)
+    projections = number * (shape.query_width + 2 * shape.kv_width) if layout.context > 1 else 0  # they stay, for these
+    return kept * (shape.query_width + shape.kv_width) + projections
 
 
 def _norm(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:

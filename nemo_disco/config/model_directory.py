@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import replaced
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OTHER_FORMATS = ("consolidated", "adapter_model")  # Mistral's and Meta's own, and LoRA's
 _MODELS = Path("models")  # where the recipes expect a model, so no owner on the Hub
 
 
@@ -30,7 +32,16 @@ def explain(directory: Path) -> str | None:
     return f"{directory}: no Hugging Face model there: {_without_config(directory)}"
 
 
-def explain_weights(directory: Path) -> str:
+def safetensor_names(directory: Path) -> list[str]:
+    """The *.safetensors files of the model. Raises UserError if there are none, saying what there is instead."""
+    names = sorted(p.name for p in directory.glob("*.safetensors"))
+    names = [name for name in names if not name.startswith(_OTHER_FORMATS)]
+    if not names:
+        raise UserError(f"{directory}: no *.safetensors file of the model there: {_explain_weights(directory)}")
+    return names
+
+
+def _explain_weights(directory: Path) -> str:
     """A line: which weights a directory without safetensors has, and what to do."""
     names = sorted(p.name for p in directory.iterdir())
     if any(name.startswith("consolidated") for name in names):
@@ -85,7 +96,7 @@ def _without_config(directory: Path) -> str:
         trained = f"its trained model is {export}" if export.is_dir() else "it has no export/ yet"
         return f"it is the directory of a run, whose checkpoints `evaluate` reads; {trained}"
     if any(directory.glob("*.gguf")):
-        return explain_weights(directory)
+        return _explain_weights(directory)
     if nested := sorted(directory.glob("*/config.json")):
         return f"no config.json, but there is one in {nested[0].parent}: give that directory"
     if (directory / "params.json").is_file():

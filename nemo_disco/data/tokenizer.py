@@ -5,10 +5,12 @@ Reads local files alone. Knows nothing of questions; what a chat template makes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 log = logging.getLogger(__name__)
+_VOCABULARY = re.compile("token|vocab|tekken|bpe|spm")  # in the name of a file that a tokenizer is made of
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TRANSFORMERS_5_CLASS = "TokenizersBackend"
 # Texts on which different tokenizers differ: code, digits, spaces, line ends, normal forms, scripts.
 PROBES = (
     'def f(x):\n    return {"a": [x ** 2, -1.5e-3]}  # TODO\n\tif x != 0:\r\n',
@@ -46,20 +51,29 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokeniz
     from transformers import AutoTokenizer
 
     check_directory(path)
+    if not any(_VOCABULARY.search(file.name) for file in Path(path).iterdir() if file.name not in _SETTINGS):
+        # transformers would make an empty one
+        raise UserError(f"{path}: no tokenizer there; fetch its tokenizer.json")
 
     # Explicit, since tokenizers otherwise warns of each process that is forked after it used its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    tokenizer = _read(AutoTokenizer, path, trust_remote_code=trust_remote_code)
-    if (Path(path) / "tokenizer.json").exists() and not type(tokenizer).__module__.startswith("transformers_modules"):
-        tokenizer = _as_the_file_says(tokenizer, Path(path))
-    _refuse_incomplete(tokenizer, path)
+    with _usable(path):
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
+        own = type(tokenizer).__module__.startswith("transformers_modules")
+        if (Path(path) / "tokenizer.json").exists() and not own:
+            tokenizer = _as_the_file_says(tokenizer, Path(path))
+        _refuse_incomplete(tokenizer, path)
     return tokenizer
 
 
 def name_file_tokenizer(directory: Path) -> None:
-    """Let transformers read a written model's tokenizer.json as it is: where it rebuilds it as another tokenizer,
-    tokenizer_config.json gets a `tokenizer_class` that takes the file; all else there stays. Code of its own decides
-    for itself, and what cannot be read stays as it is (load_tokenizer refuses it by name)."""
+    """Let transformers 4 and 5 read a written model's tokenizer.json as it is, by changing tokenizer_config.json. A
+    tokenizer with code of its own and one that cannot be read (load_tokenizer says why) stay as they are.
+
+    `tokenizer_class` becomes one that takes the file where transformers 5 rebuilds it as another tokenizer, and where
+    its name is transformers 5's own. A list in `extra_special_tokens`, which transformers 4 fails on, becomes
+    `additional_special_tokens`, which both read. All else stays.
+    """
     from transformers import AutoTokenizer
 
     file, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
@@ -67,13 +81,18 @@ def name_file_tokenizer(directory: Path) -> None:
         settings = _json_object(config)
         if not file.exists() or "auto_map" in settings:
             return
-        original = _original(file)
-        differs = bool(_difference(_read(AutoTokenizer, directory), original))
+        with _usable(directory):
+            read = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            differs = bool(_difference(read, _original(file)))
     except UserError:
         return
-    if differs:
-        text = json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False)
-        config.write_text(text + "\n", encoding="utf-8")
+    both = dict(settings)
+    if differs or settings.get("tokenizer_class") == _TRANSFORMERS_5_CLASS:
+        both["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        both["additional_special_tokens"] = both.pop("extra_special_tokens")
+    if both != settings:
+        config.write_text(json.dumps(both, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ...]:
@@ -113,9 +132,13 @@ def refuse_beyond(tokenizer: Tokenizer, token_ids: Sequence[int], rows: int, whe
         )
 
 
-def _read(kind: Any, path: str | Path, **settings: Any) -> Any:
+@contextlib.contextmanager
+def _usable(path: str | Path) -> Iterator[None]:
+    """Whatever the libraries make of a tokenizer in here is raised as a UserError."""
     try:
-        return kind.from_pretrained(str(path), local_files_only=True, **settings)
+        yield
+    except UserError:
+        raise
     except Exception as error:  # transformers and tokenizers raise every kind, down to bare Exception
         remote = "trust_remote_code" in str(error)
         mend = "set model.trust_remote_code=true if you trust it" if remote else "it needs a sound tokenizer.json"
@@ -132,7 +155,7 @@ def _as_the_file_says(tokenizer: Any, directory: Path) -> Any:
     difference = _difference(tokenizer, original)
     if not difference:
         return tokenizer
-    direct = _read(PreTrainedTokenizerFast, directory)
+    direct = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     if remaining := _difference(direct, original):
         raise UserError(
             f"{file}: what transformers loads is another tokenizer ({remaining}): tokenizer_config.json changes it; "
@@ -177,6 +200,8 @@ def _difference(tokenizer: Any, original: tokenizers.Tokenizer) -> str:
 
 
 def _refuse_incomplete(tokenizer: Tokenizer, path: str | Path) -> None:
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"{path}: the tokenizer makes no tokens of a text; it needs a sound tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token; set `eos_token` in tokenizer_config.json")
     template = tokenizer.chat_template

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from nemo_disco.config.model_directory import explain_weights
+from nemo_disco.config.model_directory import safetensor_names
 from nemo_disco.data.tokenizer import name_file_tokenizer
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.safetensor_writer import Plan, write_safetensors
@@ -29,7 +29,6 @@ _PLAIN = {"F64", "F32", "F16", "BF16"}
 _COMPARED_BYTES = 2**26
 # Angles of rope, which old Llama files hold and every network computes from config.json.
 _COMPUTED_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_OTHER_FORMATS = ("consolidated", "adapter_model")  # Mistral's and Meta's own, and LoRA's
 _NUMBERED = re.compile(r"(.+-)\d{5}-of-(\d{5})\.safetensors")
 _LFS = b"version https://git-lfs"
 # What belongs to a model besides its weights and config.json.
@@ -58,10 +57,11 @@ class SafetensorReader:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Raises UserError: no safetensors there, a file missing or damaged (named), or numbers that are quantized."""
+        """Raises UserError: no safetensors there, a file missing or damaged (named), or one tensor in two files."""
         self.directory = Path(directory)
         self._stack = ExitStack()
         self._where: dict[str, Any] = {}
+        files: dict[str, Path] = {}
         for file in _weight_files(self.directory):
             check_file(file, links=True)
             try:
@@ -69,6 +69,11 @@ class SafetensorReader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: {_damage(file, error)}") from None
             for name in handle.keys():  # noqa: SIM118 - not a dict
+                if (other := files.setdefault(name, file)) is not file:
+                    raise UserError(
+                        f"{self.directory}: {name} is in {other.name} and in {file.name}; remove the file that is not "
+                        "the model's"
+                    )
                 if not _COMPUTED_BUFFER.fullmatch(name):
                     self._where[name] = handle
 
@@ -162,10 +167,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _indexed_files(index)
-    names = sorted(p.name for p in directory.glob("*.safetensors"))
-    names = [name for name in names if not name.startswith(_OTHER_FORMATS)]
-    if not names:
-        raise UserError(f"{directory}: no *.safetensors file of the model there: {explain_weights(directory)}")
+    names = safetensor_names(directory)
     for name in names:
         if match := _NUMBERED.fullmatch(name):
             _require(directory, [f"{match[1]}{i:05d}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)])

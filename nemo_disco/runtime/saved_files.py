@@ -78,9 +78,10 @@ def check_file(path: Path | str, *, links: bool = False) -> None:
 
 
 def check_directory(path: Path | str) -> None:
-    """Raises FileError where a directory holds a FIFO, a device or a socket: a library that opens it waits for ever."""
+    """Raises FileError where a directory, or one in it, holds a FIFO, a device or a socket: a library that opens it
+    waits for ever."""
     with reading(path):
-        entries = list(Path(path).iterdir())
+        entries = [*Path(path).iterdir(), *Path(path).glob("*/*")]
     for entry in entries:
         kind = stat.S_IFMT(entry.stat().st_mode) if entry.exists() else stat.S_IFREG
         if kind not in (stat.S_IFREG, stat.S_IFDIR):

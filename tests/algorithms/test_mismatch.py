@@ -91,7 +91,7 @@ def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, t
     )
 
 
-def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_again(trainer: torch.Tensor) -> None:
+def test_the_first_step_refuses_and_each_later_one_warns_in_one_line(trainer: torch.Tensor) -> None:
     said: list[str] = []
     policy = Mock(temperature=0.6, dtype=torch.float32, **{"log_probs.return_value": (plain(trainer), None)})
     agreement = Agreement(compose("quickstart"), policy, Mock(**{"decode.return_value": "x"}), said.append)
@@ -110,7 +110,8 @@ def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_agai
     assert said == []
     for step, apart in ((2, 0.2), (3, 0.2), (4, 0.001), (5, 0.2)):
         check(step, apart)
-    assert [line.split(": trainer")[0] for line in said] == ["step 3: warning", "step 6: warning"]
+    assert [line.split(": trainer")[0] for line in said] == [f"step {n}: warning" for n in (3, 4, 6)]
+    assert not any("\n" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -122,18 +123,20 @@ def test_the_first_step_refuses_and_later_ones_warn_until_the_engines_agree_agai
         (torch.bfloat16, ["verify.max_kl=1e-3"], "verify.max_kl=0.001"),
         (torch.float32, ["verify.max_kl=1e-2"], None),
         (torch.bfloat16, ["generation=vllm", "generation.quantization=fp8"], "0.001 with generation.quantization=fp8"),
+        (torch.bfloat16, ["verify.max_mismatch=1.04"], "0.01 in bfloat16"),
     ],
 )
-def test_the_limit_of_kl_follows_the_precision_and_says_so(
+def test_the_limits_follow_the_settings_and_the_precision_and_say_so(
     dtype: torch.dtype, overrides: list[str], limit: str | None, trainer: torch.Tensor
 ) -> None:
-    """The engine is as far away as bfloat16's rounding of a real model: KL 0.0015."""
+    """The engine is as far away as bfloat16's rounding of a real model: KL 0.0015, mean e^|d| 1.045."""
     config = compose("quickstart", [*overrides, *["generation.python=python"] * bool(overrides[1:])])
     policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (plain(trainer), None)})
     agreement = Agreement(config, policy, Mock(**{"decode.return_value": "x"}), print)
     drawn = rollouts(trainer + noise(trainer, 0.055))
     drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
-    with nullcontext() if limit is None else pytest.raises(UserError, match=rf"KL 0\.001\d+ \(.*{limit}"):
+    figures = r"e\^\|d\| 1\.04\d+ \(verify.max_mismatch=1\.0\d\), KL 0\.001\d+ \("
+    with nullcontext() if limit is None else pytest.raises(UserError, match=rf"{figures}.*{limit}"):
         agreement.check_step(0, drawn, trainer)
 
 

@@ -17,13 +17,15 @@ TINY = {
 
 @pytest.fixture
 def model_directory(tmp_path):
-    """Makes a directory with the config.json of a tiny Qwen2, changed as asked (None leaves a key out)."""
+    """Makes a directory with the config.json of a tiny Qwen2, changed as asked (None leaves a key out), and an empty
+    file for its weights."""
 
     def make(**changes):
         directory = tmp_path / "model"
         directory.mkdir(exist_ok=True)
         config = {key: value for key, value in (TINY | changes).items() if value is not None}
         (directory / "config.json").write_text(json.dumps(config))
+        (directory / "model.safetensors").touch()
         return directory
 
     return make

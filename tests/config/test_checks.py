@@ -154,6 +154,13 @@ def test_what_a_command_does_not_read_need_not_be_there(usable):
     check_files(compose("quickstart", [*usable, "evaluation.files=[x.json]", "evaluation.enabled=false"]), "train")
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "verify"])
+def test_a_model_without_safetensors_says_what_it_has(usable, model_directory, tmp_path, command):
+    (model_directory() / "model.safetensors").rename(tmp_path / "model/model-Q8_0.gguf")
+    with pytest.raises(UserError, match=r"no \*\.safetensors file of the model there: model-Q8_0\.gguf is a GGUF file"):
+        check_files(compose("quickstart", usable), command)
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

@@ -15,6 +15,7 @@ from nemo_disco.runtime.errors import UserError
 
 EOS, THINK = 256, 257
 TEXT = "def f(x):\n    return 12345 + x  # é 数 🙂</think>"
+EMPTY = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -83,11 +84,19 @@ def test_transformers_reads_an_exported_tokenizer_as_the_policy_does(llama_dir, 
     assert caplog.messages == []
 
 
-def test_an_exported_tokenizer_that_transformers_reads_right_is_the_same_file(tokenizer_dir, tmp_path):
-    (tokenizer_dir / "config.json").write_text("{}")
-    copy_companions(tokenizer_dir, tmp_path / "export", {})
+def test_an_exported_tokenizer_has_nothing_that_transformers_4_cannot_read(tokenizer_dir, tmp_path):
+    """... of transformers 5, which saved it; all else stays, and a second export is the same file."""
     name = "tokenizer_config.json"
-    assert (tmp_path / "export" / name).read_bytes() == (tokenizer_dir / name).read_bytes()
+    before = json.loads((tokenizer_dir / name).read_text())
+    assert before.pop("tokenizer_class") == "TokenizersBackend"
+    assert before.pop("extra_special_tokens") == ["</think>"]
+    copy_companions(tokenizer_dir, tmp_path / "export", {})
+    copy_companions(tmp_path / "export", tmp_path / "again", {})
+    expected = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["</think>"]}
+    assert json.loads((tmp_path / "export" / name).read_text()) == before | expected
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "export" / name).read_bytes()
+    ours, theirs = (load_tokenizer(directory) for directory in (tokenizer_dir, tmp_path / "export"))
+    assert theirs.all_special_tokens == ours.all_special_tokens == ["<|end|>", "</think>"]
 
 
 def test_a_tokenizer_as_its_file_says_is_not_spoken_of(tokenizer_dir, caplog):
@@ -103,6 +112,28 @@ def test_a_configuration_that_changes_tokenizer_json_is_refused(tokenizer_dir):
     decoder = {str(EOS): moved | {"content": "<|end|>", "special": True}, "258": moved | {"content": "def"}}
     file.write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
     with pytest.raises(UserError, match=r"tokenizer\.json: what transformers loads is another tokenizer .*'def f"):
+        load_tokenizer(tokenizer_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "complaint"),
+    [
+        ("tokenizer_config.json", "model_max_length", "x", "no usable tokenizer there: '>' not supported"),
+        ("tokenizer.json", "post_processor", EMPTY, "makes no tokens of a text"),
+        ("tokenizer.json", "model", {"type": "X"}, "no usable tokenizer there: "),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_does_not_work_is_one_line(tokenizer_dir, name, key, value, complaint):
+    file = tokenizer_dir / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=complaint):
+        load_tokenizer(tokenizer_dir)
+
+
+def test_a_directory_without_a_tokenizer_is_named(tokenizer_dir):
+    """... for which transformers makes an empty one."""
+    (tokenizer_dir / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer there; fetch its tokenizer\.json"):
         load_tokenizer(tokenizer_dir)
 
 

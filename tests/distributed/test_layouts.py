@@ -17,6 +17,7 @@ import torch.distributed as dist
 from models import (
     FAMILIES,
     VOCABULARY,
+    answered,
     below,
     model_config,
     random_rollouts,
@@ -28,7 +29,6 @@ from safetensors.torch import load_file
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Response, Sampling
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import parallel
@@ -123,7 +123,7 @@ def measure(
         engine = Recording(policy)
         responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12), engine.hand_over)
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
-        sampled = as_rollouts(prompts, responses)
+        sampled = answered(prompts, responses)
         mismatch = policy.log_probs(sampled)[0] - sampled.generation_log_probs
         objective, old = build_objective(OBJECTIVE), OldPolicy(log_probs)
         for moved in moves:
@@ -146,16 +146,6 @@ def measure(
             }
         )
     return found if parallel.Ranks.here().is_first else {}
-
-
-def as_rollouts(prompts: list[list[int]], responses: list[Response]) -> Rollouts:
-    return Rollouts.from_lists(
-        prompts,
-        [r.tokens for r in responses],
-        [r.log_probs for r in responses],
-        list(range(len(prompts))),
-        [r.finish_reason == "length" for r in responses],
-    )
 
 
 def measure_models(models: list[str], layouts: list[Layout]) -> list[list[dict[str, Any]]]:

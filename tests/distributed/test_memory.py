@@ -28,6 +28,7 @@ GROUP = 4
 SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_key_value_heads": 2}
 WORDY = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_key_value_heads": 4}
+HEADS = SMALL | {"intermediate_size": 128, "head_dim": 128}
 
 
 def rollouts(questions: int) -> Rollouts:
@@ -100,10 +101,11 @@ def check(
     layouts: list[dict[str, Any]],
     precision: str = "32",
     questions: int = 4,
+    architecture: str = "qwen2",
 ) -> None:
     """questions: two fill a micro-batch."""
     sizes = {"vocab_size": 4096, "max_position_embeddings": 1024, "num_attention_heads": 8}
-    model = str(save_model(directory / "model", "qwen2", tied=False, **(sizes | shape)))
+    model = str(save_model(directory / "model", architecture, tied=False, **(sizes | shape)))
     small = str(save_model(directory / "small", "qwen2", tied=False, **(sizes | {"hidden_size": 64})))
     dtype = {"32": torch.float32, "bf16": torch.bfloat16}[precision]
     ranks = on_new_ranks(world_size, measure, small, model, layouts, dtype, questions)
@@ -126,7 +128,8 @@ VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
 
 
 def test_one_process(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    check(on_new_ranks, tmp_path, SMALL, 1, [{}], questions=2)
+    """Of a model with norms of queries and keys."""
+    check(on_new_ranks, tmp_path, HEADS, 1, [{}], questions=2, architecture="qwen3")
 
 
 @pytest.mark.slow
@@ -143,3 +146,9 @@ def test_four_processes(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) 
 @pytest.mark.slow
 def test_bfloat16(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     check(on_new_ranks, tmp_path, WIDE, 1, [{}, FULL, SELECTIVE], "bf16")
+
+
+@pytest.mark.slow
+def test_norms_of_queries_and_keys(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(on_new_ranks, tmp_path, HEADS, 1, [{}, FULL, SELECTIVE], "bf16", architecture="qwen3")
+    check(on_new_ranks, tmp_path, HEADS, 2, [TP, SP, CP], architecture="qwen3")

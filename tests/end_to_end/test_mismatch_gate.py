@@ -60,6 +60,8 @@ def test_an_engine_of_its_own_that_disagrees_is_refused_before_anything_is_train
     assert re.match(r"error: trainer and engine vllm disagree: .*verify.max_mismatch=1.05.*likely cause: ", said)
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
     assert not list((tmp_path / "run").glob("evaluation/*"))
+    if command == ("evaluate",):
+        commands(*command, *engine, at(tmp_path / "run"), "verify.max_mismatch=1e9", "verify.max_kl=1e9").ok()
 
 
 FAULTY = """

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, VOCABULARY, model_config, reference_log_probs, reference_model, save_family
+from models import FAMILIES, VOCABULARY, answered, model_config, reference_log_probs, reference_model, save_family
 from transformers import AutoModelForCausalLM
 
-from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation import megatron, static
 from nemo_disco.generation.engine import Response, Sampling
 from nemo_disco.generation.megatron import MegatronEngine
@@ -70,13 +69,7 @@ def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -
     """All tokens of some responses, whose log-probs are compared with the trainer's and with transformers'."""
     asked = [[token % 100 for token in prompt] for prompt in prompts(copies=4)]
     responses = engine.generate(asked, range(len(asked)), Sampling(0.6, 50))
-    rollouts = Rollouts.from_lists(
-        asked,
-        [r.tokens for r in responses],
-        [r.log_probs for r in responses],
-        list(range(len(asked))),
-        [r.finish_reason == "length" for r in responses],
-    )
+    rollouts = answered(asked, responses)
     log_probs, _ = engine.policy.log_probs(rollouts)
     torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
     with torch.no_grad():

@@ -84,6 +84,20 @@ def test_a_missing_shard_is_named_by_file(model: Path) -> None:
         SafetensorReader(model)
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_tensor_in_two_files_is_refused_with_their_names(indexed: bool, model: Path) -> None:
+    first, *_ = shard(model)
+    if indexed:
+        last = sorted(model.glob("model-*.safetensors"))[-1]
+        save_file(load_file(last) | {EMBEDDING: torch.zeros(1)}, last)
+    else:
+        (model / "model.safetensors.index.json").unlink()
+        last = model / "weights.safetensors"
+        save_file({EMBEDDING: torch.zeros(1)}, last)
+    with pytest.raises(UserError, match=rf"embed_tokens\.weight is in {first} and in {last.name}; remove"):
+        SafetensorReader(model)
+
+
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}'])
 def test_an_index_that_is_none_is_named(index: str, model: Path) -> None:
     shard(model)

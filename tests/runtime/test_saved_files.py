@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.saved_files import FileError, read_bytes, read_json, read_json_lines, read_text
+from nemo_disco.runtime.saved_files import (
+    FileError,
+    check_directory,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    read_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,15 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     assert read_bytes(tmp_path / "link", links=True) == b"{}"
     with pytest.raises(FileError, match="device"):
         read_bytes(tmp_path / "endless", links=True)
+
+
+@pytest.mark.parametrize("name", ["pipe", "additional_chat_templates/pipe.jinja"])
+def test_a_pipe_in_a_directory_that_a_library_reads_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    check_directory(tmp_path)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(FileError, match=rf"{name}: a FIFO stands"):
+        check_directory(tmp_path)
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:

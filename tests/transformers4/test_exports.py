@@ -11,11 +11,14 @@ import pytest
 import torch
 from models import LLAMA3_ROPE, model_config, save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from nemo_disco.config.paths import packaged
 from nemo_disco.conversion import convert
+from nemo_disco.data.tokenizer import PROBES, load_tokenizer
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.safetensor_files import copy_companions
 from nemo_disco.runtime.errors import UserError
 
 pytestmark = pytest.mark.transformers4
@@ -49,9 +52,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / "config.json").write_text(json.dumps(fields))
         write(source, root / f"{family}-{rope}-{writer}", writer)
     directories = sorted(p for p in root.iterdir() if (p / "config.json").is_file())
-    command = [PYTHON, Path(__file__).with_name("write_logits.py"), root / "ids", *directories]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run_transformers_4("write_logits.py", root / "ids", directories)
     return root
+
+
+def run_transformers_4(script: str, given: Path, directories: list[Path]) -> None:
+    command = [PYTHON, Path(__file__).with_name(script), given, *directories]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def write(source: Path, out: Path, writer: str) -> None:
@@ -89,6 +96,25 @@ def test_what_transformers_5_saves_is_another_model_to_transformers_4(rope: str,
     """Why both spellings are written; when this fails, they may go."""
     source = work / f"source-qwen2-{rope}"
     assert float((theirs(source) - by_transformers_5(source, load_file(work / "ids")["ids"])).abs().max()) > 0.1
+
+
+def test_transformers_4_and_5_read_the_same_tokenizer(tmp_path: Path) -> None:
+    """Of directories that transformers 5 saved: of a class that both know, and of its own."""
+    source = packaged("assets") / "quickstart/model"
+    PreTrainedTokenizerFast.from_pretrained(source).save_pretrained(tmp_path / "saved")
+    exports = [tmp_path / name for name in ("qwen2", "own")]
+    for directory, export in zip((source, tmp_path / "saved"), exports, strict=True):
+        copy_companions(directory, export, {"model_type": "qwen2"})
+    texts = [*PROBES, "<|im_start|>user<think>1</think><|im_end|>"]
+    (tmp_path / "texts").write_text(json.dumps(texts))
+    run_transformers_4("write_tokens.py", tmp_path / "texts", exports)
+    ours = load_tokenizer(source)
+    for export in exports:
+        theirs = json.loads(export.with_name(f"{export.name}.tokens.json").read_text())
+        assert theirs["ids"] == ours(texts, add_special_tokens=False)["input_ids"]
+        assert theirs["special"] == sorted(ours.all_special_tokens)
+        question = [{"role": "user", "content": "1 + 1?"}]
+        assert theirs["prompt"] == ours.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
 
 
 def test_yarn_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VOCABULARY
+from models import VOCABULARY, answered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Response, Sampling
 from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.policy.policy import Policy
@@ -55,13 +54,7 @@ def mean(policy: Policy, responses: list[Response]) -> float:
 
 def apart(policy: Policy, responses: list[Response]) -> Tensor:
     """[T] by how much each log-prob differs from the trainer's."""
-    rollouts = Rollouts.from_lists(
-        prompts(),
-        [r.tokens for r in responses],
-        [r.log_probs for r in responses],
-        list(range(len(responses))),
-        [r.finish_reason == "length" for r in responses],
-    )
+    rollouts = answered(prompts(), responses)
     return (policy.log_probs(rollouts)[0] - rollouts.generation_log_probs).abs()
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, model_config, save_family
+from models import FAMILIES, answered, model_config, save_family
 from vllm_process import SHAPE, start_vllm
 
-from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Sampling
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
@@ -36,11 +35,5 @@ def test_the_log_probs_are_the_trainers_and_rows_that_are_no_tokens_are_never_sa
     finally:
         engine.close()
     assert max(token for r in [*responses, *greedy] for token in r.tokens) < TOKENS
-    rollouts = Rollouts.from_lists(
-        asked,
-        [r.tokens for r in responses],
-        [r.log_probs for r in responses],
-        list(range(len(asked))),
-        [r.finish_reason == "length" for r in responses],
-    )
+    rollouts = answered(asked, responses)
     torch.testing.assert_close(policy.log_probs(rollouts)[0], rollouts.generation_log_probs, rtol=0, atol=1e-4)
