@@ -195,13 +195,17 @@ def _saved_by_layer(shape: ModelShape, layout: Layout, number: int, cuda: bool, 
 
 def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
     """Bytes a token that the norms of queries and keys keep, where there are any, beside the projections: on CUDA their
-    input in one piece; else the normalised input, and the input itself where that is not float32 already."""
+    inputs, each in one piece; else the inputs in float32 at least (queries in one piece, keys as they are projected)
+    and the normalised inputs."""
     if not shape.qk_norm:
         return 0
-    wide = max(number, 4)
-    kept = number if cuda else wide * (2 if wide > number else 1)
-    projections = number * (shape.query_width + 2 * shape.kv_width) if layout.context > 1 else 0  # they stay, for these
-    return kept * (shape.query_width + shape.kv_width) + projections
+    width = shape.query_width + shape.kv_width
+    if cuda:
+        return number * width
+    if number < 4:
+        return 2 * 4 * width
+    projections = number * (width + shape.kv_width) if layout.context > 1 else 0  # they stay, for the keys
+    return number * (width + shape.query_width) + projections
 
 
 def _norm(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
