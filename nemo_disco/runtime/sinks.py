@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import socket
 import time
@@ -128,7 +129,7 @@ class WandbSink:
                 f"W&B cannot be imported ({error}): pip install 'nemo-disco[wandb]', or exp_manager.wandb=false"
             ) from error
         known = directory / WANDB_ID
-        identity = read_text(known, 100).strip() if os.path.lexists(known) else secrets.token_hex(8)
+        identity = _read_id(known) if os.path.lexists(known) else secrets.token_hex(8)
         write_atomically(known, identity + "\n")
         self._run: Any = wandb.init(
             project="nemo_disco",
@@ -167,7 +168,7 @@ class MLflowSink:
         self._client: Any = mlflow.MlflowClient(place)
         known = directory / MLFLOW_ID
         if os.path.lexists(known):
-            self._id = read_text(known, 100).strip()
+            self._id = _read_id(known)
         else:
             experiment = self._client.get_experiment_by_name("nemo_disco")
             number = experiment.experiment_id if experiment else self._client.create_experiment("nemo_disco")
@@ -220,6 +221,14 @@ def open_sinks(
         "mlflow": lambda: MLflowSink(run.path),
     }
     return Sinks([JsonlSink(run.metrics, resume_step), *(makers[name]() for name in also)])
+
+
+def _read_id(path: Path) -> str:
+    """The id under which a service has the run. Raises FileError."""
+    said = read_text(path, 100).strip()
+    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", said):
+        raise FileError(path, "damaged: not the id of a run; remove it, and the service begins another run")
+    return said
 
 
 def _numbers(metrics: Mapping[str, Value]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +125,16 @@ def test_tensorboard_is_imported_only_when_opened() -> None:
         "import sys; import nemo_disco.runtime.sinks; sys.exit('torch' in sys.modules or 'tensorboard' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+@pytest.mark.parametrize("content", [b"", b"a/b", b"\xff", b"x" * 65])
+def test_a_damaged_id_is_named(service: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, service, SimpleNamespace(MlflowClient=str))  # nothing is asked of it
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere")
+    (tmp_path / f"{service}.run_id").write_bytes(content)
+    with pytest.raises(UserError, match=rf"{service}\.run_id: "):
+        open_sinks(tmp_path, 1, [service])
 
 
 def test_tensorboard_can_be_off(tmp_path: Path) -> None:
