@@ -6,6 +6,7 @@ Must import nothing heavy at the top: `nemo-disco --help` shows at once. What a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import os
 import sys
@@ -184,6 +185,20 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if float(text) > 0:  # nan is not
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nemo-disco", description="DisCO post-training of reasoning models.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -202,8 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     grade = commands.add_parser("grade", help="reward and reason of each answer in a file")
     grade.add_argument("file", type=_path, metavar="FILE.jsonl", help="`response` and `answer` a line")
     grade.add_argument("--out", type=_path, metavar="FILE", help="write the lines there instead of to the screen")
-    grade.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
-    grade.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
+    grade.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
+    grade.add_argument("--workers", type=_count, default=2, metavar="N", help="processes (default 2)")
     grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
     data = commands.add_parser("data", help="what is in question files; filter and convert them")
     data.add_argument("files", type=_path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
@@ -213,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rollouts", type=_path, nargs="+", default=[], metavar="FILE", help="pass rates: rollouts/*.jsonl"
     )
     data.add_argument("--out", type=_path, metavar="FILE", help="write what is left as .jsonl, .json or .parquet")
-    data.add_argument("--max-tokens", type=int, metavar="N", help="with --out: leave longer prompts out")
+    data.add_argument("--max-tokens", type=_count, metavar="N", help="with --out: leave longer prompts out")
     drop = ("duplicates", "contaminated", "unparsable")
     data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave these out as well")
     commands.add_parser("doctor", help="which kernels and engines this machine has, and what is missing for what")

@@ -108,7 +108,14 @@ def test_bad_input_is_one_line_and_exit_2(arguments, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["trane"], ["train", "--nowhere"], ["doctor", "trainer.devices=1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["trane"], ["train", "--nowhere"], ["doctor", "trainer.devices=1"]),
+        *(["grade", "a.jsonl", "--workers", "0"], ["grade", "a.jsonl", "--timeout", "nan"]),
+        *(["grade", "a.jsonl", "--timeout=-1"], ["data", "a.jsonl", "--max-tokens", "0"]),
+    ],
+)
 def test_a_wrong_command_line_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
