@@ -2,7 +2,8 @@
 
     python benchmarks/grading.py --data DIR --output benchmarks/results/grading.json
 
-DIR holds the papers' sets (test/*.json, train/*.json); what is reported of them are places and reasons, not texts.
+One run measures all, in some minutes. DIR holds the papers' sets (test/*.json, train/*.json); what is reported of them
+are places and reasons, not texts.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def table() -> list[Case]:
 
 
 def gold_cases(files: Sequence[Path]) -> list[Case]:
-    """Of each of the sets' distinct gold answers: itself, its equivalent forms, and one change."""
+    """Of every fifth of the sets' distinct gold answers: itself, its equivalent forms, and one change."""
     first: dict[str, str] = {}  # where it stands
     for file in files:
         for question in load_questions([file]).questions:
@@ -169,7 +170,7 @@ def gold_cases(files: Sequence[Path]) -> list[Case]:
             first.setdefault(question.answers[0], place)
     rng = random.Random(1)
     cases = []
-    for gold, place in sorted(first.items()):
+    for gold, place in sorted(first.items())[::5]:
         forms = {"itself": gold, **rewritten(gold)}
         cases += [Case(form, gold, True, f"{place}, {name}") for name, form in forms.items()]
         cases.append(Case(changed(gold, rng), gold, False, f"{place}, changed"))

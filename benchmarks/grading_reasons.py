@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 UNEXPLAINED = "unexplained"
-# On "answer <> gold".
+# On "answer ~ gold".
 _RULES = [
     (r"\\%|%|percent", "percent: 80\\% is 0.8 and also 80; math-verify drops the sign on one side only"),
     (
@@ -16,11 +16,11 @@ _RULES = [
         "words that carry the meaning: math-verify drops them",
     ),
     (r"million|billion|thousand", "a scale word: math-verify drops it"),
-    (r"_\{?\d+\}?\s*<|_\{?\d+\}?$", "a numeral with its base: math-verify takes the base for an index or drops it"),
+    (r"_\{?\d+\}?\s*~|_\{?\d+\}?$", "a numeral with its base: math-verify takes the base for an index or drops it"),
     (r"\\(?:text|mbox|mathrm|textbf)|\\circ|[\d }](?:cm|km|m|s|mph|inches|units?)\b", "units and words in text"),
     (r"\d(?:\\,|\\!|\{,\}|,\\!| )\d{3}(?!\d)", "thousands separators of LaTeX"),
     (r"\d,\d{3}(?!\d)", "thousands separators"),
-    (r"\\infty|<\s|[<>]|\\l?[lg]e", "an interval and the inequality that says the same"),
+    (r"\\infty|[<>]|\\[lg]e", "an interval and the inequality that says the same"),
     (r"(?<!\\)\bi\b|\d\s*i\b|\^i|I", "the imaginary unit: math-verify takes i for a variable"),
     (r"10\^|e[+-]?\d", "powers of ten: math-verify rounds to six places, whatever the size"),
     (r"\\frac\s*\\?[a-z0-9]+\s|\\frac\s*\d|\\sqrt\s*\d|pi", "LaTeX shorthand: \\frac12, \\sqrt2, pi"),
@@ -39,5 +39,5 @@ _RULES = [
 
 def reason_of(answer: str, gold: str) -> str:
     """The reason, from how both are written."""
-    text = f"{re.sub(r'^.*boxed{(.*)}.$', lambda m: m[1], answer, flags=re.DOTALL)} <> {gold}"
+    text = f"{re.sub(r'^.*boxed{(.*)}.$', lambda m: m[1], answer, flags=re.DOTALL)} ~ {gold}"
     return next((reason for pattern, reason in _RULES if re.search(pattern, text)), UNEXPLAINED)

@@ -285,7 +285,7 @@ def _only_item(node: Node) -> Node:
     if not isinstance(node, Items) or len(node.items) != 1:
         return node
     item = node.items[0]
-    is_set = (isinstance(item, Items) and item.opening == r"\{") or item == Leaf(r"\emptyset")
+    is_set = (isinstance(item, Items) and item.opening in (r"\{", "[")) or item == Leaf(r"\emptyset")
     return node if is_set else item
 
 

@@ -98,7 +98,7 @@ _IRREGULAR = (
 _COUNT_NOUNS = set(_IRREGULAR.split())
 # Words that mean more than what is counted, though they look like nouns.
 _MEANING = re.compile(
-    r"\b(?:or|and|if|is|are|was|not|no|non|for|when|where|to|from|base|mod|modulo|even|odd|more|less|fewer|over|under|"
+    r"^(?:of|in|on|with)\b|\b(?:or|and|if|is|are|was|not|no|non|for|when|where|to|from|base|mod|modulo|even|odd|more|less|fewer|over|under|"
     r"above|below|about|than|at|most|least|times|plus|minus|choose|power|factorial\w*|gross(?:es)?|squares|cubes|squared|cubed|"
     r"tens|ones|halves|thirds|quarters|fourths|fifths|sixths|eighths|tenths|hundredths|thousandths|hundreds|"
     r"thousands|millions|billions|dozens?|pairs? of|factors of|multiples of|per ?cents?|remainders?|logs|roots of|"

@@ -135,6 +135,7 @@ KINDS: dict[str, tuple[Pairs, Pairs]] = {
             (r"5\text{ mod }7", "5"),
             (r"5\text{ times}", "5"),
             (r"5\text{ factors of ten}", "5"),
+            (r"5\text{ of spades}", "5"),
             (r"5\text{ thirds of miles}", "5"),
             (r"5\text{ (mod 7)}", "5"),
         ],
