@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
@@ -29,12 +31,12 @@ class Divergence:
         self.skipped = 0  # mini-batches of the whole run that were not applied
         self.in_a_row = 0
         self.moved = False  # whether a mini-batch was applied since the last checkpoint
-        self._seen: Rollouts | None = None
+        self._seen: tuple[Rollouts, Tensor] | None = None
         self._fault: str | None = None
 
-    def begin(self, mini_batch: Rollouts) -> None:
-        """mini_batch: the one that is trained on now."""
-        self._seen, self._fault = mini_batch, None
+    def begin(self, mini_batch: Rollouts, old_log_probs: Tensor) -> None:
+        """mini_batch: the one that is trained on now. old_log_probs [T]: the policy's, before the step."""
+        self._seen, self._fault = (mini_batch, old_log_probs), None
 
     def applied(self) -> None:
         self.moved, self.in_a_row = True, 0
@@ -53,19 +55,19 @@ class Divergence:
         """What is wrong with the weights of now beyond doubt, or "". A collective; a forward and a backward pass on the
         last mini-batch, once after each update, without an effect on what follows."""
         if self._fault is None:
-            self._fault = "" if self._seen is None else self._find_fault(self._seen)
+            self._fault = "" if self._seen is None else self._find_fault(*self._seen)
         return self._fault
 
-    def _find_fault(self, mini_batch: Rollouts) -> str:
+    def _find_fault(self, mini_batch: Rollouts, old_log_probs: Tensor) -> str:
         policy = self._policy
         log_probs = policy.log_probs(mini_batch)[0]
         if not bool(log_probs.isfinite().all()) or not policy.has_finite_weights():
             return "its update left weights or log-probs that are not finite"
-        kl = mismatch(log_probs, mini_batch.generation_log_probs)["mismatch/kl_k1"]
+        kl = mismatch(log_probs, old_log_probs)["mismatch/kl_k1"]  # not the engine's, which may be another policy
         if kl > math.log(policy.vocabulary):
             return (
                 "after its update the policy gives the step's own responses less probability than a guess among all "
-                f"{policy.vocabulary:,} tokens would ({kl:.1f} nats a token from the policy that sampled them)"
+                f"{policy.vocabulary:,} tokens would ({kl:.1f} nats a token from the policy before the step)"
             )
         # Delayed scaling follows every pass with a gradient: there it would have an effect.
         if policy.config.fp8 != "delayed" and not math.isfinite(policy.gradient_norm(mini_batch)):

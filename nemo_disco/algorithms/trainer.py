@@ -190,8 +190,8 @@ class DisCO:
         moved = False
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)
-            self.divergence.begin(part)
             old_part = old.at(rollouts.token_index(responses))
+            self.divergence.begin(part, old_part.log_probs)
             try:
                 taken = accumulate_gradient(
                     self.policy,
