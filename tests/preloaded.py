@@ -2,7 +2,8 @@
 
 A job is a JSON line on stdin: arguments and the files that take stdout and stderr; where it is not the default,
 environment, directory, ranks (processes, told who they are as torchrun tells them), and life, the seconds after which
-it is killed. The answer is a line with the exit code: of the first rank that failed, or 0.
+it is killed. The answer is a line with the exit code: of the first rank that failed, or 0. With `exit_code`, a file,
+the command runs in the background: the answer is its process number, and the file is made when it has ended.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nemo_disco.runtime.logs import setup_logging
@@ -37,6 +39,9 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        if "exit_code" in job:
+            print(in_background(job, port), flush=True)
+            continue
         children = {fork(job, rank, port) for rank in range(job.get("ranks", 1))}
         print(wait(children), flush=True)
 
@@ -46,6 +51,22 @@ def fork(job: dict[str, Any], rank: int, port: int) -> int:
     if pid == 0:
         run(job, rank, port)
     return pid
+
+
+def in_background(job: dict[str, Any], port: int) -> int:
+    """The number of the command's process, whose parent waits for it."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        pid = fork(job, 0, port)
+        os.write(writing, f"{pid}\n".encode())
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        made = Path(job["exit_code"])
+        made.with_suffix(".part").write_text(str(code))
+        made.with_suffix(".part").rename(made)
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as file:
+        return int(file.readline())
 
 
 def run(job: dict[str, Any], rank: int, port: int) -> NoReturn:

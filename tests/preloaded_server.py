@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,32 @@ class Done:
         return self
 
 
+@dataclass(frozen=True)
+class Background:
+    """A command that runs, with the methods of subprocess.Popen. exit_code: the file that its end makes."""
+
+    pid: int
+    exit_code: Path
+
+    def poll(self) -> int | None:
+        return int(self.exit_code.read_text()) if self.exit_code.exists() else None
+
+    def wait(self, timeout: float = 240) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 class Server:
     """Runs `nemo-disco ARGUMENTS` to its end, one command after another. `close` ends it."""
 
@@ -43,12 +70,21 @@ class Server:
 
     def run(self, arguments: Sequence[str], stdout: Path | str, stderr: Path | str, **job: Any) -> tuple[int, float]:
         """The exit code and the seconds. stdout, stderr: existing files. job: what else preloaded.py takes."""
+        began = time.monotonic()
+        return self._ask(arguments, stdout, stderr, job), time.monotonic() - began
+
+    def start(self, arguments: Sequence[str], stdout: Path, stderr: Path, **job: Any) -> Background:
+        """As `run`, in the background, on one rank."""
+        exit_code = stdout.with_suffix(f"{stdout.suffix}.exit_code")
+        pid = self._ask(arguments, stdout, stderr, job | {"exit_code": str(exit_code)})
+        return Background(pid, exit_code)
+
+    def _ask(self, arguments: Sequence[str], stdout: Path | str, stderr: Path | str, job: dict[str, Any]) -> int:
         assert self._process.stdin is not None and self._process.stdout is not None
         job |= {"arguments": [*arguments], "stdout": str(stdout), "stderr": str(stderr)}
-        began = time.monotonic()
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline()), time.monotonic() - began
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
         assert self._process.stdin is not None

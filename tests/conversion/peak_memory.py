@@ -1,8 +1,9 @@
-"""Converts a directory, as `python peak_memory.py CONVERSION SOURCE OUT [MODEL]`, and prints by how many bytes the
-process's own memory (page cache apart) grew at most."""
+"""Converts directories, as `python peak_memory.py CONVERSION SOURCE OUT [MODEL] / CONVERSION ...`, and prints for each
+by how many bytes the process's own memory (page cache apart) grew at most. Each has a process that has done nothing."""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -15,8 +16,7 @@ def anonymous() -> int:
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
-def main() -> None:
-    name, source, out, *model = sys.argv[1:]
+def measure(name: str, source: str, out: str, *model: str) -> None:
     done, peak = threading.Event(), [anonymous()]
     begin = peak[0]
 
@@ -26,13 +26,19 @@ def main() -> None:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    if name == "megatron_to_hf":
-        convert.megatron_to_hf(Path(source), Path(out), Path(model[0]))
-    else:
-        getattr(convert, name)(Path(source), Path(out))
+    getattr(convert, name)(Path(source), Path(out), *map(Path, model))
     done.set()
     thread.join()
-    print(peak[0] - begin)
+    print(peak[0] - begin, flush=True)
+
+
+def main() -> None:
+    for conversion in " ".join(sys.argv[1:]).split(" / "):
+        pid = os.fork()
+        if pid == 0:
+            measure(*conversion.split())
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def measure(
         parallel.start(config)
         policy = Policy(config, dtype=dtype, temperature=0.6, vocabulary=vocabulary)
         engine = Recording(policy)
-        responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 12), engine.hand_over)
+        responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 8), engine.hand_over)
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
         sampled = answered(prompts, responses)
         mismatch = policy.log_probs(sampled)[0] - sampled.generation_log_probs

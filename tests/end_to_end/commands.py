@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preloaded_server import Done, Server, clean_environment
+from preloaded_server import Background, Done, Server, clean_environment
 
 from nemo_disco.config.paths import packaged
 
@@ -35,7 +35,7 @@ SMALL = (
 
 class Commands:
     """`nemo-disco COMMAND` on a few questions with SMALL settings: `commands(...)` runs one to its end,
-    `commands.start(...)` is the real command line in the background."""
+    `commands.start(...)` one in the background, and `commands.start_anew(...)` the real command line."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -74,6 +74,15 @@ class Commands:
 
     def start(self, command: str, *overrides: str, devices: int = 1, **environment: str) -> Started:
         """devices: processes, started by the command itself."""
+        if devices > 1:
+            return self.start_anew(command, *overrides, devices=devices, **environment)
+        files = self._files()
+        arguments = self.arguments(command, "trainer.devices=1", *overrides)
+        process = self._server.start(arguments, files["stdout"], files["stderr"], environment=environment)
+        return self._watched(process, files)
+
+    def start_anew(self, command: str, *overrides: str, devices: int = 1, **environment: str) -> Started:
+        """As `start`, in a Python that has imported nothing."""
         files = self._files()
         arguments = [
             *(sys.executable, "-m", "nemo_disco"),
@@ -81,6 +90,9 @@ class Commands:
         ]
         with files["stdout"].open("w") as out, files["stderr"].open("w") as err:
             process = subprocess.Popen(arguments, stdout=out, stderr=err, env=clean_environment() | environment)
+        return self._watched(process, files)
+
+    def _watched(self, process: subprocess.Popen[bytes] | Background, files: dict[str, Path]) -> Started:
         self._started.append(Started(process, files["stdout"], files["stderr"], time.monotonic()))
         return self._started[-1]
 
@@ -106,7 +118,7 @@ class Commands:
 class Started:
     """A command that runs in the background."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Background
     stdout: Path
     stderr: Path
     began: float

@@ -22,4 +22,5 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 def finished(request: pytest.FixtureRequest, commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The command line as a user starts it; with two devices, it starts its ranks itself."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    return Finished(request.param, path, commands.start("train", *WHOLE, at(path), devices=request.param).wait().ok())
+    started = commands.start_anew("train", *WHOLE, at(path), devices=request.param)
+    return Finished(request.param, path, started.wait().ok())
