@@ -101,9 +101,9 @@ class Watchdog:
     def _end(self, rank: int) -> None:
         who = f"rank {rank} on {self._nodes[rank]}"
         error = TimeoutError(f"{who} has been silent for {SILENCE_S:.0f} s: its process or its node is dead")
+        launch.report(error)  # first: SLURM may lose the last lines of a task that ends
         print(f"error: {error}. Where this rank was:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback()
-        launch.report(error)
         os._exit(1)
 
 

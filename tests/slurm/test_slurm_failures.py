@@ -83,8 +83,17 @@ def frozen_node_2(slurm: Cluster, training: Job) -> Iterator[list[int]]:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    for state in ("DOWN", "RESUME"):  # SLURM would take minutes to be sure
-        slurm.call("scontrol", "update", "NodeName=n2", f"State={state}", "Reason=test")
+    # SLURM would take minutes to be sure.
+    slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+
+    def serves() -> bool:
+        if "DOWN" not in slurm.call("scontrol", "show", "node", "n2").partition("State=")[2].split()[0]:
+            return True
+        with contextlib.suppress(subprocess.CalledProcessError):  # it came back by itself meanwhile
+            slurm.call("scontrol", "update", "NodeName=n2", "State=RESUME", "Reason=test")
+        return False
+
+    wait_for(serves, MINUTE)
 
 
 def test_a_link_that_fails_takes_the_chain_along(slurm: Cluster, tmp_path: Path) -> None:
