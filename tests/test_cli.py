@@ -26,10 +26,11 @@ def run(*arguments, **environment):
 
 @pytest.fixture
 def usable(tmp_path):
-    """Overrides of the quickstart that name files that are there (the model has a shape and no weights)."""
+    """Overrides of the quickstart that name files that are there (a model of a shape and an empty weights file)."""
     sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
              "num_key_value_heads": 4, "vocab_size": 300, "max_position_embeddings": 4096}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes}))
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "questions.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
     return [
         "--config-name=quickstart",

@@ -146,11 +146,19 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer_dir):
         load_tokenizer(tokenizer_dir)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"a":', '{"model": {"type": "BPE"}}'])
-def test_a_missing_or_corrupt_tokenizer_is_refused(tokenizer_dir, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"no tokenizer there; fetch its tokenizer\.json"),
+        ("", r"no usable tokenizer there: .*it needs a sound tokenizer\.json"),
+        ('{"a":', r"no usable tokenizer there: .*it needs a sound tokenizer\.json"),
+        ('{"model": {"type": "BPE"}}', r"no usable tokenizer there: .*it needs a sound tokenizer\.json"),
+    ],
+)
+def test_a_missing_or_corrupt_tokenizer_is_refused(tokenizer_dir, content, message):
     file = tokenizer_dir / "tokenizer.json"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(UserError, match=r"no usable tokenizer there: .*it needs a sound tokenizer\.json") as error:
+    with pytest.raises(UserError, match=message) as error:
         load_tokenizer(tokenizer_dir)
     assert "\n" not in str(error.value)
 

@@ -108,7 +108,8 @@ def test_a_request_to_stop_leaves_the_processes_alone() -> None:
         grades = executor.submit(grader.grade, *map(list, zip(*CASES, strict=True)))
         assert until(lambda: grader._pool._process is not None)
         while not grades.done():  # from the server's start on
-            for pid in workers_of(os.getpid()):
+            server = server_of(grader)
+            for pid in (server, *workers_of(server)):
                 for number in (signal.SIGUSR1, signal.SIGTERM):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
