@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
 
 _FUNCTION_KEYS = ("fn_name", "func_name", "function_name")
+_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _KNOWN = {"inputs", "outputs", "input", "output", "testtype", "type", "metadata", *_FUNCTION_KEYS}
 
 
@@ -207,6 +210,30 @@ def as_json(returned: Any) -> Any:
     if isinstance(returned, dict):
         return {key if isinstance(key, str) else json.dumps(key): as_json(item) for key, item in returned.items()}
     return returned
+
+
+def same_output(printed: str, wanted: str) -> bool:
+    """Whether a program printed the lines that are wanted, apart from spaces at their ends.
+
+    A number that is wanted with a decimal point may have other zeros at its end: 0.5 for 0.50.
+    """
+    mine, lines = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (printed, wanted))
+    return len(mine) == len(lines) and all(map(_same_line, mine, lines))
+
+
+def _same_line(mine: str, wanted: str) -> bool:
+    if mine == wanted:
+        return True
+    words, right = mine.split(" "), wanted.split(" ")
+    return len(words) == len(right) and all(map(_same_word, words, right))
+
+
+def _same_word(mine: str, wanted: str) -> bool:
+    if mine == wanted:
+        return True
+    if not (_NUMBER.fullmatch(mine) and _NUMBER.fullmatch(wanted) and "." in wanted):
+        return False
+    return Decimal(mine) == Decimal(wanted)
 
 
 def equal(returned: Any, alternatives: Iterable[Any]) -> bool:

@@ -150,7 +150,7 @@ def _reason_of_programs(server: ForkServer, programs: list[str], cases: ProgramC
         limits = budget.limits(OUTPUT + 2 * len(wanted.encode(errors="replace")))
         ended = server.run(job, limits, stdin=given.encode(errors="replace"), preload=preload)
         budget.charge(ended)
-        right = _lines(ended.printed.decode(errors="replace")) == _lines(wanted)
+        right = code_cases.same_output(ended.printed.decode(errors="replace"), wanted)
         if (reason := _reason(ended, right)) != verdict.CORRECT:
             return reason
     return verdict.CORRECT
@@ -238,7 +238,3 @@ def _reason(ended: Ended, right: bool) -> str:
     if "MemoryError" in ended.complaint.rpartition("\n  ")[2]:
         return verdict.NO_MEMORY
     return verdict.CORRECT if ended.code == 0 and right else verdict.FAILED_TEST
-
-
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_disco.rewards.code_cases import same_output
 from nemo_disco.rewards.code_tests import PythonTests
 from nemo_disco.runtime.errors import UserError
 
@@ -56,6 +57,18 @@ def test_verdicts(verifier: PythonTests, code: str, tests: str, reason: str) -> 
     [verdict] = verifier.grade_with_reasons([block(code)], [tests])
     assert (verdict.reason, verdict.reward) == (reason, float(reason == "correct"))
     assert time.monotonic() - began < 10 * LIMIT  # processor time counts, and this machine may be busy
+
+
+@pytest.mark.parametrize(
+    ("printed", "wanted", "same"),
+    [
+        ("0.5 x\n", "0.50 x \n", True), ("1", "1.0", True), ("-2.50\n3", "-2.5\n3\n\n", True),
+        ("0.51", "0.50", False), ("1.0", "1", False), ("01", "1", False), ("1e0", "1.0", False),
+        ("0.5  x", "0.50 x", False), ("0.5", "0.50\n0.5", False),
+    ],
+)  # fmt: skip
+def test_outputs_are_compared_as_a_judge_does(printed: str, wanted: str, same: bool) -> None:
+    assert same_output(printed, wanted) is same
 
 
 def test_a_response_without_code_and_one_without_thinking() -> None:
