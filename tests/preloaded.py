@@ -8,6 +8,7 @@ the command runs in the background: the answer is its process number, and the fi
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -79,7 +80,11 @@ def run(job: dict[str, Any], rank: int, port: int) -> NoReturn:
         size = str(ranks)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    if path := environment.get("PYTHONPATH"):  # as a new interpreter takes it
+        sys.path[:0] = path.split(os.pathsep)
+        sys.modules.pop("sitecustomize", None)
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("sitecustomize")
     for descriptor, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -19,9 +19,6 @@ def fsync(descriptor):
     sound(descriptor)
 
 os.fsync = fsync
-
-def verdict(response, answers):
-    return float(len(response) % 2)
 """
 EVALUATED = ("evaluation.enabled=true", "evaluation.samples=1", "exp_manager.tensorboard=true")
 
@@ -39,9 +36,9 @@ EVALUATED = ("evaluation.enabled=true", "evaluation.samples=1", "exp_manager.ten
 )
 def test_a_disk_that_refuses_is_one_line_with_the_file(command, broken, number, named, commands, tmp_path):
     run = tmp_path / "run"
-    (tmp_path / "disk.py").write_text(DISK)
+    (tmp_path / "sitecustomize.py").write_text(DISK)
     broke = {"PYTHONPATH": str(tmp_path), "BROKEN": broken, "ERRNO": str(int(number))}
-    done = commands(command, "reward.verifier=disk:verdict", *EVALUATED, at(run), **broke)
+    done = commands(command, *EVALUATED, at(run), **broke)
     assert done.code == 2, done.err
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.err
