@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_disco.algorithms.mismatch import Token, in_float32, likely_cause, mismatch, token_at, worst_tokens
+from nemo_disco.algorithms.mismatch import Token, in_float32, likely_cause, mismatch, tokens_at, worst_tokens
 from nemo_disco.algorithms.sampling import Questions, packed
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
@@ -122,7 +122,8 @@ def _refuse_non_finite(
         bad = (~values.isfinite()).nonzero()[:, 0].tolist()
         if not bad:
             continue
-        token = describe_token(tokenizer, token_at(log_probs, rollouts, bad[0]))
+        [first] = tokens_at(log_probs, rollouts, bad[:1])
+        token = describe_token(tokenizer, first)
         if whose != "policy":
             hint = "look at its version and generation.options"
         elif policy.dtype is torch.bfloat16:

@@ -7,6 +7,7 @@ alone touches the files.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.together import first
-from nemo_disco.runtime.files import atomic_directory, put_in_place, remove, writing
+from nemo_disco.runtime.files import atomic_directory, first_free, put_in_place, remove, writing
 from nemo_disco.runtime.model_record import ModelRecord, as_files, read_record
 from nemo_disco.runtime.rundir import RunDirectory
 
@@ -92,7 +93,9 @@ class BestWeights:
             if there is not None:
                 remove(best)
             elif os.path.lexists(best):
-                place = _free(self.run.path / "best.unknown")
+                unknown = self.run.path / "best.unknown"
+                others = (unknown.with_name(f"{unknown.name}.{n}") for n in itertools.count(2))
+                place = first_free(itertools.chain([unknown], others))
                 best.rename(place)
                 gone = f"{best} did not say of which step it was, and is now {place}"
             if known is not None and known["step"] > 0:
@@ -136,9 +139,3 @@ def _of(results: Sequence[EvaluationResult]) -> str:
         {k: v for k, v in (r.identity or {}).items() if k not in ("step", "weights", "training_step")} for r in results
     ]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _free(path: Path) -> Path:
-    """The first of path, path.2, path.3 ... that is not there."""
-    names = (path if n == 1 else path.with_name(f"{path.name}.{n}") for n in range(1, 10**6))
-    return next(p for p in names if not os.path.lexists(p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,14 +48,22 @@ def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> l
     """The `count` tokens that differ most, worst first."""
     delta = (old_log_probs.cpu().double() - rollouts.generation_log_probs.double()).abs()
     worst = delta.topk(min(count, len(delta))).indices.tolist()
-    return [token_at(old_log_probs, rollouts, i) for i in worst]
+    return tokens_at(old_log_probs, rollouts, worst)
 
 
-def token_at(old_log_probs: Tensor, rollouts: Rollouts, i: int) -> Token:
-    """Number i of the packed T response tokens."""
-    response, place = (int(values[i]) for values in _places(rollouts))
-    token = int(rollouts.response(response)[place])
-    return Token(response, place, token, float(old_log_probs[i]), float(rollouts.generation_log_probs[i]))
+def tokens_at(old_log_probs: Tensor, rollouts: Rollouts, indices: Sequence[int]) -> list[Token]:
+    """Those of the packed T response tokens. indices: their numbers."""
+    responses, places = (values[list(indices)].tolist() for values in _places(rollouts))
+    return [
+        Token(
+            response,
+            place,
+            int(rollouts.response(response)[place]),
+            float(old_log_probs[i]),
+            float(rollouts.generation_log_probs[i]),
+        )
+        for i, response, place in zip(indices, responses, places, strict=True)
+    ]
 
 
 def likely_cause(

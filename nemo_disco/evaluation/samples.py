@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from nemo_disco.runtime.files import AppendedFile, atomic_file, remove, writing
+from nemo_disco.runtime.files import AppendedFile, atomic_file, first_free, remove, writing
 from nemo_disco.runtime.saved_files import LINE, Count, FileError, open_file, parse_json, read_json_lines, reading
 
 REPLACED = "replaced"  # the directory beside it that takes another evaluation's samples
@@ -86,8 +86,8 @@ class SampleFile:
         if theirs == head or not (more or parts):
             return
         name = self._path.name
-        places = (self._path.with_name(REPLACED) / str(number) for number in itertools.count(1))
-        place = next(place for place in places if not os.path.lexists(place / name))
+        replaced = self._path.with_name(REPLACED)
+        place = first_free(replaced / str(number) / name for number in itertools.count(1)).parent
         with writing(place):
             place.mkdir(parents=True, exist_ok=True)
             for path in (*parts, self._path):  # its first line says what they are, so it goes last

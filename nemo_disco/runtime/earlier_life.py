@@ -5,11 +5,12 @@ Moves and removes files of one run directory, under its lock.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from nemo_disco.runtime.files import remove, writing
+from nemo_disco.runtime.files import first_free, remove, writing
 from nemo_disco.runtime.model_record import read_record
 from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.sinks import MLFLOW_ID, WANDB_ID
@@ -60,7 +61,7 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
 
 def _move(run: RunDirectory, paths: Sequence[Path]) -> Path:
     """Move what there is of some paths of a run to RUN/earlier/N, the first N that is free; that directory."""
-    place = next(p for n in range(1, 10**6) if not (p := run.path / EARLIER / str(n)).exists())
+    place = first_free(run.path / EARLIER / str(n) for n in itertools.count(1))
     for path in paths:
         if path.exists() or path.is_symlink():
             target = place / path.relative_to(run.path)

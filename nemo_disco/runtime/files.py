@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -235,6 +235,11 @@ def sweep(directory: Path, also: re.Pattern[str] | None = None) -> None:
                 _put_back(path.with_name(path.name.removesuffix(_REPLACED)))
             elif (_TEMPORARY.fullmatch(path.name) or (also and also.fullmatch(path.name))) and not _is_held(path):
                 remove(path)
+
+
+def first_free(places: Iterable[Path]) -> Path:
+    """The first of them where nothing is, not even a link that leads nowhere."""
+    return next(place for place in places if not os.path.lexists(place))
 
 
 def remove(path: Path) -> None:
