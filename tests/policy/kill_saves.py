@@ -1,5 +1,5 @@
 """Trains, and saves in the background, in a loop in a child that is killed at a random moment; the next child resumes
-and checks what was left.
+and checks what was left. The last child saves once and ends by itself.
 
 Run by test_checkpoint.py: kill_saves.py MODEL CHECKPOINTS. Forks, so that the imports are paid once.
 """
@@ -26,7 +26,8 @@ ROUNDS = 6
 sys.modules["psutil"] = None  # type: ignore[assignment]  # without it megatron's own writer waits for ever
 
 
-def resume_and_save(model: Path, directory: Path, tell: int, *, save: bool) -> None:
+def resume_and_save(model: Path, directory: Path, tell: int, *, saves: int | None) -> None:
+    """`saves` None: until killed."""
     torch.set_num_threads(1)
     unfinished = len(list(directory.glob("*.tmp-*"))) if directory.exists() else 0
     config = model_config(model)
@@ -37,12 +38,13 @@ def resume_and_save(model: Path, directory: Path, tell: int, *, save: bool) -> N
     assert step == 0 or state["fingerprint"] == fingerprint(policy), "not the weights that were saved"
     os.write(tell, json.dumps({"resumed_from": step, "left_unfinished": unfinished}).encode() + b"\n")
     writer = CheckpointWriter()
-    while save:
+    while saves is None or step < start + saves:
         train(policy, [step])
         step += 1
         writer.save(policy, directory, step, {"fingerprint": fingerprint(policy)}, keep=2)
         if step > start + 1:  # the one before is complete
             os.write(tell, b".")
+    writer.wait()
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             try:
-                resume_and_save(model, directory, tell, save=attempt < ROUNDS)
+                resume_and_save(model, directory, tell, saves=None if attempt < ROUNDS else 1)
             except BaseException as error:
                 print(repr(error), file=sys.stderr)
                 os._exit(1)
