@@ -6,7 +6,9 @@ answers each with its CPU counterpart; nothing numerical is replaced. Call it on
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
 import types
 from typing import Any
 
@@ -24,6 +26,8 @@ _CUDA_LITERALS = (
     "optimizer.distrib_optimizer",
 )
 _FACTORIES = frozenset({"zeros", "ones", "empty", "tensor", "full", "arange", "empty_like"})
+# glibc's names for mallopt, and bytes: blocks from here on are mapped by themselves; free memory kept at the heap's end.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": (-3, 1 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 8 << 20)}
 _enabled = False
 
 
@@ -50,10 +54,21 @@ def enable() -> None:
     if _enabled or torch.cuda.is_available():
         return
     _enabled = True
+    _return_freed_memory()
     _answer_device_questions()
     for module in _CUDA_LITERALS:
         importlib.import_module(f"megatron.core.{module}").torch = _CpuTorch()  # type: ignore[attr-defined]
     _use_cpu_random_state()
+
+
+def _return_freed_memory() -> None:
+    """Let freed tensors of 1 MiB and more go back to the system at once. By default glibc comes to keep those below 32
+    MiB wherever something newer lies above them: SmolLM2-135M in float32 then takes 4.65 GiB at its peak, not 3.85.
+    Does nothing with another C library, or where the user has set the thresholds."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name in os.environ for name in _ALLOCATOR):
+        for option, size in _ALLOCATOR.values():
+            mallopt(option, size)
 
 
 def _answer_device_questions() -> None:
