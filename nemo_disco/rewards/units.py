@@ -114,6 +114,9 @@ _LAST_TEXT = re.compile(
     r"(?P<over>/)?\s*(?:\\cdot\s*)?\\text\s*\{(?P<words>(?:[^{}]|\{[^{}]*\})*)\}\s*(?P<power>\^\s*(?:\d|\{\s*-?\d+\s*\}))?\s*$"
 )
 _LAST_WORDS = re.compile(r"(?<=[\d})])\s+(?P<words>[a-zA-Z]+(?:[a-zA-Z./ ]|\^\d|\^\{-?\d+\})*)$")
+# Without a space two letters are more often a product: `2mg` is a weight in a formula, `4am` a multiple of am.
+_SHORT_AND_SAFE = {"kg", "km", "cm", "mm", "ft", "hr", "Hz", "kJ", "kW"}
+_GLUED_WORDS = re.compile(r"(?<=\d)(?P<words>[a-zA-Z]{2,}(?:\^[23]|/[a-zA-Z]+)?)$")
 _OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]).*\\text\{ degrees\}")
 _INNER_DEGREES = re.compile(r"\\text\{ degrees\}(?=\s*\S)")
 
@@ -140,7 +143,7 @@ def quantity(text: str) -> Quantity:
     while (match := _LAST_TEXT.search(body)) and match.start() > 0:  # m / s may come in pieces
         piece = " ".join(match["words"].split()).rstrip(".") + (match["power"] or "").replace(" ", "")
         words, body = f"{match['over'] or ' '}{piece} {words}".strip(), body[: match.start()].rstrip()
-    bare = None if words else _LAST_WORDS.search(body)
+    bare = None if words else _LAST_WORDS.search(body) or _glued(body)
     if bare:
         words, body = bare["words"], body[: bare.start()].rstrip()
     if not words:
@@ -153,6 +156,14 @@ def quantity(text: str) -> Quantity:
     if unit is None or not body.rstrip(" ,"):
         return Quantity(_plain(text), ())
     return Quantity(_plain(body), unit)
+
+
+def _glued(body: str) -> re.Match[str] | None:
+    """A unit or a count noun right behind a number, where it cannot well be a product of letters: 5kg, 30km/h."""
+    match = _GLUED_WORDS.search(body)
+    word = re.split(r"[\^/]", match["words"])[0] if match else ""
+    unit = word in _SHORT_AND_SAFE or (len(word) > 2 and (word in _NAMES or word in _COMPOUND or word in _COUNT_NOUNS))
+    return match if unit else None
 
 
 def for_algebra(text: str) -> str:
