@@ -114,10 +114,11 @@ class FakeEngine:
     def _fault(self, where: str, count: int) -> None:
         if self.options.get("fault") != where or count != self.options.get("at", 0):
             return
-        once = Path(self.options["once"])
-        if once.exists() and "always" not in self.options:
-            return
-        once.touch()
+        try:
+            Path(self.options["once"]).touch(exist_ok=False)  # of two replicas that are here at a time one alone fails
+        except FileExistsError:
+            if "always" not in self.options:
+                return
         if self.options["how"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.options["how"] == "hang":

@@ -26,7 +26,7 @@ _CUDA_LITERALS = (
     "optimizer.distrib_optimizer",
 )
 _FACTORIES = frozenset({"zeros", "ones", "empty", "tensor", "full", "arange", "empty_like"})
-# glibc's names for mallopt, and bytes: blocks from here on are mapped by themselves; free memory kept at the heap's end.
+# mallopt's numbers, and bytes: larger blocks are mapped by themselves; more free memory at the heap's end goes back.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": (-3, 1 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 8 << 20)}
 _enabled = False
 

@@ -46,5 +46,6 @@ def test_a_power_tower_costs_its_time_limit(obsessed, commands, tmp_path):
     towers = [line for line in saved if line["response"] == TOWER]
     assert len(towers) > len(saved) / 2
     assert {line["reward"] for line in towers} == {0.0}
-    # Four questions a step, so four answers to compare with the tower, two at a time, of a second each.
-    assert all(1 < line["time/grade"] < 15 for line in metrics(run))
+    # Four questions a step, so four answers to compare with the tower, two at a time, of a second each: of processor
+    # time, and this machine may be busy. One that were not ended by it would be after a minute by the clock.
+    assert all(1 < line["time/grade"] < 50 for line in metrics(run))

@@ -12,7 +12,7 @@ import signal
 import time
 
 import pytest
-from commands import WHOLE, at, metrics
+from commands import WHOLE, at, held, metrics
 from same_run import assert_same
 
 from nemo_disco.runtime.errors import UserError
@@ -21,7 +21,7 @@ from nemo_disco.runtime.rundir import RunDirectory
 
 def wait_until_free(run):
     """The ranks die with their launcher, a moment later."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         try:
             with RunDirectory(run).lock():
@@ -33,9 +33,11 @@ def wait_until_free(run):
 
 def test_killed_after_a_checkpoint_it_ends_as_one_life_does(finished, commands, tmp_path):
     run = tmp_path / "run"
-    killed = commands.start("train", *WHOLE, at(run), devices=finished.ranks)
+    # However late the kill comes, it comes before the run has ended.
+    held_back = held(tmp_path, "/rollouts/.step_4.jsonl")
+    killed = commands.start("train", *WHOLE, at(run), devices=finished.ranks, **held_back)
     killed.wait_for(run / "checkpoints/step_2")
-    time.sleep(random.uniform(0, 0.1))  # the two steps left take less than a second
+    time.sleep(random.uniform(0, 0.5))
     assert killed.process.poll() is None
     killed.process.kill()
     assert killed.wait().code == -signal.SIGKILL

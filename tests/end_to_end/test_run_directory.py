@@ -8,6 +8,8 @@ import os
 import pytest
 from commands import at
 
+from nemo_disco.runtime.files import _exchange
+
 # A disk that refuses whatever is to be written to a file of this name, as the kernel would say it.
 DISK = """
 import os
@@ -50,9 +52,10 @@ def test_a_directory_that_is_taken_away_ends_the_run_and_stays_anothers(commands
     run = tmp_path / "run"
     started = commands.start("train", "trainer.max_steps=1000000", at(run), devices=2)
     started.wait_for(run / "rollouts/step_1.jsonl")
-    run.rename(tmp_path / "moved")
-    run.mkdir()
-    (run / ".lock").touch()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / ".lock").touch()
+    assert _exchange(other, run)  # at once, or the run finds no directory for a moment
     done = started.wait()
     assert done.code == 2
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]

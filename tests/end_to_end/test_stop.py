@@ -10,8 +10,10 @@ import time
 
 import psutil
 import pytest
-from commands import WHOLE, at, metrics
+from commands import WHOLE, at, held, metrics
 from same_run import assert_same
+
+from nemo_disco.runtime.files import _exchange
 
 FOREVER = ("trainer.max_steps=1000000",)
 
@@ -27,9 +29,12 @@ def test_a_signal_saves_the_step_and_the_next_life_ends_as_one(finished, command
     run = tmp_path / "run"
     number = signal.SIGTERM if finished.ranks == 1 else signal.SIGHUP
     never = "exp_manager.checkpoint_every_n_steps=1000"  # so that it is the signal that saves
-    stopped = commands.start("train", *WHOLE, never, at(run), devices=finished.ranks)
+    # However late the signal comes, it comes before the last step.
+    held_back = held(tmp_path, "/rollouts/.step_2.jsonl")
+    stopped = commands.start("train", *WHOLE, never, at(run), devices=finished.ranks, **held_back)
     stopped.wait_for(run / "rollouts/step_1.jsonl")
     stopped.process.send_signal(number)
+    (tmp_path / "go").touch()
     done = stopped.wait().ok()
     said = re.search(rf"asked to stop by {number.name}: saved step (\d)", done.out)
     assert said is not None, done.out
@@ -117,7 +122,7 @@ def test_asked_while_a_users_function_hangs_it_ends_within_about_one_time_limit(
     asked = time.monotonic()
     started.process.send_signal(signal.SIGTERM)
     done = started.wait().ok()
-    assert time.monotonic() - asked < 20
+    assert time.monotonic() - asked < 30  # one after another they take 32 s
     assert "step 1 is given up" in done.out and "asked to stop by SIGTERM: before the first step" in done.out
     assert not any((run / "checkpoints").iterdir())
 
@@ -133,19 +138,19 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(victim, commands, tm
     os.kill(ranks[victim].pid, signal.SIGKILL)
     killed = time.monotonic()
     done = started.wait()
-    assert time.monotonic() - killed < 10
+    assert time.monotonic() - killed < 25  # before the watchdog, which takes 30 s
     assert done.code == 128 + signal.SIGKILL
     last = done.err.splitlines()[-1]
     assert last == f"error: rank {victim} was killed by SIGKILL (out of memory?); the other ranks were ended"
-    assert psutil.wait_procs(family, timeout=10)[1] == []  # nobody is left behind, graders included
+    assert psutil.wait_procs(family, timeout=60)[1] == []  # nobody is left behind, graders included
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_says_where(commands, tmp_path):
     run = tmp_path / "run"
     started = commands.start("train", *FOREVER, "exp_manager.checkpoint_every_n_steps=1", at(run))
     started.wait_for(run / "checkpoints/step_1")
-    (run / "checkpoints").rename(tmp_path / "moved")
-    (run / "checkpoints").touch()
+    (tmp_path / "file").touch()
+    assert _exchange(tmp_path / "file", run / "checkpoints")  # at once, or a save makes a new directory in between
     done = started.wait()
     assert done.code == 2
     assert re.search(rf"^error: checkpoint {run}/checkpoints/step_\d+ was not written: .+$", done.err, re.MULTILINE)

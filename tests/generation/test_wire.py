@@ -99,7 +99,7 @@ def test_a_stranger_that_sends_a_byte_at_a_time_has_one_deadline_for_all(ends: t
 
     def drip() -> None:
         for byte in wire._HELLO.pack(wire._MAGIC, wire.PROTOCOL, bytes(32)):
-            if over.wait(0.05):
+            if over.wait(0.2):
                 return
             stranger.socket.sendall(bytes([byte]))
 
@@ -108,7 +108,7 @@ def test_a_stranger_that_sends_a_byte_at_a_time_has_one_deadline_for_all(ends: t
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         run.authenticate(SECRET, b"run", seconds=0.3)
-    assert time.monotonic() - began < 1.5  # dripped whole it takes 1.9 s, and the proof as long again
+    assert time.monotonic() - began < 5  # dripped whole it takes over 7 s, and the proof as long again
     over.set()
     other.join()
 

@@ -56,7 +56,7 @@ def test_verdicts(verifier: PythonTests, code: str, tests: str, reason: str) -> 
     began = time.monotonic()
     [verdict] = verifier.grade_with_reasons([block(code)], [tests])
     assert (verdict.reason, verdict.reward) == (reason, float(reason == "correct"))
-    assert time.monotonic() - began < 10 * LIMIT  # processor time counts, and this machine may be busy
+    assert time.monotonic() - began < 50  # it would sleep for 60; processor time counts, and this machine may be busy
 
 
 @pytest.mark.parametrize(

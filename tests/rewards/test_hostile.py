@@ -27,6 +27,7 @@ def strict() -> Iterator[MathGrader]:
 
 def spent(grader: MathGrader) -> float:
     """Seconds of processor time that the grader's judges have used, dead and alive; right while none is at work."""
+    grader.grade([r"\boxed{2+x}"], ["x+2"])  # it is judged once those that are late have been ended, and not before
     process = grader._pool._process
     assert process is not None
     seconds = sum(map(processor_time, children_of(process.pid)))

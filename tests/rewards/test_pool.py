@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_disco.rewards import MathGrader, Verdict, pool
+from nemo_disco.rewards.worker import processor_time
 
 CASES = [(rf"\boxed{{{i}+x}}", f"x+{i if i % 3 else i + 1}") for i in range(24)]
 EXPECTED = [1.0 if i % 3 else 0.0 for i in range(24)]
@@ -47,7 +48,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: object, seconds: float = 20.0) -> bool:
+def until(condition: object, seconds: float = 60.0) -> bool:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
@@ -78,7 +79,8 @@ def test_a_killed_process_is_replaced_and_its_answers_are_judged_again() -> None
         responses, answers = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^{9^{8}}}}", r"\boxed{2+x}"], ["5", "5", "x+2"]
         thread = threading.Thread(target=lambda: results.append(grader.grade(responses, answers)))
         thread.start()
-        time.sleep(0.5)  # the towers are being judged, the third waits behind them
+        # The towers are being judged, the third waits behind them.
+        assert until(lambda: [spent > 0.1 for spent in map(processor_time, workers_of(server))] == [True] * 2)
         os.kill(server, signal.SIGKILL)
         thread.join()
         assert results == [[0.0, 0.0, 1.0]]
@@ -89,6 +91,7 @@ def test_a_child_that_dies_costs_its_answer_only() -> None:
     with MathGrader(timeout=20.0, workers=1) as grader:
         assert grader.grade([r"\boxed{1+x}"], ["x+1"]) == [1.0]
         [child] = workers_of(server_of(grader))
+        before = processor_time(child)
         verdicts: list[Verdict] = []
         thread = threading.Thread(
             target=lambda: verdicts.extend(
@@ -96,7 +99,7 @@ def test_a_child_that_dies_costs_its_answer_only() -> None:
             )
         )
         thread.start()
-        time.sleep(0.5)
+        assert until(lambda: processor_time(child) > before + 0.2)  # it is at the tower
         os.kill(child, signal.SIGKILL)
         thread.join()
         assert verdicts == [Verdict(0.0, "grader worker died"), Verdict(1.0, "correct")]

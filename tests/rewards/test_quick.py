@@ -8,7 +8,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_disco.rewards.canonical import canonical
@@ -16,6 +16,7 @@ from nemo_disco.rewards.quick import numeral, same
 from nemo_disco.rewards.units import for_algebra
 from nemo_disco.rewards.words import squeezed
 
+untimed = settings(deadline=None)  # by the clock, and this machine may be busy
 FRACTIONS = st.fractions(min_value=-1000, max_value=1000, max_denominator=1000)
 
 
@@ -24,6 +25,7 @@ def spellings(value: Fraction) -> list[str]:
     return [f"{sign}{over}/{under}", rf"{sign}\frac{{{over}}}{{{under}}}", rf"$ {sign}\dfrac{{{over}}}{{{under}}} $"]
 
 
+@untimed
 @given(FRACTIONS, FRACTIONS)
 def test_fractions_are_equal_exactly_when_their_values_are(one: Fraction, other: Fraction) -> None:
     for ours in spellings(one):
@@ -31,6 +33,7 @@ def test_fractions_are_equal_exactly_when_their_values_are(one: Fraction, other:
             assert same(ours, theirs) is (one == other)
 
 
+@untimed
 @given(st.integers(-(10**12), 10**12), st.integers(0, 8))
 def test_decimals_with_separators_and_powers_of_ten(digits: int, places: int) -> None:
     value = Fraction(digits, 10**places)
@@ -96,6 +99,7 @@ def test_decisions(answer: str, gold: str, decision: bool | None) -> None:
 ANSWERS = st.text(alphabet="012345.,/\\{}$%^_ ifractextcm+-", max_size=30)
 
 
+@untimed
 @given(ANSWERS, ANSWERS)
 def test_any_text_equals_itself_and_the_order_does_not_matter(one: str, other: str) -> None:
     """... but for a base, which only the answer may leave out."""

@@ -114,8 +114,10 @@ def slow(response, answers):
     return 1.0
 def dead(response, answers):
     os._exit(7)
-def paced(response, answers):
-    time.sleep(0.5)
+def together(response, answers):
+    open(response, "w").close()
+    while len(os.listdir(answers[0])) < 8:
+        time.sleep(0.01)
     return 1.0
 """
 
@@ -140,10 +142,10 @@ def test_a_function_of_yours_sees_the_whole_response_and_may_shape(functions: Pa
 def test_a_function_of_yours_that_hangs_costs_its_response_only(caplog: pytest.LogCaptureFixture) -> None:
     """... and its own processes with it; one that ends its process ends the run."""
     began = time.monotonic()
-    with UserFunction("my_functions:slow", timeout=1.0, workers=2) as slow:
+    with UserFunction("my_functions:slow", timeout=2.0, workers=2) as slow:
         verdicts = slow.grade_with_reasons(["a", "hang", "b", "hang", "c"], ["x"] * 5)
     assert [v.reason for v in verdicts] == ["correct", "timeout", "correct", "timeout", "correct"]
-    assert time.monotonic() - began < 30 and "reward.timeout allows (1 s)" in caplog.text
+    assert time.monotonic() - began < 300 and "reward.timeout allows (2 s)" in caplog.text
     with UserFunction("my_functions:dead") as dead, pytest.raises(UserError, match="ended its process with 7"):
         dead.grade(["x"], ["y"])
 
@@ -159,7 +161,7 @@ def test_a_request_to_stop_leaves_calls_that_hang_one_time_limit_more(monkeypatc
         monkeypatch.setattr(user_pool, "seconds_since_stop", lambda: 599.0)
         assert slow.grade(["a"], ["x"]) == [1.0]
         slow._pool.submit("hang", ("x",))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
 
 
 IMPORT = """
@@ -186,12 +188,12 @@ def test_a_module_of_yours_is_imported_in_other_processes_alone_and_not_waited_f
 
 
 @pytest.mark.usefixtures("functions")
-def test_functions_of_yours_are_called_side_by_side() -> None:
-    with UserFunction("my_functions:paced", workers=8) as paced:
-        paced.grade(["x"] * 8, ["y"] * 8)  # their start
-        began = time.monotonic()
-        assert paced.grade(["x"] * 16, ["y"] * 16) == [1.0] * 16
-    assert time.monotonic() - began < 6, "one after another it is 8 s"
+def test_functions_of_yours_are_called_side_by_side(tmp_path: Path) -> None:
+    """Each of the eight calls returns once all have begun."""
+    (tmp_path / "begun").mkdir()
+    with UserFunction("my_functions:together", timeout=120.0, workers=8) as together:
+        calls = [str(tmp_path / f"begun/{i}") for i in range(8)]
+        assert together.grade(calls, [str(tmp_path / "begun")] * 8) == [1.0] * 8
 
 
 def settings(*overrides: str) -> Any:
@@ -231,13 +233,13 @@ def test_a_verifier_of_yours_is_found_in_the_working_directory(tmp_path: Path, m
 
 HANGS = """
 import time
+from nemo_disco.rewards import Verdict
 class Judge:
     def __init__(self, factor):
         self.factor = factor
     def grade(self, responses, answers):
         return [v.reward for v in self.grade_with_reasons(responses, answers)]
     def grade_with_reasons(self, responses, answers):
-        from nemo_disco.rewards import Verdict
         time.sleep(1000 if "hang" in responses else 0)
         return [Verdict(self.factor, "mine") for _ in responses]
 """
@@ -247,7 +249,7 @@ def test_a_class_of_yours_that_hangs_costs_its_response_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     beside_us(tmp_path / "my_hanging_judge.py", HANGS, monkeypatch)
-    chosen = ("reward.verifier=my_hanging_judge:Judge", "reward.parameters.factor=0.5", "reward.timeout=1")
+    chosen = ("reward.verifier=my_hanging_judge:Judge", "reward.parameters.factor=0.5", "reward.timeout=2")
     with build_verifier(settings(*chosen), workers=2) as judge:
         assert judge.grade(["a", "hang", "b"], ["x"] * 3) == [0.5, 0.0, 0.5]
         assert [v.reason for v in judge.grade_with_reasons(["hang", "c"], ["x"] * 2)] == ["timeout", "mine"]

@@ -45,7 +45,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -85,7 +85,7 @@ def test_a_failing_rank_is_named_and_ends_its_stuck_peers(ranks, tmp_path, capfd
     """
     started = time.monotonic()
     assert launch.spawn(3, ranks(body)) == 3
-    assert time.monotonic() - started < launch.GRACE_S + 10
+    assert time.monotonic() - started < 60
     assert "error: rank 1 failed: ValueError: no such layer" in capfd.readouterr().err
     assert not any(alive(pid) for pid in pids(tmp_path, 3))
 
@@ -143,16 +143,24 @@ def test_a_polite_stop_reaches_every_rank_and_the_run_ends_with_0(ranks, tmp_pat
     launcher = start_launcher(ranks(body), 2)
     wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
     launcher.send_signal(number)
-    assert launcher.wait(20) == 0
+    assert launcher.wait(60) == 0
     assert all((tmp_path / f"saved{rank}").exists() for rank in range(2))
     assert launcher.stderr.read() == ""
 
 
 def test_an_interrupt_ends_everything_with_130(ranks, tmp_path):
-    launcher = start_launcher(ranks("try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    sys.exit(130)"), 2)
+    body = """
+    try:
+        (here / f"ready{rank}").touch()
+        time.sleep(600)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    """
+    launcher = start_launcher(ranks(body), 2)
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
     children = pids(tmp_path, 2)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(20) == 130
+    assert launcher.wait(60) == 130
     assert launcher.stderr.read() == ""
     assert not any(alive(pid) for pid in children)
 

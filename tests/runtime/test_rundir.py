@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -116,8 +117,10 @@ def test_an_error_inside_frees_it(tmp_path: Path) -> None:
 
 
 def write_record(path: Path, beat: int) -> None:
+    """beat: of one digit, so that the next is written over it and a reader always finds a whole record."""
     record = {"host": "another-node", "pid": 4242, "started": "2026-01-01 00:00:00", "beat": beat}
-    path.write_text(json.dumps(record))
+    with path.open("r+" if path.exists() else "w") as file:
+        file.write(json.dumps(record))
 
 
 def test_a_silent_holder_on_another_machine_died(tmp_path: Path) -> None:
@@ -129,17 +132,26 @@ def test_a_silent_holder_on_another_machine_died(tmp_path: Path) -> None:
 
 def test_a_beating_holder_on_another_machine_is_alive(tmp_path: Path) -> None:
     write_record(tmp_path / ".lock", 3)
-    timer = threading.Timer(0.2, write_record, (tmp_path / ".lock", 4))
-    timer.start()
+    over = threading.Event()
+
+    def beat() -> None:
+        for number in itertools.cycle(range(4, 10)):
+            if over.wait(0.2):
+                return
+            write_record(tmp_path / ".lock", number)
+
+    other = threading.Thread(target=beat, daemon=True)
+    other.start()
     with pytest.raises(UserError, match="process 4242 on another-node"), RunDirectory(tmp_path).lock(silence_s=10):
         pass
-    timer.join()
+    over.set()
+    other.join()
 
 
 def test_the_holder_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rundir, "HEARTBEAT_S", 0.02)
     with RunDirectory(tmp_path).lock():
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while json.loads((tmp_path / ".lock").read_text())["beat"] < 2:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -225,7 +237,7 @@ def test_a_lock_that_is_taken_away_ends_a_process_that_writes_nothing(tmp_path: 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     (tmp_path / ".lock").unlink()
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert re.fullmatch(r"error: .*/.lock, .* was removed: .*\n", said)
     assert not (tmp_path / ".lock").exists()
@@ -253,7 +265,7 @@ def test_a_beat_that_cannot_be_written_is_tried_again(tmp_path: Path, monkeypatc
         time.sleep(0.1)
         assert ended == []
         monkeypatch.setattr(rundir, "PATIENCE_S", 0.0)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not ended:
             assert time.monotonic() < deadline
             time.sleep(0.01)

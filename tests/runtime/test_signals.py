@@ -51,27 +51,31 @@ with StopRequest() as stop:
     print("ready", flush=True)
     while not stop.requested:
         time.sleep(0.01)
-    time.sleep(0.2)
+    input()  # until all signals are sent
 print("saved after", stop.signal_name, flush=True)
 """
 
 
-def test_a_process_finishes_its_step_and_exits_zero() -> None:
-    process = subprocess.Popen([sys.executable, "-c", LOOP], stdout=subprocess.PIPE, text=True)
+def start(program: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_process_finishes_its_step_and_exits_zero() -> None:
+    process = start(LOOP)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate("\n", timeout=60)
     assert output == "saved after SIGTERM\n"
     assert process.returncode == 0
 
 
 def test_a_process_under_nohup_outlives_its_terminal() -> None:
     program = LOOP.replace("import time", "import time, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)", 1)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    process = start(program)
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=20)[0] == "saved after SIGUSR1\n"
+    assert process.communicate("\n", timeout=60)[0] == "saved after SIGUSR1\n"

@@ -32,21 +32,21 @@ finally:
 
 
 def outcome(kind: str, closes: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """The exit code, what the program said at its end, and its standard error. closes: by a shell."""
+    """The exit code, what the program said at its end, and its standard error. closes: by a shell; without it
+    nobody reads."""
     read, write = os.pipe()
+    left, unread = os.pipe()
+    os.close(left)  # before anything can be written
     shell = f'exec "$@" 3>&{write} {closes}'
     command = ["bash", "-c", shell, "-", sys.executable, "-c", PROGRAM, kind]
     with os.fdopen(read) as end:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[write], text=True,
-            env=os.environ | (environment or {}),
+            command, stdout=unread if closes == "" else subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            pass_fds=[write], env=os.environ | (environment or {}),
         )  # fmt: skip
         os.close(write)
-        if closes == "":
-            assert process.stdout is not None
-            process.stdout.close()  # before anything is written
-            process.stdout = None
-        _, err = process.communicate(timeout=30)
+        os.close(unread)
+        _, err = process.communicate(timeout=120)
         return process.returncode, end.read(), err
 
 
