@@ -27,6 +27,7 @@ from nemo_disco.config.hf_config import read_hf_config
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.packing import plan_micro_batches
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.policy import cpu_backend
 from nemo_disco.policy.hugging_face import HuggingFaceModel, load_hf_config
 from nemo_disco.policy.layers import uses_transformer_engine
 from nemo_disco.policy.micro_batch import MicroBatch, Padding, build_micro_batch, sequence_lengths
@@ -78,6 +79,7 @@ class Policy:
             if reader is not None:
                 self.model.load(reader.read_finite)
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]
+        cpu_backend.return_freed_memory(sum(p.nbytes for chunk in self.network for p in chunk.parameters()))
         if dtype is torch.bfloat16:
             self.network = [Float16Module(chunk.config, chunk) for chunk in self.network]
         # Passes in which delayed scaling has yet to see what it scales (fp8_scales.py).
