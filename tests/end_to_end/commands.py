@@ -136,23 +136,28 @@ class Started:
             time.sleep(0.01)
 
 
-HOLD = """
+ON_FSYNC = """
 import os, time
 sound = os.fsync
 
 def fsync(descriptor):
-    while {name!r} in os.readlink(f"/proc/self/fd/{{descriptor}}") and not os.path.exists({go!r}):
-        time.sleep(0.01)
+    if {name!r} in os.readlink(f"/proc/self/fd/{{descriptor}}"):
+        {action}
     sound(descriptor)
 
 os.fsync = fsync
 """
 
 
+def on_fsync(directory: Path, name: str, action: str) -> dict[str, str]:
+    """The environment of a command that runs `action`, a line of Python, whenever it syncs a file of this name."""
+    (directory / "sitecustomize.py").write_text(ON_FSYNC.format(name=name, action=action))
+    return {"PYTHONPATH": str(directory)}
+
+
 def held(directory: Path, name: str) -> dict[str, str]:
     """The environment of a command that does not get past writing a file of this name before directory/go is there."""
-    (directory / "sitecustomize.py").write_text(HOLD.format(name=name, go=str(directory / "go")))
-    return {"PYTHONPATH": str(directory)}
+    return on_fsync(directory, name, f"while not os.path.exists({str(directory / 'go')!r}): time.sleep(0.01)")
 
 
 # Four steps with a checkpoint at the second and the last, evaluated before and after.

@@ -1,4 +1,4 @@
-"""What befalls a run's directory: a disk that refuses, a lock that is taken away, links in the way of its files."""
+"""Accidents of a run's directory: a disk that refuses, a lock that is taken away, links in the way of its files."""
 
 from __future__ import annotations
 
@@ -6,22 +6,10 @@ import errno
 import os
 
 import pytest
-from commands import at
+from commands import at, on_fsync
 
 from nemo_disco.runtime.files import _exchange
 
-# A disk that refuses whatever is to be written to a file of this name, as the kernel would say it.
-DISK = """
-import os
-sound = os.fsync
-
-def fsync(descriptor):
-    if os.environ["BROKEN"] in os.readlink(f"/proc/self/fd/{descriptor}"):
-        raise OSError(int(os.environ["ERRNO"]), os.strerror(int(os.environ["ERRNO"])))
-    sound(descriptor)
-
-os.fsync = fsync
-"""
 EVALUATED = ("evaluation.enabled=true", "evaluation.samples=1", "exp_manager.tensorboard=true")
 
 
@@ -38,8 +26,7 @@ EVALUATED = ("evaluation.enabled=true", "evaluation.samples=1", "exp_manager.ten
 )
 def test_a_disk_that_refuses_is_one_line_with_the_file(command, broken, number, named, commands, tmp_path):
     run = tmp_path / "run"
-    (tmp_path / "sitecustomize.py").write_text(DISK)
-    broke = {"PYTHONPATH": str(tmp_path), "BROKEN": broken, "ERRNO": str(int(number))}
+    broke = on_fsync(tmp_path, broken, f"raise OSError({number}, os.strerror({number}))")  # as the kernel says it
     done = commands(command, *EVALUATED, at(run), **broke)
     assert done.code == 2, done.err
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
