@@ -30,7 +30,7 @@ ANY_MISMATCH = ("verify.max_mismatch=1e300", "verify.max_kl=1e300")
 
 
 def answer(weights: dict[str, str], prompt: Sequence[int], seed: int, limit: int) -> list[int]:
-    """What the engine samples; weights: checksums by name."""
+    """The response that the engine samples. weights: checksums by name."""
     seen = hashlib.sha256(repr((sorted(weights.items()), list(prompt), seed)).encode()).digest()
     return [byte % VOCABULARY for byte in seen[: 1 + seen[0] % limit]]
 

@@ -43,7 +43,7 @@ def usable(tmp_path):
 
 @pytest.fixture
 def rooms(monkeypatch):
-    """What the commands call, replaced: each notes its configuration."""
+    """The functions that the commands call, replaced by ones that note their configuration."""
     called = {}
     room = types.ModuleType("nemo_disco.algorithms.run")
     for name in cli.RUNS:

@@ -1,4 +1,4 @@
-"""Which weights of a run are the best by mean Pass@1 on its evaluation sets, and RUN/best, which holds them.
+"""RUN/best: the weights of a run with the highest mean Pass@1 on its evaluation sets.
 
 RUN/best says of which step it is, by what score on what sets, and agrees with the loop's state in every life. Rank 0
 alone touches the files.
@@ -40,7 +40,7 @@ class BestWeights:
 
     @property
     def before(self) -> Path:
-        """Where what RUN/best held up to the last checkpoint waits."""
+        """The second name of the RUN/best that the last checkpoint knows, from which a resumed life takes it back."""
         return self.run.path / "best.before"
 
     def consider(self, step: int, results: Sequence[EvaluationResult]) -> bool:
@@ -103,7 +103,7 @@ class BestWeights:
             return known, f"{gone}, and was removed" if there is not None else ""
 
     def _keep_before(self, saved: int) -> None:
-        """Where RUN/best is what the last checkpoint knows: keep it under its second name too; without hard links,
+        """Keep RUN/best under its second name too, if it is the one that the last checkpoint knows; without hard links,
         under that alone."""
         there = read_record(self.run.best)
         if there is None or there["step"] > saved:

@@ -201,7 +201,7 @@ class SampleStream:
 
 
 def _parts(path: Path) -> list[Path]:
-    """What the ranks have of the batch in hand, beside the samples' file."""
+    """The files beside the samples' file in which the ranks keep their samples of the unfinished batch."""
     return sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank_*.jsonl"))
 
 
@@ -210,7 +210,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 
 def _differences(theirs: bytes, ours: bytes) -> str:
-    """Which keys of two identities differ."""
+    """The keys in which two identities differ, as the end of a message."""
     try:
         old, new = (parse_json("", head, dict[str, Any]) for head in (theirs, ours))
     except FileError:

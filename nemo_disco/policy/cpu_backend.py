@@ -62,13 +62,17 @@ def enable() -> None:
 
 
 def return_freed_memory(weights: int) -> None:
-    """On a CPU, with so many bytes of weights that memory counts more than time: let freed tensors of 1 MiB and more go
-    back to the system at once. glibc comes to keep those below 32 MiB wherever something newer lies above them.
-    SmolLM2-135M trained in float32 takes 3.84 GiB at its peak with this, 4.6 without, and 9% more processor time; a
-    model of 4M parameters would take 18% more. Does nothing with another C library, or where the user has set the
-    thresholds."""
+    """Let freed tensors of 1 MiB and more go back to the system at once, on a CPU with at least 256 MiB of weights.
+
+    By default glibc keeps freed blocks below 32 MiB wherever something newer lies above them: about a fifth of the
+    plan's figure (tests/policy/test_cpu_memory.py holds a run to it). Mapping blocks costs time, about a tenth at 135M
+    parameters and twice as much at 4M (benchmarks/train_step.py, with _LARGE = 0), so that small models do without.
+    Does nothing with another C library, or where MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set.
+    """
+    if not _enabled or weights < _LARGE or any(name in os.environ for name in _ALLOCATOR):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if _enabled and weights >= _LARGE and mallopt is not None and not any(name in os.environ for name in _ALLOCATOR):
+    if mallopt is not None:
         for option, size in _ALLOCATOR.values():
             mallopt(option, size)
 

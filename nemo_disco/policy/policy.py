@@ -135,8 +135,8 @@ class Policy:
         return out[0], out[1] if entropies else None
 
     def share(self, values: Tensor) -> Tensor:
-        """What each rank's last stage wrote for its own tokens into zeros, on every rank. Exact: one rank writes an
-        element, the others add zero."""
+        """Sum over ranks of values that each rank's last pipeline stage wrote for its own tokens into zeros. Exact: one
+        rank writes an element, the others add zero."""
         if not self.ranks.speaks_for_log_probs:
             values = torch.zeros_like(values)
         dist.all_reduce(values)
@@ -260,8 +260,8 @@ class Policy:
         return dtype
 
     def plan(self, rollouts: Rollouts) -> list[list[tuple[int, ...]]]:
-        """Which responses each data-parallel rank runs in each micro-batch; the same on every rank. Empty responses
-        have nothing to run."""
+        """The numbers of the responses in each micro-batch of each data-parallel rank; the same on every rank. Empty
+        responses are in none."""
         config = self.model.bridge.config
         lengths = sequence_lengths(rollouts)
         read = [i for i, n in enumerate(lengths) if n > 0]

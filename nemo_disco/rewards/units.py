@@ -167,7 +167,7 @@ def _glued(body: str) -> re.Match[str] | None:
 
 
 def for_algebra(text: str) -> str:
-    """What the symbolic grader gets: the canonical answer without its unit."""
+    """The canonical answer without its unit, for the symbolic grader."""
     return quantity(canonical(text)).body
 
 

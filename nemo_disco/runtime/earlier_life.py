@@ -1,4 +1,4 @@
-"""What an earlier life of a run left beyond the step that this one begins at: it must not pass for this one's.
+"""Set aside files that an earlier life of a run left beyond the first step of this one, lest they pass for this one's.
 
 Moves and removes files of one run directory, under its lock.
 """

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """What the system refuses in here (a full disk, a quota, a read-only or broken one) is raised as a UserError that
-    names `path`, and another file where that is at fault."""
+    """Turn an OSError of this block (a full disk, a quota, a read-only or broken one) into a UserError that names
+    `path`, and another file where that is at fault."""
     try:
         yield
     except OSError as error:
@@ -135,7 +135,7 @@ def put_in_place(work: Path, final: Path) -> None:
 
 
 def replaced(final: Path) -> Path:
-    """Where put_in_place has the old directory of that name for a moment, if the file system needs it."""
+    """The name under which put_in_place keeps the old directory for a moment, if the file system needs it."""
     return final.with_name(final.name + _REPLACED)
 
 

@@ -75,7 +75,7 @@ def _twice(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("stream", "said"),
+    ("stream", "message"),
     [
         (_without_last, r"1 of \d+ tensors were never sent: model\.\S+"),
         (_transposed, r"k_proj.weight has shape \[64, 32\], the model's is \[32, 64\]"),
@@ -88,11 +88,11 @@ def _twice(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     ],
 )
 def test_a_wrong_stream_stops_with_the_tensors_name(
-    stream: Any, said: str, start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+    stream: Any, message: str, start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
 ) -> None:
     engine = start()
     engine.update_weights(tensors.items, 0)
-    with pytest.raises(UserError, match=rf"refit failed 3 times in a row: refit: .*{said}"):
+    with pytest.raises(UserError, match=rf"refit failed 3 times in a row: refit: .*{message}"):
         engine.update_weights(lambda: stream(tensors), 1)
 
 
@@ -111,12 +111,12 @@ def _swap(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [(_drop, "1 of .* were sent but did not arrive"), (_swap, "2 of .* tensors arrived with other values")],
 )
 def test_what_goes_wrong_on_the_way_is_found_and_sent_anew(
     spoil: Any,
-    said: str,
+    message: str,
     start: Callable[..., ExternalEngine],
     tensors: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
@@ -133,7 +133,7 @@ def test_what_goes_wrong_on_the_way_is_found_and_sent_anew(
 
     monkeypatch.setattr(refit.Sender, "_flush", once)
     engine.update_weights(tensors.items, 1)
-    assert spoilt and any(re.search(said, line) for line in caplog.messages)
+    assert spoilt and any(re.search(message, line) for line in caplog.messages)
     assert right(sampled(engine), tensors, 1)
 
 

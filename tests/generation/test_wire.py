@@ -37,7 +37,7 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
 
 
 def refused(run: Channel, worker: Channel, secrets: tuple[bytes, bytes] = (SECRET, SECRET)) -> list[str | None]:
-    """What each side says of the other, None if it was let in. As in life a side that refuses hangs up."""
+    """The error of each side, None where it let the other in. As in life a side that refuses hangs up."""
     said: list[str | None] = [None, None]
 
     def side(index: int, channel: Channel, role: bytes) -> None:

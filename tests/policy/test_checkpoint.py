@@ -53,7 +53,7 @@ def saved(written: Path, tmp_path: Path) -> Path:
 
 
 def record_again(path: Path) -> None:
-    """What an attacker does after changing a file: make every checksum match."""
+    """Make every checksum match again, as an attacker does after changing a file."""
     record = json.loads((path / checkpoint_files.RECORD).read_text())
     for name, entry in record["files"].items():
         entry |= {"bytes": (path / name).stat().st_size, "sha256": checkpoint_files._hash(path / name)}

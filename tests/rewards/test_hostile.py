@@ -95,7 +95,7 @@ def test_waiting_for_a_processor_does_not_count() -> None:
 
 
 def test_hostile_answers_do_not_spoil_their_neighbours(strict: MathGrader) -> None:
-    """What waits behind four towers has its own full time."""
+    """An answer that waits behind four towers has its own full time."""
     towers = [rf"\boxed{{9^{{9^{{9^{{9}}}}}}+{i}}}" for i in range(4)]
     rewards = strict.grade([*towers, r"\boxed{1+x}", r"\boxed{x+3}"], ["7"] * 4 + ["x+1"] * 2)
     assert rewards == [0.0] * 4 + [1.0, 0.0]

@@ -1,4 +1,4 @@
-"""What the caller's process decides alone must be exact: a false positive here is never seen by the algebra."""
+"""Decisions of the caller's process alone must be exact: a false positive here is never seen by the algebra."""
 
 from __future__ import annotations
 
