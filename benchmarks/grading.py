@@ -32,9 +32,9 @@ from grading_reasons import reason_of  # noqa: E402
 
 from nemo_disco.data.questions import Question, load_questions  # noqa: E402
 from nemo_disco.rewards import MathGrader  # noqa: E402
-from nemo_disco.rewards.canonical import canonical  # noqa: E402
-from nemo_disco.rewards.quick import numeral, same  # noqa: E402
-from nemo_disco.rewards.units import quantity  # noqa: E402
+from nemo_disco.rewards.math.canonical import canonical  # noqa: E402
+from nemo_disco.rewards.math.fast_path import numeral, same  # noqa: E402
+from nemo_disco.rewards.math.units import quantity  # noqa: E402
 
 
 @dataclass(frozen=True)

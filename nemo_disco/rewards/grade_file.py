@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from nemo_disco.data.records import read_lines
 from nemo_disco.data.schemas import alternative, final_of, unfinished
-from nemo_disco.rewards.math_grader import MathGrader
+from nemo_disco.rewards.math.grader import MathGrader
 from nemo_disco.runtime.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 from nemo_disco.config.schema import RewardConfig
 from nemo_disco.rewards import user_pool
 from nemo_disco.rewards.code_tests import PythonTests
-from nemo_disco.rewards.math_grader import MathGrader
+from nemo_disco.rewards.math.grader import MathGrader
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserClass, UserFunction
 from nemo_disco.runtime.errors import UserError
@@ -79,5 +79,5 @@ def verifier_code(config: RewardConfig) -> str:
     """A hash of the code that judges: the user's file, or this package's. For a verifier that was built."""
     if config.verifier not in VERIFIERS:
         return user_pool.source_hash(config.verifier)
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -12,13 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.canonical import canonical
 from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
-from nemo_disco.rewards.quick import numeral
-from nemo_disco.rewards.units import quantity
+from nemo_disco.rewards.math.canonical import canonical
+from nemo_disco.rewards.math.fast_path import numeral
+from nemo_disco.rewards.math.units import quantity
+from nemo_disco.rewards.math.words import LETTERS_ALONE, names_another
 from nemo_disco.rewards.user_pool import UserPool
 from nemo_disco.rewards.verdict import Verdict
-from nemo_disco.rewards.words import LETTERS_ALONE, names_another
 from nemo_disco.runtime.errors import UserError
 
 Alternatives = str | Sequence[str]

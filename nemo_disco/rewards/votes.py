@@ -5,12 +5,12 @@ Pure string work, as the fast path of grading: what only algebra could tell apar
 
 from __future__ import annotations
 
-from nemo_disco.rewards.canonical import canonical
 from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
-from nemo_disco.rewards.math_grader import MAX_ANSWER
-from nemo_disco.rewards.quick import numeral
-from nemo_disco.rewards.units import quantity
-from nemo_disco.rewards.words import squeezed
+from nemo_disco.rewards.math.canonical import canonical
+from nemo_disco.rewards.math.fast_path import numeral
+from nemo_disco.rewards.math.grader import MAX_ANSWER
+from nemo_disco.rewards.math.units import quantity
+from nemo_disco.rewards.math.words import squeezed
 
 
 def answer_key(response: str) -> str | None:

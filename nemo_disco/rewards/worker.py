@@ -20,7 +20,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from nemo_disco.rewards import expressions, symbolic, verdict
+from nemo_disco.rewards import verdict
+from nemo_disco.rewards.math import expressions, symbolic
 
 MEMORY = 4 << 30  # bytes of address space a child
 READ = 1 << 16

@@ -9,8 +9,8 @@ import random
 import re
 from fractions import Fraction
 
-from nemo_disco.rewards.canonical import canonical
-from nemo_disco.rewards.quick import numeral
+from nemo_disco.rewards.math.canonical import canonical
+from nemo_disco.rewards.math.fast_path import numeral
 
 _EXPRESSION = re.compile(r"(?:\\(?:frac|sqrt|pi|cdot|sin|cos|tan|log|ln)(?![a-zA-Z])|[0-9a-zA-Z+*/^(){} -])+")
 _WORD = re.compile(r"\\text|\\mbox|[a-zA-Z]{2,}|[A-Z]")

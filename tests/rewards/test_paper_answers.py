@@ -14,8 +14,8 @@ import pytest
 from answer_forms import changed, respelled
 
 from nemo_disco.rewards import MathGrader
-from nemo_disco.rewards.quick import numeral
-from nemo_disco.rewards.units import for_algebra
+from nemo_disco.rewards.math.fast_path import numeral
+from nemo_disco.rewards.math.units import for_algebra
 
 DATA = Path(os.environ.get("NEMO_DISCO_PAPER_DATA", Path(__file__).parents[3] / "shared" / "data"))
 FILES = sorted(DATA.glob("deepscaler/t*/*.json"))

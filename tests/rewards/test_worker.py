@@ -17,7 +17,7 @@ def test_sympys_parser_takes_arithmetic_only() -> None:
     """In a process of its own, since nothing opens the parser again. A bare name, `open`, is named, not called."""
     code = """
 import sympy
-from nemo_disco.rewards.expressions import close_eval
+from nemo_disco.rewards.math.expressions import close_eval
 
 close_eval()
 for text in ["12", "1.5e-3", "(14+sqrt(196))/50", "open"]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from nemo_disco.rewards.expressions import read_expression
-from nemo_disco.rewards.structure import ORDER, Combined, Leaf, Node, Relation
-from nemo_disco.rewards.words import is_word
+from nemo_disco.rewards.math.expressions import read_expression
+from nemo_disco.rewards.math.structure import ORDER, Combined, Leaf, Node, Relation
+from nemo_disco.rewards.math.words import is_word
 
 
 def same_set(gold: Node, answer: Node) -> bool:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_disco.rewards.canonical import canonical
-from nemo_disco.rewards.quick import numeral, same
-from nemo_disco.rewards.units import for_algebra
-from nemo_disco.rewards.words import squeezed
+from nemo_disco.rewards.math.canonical import canonical
+from nemo_disco.rewards.math.fast_path import numeral, same
+from nemo_disco.rewards.math.units import for_algebra
+from nemo_disco.rewards.math.words import squeezed
 
 untimed = settings(deadline=None)  # by the clock, and this machine may be busy
 FRACTIONS = st.fractions(min_value=-1000, max_value=1000, max_denominator=1000)

@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from nemo_disco.rewards.quick import same_digits, terminates
+from nemo_disco.rewards.math.fast_path import same_digits, terminates
 
 _PROOF_DIGITS = 600  # two numbers that agree in so many are equal, unless they are written with numbers nearly as long
 _LONG_NUMBER = 1000  # bits

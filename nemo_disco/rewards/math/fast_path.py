@@ -10,9 +10,9 @@ from decimal import ROUND_DOWN, ROUND_HALF_UP, Context, Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
-from nemo_disco.rewards.canonical import based, canonical
-from nemo_disco.rewards.units import quantity
-from nemo_disco.rewards.words import is_word, same_choice, same_text, squeezed
+from nemo_disco.rewards.math.canonical import based, canonical
+from nemo_disco.rewards.math.units import quantity
+from nemo_disco.rewards.math.words import is_word, same_choice, same_text, squeezed
 
 MAX_NUMERAL = 400  # characters; Python refuses integers of over 4,300 digits, and none is an answer
 MAX_EXPONENT = 400

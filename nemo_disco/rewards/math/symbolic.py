@@ -13,13 +13,13 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.expressions import read_expression, significant_digits
-from nemo_disco.rewards.quick import sure_digits
-from nemo_disco.rewards.sets import same_set
-from nemo_disco.rewards.structure import Combined, Items, Leaf, Node, Relation, split_answer
-from nemo_disco.rewards.units import quantity
-from nemo_disco.rewards.values import same_value
-from nemo_disco.rewards.words import is_word, same_text
+from nemo_disco.rewards.math.expressions import read_expression, significant_digits
+from nemo_disco.rewards.math.fast_path import sure_digits
+from nemo_disco.rewards.math.sets import same_set
+from nemo_disco.rewards.math.structure import Combined, Items, Leaf, Node, Relation, split_answer
+from nemo_disco.rewards.math.units import quantity
+from nemo_disco.rewards.math.values import same_value
+from nemo_disco.rewards.math.words import is_word, same_text
 
 _ROUNDED = re.compile(r"-?\s*(\d*\.?\d+)(?:\s*\\(?:times|cdot)\s*10\^.*)?")
 _FLIPPED = {"<": ">", r"\le": r"\ge", ">": "<", r"\ge": r"\le"}
