@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 from nemo_disco.config.schema import RewardConfig
 from nemo_disco.rewards import user_pool
-from nemo_disco.rewards.code_tests import PythonTests
+from nemo_disco.rewards.code.python_tests import PythonTests
 from nemo_disco.rewards.math.grader import MathGrader
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserClass, UserFunction

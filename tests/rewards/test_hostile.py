@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_disco.rewards import MathGrader, Verdict
-from nemo_disco.rewards.worker import TICKS, processor_time
+from nemo_disco.rewards.math.algebra_process import TICKS, processor_time
 
 LIMIT = 1.0  # seconds of processor time
 SLACK = 0.5

@@ -1,6 +1,6 @@
 """The math grader: reward 1 where the last \\boxed{} after the thinking equals a gold answer, else 0.
 
-Plain answers are decided here (fast_path.py), the rest by algebra in killable processes (pool.py). Usable from
+Plain answers are decided here (fast_path.py), the rest by algebra in killable processes (algebra_pool.py). Usable from
 any thread.
 """
 
@@ -14,10 +14,10 @@ from typing import Self
 
 from nemo_disco.rewards import verdict
 from nemo_disco.rewards.extract import NoAnswerError, boxed, final_answer
+from nemo_disco.rewards.math.algebra_pool import WorkerPool
 from nemo_disco.rewards.math.canonical import canonical
 from nemo_disco.rewards.math.fast_path import numeral, same
 from nemo_disco.rewards.math.units import for_algebra, quantity
-from nemo_disco.rewards.pool import WorkerPool
 from nemo_disco.rewards.verdict import Verdict
 
 MAX_ANSWER = 10_000  # characters of a box that are worth parsing

@@ -73,7 +73,7 @@ class WorkerPool:
         # -P: no sympy.py of the user's directory is imported. One hash seed: terms have one order in every process.
         with spared_children():  # a judge that a request to stop ended would look like a wrong answer
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "nemo_disco.rewards.worker", str(self._workers)],
+                [sys.executable, "-P", "-m", "nemo_disco.rewards.math.algebra_process", str(self._workers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

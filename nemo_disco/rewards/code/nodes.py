@@ -1,6 +1,6 @@
 """LeetCode's linked lists and binary trees: the classes that its answers take as given, and their lists in tests.
 
-Runs inside the confined process of sandbox.py and imports the standard library alone.
+Runs inside the confined process of sandbox_server.py and imports the standard library alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs one graded program inside the confined process of sandbox.py, as `python answer.py` would.
+"""Runs one graded program inside the confined process of sandbox_server.py, as `python answer.py` would.
 
 Imports the standard library alone. A job is two lines of JSON: the candidates for the program, and what to do with the
 names that it defines: nothing, calls of a function, expressions, or an answer to all that tests ask (remote_names.py).
@@ -124,7 +124,7 @@ def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, l
     elif "expressions" in test:
         exec(compile(test["setup"], "<tests>", "exec", dont_inherit=True), names)
         values = [eval(compile(text, "<tests>", "eval", dont_inherit=True), names) for text in test["expressions"]]
-        _write(report, json.dumps([plain(value) for value in values]).encode())
+        _write(report, json.dumps([encode_plain(value) for value in values]).encode())
     else:
         returned = [_call(names, test["function"], given) for given in test["calls"]]
         _write(report, json.dumps(returned).encode())
@@ -181,7 +181,7 @@ def _call(names: dict[str, Any], name: str, given: list[Any]) -> Any:
     """What the function of that name returns, plain."""
     function = _function(names, name)
     returned = function(*nodes.arguments(function, [_argument(item) for item in given], names))
-    return [] if returned is None and nodes.returned_by(function) else plain(returned)
+    return [] if returned is None and nodes.returned_by(function) else encode_plain(returned)
 
 
 def _argument(given: Any) -> Any:
@@ -191,24 +191,24 @@ def _argument(given: Any) -> Any:
     return given
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON that `code_cases.value` reads back. Raises TypeError for what is not plain data."""
+def encode_plain(value: Any) -> Any:
+    """The value as JSON that `gold_tests.decode_plain` reads back. Raises TypeError for what is not plain data."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [encode_plain(item) for item in value]
     if isinstance(value, tuple):
-        return {"tuple": [plain(item) for item in value]}
+        return {"tuple": [encode_plain(item) for item in value]}
     if isinstance(value, Set):  # a dictionary's keys are one
-        return {"set": [plain(item) for item in value]}
+        return {"set": [encode_plain(item) for item in value]}
     if isinstance(value, dict):
-        return {"dict": [[plain(key), plain(item)] for key, item in value.items()]}
+        return {"dict": [[encode_plain(key), encode_plain(item)] for key, item in value.items()]}
     if isinstance(value, (Decimal, Fraction)):
         return {"ratio": list(value.as_integer_ratio())}
     if hasattr(value, "tolist"):  # numpy's
-        return plain(value.tolist())
+        return encode_plain(value.tolist())
     if (listed := nodes.as_list(value)) is not None:
-        return plain(listed)
+        return encode_plain(listed)
     raise TypeError(f"a {type(value).__name__} was returned")
 
 

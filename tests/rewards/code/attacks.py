@@ -15,7 +15,7 @@ from typing import Any
 
 import pyseccomp
 
-from nemo_disco.rewards.fork_server import Ended, ForkServer, Limits
+from nemo_disco.rewards.code.sandbox import Ended, ForkServer, Limits
 
 LIMITS = Limits(seconds=10.0, memory=512 << 20, output=1 << 20, asleep=10.0)
 # Calls that this libseccomp may be too old to name; their numbers are the same on all architectures.

@@ -19,10 +19,10 @@ import attacks
 import pyseccomp
 import pytest
 
-from nemo_disco.rewards import allowed_calls, fork_server
-from nemo_disco.rewards.allowed_calls import filter_program
-from nemo_disco.rewards.code_tests import PythonTests
-from nemo_disco.rewards.fork_server import ForkServer, Limits
+from nemo_disco.rewards.code import sandbox, seccomp_filter
+from nemo_disco.rewards.code.python_tests import PythonTests
+from nemo_disco.rewards.code.sandbox import ForkServer, Limits
+from nemo_disco.rewards.code.seccomp_filter import filter_program
 from nemo_disco.runtime.errors import UserError
 
 REFUSED = {"EPERM", "ENOSYS", "EACCES", "ENOENT", "ValueError"}  # ValueError: Python's, for a limit that is not raised
@@ -54,8 +54,8 @@ def _plain_attack(folder: Path, landlock: bool, user: int) -> dict[str, Any]:
     """The attack as another user, who cannot read this checkout, by the system's Python."""
     package = folder / "nemo_disco"
     for part in ("rewards", "runtime"):
-        shutil.copytree(Path(fork_server.__file__).parents[1] / part, package / part)
-    shutil.copy(Path(fork_server.__file__).parents[1] / "__init__.py", package)
+        shutil.copytree(Path(sandbox.__file__).parents[2] / part, package / part)
+    shutil.copy(Path(sandbox.__file__).parents[2] / "__init__.py", package)
     for file in (attacks.__file__, pyseccomp.__file__):
         shutil.copy(file, folder)
     for path in (folder, *folder.rglob("*")):
@@ -104,15 +104,15 @@ def test_the_filter_exists_for_both_architectures_and_nowhere_is_the_library_mis
     monkeypatch.delitem(sys.modules, "pyseccomp")
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None if name == "seccomp" else "libc.so.6")
     with pytest.raises(UserError, match="libseccomp2"):
-        allowed_calls.filter_program()
+        seccomp_filter.filter_program()
 
 
 def test_a_kernel_that_does_not_confine_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fork_server, "filter_program", lambda: b"\0" * 8)  # no valid filter
+    monkeypatch.setattr(sandbox, "filter_program", lambda: b"\0" * 8)  # no valid filter
     with pytest.raises(UserError, match="cannot confine"):
         PythonTests()
     allow_all = b"\x06\0\0\0\0\0\xff\x7f"
-    monkeypatch.setattr(fork_server, "filter_program", lambda: allow_all)
+    monkeypatch.setattr(sandbox, "filter_program", lambda: allow_all)
     with pytest.raises(UserError, match="does not hold programs back"):
         PythonTests()
 

@@ -1,7 +1,7 @@
-"""The sandbox's server, `python -P -s sandbox.py SETTINGS`: forks a confined process for each program.
+"""The sandbox's server, `python -P -s sandbox_server.py SETTINGS`: forks a confined process for each program.
 
 Imports the standard library alone. The server never reads a job (code, inputs, tests), since its forks would inherit
-it. The other end is fork_server.py; graded_program.py runs the job inside the confined process.
+it. The other end is sandbox.py; confined_process.py runs the job inside the confined process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import graded_program  # type: ignore[import-not-found]
+import confined_process  # type: ignore[import-not-found]
 
 del sys.path[0]
 
@@ -231,10 +231,10 @@ class Server:
                 os.write(problem, (str(error) or type(error).__name__).encode())
                 raise
             os.close(problem)
-            code = graded_program.run(self._files["job"], self._files["report"], links[0] if links else -1)
+            code = confined_process.run(self._files["job"], self._files["report"], links[0] if links else -1)
         except BaseException:
             code = 1
-        graded_program.exit_now(code)
+        confined_process.exit_now(code)
         raise AssertionError("exit_now does not return")
 
     def _confine(self, request: dict[str, Any], kept: list[int]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.code_tests import PythonTests
+from nemo_disco.rewards.code.python_tests import PythonTests
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.rewards.code_cases import same_output
-from nemo_disco.rewards.code_tests import PythonTests
+from nemo_disco.rewards.code.gold_tests import same_output
+from nemo_disco.rewards.code.python_tests import PythonTests
 from nemo_disco.runtime.errors import UserError
 
 LIMIT = 2.0

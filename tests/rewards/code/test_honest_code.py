@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemo_disco.rewards.code_blocks import programs_that_define, programs_that_read
-from nemo_disco.rewards.code_tests import PythonTests
+from nemo_disco.rewards.code.blocks import programs_that_define, programs_that_read
+from nemo_disco.rewards.code.python_tests import PythonTests
 from nemo_disco.runtime.errors import UserError
 
 ADD = "print(sum(map(int, input().split())))"

@@ -1,8 +1,8 @@
-"""The grader's process, `python -m nemo_disco.rewards.worker N`: imports sympy, forks up to N children to judge.
+"""The math grader's process: imports sympy and forks up to N children, each of which judges one answer at a time.
 
-JSON lines in (id, answer, golds, timeout) and out (id, reason). Only the children touch answers, so it never hangs: it
-kills a child that has used up its processor time and forks the next in milliseconds. It has one thread, and ends when
-its input does.
+`python -m nemo_disco.rewards.math.algebra_process N` reads lines of JSON (id, answer, golds, timeout) and writes lines
+of JSON (id, reason). Only the children read answers, so the parent never hangs: it kills a child that has used up its
+processor time and forks another in milliseconds. It has one thread and ends when its input is closed.
 """
 
 from __future__ import annotations

@@ -187,20 +187,23 @@ def _is_plain(literal: Any) -> bool:
     return literal is None or isinstance(literal, (bool, int, float, str))
 
 
-def value(read: Any) -> Any:
-    """The Python value that graded_program.plain wrote as JSON. Raises ValueError, KeyError or TypeError for others."""
+def decode_plain(read: Any) -> Any:
+    """The Python value that confined_process.encode_plain wrote as JSON.
+
+    Raises ValueError, KeyError or TypeError for other JSON.
+    """
     if isinstance(read, list):
-        return [value(item) for item in read]
+        return [decode_plain(item) for item in read]
     if not isinstance(read, dict):
         return read
     [(kind, items)] = read.items()
     if kind == "tuple":
-        return tuple(value(item) for item in items)
+        return tuple(decode_plain(item) for item in items)
     if kind == "set":
-        return frozenset(value(item) for item in items)
+        return frozenset(decode_plain(item) for item in items)
     if kind == "ratio":
         return Fraction(*items)
-    return {value(key): value(item) for key, item in items}
+    return {decode_plain(key): decode_plain(item) for key, item in items}
 
 
 def as_json(returned: Any) -> Any:

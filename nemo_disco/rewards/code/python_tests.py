@@ -1,4 +1,4 @@
-"""Rewards code that passes its tests: each program in a process of its own, confined by the kernel (sandbox.py).
+"""Rewards code that passes its tests: each program in a process of its own, confined by the kernel (sandbox_server.py).
 
 Outputs are compared here, or in a second confined process that runs the tests, neither of which a program can read; an
 answer is never run or parsed here. The threat model stands in docs/data.md.
@@ -17,11 +17,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from nemo_disco.rewards import code_cases, verdict
-from nemo_disco.rewards.code_blocks import programs_that_define, programs_that_read
-from nemo_disco.rewards.code_cases import CallCases, ExpressionCases, ProgramCases, Script
-from nemo_disco.rewards.fork_server import Ended, ForkServer, Limits
-from nemo_disco.rewards.remote_names import UNSENDABLE
+from nemo_disco.rewards import verdict
+from nemo_disco.rewards.code import gold_tests
+from nemo_disco.rewards.code.blocks import programs_that_define, programs_that_read
+from nemo_disco.rewards.code.gold_tests import CallCases, ExpressionCases, ProgramCases, Script
+from nemo_disco.rewards.code.remote_names import UNSENDABLE
+from nemo_disco.rewards.code.sandbox import Ended, ForkServer, Limits
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.rewards.verifiers import Alternatives, Verifier
 from nemo_disco.runtime.errors import UserError
@@ -45,7 +46,7 @@ for attempt in (socket.socket, os.fork, lambda: os.open("/dev/null", os.O_WRONLY
         raise SystemExit(1)
 print("confined")
 """
-_read_cases = lru_cache(maxsize=64)(code_cases.read_cases)  # a group's responses share theirs
+_read_cases = lru_cache(maxsize=64)(gold_tests.read_cases)  # a group's responses share theirs
 
 
 class _Budget:
@@ -74,11 +75,11 @@ class PythonTests(Verifier):
     input or defines what the tests name where there is one that does.
 
     A gold answer is Python that asserts, run with the program's names; or JSON, in the forms of
-    `code_cases.read_cases`: inputs and outputs of programs (compared apart from spaces at line ends and empty lines at
+    `gold_tests.read_cases`: inputs and outputs of programs (compared apart from spaces at line ends and empty lines at
     the end), or with `fn_name` of calls of a function or of a method of `Solution`. Several gold answers: each is a set
     of tests, and passing any is enough.
 
-    The kernel confines a program to computing (allowed_calls.py): `timeout` processor seconds for all tests of a
+    The kernel confines a program to computing (seccomp_filter.py): `timeout` processor seconds for all tests of a
     response and as many asleep, `memory_mb` of address space beyond Python's own, an output a megabyte larger than the
     right one. docs/data.md says what is promised of that, and what is not.
     """
@@ -150,7 +151,7 @@ def _reason_of_programs(server: ForkServer, programs: list[str], cases: ProgramC
         limits = budget.limits(OUTPUT + 2 * len(wanted.encode(errors="replace")))
         ended = server.run(job, limits, stdin=given.encode(errors="replace"), preload=preload)
         budget.charge(ended)
-        right = code_cases.same_output(ended.printed.decode(errors="replace"), wanted)
+        right = gold_tests.same_output(ended.printed.decode(errors="replace"), wanted)
         if (reason := _reason(ended, right)) != verdict.CORRECT:
             return reason
     return verdict.CORRECT
@@ -199,7 +200,7 @@ def _reason_of_script(servers: _Servers, programs: list[str], script: Script, bu
 
 
 def _job(programs: list[str], as_module: bool, test: dict[str, Any] | None = None) -> bytes:
-    """A job of graded_program.py."""
+    """A job of confined_process.py."""
     return f"{json.dumps([programs, as_module])}\n{json.dumps(test)}\n".encode()
 
 
@@ -210,11 +211,11 @@ def _preload(programs: list[str]) -> tuple[str, ...]:
 def _right_values(report: bytes, cases: CallCases | ExpressionCases) -> bool:
     """Whether the report, which the program may have forged, has the wanted values."""
     try:
-        returned = [code_cases.value(item) for item in json.loads(report)]
+        returned = [gold_tests.decode_plain(item) for item in json.loads(report)]
         if len(returned) != len(cases.wanted):
             return False
         if isinstance(cases, CallCases):
-            return all(map(code_cases.equal, returned, cases.wanted))
+            return all(map(gold_tests.equal, returned, cases.wanted))
         return all(mine == wanted for mine, wanted in zip(returned, cases.wanted, strict=True))
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return False

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.rewards import MathGrader, Verdict, pool
-from nemo_disco.rewards.worker import processor_time
+from nemo_disco.rewards import MathGrader, Verdict
+from nemo_disco.rewards.math import algebra_pool
+from nemo_disco.rewards.math.algebra_process import processor_time
 
 CASES = [(rf"\boxed{{{i}+x}}", f"x+{i if i % 3 else i + 1}") for i in range(24)]
 EXPECTED = [1.0 if i % 3 else 0.0 for i in range(24)]
@@ -163,7 +164,7 @@ def test_a_module_in_the_working_directory_is_not_imported(monkeypatch: pytest.M
 
 
 def test_an_answer_is_tried_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "ATTEMPTS", 1)
+    monkeypatch.setattr(algebra_pool, "ATTEMPTS", 1)
     with MathGrader(timeout=5.0) as grader:
         future = grader._pool.submit("9^{9^{9^{9}}}", ["5"])
         assert until(lambda: workers_of(server_of(grader)))

@@ -1,4 +1,4 @@
-"""The trainer's side of the sandbox: starts its server (sandbox.py), hands it programs, reads what they printed.
+"""The trainer's side of the sandbox: starts its server (sandbox_server.py), hands it programs, reads what they printed.
 
 What must stay secret never enters the server: outputs are compared by the caller, and this process's memory is closed
 to others of its user while a program runs.
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.rewards.allowed_calls import filter_program
+from nemo_disco.rewards.code.seccomp_filter import filter_program
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import spared_children
 
-SANDBOX = Path(__file__).with_name("sandbox.py")
+SERVER = Path(__file__).with_name("sandbox_server.py")
 _FILES = ("job", "stdin", "stdout", "stderr", "report")
 _COMPLAINT = 4000  # bytes of what a program wrote to stderr that are kept
 _START, _GRACE = 60.0, 60.0  # seconds for the server to start, and to answer beyond a program's own limits
@@ -82,7 +82,7 @@ class ForkServer:
         preload: tuple[str, ...] = (),
         link: socket.socket | None = None,
     ) -> Ended:
-        """Run the job (see graded_program.py); with `stdin` None it reads nothing and what it prints is dropped.
+        """Run the job (see confined_process.py); with `stdin` None it reads nothing and what it prints is dropped.
 
         link: this job's end of the socket between a program and its tests; it is closed here once the job has it.
         Raises UserError where the kernel does not confine it, RuntimeError where the server died twice (with a link:
@@ -146,7 +146,7 @@ class ForkServer:
             settings["filter"] = filter_program().hex()
             loader = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some clusters' Python needs it
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-s", str(SANDBOX), json.dumps(settings)],
+                [sys.executable, "-P", "-s", str(SERVER), json.dumps(settings)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=_ENVIRONMENT | loader,
                 pass_fds=(theirs.fileno(), *self._files.values()),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.rewards.worker import refuse_effects
+from nemo_disco.rewards.math.algebra_process import refuse_effects
 
 
 def test_sympys_parser_takes_arithmetic_only() -> None:
@@ -49,5 +49,5 @@ def test_effects_are_refused(tmp_path: Path) -> None:
 
 def test_a_judge_without_a_server_ends_by_itself() -> None:
     """A server that is killed cannot end its children: their CPU time does."""
-    code = "from nemo_disco.rewards.worker import limit_cpu; limit_cpu(0.1); x = 9 ** 9 ** 9 ** 9"
+    code = "from nemo_disco.rewards.math.algebra_process import limit_cpu; limit_cpu(0.1); x = 9 ** 9 ** 9 ** 9"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGXCPU
