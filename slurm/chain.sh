@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A long run as several jobs, each going on where the one before stopped, for clusters that do not requeue:
+# Submit a long run as several jobs, each resuming where the one before stopped, for clusters that do not requeue:
 #   slurm/chain.sh LINKS [sbatch's options] slurm/train_multi_node.sbatch ARGUMENTS...
-# A link that fails takes those after it along.
+# If a link fails, SLURM cancels those after it.
 set -euo pipefail
 if (($# < 2)) || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: slurm/chain.sh LINKS [sbatch's options] slurm/train_multi_node.sbatch ARGUMENTS..." >&2

@@ -1,19 +1,29 @@
-"""What pip installs works in an empty directory: sources -> sdist -> wheel -> a fresh environment."""
+"""What pip installs works in an empty directory: sources -> sdist -> wheel -> a new environment."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.metadata import Metadata
+
+import nemo_disco
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SOURCES = ("nemo_disco", "conf", "assets", "tools", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
 INSTALLED = {"nemo_disco": "nemo_disco", "conf": "nemo_disco/conf", "assets": "nemo_disco/assets",
              "tools/convert": "nemo_disco/convert"}  # fmt: skip
+# For git and CI alone; the sdist has every other file.
+OMITTED = (".ci/", ".gitignore")
+# Written by the build. setup.cfg and the egg-info are setuptools' own.
+GENERATED = {"PKG-INFO", "setup.cfg"}
+BUILD = "import sys, setuptools.build_meta as b; [getattr(b, 'build_' + kind)('dist') for kind in sys.argv[1:]]"
 
 
 def run(*command, cwd):
@@ -24,20 +34,41 @@ def run(*command, cwd):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, so that nothing is left in the working tree."""
+def files():
+    """The paths of the repository's files: those in git and new ones that git does not ignore."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("git lists the files to compare with, and this is no checkout")
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=REPOSITORY)
+    return {name for name in listed.split("\0") if name and (REPOSITORY / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def sources(files, tmp_path_factory):
+    """A copy of the repository, so that nothing is left in the working tree, with its wheel and sdist in dist/."""
     place = tmp_path_factory.mktemp("sources")
-    for name in SOURCES:
-        source = REPOSITORY / name
-        if source.is_dir():
-            shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy(source, place / name)
-    run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('dist')", cwd=place)
-    [archive] = (place / "dist").glob("*.tar.gz")
-    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", place / "wheels")
-    run(*pip, archive, cwd=place)
-    [built] = (place / "wheels").glob("*.whl")
+    for name in files:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, place / name)
+    run(sys.executable, "-c", BUILD, "wheel", "sdist", cwd=place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def unpacked(sources, tmp_path_factory):
+    """The unpacked sdist, with the wheel that is built from it in dist/."""
+    place = tmp_path_factory.mktemp("sdist")
+    [archive] = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(place, filter="data")
+    [root] = place.iterdir()
+    assert root.name == archive.name.removesuffix(".tar.gz") == f"nemo_disco-{nemo_disco.__version__}"
+    run(sys.executable, "-c", BUILD, "wheel", cwd=root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked):
+    [built] = (unpacked / "dist").glob("*.whl")
     return built
 
 
@@ -53,13 +84,49 @@ def installed(wheel, tmp_path_factory):
     return environment / "bin"
 
 
-def test_the_wheel_has_every_file_of_the_repository_that_is_needed(wheel):
+def test_the_sdist_has_every_file_of_the_repository(files, unpacked):
+    inside = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    inside = {name for name in inside if not name.startswith(("dist/", "build/", "nemo_disco.egg-info/"))}
+    assert inside - GENERATED == {name for name in files if not name.startswith(OMITTED)}
+
+
+def test_the_sdist_and_the_repository_give_the_same_wheel(sources, wheel):
+    [direct] = (sources / "dist").glob("*.whl")
+    with zipfile.ZipFile(direct) as one, zipfile.ZipFile(wheel) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
+        assert [name for name in one.namelist() if one.read(name) != other.read(name)] == []
+
+
+def test_the_wheel_has_every_file_of_the_repository_that_is_needed(files, wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for source, target in INSTALLED.items():
-        files = [f.relative_to(REPOSITORY / source) for f in (REPOSITORY / source).rglob("*") if f.is_file()]
-        wanted = {f"{target}/{f}" for f in files if "__pycache__" not in f.parts}
+        wanted = {target + name.removeprefix(source) for name in files if name.startswith(f"{source}/")}
         assert wanted and wanted <= inside, sorted(wanted - inside)
-    assert not [name for name in inside if name.startswith(("tests/", "conf/", "tools/"))]
+    assert {name.split("/")[0] for name in inside} == {"nemo_disco", f"nemo_disco-{nemo_disco.__version__}.dist-info"}
+
+
+def test_the_metadata_is_valid_and_the_same_in_sdist_and_wheel(unpacked, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(name)
+        license_text = archive.read(name.replace("METADATA", "licenses/LICENSE"))
+    assert (unpacked / "PKG-INFO").read_bytes() == text
+    metadata = Metadata.from_email(text, validate=True)
+    assert metadata.license_expression == "Apache-2.0" and metadata.license_files == ["LICENSE"]
+    assert license_text == (REPOSITORY / "LICENSE").read_bytes() and b"Version 2.0, January 2004" in license_text
+    assert metadata.description.strip() == (REPOSITORY / "README.md").read_text().strip()
+    assert metadata.description_content_type.startswith("text/markdown")
+    assert metadata.summary and metadata.keywords and metadata.classifiers and metadata.author
+    assert "3.11" in metadata.requires_python and "3.10" not in metadata.requires_python
+
+
+def test_changelog_and_citation_are_of_this_version():
+    heading = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading.group(1) == nemo_disco.__version__
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == nemo_disco.__version__ and citation["license"] == "Apache-2.0"
+    for paper in citation["references"]:
+        assert paper["url"].rpartition("/")[2] in paper["identifiers"][0]["value"]
 
 
 def test_the_quickstart_is_planned_in_an_empty_directory(installed, tmp_path):
