@@ -132,7 +132,7 @@ def _grade(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from nemo_disco.data.survey import describe, keep, survey, write_questions
+    from nemo_disco.data.survey import describe, filter_questions, survey_questions, write_questions
     from nemo_disco.rewards import MathGrader
 
     count = None
@@ -144,16 +144,16 @@ def _data(options: argparse.Namespace) -> int:
     elif options.max_tokens is not None:
         raise UserError("--max-tokens counts a tokenizer's tokens: name its directory with --model")
     with MathGrader() as grader:
-        found = survey(
+        survey = survey_questions(
             options.files,
             against=options.against,
             rollouts=options.rollouts,
             count_tokens=count,
-            unread=grader.unread,
+            find_unparsable=grader.unread,
         )
-    print(describe(found))
+    print(describe(survey))
     if options.out is not None:
-        kept, notes = keep(found, options.drop, options.max_tokens)
+        kept, notes = filter_questions(survey, options.drop, options.max_tokens)
         write_questions(options.out, kept)
         print("\n".join([*notes, f"{options.out}: {len(kept):,} questions"]))
     return 0

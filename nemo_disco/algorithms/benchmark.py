@@ -22,7 +22,7 @@ from nemo_disco.algorithms.sampling import Questions, grade, sample_responses
 from nemo_disco.config.model_source import ModelSource
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.evaluation.result import EvaluationResult
-from nemo_disco.evaluation.samples import Sample, SampleStream
+from nemo_disco.evaluation.samples import EvaluationSample, SampleStream
 from nemo_disco.generation.engine import Engine, Response, Sampling
 from nemo_disco.rewards.registry import Grader, verifier_code
 from nemo_disco.rewards.votes import votes
@@ -58,14 +58,14 @@ def evaluate_set(
     seeds = np.random.SeedSequence((config.seed, 2**32 - 1)).generate_state(len(questions) * k, np.uint64) >> 1
     sizes = [len(batch) * (k + 1) for batch in batches]
     with SampleStream(stream[0] if stream else None, whole, sizes, dist.get_rank(), _of_rank_0) as samples:
-        for number in range(len(samples.done), len(batches)):
+        for number in range(len(samples.batches), len(batches)):
             if stopped():
                 return None
             try:
                 samples.append(_batch(engine, grader, questions, batches[number], seeds, config, samples))
             except StoppedError:
                 return None
-        all_samples = samples.all()
+        all_samples = samples.samples()
     if cautions is not None and dist.get_rank() == 0:
         for caution in cautions.about([s["response"] for s in all_samples], mixed=1.0):  # nothing is to be learned here
             log.warning("%s", caution)
@@ -80,13 +80,13 @@ def _batch(
     seeds: Any,
     config: RunConfig,
     stream: SampleStream,
-) -> list[Sample]:
+) -> list[EvaluationSample]:
     """The k samples of each question of the batch, then its greedy ones; those that the stream has are not asked for,
     and what an engine hands over goes to it as it comes."""
     k, limit = config.evaluation.samples, config.generation.longest_response
     rows = [(i, j) for i in batch for j in range(k)] + [(i, -1) for i in batch]
     drawn, greedy = Sampling(config.evaluation.temperature, limit, config.evaluation.top_p), Sampling(0.0, limit)
-    found = dict(stream.known())
+    found = dict(stream.unfinished_batch())
     for sampling in (drawn, greedy):
         asked = [n for n, (_, j) in enumerate(rows) if (j < 0) == (sampling is greedy) and n not in found]
         if not asked:
@@ -105,7 +105,7 @@ def _batch(
 
 def _sample(
     picked: Questions, numbers: list[int], threshold: float, at: int, text: str, reward: float, length: int, cut: bool
-) -> Sample:
+) -> EvaluationSample:
     """numbers: of each question's samples, -1 for the greedy one."""
     question = picked.questions[at]
     return {
@@ -122,7 +122,13 @@ def _sample(
 
 
 def _keep(
-    stream: SampleStream, asked: list[int], make: Callable[..., Sample], at: int, of: Response, text: str, reward: float
+    stream: SampleStream,
+    asked: list[int],
+    make: Callable[..., EvaluationSample],
+    at: int,
+    of: Response,
+    text: str,
+    reward: float,
 ) -> None:
     """Write to the stream a response that the engine finished before the rest."""
     stream.add(asked[at], make(at, text, reward, len(of.tokens), of.finish_reason == "length"))
@@ -134,7 +140,7 @@ def _of_rank_0(mine: Any) -> Any:
     return shared[0]
 
 
-def _result(name: str, step: int, samples: list[Sample], k: int, whole: dict[str, Any]) -> EvaluationResult:
+def _result(name: str, step: int, samples: list[EvaluationSample], k: int, whole: dict[str, Any]) -> EvaluationResult:
     drawn = [s for s in samples if s["sample"] != "greedy"]
     greedy = [s["correct"] for s in samples if s["sample"] == "greedy"]
     problems = [drawn[i : i + k] for i in range(0, len(drawn), k)]

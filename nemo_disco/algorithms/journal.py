@@ -108,7 +108,7 @@ def _line(sampled: Sampled, i: int) -> dict[str, Any]:
     question, rollouts = sampled.picked.questions[i], sampled.rollouts
     return {
         "question_id": question.id,
-        "question": question.asked,
+        "question": question.user_text,
         "prompt": sampled.picked.tokenizer.decode(sampled.picked.prompts[i]),
         "response": sampled.texts[i],
         "answer": list(question.answers),

@@ -322,7 +322,7 @@ def _show(run: RunDirectory) -> None:
     from rich.console import Console
 
     from nemo_disco.evaluation.report import write_report
-    from nemo_disco.evaluation.table import compare, made_differently, rich_table
+    from nemo_disco.evaluation.table import compare, rich_table, setup_differences
 
     console = Console()
     if not console.is_terminal:
@@ -334,7 +334,7 @@ def _show(run: RunDirectory) -> None:
         if len(results) > 1:
             title = f"{name}: {results[0].problems} problems, before and after {results[-1].step} steps"
             console.print(rich_table(compare(results[0], results[-1]), title))
-            if note := made_differently(results[0], results[-1]):
+            if note := setup_differences(results[0], results[-1]):
                 console.print(note, soft_wrap=True, highlight=False, markup=False)
     console.print(f"report   {write_report([run.path])}", soft_wrap=True, highlight=False)
     console.print(f"model    {run.export} (a Hugging Face directory)", soft_wrap=True, highlight=False)

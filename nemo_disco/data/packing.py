@@ -50,7 +50,7 @@ class Plan:
         return len(self.micro_batches[0])
 
 
-def padded(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
     """`length` rounded up to a multiple."""
     return -(-length // multiple) * multiple
 
@@ -68,7 +68,7 @@ def causal_attention_span(parameters: int, layers: int, attention_width: int) ->
 def possible_fill(tokens: int, token_budget: int, data_parallel_size: int) -> float:
     """The fill that arithmetic allows, were responses divisible: total / (DP ceil(total / (DP budget)) budget)."""
     step = data_parallel_size * token_budget
-    return tokens / padded(tokens, step)
+    return tokens / round_up(tokens, step)
 
 
 def plan_micro_batches(
@@ -95,7 +95,7 @@ def plan_micro_batches(
         raise ValueError("plan_micro_batches: a sequence has at least one token, its prompt's")
     capacity = token_budget // micro_batch_multiple * micro_batch_multiple
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    sizes = [padded(lengths[i], sequence_multiple) for i in order]
+    sizes = [round_up(lengths[i], sequence_multiple) for i in order]
     if sizes and sizes[0] > capacity:
         raise UserError(_over_budget(lengths[order[0]], sizes[0], token_budget, micro_batch_multiple))
     # Integers: sums must not depend on a processor's vector width, or ranks would disagree about the plan.
@@ -109,14 +109,14 @@ def plan_micro_batches(
         rank.sort(key=lambda b: (-_load([b], costs), b))
     return Plan(
         micro_batches=tuple(tuple(tuple(sorted(order[i] for i in b)) for b in rank) for rank in ranks),
-        padded_tokens=sum(padded(sum(sizes[i] for i in b), micro_batch_multiple) for b in bins),
+        padded_tokens=sum(round_up(sum(sizes[i] for i in b), micro_batch_multiple) for b in bins),
         fill=sum(lengths) / (len(bins) * token_budget),
         imbalance=max(loads) * len(loads) / sum(loads) if sizes else 1.0,
     )
 
 
 def _over_budget(length: int, size: int, token_budget: int, multiple: int) -> str:
-    need = padded(size, multiple)
+    need = round_up(size, multiple)
     grown = f" ({need} with the layout's padding)" if need != length else ""
     return (
         f"a sequence of {length} tokens{grown}, prompt and response, does not fit in a micro-batch: "
@@ -128,11 +128,11 @@ def _over_budget(length: int, size: int, token_budget: int, multiple: int) -> st
 def _pack(sizes: list[int], costs: list[int], capacity: int, ranks: int, count_multiple: int) -> list[Bin]:
     """As many bins as `ranks` times a multiple of `count_multiple`, the fewest that were found to hold everything."""
     step = ranks * count_multiple
-    slots = max(step, padded(-(-sum(sizes) // capacity), step))
+    slots = max(step, round_up(-(-sum(sizes) // capacity), step))
     bins = _spread(sizes, costs, capacity, slots)
     if bins is None:
         bins = _repair(_fill(sizes, capacity, slots), sizes, capacity, slots)
-        slots = padded(len(bins), step)
+        slots = round_up(len(bins), step)
         bins = _spread(sizes, costs, capacity, slots) or bins + [[] for _ in range(slots - len(bins))]
     for empty in (b for b in bins if not b):
         fullest = max(bins, key=len)

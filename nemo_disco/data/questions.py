@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.data.prompt_fields import template_fields, unread_fields
-from nemo_disco.data.records import Record, scan_records
-from nemo_disco.data.schemas import (
+from nemo_disco.data.question_fields import (
     ANSWER_FIELDS,
     PLAIN,
     SYSTEM_FIELDS,
@@ -24,6 +22,8 @@ from nemo_disco.data.schemas import (
     one_each,
     usual_names,
 )
+from nemo_disco.data.record_files import Record, scan_records
+from nemo_disco.data.template_fields import template_fields, unread_fields
 from nemo_disco.runtime.errors import UserError
 
 MAX_BAD = 0.1  # the share of a file's records that may be malformed; conf/data/default.yaml has the same
@@ -36,7 +36,7 @@ class Question:
     id: its position over all records of all files, in the order given (records that were left out count too).
     text: what the user asks; or, if it is more than one user turn, the conversation, which ends with a user turn.
     answers: alternatives, any of which is right. source: file and record, for messages. metadata: the other fields,
-    with what the chat template takes beside the conversation (prompt_fields.template_fields).
+    with what the chat template takes beside the conversation (template_fields.template_fields).
     weight: how often an epoch asks it, on the average of its file.
     """
 
@@ -53,7 +53,7 @@ class Question:
         return (Message("user", self.text),) if isinstance(self.text, str) else self.text
 
     @property
-    def asked(self) -> str:
+    def user_text(self) -> str:
         """What the user says, without system prompts and other turns."""
         return "\n\n".join(turn.content for turn in self.messages if turn.role == "user")
 
@@ -72,13 +72,13 @@ def load_questions(
 ) -> Loaded:
     """The questions of all files, in order; records that are malformed or have no answer are left out and noted.
 
-    A record has its question in one of schemas.QUESTION_FIELDS (a text, or turns with role and content, or ShareGPT's
-    from and value), its system prompt there or in one of SYSTEM_FIELDS, and its answer in one of schemas.ANSWER_FIELDS
-    (a text, a number or a list of alternatives; of a solution in GSM8K's form, what follows `####`). An assistant turn
-    at the end is the reference: not part of the question, and the answer if there is no other. Lists of questions and
-    answers are one question each.
-    weights: one a file (default: 1 each). max_bad_records: the share of a file's records that may be malformed.
-    Raises UserError naming file, record and field: more are, or no record of a file has an answer.
+    A record has its question in one of QUESTION_FIELDS (a text, turns with role and content, or ShareGPT's turns with
+    from and value), its system prompt there or in one of SYSTEM_FIELDS, and its answer in one of ANSWER_FIELDS (a text,
+    a number or a list of alternatives; of a solution in GSM8K's form, the text after `####`). An assistant turn at the
+    end is not part of the question; it is the answer if no field has one. A record with lists of questions and answers
+    gives one question for each entry.
+    weights: one for each file (default: 1). max_bad_records: the share of a file's records that may be malformed.
+    Raises UserError naming file, record and field if more are malformed, or if no record of a file has an answer.
     """
     if not paths:
         raise UserError("no question file was given")
@@ -95,10 +95,10 @@ def load_questions(
     return Loaded(tuple(questions), tuple(notes))
 
 
-def first_of(names: Sequence[str], most: int = 20) -> str:
-    """The names as a phrase, cut after `most`."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def join_names(names: Sequence[str], limit: int = 20) -> str:
+    """The names, joined by commas; of more than `limit` the first ones and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 class _File:
@@ -140,16 +140,16 @@ class _File:
         if not self.questions:
             raise UserError(
                 f"{self.path}: no record has an answer; give it in `answer` or `reward_model.ground_truth` "
-                f"(fields of the first: {first_of(self.first_fields)})"
+                f"(fields of the first: {join_names(self.first_fields)})"
             )
 
     def notes(self) -> list[str]:
         lines = [
-            f"{self.path}: {len(places)} of {self.count} records left out, {reason}: {first_of(places)}"
+            f"{self.path}: {len(places)} of {self.count} records left out, {reason}: {join_names(places)}"
             for reason, places in self.lacking.items()
         ]
         if self.bad:
-            places = first_of([place for place, _ in self.bad])
+            places = join_names([place for place, _ in self.bad])
             what = f"{len(self.bad)} of {self.count} records left out, malformed: {places}"
             lines.append(f"{self.path}: {what}; the first: {self.bad[0][1]}")
         words = {

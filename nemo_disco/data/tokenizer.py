@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokeniz
     return tokenizer
 
 
-def name_file_tokenizer(directory: Path) -> None:
+def adapt_tokenizer_config(directory: Path) -> None:
     """Let transformers 4 and 5 read a written model's tokenizer.json as it is, by changing tokenizer_config.json. A
     tokenizer with code of its own and one that cannot be read (load_tokenizer says why) stay as they are.
 
@@ -111,7 +111,7 @@ def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ..
         also = [i for i in also if i in special]
     stop = sorted({int(tokenizer.eos_token_id), *named, *also})
     if isinstance(rows := config.get("vocab_size"), int):
-        refuse_beyond(tokenizer, stop, rows, f"{directory}: an end of sequence")
+        check_vocabulary(tokenizer, stop, rows, f"{directory}: an end of sequence")
     return tuple(stop)
 
 
@@ -122,7 +122,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return 1 + max(ids.values())
 
 
-def refuse_beyond(tokenizer: Tokenizer, token_ids: Sequence[int], rows: int, where: str) -> None:
+def check_vocabulary(tokenizer: Tokenizer, token_ids: Sequence[int], rows: int, where: str) -> None:
     """Raises UserError if a token has no row in an embedding of so many `rows`."""
     if token_ids and (most := max(token_ids)) >= rows:
         token = tokenizer.convert_ids_to_tokens(most)

@@ -16,7 +16,7 @@ from typing import Any
 from nemo_disco.evaluation.rollout_pack import pack_rollouts
 from nemo_disco.evaluation.run_data import Run, read_runs
 from nemo_disco.evaluation.statistics import Estimate, bootstrap
-from nemo_disco.evaluation.table import HEADER, Row, compare, made_differently
+from nemo_disco.evaluation.table import HEADER, Row, compare, setup_differences
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
 
@@ -102,7 +102,7 @@ def accuracy_tables(runs: list[Run]) -> list[AccuracyTable]:
             rows = compare(first, last)
             if first is last:
                 rows = [Row(row.metric, row.before, None, None) for row in rows]
-            note = made_differently(first, last)
+            note = setup_differences(first, last)
             tables.append(AccuracyTable(number, run.label, name, first.problems, (first.step, last.step), rows, note))
     return tables
 

@@ -1,7 +1,7 @@
-"""The samples of an evaluation, streamed to disk as they come, so that one that was killed goes on.
+"""Files of an evaluation's graded samples, written as they come, so that an evaluation that was killed can resume.
 
-One JSON object a line: first what the evaluation is, then a line a response. Touches the file it is given, and
-those of the ranks beside it.
+One JSON object a line: first the evaluation's identity, then one line for each response. Touches the file that the
+caller names and the per-rank files beside it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing_extensions import TypedDict
 from nemo_disco.runtime.files import AppendedFile, atomic_file, first_free, remove, writing
 from nemo_disco.runtime.saved_files import LINE, Count, FileError, open_file, parse_json, read_json_lines, reading
 
-REPLACED = "replaced"  # the directory beside it that takes another evaluation's samples
+REPLACED = "replaced"  # directory beside the file, for samples of an evaluation with another identity
 log = logging.getLogger(__name__)
 
 
 @with_config(extra="forbid")
-class Sample(TypedDict):
-    """One response to a question of a set, graded. sample: its number, or "greedy"; length: tokens."""
+class EvaluationSample(TypedDict):
+    """A graded response to a question of an evaluation set. sample: its number, or "greedy"; length: tokens."""
 
     question_id: Count
     question: str
@@ -42,166 +42,166 @@ class Sample(TypedDict):
     truncated: bool
 
 
-class _Part(TypedDict):
-    """A line of what a rank had of a batch: of which evaluation, batch and row it is."""
+class _RankLine(TypedDict):
+    """A line of a rank's file: a sample of the unfinished batch, and its evaluation, batch and row in the batch."""
 
     identity: str
     batch: Count
     row: Count
-    sample: Sample
+    sample: EvaluationSample
 
 
 class SampleFile:
-    """Samples in batches of known sizes. `done`: the whole batches that an earlier life of this evaluation left."""
+    """File of complete batches. `batches`: those that an earlier process of the same evaluation wrote."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], batches: Sequence[int]) -> None:
-        """identity: what decides every sample, of JSON types. What another evaluation left is moved to a place of its
-        own, and what stands behind the last whole batch is cut off; both are said. Raises UserError."""
+    def __init__(self, path: Path, identity: Mapping[str, Any], batch_sizes: Sequence[int]) -> None:
+        """identity: all that decides the samples, of JSON types. Samples of an evaluation with another identity are
+        moved below REPLACED, and bytes after the last complete batch are cut off; both are logged. Raises UserError."""
         self._path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps(identity, sort_keys=True).encode() + b"\n"
         if os.path.lexists(path):
-            self._set_aside(head)
-        self.done, end = self._read(head, batches) if os.path.lexists(path) else ([], 0)
+            self._move_if_replaced(head)
+        self.batches, end = self._read(head, batch_sizes) if os.path.lexists(path) else ([], 0)
         self._file = AppendedFile(path)
         self._file.cut(end)
         if not end:
             self._file.write(head)
-        if self.done:
-            log.info("%s: %d samples of an earlier life of this evaluation are used", path, sum(map(len, self.done)))
+        if self.batches:
+            log.info("%s: resuming with %d samples of an earlier process", path, sum(map(len, self.batches)))
 
-    def append(self, samples: Sequence[Sample]) -> None:
-        """A batch; when it returns, it survives the death of this process."""
+    def append(self, samples: Sequence[EvaluationSample]) -> None:
+        """Write a batch; it is on disk when this returns, so that it survives the death of the process."""
         self._file.write(b"".join(map(_line, samples)))
 
     def close(self) -> None:
         self._file.close()
 
-    def _set_aside(self, head: bytes) -> None:
-        """Another evaluation's samples took long: they are kept where they say nothing of this one."""
+    def _move_if_replaced(self, head: bytes) -> None:
+        """Move the files below REPLACED if their identity is another one: their samples were expensive to make."""
         with open_file(self._path) as file, reading(self._path):
-            theirs, more = file.readline(LINE), file.readline(LINE)
-        parts = [path for path in _parts(self._path) if path.lstat().st_size]
-        if theirs == head or not (more or parts):
+            old_head, first_sample = file.readline(LINE), file.readline(LINE)
+        rank_files = [path for path in _rank_files(self._path) if path.lstat().st_size]
+        if old_head == head or not (first_sample or rank_files):
             return
         name = self._path.name
         replaced = self._path.with_name(REPLACED)
         place = first_free(replaced / str(number) / name for number in itertools.count(1)).parent
         with writing(place):
             place.mkdir(parents=True, exist_ok=True)
-            for path in (*parts, self._path):  # its first line says what they are, so it goes last
+            for path in (*rank_files, self._path):  # the file last: it holds the identity of all of them
                 path.rename(place / path.name)
-        differences = _differences(theirs, head)
+        differences = _differences(old_head, head)
         log.warning("%s is of another evaluation (%s): its samples are now in %s", self._path, differences, place)
 
-    def _read(self, head: bytes, batches: Sequence[int]) -> tuple[list[list[Sample]], int]:
-        """The whole batches, and how many bytes they are with the first line; 0 if that is not `head`."""
-        done: list[list[Sample]] = []
+    def _read(self, head: bytes, batch_sizes: Sequence[int]) -> tuple[list[list[EvaluationSample]], int]:
+        """The complete batches, and where they end in the file, in bytes; 0 if the first line is not `head`."""
+        batches: list[list[EvaluationSample]] = []
         with open_file(self._path) as file, reading(self._path):
             if file.readline(LINE) != head:
                 return [], 0
             end = len(head)
-            for size in batches:
+            for size in batch_sizes:
                 lines = [file.readline(LINE) for _ in range(size)]
                 if not all(line.endswith(b"\n") for line in lines):
                     break
                 try:
-                    done.append([parse_json(self._path, line, Sample) for line in lines])
+                    batches.append([parse_json(self._path, line, EvaluationSample) for line in lines])
                 except FileError as fault:
-                    log.warning("%s: a sample is %s; it and what follows is sampled again", self._path, fault.what)
+                    log.warning("%s: a sample is %s; its batch and later ones are sampled anew", self._path, fault.what)
                     break
                 end += sum(map(len, lines))
-        return done, end
+        return batches, end
 
 
 class SampleStream:
-    """The samples of one evaluation: whole batches in one file, and beside it what each rank has of the batch in hand,
-    a line a sample as it comes. `done`: the whole batches. A context; the same on every rank but for the files."""
+    """Samples of one evaluation on all ranks: rank 0's SampleFile of complete batches, and beside it a file a rank with
+    its samples of the unfinished batch. `batches`: the complete ones, the same on every rank. A context manager."""
 
     def __init__(
         self,
         path: Path | None,
         identity: Mapping[str, Any],
-        batches: Sequence[int],
+        batch_sizes: Sequence[int],
         rank: int = 0,
-        share: Callable[[Any], Any] = lambda mine: mine,
+        broadcast: Callable[[Any], Any] = lambda value: value,
     ) -> None:
-        """path: None keeps nothing. share: gives every rank what rank 0 has. Raises UserError."""
+        """path: None writes no files. broadcast: returns rank 0's value on every rank. Raises UserError."""
         self._path = path
-        self._part_path = path.with_name(f"{path.stem}.rank_{rank}.jsonl") if path else None
+        self._rank_path = path.with_name(f"{path.stem}.rank_{rank}.jsonl") if path else None
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._file = SampleFile(path, identity, batches) if path and rank == 0 else None
-        self._part: AppendedFile | None = None
-        self.done: list[list[Sample]] = self._file.done if self._file else []
-        self._known: dict[int, Sample] = self._left() if self._file else {}
-        # The identity too: of the weights it has the times of their files, which may differ from machine to machine.
-        self.done, self._known, self._identity = share((self.done, self._known, self._identity))
+        self._file = SampleFile(path, identity, batch_sizes) if path and rank == 0 else None
+        self._rank_file: AppendedFile | None = None
+        self.batches: list[list[EvaluationSample]] = self._file.batches if self._file else []
+        self._recovered: dict[int, EvaluationSample] = self._recover() if self._file else {}
+        # The identity too: it holds the times of the weights' files, which may differ from machine to machine.
+        self.batches, self._recovered, self._identity = broadcast((self.batches, self._recovered, self._identity))
 
-    def known(self) -> Mapping[int, Sample]:
-        """The samples of the batch in hand that an earlier life left, by row."""
-        return self._known
+    def unfinished_batch(self) -> Mapping[int, EvaluationSample]:
+        """The samples of the unfinished batch that an earlier process wrote, by row."""
+        return self._recovered
 
-    def add(self, row: int, sample: Sample) -> None:
-        """A sample of the batch in hand; when it returns, it survives the death of this process."""
-        if self._part_path is None:
+    def add(self, row: int, sample: EvaluationSample) -> None:
+        """Write one sample of the unfinished batch; it is on disk when this returns."""
+        if self._rank_path is None:
             return
-        self._part = self._part or AppendedFile(self._part_path)
-        self._part.write(self._entry(row, sample))
+        self._rank_file = self._rank_file or AppendedFile(self._rank_path)
+        self._rank_file.write(self._rank_line(row, sample))
 
-    def append(self, samples: list[Sample]) -> None:
-        """The batch in hand, whole."""
+    def append(self, samples: list[EvaluationSample]) -> None:
+        """Write the batch, now complete, and remove this rank's file of its samples."""
         if self._file is not None:
             self._file.append(samples)
-        self.done.append(samples)
-        self._known = {}
-        if self._part is not None:
-            self._part.close()
-            self._part = None
-        if self._part_path is not None:
-            with writing(self._part_path):
-                remove(self._part_path)
+        self.batches.append(samples)
+        self._recovered = {}
+        if self._rank_file is not None:
+            self._rank_file.close()
+            self._rank_file = None
+        if self._rank_path is not None:
+            with writing(self._rank_path):
+                remove(self._rank_path)
 
-    def all(self) -> list[Sample]:
-        return [sample for batch in self.done for sample in batch]
+    def samples(self) -> list[EvaluationSample]:
+        """The samples of all complete batches."""
+        return [sample for batch in self.batches for sample in batch]
 
     def __enter__(self) -> SampleStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._file, self._part):
+        for file in (self._file, self._rank_file):
             if file is not None:
                 file.close()
 
-    def _left(self) -> dict[int, Sample]:
-        """The samples of the unfinished batch that the ranks of an earlier life left, by row. They are in this rank's
-        file before the others' are removed: a kill in between loses none."""
-        assert self._path is not None and self._part_path is not None
-        found: dict[int, Sample] = {}
-        parts = _parts(self._path)
-        for path in parts:
+    def _recover(self) -> dict[int, EvaluationSample]:
+        """Gather the samples of the unfinished batch from the files of an earlier process's ranks, by row. They are in
+        this rank's file before the others' are removed: a kill in between loses none."""
+        assert self._path is not None and self._rank_path is not None
+        samples: dict[int, EvaluationSample] = {}
+        rank_files = _rank_files(self._path)
+        for path in rank_files:
             with contextlib.suppress(FileError):
-                for line in read_json_lines(path, _Part):
+                for line in read_json_lines(path, _RankLine):
                     entry = None if line.fault else line.value
-                    if entry and (entry["identity"], entry["batch"]) == (self._identity, len(self.done)):
-                        found[entry["row"]] = entry["sample"]
-        if found:
-            with atomic_file(self._part_path) as work:
-                work.write_bytes(b"".join(self._entry(row, sample) for row, sample in found.items()))
-            log.info("%s: %d samples of a batch that was not finished are used", self._path, len(found))
-        for path in parts:
-            if not found or path != self._part_path:
+                    if entry and (entry["identity"], entry["batch"]) == (self._identity, len(self.batches)):
+                        samples[entry["row"]] = entry["sample"]
+        if samples:
+            with atomic_file(self._rank_path) as work:
+                work.write_bytes(b"".join(self._rank_line(row, sample) for row, sample in samples.items()))
+            log.info("%s: resuming with %d samples of an unfinished batch", self._path, len(samples))
+        for path in rank_files:
+            if not samples or path != self._rank_path:
                 with writing(path):
                     remove(path)
-        return found
+        return samples
 
-    def _entry(self, row: int, sample: Sample) -> bytes:
-        """A line of a rank's file."""
-        return _line({"identity": self._identity, "batch": len(self.done), "row": row, "sample": sample})
+    def _rank_line(self, row: int, sample: EvaluationSample) -> bytes:
+        return _line({"identity": self._identity, "batch": len(self.batches), "row": row, "sample": sample})
 
 
-def _parts(path: Path) -> list[Path]:
-    """The files beside the samples' file in which the ranks keep their samples of the unfinished batch."""
+def _rank_files(path: Path) -> list[Path]:
+    """The per-rank files of unfinished batches beside a file of samples."""
     return sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank_*.jsonl"))
 
 
@@ -209,10 +209,10 @@ def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
-def _differences(theirs: bytes, ours: bytes) -> str:
-    """The keys in which two identities differ, as the end of a message."""
+def _differences(old_head: bytes, new_head: bytes) -> str:
+    """The keys in which two identities differ, for a message."""
     try:
-        old, new = (parse_json("", head, dict[str, Any]) for head in (theirs, ours))
+        old, new = (parse_json("", head, dict[str, Any]) for head in (old_head, new_head))
     except FileError:
         return "its first line is damaged"
     return ", ".join(sorted(key for key in {**old, **new} if old.get(key) != new.get(key))) + " changed"

@@ -61,7 +61,7 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
     return rows
 
 
-def made_differently(before: EvaluationResult, after: EvaluationResult) -> str:
+def setup_differences(before: EvaluationResult, after: EvaluationResult) -> str:
     """A line that names what differed between two evaluations beside the weights: precision, engine, verifier, ...
 
     Empty where nothing did, or where a result does not say how it was made.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nemo_disco.data.packing import padded
+from nemo_disco.data.packing import round_up
 from nemo_disco.generation.decoder_weights import LayerWeights, decoder_weights
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.policy.parallel import Ranks
@@ -43,7 +43,7 @@ class Cache:
         """Room for `tokens` tokens a row, of at most `most` ever."""
         if tokens <= self.capacity:
             return
-        more = padded(min(most, max(tokens + GROWTH, self.capacity * 3 // 2)), GROWTH) - self.capacity
+        more = round_up(min(most, max(tokens + GROWTH, self.capacity * 3 // 2)), GROWTH) - self.capacity
         for pair in self.pairs:
             for i, x in enumerate(pair):
                 pair[i] = torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2)

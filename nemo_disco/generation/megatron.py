@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_disco.data.packing import padded
+from nemo_disco.data.packing import round_up
 from nemo_disco.generation.decoder import GROWTH, Cache, Decoder
 from nemo_disco.generation.engine import Finished, Response, Sampling
 from nemo_disco.generation.sampling import sample, uniforms
@@ -106,7 +106,7 @@ class MegatronEngine:
         room = self._cache_bytes()
         start = 0
         while start < len(mine):
-            a_row = a_token * padded(len(prompts[mine[start]]) + sampling.max_response_length, GROWTH)
+            a_row = a_token * round_up(len(prompts[mine[start]]) + sampling.max_response_length, GROWTH)
             count = max(1, int(room // a_row))
             yield mine[start : start + count]
             start += count
@@ -212,7 +212,7 @@ class MegatronEngine:
         None where there is none. Its rows begin at multiples of GROWTH numbers, as CUDA's attention wants them."""
         if not bool(padding.any()):
             return None
-        columns = padded(width, GROWTH)
+        columns = round_up(width, GROWTH)
         hidden = torch.arange(columns, device=padding.device)[None] < padding[:, None]
         zeros = torch.zeros(len(padding), columns, dtype=self.decoder.dtype, device=padding.device)
         return zeros.masked_fill(hidden, float("-inf"))[:, None, None]

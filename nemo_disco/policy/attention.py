@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from nemo_disco.data.packing import padded
+from nemo_disco.data.packing import round_up
 
 # torch 2.11's flash kernel takes grouped queries as they are; later ones want to be told.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -241,7 +241,7 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
     def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One sequence, padded where under a causal mask no real token sees it."""
         tokens = len(query)
-        extra = padded(tokens, LONG_MULTIPLE) - tokens
+        extra = round_up(tokens, LONG_MULTIPLE) - tokens
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1)[None] for x in (query, key, value))
         with sdpa_kernel(LONG_BACKENDS, set_priority=True):
             grouped = q.shape[1] != k.shape[1]

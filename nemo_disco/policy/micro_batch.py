@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_disco.data.packing import padded
+from nemo_disco.data.packing import round_up
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.attention import PackedSequences
 from nemo_disco.policy.parallel import Ranks
@@ -73,8 +73,8 @@ def build_micro_batch(
     """
     needed = sequence_lengths(rollouts)
     order = sorted(responses, key=lambda i: (needed[i], i))
-    lengths = [padded(needed[i], layout.sequence) for i in order]
-    total = max(padded(sum(lengths), layout.micro_batch), layout.micro_batch)
+    lengths = [round_up(needed[i], layout.sequence) for i in order]
+    total = max(round_up(sum(lengths), layout.micro_batch), layout.micro_batch)
     if total > sum(lengths):
         lengths.append(total - sum(lengths))  # one more sequence, which predicts nothing
     ids, targets, index = (torch.zeros(total, dtype=torch.int64) for _ in range(3))

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from nemo_disco.config.model_directory import safetensor_names
-from nemo_disco.data.tokenizer import name_file_tokenizer
+from nemo_disco.data.tokenizer import adapt_tokenizer_config
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.safetensor_writer import Plan, write_safetensors
 from nemo_disco.runtime.saved_files import FileError, check_file, read_json
@@ -233,4 +233,4 @@ def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> No
             copy = target / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-    name_file_tokenizer(target)
+    adapt_tokenizer_config(target)

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_disco.data.records import read_lines
-from nemo_disco.data.schemas import alternative, final_of, unfinished
+from nemo_disco.data.question_fields import answer_text, final_answer, lacks_final_answer
+from nemo_disco.data.record_files import read_lines
 from nemo_disco.rewards.math.grader import MathGrader
 from nemo_disco.runtime.errors import UserError
 
@@ -29,10 +29,10 @@ def grade_file(
     """
     solutions = 0
     for _, gold in _lines(path):  # all lines are checked before time is spent on the first
-        solutions += any(final_of(answer) != answer for answer in gold)
+        solutions += any(final_answer(answer) != answer for answer in gold)
     if solutions:
         log.warning("%s: %d answers are whole solutions: what follows #### is the answer", path, solutions)
-    lines = ((response, [final_of(answer) for answer in answers]) for response, answers in _lines(path))
+    lines = ((response, [final_answer(answer) for answer in answers]) for response, answers in _lines(path))
     with MathGrader(timeout=timeout, workers=workers, require_think=require_think) as grader:
         while batch := list(islice(lines, BATCH)):
             responses, answers = zip(*batch, strict=True)
@@ -65,11 +65,11 @@ def _alternatives(answer: Any, where: str) -> list[str]:
     for one in answers:
         if isinstance(one, bool) or not isinstance(one, str | int | float):
             raise UserError(f"{where}: `answer` must be a string, a number, or a list of them, not {_kind(one)}")
-        if not alternative(where, "answer", one):
+        if not answer_text(where, "answer", one):
             raise UserError(f"{where}: `answer` is empty")
-        if isinstance(one, str) and unfinished(one):
+        if isinstance(one, str) and lacks_final_answer(one):
             raise UserError(f"{where}: `answer` ends in `####`, and no answer follows it")
-    return [alternative(where, "answer", one) for one in answers]
+    return [answer_text(where, "answer", one) for one in answers]
 
 
 def _kind(value: Any) -> str:

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_disco.data.chat import decode, encode_prompts, token_widths
+from nemo_disco.data.question_fields import Message
 from nemo_disco.data.questions import Question
-from nemo_disco.data.schemas import Message
 from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids
 from nemo_disco.runtime.errors import UserError
 

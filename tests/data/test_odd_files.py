@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_disco.data.question_fields import ANSWER_FIELDS, QUESTION_FIELDS
 from nemo_disco.data.questions import load_questions
-from nemo_disco.data.schemas import ANSWER_FIELDS, QUESTION_FIELDS
 from nemo_disco.data.survey import write_questions
 from nemo_disco.runtime.errors import UserError
 

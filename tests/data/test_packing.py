@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_disco.data.packing import causal_attention_span, padded, plan_micro_batches, possible_fill
+from nemo_disco.data.packing import causal_attention_span, plan_micro_batches, possible_fill, round_up
 from nemo_disco.runtime.errors import UserError
 
 LONGEST = 9216
@@ -26,7 +26,9 @@ def problems(draw):
         "attention_span": draw(st.sampled_from([None, 100.0, 3000.0])),
     }
     lengths = draw(st.lists(st.integers(1, draw(st.sampled_from([3, 40, 400]))), max_size=70))
-    smallest = padded(padded(max(lengths, default=1), options["sequence_multiple"]), options["micro_batch_multiple"])
+    smallest = round_up(
+        round_up(max(lengths, default=1), options["sequence_multiple"]), options["micro_batch_multiple"]
+    )
     return lengths, options | {"token_budget": smallest + draw(st.sampled_from([0, 1, 30, 500]))}
 
 
@@ -63,7 +65,9 @@ def test_3_none_is_over_the_budget_padding_included(problem):
     lengths, options = problem
     plan = plan_micro_batches(lengths, **options)
     totals = [
-        padded(sum(padded(lengths[i], options["sequence_multiple"]) for i in batch), options["micro_batch_multiple"])
+        round_up(
+            sum(round_up(lengths[i], options["sequence_multiple"]) for i in batch), options["micro_batch_multiple"]
+        )
         for batch in slots(plan)
     ]
     assert max(totals) <= options["token_budget"]
@@ -73,7 +77,7 @@ def test_3_none_is_over_the_budget_padding_included(problem):
 def test_3_also_where_full_bins_are_shared_anew():
     lengths = [381, 373, 337, 337, 217, 217, 177, 145, 145, 133, 121, 57, 53, 9, 1, 1, 1, 1]
     plan = plan_micro_batches(lengths, token_budget=384, data_parallel_size=5, sequence_multiple=4, attention_span=3000)
-    assert plan.padded_tokens == sum(padded(n, 4) for n in lengths)
+    assert plan.padded_tokens == sum(round_up(n, 4) for n in lengths)
 
 
 @pytest.mark.parametrize(("seed", "ranks"), list(product(range(3), (2, 8, 16))))
@@ -163,7 +167,7 @@ def test_the_fill_is_what_arithmetic_allows(real_plans):
     missed = []
     for plan, lengths, budget, ranks in real_plans:
         possible = possible_fill(sum(lengths), budget, ranks)
-        if plan.fill < 0.97 * possible and needed(lengths, budget) <= padded(-(-sum(lengths) // budget), ranks):
+        if plan.fill < 0.97 * possible and needed(lengths, budget) <= round_up(-(-sum(lengths) // budget), ranks):
             missed.append(possible)
     assert all(possible > 0.998 for possible in missed)
     assert len(missed) <= 0.002 * len(real_plans)
@@ -189,8 +193,8 @@ def test_layouts_that_pad_are_level_and_as_full(layout, ranks):
         assert plan.imbalance <= 1.05
         step = ranks * layout.get("count_multiple", 1)
         assert plan.count * ranks % step == 0
-        whole = sum(padded(n, layout.get("sequence_multiple", 1)) for n in lengths)
-        assert plan.fill >= 0.97 * sum(lengths) / padded(-(-whole // budget), step) / budget
+        whole = sum(round_up(n, layout.get("sequence_multiple", 1)) for n in lengths)
+        assert plan.fill >= 0.97 * sum(lengths) / round_up(-(-whole // budget), step) / budget
 
 
 @pytest.mark.parametrize(("shape", "factor"), list(product(SHAPES, (1, 2))))

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from nemo_disco.data.question_fields import Message
 from nemo_disco.data.questions import load_questions
-from nemo_disco.data.schemas import Message
 from nemo_disco.runtime.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "1+1?"}]

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from nemo_disco import cli
-from nemo_disco.data.normalize import text_key
+from nemo_disco.data.question_keys import text_key
 from nemo_disco.data.questions import load_questions
-from nemo_disco.data.survey import describe, keep, pass_rates, survey, write_questions
+from nemo_disco.data.survey import describe, filter_questions, pass_rates, survey_questions, write_questions
 from nemo_disco.runtime.errors import UserError
 
 RECORDS = [
@@ -23,19 +23,19 @@ RECORDS = [
 @pytest.fixture
 def found(write):
     held_out = write("test.json", [{"problem": "Name a  SET", "answer": "1"}, {"problem": "Other?", "answer": "1"}])
-    return survey(
+    return survey_questions(
         [write("train.jsonl", RECORDS)],
         against=[held_out],
         count_tokens=lambda questions: [len(q.messages[-1].content) for q in questions],
-        unread=lambda answers: ["unparsable answer" if a == "x^{" else "" for a in answers],
+        find_unparsable=lambda answers: ["unparsable answer" if a == "x^{" else "" for a in answers],
     )
 
 
 def test_each_fault_is_found(found):
-    assert found.repeated == {1: 0, 2: 0}
+    assert found.duplicates == {1: 0, 2: 0}
     assert found.conflicting == [2]
-    assert {i: q.text for i, q in found.overlapping.items()} == {3: "Name a  SET"}
-    assert found.unread == {4: "unparsable answer"}
+    assert {i: q.text for i, q in found.contaminated.items()} == {3: "Name a  SET"}
+    assert found.unparsable == {4: "unparsable answer"}
     assert found.longer_than(100) == [4]
 
 
@@ -58,7 +58,7 @@ def test_the_description_names_records(found):
     ],
 )
 def test_filters_take_what_they_say(found, drop, tokens, left):
-    kept, notes = keep(found, drop, tokens)
+    kept, notes = filter_questions(found, drop, tokens)
     assert [q.id for q in kept] == left
     assert bool(notes) == (len(left) < 5)
 
@@ -67,24 +67,24 @@ def test_what_always_comes_out_the_same_is_left_out(write):
     verdicts = {"What is $1+1$?": [True, True], "Name a set.": [False], "A long one: " + "x" * 300: [True, False]}
     lines = [{"question": q, "correct": v} for q, of in verdicts.items() for v in of]
     rollouts = [write("step_1.jsonl", lines[:2]), write("step_2.jsonl", lines[2:])]
-    found = survey([write("train.jsonl", RECORDS)], rollouts=rollouts)
+    found = survey_questions([write("train.jsonl", RECORDS)], rollouts=rollouts)
     assert found.pass_rates == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 0.5}
-    assert [q.id for q in keep(found, [], None)[0]] == [4]
+    assert [q.id for q in filter_questions(found, [], None)[0]] == [4]
     assert "always wrong 1, always right 3" in describe(found)
     # A question that no rollout measured stays.
-    assert len(keep(survey([write("new.json", [RECORDS[3], {"problem": "New", "answer": 1}])],
+    assert len(filter_questions(survey_questions([write("new.json", [RECORDS[3], {"problem": "New", "answer": 1}])],
                            rollouts=rollouts), [], None)[0]) == 1  # fmt: skip
 
 
 def test_a_question_with_a_system_prompt_has_its_rollouts(write):
     (question,) = load_questions([write("q.json", [RECORDS[3]])]).questions
-    rollouts = write("step_1.jsonl", [{"question": question.asked, "correct": True}])  # as runs write them
-    assert survey([write("q.json", [RECORDS[3]])], rollouts=[rollouts]).pass_rates == {0: 1.0}
+    rollouts = write("step_1.jsonl", [{"question": question.user_text, "correct": True}])  # as runs write them
+    assert survey_questions([write("q.json", [RECORDS[3]])], rollouts=[rollouts]).pass_rates == {0: 1.0}
 
 
 def test_malformed_records_are_noted_however_many_they_are(write):
     bad = write("bad.jsonl", [{"problem": 7, "answer": 1}, {"problem": 8, "answer": 1}, RECORDS[0]])
-    found = survey([bad], against=[bad])
+    found = survey_questions([bad], against=[bad])
     assert len(found.questions) == 1
     assert len([note for note in found.notes if "2 of 3 records left out, malformed" in note]) == 2  # of each file
 
@@ -107,7 +107,7 @@ def test_converted_questions_are_the_same_questions(name, write, tmp_path):
 def test_unusable_targets_are_refused(found, tmp_path):
     with pytest.raises(UserError, match=r"name it \.jsonl, \.json, \.parquet"):
         write_questions(tmp_path / "out.csv", found.questions)
-    with pytest.raises(UserError, match="no question is left"):
+    with pytest.raises(UserError, match="the filters left no question"):
         write_questions(tmp_path / "out.json", [])
 
 

@@ -61,7 +61,7 @@ def test_killed_within_a_batch_it_goes_on_sample_by_sample(commands, tmp_path):
     kept = part.read_bytes().count(b"\n")
     assert 0 < kept < 8 * 65
     done = commands("evaluate", many, at(tmp_path / "killed")).ok()
-    assert f"{kept} samples of a batch that was not finished are used" in done.err
+    assert f"with {kept} samples of an unfinished batch" in done.err
     whole, resumed = (tmp_path / name / "evaluation/test.step_0.samples.jsonl" for name in ("whole", "killed"))
     assert resumed.read_bytes() == whole.read_bytes() and not part.exists()
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.evaluation.samples import Sample, SampleFile, SampleStream
+from nemo_disco.evaluation.samples import EvaluationSample, SampleFile, SampleStream
 from nemo_disco.runtime.files import remove
 
 IDENTITY = {"set": "s", "seed": 1}
 BATCHES = [2, 2, 1]
 REST = {"question_id": 1, "question": "?", "answer": ["1"], "sample": 0, "reward": 1.0, "correct": True}
-SAMPLES: list[list[Sample]] = [
+SAMPLES: list[list[EvaluationSample]] = [
     [{**REST, "length": 3, "truncated": False, "response": f"é{i}{j}"} for j in range(size)]  # type: ignore[typeddict-item]
     for i, size in enumerate(BATCHES)
 ]
@@ -25,7 +25,7 @@ def open_file(path: Path, **changes: int) -> SampleFile:
 def test_a_file_cut_at_any_byte_keeps_its_whole_batches(tmp_path: Path) -> None:
     path = tmp_path / "deep/s.jsonl"
     file = open_file(path)
-    assert file.done == []
+    assert file.batches == []
     ends = []
     for batch in SAMPLES:
         file.append(batch)
@@ -36,7 +36,7 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_batches(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         file = open_file(path)
         complete = sum(end <= cut for end in ends)
-        assert file.done == SAMPLES[:complete]
+        assert file.batches == SAMPLES[:complete]
         for batch in SAMPLES[complete:]:
             file.append(batch)
         file.close()
@@ -49,7 +49,7 @@ def test_another_evaluation_begins_anew(tmp_path: Path) -> None:
     file.append(SAMPLES[0])
     file.close()
     again = open_file(path, seed=2)
-    assert again.done == [] and b'"seed": 2' in path.read_bytes()
+    assert again.batches == [] and b'"seed": 2' in path.read_bytes()
     again.close()
 
 
@@ -58,7 +58,7 @@ def test_another_evaluations_samples_are_kept_and_it_is_said(tmp_path: Path, cap
     path = tmp_path / "s.jsonl"
     for seed in (1, 2):
         with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
-            assert stream.done == [] and stream.known() == {}
+            assert stream.batches == [] and stream.unfinished_batch() == {}
             if seed == 1:
                 stream.append(SAMPLES[0])
             stream.add(1, SAMPLES[1][1])
@@ -68,7 +68,7 @@ def test_another_evaluations_samples_are_kept_and_it_is_said(tmp_path: Path, cap
         for kept in (tmp_path / f"replaced/{seed}").iterdir():
             kept.rename(tmp_path / kept.name)
         with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
-            assert stream.done == SAMPLES[: 2 - seed] and stream.known() == {1: SAMPLES[1][1]}
+            assert stream.batches == SAMPLES[: 2 - seed] and stream.unfinished_batch() == {1: SAMPLES[1][1]}
 
 
 def test_samples_of_the_batch_in_hand_survive_kill_after_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_samples_of_the_batch_in_hand_survive_kill_after_kill(tmp_path: Path, mo
             SampleStream(path, IDENTITY, BATCHES)
     for _ in range(2):
         with SampleStream(path, IDENTITY, BATCHES) as stream:
-            assert dict(stream.known()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
+            assert dict(stream.unfinished_batch()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
 
 
 @pytest.mark.parametrize("junk", [b"\0\0\0\n", b"{}\n", b"[" * 1000 + b"\n", b"\xff\n", b'{"response": 3}\n'])
@@ -101,7 +101,7 @@ def test_a_damaged_sample_is_sampled_again(tmp_path: Path, junk: bytes) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], junk, *lines[5:]]))  # the second of the second batch
     file = open_file(path)
-    assert file.done == SAMPLES[:1]
+    assert file.batches == SAMPLES[:1]
     file.close()
 
 
@@ -111,14 +111,14 @@ def test_samples_of_a_batch_in_hand_survive_a_kill(tmp_path: Path) -> None:
     for rank, row in ((0, 1), (1, 0)):
         SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY | {"seed": 2}, BATCHES) as other:
-        assert other.known() == {}
+        assert other.unfinished_batch() == {}
     for rank, row in ((0, 1), (1, 0)):
         SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY, BATCHES) as stream:
-        assert dict(stream.known()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
+        assert dict(stream.unfinished_batch()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
         stream.append(SAMPLES[0])
-        assert stream.known() == {} and [p.name for p in tmp_path.glob("s.rank*")] == []
-        assert stream.all() == SAMPLES[0]
+        assert stream.unfinished_batch() == {} and [p.name for p in tmp_path.glob("s.rank*")] == []
+        assert stream.samples() == SAMPLES[0]
 
 
 def test_ranks_whose_weights_differ_in_time_alone_share_an_evaluation(tmp_path: Path) -> None:
@@ -128,4 +128,4 @@ def test_ranks_whose_weights_differ_in_time_alone_share_an_evaluation(tmp_path: 
     SampleStream(path, IDENTITY, BATCHES, 0, lambda mine: shared.append(mine) or mine)
     SampleStream(path, IDENTITY | {"weights": 2}, BATCHES, 1, lambda _: shared[0]).add(1, SAMPLES[0][1])
     with SampleStream(path, IDENTITY, BATCHES) as stream:
-        assert dict(stream.known()) == {1: SAMPLES[0][1]}
+        assert dict(stream.unfinished_batch()) == {1: SAMPLES[0][1]}

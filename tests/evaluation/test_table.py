@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluation, read_evaluations, write_evaluation
-from nemo_disco.evaluation.table import compare, json_table, made_differently, rich_table, text_table
+from nemo_disco.evaluation.table import compare, json_table, rich_table, setup_differences, text_table
 from nemo_disco.runtime.errors import UserError
 
 Make = Callable[..., EvaluationResult]
@@ -123,8 +123,8 @@ def test_what_two_evaluations_made_differently_is_named(make_result: Make) -> No
     how = {"step": 0, "precision": "32-true", "engine": {"name": "megatron", "tp": 1}, "verifier_code": "a" * 64}
     now = how | {"step": 9, "weights": [], "precision": "bf16", "engine": {"name": "vllm", "tp": 1}}
     before, after = make_result(), make_result(step=9)
-    assert made_differently(before, after) == "", "nothing says how they were made"
-    assert made_differently(replace(before, identity=how), replace(after, identity=how | {"step": 9})) == ""
-    line = made_differently(replace(before, identity=how), replace(after, identity=now | {"verifier_code": "b" * 64}))
+    assert setup_differences(before, after) == "", "nothing says how they were made"
+    assert setup_differences(replace(before, identity=how), replace(after, identity=how | {"step": 9})) == ""
+    line = setup_differences(replace(before, identity=how), replace(after, identity=now | {"verifier_code": "b" * 64}))
     assert 'precision ("32-true", then "bf16")' in line and 'engine.name ("megatron", then "vllm")' in line
     assert "verifier_code" in line and "engine.tp" not in line and "step" not in line and "\n" not in line

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nemo_disco.data import schemas
+from nemo_disco.data import question_fields
+from nemo_disco.data.question_fields import Message
 from nemo_disco.data.questions import load_questions
-from nemo_disco.data.schemas import Message
 from nemo_disco.runtime.errors import UserError
 
 USER = {"role": "user", "content": "1+1?"}
@@ -167,10 +167,10 @@ def test_a_bad_record_is_left_out_and_named_up_to_a_share(write):
 
 
 def test_an_integer_that_no_float_holds_is_an_answer():
-    assert schemas.alternative("F", "answer", 10**400) == "1" + 400 * "0"
+    assert question_fields.answer_text("F", "answer", 10**400) == "1" + 400 * "0"
 
 
 @pytest.mark.parametrize("sender", [["human"], {"a": 1}, None])
 def test_a_sender_that_is_no_text_is_named(sender):
     with pytest.raises(UserError, match=r"conversations\[0\]\.from"):
-        schemas.asked("F", {"conversations": [{"from": sender, "value": "x"}]})
+        question_fields.asked("F", {"conversations": [{"from": sender, "value": "x"}]})

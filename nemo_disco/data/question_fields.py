@@ -1,7 +1,7 @@
 """The schemas in which people keep questions: from a record's fields to a conversation and its gold answers.
 
 Pure: no files, no tokenizer, no grading. What is malformed is a UserError that names source and field.
-Fields that change a prompt beside the question and its system prompt are prompt_fields.py's.
+Fields that change a prompt beside the question and its system prompt are template_fields.py's.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def gold(source: str, fields: Mapping[str, Any], question: Asked) -> Gold:
     return Gold((), lack)
 
 
-def alternative(source: str, name: str, value: Any) -> str:
+def answer_text(source: str, name: str, value: Any) -> str:
     """One gold answer as text: numbers in plain notation, integral ones without a point; "" if there is none.
 
     Raises UserError for what is neither text nor a number.
@@ -201,7 +201,7 @@ def alternative(source: str, name: str, value: Any) -> str:
     return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
-def final_of(text: str) -> str:
+def final_answer(text: str) -> str:
     """What stands after `####` in a text's last line, as GSM8K ends its solutions, without a comma at the thousands;
     the text itself if nothing does."""
     if (end := _GSM8K.search(text)) is None:
@@ -217,16 +217,16 @@ def encodable(source: str, name: str, value: str) -> str:
     return value
 
 
-def unfinished(text: str) -> bool:
+def lacks_final_answer(text: str) -> bool:
     """Whether a text ends in a line `####` without the answer that should follow."""
     return _UNFINISHED.search(text) is not None
 
 
 def _taken(source: str, where: str, answers: Sequence[str], reference: bool) -> Gold:
     """The final answers of solutions that end in one; a `solution`, or a reference turn, that is prose has none."""
-    if any(map(unfinished, answers)):
+    if any(map(lacks_final_answer, answers)):
         raise UserError(f"{source}: `{where}` ends in `####`, and no answer follows it")
-    short = tuple(dict.fromkeys(map(final_of, answers)))
+    short = tuple(dict.fromkeys(map(final_answer, answers)))
     if short != tuple(answers):
         return Gold(short, taken="####")
     boxed = bool(short) and all(_BOX.search(text) for text in short)
@@ -299,7 +299,7 @@ def _ground_truth(source: str, value: Any) -> Any:
 
 def _alternatives(source: str, name: str, value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, list) else _listed(value) or [value]
-    return tuple(dict.fromkeys(a for a in (alternative(source, name, v) for v in values) if a))
+    return tuple(dict.fromkeys(a for a in (answer_text(source, name, v) for v in values) if a))
 
 
 def _listed(value: Any) -> list[str] | None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nemo_disco.data.records import read_records
+from nemo_disco.data.record_files import read_records
 from nemo_disco.runtime.errors import UserError
 
 RECORDS = [{"problem": "a\u2028b", "answer": ["1", "2"]}, {"problem": "c", "answer": ["3"]}]

@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from nemo_disco.data import template
+from nemo_disco.data import template_rendering
 from nemo_disco.data.chat import encode_prompts
+from nemo_disco.data.question_fields import Message
 from nemo_disco.data.questions import Question
-from nemo_disco.data.schemas import Message
 from nemo_disco.runtime.errors import UserError
 
 NESTED = "".join(f"{{% for {c} in range(99999) %}}" for c in "abcd") + "{% endfor %}" * 4
@@ -44,7 +44,7 @@ def test_a_template_that_fails_is_one_line(tokenizer, text, complaint):
 
 @pytest.mark.parametrize("text", [NESTED, "{{ 10 ** (10 ** 10) }}"])  # the second never leaves Python's own C code
 def test_an_endless_template_is_ended_in_any_thread(tokenizer, text, monkeypatch):
-    monkeypatch.setattr(template, "SECONDS", 1)
+    monkeypatch.setattr(template_rendering, "SECONDS", 1)
     tokenizer.chat_template = text
     lines = []
 

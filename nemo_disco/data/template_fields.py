@@ -1,7 +1,7 @@
 """Fields beside a record's question that change its prompt: tools, and arguments of the chat template. Others that a
 model may need to see are refused (images), or named because they are not read (a context, the options to choose from).
 
-Pure: no files, no tokenizer. The question, its system prompt and its answers are schemas.py's.
+Pure: no files, no tokenizer. The question, its system prompt and its answers are question_fields.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_disco.data.schemas import QUESTION_FIELDS, Asked, asked
+from nemo_disco.data.question_fields import QUESTION_FIELDS, Asked, asked
 from nemo_disco.runtime.errors import UserError
 
 TOOLS, ARGUMENTS, THINKING = "tools", "chat_template_kwargs", "enable_thinking"

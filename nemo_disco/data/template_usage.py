@@ -11,8 +11,8 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nemo_disco.data.questions import first_of
-from nemo_disco.data.template import Conversation
+from nemo_disco.data.questions import join_names
+from nemo_disco.data.template_rendering import Conversation
 from nemo_disco.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,20 +22,24 @@ if TYPE_CHECKING:
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
-def check_arguments(tokenizer: Tokenizer, arguments: Mapping[str, Any], where: str, *, unread: bool = True) -> None:
-    """Raises UserError for an argument that this program sets itself, and, if `unread`, for one that the template does
-    not read: a misspelt one would do nothing. where: what the arguments are a part of, for the message."""
+def check_arguments(
+    tokenizer: Tokenizer, arguments: Mapping[str, Any], key: str, *, refuse_unread: bool = True
+) -> None:
+    """Raise UserError for an argument that this program sets itself, and, if `refuse_unread`, for one that the template
+    does not read (a misspelt one would have no effect). key: of the mapping of arguments, for the message."""
     if not arguments:
         return
-    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"kwargs"}
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"kwargs"}
     for name in arguments:
-        if name in own:
-            raise UserError(f"{where}.{name}: set by this program; leave it out")
-        if unread and not _reads(tokenizer, name):
-            raise UserError(f"{where}.{name}: the tokenizer's chat template does not use {name}")
+        if name in reserved:
+            raise UserError(f"{key}.{name}: set by this program; leave it out")
+        if refuse_unread and not _reads(tokenizer, name):
+            raise UserError(f"{key}.{name}: the tokenizer's chat template does not use {name}")
 
 
-def left_out(tokenizer: Tokenizer, conversations: Sequence[Conversation], texts: Sequence[str]) -> list[str]:
+def notes_of_unused_parts(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], texts: Sequence[str]
+) -> list[str]:
     """A line for each part of the conversations that the template does not show. texts: the prompts it made of them."""
     lacking: dict[str, list[str]] = {}
     known: dict[str, bool] = {}  # whether the template reads a name
@@ -44,7 +48,7 @@ def left_out(tokenizer: Tokenizer, conversations: Sequence[Conversation], texts:
             lacking.setdefault(part, []).append(conversation.source)
     return [
         f"{len(sources)} of {len(texts)} prompts are without {part}, which the tokenizer's chat template does not use: "
-        f"{first_of(sources, most=3)}"
+        f"{join_names(sources, limit=3)}"
         for part, sources in lacking.items()
     ]
 

@@ -18,7 +18,7 @@ _PUNCTUATION = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w<>=+*/^!.-]|_")
 
 def question_key(question: Question) -> str:
     """What the user is asked, without case, spaces, punctuation, LaTeX's sizes and a trailing instruction."""
-    return text_key(question.asked)
+    return text_key(question.user_text)
 
 
 def text_key(text: str) -> str:
