@@ -33,7 +33,7 @@ from grading_reasons import reason_of  # noqa: E402
 from nemo_disco.data.questions import Question, load_questions  # noqa: E402
 from nemo_disco.rewards import MathGrader  # noqa: E402
 from nemo_disco.rewards.math.canonical import canonical  # noqa: E402
-from nemo_disco.rewards.math.fast_path import numeral, same  # noqa: E402
+from nemo_disco.rewards.math.fast_path import decide, numeral  # noqa: E402
 from nemo_disco.rewards.math.units import quantity  # noqa: E402
 
 
@@ -95,9 +95,9 @@ def speed_of_math_verify(count: int = 300) -> dict[str, float]:
     cases = [(str(n), str(n + i % 2)) for i in range(count) for n in [rng.randrange(10_000)]]
     cases += [(rf"\frac{{{n}}}{{{7 * n + 1}}}", f"{n + i % 2}/{7 * n + 1}") for i in range(count) for n in [i + 2]]
     rates = []
-    for decide in (same, lambda answer, gold: _math_verify(box(answer), gold)):
+    for compare in (decide, lambda answer, gold: _math_verify(box(answer), gold)):
         began = time.process_time()
-        right = sum(bool(decide(answer, gold)) for answer, gold in cases)
+        right = sum(bool(compare(answer, gold)) for answer, gold in cases)
         rates.append(len(cases) / (time.process_time() - began))
         assert right == count, right
     return {"answers": len(cases), "ours": rates[0], "math_verify": rates[1], "times": rates[0] / rates[1]}

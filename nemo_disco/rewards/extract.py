@@ -1,6 +1,6 @@
-"""Finds the final answer in a response: the last \\boxed{} after the thinking. Linear in the response's length.
+"""Extracts the final answer from a response: the last \\boxed{} after the thinking. Linear in the response's length.
 
-Pure string work: knows nothing of mathematics and never fails on any text.
+String processing alone: nothing is parsed as mathematics.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class NoAnswerError(ValueError):
 
 
 def final_answer(response: str, require_think: bool) -> str:
-    """The content of the last \\boxed{}, only looked for after the last `</think>` if there is one.
+    """The content of the last \\boxed{}; a response with `</think>` is searched after its last one only.
 
-    The last box counts even if it is empty or cut off: an earlier one is not what the response ends with.
-    Raises NoAnswerError without a complete box, or without `</think>` if `require_think`.
+    The last box counts even if it is empty or cut off: the response took an earlier one back.
+    Raises NoAnswerError if that box is missing, unclosed or empty, or if `require_think` and there is no `</think>`.
     """
     _, tag, rest = response.rpartition(END_OF_THINKING)
     if require_think and not tag:
@@ -44,7 +44,7 @@ def boxed(text: str) -> str:
 
 
 def _balanced(text: str, start: int) -> str:
-    """What stands between the brace opened just before `start` and its partner."""
+    """The text from `start`, just behind an opening brace, to its closing brace. Raises NoAnswerError without one."""
     depth = 1
     for token in _BRACE.finditer(text, start):
         if token[0] == "{":

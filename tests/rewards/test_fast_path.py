@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_disco.rewards.math.canonical import canonical
-from nemo_disco.rewards.math.fast_path import numeral, same
+from nemo_disco.rewards.math.fast_path import decide, numeral
 from nemo_disco.rewards.math.units import for_algebra
 from nemo_disco.rewards.math.words import squeezed
 
@@ -30,7 +30,7 @@ def spellings(value: Fraction) -> list[str]:
 def test_fractions_are_equal_exactly_when_their_values_are(one: Fraction, other: Fraction) -> None:
     for ours in spellings(one):
         for theirs in spellings(other):
-            assert same(ours, theirs) is (one == other)
+            assert decide(ours, theirs) is (one == other)
 
 
 @untimed
@@ -93,7 +93,7 @@ def test_decimals_with_separators_and_powers_of_ten(digits: int, places: int) ->
     ],
 )
 def test_decisions(answer: str, gold: str, decision: bool | None) -> None:
-    assert same(answer, gold) is decision
+    assert decide(answer, gold) is decision
 
 
 ANSWERS = st.text(alphabet="012345.,/\\{}$%^_ ifractextcm+-", max_size=30)
@@ -103,8 +103,8 @@ ANSWERS = st.text(alphabet="012345.,/\\{}$%^_ ifractextcm+-", max_size=30)
 @given(ANSWERS, ANSWERS)
 def test_any_text_equals_itself_and_the_order_does_not_matter(one: str, other: str) -> None:
     """... but for a base, which only the answer may leave out."""
-    assert same(one, one) is True or not squeezed(canonical(one))
-    assert same(one, other) is same(other, one) or "_" in one + other
+    assert decide(one, one) is True or not squeezed(canonical(one))
+    assert decide(one, other) is decide(other, one) or "_" in one + other
     for_algebra(one)
 
 
@@ -114,7 +114,7 @@ def test_two_thousand_plain_answers_a_second() -> None:
     cases += [(f"{i}.50", rf"{i}\frac{{1}}{{2}}") for i in range(1000)]
     cases += [(f"{i:,}", rf"\${i}") for i in range(5000, 6000)]
     start = time.process_time()
-    assert sum(bool(same(answer, gold)) for answer, gold in cases) == 2500
+    assert sum(bool(decide(answer, gold)) for answer, gold in cases) == 2500
     assert time.process_time() - start < len(cases) / 2000
 
 

@@ -1,6 +1,6 @@
-"""One spelling for answers that mean the same: characters, LaTeX's spacing and sizes, markdown, bare function names.
+"""Rewrites an answer in one spelling: characters, LaTeX's spacing and sizes, markdown, bare function names.
 
-Rules here only re-spell, never evaluate; the answer and the gold answer both go through them. Pure string work.
+Applied to the answer and the gold answer alike. String processing: nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_COMMANDS = {
+_LATEX = {
     "\N{MULTIPLICATION SIGN}": r"\times ",
     "\N{DIVISION SIGN}": r"\div ",
     "\N{MIDDLE DOT}": r"\cdot ",
@@ -41,27 +41,26 @@ _COMMANDS = {
     "\N{EN DASH}": "-",
     "\N{FULLWIDTH HYPHEN-MINUS}": "-",
     "\N{NO-BREAK SPACE}": " ",
-    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),  # take no room
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),  # zero width
     "\N{GREEK CAPITAL LETTER OMEGA}": r"\Omega ",
 }
 _GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi psi omega"
-_COMMANDS |= {unicodedata.lookup(f"GREEK SMALL LETTER {name}"): rf"\{name} " for name in _GREEK.split()}
-_COMMANDS["\N{GREEK SMALL LETTER LAMDA}"] = r"\lambda "
+_LATEX |= {unicodedata.lookup(f"GREEK SMALL LETTER {name}"): rf"\{name} " for name in _GREEK.split()}
+_LATEX["\N{GREEK SMALL LETTER LAMDA}"] = r"\lambda "
 _CHARACTERS = str.maketrans(
-    _COMMANDS
-    | {chr(c): unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFF5F) if chr(c) not in _COMMANDS}
+    _LATEX | {chr(c): unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFF5F) if chr(c) not in _LATEX}
 )
 _SUPERSCRIPTS = {c: unicodedata.normalize("NFKC", c) for c in "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ"} | {"⁻": "-"}
 _SUBSCRIPTS = {c: unicodedata.normalize("NFKC", c) for c in "₀₁₂₃₄₅₆₇₈₉"}
-_HALVES = {c: unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"}
+_FRACTIONS = {c: unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}") for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"}
 
 _MARKDOWN = re.compile(r"(\*\*|__|\*|`)([^*`]+)\1")
 _LABEL = r"(?i:(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*)"
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|gcd|lcm|max|min"
 _NO_LETTER = "(?![a-zA-Z])"
-_NESTED = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)"  # what stands in braces
-# \text{...} and \operatorname{...}, matched first so that their words are left alone.
-_ASIDE = r"\\(?:text|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+"
+_NESTED = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)"  # text with balanced braces, two levels deep
+# \text{...}, \operatorname{...} and commands, matched first so that the words in them stay as they are.
+_COMMAND = r"\\(?:text|operatorname|begin|end)\s*\{[^{}]*\}|\\[a-zA-Z]+"
 
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -72,13 +71,16 @@ _REWRITES = [
         (r"\\rbrace" + _NO_LETTER, r"\\}"),
         (r"\\(?:[lr]?vert|mid)" + _NO_LETTER, "|"),
         (r"\\[lr]?Vert" + _NO_LETTER, r"\\|"),
-        # {x : x > 1} is x > 1
+        # {x : x > 1} becomes x > 1
         (r"^\\?\{\s*([a-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*[|:]\s*((?=.*\1).*(?:[<>]|\\[lgn]e).*?)\\?\}$", r"\2"),
         (rf"^(?:\\(?:boxed|fbox|underline|mathit|mathsf)\s*)?\{{\s*{_NESTED}\}}$", r"\1"),
         (r"\\(?:mathbf|boldsymbol|bm)\s*\{((?=\d|[A-Z]+\})[^{}]*)\}", r"\1"),
-        (r"\\[hv]?phantom(?![a-zA-Z])\s*(?:\{[^{}]*\}|\\[a-zA-Z]+|\S)", ""),  # takes room, is not printed
+        (r"\\[hv]?phantom(?![a-zA-Z])\s*(?:\{[^{}]*\}|\\[a-zA-Z]+|\S)", ""),  # \phantom{...} is blank space
         (r"\\[dtc]frac" + _NO_LETTER, r"\\frac"),
-        (r"\\frac\s*(\\[a-zA-Z]+|[0-9a-zA-Z])\s*(\\[a-zA-Z]+|[0-9a-zA-Z])", r"\\frac{\1}{\2}"),  # TeX: one token each
+        (
+            r"\\frac\s*(\\[a-zA-Z]+|[0-9a-zA-Z])\s*(\\[a-zA-Z]+|[0-9a-zA-Z])",
+            r"\\frac{\1}{\2}",
+        ),  # \frac12 is \frac{1}{2}
         (r"\\frac\s*(\{[^{}]*\})\s*([0-9a-zA-Z])", r"\\frac\1{\2}"),
         (r"\\frac\s*([0-9a-zA-Z])\s*\{", r"\\frac{\1}{"),
         (r"\\sqrt\s*(\[[^][]*\])?\s*(\\[a-zA-Z]+|[0-9a-zA-Z])", r"\\sqrt\1{\2}"),
@@ -88,7 +90,7 @@ _REWRITES = [
         (r"\\lg" + _NO_LETTER, r"\\log_{10}"),
         (r"\\mathbb\s+([A-Z])|\\([NRZ])" + _NO_LETTER, r"\\mathbb{\1\2}"),
         (r"\\(?:textbf|textit|textrm|textnormal|mbox|mathrm)\s*\{", r"\\text{"),
-        (r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})", ""),  # 32{,}348 and 32,\!348 are thousands wherever they stand
+        (r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3})", ""),  # thousands: 32{,}348 and 32,\!348
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " "),
@@ -101,7 +103,7 @@ _REWRITES = [
         (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # mathematics delimiters and dollar signs
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*([CF])\s*$", r"\\text{ degrees \1}"),
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])", r"\\text{ degrees}"),
-        # \text{5 apples} is 5\text{ apples}, and the words before an answer are none of it
+        # \text{5 apples} becomes 5\text{ apples}; "The answer is" in front is removed
         (r"^\\text\s*\{\s*(-?\d[\d.,/]*)(\s[^{}]*)?\}$", r"\1\\text{\2}"),
         (rf"^(\\text\s*\{{)?\s*{_LABEL}(?=[^a-z}}]|\}}.)", r"\1"),
         (r"\\text\s*\{[\s.,;:]*\}", ""),
@@ -133,7 +135,7 @@ _REWRITES = [
     ]
 ]
 _WORDS = re.compile(
-    rf"(?P<aside>{_ASIDE})|,?\s*(?<![a-zA-Z])(?P<join>and|or)(?![a-zA-Z])\s*"
+    rf"(?P<command>{_COMMAND})|,?\s*(?<![a-zA-Z])(?P<join>and|or)(?![a-zA-Z])\s*"
     rf"|(?<![a-zA-Z])(?P<function>{_FUNCTIONS})(?=x?(?![a-zA-Z]))"
 )
 _BRACKET = re.compile(r"((?<![a-zA-Z])\\?sqrt(?:\s*\[3\])?|(?<![a-zA-Z\\])abs|\^)?\s*\(|\)")
@@ -148,41 +150,41 @@ _BASED = re.compile(r"^(?:\\text\s*\{)?(-?[0-9A-F]+)\}?_\{?(\d+)\}?$")
 
 
 def canonical(text: str) -> str:
-    """The answer re-spelled; what is equal here is equal in mathematics."""
+    """The answer in its canonical spelling: two texts with the same one are equal in mathematics."""
     if not text.isascii():
-        text = _scripts(text).translate(_CHARACTERS)
-    text = " ".join(text.split())  # first: the patterns are linear in runs of one space
+        text = _unicode_to_latex(text).translate(_CHARACTERS)
+    text = " ".join(text.split())  # before the patterns, which take quadratic time on long runs of spaces
     if emphasis := _MARKDOWN.fullmatch(text):
         text = emphasis[2]
     if text.isdigit():
         return text
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _WORDS.sub(_word, _bracketed(text))
+    text = _WORDS.sub(_replace_word, _brackets_to_braces(text))
     return " ".join(text.split()).rstrip(".;, ")
 
 
 def based(text: str) -> tuple[str, str] | None:
-    """(digits, base) of a numeral with its base, such as 4343_6; None if it is not one."""
+    """(digits, base) of a numeral with a base, such as 4343_6; None for other texts."""
     match = _BASED.match(text)
     return (match[1], match[2]) if match else None
 
 
-def _scripts(text: str) -> str:
-    """Superscripts, subscripts and fractions of one character in LaTeX: x² is x^{2}, ½ is \\frac{1}{2}."""
+def _unicode_to_latex(text: str) -> str:
+    """Write Unicode's superscripts, subscripts, fractions and roots in LaTeX: x² as x^{2}, ½ as \\frac{1}{2}."""
     text = re.sub(f"[{''.join(_SUPERSCRIPTS)}]+", lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", text)
     text = re.sub(f"[{''.join(_SUBSCRIPTS)}]+", lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", text)
-    text = re.sub(f"[{''.join(_HALVES)}]", lambda m: r"\frac{" + "}{".join(_HALVES[m[0]]) + "}", text)
+    text = re.sub(f"[{''.join(_FRACTIONS)}]", lambda m: r"\frac{" + "}{".join(_FRACTIONS[m[0]]) + "}", text)
     text = text.replace("\N{CUBE ROOT}", r"\sqrt[3]").replace("\N{SQUARE ROOT}", r"\sqrt")
     return re.sub(r"(?<=\\sqrt)(\[3\])?\s*(\d+)", r"\1{\2}", text)
 
 
-def _bracketed(text: str) -> str:
-    """What plain text writes with brackets, in LaTeX: sqrt(x+1), abs(x), x^(1/2)."""
-    pieces, closers, done = [], [], 0
+def _brackets_to_braces(text: str) -> str:
+    """Write sqrt(x+1), abs(x) and x^(1/2) in LaTeX, with braces or bars."""
+    pieces, closers, end = [], [], 0
     for match in _BRACKET.finditer(text):
-        pieces.append(text[done : match.start()])
-        done = match.end()
+        pieces.append(text[end : match.start()])
+        end = match.end()
         if match[0] != ")":
             opening, closing = _BRACES.get(match[1], ("", ""))
             closers.append((len(pieces), match[0], closing))
@@ -191,13 +193,13 @@ def _bracketed(text: str) -> str:
             pieces.append(closers.pop()[2] or ")")
         else:
             pieces.append(")")
-    for place, written, _ in closers:  # never closed
-        pieces[place] = written
-    return "".join(pieces) + text[done:]
+    for index, original, _ in closers:  # never closed
+        pieces[index] = original
+    return "".join(pieces) + text[end:]
 
 
-def _word(match: re.Match[str]) -> str:
-    if match["aside"]:
+def _replace_word(match: re.Match[str]) -> str:
+    if match["command"]:
         return match[0]
     if match["join"]:
         return ", " if match["join"] == "and" else r" \lor "

@@ -1,7 +1,7 @@
-"""Reads a LaTeX expression as sympy, by latex2sympy's grammar. Runs inside a worker only: it may take for ever.
+"""Parses a LaTeX expression to sympy, with latex2sympy's grammar. Runs in a killable process only: it may never end.
 
-What the grammar would silently misread (case, powers of i, primes, transposes, adjacent numbers) is spelled for it here
-or refused. Nothing from outside may reach `eval`: the one road there, sympy's parser of strings, is closed.
+Input that the grammar would silently misread (case, powers of i, primes, transposes, adjacent numbers) is rewritten or
+refused. No input may reach `eval`: `close_eval` restricts sympy's string parser, the only way there.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import sympy  # type: ignore[import-untyped]
 from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
-_AS_WRITTEN = ConversionConfig(lowercase_symbols=False)  # by default `a` would be `A`
+_KEEP_CASE = ConversionConfig(lowercase_symbols=False)  # by default `a` would be `A`
 _HARMLESS = re.compile(r"(?:[0-9.+*/() -]|(?<=[0-9.])[eE](?=[+-]?[0-9])|sqrt|log|exp|pi)+|[A-Za-z]\w*", re.ASCII)
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)", re.ASCII)
 _DECIMAL = re.compile(r"\d*\.\d+|\d+\.\d*", re.ASCII)
 _IMAGINARY, _CAPITAL_I = r"\varsigma_{9i}", r"\varsigma_{9u}"  # the grammar drops the power of its own I
-# The grammar takes \gamma for a function and knows no capitals: a subscript makes them letters of their own.
+# The grammar reads \gamma as a function and knows no capitals: a subscript makes symbols of them.
 _GREEK = re.compile(
     r"\\(gamma|Gamma|Delta|Lambda|Omega|Phi|Pi|Psi|Sigma|Theta|Upsilon|Xi)(?![a-zA-Z])(?:_\s*(?:\{(\w+)\}|(\w)))?"
 )
@@ -43,20 +43,20 @@ _REWRITES = [
         (r"([a-zA-Z])'", r"\1_{9p}"),
         (r"\^\s*(?:\{\s*T\s*\}|T(?![a-zA-Z]))", "^{(T)}"),
         (r"(?<![\d./^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d(a-zA-Z])", r"(\1+\\frac{\2}{\3})"),
-        (r"(?<![\w^_{.])(\d+)\s*(?=\(|\\binom)", r"\1\\cdot "),  # the grammar takes 2(3) for a mixed number
+        (r"(?<![\w^_{.])(\d+)\s*(?=\(|\\binom)", r"\1\\cdot "),  # the grammar reads 2(3) as a mixed number
         (r"\)\s*\(", r")\\cdot("),
     ]
 ]
-# A prime or a subscript that the grammar drops, two numbers side by side, an improper mixed number, a double factorial.
+# Refused: primes and subscripts that the grammar drops, adjacent numbers, improper mixed numbers, double factorials.
 _MISREAD = re.compile(
     r"'|(?<![\w}])\d+_|\d\s+\d|!\s*!|\\ldots|(?<![\w^_{])\d+\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\\[pb]?mod"
 )
 
 
 def close_eval() -> None:
-    """From here on sympy's string parser, which evaluates Python, takes arithmetic or one bare name only.
+    """Make sympy's string parser, which evaluates Python, accept only arithmetic and single names from now on.
 
-    The grammar gives it numerals, nsimplify arithmetic, and sympy's lazily imported modules names.
+    latex2sympy's grammar needs it for numerals, nsimplify for arithmetic, sympy's lazy imports for names.
     """
     sympy_parser = sympy.parsing.sympy_parser
     parse_string = sympy_parser.parse_expr
@@ -70,69 +70,67 @@ def close_eval() -> None:
 
 
 def read_expression(latex: str) -> Any:
-    """The evaluated sympy object that the LaTeX means: an expression, a matrix or a set; decimals are exact fractions.
+    """Parse LaTeX to an evaluated sympy expression, matrix or set; decimals become exact fractions.
 
-    Raises an Exception of latex2sympy's or ValueError where it is not understood.
+    Raises ValueError or latex2sympy's Exception for LaTeX that it cannot parse.
     """
     marks: dict[Any, Any] = {sympy.Symbol("varsigma_{9i}", real=True): sympy.I}
-    parsed = latex2sympy(_spelled(latex, marks), is_real=True, normalization_config=None, conversion_config=_AS_WRITTEN)
+    text = _for_grammar(latex, marks)
+    parsed = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=_KEEP_CASE)
     if isinstance(parsed, sympy.MatrixExpr):
         parsed = parsed.doit()
     if isinstance(parsed, bool) or not isinstance(parsed, sympy.Basic | sympy.MatrixBase):
-        raise ValueError(f"{latex[:40]!r} is no expression")
+        raise ValueError(f"{latex[:40]!r} is not an expression")
     exact = {number: sympy.Rational(str(number)) for number in parsed.atoms(sympy.Float)}
     value = parsed.xreplace(exact | marks)
     value = value.doit() if hasattr(value, "doit") else value
-    if value.has(sympy.zoo, sympy.nan):  # a division by zero, equal to every other one
+    if value.has(sympy.zoo, sympy.nan):  # sympy takes all divisions by zero as equal
         raise ValueError(f"{latex[:40]!r} divides by zero")
     return value
 
 
 def significant_digits(latex: str) -> int:
-    """Of the longest decimal in the text; 0 without one."""
+    """The number of significant digits of the longest decimal in the text; 0 without a decimal."""
     return max((len(number.replace(".", "").lstrip("0")) for number in _DECIMAL.findall(latex)), default=0)
 
 
-def _spelled(latex: str, marks: dict[Any, Any]) -> str:
-    """The expression as the grammar needs it; what each of its marks stands for is put into `marks`."""
+def _for_grammar(latex: str, marks: dict[Any, Any]) -> str:
+    """Rewrite LaTeX for the grammar. Placeholder symbols and the values that replace them are added to `marks`."""
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", latex)
     text = text.replace(r"\text{ degrees}", r"\times\frac{\pi}{180}" if _TRIGONOMETRY.search(text) else "")
     while root := _ODD_ROOT.search(text):
-        end = _closing(text, root.end())
+        end = _closing_brace(text, root.end())
         radicand = read_expression(text[root.end() : end])
         name = f"9r{len(marks)}"
-        # The real root: sympy's own of a negative number is a complex one.
+        # The real root: sympy's root of a negative number is complex.
         real_root = sympy.sign(radicand) * sympy.Abs(radicand) ** sympy.Rational(1, int(root[1]))
         marks[sympy.Symbol(f"varrho_{{{name}}}", real=True)] = real_root
         text = rf"{text[: root.start()]}\varrho_{{{name}}} {text[end + 1 :]}"
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    for found in _MISREAD.finditer(text):
-        if not found[1] or int(found[1]) >= int(found[2]):
-            raise ValueError(f"{latex[:40]!r}: {found[0]!r} has no one meaning")
+    for match in _MISREAD.finditer(text):
+        if not match[1] or int(match[1]) >= int(match[2]):
+            raise ValueError(f"{latex[:40]!r}: {match[0]!r} is ambiguous")
     text = _GREEK.sub(lambda m: rf"\varrho_{{9{m[1]}{m[2] or m[3] or ''}}}", text)
     has_index = bool(_INDEX_I.search(text))
-    return _TOKENS.sub(lambda token: _letters(token[0], has_index), text)
+    return _TOKENS.sub(lambda token: _mark_letters(token[0], has_index), text)
 
 
-def _letters(token: str, has_index: bool) -> str:
-    """i is imaginary, but for an index; I is a letter; a run of four letters and more is one name."""
+def _mark_letters(token: str, has_index: bool) -> str:
+    """Mark i as the imaginary unit, unless it is an index, and I as a letter; four or more letters become one name."""
     if not token.isalpha():
         return token
     if len(token) > 3:
         return rf"\text{{{token}}}"
-    return token.replace("I", f" {_CAPITAL_I} ") if has_index else _imaginary(token)
-
-
-def _imaginary(token: str) -> str:
-    marks = {"i": f" {_IMAGINARY} ", "I": f" {_CAPITAL_I} "}
+    marks = {"I": f" {_CAPITAL_I} "} | ({} if has_index else {"i": f" {_IMAGINARY} "})
     return "".join(marks.get(letter, letter) for letter in token)
 
 
-def _closing(text: str, start: int) -> int:
+def _closing_brace(text: str, start: int) -> int:
+    """The index of the brace that closes the one just before `start`. Raises ValueError if none does."""
     depth = 1
-    for place in range(start, len(text)):
-        depth += (text[place] == "{") - (text[place] == "}")
+    for index in range(start, len(text)):
+        depth += (text[index] == "{") - (text[index] == "}")
         if depth == 0:
-            return place
+            return index
     raise ValueError("a brace is not closed")

@@ -1,6 +1,6 @@
-"""Decides plain answers exactly, in microseconds: the same text, or two numerals. All else takes algebra.
+"""Decides in microseconds whether plain answers are equal: the same text, or two numerals. The rest takes algebra.
 
-Numerals are compared as rational numbers: no false positives, no rounding. Needs the standard library alone.
+Numerals are compared as rational numbers: no false positives, no rounding. Imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from nemo_disco.rewards.math.canonical import based, canonical
 from nemo_disco.rewards.math.units import quantity
 from nemo_disco.rewards.math.words import is_word, same_choice, same_text, squeezed
 
-MAX_NUMERAL = 400  # characters; Python refuses integers of over 4,300 digits, and none is an answer
+MAX_NUMERAL = 400  # characters; no answer is longer, and Python refuses integers of over 4,300 digits
 MAX_EXPONENT = 400
-SURE_DIGITS = 6  # a decimal with as many significant digits may stand for a number that has no finite decimal
-FLOAT_DIGITS = 15  # what a computer's number has beyond these is rounding
+SURE_DIGITS = 6  # a decimal of at least so many significant digits may be a rounded value, such as 0.333333 for 1/3
+FLOAT_DIGITS = 15  # significant digits of a float64; later digits of a decimal are rounding errors
 
 _INTEGER = r"\d+|\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+"
 _DECIMAL = rf"(?P<decimal>(?:{_INTEGER})?\.\d+|(?:{_INTEGER})\.?)"
@@ -38,35 +38,32 @@ _PLAIN = re.compile(r"-?\d{1,40}", re.ASCII)
 
 
 class Numeral(NamedTuple):
-    value: Fraction  # of the number before a percent sign
+    value: Fraction  # of the number in front of the percent sign, if there is one
     percent: bool
     digits: int  # significant digits of a decimal; 0 for a fraction
 
 
-def same(answer: str, gold: str) -> bool | None:
-    """Whether the answer is the gold answer; None if that takes algebra to tell."""
+def decide(answer: str, gold: str) -> bool | None:
+    """True if the answer equals the gold answer, False if it does not, None if only algebra can tell."""
     if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(gold):
         return int(answer) == int(gold)
-    if (ours_plain := numeral(answer)) and (
-        theirs_plain := numeral(gold)
-    ):  # without any re-spelling, which takes longer
-        return _same_numeral(ours_plain, theirs_plain)
+    if (number := numeral(answer)) and (gold_number := numeral(gold)):  # before canonical(), which takes longer
+        return _same_numeral(number, gold_number)
     answer, gold = canonical(answer), canonical(gold)
     if same_text(answer, gold):
         return True
     if (choice := same_choice(answer, gold)) is not None:
         return choice
-    ours, theirs = quantity(answer), quantity(gold)
-    if ours.differs_in_unit(theirs):
+    a, b = quantity(answer), quantity(gold)
+    if a.differs_in_unit(b):
         return False
-    if same_text(ours.body, theirs.body):
+    if same_text(a.body, b.body):
         return True
     if is_word(gold) and is_word(answer):
         return False
-    one, other = numeral(ours.body), numeral(theirs.body)
-    if one and other:
-        return _same_numeral(one, other)
-    return True if _same_list(ours.body, theirs.body) else _same_in_base(ours.body, theirs.body)
+    if (number := numeral(a.body)) and (gold_number := numeral(b.body)):
+        return _same_numeral(number, gold_number)
+    return True if _same_list(a.body, b.body) else _same_in_base(a.body, b.body)
 
 
 def numeral(text: str) -> Numeral | None:
@@ -93,7 +90,7 @@ def numeral(text: str) -> Numeral | None:
 
 
 def _repeating(match: re.Match[str]) -> Numeral:
-    """0.1\\overline{6}, or 0.1666...: the digits to the first period's end, less those before it, over 99...900...0."""
+    """The value of a repeating decimal, 0.1\\overline{6} or 0.1666...: here (16 - 1)/90."""
     fixed = match["fixed"] or match["before"] or ""
     period = match["period"] or match["digit"] or match["round"] or match["again"]
     difference = int(match["whole"] + fixed + period) - int(match["whole"] + fixed or "0")
@@ -102,7 +99,7 @@ def _repeating(match: re.Match[str]) -> Numeral:
 
 
 def _fraction(match: re.Match[str]) -> Fraction | None:
-    """A fraction or mixed number; None where LaTeX could mean a product, and for a zero denominator."""
+    """The value of a fraction or mixed number; None for a product such as 2\\frac{5}{2}, and a zero denominator."""
     over = int(match["n1"] or match["n2"] or match["n3"])
     under = int(match["d1"] or match["d2"] or match["d3"])
     if under == 0:
@@ -115,56 +112,57 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
 def _same_numeral(answer: Numeral, gold: Numeral) -> bool:
     if answer.percent == gold.percent:
         return _same_value(answer, gold)
-    # 80% is 0.8, and 80 where the question asks for per cent; but 0.5 and 0.5% are both plausible, and differ.
+    # 80% equals 0.8, and 80 if the question asks for per cent; but 0.5% is not 0.5, since either may be meant.
     percent, bare = (answer, gold) if answer.percent else (gold, answer)
     as_percent = bare._replace(value=100 * bare.value)
     return _same_value(percent, as_percent) or (abs(bare.value) >= 1 and _same_value(percent, bare))
 
 
-def _same_value(one: Numeral, other: Numeral) -> bool:
-    if one.value == other.value:
+def _same_value(a: Numeral, b: Numeral) -> bool:
+    if a.value == b.value:
         return True
-    if terminates(one.value.denominator) and terminates(other.value.denominator):
+    if terminates(a.value.denominator) and terminates(b.value.denominator):
         return False
-    places = Context(prec=2 * FLOAT_DIGITS)
-    ours, theirs = (places.divide(Decimal(n.value.numerator), Decimal(n.value.denominator)) for n in (one, other))
-    return same_digits(ours, theirs, sure_digits(one.digits, other.digits))
+    context = Context(prec=2 * FLOAT_DIGITS)
+    decimals = [context.divide(Decimal(n.value.numerator), Decimal(n.value.denominator)) for n in (a, b)]
+    return same_digits(*decimals, sure_digits(a.digits, b.digits))
 
 
-def sure_digits(one: int, other: int) -> int:
-    """The significant digits to which two numbers must agree, of the decimals in each; 0 if that does not do."""
-    return min((digits for digits in (one, other) if digits >= SURE_DIGITS), default=0)
+def sure_digits(a: int, b: int) -> int:
+    """The number of digits to which two decimals of `a` and `b` significant digits must agree; 0 if both are short."""
+    return min((digits for digits in (a, b) if digits >= SURE_DIGITS), default=0)
 
 
-def same_digits(one: Decimal, other: Decimal, digits: int) -> bool:
-    """Whether one is the other rounded, or cut off, to so many significant digits; never to none.
+def same_digits(a: Decimal, b: Decimal, digits: int) -> bool:
+    """True if the two agree when either is rounded or cut off to `digits` significant digits; False for 0 digits.
 
     So 33.3333 is 100/3, and so are 33.33333 and 33.333333333333336, but neither 33.3334 nor 33.33334.
     """
     if not digits:
         return False
-    rounded, cut = (Context(min(digits, FLOAT_DIGITS), how).plus for how in (ROUND_HALF_UP, ROUND_DOWN))
-    return rounded(one) == rounded(other) or cut(one) == rounded(other) or rounded(one) == cut(other)
+    rounded, cut = (Context(min(digits, FLOAT_DIGITS), mode).plus for mode in (ROUND_HALF_UP, ROUND_DOWN))
+    return rounded(a) == rounded(b) or cut(a) == rounded(b) or rounded(a) == cut(b)
 
 
 def terminates(denominator: int) -> bool:
-    """Whether a fraction in lowest terms has a finite decimal: its denominator divides a power of ten."""
+    """True if a fraction in lowest terms has a finite decimal: its denominator divides a power of ten."""
     return denominator == 1 or pow(10, denominator.bit_length(), denominator) == 0
 
 
 def _same_list(answer: str, gold: str) -> bool:
-    """The same items between top-level commas, in any order; brackets, dots and labels give the order a meaning."""
+    """True for the same items between commas, in any order. False where brackets, dots or labels may fix an order."""
     if "," not in answer or any(mark in answer + gold for mark in ("(", "[", "|", r"\ldots", "=")):
         return False
     if numeral(answer) or numeral(gold):  # 1,234 is one number
         return False
-    ours, theirs = (sorted(squeezed(item) for item in text.split(",")) for text in (answer, gold))
-    return ours == theirs and all(ours)
+    items, gold_items = (sorted(squeezed(item) for item in text.split(",")) for text in (answer, gold))
+    return items == gold_items and all(items)
 
 
 def _same_in_base(answer: str, gold: str) -> bool | None:
-    """4343 is 4343_6, its base left out, but 4343_6 is neither 4343_7 nor 4343; None if it takes more to tell."""
-    ours, theirs = based(answer), based(gold)
-    if ours and theirs:
-        return ours == theirs
-    return True if (theirs and theirs[0] == answer) or ours == (gold, "10") else None
+    """Compare numerals with bases: 4343 equals the gold 4343_6 but 4343_7 does not; None if only algebra can tell."""
+    digits_and_base, gold_digits_and_base = based(answer), based(gold)
+    if digits_and_base and gold_digits_and_base:
+        return digits_and_base == gold_digits_and_base
+    without_base = gold_digits_and_base is not None and gold_digits_and_base[0] == answer
+    return True if without_base or digits_and_base == (gold, "10") else None

@@ -16,7 +16,7 @@ from nemo_disco.rewards import verdict
 from nemo_disco.rewards.extract import NoAnswerError, boxed, final_answer
 from nemo_disco.rewards.math.algebra_pool import WorkerPool
 from nemo_disco.rewards.math.canonical import canonical
-from nemo_disco.rewards.math.fast_path import numeral, same
+from nemo_disco.rewards.math.fast_path import decide, numeral
 from nemo_disco.rewards.math.units import for_algebra, quantity
 from nemo_disco.rewards.verdict import Verdict
 
@@ -106,7 +106,7 @@ class MathGrader:
         golds = tuple(gold for gold in golds if gold.strip() and len(gold) <= MAX_ANSWER)
         if not golds:
             return verdict.UNPARSABLE_GOLD
-        decisions = {gold: same(answer, gold) for gold in golds}
+        decisions = {gold: decide(answer, gold) for gold in golds}
         if any(decisions.values()):
             return verdict.CORRECT
         undecided = tuple(for_algebra(gold) for gold, decision in decisions.items() if decision is None)

@@ -1,6 +1,6 @@
-"""Takes units off the end of a canonical answer: known units are compared, count nouns dropped, other words kept.
+"""Splits units off the end of a canonical answer: known units are compared, counted things ignored, other words kept.
 
-Pure string work. `5\\text{ cm}` is 5 with a unit, `5\\text{ apples}` is 5, `5\\text{ factorial}` is not 5.
+String processing. `5\\text{ cm}` is 5 with a unit, `5\\text{ apples}` is 5, `5\\text{ factorial}` is not 5.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from nemo_disco.rewards.math.canonical import canonical
 
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
-Unit = tuple[tuple[str, int], ...]  # (name, power), sorted; () is none, or one that is not compared
+Unit = tuple[tuple[str, int], ...]  # sorted (name, power) pairs; () for no unit, and for one that is not compared
 
-# As they are written; a word that is not here is also looked for in lower case.
+# The spellings of each unit; a word that is missing here is looked up in lower case too.
 _NAMES = {
     word: unit
     for unit, words in {
@@ -89,14 +89,14 @@ _NAMES = {
     for word in words.split()
 }
 _COMPOUND = {"mph": "mile/h", "kmph": "km/h", "kph": "km/h", "kmh": "km/h", "fps": "foot/s"}
-_ANY = {"unit", "units"}  # stands for whatever unit the other side names
+_ANY = {"unit", "units"}  # equal to any unit
 _IRREGULAR = (
     "people men women children mice geese feet teeth fish sheep dice vertices indices matrices radii axes foci person "
     "man woman child student apple orange marble ball card coin book ticket way time point piece value digit number "
     "integer solution root pair team game student edge face triangle square cube tile block step trip box car dog cat"
 )
 _COUNT_NOUNS = set(_IRREGULAR.split())
-# Words that mean more than what is counted, though they look like nouns.
+# Words behind a number that change its value or meaning, though they may look like counted things.
 _MEANING = re.compile(
     r"^(?:of|in|on|with)\b|\b(?:or|and|if|is|are|was|not|no|non|for|when|where|to|from|base|mod|modulo|even|odd|more|less|fewer|over|under|"
     r"above|below|about|than|at|most|least|times|plus|minus|choose|power|factorial\w*|gross(?:es)?|squares|cubes|squared|cubed|"
@@ -114,7 +114,7 @@ _LAST_TEXT = re.compile(
     r"(?P<over>/)?\s*(?:\\cdot\s*)?\\text\s*\{(?P<words>(?:[^{}]|\{[^{}]*\})*)\}\s*(?P<power>\^\s*(?:\d|\{\s*-?\d+\s*\}))?\s*$"
 )
 _LAST_WORDS = re.compile(r"(?<=[\d})])\s+(?P<words>[a-zA-Z]+(?:[a-zA-Z./ ]|\^\d|\^\{-?\d+\})*)$")
-# Without a space two letters are more often a product: `2mg` is a weight in a formula, `4am` a multiple of am.
+# Two letters without a space are more often a product: `2mg` is a weight in a formula, `4am` a multiple of am.
 _SHORT_AND_SAFE = {"kg", "km", "cm", "mm", "ft", "hr", "Hz", "kJ", "kW"}
 _GLUED_WORDS = re.compile(r"(?<=\d)(?P<words>[a-zA-Z]{2,}(?:\^[23]|/[a-zA-Z]+)?)$")
 _OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]).*\\text\{ degrees\}")
@@ -122,13 +122,13 @@ _INNER_DEGREES = re.compile(r"\\text\{ degrees\}(?=\s*\S)")
 
 
 class Quantity(NamedTuple):
-    """An answer without its unit: `body` is canonical LaTeX; `unit` is () where none is given, or none is compared."""
+    """An answer in two parts: `body`, canonical LaTeX, and `unit`, () if there is none or none to compare."""
 
     body: str
     unit: Unit
 
     def differs_in_unit(self, other: Quantity) -> bool:
-        """Whether both name a unit, and not the same one; what is not said does not differ."""
+        """True if both have a unit and these differ; a missing unit matches any."""
         if not self.unit or not other.unit or self.unit == other.unit:
             return False
         names = {name for name, _ in self.unit + other.unit}
@@ -136,7 +136,7 @@ class Quantity(NamedTuple):
 
 
 def quantity(text: str) -> Quantity:
-    """Take the units off the end of a canonical answer; a scale word becomes a power of ten."""
+    """Split a canonical answer into body and unit; a scale word such as million becomes a power of ten in the body."""
     if _OF_AN_ANGLE.search(text):
         return Quantity(text, ())
     body, words = text.rstrip(), ""
@@ -159,7 +159,7 @@ def quantity(text: str) -> Quantity:
 
 
 def _glued(body: str) -> re.Match[str] | None:
-    """A unit or a count noun right behind a number, where it cannot well be a product of letters: 5kg, 30km/h."""
+    """Match a unit or counted thing directly behind a number, unless it may be a product of letters: 5kg, 30km/h."""
     match = _GLUED_WORDS.search(body)
     word = re.split(r"[\^/]", match["words"])[0] if match else ""
     unit = word in _SHORT_AND_SAFE or (len(word) > 2 and (word in _NAMES or word in _COMPOUND or word in _COUNT_NOUNS))
@@ -167,7 +167,7 @@ def _glued(body: str) -> re.Match[str] | None:
 
 
 def for_algebra(text: str) -> str:
-    """The canonical answer without its unit, for the symbolic grader."""
+    """The answer in canonical LaTeX without its unit, as algebra compares it."""
     return quantity(canonical(text)).body
 
 
@@ -176,7 +176,7 @@ def _plain(body: str) -> str:
 
 
 def _unit(words: str, bare: bool) -> Unit | None:
-    """The unit that the words name, () for a count noun, None for words that matter."""
+    """The unit that the words name, () for a counted thing, None for words that carry meaning."""
     words = _DEGREES.sub("", words.replace(".", "").strip(" ()"))
     counted = _TAIL.sub("", _RATE.sub("per ", words))
     for spelled in (words, counted):
@@ -190,7 +190,7 @@ def _unit(words: str, bare: bool) -> Unit | None:
 
 
 def _known(words: str, bare: bool) -> dict[str, int] | None:
-    """The powers of known units; None if a word is not one. bare: in no \\text{}, where a letter may be a variable."""
+    """The power of each unit; None if a word is no unit. bare: outside \\text{}, where a letter may be a variable."""
     if bare and not (re.search(r"[a-zA-Z]{2}", words) or "/" in words):
         return None
     spelled = re.sub(r"\bper\b", " / ", words)
@@ -199,7 +199,7 @@ def _known(words: str, bare: bool) -> dict[str, int] | None:
         return None
     powers: dict[str, int] = {}
     sign, next_power, last = 1, 1, ""
-    wild = False
+    is_any = False
     for token in tokens:
         word, _, exponent = token.partition("^")
         lower = word.lower()
@@ -210,7 +210,7 @@ def _known(words: str, bare: bool) -> dict[str, int] | None:
         elif lower in ("squared", "cubed") and last:
             powers[last] *= 2 if lower == "squared" else 3
         elif lower in _ANY:
-            wild = True
+            is_any = True
         else:
             names = _COMPOUND.get(lower, _NAMES.get(word) or _NAMES.get(lower) or "")
             if not names:
@@ -221,4 +221,4 @@ def _known(words: str, bare: bool) -> dict[str, int] | None:
             if under:
                 powers[under] = powers.get(under, 0) - power
             last, next_power = over, 1
-    return {} if wild else powers
+    return {} if is_any else powers
