@@ -124,8 +124,8 @@ def _same_value(a: Numeral, b: Numeral) -> bool:
     if terminates(a.value.denominator) and terminates(b.value.denominator):
         return False
     context = Context(prec=2 * FLOAT_DIGITS)
-    decimals = [context.divide(Decimal(n.value.numerator), Decimal(n.value.denominator)) for n in (a, b)]
-    return same_digits(*decimals, sure_digits(a.digits, b.digits))
+    x, y = (context.divide(Decimal(n.value.numerator), Decimal(n.value.denominator)) for n in (a, b))
+    return same_digits(x, y, sure_digits(a.digits, b.digits))
 
 
 def sure_digits(a: int, b: int) -> int:
