@@ -1,7 +1,4 @@
-"""From the reward's settings to the verifier that they name.
-
-The math grader's and the code tests' processes start with the first answer; the verifier is to be closed.
-"""
+"""Builds the grader that `reward.verifier` names: one of this package's, or the user's own."""
 
 from __future__ import annotations
 
@@ -10,16 +7,18 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 from nemo_disco.config.schema import RewardConfig
 from nemo_disco.rewards import user_pool
 from nemo_disco.rewards.code.python_tests import PythonTests
+from nemo_disco.rewards.grader import Grader
 from nemo_disco.rewards.math.grader import MathGrader
-from nemo_disco.rewards.verdict import Verdict
-from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserClass, UserFunction
+from nemo_disco.rewards.text_graders import ExactMatch, MultipleChoice, NumericMatch
+from nemo_disco.rewards.user_graders import UserClass, UserFunction
 from nemo_disco.runtime.errors import UserError
 
+__all__ = ["VERIFIERS", "Grader", "build_verifier", "verifier_code"]
 VERIFIERS: dict[str, Callable[..., Any]] = {
     "math": MathGrader,
     "exact": ExactMatch,
@@ -27,56 +26,44 @@ VERIFIERS: dict[str, Callable[..., Any]] = {
     "choice": MultipleChoice,
     "python_tests": PythonTests,
 }
-_SETTINGS = ["require_think", "timeout", "workers"]  # which other keys of the section decide
-
-
-class Grader(Protocol):
-    """What every verifier is: MathGrader's interface."""
-
-    def grade(self, responses: Any, answers: Any) -> list[float]: ...
-
-    def grade_with_reasons(self, responses: Any, answers: Any) -> list[Verdict]: ...
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: Any) -> None: ...
+_SETTINGS = ["require_think", "timeout", "workers"]  # keys of the reward section that a grader may have as parameters
 
 
 def build_verifier(config: RewardConfig, workers: int) -> Grader:
-    """The verifier `config.verifier`: one of VERIFIERS, or `module:name` of the user's own: a function of (response,
-    answers), or a class of MathGrader's interface.
+    """The grader that `config.verifier` names: one of VERIFIERS, or `module:name` of the user's function of (response,
+    answers) or class of MathGrader's interface. Its processes start with the first answer and end with `close`.
 
-    workers: processes on this rank. Raises UserError for an unknown name, and for a parameter that it does not take.
+    workers: processes on this rank. Raises UserError for an unknown name, and for a parameter that the grader lacks.
     """
-    name, users_class = config.verifier, False
+    name, is_users_class = config.verifier, False
     if name in VERIFIERS:
         make = VERIFIERS[name]
-        takes = list(inspect.signature(make).parameters)
+        known = list(inspect.signature(make).parameters)
     elif ":" in name:
         code = user_pool.describe("reward.verifier", name)
         if code.kind not in ("class", "function", "callable"):
-            raise UserError(f"reward.verifier={name}: it is a {code.kind}, neither function nor class")
-        users_class = code.kind == "class"
-        make, takes = partial(UserFunction, name), code.takes if users_class else _SETTINGS
+            raise UserError(f"reward.verifier={name} is of type {code.kind}, neither function nor class")
+        is_users_class = code.kind == "class"
+        make, known = partial(UserFunction, name), code.takes if is_users_class else _SETTINGS
     else:
-        raise UserError(f"reward.verifier={name}: there are {', '.join(VERIFIERS)}, and module:name of your own")
-    if unknown := [key for key in config.parameters if key not in takes]:
-        settable = sorted(set(takes) - {*_SETTINGS})
+        raise UserError(
+            f"reward.verifier={name} is unknown; choose one of {', '.join(VERIFIERS)}, or module:name of your own"
+        )
+    if unknown := [key for key in config.parameters if key not in known]:
+        settable = sorted(set(known) - {*_SETTINGS})
         raise UserError(
             f"reward.parameters: {name} takes no {unknown[0]!r}; it takes {', '.join(settable) or 'no parameters'}"
         )
     settings = {"require_think": config.require_think, "timeout": config.timeout, "workers": workers}
-    given = {key: value for key, value in settings.items() if key in takes} | config.parameters
-    if users_class:
-        return UserClass(name, given | ({"workers": 1} if "workers" in takes else {}), config.timeout, workers)
-    grader: Grader = make(**given)
+    arguments = {key: value for key, value in settings.items() if key in known} | config.parameters
+    if is_users_class:
+        return UserClass(name, arguments | ({"workers": 1} if "workers" in known else {}), config.timeout, workers)
+    grader: Grader = make(**arguments)
     return grader
 
 
 def verifier_code(config: RewardConfig) -> str:
-    """A hash of the code that judges: the user's file, or this package's. For a verifier that was built."""
+    """SHA-256 of the grading code: of the user's file, which `build_verifier` must have located, or of this package."""
     if config.verifier not in VERIFIERS:
         return user_pool.source_hash(config.verifier)
     files = sorted(Path(__file__).parent.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What a grader says of one response, and the reasons it may give. Plain data: imports nothing."""
+"""A grader's verdict on one response, and the possible reasons for it. Plain data: imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ UNSUPPORTED_TEST: Final = "test gives the program more than values"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """reward: 1.0 or 0.0, or what a function of yours says; reason: one of the constants above, "correct" exactly where
-    the reward is 1."""
+    """reward: 1.0 or 0.0, any number from a user's function. reason: one of the constants above, or "reward X" for a
+    user's reward X; CORRECT exactly where the reward is 1."""
 
     reward: float
     reason: str
 
     @classmethod
-    def of(cls, reason: str) -> Verdict:
+    def from_reason(cls, reason: str) -> Verdict:
         return cls(1.0 if reason == CORRECT else 0.0, reason)

@@ -17,7 +17,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.data.questions import Question
 from nemo_disco.generation.engine import Finished, Response, Sampling
 from nemo_disco.rewards.registry import build_verifier, verifier_code
-from nemo_disco.rewards.verifiers import NumericMatch
+from nemo_disco.rewards.text_graders import NumericMatch
 
 
 class Words:

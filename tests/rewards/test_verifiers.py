@@ -14,11 +14,12 @@ from user_module import beside_us
 from nemo_disco.config.compose import compose
 from nemo_disco.rewards import user_pool
 from nemo_disco.rewards.registry import VERIFIERS, build_verifier
-from nemo_disco.rewards.verifiers import ExactMatch, MultipleChoice, NumericMatch, UserFunction, Verifier
+from nemo_disco.rewards.text_graders import ExactMatch, MultipleChoice, NumericMatch, TextGrader
+from nemo_disco.rewards.user_graders import UserFunction
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import StoppedError
 
-CASES: list[tuple[type[Verifier], str, str | list[str], float]] = [
+CASES: list[tuple[type[TextGrader], str, str | list[str], float]] = [
     (ExactMatch, r"</think> It is \boxed{New  York}.", "New York", 1.0),
     (ExactMatch, "</think> New York\n", "New York", 1.0),
     (ExactMatch, "</think> new york", "New York", 0.0),
@@ -78,7 +79,7 @@ CASES: list[tuple[type[Verifier], str, str | list[str], float]] = [
 
 
 @pytest.mark.parametrize(("kind", "response", "gold", "reward"), CASES)
-def test_verdicts(kind: type[Verifier], response: str, gold: str | list[str], reward: float) -> None:
+def test_verdicts(kind: type[TextGrader], response: str, gold: str | list[str], reward: float) -> None:
     with kind() as verifier:
         [verdict] = verifier.grade_with_reasons([response], [gold])
     assert verdict.reward == reward and (verdict.reason == "correct") == (reward == 1.0)
@@ -88,7 +89,7 @@ WRONG = {ExactMatch: "wrong", NumericMatch: "wrong", MultipleChoice: "no choice"
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_thinking_may_be_required(kind: type[Verifier]) -> None:
+def test_thinking_may_be_required(kind: type[TextGrader]) -> None:
     verifier = kind(require_think=True)
     assert [v.reason for v in verifier.grade_with_reasons(["7", "</think> 7 "], ["7", "8"])] == [
         "no </think>",
@@ -259,7 +260,7 @@ def test_a_class_of_yours_that_hangs_costs_its_response_only(
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("reward.verifier=maths", "there are math, exact"),
+        ("reward.verifier=maths", "choose one of math, exact"),
         ("reward.verifier=nowhere:f", "importing nowhere raised ModuleNotFoundError"),
         ("reward.parameters.tolerance=1", "math takes no 'tolerance'; it takes no parameters"),
     ],

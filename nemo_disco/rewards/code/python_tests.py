@@ -23,8 +23,9 @@ from nemo_disco.rewards.code.blocks import programs_that_define, programs_that_r
 from nemo_disco.rewards.code.gold_tests import CallCases, ExpressionCases, ProgramCases, Script
 from nemo_disco.rewards.code.remote_names import UNSENDABLE
 from nemo_disco.rewards.code.sandbox import Ended, ForkServer, Limits
+from nemo_disco.rewards.grader import GoldAnswers, pair
+from nemo_disco.rewards.text_graders import TextGrader
 from nemo_disco.rewards.verdict import Verdict
-from nemo_disco.rewards.verifiers import Alternatives, Verifier
 from nemo_disco.runtime.errors import UserError
 
 OUTPUT = 1 << 20  # bytes that a program may print, beyond twice what it is to print
@@ -68,7 +69,7 @@ class _Budget:
         self._asleep -= ended.asleep
 
 
-class PythonTests(Verifier):
+class PythonTests(TextGrader):
     """Reward 1 where the response's program passes the question's tests.
 
     The program is the last fenced block marked as Python (or unmarked, where none is) that is Python, and that reads an
@@ -104,11 +105,8 @@ class PythonTests(Verifier):
             self._servers.put(servers)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="code-tests")
 
-    def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[Alternatives]) -> list[Verdict]:
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
-        golds = [(a,) if isinstance(a, str) else tuple(a) for a in answers]
-        return list(self._pool.map(self._verdict, responses, golds))
+    def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[GoldAnswers]) -> list[Verdict]:
+        return list(self._pool.map(lambda arguments: self._verdict(*arguments), pair(responses, answers)))
 
     def close(self) -> None:
         """Waits for the programs that run; each ends within its time."""
@@ -117,8 +115,8 @@ class PythonTests(Verifier):
 
     def _close_servers(self) -> None:
         pairs, self._all_servers = self._all_servers, []
-        for pair in pairs:
-            for server in pair:
+        for servers in pairs:
+            for server in servers:
                 server.close()
 
     def _judge(self, said: str, golds: tuple[str, ...]) -> Verdict:
@@ -127,7 +125,7 @@ class PythonTests(Verifier):
             reasons = [self._reason(servers, said, gold) for gold in golds] or [verdict.UNPARSABLE_GOLD]
         finally:
             self._servers.put(servers)
-        return Verdict.of(verdict.CORRECT if verdict.CORRECT in reasons else reasons[0])
+        return Verdict.from_reason(verdict.CORRECT if verdict.CORRECT in reasons else reasons[0])
 
     def _reason(self, servers: _Servers, said: str, gold: str) -> str:
         server, cases = servers[0], _read_cases(gold)
