@@ -9,7 +9,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: env quickstart test test-slow test-triton test-slurm test-sinks test-transformers4 support vllm test-vllm lint dist
+.PHONY: env quickstart test test-slow test-triton test-slurm test-sinks test-transformers4 support docs vllm test-vllm lint dist
 
 env: $(STAMP)
 
@@ -47,6 +47,17 @@ test-slurm: env
 # Write docs/support.md from the tests and from the results of GPU runs.
 support: env
 	$(BIN)/python -m tools.support
+
+# The documentation site, in site/: any warning and any broken link is an error, and neither step uses the network.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build
+	.venv-docs/bin/python tools/check_site.py site
+
+.venv-docs/.installed: docs/requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 2; }
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --disable-pip-version-check --progress-bar off -r docs/requirements.txt
+	touch $@
 
 # Weights & Biases offline and MLflow's local store, in the environment .venv-sinks.
 test-sinks: env

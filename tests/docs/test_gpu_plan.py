@@ -1,4 +1,4 @@
-"""The commands of docs/gpu.md's thirty minutes: nobody may find out on a lent GPU that a setting is refused."""
+"""The commands of benchmarks/gpu/thirty_minutes.md: a refused setting must not be discovered on a lent GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 import pack  # noqa: E402 - a script's directory, not a package
 import section  # noqa: E402
 
-TEXT = (ROOT / "docs" / "gpu.md").read_text()
+TEXT = (ROOT / "benchmarks" / "gpu" / "thirty_minutes.md").read_text()
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"(?:^    .*\n)+", TEXT, re.M)]
 LONGEST = 2000  # characters that a command on the machine may have
 
