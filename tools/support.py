@@ -196,9 +196,9 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
         [
             "# What has run where",
             "",
-            "`make support` writes this page from the tests and from the result files in `benchmarks/gpu/results/`, and",
-            f'a test checks that it is current. "{NOT_RUN}" means that no test runs it and no result file shows it, even',
-            "if the code is complete. A command in a cell runs the tests.",
+            "`make support` writes this page from the tests and from the result files in `benchmarks/gpu/results/`;",
+            f'a test checks that it is current. "{NOT_RUN}" means that no test runs it and no result file shows it,',
+            "even if the code is complete. A command in a cell runs the tests.",
             "",
             "## Features",
             "",

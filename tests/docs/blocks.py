@@ -13,7 +13,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.config.schema import RunConfig
 
 REPO = Path(__file__).resolve().parents[2]
-DOCUMENTS = [REPO / "README.md", REPO / "slurm/README.md", *sorted((REPO / "docs").glob("*.md"))]
+DOCUMENTS = [REPO / "README.md", REPO / "slurm/README.md", *sorted((REPO / "docs").rglob("*.md"))]
 PROGRAMS = ("nemo-disco", "make", "sbatch", "torchrun", "python", "slurm/chain.sh")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -36,7 +36,7 @@ def blocks(document: Path) -> list[Block]:
 
 
 def commands(document: Path) -> list[str]:
-    """Each command on one line; comments stay, as bash takes them. Output that is shown beside them is none."""
+    """Each command on one line, comments included (bash ignores them). Lines of output beside them are left out."""
     lines = [
         line
         for block in blocks(document)

@@ -1,0 +1,138 @@
+"""Every page is in the site; every link, anchor, file and name in the documents exists."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from blocks import DOCUMENTS, REPO
+
+sys.path.insert(0, str(REPO))
+
+from tools import check_site
+
+PAGES = sorted((REPO / "docs").rglob("*.md"))
+WRITTEN = [*DOCUMENTS, *sorted((REPO / "benchmarks").rglob("*.md"))]
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+OUTSIDE = ("http://", "https://", "mailto:")
+# A file of the repository in backticks, and a name of the package.
+FILE = re.compile(r"`((?:nemo_disco|tests|benchmarks|conf|slurm|tools|docs|assets)/[\w./-]*\w/?)`")
+NAME = re.compile(r"`(nemo_disco(?:\.\w+)+)`")
+# Examples of files that are not in the repository.
+NOT_FILES = {"tools/convert/NAME.py", "conf/data/mine.yaml", "benchmarks/gpu/results/"}
+
+
+def nav_pages(entry: Any) -> Iterator[str]:
+    """The pages in mkdocs.yml's nav, or in a part of it."""
+    if isinstance(entry, str):
+        yield entry
+    for part in entry if isinstance(entry, list) else entry.values() if isinstance(entry, dict) else ():
+        yield from nav_pages(part)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings as Python-Markdown makes them, and the names that its API blocks show."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    slugs: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        plain = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        slugs.add(next(s for s in (slug, *(f"{slug}_{i}" for i in range(1, 99))) if s not in slugs))
+    return slugs | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+def test_the_nav_has_every_page_once_and_no_other() -> None:
+    nav = yaml.safe_load((REPO / "mkdocs.yml").read_text())["nav"]
+    assert sorted(nav_pages(nav)) == [str(page.relative_to(REPO / "docs")) for page in PAGES]
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=[str(d.relative_to(REPO)) for d in WRITTEN])
+def test_links_lead_to_files_and_anchors(document: Path) -> None:
+    inside = REPO / "docs" if document in PAGES else REPO  # the site has the pages of docs/ alone
+    for link in LINK.findall(document.read_text()):
+        if link.startswith(OUTSIDE):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists() and target.is_relative_to(inside), f"{document.name}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{document.name}: {link}: {sorted(anchors(target))}"
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=[str(d.relative_to(REPO)) for d in WRITTEN])
+def test_files_and_names_in_the_text_exist(document: Path) -> None:
+    text = document.read_text()
+    for file in set(FILE.findall(text)) - NOT_FILES:
+        assert (REPO / file).exists(), f"{document.name}: {file}"
+    for name in {*NAME.findall(text), *re.findall(r"^::: (\S+)$", text, re.MULTILINE)}:
+        resolve(name)
+
+
+def resolve(name: str) -> object:
+    """The module, or the object in a module, of a dotted name. Raises ImportError or AttributeError without one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError as error:
+            if not name.startswith(error.name or " "):
+                raise
+            continue
+        for part in parts[count:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(name)
+
+
+@pytest.mark.parametrize(
+    ("link", "problem"),
+    [
+        ('<a href="there.html#here">', ""),
+        ('<a href="https://example.org/x#y">', ""),
+        ('<a href="gone.html">', "no such file"),
+        ('<a href="there.html#gone">', "no such anchor"),
+        ('<a href="/there.html">', "absolute"),
+        ('<script src="https://example.org/x.js"></script>', "fetched from elsewhere"),
+        ('<link rel="stylesheet" href="https://example.org/x.css">', "fetched from elsewhere"),
+    ],
+)
+def test_the_check_of_the_built_site_names_what_leads_nowhere(link: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text(f"<html><body>{link}</body></html>")
+    (tmp_path / "there.html").write_text('<h2 id="here">Here</h2>')
+    problems = list(check_site.problems(tmp_path))
+    assert len(problems) == (1 if problem else 0)
+    assert all(line.startswith("index.html: ") and problem in line for line in problems)
+
+
+def test_a_site_that_was_not_built_is_a_problem(tmp_path: Path) -> None:
+    assert list(check_site.problems(tmp_path))
+
+
+def test_the_glossary_names_what_the_code_defines() -> None:
+    """Each name of its last column is a class, a function, or an attribute of a class."""
+    defined: dict[str, set[str]] = {}
+    for file in (REPO / "nemo_disco").rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                members = {
+                    n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                }
+                members |= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+                defined.setdefault(node.name, set()).update(members)
+            elif isinstance(node, ast.FunctionDef):
+                defined.setdefault(node.name, set())
+    rows = re.findall(r"^\| .* \| .* \| (`.*`) \|$", (REPO / "docs/glossary.md").read_text(), re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(names) > 30
+    for name in names:
+        owner, _, member = name.partition(".")
+        assert owner in defined, name
+        assert not member or member in defined[owner], name
