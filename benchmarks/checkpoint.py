@@ -22,10 +22,10 @@ import torch.distributed as dist
 from common import make_model, write_record
 from train_step import made_up_rollouts
 
+from nemo_disco.checkpoint.writer import CheckpointWriter
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy import parallel
-from nemo_disco.policy.checkpoint_writer import CheckpointWriter
 from nemo_disco.policy.policy import Policy
 
 QUIET_STEPS = 2

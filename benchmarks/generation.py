@@ -32,7 +32,7 @@ from common import (
 )
 from transformers import AutoModelForCausalLM
 
-from nemo_disco.generation.engine import Engine, Sampling
+from nemo_disco.generation.engine import Engine, SamplingParams
 from nemo_disco.generation.external import ExternalEngine
 
 TEMPERATURE = 1.0
@@ -105,7 +105,7 @@ def serve_engine(
         nonlocal turn
         turn += 1
         seeds = range(turn * len(asked), (turn + 1) * len(asked))
-        responses = engine.generate(asked, seeds, Sampling(TEMPERATURE, args.limit))
+        responses = engine.generate(asked, seeds, SamplingParams(TEMPERATURE, args.limit))
         return {"tokens": sum(len(r.tokens) for r in responses), **parts}
 
     serve(generate, worker)

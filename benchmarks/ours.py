@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.journal import Journal
-from nemo_disco.algorithms.sampling import Questions
-from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.config.compose import compose
 from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.questions import Question
-from nemo_disco.data.sampler import QuestionSampler
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.runtime.rundir import RunDirectory
 
 
@@ -50,7 +50,7 @@ def settings(model: Path, overrides: Sequence[str] = ()) -> RunConfig:
     )
 
 
-def build_algorithm(config: RunConfig) -> DisCO:
+def build_algorithm(config: RunConfig) -> Trainer:
     """What algorithms.run builds, with questions that are made up and a grader that is free."""
     torch.set_num_threads(1)
     parallel.start(config.model, config.seed)
@@ -65,14 +65,14 @@ def build_algorithm(config: RunConfig) -> DisCO:
     )
     run = RunDirectory(config.exp_manager.explicit_log_dir)
     run.create()
-    return DisCO(
+    return Trainer(
         config,
         policy=policy,
         engine=MegatronEngine(policy, [tokenizer.eos_token_id]),
         objective=build_objective(config.algorithm.objective()),
         grader=FreeGrader(),  # type: ignore[arg-type]
-        questions=Questions("benchmark", questions, asked, tokenizer),
-        sampler=QuestionSampler(len(asked), config.data.questions_per_step, config.seed, config.data.shuffle),
+        prompts=PromptSet("benchmark", questions, asked, tokenizer),
+        order=QuestionOrder(len(asked), config.data.questions_per_step, config.seed, config.data.shuffle),
         evaluation_sets=[],
         journal=Journal(run, config.exp_manager, writes=True, delta=None),
     )

@@ -25,7 +25,7 @@ from common import make_model, median, median_ratio, serve, take_turns, write_re
 from ours import build_algorithm, settings
 from train_step import GROUP, LONGEST_PROMPT, made_up_rollouts
 
-from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.data.packing import possible_fill
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.micro_batch import sequence_lengths
@@ -81,7 +81,7 @@ def rank(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def build(args: argparse.Namespace, layout: list[str]) -> DisCO:
+def build(args: argparse.Namespace, layout: list[str]) -> Trainer:
     return build_algorithm(
         settings(
             args.model,
@@ -97,7 +97,7 @@ def build(args: argparse.Namespace, layout: list[str]) -> DisCO:
     )
 
 
-def one_step(algorithm: DisCO, rollouts: Rollouts, waiting: Waiting, args: argparse.Namespace) -> dict[str, float]:
+def one_step(algorithm: Trainer, rollouts: Rollouts, waiting: Waiting, args: argparse.Namespace) -> dict[str, float]:
     """Figures of a step: wall-clock seconds, processor seconds of all ranks, their mean share of waiting, the packing
     of the mini-batches."""
     dist.barrier()
@@ -122,7 +122,7 @@ def one_step(algorithm: DisCO, rollouts: Rollouts, waiting: Waiting, args: argpa
     }
 
 
-def packing(algorithm: DisCO, rollouts: Rollouts, args: argparse.Namespace) -> dict[str, float]:
+def packing(algorithm: Trainer, rollouts: Rollouts, args: argparse.Namespace) -> dict[str, float]:
     """The least fill over the mini-batches, also as a share of what arithmetic allows, and their micro-batches."""
     fills, shares, counts = [], [], []
     for first in range(0, len(rollouts), len(rollouts) // args.mini_batches):

@@ -1,187 +1,80 @@
-"""The commands; thin. Parses arguments, turns errors into one line and an exit code, and starts the ranks.
+"""The `nemo-disco` command line: parse the arguments, run the command, turn errors into one line and an exit code.
 
-Must import nothing heavy at the top: `nemo-disco --help` shows at once. What a command does is in the rooms.
+Must import nothing heavy at the top: `nemo-disco --help` answers at once. The commands are in nemo_disco/commands/.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import faulthandler
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from nemo_disco import __version__
-from nemo_disco.runtime import launch, srun, streams, user_code
+from nemo_disco.runtime import launch, streams
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import atomic_file, refusal_of_disk, sweep_scratch
+from nemo_disco.runtime.files import refusal_of_disk
 
-RUNS = {
+CONFIG_COMMANDS = {
     "train": "train a policy",
     "evaluate": "score a policy on question files",
     "verify": "one mini-batch: is the gradient of this layout right, and do engine and trainer agree",
+    "plan": "the batch vocabulary and the memory of a run, without running it",
 }
 CONFIG_HELP = """Settings are Hydra's: key=value sets a key (trainer.max_steps=10), group=choice takes another file of a
 group (algorithm=grpo), --config-name recipe/NAME starts from a recipe of the papers."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 2 for bad input (one line on stderr), 130 for an interrupt."""
+    """Run one command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 for an interrupt."""
     launch.adopt()
     streams.guard()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _dispatch(arguments)
+        code: int = _dispatch(arguments)
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _refused(error)
+        return _print_error(error)
     except KeyboardInterrupt:
         return 130
     except streams.ReaderLeftError:
         return 0
     except Exception as error:
         if (refusal := refusal_of_disk(error)) is not None:
-            return _refused(refusal)
+            return _print_error(refusal)
         launch.report(error)
         raise
     finally:
-        streams.tolerate()  # the interpreter writes what is left at its end
+        streams.tolerate()  # the interpreter flushes the streams when it ends
 
 
-def _refused(error: UserError) -> int:
+def _print_error(error: UserError) -> int:
     if not launch.report(error):
         print(f"error: {error}", file=sys.stderr)
     return 2
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str]) -> Any:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # Overrides may stand before, between and after options; argparse leaves the later ones over.
-    stray = [word for word in rest if word.startswith("-") or "overrides" not in options]
-    if stray:
-        parser.error(f"unknown argument: {' '.join(stray)} ('nemo-disco {options.command} --help' lists what there is)")
-    if options.command in RUNS:
-        return _run(options.command, options, [*options.overrides, *rest], arguments)
-    if options.command == "plan":
-        return _plan(options, [*options.overrides, *rest])
-    return {"grade": _grade, "doctor": _doctor, "report": _report, "data": _data}[options.command](options)
-
-
-def _run(command: str, options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
-    from nemo_disco.config.checks import check, check_files, check_objective
-    from nemo_disco.config.compose import compose, overridden
-
-    faulthandler.enable(sys.__stderr__ or 2)  # a crash in a kernel leaves its traceback too
-    config = compose(options.config_name, overrides, options.config_path)
-    srun.adopt(config.exp_manager.explicit_log_dir)
-    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden(overrides)
-    world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, overridden=bool(asked))
-    check(config, world_size)
-    check_files(config, command, first_rank=os.environ.get("RANK", "0") == "0")
-    if os.environ.get("RANK", "0") == "0":
-        sweep_scratch()
-    launch.set_defaults()
-    if world_size > 1 and not launch.launched():
-        return launch.spawn(world_size, [sys.executable, "-m", "nemo_disco", *arguments])
-    from nemo_disco.runtime.logs import setup_logging
-
-    setup_logging(int(os.environ.get("RANK", 0)), world_size)  # megatron-core warns while it is imported
-    check_objective(config)
-
-    from nemo_disco.algorithms import run
-
-    entry = {"train": run.train, "evaluate": run.evaluate, "verify": run.verify}[command]
-    if command != "verify":  # whose result is what it prints
-        streams.tolerate()
-    try:
-        return entry(config)
-    except SystemExit as error:  # nothing of ours raises it
-        raise UserError(
-            f"SystemExit at {user_code.innermost(error)}: {error}; code that a run calls must raise an error or return"
-        ) from error
-
-
-def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
-    from nemo_disco.config.checks import check, check_objective
-    from nemo_disco.config.compose import compose
-    from nemo_disco.config.plan import print_plan
-
-    config = compose(options.config_name, overrides, options.config_path)
-    world_size = config.trainer.devices * config.trainer.num_nodes
-    check(config, world_size)
-    check_objective(config)
-    print_plan(config, world_size)
-    return 0
-
-
-def _grade(options: argparse.Namespace) -> int:
-    from nemo_disco.rewards.grade_file import grade_file
-
-    settings = {"timeout": options.timeout, "workers": options.workers, "require_think": options.require_think}
-    if options.out is None:
-        grade_file(options.file, sys.stdout, **settings)
-        return 0
-    with atomic_file(options.out) as work, work.open("w", encoding="utf-8") as out:
-        grade_file(options.file, out, **settings)
-    return 0
-
-
-def _data(options: argparse.Namespace) -> int:
-    from nemo_disco.data.survey import describe, filter_questions, survey_questions, write_questions
-    from nemo_disco.rewards import MathGrader
-
-    count = None
-    if options.model is not None:
-        from nemo_disco.data.chat import prompt_lengths
-        from nemo_disco.data.tokenizer import load_tokenizer
-
-        count = partial(prompt_lengths, load_tokenizer(options.model))
-    elif options.max_tokens is not None:
-        raise UserError("--max-tokens counts a tokenizer's tokens: name its directory with --model")
-    with MathGrader() as grader:
-        survey = survey_questions(
-            options.files,
-            against=options.against,
-            rollouts=options.rollouts,
-            count_tokens=count,
-            find_unparsable=grader.unread,
-        )
-    print(describe(survey))
-    if options.out is not None:
-        kept, notes = filter_questions(survey, options.drop, options.max_tokens)
-        write_questions(options.out, kept)
-        print("\n".join([*notes, f"{options.out}: {len(kept):,} questions"]))
-    return 0
-
-
-def _doctor(_: argparse.Namespace) -> int:
-    from nemo_disco.runtime.doctor import print_doctor
-
-    return 0 if print_doctor() else 1
-
-
-def _report(options: argparse.Namespace) -> int:
-    from nemo_disco.evaluation.report import write_report
-
-    if options.plots is not None:
-        from nemo_disco.evaluation.plots import write_plots
-
-        print("\n".join(map(str, write_plots(options.runs, options.plots))))
-    if options.watch:
-        from nemo_disco.evaluation.watch import watch
-
-        return watch(options.runs, options.out)
-    print(write_report(options.runs, options.out))
-    return 0
+    unknown = [word for word in rest if word.startswith("-") or "overrides" not in options]
+    if unknown:
+        parser.error(f"unknown argument: {' '.join(unknown)} ('nemo-disco {options.command} --help' lists the known)")
+    if "overrides" in options:
+        options.overrides += rest
+    if options.command in ("train", "evaluate", "verify"):
+        return import_module("nemo_disco.commands.start").main(options, arguments)
+    return import_module(f"nemo_disco.commands.{options.command}").main(options)
 
 
 def _path(text: str) -> Path:
-    """~ is the home directory here too: a shell leaves that of --out=~/x as it is."""
+    """A path in which ~ is the home directory: a shell leaves that of --out=~/x as it is."""
     return Path(os.path.expanduser(text))
 
 
@@ -194,7 +87,7 @@ def _count(text: str) -> int:
 
 def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if float(text) > 0:  # nan is not
+        if float(text) > 0:  # false for nan
             return float(text)
     raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
 
@@ -203,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nemo-disco", description="DisCO post-training of reasoning models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, words in {**RUNS, "plan": "the batch vocabulary and the memory of a run, without running it"}.items():
+    for name, words in CONFIG_COMMANDS.items():
         command = commands.add_parser(name, help=words, description=f"{words}.", epilog=CONFIG_HELP)
         command.add_argument("--config-name", "-cn", default="config", metavar="NAME", help="default: config")
         command.add_argument(

@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 from nemo_disco.runtime.logs import setup_logging
 
 HEAVY = (
-    "nemo_disco.algorithms.run",
-    "nemo_disco.algorithms.verify",
+    "nemo_disco.commands.train",
+    "nemo_disco.algorithms.gradient_check",
     "nemo_disco.evaluation.report",
     "nemo_disco.evaluation.table",
     "transformers.models.qwen2.modeling_qwen2",  # transformers imports its models when they are asked for

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from models import random_rollouts
+from tiny_models import random_rollouts
 
 from nemo_disco.policy.policy import Policy
 

@@ -13,7 +13,7 @@ import torch
 from setting import DEVICE, Setting, changed, relative_error, seconds
 from torch import Tensor
 
-from nemo_disco.config.shape import ModelShape
+from nemo_disco.models.shape import ModelShape
 from nemo_disco.policy import attention
 from nemo_disco.policy.attention import PackedCausalAttention, PackedSequences, has_flash_kernel
 

@@ -26,10 +26,10 @@ from setting import (
 from torch import Tensor
 
 from nemo_disco.algorithms import MiniBatch, build_objective
-from nemo_disco.config.shape import ModelShape
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.models.shape import ModelShape
 from nemo_disco.policy import layers
 
 Gradients = dict[str, Tensor]
@@ -145,7 +145,7 @@ def _sampling_error(path: Path, budget: int) -> float:
     policy = build_policy(path, budget)
     engine = MegatronEngine(policy, [1])
     prompts = [[3, 5, 7 + i] for i in range(8) for _ in range(2)]
-    responses = engine.generate(prompts, range(len(prompts)), Sampling(TEMPERATURE, 16))
+    responses = engine.generate(prompts, range(len(prompts)), SamplingParams(TEMPERATURE, 16))
     rollouts = Rollouts.from_lists(
         prompts, [r.tokens for r in responses], [r.log_probs for r in responses], list(range(16)), [False] * 16
     )

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from setting import Setting, lookup
 
-from nemo_disco.config.flops import TRAINING, forward_flops, peak_flops
-from nemo_disco.config.shape import ModelShape
+from nemo_disco.estimate.flops import TRAINING, forward_flops, peak_flops
+from nemo_disco.models.shape import ModelShape
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- counts.py writes what follows -->\n", "<!-- until here -->\n"

@@ -15,7 +15,7 @@ from setting import TEMPERATURE, Setting, build_policy, changed, model_directory
 from torch.nn.attention import SDPBackend
 
 from nemo_disco.generation import decoder, static
-from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
 
 # What each way is: in place, by graphs, with cuDNN.
@@ -61,10 +61,10 @@ def run(setting: Setting) -> dict[str, Any]:
 
 def _measure(setting: Setting, engine: MegatronEngine, prompts: list[list[int]], tokens: int) -> dict[str, float]:
     rows = len(prompts)
-    engine.generate(prompts, range(rows), Sampling(TEMPERATURE, setting.size(8, 2)))
+    engine.generate(prompts, range(rows), SamplingParams(TEMPERATURE, setting.size(8, 2)))
     wait()
     start = time.perf_counter()
-    responses = engine.generate(prompts, range(rows), Sampling(TEMPERATURE, tokens))
+    responses = engine.generate(prompts, range(rows), SamplingParams(TEMPERATURE, tokens))
     wait()
     taken = time.perf_counter() - start
     sampled = sum(len(r.tokens) for r in responses)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from nemo_disco.config.schema import ModelConfig
-from nemo_disco.config.shape import KNOWN, ModelShape
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.models.shape import KNOWN, ModelShape
 
 TEMPERATURE = 0.6
 TINY = ModelShape(2, 64, 128, 4, 2, 16, 260, tied=False, qkv_bias=True, max_positions=4096)

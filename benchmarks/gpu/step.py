@@ -21,7 +21,7 @@ from train_shapes import rates
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.runtime.clock import Clock, device_clock
 
@@ -43,7 +43,7 @@ def run(setting: Setting) -> dict[str, Any]:
     with clock("step"):
         with clock("rest"), policy.resting(), clock("generate"):
             prompts = [rollouts.prompt(i).tolist() for i in range(len(rollouts))]
-            engine.generate(prompts, range(len(prompts)), Sampling(TEMPERATURE, tokens))
+            engine.generate(prompts, range(len(prompts)), SamplingParams(TEMPERATURE, tokens))
         _train(policy, rollouts, limit, clock)
     spans = dict(clock.seconds)
     part = spans["log_probs"] + spans["train"]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from setting import DEVICE, Setting, build_policy, made_up_rollouts, model_directory, peak_gb, reset_peak, seconds
 
-from nemo_disco.config.flops import TRAINING, forward_flops, peak_flops
-from nemo_disco.config.shape import ModelShape
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.estimate.flops import TRAINING, forward_flops, peak_flops
+from nemo_disco.models.shape import ModelShape
 from nemo_disco.policy import attention
 
 

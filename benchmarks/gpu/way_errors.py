@@ -18,7 +18,7 @@ import torch
 from setting import DEVICE, TEMPERATURE, Setting, build_policy, relative_error
 from torch import Tensor
 
-from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy.log_probs import token_log_probs
 
@@ -123,7 +123,7 @@ def _decoding(setting: Setting, path: Path) -> tuple[Ways, Callable[[], Errors]]
     prompts = [[3 + (5 * i + j) % (vocabulary - 3) for j in range(3 + i % 5)] for i in range(8) for _ in range(2)]
     policy = build_policy(path, setting.size(4096, 200), with_optimizer=False)
     engine = MegatronEngine(policy, range(vocabulary // 32))
-    sampling = Sampling(TEMPERATURE, setting.size(80, 40))
+    sampling = SamplingParams(TEMPERATURE, setting.size(80, 40))
 
     def errors() -> Errors:
         responses = engine.generate(prompts, range(len(prompts)), sampling)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nemo_disco.algorithms.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives import Constraint, parameter
 from nemo_disco.algorithms.objectives.constraint import SQUARED_HINGE, UNCONSTRAINED
 from nemo_disco.algorithms.objectives.disco import DisCO
+from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 
 
 @dataclass(frozen=True, kw_only=True)

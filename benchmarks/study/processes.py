@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 HEAVY = (
-    "nemo_disco.algorithms.run",
+    "nemo_disco.commands.train",
     "nemo_disco.evaluation.report",
     "nemo_disco.evaluation.table",
     "transformers.models.qwen2.modeling_qwen2",  # transformers imports its models when they are asked for

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from nemo_disco.algorithms.mismatch import Token, in_float32, likely_cause, mismatch, tokens_at, worst_tokens
-from nemo_disco.algorithms.sampling import Questions, packed
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Engine, Sampling
+from nemo_disco.generation.engine import Engine, SamplingParams
 from nemo_disco.policy.policy import Policy
+from nemo_disco.rollout.prompts import PromptSet
+from nemo_disco.rollout.requests import packed
 from nemo_disco.runtime.errors import UserError
 
 # verify.max_kl where it is null: nats a token.
@@ -57,7 +58,7 @@ class Agreement:
             self.say(f"step {step + 1}: warning: {_figures(self.config, self.policy, apart)}; see nemo-disco verify")
 
 
-def check_engine(config: RunConfig, policy: Policy, engine: Engine, questions: Questions) -> None:
+def check_engine(config: RunConfig, policy: Policy, engine: Engine, questions: PromptSet) -> None:
     """Sample short responses to a few of the questions, and raise UserError if the policy gives their tokens other
     log-probs than the engine. Afterwards the engine has the policy's weights and is ready. A collective.
 
@@ -66,10 +67,10 @@ def check_engine(config: RunConfig, policy: Policy, engine: Engine, questions: Q
     """
     if config.generation.engine == "megatron":
         return
-    picked = questions.repeat(range(min(_PROBE_QUESTIONS, len(questions))), 1)
+    picked = questions.select(range(min(_PROBE_QUESTIONS, len(questions))))
     # The whole distribution: under top-p some engines' log-probs are of the truncated one.
     limit = min(_PROBE_TOKENS, config.generation.longest_response)
-    sampling = Sampling(config.evaluation.temperature, limit)
+    sampling = SamplingParams(config.evaluation.temperature, limit)
     rollouts, _ = packed(picked, engine.generate(picked.prompts, range(len(picked)), sampling))
     engine.sleep()  # as in a training step: an engine on the training GPUs leaves the policy no room beside it
     log_probs = _log_probs(policy, rollouts, config.evaluation.temperature)

@@ -19,7 +19,7 @@ import numpy as np
 
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.policy.policy import Policy
-from nemo_disco.policy.together import first
+from nemo_disco.runtime.collectives import first
 from nemo_disco.runtime.files import atomic_directory, first_free, put_in_place, remove, writing
 from nemo_disco.runtime.model_record import ModelRecord, as_files, read_record
 from nemo_disco.runtime.rundir import RunDirectory

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-from nemo_disco.algorithms.collect import Sampled
 from nemo_disco.algorithms.token_values import OfTokens, TokenValues
 from nemo_disco.config.schema import ExpManagerConfig
 from nemo_disco.data.chat import token_widths
 from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
 from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
+from nemo_disco.rollout.collector import RolloutBatch
 from nemo_disco.runtime.files import write_atomically
 from nemo_disco.runtime.progress import Progress
 from nemo_disco.runtime.rundir import RunDirectory
@@ -93,7 +93,7 @@ class Journal:
         """Which of a step's responses are saved to read: the last, since a step's first mini-batch sees no ratio."""
         return range(max(0, responses - self.config.saved_rollouts) if self.writes else responses, responses)
 
-    def rollouts(self, step: int, sampled: Sampled, values: TokenValues | None = None) -> None:
+    def rollouts(self, step: int, sampled: RolloutBatch, values: TokenValues | None = None) -> None:
         """Save responses of a step, to read: one JSON object a line. values: what training said of their tokens."""
         if not (rows := self.saved(len(sampled.texts))):
             return
@@ -104,7 +104,7 @@ class Journal:
         write_atomically(self.run.rollout_file(step), text)
 
 
-def _line(sampled: Sampled, i: int) -> dict[str, Any]:
+def _line(sampled: RolloutBatch, i: int) -> dict[str, Any]:
     question, rollouts = sampled.picked.questions[i], sampled.rollouts
     return {
         "question_id": question.id,
@@ -119,7 +119,7 @@ def _line(sampled: Sampled, i: int) -> dict[str, Any]:
     }
 
 
-def _of_tokens(sampled: Sampled, i: int, values: OfTokens) -> dict[str, Any]:
+def _of_tokens(sampled: RolloutBatch, i: int, values: OfTokens) -> dict[str, Any]:
     """Nothing where the response's text is not what its tokens make one by one."""
     tokens, text = sampled.rollouts.response(i).tolist(), sampled.texts[i]
     ended = [] if sampled.rollouts.truncated[i] else [0]  # the token that ended it is not in the text

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemo_disco.algorithms.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.algorithms.objectives import Objective, SeparableObjective
+from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.clock import Clock

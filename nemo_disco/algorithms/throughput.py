@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 
-from nemo_disco.config.flops import TRAINING, forward_flops
-from nemo_disco.config.shape import ModelShape
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.estimate.flops import TRAINING, forward_flops
+from nemo_disco.models.shape import ModelShape
 
 
 class Throughput:

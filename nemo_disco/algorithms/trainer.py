@@ -15,35 +15,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_disco import checkpoint
 from nemo_disco.algorithms.agreement import Agreement, check_engine
 from nemo_disco.algorithms.best_weights import BestWeights
-from nemo_disco.algorithms.cautions import Cautions
-from nemo_disco.algorithms.collect import Collector, Sampled
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
 from nemo_disco.algorithms.journal import Journal
-from nemo_disco.algorithms.mini_batch import NonFiniteError
 from nemo_disco.algorithms.mismatch import noise_warning
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.sampling import Questions
+from nemo_disco.algorithms.objectives.mini_batch import NonFiniteError
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.algorithms.step_metrics import summary
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.algorithms.token_values import TokenValues
 from nemo_disco.algorithms.validation import Validation
-from nemo_disco.config.flops import peak_flops
+from nemo_disco.checkpoint.writer import CheckpointWriter
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.config.shape import read_shape
+from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.data.sampler import QuestionSampler
+from nemo_disco.estimate.flops import peak_flops
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.generation.engine import Engine
-from nemo_disco.policy import checkpoint
-from nemo_disco.policy.checkpoint_writer import CheckpointWriter
+from nemo_disco.models.shape import read_shape
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
-from nemo_disco.policy.together import first
 from nemo_disco.rewards.registry import Grader
+from nemo_disco.rollout.collector import Collector, RolloutBatch
+from nemo_disco.rollout.prompts import PromptSet
+from nemo_disco.rollout.response_warnings import ResponseWarnings
 from nemo_disco.runtime.clock import Clock, device_clock
+from nemo_disco.runtime.collectives import first
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.profiler import profiled
 from nemo_disco.runtime.signals import StoppedError, StopRequest
@@ -52,8 +52,8 @@ from nemo_disco.runtime.sinks import strict_metrics
 log = logging.getLogger(__name__)
 
 
-class DisCO:
-    """One run's algorithm: fit, generate_rollouts, run_training, run_validation, save, state_dict, load_state_dict."""
+class Trainer:
+    """One training run: fit, generate_rollouts, run_training, run_validation, save, state_dict, load_state_dict."""
 
     def __init__(
         self,
@@ -63,13 +63,13 @@ class DisCO:
         engine: Engine,
         objective: Objective,
         grader: Grader,
-        questions: Questions,
-        sampler: QuestionSampler,
-        evaluation_sets: Sequence[Questions],
+        prompts: PromptSet,
+        order: QuestionOrder,
+        evaluation_sets: Sequence[PromptSet],
         journal: Journal,
         reference: Reference | None = None,
     ) -> None:
-        """reference: of an objective that requires reference_log_probs."""
+        """reference: for an objective that needs reference_log_probs."""
         self.config, self.policy, self.engine, self.objective = config, policy, engine, objective
         self.grader, self.evaluation_sets, self.journal = grader, evaluation_sets, journal
         self.reference = reference
@@ -77,8 +77,8 @@ class DisCO:
             config,
             engine=engine,
             grader=grader,
-            questions=questions,
-            sampler=sampler,
+            prompts=prompts,
+            order=order,
             say=journal.say,
             remembers="shortest_correct" in objective.needs,
         )
@@ -86,9 +86,9 @@ class DisCO:
         self.writer = CheckpointWriter()
         self.step = self.saved = 0
         self.divergence = Divergence(policy)
-        self.agreement = Agreement(config, policy, questions.tokenizer, journal.say)
+        self.agreement = Agreement(config, policy, prompts.tokenizer, journal.say)
         self.warned_of_noise = False
-        self.cautions = Cautions(config.reward.require_think)
+        self.warnings = ResponseWarnings(config.reward.require_think)
         self.validation = Validation(config, engine=engine, grader=grader, sets=evaluation_sets, journal=journal)
         self.best = BestWeights(journal.run, journal.say)
         self.stop = StopRequest()
@@ -161,8 +161,8 @@ class DisCO:
                 self.journal.rollouts(self.step + 1, sampled, values)
             self.step += 1
             self._warn_of_noise(metrics["policy/noise_floor"])
-            for caution in self.cautions.about(sampled.texts, metrics["groups/mixed"]):
-                self.journal.say(f"step {self.step}: warning: {caution}")
+            for warning in self.warnings.about(sampled.texts, metrics["groups/mixed"]):
+                self.journal.say(f"step {self.step}: warning: {warning}")
             self._renew_reference()
             if self._saves() or self._validates():
                 self._refuse_unsound()  # now, while the engine sleeps
@@ -173,7 +173,7 @@ class DisCO:
                 self.engine.update_weights(self.policy.named_weights, self.step)
         return metrics | {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
 
-    def generate_rollouts(self, clock: Clock) -> Sampled:
+    def generate_rollouts(self, clock: Clock) -> RolloutBatch:
         """Sample G responses to each of this step's questions, and reward them."""
         with nullcontext() if self.config.generation.asynchronous else self.policy.resting():
             return self.collector.collect(self.step, clock)
@@ -311,7 +311,7 @@ class DisCO:
         return results
 
     def _warn_of_noise(self, noise: float) -> None:
-        """Once a life."""
+        """Log the warning about rounding noise, once in the life of the process."""
         warning = noise_warning(noise, self.objective.constraint)
         if warning and not self.warned_of_noise:
             self.warned_of_noise = True

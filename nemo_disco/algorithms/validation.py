@@ -13,15 +13,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_disco.algorithms.benchmark import evaluate_set, identity, weights_identity
 from nemo_disco.algorithms.journal import Journal
-from nemo_disco.algorithms.sampling import Questions
-from nemo_disco.config.model_source import model_source
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.evaluation.result import EvaluationResult, evaluation_file, read_evaluation
 from nemo_disco.generation.engine import Engine
-from nemo_disco.policy.together import first
+from nemo_disco.models.source import model_source
 from nemo_disco.rewards.registry import Grader
+from nemo_disco.rollout.evaluation import evaluate_set, identity, weights_identity
+from nemo_disco.rollout.prompts import PromptSet
+from nemo_disco.runtime.collectives import first
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import remove, writing
 
@@ -32,7 +32,7 @@ class Validation:
     """The evaluation sets of a run."""
 
     def __init__(
-        self, config: RunConfig, *, engine: Engine, grader: Grader, sets: Sequence[Questions], journal: Journal
+        self, config: RunConfig, *, engine: Engine, grader: Grader, sets: Sequence[PromptSet], journal: Journal
     ) -> None:
         self.config, self.engine, self.grader, self.sets, self.journal = config, engine, grader, sets, journal
 
@@ -60,7 +60,7 @@ class Validation:
                     remove(samples)  # the verdicts are in the result
         return results
 
-    def _earlier_result(self, questions: Questions, step: int, weights: dict[str, Any]) -> EvaluationResult | None:
+    def _earlier_result(self, questions: PromptSet, step: int, weights: dict[str, Any]) -> EvaluationResult | None:
         """The result that an earlier life wrote, if it is of this evaluation."""
         path = evaluation_file(self.journal.run.evaluation, questions.name, step)
         if not path.exists():

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_disco.config.model_source import model_source
-from nemo_disco.conversion.architecture import Architecture, Pairing, read_architecture
 from nemo_disco.conversion.nemo_context import TOKENIZER, write_context
 from nemo_disco.conversion.record import training_dtype, verify_files, write_record
 from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
-from nemo_disco.policy.safetensor_files import SafetensorReader, check_tensors, copy_companions
+from nemo_disco.models.architecture import Architecture, Pairing, read_architecture
+from nemo_disco.models.source import model_source
+from nemo_disco.models.weight_files import SafetensorReader, check_tensors, copy_companions
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_directory
 from nemo_disco.runtime.safetensor_writer import write_safetensors

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.conversion.architecture import Architecture
+from nemo_disco.models.architecture import Architecture
 from nemo_disco.runtime.errors import UserError
 
 TOKENIZER = "nemo_tokenizer"  # the directory beside io.json

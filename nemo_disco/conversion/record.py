@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import nemo_disco
-from nemo_disco.conversion.architecture import read_architecture
-from nemo_disco.policy import checkpoint_files as files
+from nemo_disco.checkpoint import files
+from nemo_disco.models.architecture import read_architecture
 from nemo_disco.policy.hugging_face import load_hf_config
 from nemo_disco.runtime.errors import UserError
 

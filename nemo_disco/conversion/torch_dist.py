@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_disco.policy.checkpoint_metadata import METADATA, read_metadata
+from nemo_disco.checkpoint.metadata import METADATA, read_metadata
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.saved_files import FileError, open_file
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to sample. temperature 0 is greedy; top_k 0 and top_p 1.0 mean the whole vocabulary."""
 
     temperature: float
@@ -50,7 +50,7 @@ class Engine(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         finished: Finished | None = None,
     ) -> list[Response]:
         """One response a prompt, in order, all from the weights of the last update. Equal neighbouring prompts share
@@ -84,7 +84,7 @@ class EngineApart(Engine, Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         finished: Finished | None = None,
     ) -> Outstanding:
         """`generate` in two halves: returns when sampling has begun, `finished` is called from a thread of its own, and

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_disco.generation.engine import Finished, Outstanding, Response, Sampling
+from nemo_disco.generation.engine import Finished, Outstanding, Response, SamplingParams
 from nemo_disco.generation.refit import refit
 from nemo_disco.generation.replica import SILENCE_S, Replica, ReplicaLostError
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
@@ -36,7 +36,7 @@ class _Request:
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingParams
     finished: Finished | None
     shares: list[list[int]]
     found: dict[int, Response] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class ExternalEngine:
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         finished: Finished | None = None,
     ) -> list[Response]:
         """See Engine.generate."""
@@ -76,7 +76,7 @@ class ExternalEngine:
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         finished: Finished | None = None,
     ) -> Outstanding:
         """See EngineApart.ask. What it returns is the collective: its thread only reads the wire."""
@@ -181,7 +181,11 @@ class ExternalEngine:
     # --- generation ---
 
     def _request(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, finished: Finished | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: SamplingParams,
+        finished: Finished | None,
     ) -> _Request:
         """Whole questions are dealt to the replicas, so that a group shares its prompt's prefix."""
         assert self._outstanding is None, "the engine was asked before its last responses were waited for"

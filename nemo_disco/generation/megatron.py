@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nemo_disco.data.packing import round_up
 from nemo_disco.generation.decoder import GROWTH, Cache, Decoder
-from nemo_disco.generation.engine import Finished, Response, Sampling
-from nemo_disco.generation.sampling import sample, uniforms
+from nemo_disco.generation.engine import Finished, Response, SamplingParams
 from nemo_disco.generation.static import Rows, StaticWave
+from nemo_disco.generation.token_sampling import sample, uniforms
 from nemo_disco.generation.wave import WaveResponses
 from nemo_disco.policy.policy import Policy
 
@@ -68,7 +68,7 @@ class MegatronEngine:
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         finished: Finished | None = None,
     ) -> list[Response]:
         """See Engine.generate. Of the ranks that decode a response together, the first tensor-parallel one of the last
@@ -98,7 +98,9 @@ class MegatronEngine:
 
     # --- one wave ---
 
-    def _waves(self, mine: list[int], prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[int]]:
+    def _waves(
+        self, mine: list[int], prompts: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> Iterator[list[int]]:
         """Requests whose cache fits the memory, longest prompts together (padding is then short)."""
         mine = sorted(mine, key=lambda i: (-len(prompts[i]), _digest(prompts[i]), i))
         config = self.decoder.chunks[0].config
@@ -121,7 +123,7 @@ class MegatronEngine:
         wave: list[int],
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         finished: Finished | None,
     ) -> dict[int, Response]:
         device = self.policy.device
@@ -173,7 +175,7 @@ class MegatronEngine:
         padding: Tensor,
         width: int,
         seeds: list[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
     ) -> dict[int, Response]:
         device = logits.device
         rows = Rows(
@@ -217,7 +219,7 @@ class MegatronEngine:
         zeros = torch.zeros(len(padding), columns, dtype=self.decoder.dtype, device=padding.device)
         return zeros.masked_fill(hidden, float("-inf"))[:, None, None]
 
-    def _draw(self, logits: Tensor | None, rows: _Rows, sampling: Sampling, t: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, logits: Tensor | None, rows: _Rows, sampling: SamplingParams, t: int) -> tuple[Tensor, Tensor]:
         """The next token of each row and its log-prob, drawn by the last pipeline stage, on every stage."""
         if logits is None:
             token, log_prob = torch.zeros_like(rows.request), torch.zeros(len(rows.request), device=rows.request.device)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nemo_disco.generation.decoder import Cache, Decoder
-from nemo_disco.generation.engine import Sampling
-from nemo_disco.generation.sampling import sample, uniforms
+from nemo_disco.generation.engine import SamplingParams
+from nemo_disco.generation.token_sampling import sample, uniforms
 from nemo_disco.generation.wave import WaveResponses
 
 # Steps between two looks at which rows are done: each is a wait, and rows that ended meanwhile run on.
@@ -48,7 +48,7 @@ class StaticWave:
         cache: Cache,
         width: int,
         rows: Rows,
-        sampling: Sampling,
+        sampling: SamplingParams,
         stop: Tensor,
         responses: WaveResponses,
     ) -> None:

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
-from nemo_disco.config.hf_config import FAMILIES, read_hf_config
+from nemo_disco.models.hf_config import FAMILIES, read_hf_config
 from nemo_disco.policy.layers import layer_spec
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.runtime.errors import UserError

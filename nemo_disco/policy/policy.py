@@ -23,10 +23,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from nemo_disco.config.hf_config import read_hf_config
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.packing import plan_micro_batches
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.models.hf_config import read_hf_config
+from nemo_disco.models.weight_files import SafetensorReader, save_hf_directory, weight_shapes
 from nemo_disco.policy import cpu_backend
 from nemo_disco.policy.hugging_face import HuggingFaceModel, load_hf_config
 from nemo_disco.policy.layers import uses_transformer_engine
@@ -35,7 +36,6 @@ from nemo_disco.policy.model import Targets
 from nemo_disco.policy.optimizer import Optimizer, StepResult
 from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_options
 from nemo_disco.policy.parallel import Ranks, device
-from nemo_disco.policy.safetensor_files import SafetensorReader, save_hf_directory, weight_shapes
 from nemo_disco.runtime.files import atomic_directory
 
 # (index [n] into the T response tokens, log_probs [n], entropies [n] | None) -> per-token losses [n]

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from models import random_rollouts
+from tiny_models import random_rollouts
 
 from nemo_disco.algorithms.divergence import Divergence
 

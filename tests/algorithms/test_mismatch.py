@@ -11,12 +11,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from models import random_rollouts
+from tiny_models import random_rollouts
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.mismatch import likely_cause, mismatch, noise_warning, worst_tokens
-from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.runtime.errors import UserError
@@ -176,10 +176,10 @@ def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the
 
 
 def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
-    names = ("policy", "engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
+    names = ("policy", "engine", "grader", "prompts", "order", "evaluation_sets", "journal")
     parts: dict[str, Any] = {name: Mock() for name in names}
     hinge = build_objective({"name": "disco", "constraint": {"kind": "squared_hinge", "delta": 1e-4}})
-    algorithm = DisCO(compose("quickstart"), objective=hinge, **parts)
+    algorithm = Trainer(compose("quickstart"), objective=hinge, **parts)
     for noise in (math.nan, 2.9e-5, 3.1e-5, 1.0):
         algorithm._warn_of_noise(noise)
     (said,) = [call.args[0] for call in parts["journal"].say.call_args_list]
@@ -187,9 +187,9 @@ def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
 
 
 def test_a_signal_that_came_to_another_rank_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("policy", "engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
+    names = ("policy", "engine", "grader", "prompts", "order", "evaluation_sets", "journal")
     parts: dict[str, Any] = {name: Mock() for name in names} | {"policy": Mock(device="cpu")}
-    algorithm = DisCO(compose("quickstart"), objective=build_objective({"name": "disco"}), **parts)
+    algorithm = Trainer(compose("quickstart"), objective=build_objective({"name": "disco"}), **parts)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.fill_(0))
     assert not algorithm._stops() and not algorithm.stop.requested
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.copy_(torch.tensor([15, 0])))

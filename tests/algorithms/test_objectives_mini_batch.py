@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_disco.algorithms import MiniBatch, NonFiniteError
-from nemo_disco.algorithms.mini_batch import Groups
+from nemo_disco.algorithms.objectives.mini_batch import Groups
 
 from .cases import HINGE, OBJECTIVES, batch_of, objective, random_case
 

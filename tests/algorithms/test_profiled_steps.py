@@ -10,7 +10,7 @@ import pytest
 from fake_cuda import fake_cuda
 
 from nemo_disco.algorithms import trainer as trainer_module
-from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.algorithms.trainer import Trainer
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made.config.generation.asynchronous = False
     made.config.exp_manager.profile_steps = [2, 3]
     made.journal.run.profile = tmp_path
-    made._profiled = lambda: DisCO._profiled(made)
+    made._profiled = lambda: Trainer._profiled(made)
     made._validates.return_value = False
     made.generate_rollouts.return_value.counts = {}
     made.run_training.return_value = {"policy/noise_floor": 0.0, "groups/mixed": 1.0}
@@ -33,7 +33,7 @@ def test_the_chosen_steps_are_captured_whole_and_no_others(trainer: Any, monkeyp
     said = fake_cuda(monkeypatch)
     for _ in range(4):
         said.append("--")
-        assert "time/step" in DisCO.train_step(trainer)
+        assert "time/step" in Trainer.train_step(trainer)
     steps = [[x for x in step.split("\n") if x not in ("", "wait")] for step in "\n".join(said).split("--")[1:]]
     step = ["push step", "push refit", "pop", "pop"]
     seen = ["capture", "trace", *step, "traced", "captured", "written rank_1.json"]
@@ -45,5 +45,5 @@ def test_a_step_that_raises_closes_what_it_opened(trainer: Any, monkeypatch: pyt
     trainer.step = 1
     trainer.run_training.side_effect = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
-        DisCO.train_step(trainer)
+        Trainer.train_step(trainer)
     assert [x for x in said if x != "wait"] == ["capture", "trace", "push step", "pop", "traced", "captured"]

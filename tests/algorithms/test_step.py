@@ -11,12 +11,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from models import model_config, random_rollouts, reference_log_probs, reference_model, save_model
 from safetensors.torch import load_file
+from tiny_models import model_config, random_rollouts, reference_log_probs, reference_model, save_model
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy import parallel
@@ -200,9 +200,9 @@ def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_
         schedule(part, *args, forward_only=forward_only, **options)
 
     monkeypatch.setattr(policy, "_schedule", counted)
-    names = ("engine", "grader", "questions", "sampler", "evaluation_sets", "journal")
+    names = ("engine", "grader", "prompts", "order", "evaluation_sets", "journal")
     unused: dict[str, Any] = {name: Mock() for name in names}
-    algorithm = DisCO(config, policy=policy, objective=build_objective({"name": "disco"}), **unused)
+    algorithm = Trainer(config, policy=policy, objective=build_objective({"name": "disco"}), **unused)
     algorithm.run_training(rollouts, Clock())
     backward, forward = (False, 64), (True, 64)
     assert passes == [(True, 256), backward, forward, backward, forward, backward, forward, backward]

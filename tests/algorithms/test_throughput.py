@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from models import random_rollouts
+from tiny_models import random_rollouts
 
 from nemo_disco.algorithms.throughput import Throughput
-from nemo_disco.config.flops import forward_flops
-from nemo_disco.config.shape import ModelShape
+from nemo_disco.estimate.flops import forward_flops
+from nemo_disco.models.shape import ModelShape
 
 SHAPE = ModelShape(4, 64, 128, 8, 4, 8, 130, tied=True, qkv_bias=True, max_positions=256)
 

@@ -21,7 +21,8 @@ from benchmarks.study import grid as grids
 from benchmarks.study.objectives import PerMicroBatch
 from benchmarks.study.runs import Runs
 from nemo_disco.algorithms import MiniBatch, build_objective
-from nemo_disco.config.checks import check, check_objective
+from nemo_disco.commands.checks import check_objective
+from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose
 from tools.quickstart import warm_start
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nemo_disco.config.checks import check, check_files, check_objective
+from nemo_disco.commands.checks import check_files, check_objective
+from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose
 from nemo_disco.runtime.errors import UserError
 

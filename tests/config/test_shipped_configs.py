@@ -2,8 +2,9 @@
 
 import pytest
 
+from nemo_disco.commands.checks import check_objective
 from nemo_disco.config import paths
-from nemo_disco.config.checks import check, check_objective
+from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose
 
 CONF = paths.packaged("conf")

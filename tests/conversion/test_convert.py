@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from models import VOCABULARY, model_config, save_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, model_config, save_model
 
-from nemo_disco.config.hf_config import read_hf_config
+from nemo_disco import checkpoint
 from nemo_disco.conversion import convert
 from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
-from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.models.hf_config import read_hf_config
+from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.safetensor_writer import write_safetensors

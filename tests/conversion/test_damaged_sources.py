@@ -16,10 +16,11 @@ from damage import spoil
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import ends_well
-from models import model_config, save_model
+from tiny_models import model_config, save_model
 
+from nemo_disco import checkpoint
 from nemo_disco.conversion import convert
-from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from nemo_disco.data.chat import decode, encode_prompts
 from nemo_disco.data.questions import Question
 from nemo_disco.data.tokenizer import load_tokenizer, stop_token_ids, vocabulary_size
-from nemo_disco.policy.safetensor_files import copy_companions
+from nemo_disco.models.weight_files import copy_companions
 from nemo_disco.runtime.errors import UserError
 
 EOS, THINK = 256, 257

@@ -16,7 +16,7 @@ from ranks import run_rank
 TIMEOUT_S = 1800  # a hang, and not a busy machine
 # Imported once, by the process that the ranks are forked from: an import takes longer than most tests.
 HEAVY = [
-    "nemo_disco.algorithms.run",
+    "nemo_disco.commands.train",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3", "llama", "mistral")),
 ]
 multiprocessing.set_forkserver_preload(HEAVY)  # the process starts with the first test that needs it

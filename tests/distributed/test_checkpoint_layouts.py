@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import model_config, save_model
+from tiny_models import model_config, save_model
 from training import fingerprint, loss, train
 
-from nemo_disco.policy import checkpoint, parallel
-from nemo_disco.policy import checkpoint_files as files
+from nemo_disco import checkpoint
+from nemo_disco.checkpoint import files
+from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 

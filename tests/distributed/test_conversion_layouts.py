@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import model_config, save_model
 from safetensors.torch import load_file
+from tiny_models import model_config, save_model
 
+from nemo_disco import checkpoint
 from nemo_disco.conversion import convert
-from nemo_disco.policy import checkpoint, parallel
+from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
 LAYOUTS = [

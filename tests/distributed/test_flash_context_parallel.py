@@ -9,7 +9,7 @@ from typing import Any
 import flash
 import pytest
 import torch
-from models import model_config, random_rollouts, save_model
+from tiny_models import model_config, random_rollouts, save_model
 
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy

@@ -11,11 +11,12 @@ from typing import Any
 import fused_layers
 import pytest
 import torch
-from models import model_config, save_model
+from tiny_models import model_config, save_model
 from torch import Tensor
 from training import fingerprint, loss, train
 
-from nemo_disco.policy import checkpoint, fp8_scales, layers, parallel
+from nemo_disco import checkpoint
+from nemo_disco.policy import fp8_scales, layers, parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import (
+from safetensors.torch import load_file
+from tiny_models import (
     FAMILIES,
     VOCABULARY,
     answered,
@@ -25,11 +26,10 @@ from models import (
     reference_model,
     save_family,
 )
-from safetensors.torch import load_file
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Response, SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
@@ -121,7 +121,7 @@ def measure(
         parallel.start(config)
         policy = Policy(config, dtype=dtype, temperature=0.6, vocabulary=vocabulary)
         engine = Recording(policy)
-        responses = engine.generate(prompts, range(len(prompts)), Sampling(0.6, 8), engine.hand_over)
+        responses = engine.generate(prompts, range(len(prompts)), SamplingParams(0.6, 8), engine.hand_over)
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
         sampled = answered(prompts, responses)
         mismatch = policy.log_probs(sampled)[0] - sampled.generation_log_probs

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import model_config, save_model
+from tiny_models import model_config, save_model
 
 from nemo_disco.config.compose import compose
-from nemo_disco.config.memory import Layout, Memory, estimate
-from nemo_disco.config.shape import read_shape
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.estimate.memory import Layout, Memory, estimate
+from nemo_disco.models.shape import read_shape
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 

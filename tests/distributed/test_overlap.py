@@ -12,10 +12,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
-from models import model_config, random_rollouts, save_model
+from tiny_models import model_config, random_rollouts, save_model
 from training import fingerprint, train
 
-from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.policy import options, parallel
 from nemo_disco.policy.policy import Policy
@@ -45,7 +45,7 @@ def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: boo
     train(policy, range(2))
     log_probs = policy.log_probs(rollouts)[0]
     train(policy, [2])
-    responses = MegatronEngine(policy, [1]).generate([[5, 6], [7]], [1, 2], Sampling(1.0, 8))
+    responses = MegatronEngine(policy, [1]).generate([[5, 6], [7]], [1, 2], SamplingParams(1.0, 8))
     train(policy, [3])
     named = {name: weight.clone() for name, weight in policy.named_weights()}
     buckets = sum(len(ddp.bucket_groups) for ddp in policy.network)

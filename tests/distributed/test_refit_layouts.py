@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_engine import fake_python
-from models import model_config, save_model
 from safetensors.torch import load_file
+from tiny_models import model_config, save_model
 
 from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.generation.replica import Place, Replica

@@ -29,7 +29,7 @@ def test_bash_reads_it(document: Path, command: str) -> None:  # noqa: ARG001 - 
 @pytest.mark.parametrize(("document", "command"), ALL, ids=IDS)
 def test_its_settings_hold_together(document: Path, command: str, place: Path) -> None:  # noqa: ARG001
     program, *arguments = words(command)
-    if program == "nemo-disco" and arguments[0] in (*cli.RUNS, "plan"):
+    if program == "nemo-disco" and arguments[0] in cli.CONFIG_COMMANDS:
         settings(arguments[1:])
     elif program in ("sbatch", "slurm/chain.sh"):
         at = next(i for i, word in enumerate(arguments) if word.endswith(".sbatch"))

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import ends_well
 
-from nemo_disco.algorithms import run as room
-from nemo_disco.algorithms.trainer import DisCO
+from nemo_disco.algorithms.trainer import Trainer
+from nemo_disco.commands import components, evaluate, train
 from nemo_disco.config.compose import load_run_config
 from nemo_disco.data.tokenizer import load_tokenizer
 from nemo_disco.policy import parallel
@@ -33,11 +33,12 @@ def _built(monkeypatch, finished):
 
     config = load_run_config(finished.path / "config.yaml")
     parallel.start(config.model, config.seed)
-    policy = room._policy(config, load_tokenizer(config.model.path, False))
-    monkeypatch.setattr(room, "_started", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(room, "_policy", lambda *_, **__: policy)
-    monkeypatch.setattr(room, "check_engine", stop)  # `evaluate`, once the weights are there
-    monkeypatch.setattr(DisCO, "train_step", stop)
+    policy = components.build_policy(config, load_tokenizer(config.model.path, False))
+    for command in (train, evaluate):
+        monkeypatch.setattr(command, "process_groups", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(components, "build_policy", lambda *_, **__: policy)
+    monkeypatch.setattr(evaluate, "check_engine", stop)  # `evaluate`, once the weights are there
+    monkeypatch.setattr(Trainer, "train_step", stop)
     yield
     if dist.is_initialized():
         parallel.stop()

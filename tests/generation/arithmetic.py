@@ -5,13 +5,13 @@ from __future__ import annotations
 from fake_engine import answer
 from torch import Tensor
 
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Response, SamplingParams
 from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.generation.worker.rollout_worker.tensors import checksum
 
 PROMPTS = [[n, n + 1] for n in range(6) for _ in range(4)]
 SEEDS = list(range(len(PROMPTS)))
-SAMPLING = Sampling(1.0, 20)
+SAMPLING = SamplingParams(1.0, 20)
 
 
 def sampled(engine: ExternalEngine) -> list[Response]:

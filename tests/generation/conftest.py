@@ -8,8 +8,8 @@ from typing import Any
 
 import fake_engine
 import pytest
-from models import model_config, save_model
 from safetensors.torch import load_file
+from tiny_models import model_config, save_model
 from torch import Tensor
 
 from nemo_disco.generation.external import ExternalEngine

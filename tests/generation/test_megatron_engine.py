@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, VOCABULARY, answered, model_config, reference_log_probs, reference_model, save_family
+from tiny_models import FAMILIES, VOCABULARY, answered, model_config, reference_log_probs, reference_model, save_family
 from transformers import AutoModelForCausalLM
 
 from nemo_disco.generation import megatron, static
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Response, SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
 from nemo_disco.generation.static import Rows
 from nemo_disco.policy import parallel
@@ -68,7 +68,7 @@ def test_rows_that_are_no_tokens_are_never_sampled(model_path: Path, in_place: b
 def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -> list[int]:
     """All tokens of some responses, whose log-probs are compared with the trainer's and with transformers'."""
     asked = [[token % 100 for token in prompt] for prompt in prompts(copies=4)]
-    responses = engine.generate(asked, range(len(asked)), Sampling(0.6, 50))
+    responses = engine.generate(asked, range(len(asked)), SamplingParams(0.6, 50))
     rollouts = answered(asked, responses)
     log_probs, _ = engine.policy.log_probs(rollouts)
     torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
@@ -80,7 +80,7 @@ def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -
 
 def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    for prompt, response in zip(prompts(), engine.generate(prompts(), [0] * 6, Sampling(0.0, 30)), strict=True):
+    for prompt, response in zip(prompts(), engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 30)), strict=True):
         ids = reference.generate(
             torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=STOP, pad_token_id=0
         )
@@ -89,7 +89,7 @@ def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path
 
 @one_family
 def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: MegatronEngine) -> None:
-    responses = engine.generate(prompts(copies=8), range(48), Sampling(1.0, 12))
+    responses = engine.generate(prompts(copies=8), range(48), SamplingParams(1.0, 12))
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     for r in responses:
         assert len(r.tokens) == len(r.log_probs)
@@ -106,7 +106,7 @@ def tokens(responses: list[Response]) -> list[list[int]]:
 def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
     engine: MegatronEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, seeds, sampling = prompts(copies=4), list(range(24)), Sampling(0.8, 30)
+    asked, seeds, sampling = prompts(copies=4), list(range(24)), SamplingParams(0.8, 30)
     together = tokens(engine.generate(asked, seeds, sampling))
     alone = [engine.generate([p], [s], sampling)[0].tokens for p, s in zip(asked, seeds, strict=True)]
     assert together == alone
@@ -118,22 +118,24 @@ def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
 @one_family
 def test_responses_carry_the_weight_version(engine: MegatronEngine) -> None:
     engine.update_weights(engine.policy.named_weights, version=3)
-    assert engine.generate(prompts(1), [0], Sampling(1.0, 2))[0].weight_version == 3
+    assert engine.generate(prompts(1), [0], SamplingParams(1.0, 2))[0].weight_version == 3
 
 
 @one_family
 def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
-    before = tokens(engine.generate(prompts(), [0] * 6, Sampling(0.0, 20)))
+    before = tokens(engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 20)))
     with torch.no_grad():
         for p in engine.policy.model.chunks[0].parameters():
             p.mul_(1.5)
-    assert tokens(engine.generate(prompts(), [0] * 6, Sampling(0.0, 20))) != before
+    assert tokens(engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 20))) != before
 
 
 @one_family
-@pytest.mark.parametrize("sampling", [Sampling(1.0, 70), Sampling(0.0, 30), Sampling(0.9, 40, top_p=0.8, top_k=20)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(1.0, 70), SamplingParams(0.0, 30), SamplingParams(0.9, 40, top_p=0.8, top_k=20)]
+)
 def test_decoding_in_place_gives_the_same_responses(
-    engine: MegatronEngine, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    engine: MegatronEngine, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What CUDA replays as a graph, step by step on the CPU: rows end, leave the batch, and the cache grows."""
     asked, seeds = prompts(copies=8), range(48)
@@ -168,7 +170,7 @@ def test_each_response_is_handed_over_once_when_its_row_ends(
 
     monkeypatch.setattr(engine.decoder, "forward", counted)
     engine.in_place = in_place
-    asked, seeds, sampling = prompts(copies=8), range(48), Sampling(1.0, limit)
+    asked, seeds, sampling = prompts(copies=8), range(48), SamplingParams(1.0, limit)
     expected = engine.generate(asked, seeds, sampling)
     assert {r.finish_reason for r in expected} == {"stop", "length"}
     handed: list[tuple[int, Response, int]] = []
@@ -201,7 +203,7 @@ def test_attention_takes_masks_as_they_lie_and_never_cudnn(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     engine.in_place = in_place
-    engine.generate(prompts(copies=8), range(48), Sampling(1.0, 70))
+    engine.generate(prompts(copies=8), range(48), SamplingParams(1.0, 70))
     assert strides and all(stride % 8 == 0 for stride in strides)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import fake_tensorrt_llm as fake
 import pytest
 import torch
-from models import VOCABULARY, save_model
 from safetensors.torch import load_file
+from tiny_models import VOCABULARY, save_model
 
 from nemo_disco.generation.worker.rollout_worker import tensorrt_llm as adapter
 from nemo_disco.generation.worker.rollout_worker.tensors import ALIGNMENT, checksum

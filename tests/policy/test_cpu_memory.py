@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import save_model
+from tiny_models import save_model
 
 from nemo_disco.config.paths import packaged
 

@@ -18,11 +18,13 @@ import torch
 from megatron.core import fp8_utils
 from megatron.core import utils as megatron_utils
 from megatron.core.extensions import transformer_engine as extensions
-from models import model_config, random_rollouts, save_model
 from packaging.version import Version
+from tiny_models import model_config, random_rollouts, save_model
 from training import fingerprint, train
 
-from nemo_disco.policy import checkpoint, checkpoint_files, layers, parallel
+from nemo_disco import checkpoint
+from nemo_disco.checkpoint import files as checkpoint_files
+from nemo_disco.policy import layers, parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy
 

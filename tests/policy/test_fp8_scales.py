@@ -9,10 +9,11 @@ from pathlib import Path
 import fused_layers
 import pytest
 import torch
-from models import model_config, random_rollouts, save_model
+from tiny_models import model_config, random_rollouts, save_model
 from training import fingerprint, train
 
-from nemo_disco.policy import checkpoint, layers, parallel
+from nemo_disco import checkpoint
+from nemo_disco.policy import layers, parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy
 

@@ -8,10 +8,11 @@ from typing import Any
 import fused_adam
 import pytest
 import torch
-from models import model_config, save_model
+from tiny_models import model_config, save_model
 from training import train
 
-from nemo_disco.policy import checkpoint, parallel
+from nemo_disco import checkpoint
+from nemo_disco.policy import parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy
 

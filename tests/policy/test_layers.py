@@ -10,12 +10,13 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-from models import model_config, random_rollouts, save_model
+from tiny_models import model_config, random_rollouts, save_model
 from training import train
 
-from nemo_disco.generation.engine import Sampling
+from nemo_disco import checkpoint
+from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron import MegatronEngine
-from nemo_disco.policy import checkpoint, hugging_face, layers, parallel
+from nemo_disco.policy import hugging_face, layers, parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
@@ -50,7 +51,7 @@ def test_both_makes_are_the_same_function_of_the_same_files(build: Any) -> None:
     for fused in (False, True):
         policy = build(fused)
         weights = {name: w.clone() for name, w in policy.named_weights()}
-        responses = MegatronEngine(policy, [1]).generate([[5, 9, 3]] * 2, [1, 2], Sampling(1.0, 10))
+        responses = MegatronEngine(policy, [1]).generate([[5, 9, 3]] * 2, [1, 2], SamplingParams(1.0, 10))
         found.append((policy.log_probs(rollouts)[0], weights, [r.tokens for r in responses]))
     (log_probs, weights, tokens), (fused_log_probs, fused_weights, fused_tokens) = found
     torch.testing.assert_close(fused_log_probs, log_probs, rtol=0, atol=1e-5)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import (
+from safetensors.torch import load_file
+from tiny_models import (
     LLAMA3_ROPE,
     below,
     model_config,
@@ -17,7 +18,6 @@ from models import (
     reference_model,
     save_model,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_disco.policy import parallel

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import model_config, save_model
+from tiny_models import model_config, save_model
 from training import fingerprint, train
 
 from nemo_disco.policy import parallel

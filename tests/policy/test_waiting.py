@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import model_config, random_rollouts, save_model
+from tiny_models import model_config, random_rollouts, save_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

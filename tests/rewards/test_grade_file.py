@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.rewards.grade_file import grade_file
+from nemo_disco.commands.grade import grade_file
 from nemo_disco.runtime.errors import UserError
 
 

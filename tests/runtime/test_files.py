@@ -14,7 +14,7 @@ import full_disk
 import pytest
 import torch
 
-from nemo_disco.config.hf_config import read_hf_config
+from nemo_disco.models.hf_config import read_hf_config
 from nemo_disco.runtime import files
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import (

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LLAMA3_ROPE, model_config, save_model
 from safetensors.torch import load_file, save_file
+from tiny_models import LLAMA3_ROPE, model_config, save_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nemo_disco.config.paths import packaged
 from nemo_disco.conversion import convert
 from nemo_disco.data.tokenizer import PROBES, load_tokenizer
+from nemo_disco.models.weight_files import copy_companions
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
-from nemo_disco.policy.safetensor_files import copy_companions
 from nemo_disco.runtime.errors import UserError
 
 pytestmark = pytest.mark.transformers4

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import model_config, save_family
+from tiny_models import model_config, save_family
 from vllm_process import SHAPE, start_vllm
 
 from nemo_disco.generation.external import ExternalEngine

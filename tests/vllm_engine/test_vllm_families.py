@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, answered, model_config, save_family
+from tiny_models import FAMILIES, answered, model_config, save_family
 from vllm_process import SHAPE, start_vllm
 
-from nemo_disco.generation.engine import Sampling
+from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
@@ -30,8 +30,8 @@ def test_the_log_probs_are_the_trainers_and_rows_that_are_no_tokens_are_never_sa
     engine = start_vllm(path, policy, tmp_path, tensor_parallel_size=2 if family == "qwen3-tied" else 1)
     try:
         engine.update_weights(policy.named_weights, 1)
-        responses = engine.generate(asked, range(len(asked)), Sampling(0.6, 60))
-        greedy = engine.generate(asked[::4], [0, 0, 0], Sampling(0.0, 20))
+        responses = engine.generate(asked, range(len(asked)), SamplingParams(0.6, 60))
+        greedy = engine.generate(asked[::4], [0, 0, 0], SamplingParams(0.0, 20))
     finally:
         engine.close()
     assert max(token for r in [*responses, *greedy] for token in r.tokens) < TOKENS

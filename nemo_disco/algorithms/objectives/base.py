@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nemo_disco.algorithms.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.objectives.constraint import UNCONSTRAINED, Constraint
+from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scaled
 from nemo_disco.algorithms.objectives.parameters import Checked, parameter
 from nemo_disco.runtime.errors import UserError

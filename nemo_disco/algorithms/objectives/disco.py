@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from nemo_disco.algorithms.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.base import Objective, SeparableObjective, Tokens
 from nemo_disco.algorithms.objectives.constraint import HINGED, Constraint
+from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.parameters import parameter
 from nemo_disco.algorithms.objectives.scores import (
     DEFAULT_TAU,

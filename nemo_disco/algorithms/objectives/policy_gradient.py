@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nemo_disco.algorithms.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.base import SeparableObjective, Tokens
+from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.parameters import parameter
 from nemo_disco.algorithms.objectives.scores import clipped_ratios, k3
 

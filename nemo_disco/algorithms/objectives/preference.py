@@ -11,8 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from nemo_disco.algorithms.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.base import Objective
+from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.parameters import parameter
 from nemo_disco.algorithms.objectives.scores import k3
 

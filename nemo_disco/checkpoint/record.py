@@ -1,0 +1,110 @@
+"""What a checkpoint says of itself in plain JSON: step, code, layout, dtype, model, RNG; and whether it fits a policy.
+
+Reads the policy; touches no file.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+
+import nemo_disco
+from nemo_disco.checkpoint import files
+from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
+
+# What makes a checkpoint one of this model: megatron's names, and Hugging Face's.
+_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "add_qkv_bias",
+    "layernorm_epsilon",
+)
+_KIND = ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
+
+
+def identity(policy: Policy, step: int) -> dict[str, Any]:
+    ranks, config = policy.ranks, policy.config
+    assert policy.optimizer is not None
+    return {
+        "format": files.FORMAT,
+        "step": step,
+        "code": {
+            "nemo_disco": nemo_disco.__version__,
+            "torch": torch.__version__,
+            "megatron_core": megatron.core.__version__,
+        },
+        "layout": {
+            "tensor_model_parallel_size": ranks.tensor_size,
+            "pipeline_model_parallel_size": ranks.pipeline_size,
+            "virtual_pipeline_model_parallel_size": config.virtual_pipeline_model_parallel_size,
+            "context_parallel_size": ranks.context_size,
+            "sequence_parallel": config.sequence_parallel,
+            "data_parallel_size": ranks.data_size,
+        },
+        "dtype": _dtype(policy),
+        "optimizer": {"name": config.optim.name, "steps": policy.optimizer.steps},
+        "model": _architecture(policy),
+    }
+
+
+def _architecture(policy: Policy) -> dict[str, Any]:
+    config = policy.model.bridge.config
+    shape = {name: getattr(config, name) for name in _SHAPE}
+    kind = {name: getattr(policy.hf_config, name) for name in _KIND}
+    said: dict[str, Any] = json.loads(json.dumps(kind | shape))
+    return said
+
+
+def _dtype(policy: Policy) -> str:
+    return str(policy.model.bridge.config.params_dtype).removeprefix("torch.")
+
+
+def check_fits(policy: Policy, path: Path, record: dict[str, Any]) -> None:
+    if record["format"] > files.FORMAT:
+        raise UserError(f"checkpoint {path} was written by a newer version: {record['code']}")
+    if policy.optimizer is not None and record["optimizer"] is None:
+        raise UserError(
+            f"checkpoint {path} was converted and holds weights alone; to train from them, turn it into a Hugging Face "
+            "directory (megatron_to_hf) and set model.path to that"
+        )
+    there = record["model"]
+    differ = [
+        f"{name} is {there.get(name)} there and {value} here"
+        for name, value in _architecture(policy).items()
+        if there.get(name) != value
+    ]
+    if differ:
+        raise UserError(
+            f"checkpoint {path} is of another model than {policy.config.path}: {'; '.join(differ)}; set model.path to "
+            "that model, or exp_manager.explicit_log_dir to another directory"
+        )
+    written, ours = record["dtype"], _dtype(policy)
+    if policy.optimizer is not None and written != ours:
+        raise UserError(
+            f"checkpoint {path} was written with dtype {written}, this run has {ours}: set trainer.precision as it "
+            "was, or start another run from its export"
+        )
+
+
+def random_state() -> dict[str, str]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {device: base64.b64encode(s.numpy().tobytes()).decode() for device, s in state.items()}
+
+
+def restore_random_state(state: dict[str, str]) -> None:
+    restore = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    for device, said in state.items():
+        if device == "cpu" or torch.cuda.is_available():
+            restore[device](torch.frombuffer(bytearray(base64.b64decode(said)), dtype=torch.uint8))

@@ -1,0 +1,57 @@
+"""`nemo-disco evaluate`: score model.path (a Hugging Face directory, a checkpoint, a run) on evaluation.files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_disco.algorithms.agreement import check_engine
+from nemo_disco.commands.components import (
+    build_components,
+    is_first_rank,
+    locked,
+    process_groups,
+    read_evaluation_sets,
+)
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.tokenizer import load_tokenizer
+from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
+from nemo_disco.evaluation.result import evaluation_file, write_evaluation
+from nemo_disco.models.source import model_source
+from nemo_disco.rollout.evaluation import evaluate_set, weights_identity
+from nemo_disco.rollout.response_warnings import ResponseWarnings
+from nemo_disco.runtime.rundir import RunDirectory
+
+
+def main(config: RunConfig) -> int:
+    """Write a result and every sample of each set to the run directory, and print the tables."""
+    run = RunDirectory(config.exp_manager.explicit_log_dir)
+    # In the directory of a training run the result must not pass for the one before training.
+    directory = run.path / "evaluate" if run.metrics.exists() else run.evaluation
+    source = model_source(config.model.path)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": source.hugging_face})})
+    reference = read_reference(Path(config.evaluation.reference)) if config.evaluation.reference else {}
+    with process_groups(config), locked(run):
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        sets = read_evaluation_sets(config, tokenizer)
+        with build_components(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as parts:
+            parts.engine.update_weights(parts.policy.named_weights, 0)
+            check_engine(config, parts.policy, parts.engine, sets[0])
+            results, warnings = [], ResponseWarnings(config.reward.require_think)
+            for prompts in sets:
+                samples = evaluation_file(directory, prompts.name, source.step).with_suffix(".samples.jsonl")
+                stream = (samples, weights_identity(source))
+                run.check_held()
+                result = evaluate_set(
+                    parts.engine, parts.grader, prompts, config, source.step, stream, warnings=warnings
+                )
+                assert result is not None, "nothing asks it to stop"
+                results.append(result)
+                run.check_held()
+                if is_first_rank():
+                    path = write_evaluation(directory, result)
+                    print_estimates(result)
+                    print(f"written to {path}; every sample: {samples}")
+            if is_first_rank():
+                model = parts.policy.hf_config
+                print_tables(results, reference, (model.model_type, model.hidden_size))
+    return 0

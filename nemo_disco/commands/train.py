@@ -1,0 +1,163 @@
+"""`nemo-disco train`: train to the last step, export the policy, and print what changed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nemo_disco import checkpoint
+from nemo_disco.algorithms.journal import Journal
+from nemo_disco.algorithms.objectives import Objective
+from nemo_disco.algorithms.trainer import Trainer
+from nemo_disco.checkpoint import files as checkpoint_files
+from nemo_disco.commands.components import (
+    build_components,
+    build_policy,
+    build_run_objective,
+    is_first_rank,
+    locked,
+    process_groups,
+    read_evaluation_sets,
+    read_prompts,
+)
+from nemo_disco.config.compose import changes, load_run_config, to_yaml
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.question_order import QuestionOrder
+from nemo_disco.data.tokenizer import load_tokenizer
+from nemo_disco.evaluation.result import EvaluationResult, file_stem, read_evaluations
+from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.reference import Reference
+from nemo_disco.runtime.earlier_life import set_aside
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.files import write_atomically
+from nemo_disco.runtime.model_record import ModelRecord, as_files, read_record
+from nemo_disco.runtime.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+def main(config: RunConfig) -> int:
+    """Train in exp_manager.explicit_log_dir, from its last intact checkpoint if there is one."""
+    run = RunDirectory(config.exp_manager.explicit_log_dir)
+    objective = build_run_objective(config)
+    with process_groups(config), locked(run):
+        # All that may be refused is read before the policy is built.
+        _refuse_used(run, config)
+        tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        prompts = read_prompts("train", config.data.train_files, config, tokenizer, config.data.train_weights)
+        weights = [q.weight for q in prompts.questions]
+        per_step, shuffle = config.data.questions_per_step, config.data.shuffle
+        order = QuestionOrder(len(prompts), per_step, config.seed, shuffle, weights, prompts.content())
+        evaluation_sets = read_evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
+        needs_reference = "reference_log_probs" in objective.needs
+        with build_components(config, tokenizer) as parts:
+            trainer = Trainer(
+                config,
+                policy=parts.policy,
+                engine=parts.engine,
+                objective=objective,
+                grader=parts.grader,
+                prompts=prompts,
+                order=order,
+                evaluation_sets=evaluation_sets,
+                journal=_journal(run, config, objective),
+                reference=Reference(build_policy(config, tokenizer, trainable=False)) if needs_reference else None,
+            )
+            with contextlib.closing(trainer):
+                _resume(trainer, run, config)
+                run.check_held()
+                if is_first_rank():
+                    if note := set_aside(run, trainer.step, [file_stem(s.name) for s in evaluation_sets]):
+                        log.warning("%s", note)
+                    write_atomically(run.config, to_yaml(config))
+                trainer.fit()
+                if trainer.finished:
+                    run.check_held()
+                    _export(parts.policy, run, trainer.step)
+                    if is_first_rank():
+                        _print_outcome(run)
+    return 0
+
+
+def _journal(run: RunDirectory, config: RunConfig, objective: Objective) -> Journal:
+    constraint = objective.constraint
+    return Journal(
+        run,
+        config.exp_manager,
+        writes=is_first_rank(),
+        delta=constraint.delta if constraint.kind == "squared_hinge" else None,
+        settings=config.model_dump(mode="json", by_alias=True),
+    )
+
+
+def _refuse_used(run: RunDirectory, config: RunConfig) -> None:
+    if not config.exp_manager.resume_if_exists and checkpoint.latest(run.checkpoints) is not None:
+        raise UserError(
+            f"{run.path} holds checkpoints of an earlier run and exp_manager.resume_if_exists is false: "
+            "set exp_manager.explicit_log_dir to a new directory, or let it resume"
+        )
+
+
+def _resume(trainer: Trainer, run: RunDirectory, config: RunConfig) -> None:
+    """Load the newest intact checkpoint, if there is one; rank 0 logs the settings that changed since."""
+    loaded = checkpoint.load_latest(trainer.policy, run.checkpoints, trainer.reference)
+    if loaded is None:
+        return
+    trainer.load_state_dict(loaded[1])
+    if is_first_rank():
+        log.info("resumed from step %d of %s", trainer.step, run.checkpoints)
+        try:
+            if changed := changes(load_run_config(run.config), config):
+                log.warning("other settings than before: %s", "; ".join(changed))
+        except UserError as error:  # another version's config.yaml, a damaged one, or none
+            log.warning("whether settings changed is not known: %s", error)
+
+
+def _export(policy: Policy, run: RunDirectory, step: int) -> None:
+    """Write RUN/export, unless it is of this step and younger than the last checkpoint: then it has these weights.
+
+    A collective.
+    """
+    record: ModelRecord = {"step": step}
+    written = [
+        is_first_rank()
+        and read_record(run.export) == record
+        and _is_younger(run.export, checkpoint.latest(run.checkpoints))
+    ]
+    dist.broadcast_object_list(written, src=0)
+    if not written[0]:
+        policy.export(run.export, as_files(record))
+    elif is_first_rank():
+        os.utime(run.export)  # slurm/lib.sh reads from the directory's time that this life of the job reached the end
+
+
+def _is_younger(export: Path, saved: Path | None) -> bool:
+    weights = [file.stat().st_mtime for file in export.glob("*.safetensors")]
+    return saved is not None and bool(weights) and min(weights) > (saved / checkpoint_files.RECORD).stat().st_mtime
+
+
+def _print_outcome(run: RunDirectory) -> None:
+    """Print the before/after table of each evaluation set, and the paths of the report and of the trained model."""
+    from rich.console import Console
+
+    from nemo_disco.evaluation.report import write_report
+    from nemo_disco.evaluation.table import compare, rich_table, setup_differences
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)  # a log has no width of its own, and the table must not be cut
+    by_set: dict[str, list[EvaluationResult]] = {}
+    for result in read_evaluations(run.evaluation):
+        by_set.setdefault(result.name, []).append(result)
+    for name, results in by_set.items():
+        if len(results) > 1:
+            title = f"{name}: {results[0].problems} problems, before and after {results[-1].step} steps"
+            console.print(rich_table(compare(results[0], results[-1]), title))
+            if note := setup_differences(results[0], results[-1]):
+                console.print(note, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"report   {write_report([run.path])}", soft_wrap=True, highlight=False)
+    console.print(f"model    {run.export} (a Hugging Face directory)", soft_wrap=True, highlight=False)

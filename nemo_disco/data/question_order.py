@@ -1,0 +1,165 @@
+"""Which questions a step asks: epoch after epoch, each in its own order.
+
+Pure: the seed and the number of steps taken decide everything, so that a resumed run goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+from nemo_disco.runtime.errors import UserError
+
+
+class _Pool(NamedTuple):
+    """The questions of one weight; `asked`: how many of them an epoch asks."""
+
+    weight: float
+    indices: list[int]
+
+    @property
+    def asked(self) -> int:
+        return max(1, round(self.weight * len(self.indices)))
+
+
+class QuestionOrder:
+    """Hands out `per_step` of `n_questions` indices a step, none twice in a step.
+
+    An epoch asks every question once; with `weights` [n_questions], questions of weight 2 twice and half of those of
+    weight 0.5, the other half in the next epoch. It is shuffled by (seed, epoch). What a step skips because it asks it
+    already, at the seam of two epochs or by weight, comes right after it.
+    """
+
+    def __init__(
+        self,
+        n_questions: int,
+        per_step: int,
+        seed: int,
+        shuffle: bool,
+        weights: Sequence[float] | None = None,
+        content: str = "",
+    ) -> None:
+        """content: a hash of what the questions say, by which a resumed run knows them; "" where nobody asks.
+
+        Raises UserError where the questions, or what their weights leave of them, do not fill a step.
+        """
+        if n_questions < per_step:
+            raise UserError(
+                f"data.questions_per_step is {per_step}, but there are {n_questions} questions, and a step never asks "
+                f"one twice; set it to at most {n_questions}, or give more questions"
+            )
+        self._n, self._per_step, self._seed, self._shuffle = n_questions, per_step, seed, shuffle
+        self._content = content
+        self._pools = _pools(weights or [1.0] * n_questions)
+        self._weighted = len(self._pools) > 1 or self._pools[0].weight != 1.0
+        self._size = sum(pool.asked for pool in self._pools)
+        self._check_weights()
+        self._epoch, self._taken = 0, 0
+        self._queue = self._order(0)
+
+    def next(self) -> list[int]:
+        """The indices of this step."""
+        step: dict[int, None] = {}
+        while True:
+            skipped: list[int] = []
+            for position, index in enumerate(self._queue):
+                if len(step) == self._per_step:
+                    self._queue = skipped + self._queue[position:]
+                    break
+                if index in step:
+                    skipped.append(index)
+                else:
+                    step[index] = None
+            else:
+                self._queue = skipped
+            if len(step) == self._per_step:
+                self._taken += self._per_step
+                return list(step)
+            self._epoch += 1
+            self._queue += self._order(self._epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: the epoch, the questions of it that were handed out, and what the order depends on."""
+        # A step that ends with an epoch still belongs to it.
+        epoch = max(0, self._taken - 1) // self._size
+        return {"epoch": epoch, "position": self._taken - epoch * self._size, **self._identity()} | (
+            {"content": self._content} if self._content else {}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Raises UserError where it is of other questions or another seed."""
+        if changed := self.changes(state):
+            raise UserError(
+                f"the checkpoint's data order was made with {'; '.join(changed)}; set it back, start a new run "
+                "directory, or set data.if_changed=restart to go on with the new questions from their first epoch"
+            )
+        taken = state["epoch"] * self._size + state["position"]
+        if taken % self._per_step or taken < 0:
+            raise UserError(
+                f"the checkpoint's data position (epoch {state['epoch']}, question {state['position']}) is not the "
+                "end of a step; the checkpoint is damaged"
+            )
+        self._epoch, self._taken, self._queue = 0, 0, self._order(0)
+        for _ in range(taken // self._per_step):
+            self.next()
+
+    def changes(self, state: Mapping[str, Any]) -> list[str]:
+        """What of the questions and their order is otherwise than where `state` was taken, in words."""
+        said = {"questions_per_epoch": state["questions"], **state}
+        now = {**self._identity(), "questions_per_epoch": self._size}
+        changed = [f"{key}={said[key]}, this run has {value}" for key, value in now.items() if said[key] != value]
+        # Checkpoints of earlier versions have no content.
+        if not changed and self._content and state.get("content", self._content) != self._content:
+            changed = [f"{self._n} questions of other content (text, answers or fields of data.train_files changed)"]
+        return changed
+
+    def _identity(self) -> dict[str, int]:
+        identity = {
+            "questions": self._n,
+            "questions_per_step": self._per_step,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+        }
+        return identity | ({"questions_per_epoch": self._size} if self._weighted else {})
+
+    def _check_weights(self) -> None:
+        most = max(-(-pool.asked // len(pool.indices)) for pool in self._pools)
+        distinct = sum(min(pool.asked, len(pool.indices)) for pool in self._pools)
+        if distinct < self._per_step or most * self._per_step > max(self._size, self._per_step):
+            raise UserError(
+                f"data.train_weights: an epoch asks {distinct} different questions, one of them up to {most} times, in "
+                f"{self._size / self._per_step:.1f} steps of data.questions_per_step={self._per_step}, and a step "
+                "never asks one twice; lower the largest weight, or data.questions_per_step"
+            )
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self._weighted:
+            order = list(range(self._n))
+        else:
+            order = sorted(i for number, pool in enumerate(self._pools) for i in self._share(number, pool, epoch))
+        if self._shuffle:
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order
+
+    def _share(self, number: int, pool: _Pool, epoch: int) -> list[int]:
+        """What an epoch asks of a pool: the next piece of its own endless passes over its questions."""
+        passes, start = divmod(epoch * pool.asked, len(pool.indices))
+
+        def endless() -> Iterator[int]:
+            for pass_number in count(passes):
+                order = list(pool.indices)
+                if self._shuffle:
+                    random.Random(f"{self._seed}/{number}/{pass_number}").shuffle(order)
+                yield from order
+
+        return list(islice(endless(), start, start + pool.asked))
+
+
+def _pools(weights: Sequence[float]) -> list[_Pool]:
+    """By falling weight, so that the order of the files does not matter to their shares."""
+    by_weight: dict[float, list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_weight.setdefault(weight, []).append(index)
+    return [_Pool(weight, by_weight[weight]) for weight in sorted(by_weight, reverse=True)]

@@ -1,0 +1,220 @@
+"""An estimate of one rank's memory, by part, from the configuration and the model's shape. Pure arithmetic.
+
+Counts what is large, for the local layers; tests/distributed/test_memory.py holds it to real processes' peaks. Left
+out: libraries, the allocator's slack, NCCL's buffers (layouts.USABLE), FP8. `cuda=True`: not run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_disco.config.schema import ModelConfig, RunConfig
+from nemo_disco.models.shape import ModelShape
+
+# Bytes a number: of weights and activations, of megatron's gradient buffer, and of the optimizer's state with Adam
+# (two moments, and under bf16 an fp32 copy of the weights).
+BYTES = {"bf16": (2, 4, 12), "32": (4, 4, 8), "64": (8, 8, 16)}
+_TILES = {True: 4096 * 8192, False: 512 * 1024}  # logits of a tile of the log-probs (policy/log_probs.py), CUDA or not
+LIBRARIES = {True: 4 << 30, False: 1 << 29}  # host memory of a process before its policy: on CUDA (assumed), on a CPU
+_VECTORS = 4 * 8  # old, new and generation log-probs and token weights of a step, 8 bytes each at most
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes are cut, and what is computed anew in backward (None, selective, full)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    recompute: str | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig, world_size: int) -> Layout:
+        tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+        context = model.context_parallel_size
+        return cls(
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual=model.virtual_pipeline_model_parallel_size or 1,
+            context=context,
+            data=world_size // (tensor * pipeline * context),
+            sequence_parallel=model.sequence_parallel,
+            recompute=model.activations_checkpoint_granularity,
+        )
+
+    @property
+    def replica(self) -> int:
+        """Ranks that hold one copy of the weights, the context-parallel ones counted."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def shares(self) -> int:
+        """Ranks over which the distributed optimizer cuts its state, and which sample different questions."""
+        return self.data * self.context
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. activations: kept for backward. log_probs: with the final norm, whose backward comes next.
+    layer: what one layer's backward works with, when those are gone; all that it keeps too, if it is recomputed.
+    kv_cache: all of the rank's responses at full length, at once."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    log_probs: int
+    layer: int
+    kv_cache: int
+
+    @property
+    def training(self) -> int:
+        """The peak of a training step."""
+        standing = self.weights + self.gradients + self.optimizer + self.reference
+        return standing + self.activations + max(self.log_probs, self.layer)
+
+    def sampling(self, *, offload: bool) -> int:
+        """What is there while an engine samples, besides its cache: no gradients, with `offload` no optimizer state."""
+        return self.weights + self.reference + (0 if offload else self.optimizer)
+
+
+def host_memory(memory: Memory, *, offload: bool, cuda: bool) -> int:
+    """Bytes of host memory that one rank takes at its peak: its libraries, a checkpoint's copy of the optimizer's state
+    while it is written and, without CUDA, training itself.
+
+    offload: the optimizer's state waits on the host too while an engine samples. A resume reads as much as the copy
+    takes, before there are activations.
+    """
+    on_host = memory.optimizer * (2 if offload and cuda else 1)
+    return LIBRARIES[cuda] + on_host + (0 if cuda else memory.training)
+
+
+def estimate(
+    config: RunConfig, shape: ModelShape, layout: Layout, *, reference: bool = False, cuda: bool = True
+) -> Memory:
+    """The memory of the fullest rank, at full micro-batches and full-length responses.
+
+    reference: the objective needs a second, frozen policy.
+    """
+    stages = {0, layout.pipeline - 1}
+    return max((_of_stage(config, shape, layout, s, reference, cuda) for s in stages), key=lambda m: m.training)
+
+
+def longest(config: RunConfig) -> int:
+    """Tokens of the longest sequence."""
+    return config.data.max_prompt_length + config.generation.longest_response
+
+
+def cache_a_response(config: RunConfig, shape: ModelShape, layout: Layout) -> int:
+    """Bytes of a longest sequence's keys and values on one rank."""
+    layers = shape.layers // layout.pipeline
+    return 2 * BYTES[config.trainer.precision][0] * layers * shape.kv_width // layout.tensor * longest(config)
+
+
+def responses_a_rank(config: RunConfig, layout: Layout) -> int:
+    """Responses that a rank samples in a step: whole questions."""
+    return -(-config.data.questions_per_step // layout.shares) * config.generation.responses_per_question
+
+
+def micro_batches(config: RunConfig, layout: Layout, tokens: float) -> int:
+    """Micro-batches a rank that so many tokens of all ranks take; under VPP a multiple of PP."""
+    multiple = layout.pipeline if layout.virtual > 1 else 1
+    count = max(1, -(-int(tokens) // (layout.data * config.model.token_budget)))
+    return -(-count // multiple) * multiple
+
+
+def _of_stage(config: RunConfig, shape: ModelShape, layout: Layout, stage: int, reference: bool, cuda: bool) -> Memory:
+    weight, gradient, optimizer = BYTES[config.trainer.precision]
+    if config.model.optim.moments_dtype == "bfloat16":
+        optimizer -= 4
+    parameters = _stage_parameters(shape, layout)
+    tokens = config.model.token_budget // layout.context
+    # Without CUDA's kernels torch writes the mask of context parallelism out: over half of the sequence a query.
+    mask = 0 if cuda or layout.context == 1 else longest(config) * (2 * layout.context + 1) // (4 * layout.context)
+    layer = _saved_by_layer(shape, layout, weight, cuda, mask)
+    kept = weight * shape.hidden // _shards(layout) if layout.recompute == "full" else layer  # its input alone, or all
+    head = 0
+    if stage == layout.pipeline - 1:
+        wide = max(weight, 4)
+        # The hidden states at response tokens, their gradient, the output weight's, and tiles of logits and gradients.
+        head = tokens * shape.hidden * (weight + wide) + shape.embedding_parameters // layout.tensor * weight
+        head += 2 * wide * min(_TILES[cuda], tokens * shape.vocab // layout.tensor)
+        head += tokens * _norm(shape, layout, weight, cuda)
+    responses = config.data.questions_per_step * config.generation.responses_per_question
+    return Memory(
+        weights=parameters * weight,
+        gradients=parameters * gradient,
+        optimizer=parameters * optimizer // layout.shares,
+        reference=parameters * weight if reference else 0,
+        activations=int(tokens * shape.layers // layout.pipeline * _in_flight(config, layout, stage) * kept),
+        log_probs=head + responses * config.generation.longest_response * _VECTORS,
+        # The gradients of SwiGLU's two inputs, and of the layer's input, which is gathered anew under SP.
+        layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden)
+        + (tokens * layer if layout.recompute == "full" else 0),
+        kv_cache=responses_a_rank(config, layout) * cache_a_response(config, shape, layout),
+    )
+
+
+def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
+    """Of either end of the pipeline on one tensor-parallel rank; norms are whole on each."""
+    layers = shape.layers // layout.pipeline
+    # One stage: embedding and output layer, which may be one. Several: either end has one of the two, or its copy.
+    embeddings = shape.embedding_parameters * (2 if layout.pipeline == 1 and not shape.tied else 1)
+    norms = shape.norm_parameters
+    return (layers * (shape.layer_parameters - norms) + embeddings) // layout.tensor + layers * norms + shape.hidden
+
+
+def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
+    """Micro-batches whose activations a stage keeps at once: 1F1B, and with virtual stages (arXiv 2104.04473, 2.2)."""
+    mini_batch = config.algorithm.mini_batch_questions * config.generation.responses_per_question * longest(config)
+    behind = layout.pipeline - stage
+    if layout.virtual > 1:
+        chunks = 2 * (behind - 1) + (layout.virtual - 1) * layout.pipeline + 1
+        return min(chunks / layout.virtual, micro_batches(config, layout, mini_batch))
+    return min(behind, micro_batches(config, layout, mini_batch))
+
+
+def _saved_by_layer(shape: ModelShape, layout: Layout, number: int, cuda: bool, mask: int) -> int:
+    """Bytes a token that autograd keeps for one layer; mask: numbers a token of attention's mask."""
+    query, kv, tensor = shape.query_width, shape.kv_width, layout.tensor
+    # Queries, keys and values as projected and with rope, attention's output as it came and packed, its log-sum-exp.
+    attention = number * (4 * query + 3 * kv) + 4 * shape.heads
+    if layout.context > 1:  # the projections go; what each of a sequence's two pieces attends to, on all ranks, stays
+        attention = number * (3 * query + (2 * layout.context + 1) * kv + mask * tensor) + 4 * shape.heads
+    if layout.recompute == "selective":  # its inputs stay, what it computes goes
+        attention -= number * query + 4 * shape.heads
+    # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
+    split = (attention + _head_norms(shape, layout, number, cuda) + number * (3 if cuda else 4) * shape.ffn) // tensor
+    rope = number * 4 * shape.head_dim  # sine and cosine, for queries and for keys
+    return 2 * _norm(shape, layout, number, cuda) + split + rope
+
+
+def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
+    """Bytes a token that the norms of queries and keys keep, where there are any, beside the projections: on CUDA their
+    inputs, each in one piece; else the inputs in float32 at least (queries in one piece, keys as they are projected)
+    and the normalised inputs."""
+    if not shape.qk_norm:
+        return 0
+    width = shape.query_width + shape.kv_width
+    if cuda:
+        return number * width
+    if number < 4:
+        return 2 * 4 * width
+    projections = number * (width + shape.kv_width) if layout.context > 1 else 0  # they stay, for the keys
+    return number * (width + shape.query_width) + projections
+
+
+def _norm(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
+    """Bytes a token that a norm keeps: input and output; without the fused CUDA kernel torch computes in float32 at
+    least, and keeps the normalised input too."""
+    kept = 2 * number if cuda else 2 * max(number, 4) + number
+    return kept * shape.hidden // _shards(layout)
+
+
+def _shards(layout: Layout) -> int:
+    """Ranks that share the tokens between a layer's tensor-parallel parts."""
+    return layout.tensor if layout.sequence_parallel else 1

@@ -1,0 +1,228 @@
+"""`nemo-disco plan`: what a run will do and need, from its configuration alone. Nothing is built or sampled.
+
+Prints the batch vocabulary, a rank's memory by part, and the layouts that this cluster allows with the one to take.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from nemo_disco.config.schema import RunConfig
+from nemo_disco.estimate.layouts import CACHE, USABLE, Candidate, assess, candidates, check_shape, recommend
+from nemo_disco.estimate.memory import Layout, Memory, host_memory
+from nemo_disco.estimate.timing import ASSUMED, Needs
+from nemo_disco.models.shape import ModelShape, find_shape
+from nemo_disco.runtime.host import total_memory
+
+SHOWN, WIDTH = 8, 140  # layouts, columns
+_MOST_NODES = 128
+_GIB = 2**30
+
+
+def print_plan(config: RunConfig, world_size: int, needs: Needs, console: Console | None = None) -> None:
+    """needs: of the configured objective. Raises UserError if the model directory is there and damaged, or does not fit
+    the layout. Imports torch."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=WIDTH)  # a file has no width of its own, and no cell may be cut
+    console.print(_vocabulary_table(config, world_size))
+    shape, note = find_shape(config.model.path)
+    if shape is not None:
+        check_shape(config, shape)
+        gigabytes, whose = _gpu_memory(config)
+        here = Layout.of(config.model, world_size)
+        configured = assess(config, shape, here, needs, gigabytes * _GIB, config.trainer.devices)
+        found = candidates(config, shape, needs, gigabytes * _GIB)
+        best = recommend(found)
+        console.print(_memory_table(config, shape, configured.memory))
+        console.print(_layout_table(found, configured, best, gigabytes))
+        for line in (
+            _advice(config, shape, needs, found, configured, best),
+            f"Memory: GPUs of {gigabytes:g} GB ({whose}), {USABLE:.0%} of which is taken to be usable; keys and values "
+            f"get {CACHE:.0%} of what weights and optimizer state leave (model.optim.offload moves the latter away).",
+            _host_line(config, configured.memory),
+            f"Time: estimated, not measured. Assumed: {ASSUMED}.",
+        ):
+            console.print(line, soft_wrap=True, highlight=False)
+    console.print(note, soft_wrap=True)
+
+
+def _host_line(config: RunConfig, memory: Memory) -> str:
+    """Host memory beside a GPU and without one, and what this host has."""
+    devices, offload = config.trainer.devices, config.model.optim.offload
+    beside, alone = (host_memory(memory, offload=offload, cuda=cuda) / _GIB for cuda in (True, False))
+    have = total_memory() / _GIB
+    line = (
+        f"Host memory: {beside:.1f} GiB a process beside a GPU (libraries, and a checkpoint's copy of the optimizer's "
+        f"state), {alone:.1f} GiB without one (training too); {devices} processes on a host take "
+        f"{devices * beside:.0f} or {devices * alone:.0f} GiB, and this one has {have:.0f}."
+    )
+    short = " Where that is too little, checkpoints are not copied: training waits until they are written."
+    return line + (short if devices * beside > have else "")
+
+
+def _gpu_memory(config: RunConfig) -> tuple[float, str]:
+    """GB of a GPU, and where the figure comes from."""
+    import torch
+
+    if config.plan.gpu_memory_gb is not None:
+        return config.plan.gpu_memory_gb, "plan.gpu_memory_gb"
+    if torch.cuda.is_available():
+        return round(torch.cuda.get_device_properties(0).total_memory / _GIB, 1), torch.cuda.get_device_name(0)
+    return 80, "there is none here; plan.gpu_memory_gb=... changes it"
+
+
+def vocabulary(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
+    """The batch's terms and this run's numbers for them, largest first; tokens are at most so many."""
+    model, group = config.model, config.generation.responses_per_question
+    questions, mini = config.data.questions_per_step, config.algorithm.mini_batch_questions
+    ranks = world_size // (
+        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    )
+    prompt, response = config.data.max_prompt_length, config.generation.longest_response
+    longest = prompt + response
+    a_micro_batch = model.token_budget // longest
+    micro_batches = -(-mini * group // (ranks * a_micro_batch))
+    steps = config.trainer.max_steps
+    layout = {
+        "TP": model.tensor_model_parallel_size,
+        "PP": model.pipeline_model_parallel_size,
+        "CP": model.context_parallel_size,
+        "DP": ranks,
+    }
+    return [
+        ("steps", f"{steps:,}"),
+        ("processes", f"{world_size:,} = " + " x ".join(f"{name} {size}" for name, size in layout.items())),
+        ("questions a step", f"{questions:,}"),
+        ("responses a step", f"{questions * group:,} = {questions:,} questions x {group} responses"),
+        ("mini-batches a step", f"{questions // mini:,} of {mini} questions, {mini * group:,} responses each"),
+        ("optimizer steps in the run", f"{steps * (questions // mini):,}"),
+        ("tokens a response", f"<= {longest:,} = {prompt:,} prompt + {response:,} response"),
+        ("tokens a step", f"<= {questions * group * longest:,}"),
+        ("tokens a rank a step", f"<= {-(-questions * group // ranks) * longest:,}"),
+        ("token budget of a micro-batch", f"{model.token_budget:,}: {a_micro_batch:,} full-length responses"),
+        ("micro-batches a mini-batch a rank", f"<= {micro_batches:,}"),
+    ]  # fmt: skip
+
+
+def _vocabulary_table(config: RunConfig, world_size: int) -> Table:
+    table = Table(
+        "batch", "", title=f"{config.algorithm.name}, {config.generation.engine} engine", title_justify="left"
+    )
+    for name, number in vocabulary(config, world_size):
+        table.add_row(name, number)
+    return table
+
+
+def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table:
+    table = Table("memory a rank (estimate)", "GiB", title=f"{shape.parameters:,} parameters", title_justify="left")
+    table.columns[1].justify = "right"
+    recomputed = config.model.activations_checkpoint_granularity
+    for name, size, ends in (
+        (f"weights ({config.trainer.precision})", memory.weights, False),
+        ("gradients", memory.gradients, False),
+        ("optimizer state, its share", memory.optimizer, False),
+        ("reference policy", memory.reference, False),
+        ("activations" + (f" ({recomputed} recomputation)" if recomputed else ""), memory.activations, False),
+        ("log-prob buffers", memory.log_probs, False),
+        ("or, later, the layer that runs backward", memory.layer, True),
+        ("training, at its peak", memory.training, True),
+        ("KV cache, all responses of a rank at full length", memory.kv_cache, False),
+    ):
+        if size or name != "reference policy":
+            table.add_row(name, _gib(size), end_section=ends)
+    return table
+
+
+def _layout_table(found: list[Candidate], configured: Candidate, best: Candidate | None, gigabytes: float) -> Table:
+    """The best layouts, the configured one among them."""
+    layout = configured.layout
+    cluster = f"{layout.replica * layout.data} GPUs of {gigabytes:g} GB"
+    table = Table(title=f"layouts on {cluster}; seconds a step, estimated", title_justify="left", padding=(0, 1, 0, 0))
+    for name in ("TP", "PP", "VPP", "CP", "DP"):
+        table.add_column(name, justify="right")
+    table.add_column("recompute")
+    for name in ("GiB", "waves", "generate", "old lp", "pass 1", "train", "refit", "step", "comm."):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    shown = [c for c in found if c.fits or best is None][:SHOWN]
+    shown += [c for c in (best,) if c is not None and c not in shown]
+    shown += [configured] if configured not in shown else []
+    for c in shown:
+        notes = [word for word, holds in (("configured", c == configured), ("recommended", c == best)) if holds]
+        table.add_row(*_cells(c), ", ".join([*notes, *([] if c.fits else ["does not fit"])]))
+    return table
+
+
+def _cells(c: Candidate) -> list[str]:
+    layout, t = c.layout, c.seconds
+    sizes = (layout.tensor, layout.pipeline, layout.virtual if layout.virtual > 1 else "", layout.context, layout.data)
+    waves = str(c.waves) if c.waves else "none"
+    cells = [*map(str, sizes), layout.recompute or "none", f"{c.memory.training / _GIB:.1f}", waves]
+    if c.waves:
+        cells += [f"{s:.1f}" for s in (t.generate, t.log_probs, t.pass1, t.train, t.refit, t.step)]
+        return [*cells, f"{t.communication / t.step:.0%}"]
+    return [*cells, *[""] * 7]
+
+
+def _advice(
+    config: RunConfig,
+    shape: ModelShape,
+    needs: Needs,
+    found: list[Candidate],
+    configured: Candidate,
+    best: Candidate | None,
+) -> str:
+    """Which layout to take and why, and by which keys; or on how many nodes one would fit."""
+    gpu = configured.gpu_bytes
+    if best is None:
+        least = min(found, key=lambda c: c.memory.training)
+        need = f"{_name(least.layout)} needs least: {least.memory.training / _GIB:.1f} GiB of {USABLE * gpu / _GIB:.1f}"
+        nodes = config.trainer.num_nodes
+        while (nodes := 2 * nodes) <= _MOST_NODES:
+            more = config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_nodes": nodes})})
+            if (fits := recommend(candidates(more, shape, needs, gpu))) is not None:
+                return f"No layout fits: {need}. Would work: trainer.num_nodes={nodes} with {_keys(fits.layout)}."
+        return f"No layout fits: {need}. Would work: GPUs with more memory, shorter responses or a lower token budget."
+    if best == configured:
+        return f"Recommended: the configured layout. {_why(found, best)}"
+    return f"Recommended: {_keys(best.layout)}. {_why(found, best)}"
+
+
+def _why(found: list[Candidate], best: Candidate) -> str:
+    fastest = found[0]
+    speed = "It is the fastest that fits"
+    if fastest != best:
+        speed = f"It is within 5% of the fastest, {_name(fastest.layout)}, and cuts the model less"
+    less = [c for c in found if c.layout.replica < best.layout.replica]
+    if not less:
+        return f"{speed}."
+    if (other := min(less, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))).fits:
+        return f"{speed}; {_name(other.layout)}, which cuts the model less, takes {other.seconds.step:.0f} s a step."
+    need = f"{other.memory.training / _GIB:.1f} GiB" if other.waves else "more than all memory at rest"
+    return f"{speed}; no layout that cuts the model less fits: {_name(other.layout)} would need {need}."
+
+
+def _name(layout: Layout) -> str:
+    virtual = f" (VPP {layout.virtual})" if layout.virtual > 1 else ""
+    return f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP {layout.data}"
+
+
+def _keys(layout: Layout) -> str:
+    """The overrides that choose a layout."""
+    virtual = layout.virtual if layout.virtual > 1 else "null"
+    values = {
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": str(layout.sequence_parallel).lower(),
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "context_parallel_size": layout.context,
+        "activations_checkpoint_granularity": layout.recompute or "null",
+    }
+    return " ".join(f"model.{key}={value}" for key, value in values.items())
+
+
+def _gib(size: int) -> str:
+    gib = size / _GIB
+    return f"{gib:,.1f}" if gib >= 10 else f"{gib:.3f}"

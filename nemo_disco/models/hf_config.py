@@ -1,0 +1,243 @@
+"""The network that a config.json describes: one reader for every command, and the list of the fields it may hold.
+
+Each field is one that the network is built from, or one that is known to change nothing (the reason stands here once);
+any other is refused by name, since it may be another network. Reads one JSON file; must not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_disco.models.directory import explain
+from nemo_disco.models.rope import read_rope
+from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.saved_files import FileError, read_json
+
+
+@dataclass(frozen=True)
+class Family:
+    """Properties that all networks of one model_type share, and the values of fields that a config.json leaves out."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    absent: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(absent={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Family(qkv_bias=True, absent={"num_key_value_heads": 32}),
+    "qwen3": Family(qk_norm=True, absent={"num_key_value_heads": 32, "head_dim": 128}),
+}
+_ABSENT = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # in every family
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond these transformers takes all memory, or for ever
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+USED = frozenset(_SIZES) | {
+    "model_type", "architectures", "auto_map", "head_dim", "rms_norm_eps", "tie_word_embeddings", "dtype",
+    "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
+    "layer_types",
+}  # fmt: skip
+
+_HARMLESS = {
+    "who wrote the file, and what for": """_name_or_path name_or_path _commit_hash transformers_version tokenizer_class
+        prefix model_max_length max_sequence_length is_llama_config is_qwen2_config is_decoder transformers.js_config
+        unsloth_version unsloth_fixed""",
+    "tokens by their use: the tokenizer and the engine read them": """bos_token_id eos_token_id pad_token_id
+        sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id""",
+    "how text is sampled: generation.* says that here": """max_length min_length max_new_tokens min_new_tokens do_sample
+        early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
+        repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+        num_return_sequences output_scores return_dict_in_generate remove_invalid_values
+        exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""",
+    "how new weights are drawn, and losses and labels of other tasks": """initializer_range neftune_noise_alpha
+        finetuning_task task_specific_params problem_type id2label label2id num_labels""",
+    "what a forward pass returns or by which kernel, not its function": """use_cache return_dict output_hidden_states
+        output_attentions tie_last_hidden_states torchscript use_bfloat16 tf_legacy_loss pretraining_tp
+        attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+        _experts_implementation_internal experts_implementation _flash_attn_2_enabled gradient_checkpointing""",
+    "layers from which a window slides; sliding_window is looked at": "max_window_layers",
+}
+HARMLESS = {name: reason for reason, names in _HARMLESS.items() for name in names.split()}
+
+_UNQUANTIZED = "quantized weights are not read here: give the directory of the unquantized model (bf16)"
+# Values of a field under which the network is the one that is built, and what to do about any other.
+ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), ""),
+    "attention_dropout": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
+    "mlp_bias": ((False, None), ""),
+    "partial_rotary_factor": ((1, None), ""),
+    "rope_interleaved": ((False, None), ""),
+    "use_mrope": ((False, None), ""),
+    "quantization_config": ((None,), _UNQUANTIZED),
+    "quantization": ((None,), _UNQUANTIZED),
+    "compression_config": ((None,), _UNQUANTIZED),
+    "is_encoder_decoder": ((False,), ""),
+    "add_cross_attention": ((False,), ""),
+    "cross_attention_hidden_size": ((None,), ""),
+    "tie_encoder_decoder": ((False,), ""),
+    "chunk_size_feed_forward": ((0,), ""),
+    "pruned_heads": (({}, None), ""),
+}
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """The fields of a Hugging Face directory's config.json, checked, in every spelling that transformers 4 and 5 read.
+
+    Fields that the network is built from and the file leaves out have transformers' values; rope stands in `rope_theta`
+    and `rope_scaling` as well as in `rope_parameters`, the type of the weights in `torch_dtype` as well as in `dtype`.
+    Raises UserError naming the field or what the directory is instead.
+    """
+    file = Path(directory) / "config.json"
+    try:
+        hint = explain(Path(directory))
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be read ({error.strerror}); give a Hugging Face model directory"
+        ) from error
+    if hint is not None:
+        raise UserError(hint)
+    try:
+        config = read_json(file, dict[str, Any], links=True)
+    except FileError as fault:
+        raise UserError(f"{fault}; the model directory is damaged") from None
+    try:
+        return _checked(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"model_type {_shown(kind)} is not built; known: {', '.join(sorted(FAMILIES))}")
+    _check_identity(config, kind)
+    _check_known(config, kind)
+    config = _ABSENT | FAMILIES[kind].absent | config
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config.get("num_attention_heads")
+    _check_sizes(config, kind)
+    _check_attention(config, kind)
+    return config | _spellings(config)
+
+
+def _check_identity(config: dict[str, Any], kind: str) -> None:
+    """Of a decoder with a language-model head, and of no code but transformers'."""
+    names = config.get("architectures") or [f"{kind}ForCausalLM"]
+    if not isinstance(names, list) or not all(str(name).lower() == f"{kind}forcausallm" for name in names):
+        raise UserError(
+            f"architectures={_shown(names)} is not built for model_type {kind!r}, only a decoder with a language-model "
+            "head (...ForCausalLM)"
+        )
+    code = config.get("auto_map", {})
+    if not isinstance(code, dict) or code.keys() - {"AutoTokenizer"}:
+        raise UserError(
+            f"auto_map={_shown(code)} names code of the model's own, and the network built here is transformers' "
+            f"{kind}; remove the entry if the two are the same network"
+        )
+
+
+def _check_known(config: dict[str, Any], kind: str) -> None:
+    """Every field is known, and has a value under which the network is the one that is built."""
+    bias = FAMILIES[kind].qkv_bias
+    only = ONLY | {"attention_bias": ((True,) if bias else (False, None), "")}
+    unknown = [name for name in config if name not in USED and name not in HARMLESS and name not in only]
+    if unknown:
+        named = ", ".join(f"{_shown(name, quote=False)}={_shown(config[name])}" for name in unknown[:3])
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UserError(
+            f"{named}{more}: not a field that is known here, and it may change the network; remove it if it does not"
+        )
+    for name, (values, hint) in only.items():
+        if name in config and not any(_same(config[name], value) for value in values):
+            allowed = " or ".join(_shown(value) for value in values)
+            raise UserError(f"{name}={_shown(config[name])} is not built, only {allowed}" + (f"; {hint}" * bool(hint)))
+
+
+def _check_sizes(config: dict[str, Any], kind: str) -> None:
+    if missing := [name for name in _SIZES if config.get(name) is None]:
+        raise UserError(f"{missing[0]} is missing; only decoders such as Qwen2 and Llama are built")
+    # Llama's and Mistral's null is hidden_size / num_attention_heads; transformers knows no null of Qwen's.
+    null = config.get("head_dim") is None and not (kind.startswith("qwen") and "head_dim" in config)
+    for name in _SIZES if null else (*_SIZES, "head_dim"):
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        if not _is_size(config[name], most):
+            raise UserError(f"{name}={_shown(config[name])} is not a whole number of at least 1 and at most {most:,}")
+    heads, kv_heads, hidden = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if heads % kv_heads:
+        raise UserError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    if config.get("head_dim") is None and hidden % heads:
+        raise UserError(f"num_attention_heads={heads} does not divide hidden_size={hidden}, and there is no head_dim")
+    if not _is_number(config["rms_norm_eps"]) or config["rms_norm_eps"] <= 0:
+        raise UserError(f"rms_norm_eps={_shown(config['rms_norm_eps'])} is not a number above 0")
+    if not isinstance(config["tie_word_embeddings"], bool):
+        raise UserError(f"tie_word_embeddings={_shown(config['tie_word_embeddings'])} is neither true nor false")
+
+
+def _check_attention(config: dict[str, Any], kind: str) -> None:
+    """Attention sees the whole sequence. Qwen's files name a window that is not used; Mistral's has no such switch."""
+    window, uses = config.get("sliding_window"), config.get("use_sliding_window", False)
+    layers = config["num_hidden_layers"]
+    if uses not in (True, False, None):
+        raise UserError(f"use_sliding_window={_shown(uses)} is neither true nor false")
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * layers:
+        raise UserError(
+            f"layer_types={_shown(kinds)} is not built, only 'full_attention' for each of num_hidden_layers={layers}"
+        )
+    if kind.startswith("qwen") and (not uses or kinds is not None or config.get("max_window_layers", 28) >= layers):
+        return
+    if window is None:
+        return
+    raise UserError(
+        f"sliding_window={_shown(window)} is not built: attention here sees the whole sequence; set it to null if no "
+        "sequence of yours is longer"
+    )
+
+
+def _spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields whose names differ between transformers 4 and 5, in both."""
+    both: dict[str, Any] = read_rope(config).spellings()
+    dtypes = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
+    for name, value in dtypes.items():
+        if value not in _DTYPES:
+            raise UserError(
+                f"{name}={_shown(value)} is not a type of weights that is read; known: {', '.join(_DTYPES)}"
+            )
+    if len(set(dtypes.values())) > 1:
+        raise UserError(f"dtype={_shown(dtypes['dtype'])} and torch_dtype={_shown(dtypes['torch_dtype'])} contradict")
+    for value in dtypes.values():
+        both |= {"dtype": value, "torch_dtype": value}
+    return both
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Equal, with true and false apart from 1 and 0 (which configs write for numbers)."""
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _shown(value: Any, quote: bool = True) -> str:
+    """A value as JSON writes it, in one line and cut where it is long."""
+    text = json.dumps(value) if quote or not isinstance(value, str) else json.dumps(value)[1:-1]
+    return text if len(text) <= 60 else text[:57] + "..."

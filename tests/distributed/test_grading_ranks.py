@@ -1,0 +1,40 @@
+"""A user's reward that breaks while responses come in, on the one rank that leads the engine, is every rank's error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from nemo_disco.data.questions import Question
+from nemo_disco.generation.engine import Response
+from nemo_disco.rollout.grading import EarlyGrades
+from nemo_disco.rollout.prompts import PromptSet
+from nemo_disco.runtime.errors import UserError
+
+
+class Words:
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return " ".join(map(str, tokens))
+
+
+class Broken:
+    def grade(self, texts: Any, answers: Any) -> list[float]:
+        raise UserError(f"my_rewards.py line 3: {texts[0]} is none of {len(answers)}")
+
+
+def said() -> str:
+    picked = PromptSet("q", [Question(0, "0?", ("1",), "s")] * 2, [[0]] * 2, Words())
+    early = EarlyGrades(Broken(), picked)  # type: ignore[arg-type]
+    if dist.get_rank() == 0:
+        early.finished(1, Response([7], [0.0], "length", 0))
+    try:
+        early.collect(["7", "7"], lambda *_: [0.0])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_it_is_raised_on_every_rank(on_ranks: Callable[..., list[Any]]) -> None:
+    assert on_ranks(2, said) == ["my_rewards.py line 3: 7 is none of 1"] * 2

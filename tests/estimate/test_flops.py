@@ -1,0 +1,66 @@
+"""Model FLOPs against a second formula and against what torch counts in transformers' own forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from nemo_disco.estimate.flops import TRAINING, forward_flops, peak_flops
+from nemo_disco.models.shape import KNOWN, ModelShape
+
+SHAPE = ModelShape(3, 64, 96, 8, 2, 8, 130, tied=False, qkv_bias=True, max_positions=256)
+
+
+def test_flops_are_torchs_count_but_for_the_half_of_attention_that_is_masked() -> None:
+    """torch counts n^2 pairs a sequence where causal attention has n (n + 1) / 2."""
+    config = Qwen2Config(
+        vocab_size=SHAPE.vocab,
+        hidden_size=SHAPE.hidden,
+        intermediate_size=SHAPE.ffn,
+        num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.kv_heads,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    model, n = Qwen2ForCausalLM(config), 48
+    with FlopCounterMode(display=False) as forward:
+        loss = model(torch.arange(n)[None]).logits.sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    masked = 4 * SHAPE.layers * SHAPE.query_width * (n * n - n * (n + 1) // 2)
+    expected = forward_flops(SHAPE, [n], predicted=n) + masked
+    assert forward.get_total_flops() == expected
+    assert forward.get_total_flops() + backward.get_total_flops() == TRAINING * expected
+
+
+def test_packed_sequences_cost_what_each_costs_alone() -> None:
+    lengths = [5, 17, 1, 30]
+    alone = sum(forward_flops(SHAPE, [n], predicted=0) for n in lengths)
+    assert forward_flops(SHAPE, lengths, predicted=0) == alone
+    one_row = forward_flops(SHAPE, [sum(lengths)], predicted=0)
+    assert alone < one_row, "attention across sequences is not work"
+
+
+def test_flops_are_six_n_and_attention() -> None:
+    """The rule of thumb, on a published shape: 6 N D for what multiplies every token, plus 6 L d n^2 of attention."""
+    shape, n = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"], 8192
+    parameters = shape.parameters - shape.embedding_parameters
+    expected = 6 * parameters * n + 6 * shape.layers * shape.query_width * n**2
+    assert TRAINING * forward_flops(shape, [n], predicted=n) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_go_by_the_devices_name(device: str, peak: float | None) -> None:
+    assert peak_flops(device) == peak

@@ -1,0 +1,183 @@
+"""The plan: published parameter counts, and arithmetic that can be done by hand."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from nemo_disco.config.compose import compose
+from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate, host_memory
+from nemo_disco.estimate.plan import print_plan, vocabulary
+from nemo_disco.estimate.timing import Needs
+from nemo_disco.models.shape import KNOWN, find_shape, read_shape
+from nemo_disco.runtime.errors import UserError
+
+
+def printed(config, world_size):
+    console = Console(file=io.StringIO(), width=140)
+    print_plan(config, world_size, Needs(two_passes=True, reference=False), console)
+    return console.file.getvalue()
+
+
+def of_a_rank(config, shape, world_size=8, **options):
+    return estimate(config, shape, Layout.of(config.model, world_size), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),  # safetensors' own counts on the models' pages
+    [
+        ("DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
+        ("DeepSeek-R1-Distill-Qwen-7B", 7_615_616_512),
+        ("DeepSeek-R1-Distill-Llama-8B", 8_030_261_248),
+        ("DeepSeek-R1-Distill-Qwen-32B", 32_763_876_352),
+        ("DeepSeek-R1-Distill-Llama-70B", 70_553_706_496),
+    ],
+)
+def test_the_papers_models_have_their_published_sizes(name, published):
+    assert KNOWN[name].parameters == published
+
+
+def test_a_shape_counts_what_transformers_builds(model_directory):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for changes in (
+        {},
+        {"tie_word_embeddings": False, "head_dim": 32},
+        {"model_type": "llama"},
+        {"model_type": "qwen3", "head_dim": 16},
+    ):
+        directory = model_directory(**changes)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        assert read_shape(directory).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_batch_vocabulary_of_the_papers():
+    terms = dict(vocabulary(compose("recipe/disco_logl_1.5b"), world_size=8))
+    assert terms["responses a step"] == "1,024 = 128 questions x 8 responses"
+    assert terms["mini-batches a step"] == "4 of 32 questions, 256 responses each"
+    assert terms["optimizer steps in the run"] == "5,600"
+    assert terms["tokens a response"] == "<= 9,216 = 1,024 prompt + 8,192 response"
+    assert terms["tokens a rank a step"] == "<= 1,179,648"  # 128 responses of 9,216
+    assert terms["micro-batches a mini-batch a rank"] == "<= 8"  # 256 responses, 4 a micro-batch, 8 ranks
+
+
+def test_weights_gradients_and_optimizer_state_by_hand():
+    config = compose("recipe/disco_logl_1.5b")
+    shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
+    memory = of_a_rank(config, shape)
+    assert memory.weights == 2 * shape.parameters
+    assert memory.gradients == 4 * shape.parameters
+    assert memory.optimizer == 12 * shape.parameters // 8
+    assert memory.reference == 0 and of_a_rank(config, shape, reference=True).reference == memory.weights
+    assert memory.kv_cache == 128 * 9216 * 28 * 2 * 256 * 2  # responses, tokens, layers, K and V, width, bytes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part", "least", "most"),
+    [
+        (["model.tensor_model_parallel_size=2"], "weights", 0.49, 0.51),
+        (["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], "activations", 0.49, 0.51),
+        (["model.pipeline_model_parallel_size=2"], "weights", 0.4, 0.6),
+        (["model.context_parallel_size=2"], "activations", 0.49, 0.51),
+        (["model.activations_checkpoint_granularity=null"], "activations", 5.0, 40.0),
+        (["model.token_budget=73728"], "activations", 1.99, 2.01),
+        (["trainer.precision=32"], "weights", 2.0, 2.0),
+    ],
+)
+def test_a_layout_shrinks_what_it_splits(overrides, part, least, most):
+    shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
+    before = of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
+    after = of_a_rank(compose("recipe/disco_logl_1.5b", overrides), shape)
+    assert least <= getattr(after, part) / getattr(before, part) <= most
+
+
+def test_every_recipe_fits_an_80_gb_gpu_by_its_own_estimate():
+    for size in ("1.5b", "7b", "llama_8b"):
+        config = compose(f"recipe/disco_logl_{size}")
+        shape, _ = find_shape(config.model.path)
+        assert of_a_rank(config, shape).training < 60 * 2**30  # with room for the KV cache
+
+
+def test_activations_of_a_layer_by_hand():
+    """bf16 on CUDA, a token: two norms' inputs and outputs; projected and rotated queries, keys, values and attention's
+    two outputs; its log-sum-exp; SwiGLU's three; sines and cosines. One layer's stay under full recomputation."""
+    shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
+    layer = 2 * (4 * 1536 + 4 * 1536 + 3 * 256 + 3 * 8960 + 4 * 128) + 4 * 12
+    config = compose("recipe/disco_logl_1.5b", ["model.activations_checkpoint_granularity=null"])
+    kept, full = of_a_rank(config, shape), of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
+    assert kept.activations == 36864 * 28 * layer
+    assert full.activations == 36864 * 28 * 2 * 1536
+    assert full.layer == kept.layer + 36864 * layer
+
+
+def test_the_first_stage_of_a_pipeline_is_the_fullest():
+    """It keeps a micro-batch for each stage behind it, so as many layers' activations as without a pipeline; and more
+    with virtual stages, of which PP - 1 micro-batches are under way besides (arXiv 2104.04473)."""
+    plain = ["model.activations_checkpoint_granularity=null", "model.pipeline_model_parallel_size=4"]
+    shape = KNOWN["DeepSeek-R1-Distill-Llama-8B"]
+    name, virtual = "recipe/disco_logl_llama_8b", "model.virtual_pipeline_model_parallel_size=2"
+    alone = of_a_rank(compose(name, plain[:1]), shape, world_size=32)
+    piped = of_a_rank(compose(name, plain), shape, world_size=32)
+    interleaved = of_a_rank(compose(name, [*plain, virtual]), shape, world_size=32)
+    assert piped.activations == pytest.approx(alone.activations, rel=0.01)
+    assert interleaved.activations == pytest.approx(piped.activations * (1 + 3 / 8), rel=0.01)
+
+
+def test_the_plan_says_which_model_it_speaks_of(model_directory):
+    text = printed(compose("recipe/disco_logl_7b"), 8)
+    assert "7,615,616,512 parameters" in text
+    assert "the published shape of DeepSeek-R1-Distill-Qwen-7B" in text and "no such directory" in text
+    lengths = ["data.max_prompt_length=64", "generation.max_response_length=64"]
+    text = printed(compose("quickstart", [f"model.path={model_directory()}", *lengths]), 2)
+    assert "optimizer state" in text and f"Model: {model_directory()}" in text
+    text = printed(compose("quickstart", ["model.path=nowhere"]), 2)
+    assert "nowhere: no Hugging Face model there" in text and "optimizer state" not in text
+    assert "no estimate; known without files: model.path=1.5b, 7b, 8b, 32b, 70b" in text
+
+
+@pytest.mark.parametrize("hub_id", ["Qwen/Qwen3-0.6B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"])
+def test_the_plan_of_a_hub_id_says_how_to_fetch_it(hub_id):
+    name = hub_id.rpartition("/")[2]
+    text = printed(compose("quickstart", [f"model.path={hub_id}", "model.token_budget=8192"]), 2)
+    assert f"hf download {hub_id} --local-dir models/{name}" in text
+
+
+def test_a_path_that_cannot_be_looked_up_is_one_line():
+    with pytest.raises(UserError, match="cannot be read"):
+        find_shape("x" * 300)
+
+
+def test_the_plan_recommends_a_layout_and_says_what_it_assumed():
+    text = printed(compose("recipe/disco_logl_7b", ["trainer.num_nodes=4"]), 32)
+    assert "layouts on 32 GPUs of 80 GB" in text and "configured" in text and "recommended" in text
+    assert "Recommended: model.tensor_model_parallel_size=" in text
+    assert "estimated, not measured. Assumed: an H100 SXM" in text
+
+
+def test_the_plan_says_how_many_nodes_a_model_needs():
+    text = printed(compose("recipe/disco_logl_7b", ["model.path=70b"]), 8)
+    assert "No layout fits: TP 8 x PP 1 x CP 1 x DP 1 needs least" in text
+    assert "Would work: trainer.num_nodes=4 with model.tensor_model_parallel_size=8" in text
+    assert "does not fit" in text
+
+
+def test_a_reference_policy_is_counted():
+    overrides = ["model.path=8b", "data.train_files=[q.json]", "model.token_budget=16384"]
+    assert "reference policy" in printed(
+        compose(overrides=["algorithm=grpo", "algorithm.kl_coefficient=0.01", *overrides]), 1
+    )
+    assert "reference policy" not in printed(compose(overrides=overrides), 1)
+
+
+def test_host_memory_is_what_training_and_a_checkpoint_take_there(monkeypatch):
+    config = compose("recipe/disco_logl_7b", ["model.path=7b", "data.train_files=[q.json]"])
+    memory = of_a_rank(config, KNOWN["DeepSeek-R1-Distill-Qwen-7B"])
+    beside = host_memory(memory, offload=False, cuda=True)
+    assert beside == LIBRARIES[True] + memory.optimizer
+    assert host_memory(memory, offload=True, cuda=True) == beside + memory.optimizer
+    assert host_memory(memory, offload=False, cuda=False) == LIBRARIES[False] + memory.optimizer + memory.training
+    for have, short in ((2000, False), (64, True)):
+        monkeypatch.setattr("nemo_disco.estimate.plan.total_memory", lambda have=have: have << 30)
+        text = printed(config, 8)
+        assert f"Host memory: {beside / 2**30:.1f} GiB a process" in text and f"this one has {have}." in text
+        assert ("training waits until they are written" in text) == short

@@ -1,0 +1,203 @@
+"""config.json: what published models hold is accepted and read as transformers reads it; anything else is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from real_configs import REAL
+
+from nemo_disco.config.compose import compose
+from nemo_disco.estimate.plan import print_plan
+from nemo_disco.estimate.timing import Needs
+from nemo_disco.models.hf_config import FAMILIES, HARMLESS, ONLY, USED, read_hf_config
+from nemo_disco.runtime.errors import UserError
+
+LLAMA3 = REAL["Llama-3.1-8B-Instruct"]["rope_scaling"]
+QWEN2, LLAMA, MISTRAL = (REAL[n] for n in ("Qwen2.5-0.5B", "Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"))
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """written(config) -> a directory with that config.json."""
+
+    def write(config: dict[str, Any]) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+def assert_transformers_reads(directory: Path, config: dict[str, Any]) -> None:
+    """... the same network out of `directory` as `config` says."""
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.from_pretrained(directory)
+    assert {name: getattr(theirs, name) for name in SIZES} == {name: config[name] for name in SIZES}
+    rope = {name: value for name, value in theirs.rope_parameters.items() if name != "type"}  # rope_type's older name
+    assert rope == config["rope_parameters"]
+    head_dim = getattr(theirs, "head_dim", None)
+    assert head_dim in (None, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    if config.get("dtype"):
+        assert str(theirs.dtype) == f"torch.{config['dtype']}"
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_models_are_read_as_transformers_reads_them(name: str, written: Callable[..., Path]) -> None:
+    config = read_hf_config(written(REAL[name]))
+    assert_transformers_reads(written(REAL[name]), config)
+    assert config.items() >= {k: v for k, v in REAL[name].items() if k != "rope_scaling"}.items()
+    assert config["torch_dtype"] == config["dtype"]
+    rope = config["rope_scaling"] or {"rope_type": "default"}
+    assert rope | {"rope_theta": config["rope_theta"]} == config["rope_parameters"]
+    assert_transformers_reads(written(config), config)  # both spellings in one file
+    assert read_hf_config(written(config)) == config
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_what_transformers_saves_is_accepted(kind: str, written: Callable[..., Path]) -> None:
+    """Every field, those with default values too."""
+    from transformers import AutoConfig
+
+    saved = AutoConfig.for_model(kind, **({"sliding_window": None} if kind == "mistral" else {}))
+    assert_transformers_reads(written(saved.to_dict()), read_hf_config(written(saved.to_dict())))
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_fields_that_are_left_out_have_transformers_values(kind: str, written: Callable[..., Path]) -> None:
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    config: dict[str, Any] = dict.fromkeys(needed, 64) | {"model_type": kind, "num_attention_heads": 32}
+    if kind == "mistral":
+        config["sliding_window"] = None
+    assert_transformers_reads(written(config), read_hf_config(written(config)))
+    for name in needed:
+        with pytest.raises(UserError, match=f"config.json: {name} is missing"):
+            read_hf_config(written({k: v for k, v in config.items() if k != name}))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KNOWN = USED | set(HARMLESS) | set(ONLY) | {"attention_bias"}
+
+
+@given(name=st.text(max_size=30).filter(lambda n: n not in KNOWN), value=json_values, real=st.sampled_from(list(REAL)))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_field_that_is_not_known_is_refused_by_name(
+    name: str, value: Any, real: str, written: Callable[..., Path]
+) -> None:
+    with pytest.raises(UserError) as raised:
+        read_hf_config(written(REAL[real] | {name: value}))
+    assert "\n" not in str(raised.value)
+    assert "not a field that is known" in str(raised.value)
+    assert f"config.json: {json.dumps(name)[1:-1]}="[:50] in str(raised.value)
+
+
+@given(name=st.sampled_from(sorted(KNOWN)), value=json_values)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
+    name: str, value: Any, written: Callable[..., Path]
+) -> None:
+    refusal = None
+    try:
+        config = read_hf_config(written(LLAMA | {name: value}))
+    except UserError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert name in HARMLESS or config["hidden_size"] >= 1
+    else:
+        assert "\n" not in refusal and (name in refusal or name == "rope_theta")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "complaint"),
+    [
+        (LLAMA, {"attention_bias": True}, "attention_bias=true is not built"),
+        (REAL["Qwen3-0.6B"], {"attention_bias": True}, "attention_bias=true is not built"),
+        (QWEN2, {"attention_bias": False}, "attention_bias=false is not built"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias=true is not built"),
+        (LLAMA, {"hidden_act": "gelu"}, 'hidden_act="gelu" is not built, only "silu"'),
+        (LLAMA, {"hidden_act": "gelu_pytorch_tanh"}, 'hidden_act="gelu_pytorch_tanh" is not built'),
+        (QWEN2, {"attention_dropout": 0.1}, "attention_dropout=0.1 is not built"),
+        (QWEN2, {"use_mrope": True}, "use_mrope=true is not built"),
+        (LLAMA, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config=.*unquantized model"),
+        (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*unquantized model"),
+        (LLAMA, {"quantization": {"group_size": 64, "bits": 4}}, "quantization=.*unquantized model"),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 20}, "sliding_window=32768 is not built"),
+        (MISTRAL, {"sliding_window": 4096}, "sliding_window=4096 is not built"),
+        (MISTRAL, {"sliding_window": 4096, "use_sliding_window": False}, "sliding_window=4096 is not built"),
+        (QWEN2, {"layer_types": ["sliding_attention"] * 24}, "layer_types=.* is not built"),
+        (QWEN2, {"layer_types": ["full_attention"] * 23}, "num_hidden_layers=24"),
+        (QWEN2, {"architectures": ["Qwen2ForSequenceClassification"]}, "architectures=.* is not built"),
+        (QWEN2, {"auto_map": {"AutoModelForCausalLM": "modeling_x.Mine"}}, "auto_map=.* code of the model's own"),
+        (QWEN2, {"torch_dtype": "float8_e4m3fn"}, 'torch_dtype="float8_e4m3fn" is not a type'),
+        (QWEN2, {"dtype": "float32"}, 'dtype="float32" and torch_dtype="bfloat16" contradict'),
+        (QWEN2, {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=14"),
+        (QWEN2, {"num_attention_heads": 0}, "num_attention_heads=0 is not a whole number of at least 1"),
+        (QWEN2, {"hidden_size": "896"}, 'hidden_size="896" is not a whole number'),
+        (QWEN2, {"vocab_size": 2**31}, "vocab_size=2147483648 is not a whole number of at least 1 and at most"),
+        (LLAMA, {"num_hidden_layers": 2**70}, "num_hidden_layers=1180591620717411303424 is not a whole number"),
+        (QWEN2, {"num_hidden_layers": 10**6, "layer_types": None}, "num_hidden_layers=1000000 .* at most 10,000"),
+        (QWEN2, {"head_dim": None}, "head_dim=null is not a whole number"),
+        (QWEN2, {"rms_norm_eps": float("nan")}, "rms_norm_eps=NaN is not a number above 0"),
+        (QWEN2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not built"),
+        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not built"),
+        (QWEN2, {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic' is not built"),
+        (QWEN2, {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "x": 1}}, "rope_scaling: x=1 is not built"),
+        (QWEN2, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor=None is not a number"),
+        (QWEN2, {"rope_theta": -1}, "rope_theta=-1 is not a number above 0"),
+        (LLAMA, {"rope_parameters": LLAMA3 | {"factor": 4.0}}, "contradict"),
+        (LLAMA, {"rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}, "contradict"),
+        (LLAMA, {"rope_scaling": LLAMA3 | {"type": "linear"}}, "contradict"),
+    ],
+)  # fmt: skip
+def test_a_network_that_is_not_built_is_refused_by_field_and_value(
+    base: dict[str, Any], changes: dict[str, Any], complaint: str, written: Callable[..., Path]
+) -> None:
+    directory = written(base | changes)
+    with pytest.raises(UserError, match=complaint) as raised:
+        read_hf_config(directory)
+    assert str(raised.value).startswith(f"{directory}/config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (QWEN2, {"use_sliding_window": True, "sliding_window": None}),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 24}),
+        (QWEN2, {"use_sliding_window": True, "layer_types": ["full_attention"] * 24}),
+        (QWEN2, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        (QWEN2, {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default"}}),
+        (LLAMA, {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}, "rope_scaling": None, "rope_theta": None}),
+        (LLAMA, {"num_key_value_heads": None, "head_dim": None, "quantization_config": None}),
+    ],
+)  # fmt: skip
+def test_values_that_change_nothing_are_accepted(
+    base: dict[str, Any], changes: dict[str, Any], written: Callable[..., Path]
+) -> None:
+    config = {k: v for k, v in (base | changes).items() if k != "rope_theta" or v is not None}
+    assert_transformers_reads(written(config), read_hf_config(written(config)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000, '"text"'])
+def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="the model directory is damaged"):
+        read_hf_config(tmp_path)
+
+
+def test_plan_refuses_it_too(written: Callable[..., Path]) -> None:
+    directory = written(QWEN2 | {"logit_scale": 2.0})
+    with pytest.raises(UserError, match=r"logit_scale=2\.0: not a field that is known"):
+        print_plan(compose("quickstart", [f"model.path={directory}"]), 1, Needs(two_passes=True, reference=False))
