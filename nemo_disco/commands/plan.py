@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+from nemo_disco.estimate.timing import Needs
+
+if TYPE_CHECKING:
+    from nemo_disco.algorithms import Objective
 
 
 def main(options: argparse.Namespace) -> int:
@@ -11,12 +17,14 @@ def main(options: argparse.Namespace) -> int:
     from nemo_disco.config.checks import check
     from nemo_disco.config.compose import compose
     from nemo_disco.estimate.plan import print_plan
-    from nemo_disco.estimate.timing import Needs
 
     config = compose(options.config_name, options.overrides, options.config_path)
     world_size = config.trainer.devices * config.trainer.num_nodes
     check(config, world_size)
-    objective = check_objective(config)
-    separable = bool(getattr(objective, "separable", False))
-    print_plan(config, world_size, Needs(not separable, "reference_log_probs" in objective.needs))
+    print_plan(config, world_size, needs_of(check_objective(config)))
     return 0
+
+
+def needs_of(objective: Objective) -> Needs:
+    """The passes and policies that a step of the objective takes."""
+    return Needs(two_passes=not objective.separable, reference="reference_log_probs" in objective.needs)

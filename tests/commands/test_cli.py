@@ -11,7 +11,8 @@ import types
 import pytest
 
 from nemo_disco import cli
-from nemo_disco.data import records
+from nemo_disco.commands import doctor
+from nemo_disco.data import record_files
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.saved_files import reading
@@ -134,9 +135,9 @@ def test_an_interrupt_exits_with_130_and_a_bug_is_not_hidden(monkeypatch):
 
         return command
 
-    monkeypatch.setattr(cli, "_doctor", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(doctor, "main", raising(KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 130
-    monkeypatch.setattr(cli, "_doctor", raising(ZeroDivisionError()))
+    monkeypatch.setattr(doctor, "main", raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
@@ -145,7 +146,7 @@ def test_a_rank_leaves_word_of_its_error_for_the_launcher(monkeypatch, tmp_path,
     def refuse(_):
         raise UserError("a line\nand more")
 
-    monkeypatch.setattr(cli, "_doctor", refuse)
+    monkeypatch.setattr(doctor, "main", refuse)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("NEMO_DISCO_REPORTS", str(tmp_path))
     assert cli.main(["doctor"]) == 2
@@ -184,7 +185,7 @@ def test_grade_replaces_its_output_when_all_is_graded(tmp_path, capsys, monkeypa
         with reading(path):
             if broken.reads == 2:  # all lines were checked
                 raise OSError(errno.EIO, "Input/output error")
-            yield from records.read_lines(path)
+            yield from record_files.read_lines(path)
 
     monkeypatch.setattr("nemo_disco.commands.grade.read_lines", read_lines)
     assert cli.main(["grade", str(file), "--out", str(out)]) == 2

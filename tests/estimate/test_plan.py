@@ -5,17 +5,18 @@ import io
 import pytest
 from rich.console import Console
 
+from nemo_disco.commands.checks import check_objective
+from nemo_disco.commands.plan import needs_of
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate, host_memory
 from nemo_disco.estimate.plan import print_plan, vocabulary
-from nemo_disco.estimate.timing import Needs
 from nemo_disco.models.shape import KNOWN, find_shape, read_shape
 from nemo_disco.runtime.errors import UserError
 
 
 def printed(config, world_size):
     console = Console(file=io.StringIO(), width=140)
-    print_plan(config, world_size, Needs(two_passes=True, reference=False), console)
+    print_plan(config, world_size, needs_of(check_objective(config)), console)
     return console.file.getvalue()
 
 

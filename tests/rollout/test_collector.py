@@ -108,7 +108,7 @@ def test_questions_are_asked_until_enough_groups_are_mixed(collector: Any) -> No
     assert sampled.rollouts.rewards.tolist() == [1, 0, 1, 0]
     assert sampled.counts == {"groups/sampled": 4, "groups/dropped": 2}
     assert said == ["step 1: dynamic sampling: 2 of 4 groups dropped as all right or all wrong"]
-    assert made.sampler.next() == [4, 5]  # a next step goes on after what was asked
+    assert made.order.next() == [4, 5]  # a next step goes on after what was asked
 
 
 def test_mixed_groups_beyond_the_step_are_counted_too(collector: Any) -> None:
@@ -253,17 +253,17 @@ def test_mismatch_of_two_engines() -> None:
 @pytest.mark.parametrize("changed", [{"content": "new"}, {"questions": 9}])
 def test_other_questions_are_refused_or_begun_anew(collector: Any, changed: dict[str, Any]) -> None:
     old, _, _ = collector({}, remembers=True)
-    old.sampler._content = "old"
+    old.order._content = "old"
     old.collect(0, Clock())
     state = old.state_dict()
     state["sampler"] |= changed
     state["shortest_correct"] = {"0": 3}
     refusing, _, _ = collector({}, remembers=True)
-    refusing.sampler._content = "old"
+    refusing.order._content = "old"
     with pytest.raises(UserError, match=r"data\.if_changed=restart"):
         refusing.load_state_dict(state)
     restarting, _, said = collector({}, "data.if_changed=restart", remembers=True)
-    restarting.sampler._content = "old"
+    restarting.order._content = "old"
     restarting.load_state_dict(state)
-    assert restarting.sampler.next() == [0, 1] and "the new questions begin" in said[-1]
+    assert restarting.order.next() == [0, 1] and "the new questions begin" in said[-1]
     assert restarting.history.state_dict() == {}, "nothing is remembered of the old ones"
