@@ -57,7 +57,7 @@ setup(
         "omegaconf>=2.3.1,<2.4",  # hydra-core 1.3's bound
         "pyyaml",
         "pydantic>=2.7,<3",
-        "math-verify[antlr4_9_3]==0.9.0",  # hydra-core and omegaconf pin antlr 4.9; other versions grade differently
+        "math-verify[antlr4-9-3]==0.9.0",  # hydra-core and omegaconf pin antlr 4.9; other versions grade differently
         "pyarrow",  # Parquet
         "pyseccomp>=0.1.2",  # reward.verifier=python_tests; it loads the system's libseccomp.so.2
         "rich>=13",
