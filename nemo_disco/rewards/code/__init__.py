@@ -1,6 +1,6 @@
-"""Rewards code that passes its question's tests; docs/data.md has the threat model. Three processes:
+"""Rewards code that passes its question's tests (docs/data.md has the threat model). Three kinds of process:
 
-the trainer's (python_tests.py) finds the program, reads the tests and compares outputs, and starts through sandbox.py
-a server (sandbox_server.py) that runs no program itself and forks, for each program and each script of tests,
-a confined process (confined_process.py) that computes and prints, and whatever else it tries the kernel refuses.
+the trainer's: finds the program (blocks.py), reads the tests (gold_tests.py), compares outputs (python_tests.py);
+the sandbox's server, which sandbox.py starts: forks, and runs no program itself (sandbox_server.py);
+a confined process, forked for one program or for tests beside it (confined_process.py, remote_names.py, nodes.py).
 """

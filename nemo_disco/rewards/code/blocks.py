@@ -1,4 +1,4 @@
-"""Finds the program in a response: fenced blocks of Python, the likeliest first. Parses and runs nothing."""
+"""Finds candidates for the program in a response: its fenced Python blocks, likeliest first. Parses and runs none."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass, field
 
 PYTHON = frozenset({"python", "py", "python3", "py3"})
-CANDIDATES = 8  # blocks at most, counted from the end
-_OPENS = re.compile(r"(?P<fence>`{3,}|~{3,})[ \t]*\{?\.?(?P<language>[A-Za-z0-9_+#-]*)(?![A-Za-z0-9_+#-])[^`~\n]*$")
-_READS = re.compile(r"\binput\b|\bstdin\b|\bopen\(\s*0\b|\bfileinput\b|\bos\.read\(\s*0\b")
-_DEFINES = re.compile(r"^(?:async[ \t]+)?(?:def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)", re.MULTILINE)
+MAX_CANDIDATES = 8  # blocks, counted from the end
+_OPENING = re.compile(r"(?P<fence>`{3,}|~{3,})[ \t]*\{?\.?(?P<language>[A-Za-z0-9_+#-]*)(?![A-Za-z0-9_+#-])[^`~\n]*$")
+_READS_INPUT = re.compile(r"\binput\b|\bstdin\b|\bopen\(\s*0\b|\bfileinput\b|\bos\.read\(\s*0\b")
+_DEFINITION = re.compile(r"^(?:async[ \t]+)?(?:def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)", re.MULTILINE)
 _NAME = re.compile(r"[^\W\d]\w*")
 
 
@@ -20,8 +20,8 @@ class _Block:
     indent: int
     lines: list[str] = field(default_factory=list)
 
-    def closing(self, line: str) -> str | None:
-        """The last line's code where the line closes this block, else None."""
+    def split_closing(self, line: str) -> str | None:
+        """The code before the closing fence if the line closes this block, else None."""
         before, fence, after = line.rpartition(self.fence)
         if line.lstrip().startswith(self.fence):
             return ""
@@ -29,54 +29,54 @@ class _Block:
 
     @property
     def text(self) -> str:
-        cut = [line[min(self.indent, len(line) - len(line.lstrip(" "))) :] for line in self.lines]
-        return "\n".join(cut) + "\n"
+        dedented = [line[min(self.indent, len(line) - len(line.lstrip(" "))) :] for line in self.lines]
+        return "\n".join(dedented) + "\n"
 
 
-def programs_that_read(response: str) -> list[str]:
-    """Candidates for a program that reads an input, best first; the first that is Python is the answer.
+def find_reading_programs(response: str) -> list[str]:
+    """Candidates for a program that reads an input, best first; the first that is valid Python is the program.
 
-    Blocks marked as Python count, or those without a mark where there is none; later ones come before earlier ones, and
-    ones that read an input before ones that do not (which are often a use of the program).
+    Only blocks marked as Python count, or all unmarked blocks if none is marked. Later blocks come before earlier ones,
+    and blocks that read an input before all that do not (those are often examples of the program's use).
     """
-    blocks = _of_python(response)
-    return sorted(blocks, key=lambda block: _READS.search(block) is None)
+    blocks = _python_blocks(response)
+    return sorted(blocks, key=lambda block: _READS_INPUT.search(block) is None)
 
 
-def programs_that_define(response: str, names_in: str) -> list[str]:
-    """As `programs_that_read`, but first the ones that define a name which `names_in` (a name, or tests) mentions."""
-    names = set(_NAME.findall(names_in))
+def find_defining_programs(response: str, tests: str) -> list[str]:
+    """As `find_reading_programs`, but first the blocks that define a name used in `tests` (source, or just a name)."""
+    names = set(_NAME.findall(tests))
 
-    def lacks(block: str) -> bool:
-        defined = {name for match in _DEFINES.findall(block) for name in match if name}
+    def defines_none(block: str) -> bool:
+        defined = {name for match in _DEFINITION.findall(block) for name in match if name}
         return not defined & names
 
-    return sorted(_of_python(response), key=lacks)
+    return sorted(_python_blocks(response), key=defines_none)
 
 
-def _of_python(response: str) -> list[str]:
-    """The last blocks first."""
-    blocks = _blocks(response)
+def _python_blocks(response: str) -> list[str]:
+    """The texts of the last MAX_CANDIDATES Python blocks, last first."""
+    blocks = _split_blocks(response)
     marked = [b.text for b in blocks if b.language in PYTHON]
     texts = marked or [b.text for b in blocks if not b.language]
-    return [text for text in reversed(texts) if text.strip()][:CANDIDATES]
+    return [text for text in reversed(texts) if text.strip()][:MAX_CANDIDATES]
 
 
-def _blocks(response: str) -> list[_Block]:
-    """All fenced blocks. The text's end closes the last one; text may stand before an opening and after a closing."""
+def _split_blocks(response: str) -> list[_Block]:
+    """All fenced blocks; the response's end closes an open one. A fence's line may begin or end with other text."""
     blocks: list[_Block] = []
     block: _Block | None = None
     for line in response.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
-        opening = _OPENS.search(line) if "```" in line or "~~~" in line else None
+        opening = _OPENING.search(line) if "```" in line or "~~~" in line else None
         language = opening["language"].lower() if opening else ""
         if block is not None:
-            rest = block.closing(line)
-            if rest is None:
+            code = block.split_closing(line)
+            if code is None:
                 block.lines.append(line)
                 continue
-            block.lines += [rest] if rest.strip() else []
+            block.lines += [code] if code.strip() else []
             block = None
-            if language not in PYTHON:  # else the block was never closed, and this line opens the next
+            if language not in PYTHON:  # else the block was left open, and this line opens the next
                 continue
         if opening:
             block = _Block(opening["fence"], language, len(line) - len(line.lstrip(" ")))

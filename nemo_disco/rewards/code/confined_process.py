@@ -1,8 +1,8 @@
-"""Runs one graded program inside the confined process of sandbox_server.py, as `python answer.py` would.
+"""Runs one job inside a confined process that sandbox_server.py forked: a program, as `python answer.py` would.
 
-Imports the standard library alone. A job is two lines of JSON: the candidates for the program, and what to do with the
-names that it defines: nothing, calls of a function, expressions, or an answer to all that tests ask (remote_names.py).
-Or it is such tests, without a program. Outputs to compare with never come to a program's process.
+A job is two lines of JSON: the candidates for the program, and what to do after it ran: nothing, call a function,
+evaluate expressions, or serve its names to tests in a second such process (remote_names.py), whose job those tests are.
+Imports the standard library alone. Expected outputs never enter a program's process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import builtins
 import collections
 import contextlib
 import copy
-import datetime  # noqa: F401 - loaded once in the server, so that no program waits for it; so are those below
+import datetime  # noqa: F401 - the server loads it, and the unused ones below, so that no program waits for it
 import functools
 import heapq
 import io  # noqa: F401
@@ -40,9 +40,9 @@ from typing import Any, BinaryIO, NoReturn
 import nodes  # type: ignore[import-not-found]
 import remote_names  # type: ignore[import-not-found]
 
-ANSWER = "<answer>"
+SOURCE_NAME = "<answer>"
 FILE = "answer.py"
-LARGEST_STACK = 128 << 20  # of a thread: programs ask for a gigabyte, which would count as memory that they use
+MAX_STACK_BYTES = 128 << 20  # of a thread: programs request a gigabyte, which would count as memory that they use
 _really_exit = os._exit
 _set_stack_size = threading.stack_size
 _MODULES = (bisect, collections, copy, functools, heapq, itertools, json, math, operator, random, re, string, sys)
@@ -57,12 +57,12 @@ _NAMES = (
 
 
 def _leetcode_names() -> dict[str, Any]:
-    """What LeetCode has imported before an answer runs; none of it hides a built-in name."""
+    """The names that LeetCode imports before an answer runs; none of them hides a built-in name."""
     names: dict[str, Any] = {name: getattr(typing, name) for name in typing.__all__}
     names |= {"ListNode": nodes.ListNode, "TreeNode": nodes.TreeNode}
     names |= {module.__name__: module for module in (*_MODULES, statistics)}
-    for module, listed in _NAMES:
-        names |= {name: getattr(module, name) for name in listed.split()}
+    for module, listing in _NAMES:
+        names |= {name: getattr(module, name) for name in listing.split()}
     return names
 
 
@@ -70,10 +70,10 @@ LEETCODE = _leetcode_names()
 
 
 def run(job: int, report: int, link: int) -> int:
-    """Run the job of that descriptor; returns the exit code that Python would give.
+    """Run the job in the file `job` (a descriptor) and return the exit code that Python would give.
 
-    report: descriptor for what calls returned, or the token of tests that passed; link: socket between a program and
-    its tests, which has a number only for these.
+    report: descriptor to which values of calls, or the token of passed tests, are written. link: descriptor of the
+    socket between a program and its tests, -1 for other jobs.
     """
     _attach_streams()
     os._exit = _exit_after_flush
@@ -91,7 +91,7 @@ def run(job: int, report: int, link: int) -> int:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process as Python ends: wait for threads, run exit functions, flush, let go of the program's objects."""
+    """End the process as Python does: wait for threads, run exit functions, release the program's objects, flush."""
     try:
         with contextlib.suppress(BaseException):
             threading._shutdown()  # type: ignore[attr-defined]
@@ -107,58 +107,58 @@ def exit_now(code: int) -> NoReturn:
 def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, link: int) -> None:
     if not as_module:
         file.close()
-        exec(_compiled(sources), _names("__main__"))
+        exec(_compile(sources), _make_module("__main__"))
         return
     test = json.loads(file.readline())
-    # A program is not __main__ here, where a function's own demonstration would read an input.
-    names = _names("__main__" if "tests" in test else "answer")
+    # Not "__main__" for a program: a demonstration under `if __name__ == "__main__"` would wait for an input.
+    names = _make_module("__main__" if "tests" in test else "answer")
     names.update(LEETCODE)
     before = dict(names)
     if "tests" in test:
         _run_tests(test, names, report, link)
         return
     with contextlib.suppress(SystemExit):
-        exec(_compiled(sources), names)
+        exec(_compile(sources), names)
     if "linked" in test:
-        remote_names.Program(link, names, before).serve()
+        remote_names.ProgramServer(link, names, before).serve()
     elif "expressions" in test:
         exec(compile(test["setup"], "<tests>", "exec", dont_inherit=True), names)
         values = [eval(compile(text, "<tests>", "eval", dont_inherit=True), names) for text in test["expressions"]]
         _write(report, json.dumps([encode_plain(value) for value in values]).encode())
     else:
-        returned = [_call(names, test["function"], given) for given in test["calls"]]
-        _write(report, json.dumps(returned).encode())
+        values = [_call(names, test["function"], arguments) for arguments in test["calls"]]
+        _write(report, json.dumps(values).encode())
 
 
 def _run_tests(test: dict[str, Any], names: dict[str, Any], report: int, link: int) -> None:
-    """Write the token where the tests pass with the names of the program at the link's other end."""
+    """Run the tests with the names of the program at the link's other end; write the token if they pass."""
 
     def fail(reason: bytes) -> NoReturn:
         _write(report, reason)
         _really_exit(1)
 
-    names.update(remote_names.Tests(link, fail).names(test["tests"], dict(names)))
+    names.update(remote_names.ProgramClient(link, fail).fetch_names(test["tests"], dict(names)))
     try:
         exec(compile(test["tests"], "<tests>", "exec", dont_inherit=True), names)
-    except SystemExit as error:  # as `unittest.main()` ends
-        if error.code or type(error) is not SystemExit:  # the program's own is a ProgramExit
+    except SystemExit as error:  # raised by `unittest.main()` too
+        if error.code or type(error) is not SystemExit:  # a ProgramExit comes from the program
             raise
     _write(report, test["token"].encode())
 
 
-def _compiled(sources: list[str]) -> types.CodeType:
-    """The first source that is Python. Raises the first one's SyntaxError if none is."""
-    problem: Exception | None = None
+def _compile(sources: list[str]) -> types.CodeType:
+    """Compile the first source that is valid Python. Raises the first one's SyntaxError if none is."""
+    first_error: Exception | None = None
     for source in sources:
         try:
-            return compile(source, ANSWER, "exec", dont_inherit=True)
+            return compile(source, SOURCE_NAME, "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            problem = problem or error
-    raise problem or ValueError("no program")
+            first_error = first_error or error
+    raise first_error or ValueError("no program")
 
 
-def _names(module_name: str) -> dict[str, Any]:
-    """The names of a fresh module that `pickle`, `dataclasses` and `typing` find as any other."""
+def _make_module(module_name: str) -> dict[str, Any]:
+    """The names of a new module in sys.modules, where `pickle`, `dataclasses` and `typing` look for it."""
     module = types.ModuleType(module_name)
     sys.modules[module_name] = module
     sys.argv = [FILE]
@@ -167,8 +167,8 @@ def _names(module_name: str) -> dict[str, Any]:
     return module.__dict__
 
 
-def _function(names: dict[str, Any], name: str) -> Callable[..., Any]:
-    """The function of that name, or the method of a fresh `Solution`."""
+def _find_function(names: dict[str, Any], name: str) -> Callable[..., Any]:
+    """The function of that name, or the method of a new `Solution()`."""
     solution = names.get("Solution")
     if isinstance(solution, type) and hasattr(solution, name):
         method: Callable[..., Any] = getattr(solution(), name)
@@ -177,29 +177,29 @@ def _function(names: dict[str, Any], name: str) -> Callable[..., Any]:
     return function
 
 
-def _call(names: dict[str, Any], name: str, given: list[Any]) -> Any:
-    """What the function of that name returns, plain."""
-    function = _function(names, name)
-    returned = function(*nodes.arguments(function, [_argument(item) for item in given], names))
-    return [] if returned is None and nodes.returned_by(function) else encode_plain(returned)
+def _call(names: dict[str, Any], name: str, arguments: list[Any]) -> Any:
+    """Call the function of that name and encode its return value."""
+    function = _find_function(names, name)
+    value = function(*nodes.decode_arguments(function, [_restore_keys(item) for item in arguments], names))
+    return [] if value is None and nodes.returns_node(function) else encode_plain(value)
 
 
-def _argument(given: Any) -> Any:
-    """JSON makes texts of a dictionary's integers."""
-    if isinstance(given, dict) and given and all(key.lstrip("-").isdecimal() for key in given):
-        return {int(key): value for key, value in given.items()}
-    return given
+def _restore_keys(argument: Any) -> Any:
+    """Turn the keys of a dictionary back into integers, which JSON had made texts."""
+    if isinstance(argument, dict) and argument and all(key.lstrip("-").isdecimal() for key in argument):
+        return {int(key): value for key, value in argument.items()}
+    return argument
 
 
 def encode_plain(value: Any) -> Any:
-    """The value as JSON that `gold_tests.decode_plain` reads back. Raises TypeError for what is not plain data."""
+    """The value as JSON that `gold_tests.decode_plain` reads back. Raises TypeError for anything but plain data."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, list):
         return [encode_plain(item) for item in value]
     if isinstance(value, tuple):
         return {"tuple": [encode_plain(item) for item in value]}
-    if isinstance(value, Set):  # a dictionary's keys are one
+    if isinstance(value, Set):  # a dictionary's keys too
         return {"set": [encode_plain(item) for item in value]}
     if isinstance(value, dict):
         return {"dict": [[encode_plain(key), encode_plain(item)] for key, item in value.items()]}
@@ -207,44 +207,44 @@ def encode_plain(value: Any) -> Any:
         return {"ratio": list(value.as_integer_ratio())}
     if hasattr(value, "tolist"):  # numpy's
         return encode_plain(value.tolist())
-    if (listed := nodes.as_list(value)) is not None:
-        return encode_plain(listed)
+    if (items := nodes.as_list(value)) is not None:
+        return encode_plain(items)
     raise TypeError(f"a {type(value).__name__} was returned")
 
 
 def _attach_streams() -> None:
-    """The standard streams of this process, whose descriptors are new."""
+    """Open the standard streams again, on this process's own descriptors."""
     shared: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
-    sys.stdin = sys.__stdin__ = open(0, **shared)  # type: ignore[misc]  # noqa: SIM115 - held to the end
+    sys.stdin = sys.__stdin__ = open(0, **shared)  # type: ignore[misc]  # noqa: SIM115 - never closed
     sys.stdout = sys.__stdout__ = open(1, "w", **shared)  # type: ignore[misc]  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", **shared, buffering=1)  # type: ignore[misc]  # noqa: SIM115
 
 
 def _exit_after_flush(status: int) -> NoReturn:
-    """`os._exit`, without losing what was printed to the file that stands where a terminal would."""
+    """Flush, then exit as `os._exit`: output to a file is buffered where a terminal's would not be."""
     _flush()
     _really_exit(status)
 
 
 def _stack_size(size: int = 0) -> int:
-    return _set_stack_size(min(size, LARGEST_STACK))
+    return _set_stack_size(min(size, MAX_STACK_BYTES))
 
 
 def _release(names: dict[str, Any]) -> None:
-    """Let a program's names go, as Python does at its end: what it wrote to a file of its own is then written out."""
+    """Set a program's names to None, as Python does at its end, so that its open files are flushed and closed."""
     if names.get("__file__") == FILE:
         for name in [name for name in names if not name.startswith("__")]:
             names[name] = None
 
 
 def _flush() -> bool:
-    """Whether all that was printed could be written."""
+    """Flush the output streams. False if a write failed."""
     complete = True
     for stream in (sys.stdout, sys.stderr, sys.__stdout__):
         try:
             if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
-        except Exception:  # where a program put another in its place, the first one may be of no use
+        except Exception:  # a failure of the first stdout does not count if the program has replaced it
             complete = complete and stream is sys.__stdout__ is not sys.stdout
     return complete
 

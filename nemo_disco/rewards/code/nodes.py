@@ -1,6 +1,6 @@
-"""LeetCode's linked lists and binary trees: the classes that its answers take as given, and their lists in tests.
+"""LeetCode's linked lists and trees: the classes that its answers use undefined, and conversion from and to lists.
 
-Runs inside the confined process of sandbox_server.py and imports the standard library alone.
+Runs inside a confined process (confined_process.py) and imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _NODE = re.compile(r"\b(?:ListNode|TreeNode)\b")
-_SEVERAL = re.compile(r"\b(?:list|List|Sequence|Iterable)\[")
-LONGEST = 1_000_000  # nodes of a list that is read: it may have no end
+_CONTAINER = re.compile(r"\b(?:list|List|Sequence|Iterable)\[")
+MAX_NODES = 1_000_000  # of a list or tree that is read, which may be a cycle
 
 
 class ListNode:
@@ -28,33 +28,33 @@ class TreeNode:
         self.right = right
 
 
-def arguments(function: Callable[..., Any], given: list[Any], names: dict[str, Any]) -> list[Any]:
-    """The arguments, with nodes for the lists of parameters that are annotated as such.
+def decode_arguments(function: Callable[..., Any], arguments: list[Any], names: dict[str, Any]) -> list[Any]:
+    """The arguments, with nodes in place of lists for parameters annotated as nodes.
 
-    names: the program's, which may define the classes itself.
+    names: the program's names, since it may define the classes itself.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a built-in function has none
-        return given
-    made = list(given)
-    for i, (parameter, value) in enumerate(zip(parameters, given, strict=False)):
+        return arguments
+    decoded = list(arguments)
+    for i, (parameter, value) in enumerate(zip(parameters, arguments, strict=False)):
         annotation = str(parameter.annotation)
         if isinstance(value, list) and (kind := _NODE.search(annotation)):
             node = names[kind[0]]
-            make = _linked if kind[0] == "ListNode" else _tree
-            made[i] = [make(item, node) for item in value] if _SEVERAL.search(annotation) else make(value, node)
-    return made
+            make = _build_list if kind[0] == "ListNode" else _build_tree
+            decoded[i] = [make(item, node) for item in value] if _CONTAINER.search(annotation) else make(value, node)
+    return decoded
 
 
-def returned_by(function: Callable[..., Any]) -> bool:
-    """Whether the function is annotated to return a node, of which None is an empty list."""
+def returns_node(function: Callable[..., Any]) -> bool:
+    """True if the function is annotated to return a node; its None then stands for an empty list."""
     annotation = str(getattr(function, "__annotations__", {}).get("return"))
-    return _NODE.search(annotation) is not None and _SEVERAL.search(annotation) is None
+    return _NODE.search(annotation) is not None and _CONTAINER.search(annotation) is None
 
 
 def as_list(value: Any) -> list[Any] | None:
-    """A node's list, as tests write it; None for what is no node."""
+    """The list that a node stands for, as tests write it; None for any other value."""
     if hasattr(value, "val") and hasattr(value, "next"):
         return list(_values(value))
     if hasattr(value, "val") and hasattr(value, "left") and hasattr(value, "right"):
@@ -62,36 +62,36 @@ def as_list(value: Any) -> list[Any] | None:
     return None
 
 
-def _linked(values: list[Any], node: type[Any]) -> Any:
+def _build_list(values: list[Any], node: type[Any]) -> Any:
     first = None
     for value in reversed(values):
-        made = node(value)
-        made.next = first
-        first = made
+        new = node(value)
+        new.next = first
+        first = new
     return first
 
 
-def _tree(values: list[Any], node: type[Any]) -> Any:
-    """By levels from the top, each node's two children in turn; None where there is none."""
+def _build_tree(values: list[Any], node: type[Any]) -> Any:
+    """Root of a tree, from its values level by level, each node's two children in turn; None for a missing child."""
     rest = iter(values)
-    root = _tree_node(rest, node)
+    root = _build_tree_node(rest, node)
     parents = [] if root is None else [root]
     for parent in parents:
         for side in ("left", "right"):
-            child = _tree_node(rest, node)
+            child = _build_tree_node(rest, node)
             setattr(parent, side, child)
             if child is not None:
                 parents.append(child)
     return root
 
 
-def _tree_node(values: Iterator[Any], node: type[Any]) -> Any:
+def _build_tree_node(values: Iterator[Any], node: type[Any]) -> Any:
     value = next(values, None)
     return None if value is None else node(value)
 
 
 def _values(node: Any) -> Iterator[Any]:
-    for _ in range(LONGEST):
+    for _ in range(MAX_NODES):
         if node is None:
             return
         yield node.val
@@ -100,14 +100,14 @@ def _values(node: Any) -> Iterator[Any]:
 
 
 def _levels(root: Any) -> list[Any]:
-    found: list[Any] = []
+    values: list[Any] = []
     nodes = [root]
     for node in nodes:
-        found.append(None if node is None else node.val)
+        values.append(None if node is None else node.val)
         if node is not None:
             nodes += [node.left, node.right]
-        if len(nodes) > LONGEST:
+        if len(nodes) > MAX_NODES:
             raise ValueError("a tree has no end")
-    while found and found[-1] is None:
-        found.pop()
-    return found
+    while values and values[-1] is None:
+        values.pop()
+    return values

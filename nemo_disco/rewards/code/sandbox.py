@@ -1,7 +1,7 @@
-"""The trainer's side of the sandbox: starts its server (sandbox_server.py), hands it programs, reads what they printed.
+"""The trainer's side of the sandbox: starts its server (sandbox_server.py), sends it jobs, reads the programs' output.
 
-What must stay secret never enters the server: outputs are compared by the caller, and this process's memory is closed
-to others of its user while a program runs.
+Expected outputs never enter the server: the caller compares them. While a program runs, this process's memory is closed
+to all other processes of its user.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.rewards.code.seccomp_filter import filter_program
+from nemo_disco.rewards.code.seccomp_filter import build_filter
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import spared_children
 
-SERVER = Path(__file__).with_name("sandbox_server.py")
-_FILES = ("job", "stdin", "stdout", "stderr", "report")
-_COMPLAINT = 4000  # bytes of what a program wrote to stderr that are kept
-_START, _GRACE = 60.0, 60.0  # seconds for the server to start, and to answer beyond a program's own limits
-# The server's whole environment. One hash seed: a program's order of a set, and so its reward, is the same in each run.
+_SERVER = Path(__file__).with_name("sandbox_server.py")
+_FILES = ("job", "stdin", "stdout", "stderr", "report")  # in memory; the server and its programs inherit them
+_STDERR_BYTES = 4000  # the end of a program's stderr that is returned
+_START_S, _GRACE_S = 60.0, 60.0  # for the server to start, and to reply beyond a program's own limits
+# The server's whole environment. One hash seed: a set's order in a program, and so its reward, is the same in each run.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1"}
 _ENVIRONMENT |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _GET_DUMPABLE, _SET_DUMPABLE = 3, 4
@@ -35,39 +35,35 @@ _GET_DUMPABLE, _SET_DUMPABLE = 3, 4
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds: of processor time, and as many asleep; memory: bytes beyond Python's own; output: bytes a file."""
+    """Limits of one program. memory_bytes: beyond Python's own; output_bytes: of each file that it writes to."""
 
-    seconds: float
-    memory: int
-    output: int
-    asleep: float
+    cpu_seconds: float
+    sleep_seconds: float
+    memory_bytes: int
+    output_bytes: int
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a program ended.
+class Outcome:
+    """Result of one job.
 
-    code: its exit code, negative for a signal; late: whether its time was up; spent and asleep: seconds; report: what
-    was returned by calls.
+    exit_code: negative for a signal. report: the values of calls or expressions as JSON, or the token of passed tests.
     """
 
-    code: int
-    late: bool
-    spent: float
-    asleep: float
-    printed: bytes
-    complaint: str
+    exit_code: int
+    timed_out: bool
+    cpu_seconds: float
+    sleep_seconds: float
+    stdout: bytes
+    stderr: str
     report: bytes
 
 
-class ForkServer:
-    """One confined program at a time, each in a process forked from a Python that is loaded. Not thread-safe."""
+class Sandbox:
+    """Runs one confined program at a time, each in a process that the sandbox's server forks. Not thread-safe."""
 
     def __init__(self, *, landlock: bool = True) -> None:
-        """landlock: whether the kernel's Landlock is used where it is there (tests leave it out).
-
-        The server starts with the first program.
-        """
+        """landlock: use the kernel's Landlock if it has it (False in tests). The server starts with the first job."""
         self._landlock = landlock
         self._files = {name: os.memfd_create(name) for name in _FILES}
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,86 +77,86 @@ class ForkServer:
         stdin: bytes | None = None,
         preload: tuple[str, ...] = (),
         link: socket.socket | None = None,
-    ) -> Ended:
-        """Run the job (see confined_process.py); with `stdin` None it reads nothing and what it prints is dropped.
+    ) -> Outcome:
+        """Run the job (see confined_process.py); with `stdin` None it reads nothing and its output is dropped.
 
-        link: this job's end of the socket between a program and its tests; it is closed here once the job has it.
-        Raises UserError where the kernel does not confine it, RuntimeError where the server died twice (with a link:
-        once, since the other end has then ended too).
+        preload: modules that the server imports first. link: the job's end of the socket between a program and its
+        tests; closed here once the job has it. Raises UserError if the kernel does not confine the process,
+        RuntimeError if the server died twice (with a link once, since the other end's process has then ended too).
         """
         for name, data in (("job", job), ("stdin", stdin or b""), ("stdout", b""), ("stderr", b""), ("report", b"")):
             os.ftruncate(self._files[name], 0)
             _write(self._files[name], data)
-        request = {"seconds": limits.seconds, "asleep": limits.asleep, "memory": limits.memory, "output": limits.output}
         closed = ["stdin", "stdout"] if stdin is None else []
-        message = json.dumps(request | {"closed": closed, "preload": preload}).encode()
+        message = json.dumps(asdict(limits) | {"closed": closed, "preload": preload}).encode()
         with _private_memory():
-            outcome = self._ask(message, limits, link)
-            if outcome is None and link is None:
-                outcome = self._ask(message, limits)
-        if outcome is None:
-            raise RuntimeError("the sandbox's server ended at one program; what it printed above says why")
-        if outcome["problem"]:
-            raise _unconfined(outcome["problem"])
-        return Ended(
-            code=os.waitstatus_to_exitcode(outcome["status"]),
-            late=outcome["late"],
-            spent=outcome["spent"],
-            asleep=outcome["asleep"],
-            printed=_read(self._files["stdout"], limits.output),
-            complaint=_read(self._files["stderr"], limits.output)[-_COMPLAINT:].decode(errors="replace"),
-            report=_read(self._files["report"], limits.output),
+            reply = self._request(message, limits, link)
+            if reply is None and link is None:
+                reply = self._request(message, limits)
+        if reply is None:
+            raise RuntimeError("the sandbox's server died while a program ran; its messages above say why")
+        if reply["problem"]:
+            raise _confinement_error(reply["problem"])
+        return Outcome(
+            exit_code=os.waitstatus_to_exitcode(reply["status"]),
+            timed_out=reply["timed_out"],
+            cpu_seconds=reply["cpu_seconds"],
+            sleep_seconds=reply["sleep_seconds"],
+            stdout=_read(self._files["stdout"], limits.output_bytes),
+            stderr=_read(self._files["stderr"], limits.output_bytes)[-_STDERR_BYTES:].decode(errors="replace"),
+            report=_read(self._files["report"], limits.output_bytes),
         )
 
     def close(self) -> None:
-        """End the server, and with it the program that runs."""
-        self._end()
+        """End the server, and with it any program that runs."""
+        self._stop_server()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
 
-    def _ask(self, message: bytes, limits: Limits, link: socket.socket | None = None) -> dict[str, Any] | None:
-        """The server's answer; None where it died, or answers no more."""
+    def _request(self, message: bytes, limits: Limits, link: socket.socket | None = None) -> dict[str, Any] | None:
+        """The server's reply; None if it died, or sent none in time and was ended."""
         try:
-            channel = self._started()
-            channel.settimeout(10 * limits.seconds + _GRACE)
+            channel = self._connect()
+            channel.settimeout(10 * limits.cpu_seconds + _GRACE_S)
             if link is None:
                 channel.send(message)
             else:
                 with link:
                     socket.send_fds(channel, [message], [link.fileno()])
-            if answer := channel.recv(1 << 16):
-                return _mapping(answer)
+            if reply := channel.recv(1 << 16):
+                return _load_mapping(reply)
         except OSError:  # a timeout too
             pass
-        self._end()
+        self._stop_server()
         return None
 
-    def _started(self) -> socket.socket:
+    def _connect(self) -> socket.socket:
+        """The channel to the server, which is started unless it runs."""
         if self._channel is not None and self._process is not None and self._process.poll() is None:
             return self._channel
-        self._end()
+        self._stop_server()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, spared_children():
             settings = {"channel": theirs.fileno(), "files": self._files, "landlock": self._landlock}
-            settings["filter"] = filter_program().hex()
+            settings["filter"] = build_filter().hex()
             loader = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some clusters' Python needs it
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-s", str(SERVER), json.dumps(settings)],
+                [sys.executable, "-P", "-s", str(_SERVER), json.dumps(settings)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=_ENVIRONMENT | loader,
                 pass_fds=(theirs.fileno(), *self._files.values()),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone
             )  # fmt: skip
         self._channel = ours
-        ours.settimeout(_START)
-        hello = ours.recv(1 << 16)
-        said = _mapping(hello) if hello else {"problem": f"its server ended with {self._process.wait()}"}
-        if said["problem"]:
-            self._end()
-            raise _unconfined(str(said["problem"]), said.get("unreadable") is True)
+        ours.settimeout(_START_S)
+        message = ours.recv(1 << 16)
+        status = _load_mapping(message) if message else {"problem": f"its server ended with {self._process.wait()}"}
+        if status["problem"]:
+            self._stop_server()
+            raise _confinement_error(str(status["problem"]), status.get("unreadable") is True)
         return ours
 
-    def _end(self) -> None:
+    def _stop_server(self) -> None:
         channel, self._channel = self._channel, None
         process, self._process = self._process, None
         if channel is not None:
@@ -172,22 +168,22 @@ class ForkServer:
             process.wait()
 
 
-_running = 0
-_earlier = 1
+_running = 0  # programs, of all sandboxes of this process
+_earlier_dumpable = 1
 _running_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def _private_memory() -> Iterator[None]:
-    """While programs run, no process of the same user may read this one's memory or environment, or trace it.
+    """While programs run, keep other processes of the user from tracing this one or reading its memory or environment.
 
-    Not for longer: profilers, core dumps and some GPU libraries want to.
+    Not for longer, since profilers, core dumps and some GPU libraries need that.
     """
-    global _running, _earlier
+    global _running, _earlier_dumpable
     libc = ctypes.CDLL(None)
     with _running_lock:
         if _running == 0:
-            _earlier = libc.prctl(_GET_DUMPABLE, 0, 0, 0, 0)
+            _earlier_dumpable = libc.prctl(_GET_DUMPABLE, 0, 0, 0, 0)
         _running += 1
         libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)
     try:
@@ -195,23 +191,23 @@ def _private_memory() -> Iterator[None]:
     finally:
         with _running_lock:
             _running -= 1
-            if _running == 0 and _earlier == 1:  # 2 cannot be set by hand
+            if _running == 0 and _earlier_dumpable == 1:  # a process cannot set 2
                 libc.prctl(_SET_DUMPABLE, 1, 0, 0, 0)
 
 
-def _unconfined(problem: str, unreadable: bool = False) -> UserError:
+def _confinement_error(problem: str, unreadable: bool = False) -> UserError:
     needs = (
         "it needs Linux with seccomp on x86_64 or aarch64, and in a container a profile that lets a process add filters"
     )
     if unreadable:
         needs = (
-            "programs of a run of root's are run as nobody: install Python where every user can read it, such as /opt, "
+            "root's runs execute programs as nobody: install Python where every user can read it, such as /opt, "
             "start the run as another user than root, or use a kernel with Landlock (Linux 5.13)"
         )
     return UserError(f"reward.verifier=python_tests: this machine cannot confine a program ({problem}); {needs}")
 
 
-def _mapping(message: bytes) -> dict[str, Any]:
+def _load_mapping(message: bytes) -> dict[str, Any]:
     mapping: dict[str, Any] = json.loads(message)
     return mapping
 

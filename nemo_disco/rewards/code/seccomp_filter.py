@@ -1,6 +1,6 @@
-"""The kernel calls that a graded program may make, as a seccomp filter: all others are refused.
+"""Builds the seccomp filter of a graded program: the calls that computing needs are allowed, all others refused.
 
-libseccomp (by pyseccomp) knows the numbers of each architecture and writes the filter. Nothing here runs a program.
+libseccomp (through pyseccomp) knows each architecture's call numbers and writes the filter. The trainer runs this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from nemo_disco.runtime.errors import UserError
 
 # Allowed with any arguments: they compute, read, wait, and write to files that are open already.
-_FREE = """
+_ALLOWED = """
     brk mmap munmap mremap mprotect madvise membarrier
     read pread64 readv preadv preadv2 write writev lseek close close_range
     dup dup2 dup3 pipe pipe2 eventfd eventfd2
@@ -30,29 +30,29 @@ _FREE = """
     recvfrom recvmsg shutdown
     exit exit_group
 """
-# Newer calls that the C library tries first and does without where they do not exist.
-_ABSENT = "clone3 openat2 fchmodat2 futex_waitv mseal map_shadow_stack"
+# Newer calls that the C library tries first: told that they do not exist, it makes an older one.
+_REPORTED_MISSING = "clone3 openat2 fchmodat2 futex_waitv mseal map_shadow_stack"
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-_O_ASYNC = 0x2000  # a signal to the descriptor's owner, whoever that is
-_SHARED_FLAGS = _O_ASYNC | os.O_APPEND | os.O_DIRECT  # set on an inherited descriptor they stay for the next program
+_O_ASYNC = 0x2000  # sends a signal to the descriptor's owner, which may be any process
+_SHARED_FLAGS = _O_ASYNC | os.O_APPEND | os.O_DIRECT  # they would stay set on an inherited descriptor
 _THREAD, _NAMESPACES = 0x10100, 0x7E020000  # CLONE_THREAD | CLONE_VM; CLONE_NEW*
-_TRACED, _OF_PARENT = 0x2000, 0x8000  # CLONE_PTRACE, CLONE_PARENT
-_STREAM, _TYPE, _AF_UNIX = 1, 0xF, 1
+_CLONE_PTRACE, _CLONE_PARENT = 0x2000, 0x8000
+_SOCK_STREAM, _SOCK_TYPE, _AF_UNIX = 1, 0xF, 1
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
-_QUESTIONS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
+_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
-_SOL_SOCKET, _SO_TYPE, _SO_ERROR, _SO_PROTOCOL, _SO_DOMAIN = 1, 3, 4, 38, 39  # others name the peer's process
+_SOL_SOCKET, _SO_TYPE, _SO_ERROR, _SO_PROTOCOL, _SO_DOMAIN = 1, 3, 4, 38, 39  # others reveal the peer's process
 
 
-def filter_program(architecture: int | None = None) -> bytes:
-    """The filter as classic BPF, for the kernel's seccomp.
+def build_filter(architecture: int | None = None) -> bytes:
+    """The filter in the kernel's format, classic BPF.
 
     architecture: one of pyseccomp.Arch; None is this machine's. A call in another architecture's numbering (32-bit
-    calls, x32) ends the process. Raises UserError where libseccomp or pyseccomp is not installed.
+    calls, x32) ends the process. Raises UserError if libseccomp or pyseccomp is not installed.
     """
-    seccomp = _library()
-    refuse, absent = seccomp.ERRNO(errno.EPERM), seccomp.ERRNO(errno.ENOSYS)
+    seccomp = _import_pyseccomp()
+    refuse, report_missing = seccomp.ERRNO(errno.EPERM), seccomp.ERRNO(errno.ENOSYS)
     rules = seccomp.SyscallFilter(refuse)
     rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS)
     native = seccomp.system_arch()
@@ -60,17 +60,17 @@ def filter_program(architecture: int | None = None) -> bytes:
         rules.add_arch(architecture)
         rules.remove_arch(native)
 
-    def rule(action: int, name: str, *arguments: Any) -> None:
+    def add_rule(action: int, name: str, *arguments: Any) -> None:
         number = seccomp.resolve_syscall(native if architecture is None else architecture, name)
-        if number >= 0:  # below: this architecture, or this libseccomp, has no such call
+        if number >= 0:  # negative if this architecture, or this libseccomp, has no such call
             rules.add_rule(action, seccomp.resolve_syscall(native, name), *arguments)
 
-    for name in _FREE.split():
-        rule(seccomp.ALLOW, name)
-    for name in _ABSENT.split():
-        rule(absent, name)
+    for name in _ALLOWED.split():
+        add_rule(seccomp.ALLOW, name)
+    for name in _REPORTED_MISSING.split():
+        add_rule(report_missing, name)
     for name, arguments in _conditions(seccomp):
-        rule(seccomp.ALLOW, name, *arguments)
+        add_rule(seccomp.ALLOW, name, *arguments)
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
@@ -78,7 +78,7 @@ def filter_program(architecture: int | None = None) -> bytes:
 
 
 def _conditions(seccomp: ModuleType) -> list[tuple[str, list[Any]]]:
-    """(call, conditions on its arguments): the call is allowed where all of them hold."""
+    """Pairs (call, conditions on its arguments): the call is allowed if all its conditions hold."""
 
     def equal(argument: int, value: int) -> Any:
         return seccomp.Arg(argument, seccomp.EQ, value)
@@ -86,19 +86,19 @@ def _conditions(seccomp: ModuleType) -> list[tuple[str, list[Any]]]:
     def masked(argument: int, mask: int, value: int) -> Any:
         return seccomp.Arg(argument, seccomp.MASKED_EQ, mask, value)
 
-    duplicates = [_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_DUPFD_CLOEXEC]
+    fcntl_commands = [_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_DUPFD_CLOEXEC]
     return [
         ("open", [masked(1, _WRITING, 0)]),
         ("openat", [masked(2, _WRITING, 0)]),
-        ("clone", [masked(0, _THREAD | _NAMESPACES | _TRACED | _OF_PARENT, _THREAD)]),
-        *(("fcntl", [equal(1, command)]) for command in duplicates),
+        ("clone", [masked(0, _THREAD | _NAMESPACES | _CLONE_PTRACE | _CLONE_PARENT, _THREAD)]),
+        *(("fcntl", [equal(1, command)]) for command in fcntl_commands),
         ("fcntl", [equal(1, _F_SETFL), masked(2, _SHARED_FLAGS, 0)]),
-        *(("ioctl", [equal(1, question)]) for question in _QUESTIONS),
+        *(("ioctl", [equal(1, request)]) for request in _IOCTLS),
         *(("prctl", [equal(0, option)]) for option in (_PR_SET_NAME, _PR_GET_NAME)),
-        ("prlimit64", [equal(0, 0)]),  # of itself; it cannot raise a hard limit
+        ("prlimit64", [equal(0, 0)]),  # its own limits; it cannot raise a hard one
         ("setrlimit", []),
-        # asyncio wakes itself through a pair of connected sockets; these reach no other address.
-        ("socketpair", [equal(0, _AF_UNIX), masked(1, _TYPE, _STREAM)]),
+        # asyncio wakes itself through a pair of connected sockets, which reach no other address.
+        ("socketpair", [equal(0, _AF_UNIX), masked(1, _SOCK_TYPE, _SOCK_STREAM)]),
         ("sendto", [equal(4, 0)]),
         *(
             ("getsockopt", [equal(1, _SOL_SOCKET), equal(2, option)])
@@ -107,7 +107,7 @@ def _conditions(seccomp: ModuleType) -> list[tuple[str, list[Any]]]:
     ]
 
 
-def _library() -> ModuleType:
+def _import_pyseccomp() -> ModuleType:
     try:
         import pyseccomp
     except ImportError as error:

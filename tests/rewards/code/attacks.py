@@ -15,9 +15,9 @@ from typing import Any
 
 import pyseccomp
 
-from nemo_disco.rewards.code.sandbox import Ended, ForkServer, Limits
+from nemo_disco.rewards.code.sandbox import Limits, Outcome, Sandbox
 
-LIMITS = Limits(seconds=10.0, memory=512 << 20, output=1 << 20, asleep=10.0)
+LIMITS = Limits(cpu_seconds=10.0, sleep_seconds=10.0, memory_bytes=512 << 20, output_bytes=1 << 20)
 # Calls that this libseccomp may be too old to name; their numbers are the same on all architectures.
 NEWER = {
     "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466, "file_setattr": 469, "openat2": 437, "clone3": 435,
@@ -152,8 +152,8 @@ def program(path: Path, victim: int) -> str:
     return PROGRAM.format(**filled)
 
 
-def run(server: ForkServer, code: str, stdin: bytes = b"") -> Ended:
-    return server.run(json.dumps([[code], False]).encode() + b"\n", LIMITS, stdin=stdin)
+def run(sandbox: Sandbox, code: str, stdin: bytes = b"") -> Outcome:
+    return sandbox.run(json.dumps([[code], False]).encode() + b"\n", LIMITS, stdin=stdin)
 
 
 def attack(landlock: bool) -> dict[str, Any]:
@@ -167,11 +167,11 @@ def attack(landlock: bool) -> dict[str, Any]:
         path.write_text("kept")
         path.chmod(0o666)
         before = path.stat()
-        server = ForkServer(landlock=landlock)
+        sandbox = Sandbox(landlock=landlock)
         try:
-            ended = run(server, program(path, os.getpid()))
+            outcome = run(sandbox, program(path, os.getpid()))
         finally:
-            server.close()
+            sandbox.close()
         now = path.stat()
         same = (now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_size, now.st_ctime_ns) == (
             before.st_mode, before.st_uid, before.st_gid, before.st_mtime_ns, before.st_size, before.st_ctime_ns
@@ -179,8 +179,8 @@ def attack(landlock: bool) -> dict[str, Any]:
         harm = not same or os.listdir(folder) != ["victim"] or os.listxattr(path) != []
     for number, handler in earlier.items():
         signal.signal(number, handler)
-    results = json.loads(ended.printed) if ended.code == 0 else {}
-    return {"results": results, "harm": harm, "signals": came, "code": ended.code, "complaint": ended.complaint}
+    results = json.loads(outcome.stdout) if outcome.exit_code == 0 else {}
+    return {"results": results, "harm": harm, "signals": came, "exit_code": outcome.exit_code, "stderr": outcome.stderr}
 
 
 if __name__ == "__main__":

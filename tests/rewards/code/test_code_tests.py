@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.rewards.code.gold_tests import same_output
+from nemo_disco.rewards.code.gold_tests import outputs_match
 from nemo_disco.rewards.code.python_tests import PythonTests
 from nemo_disco.runtime.errors import UserError
 
@@ -60,15 +60,15 @@ def test_verdicts(verifier: PythonTests, code: str, tests: str, reason: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("printed", "wanted", "same"),
+    ("output", "expected", "match"),
     [
         ("0.5 x\n", "0.50 x \n", True), ("1", "1.0", True), ("-2.50\n3", "-2.5\n3\n\n", True),
         ("0.51", "0.50", False), ("1.0", "1", False), ("01", "1", False), ("1e0", "1.0", False),
         ("0.5  x", "0.50 x", False), ("0.5", "0.50\n0.5", False),
     ],
 )  # fmt: skip
-def test_outputs_are_compared_as_a_judge_does(printed: str, wanted: str, same: bool) -> None:
-    assert same_output(printed, wanted) is same
+def test_outputs_are_compared_as_a_judge_does(output: str, expected: str, match: bool) -> None:
+    assert outputs_match(output, expected) is match
 
 
 def test_a_response_without_code_and_one_without_thinking() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemo_disco.rewards.code.blocks import programs_that_define, programs_that_read
+from nemo_disco.rewards.code.blocks import find_defining_programs, find_reading_programs
 from nemo_disco.rewards.code.python_tests import PythonTests
 from nemo_disco.runtime.errors import UserError
 
@@ -113,13 +113,13 @@ def test_fences(verifier: PythonTests, response: str) -> None:
 
 
 def test_which_block_is_the_program() -> None:
-    assert programs_that_read("```c\nint x;\n```") == []
-    assert programs_that_read("```\nx\n```\n```py\ny\n```") == ["y\n"]
+    assert find_reading_programs("```c\nint x;\n```") == []
+    assert find_reading_programs("```\nx\n```\n```py\ny\n```") == ["y\n"]
     two = "```py\ndef f(x): return x\n```\n```py\nprint(f(input()))\n```"
-    assert programs_that_define(two, "assert f(1) == 1")[0].startswith("def f")
-    assert programs_that_read(two)[0].startswith("print")
+    assert find_defining_programs(two, "assert f(1) == 1")[0].startswith("def f")
+    assert find_reading_programs(two)[0].startswith("print")
     quoted = '```python\ns = """\n  x ``` y\n"""\n```'
-    assert programs_that_read(quoted) == ['s = """\n  x ``` y\n"""\n']
+    assert find_reading_programs(quoted) == ['s = """\n  x ``` y\n"""\n']
 
 
 DOUBLE = "def double(x):\n    return 2 * x"
@@ -218,5 +218,5 @@ def test_calls_and_assertions(verifier: PythonTests, code: str, tests: object, r
     ],
 )
 def test_tests_that_cannot_be_used_are_refused(verifier: PythonTests, tests: object) -> None:
-    with pytest.raises(UserError, match="tests of a question cannot be used"):
+    with pytest.raises(UserError, match="a question's tests cannot be used"):
         reason(verifier, f"```python\n{ADD}\n```", tests)

@@ -19,10 +19,11 @@ import attacks
 import pyseccomp
 import pytest
 
-from nemo_disco.rewards.code import sandbox, seccomp_filter
+import nemo_disco
+from nemo_disco.rewards.code import seccomp_filter
 from nemo_disco.rewards.code.python_tests import PythonTests
-from nemo_disco.rewards.code.sandbox import ForkServer, Limits
-from nemo_disco.rewards.code.seccomp_filter import filter_program
+from nemo_disco.rewards.code.sandbox import Limits, Sandbox
+from nemo_disco.rewards.code.seccomp_filter import build_filter
 from nemo_disco.runtime.errors import UserError
 
 REFUSED = {"EPERM", "ENOSYS", "EACCES", "ENOENT", "ValueError"}  # ValueError: Python's, for a limit that is not raised
@@ -31,14 +32,14 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")  # one that every user can run, unlike 
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
+def sandbox() -> Iterator[Sandbox]:
+    sandbox = Sandbox()
+    yield sandbox
+    sandbox.close()
 
 
 def check(outcome: dict[str, Any]) -> None:
-    assert outcome["code"] == 0, outcome["complaint"]
+    assert outcome["exit_code"] == 0, outcome["stderr"]
     assert len(outcome["results"]) > 120
     assert {name: r for name, r in outcome["results"].items() if r not in REFUSED} == {}
     calls = {r for name, r in outcome["results"].items() if name in attacks.CALLS}
@@ -54,8 +55,8 @@ def _plain_attack(folder: Path, landlock: bool, user: int) -> dict[str, Any]:
     """The attack as another user, who cannot read this checkout, by the system's Python."""
     package = folder / "nemo_disco"
     for part in ("rewards", "runtime"):
-        shutil.copytree(Path(sandbox.__file__).parents[2] / part, package / part)
-    shutil.copy(Path(sandbox.__file__).parents[2] / "__init__.py", package)
+        shutil.copytree(Path(nemo_disco.__file__).parent / part, package / part)
+    shutil.copy(nemo_disco.__file__, package)
     for file in (attacks.__file__, pyseccomp.__file__):
         shutil.copy(file, folder)
     for path in (folder, *folder.rglob("*")):
@@ -80,7 +81,7 @@ def test_as_a_plain_user_and_without_landlock(landlock: bool, user: int) -> None
         shutil.rmtree(folder)
 
 
-def test_calls_in_another_numbering_end_the_program(server: ForkServer) -> None:
+def test_calls_in_another_numbering_end_the_program(sandbox: Sandbox) -> None:
     """x86-64's kernel also takes 32-bit calls (int 0x80) and x32's, whose numbers mean something else."""
     if os.uname().machine != "x86_64":
         pytest.skip("x86-64 alone has them")
@@ -92,27 +93,27 @@ def test_calls_in_another_numbering_end_the_program(server: ForkServer) -> None:
         "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\nprint('on')"
     )
     for code in (x32, old):
-        ended = attacks.run(server, code)
-        assert (ended.code, ended.printed) == (-31, b"")  # SIGSYS
+        outcome = attacks.run(sandbox, code)
+        assert (outcome.exit_code, outcome.stdout) == (-31, b"")  # SIGSYS
 
 
 def test_the_filter_exists_for_both_architectures_and_nowhere_is_the_library_missed_silently(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for architecture in (pyseccomp.Arch.X86_64, pyseccomp.Arch.AARCH64):
-        assert len(filter_program(architecture)) > 800
+        assert len(build_filter(architecture)) > 800
     monkeypatch.delitem(sys.modules, "pyseccomp")
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None if name == "seccomp" else "libc.so.6")
     with pytest.raises(UserError, match="libseccomp2"):
-        seccomp_filter.filter_program()
+        seccomp_filter.build_filter()
 
 
 def test_a_kernel_that_does_not_confine_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "filter_program", lambda: b"\0" * 8)  # no valid filter
+    monkeypatch.setattr("nemo_disco.rewards.code.sandbox.build_filter", lambda: b"\0" * 8)  # no valid filter
     with pytest.raises(UserError, match="cannot confine"):
         PythonTests()
     allow_all = b"\x06\0\0\0\0\0\xff\x7f"
-    monkeypatch.setattr(sandbox, "filter_program", lambda: allow_all)
+    monkeypatch.setattr("nemo_disco.rewards.code.sandbox.build_filter", lambda: allow_all)
     with pytest.raises(UserError, match="does not hold programs back"):
         PythonTests()
 
@@ -124,10 +125,10 @@ def test_roots_python_that_nobody_can_read_is_named(tmp_path: Path, monkeypatch:
     venv.create(environment, symlinks=True, with_pip=False)
     (environment / "lib").chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(environment / "bin/python"))
-    server = ForkServer(landlock=False)
+    sandbox = Sandbox(landlock=False)
     with pytest.raises(UserError, match=r"the user nobody cannot read .*install Python where every user can") as raised:
-        attacks.run(server, "print(1)")
-    server.close()
+        attacks.run(sandbox, "print(1)")
+    sandbox.close()
     assert "seccomp" not in str(raised.value)
 
 
@@ -148,21 +149,21 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("code", FLOODS.values(), ids=FLOODS.keys())
-def test_floods_end(server: ForkServer, code: str) -> None:
-    limits = Limits(seconds=1.0, memory=256 << 20, output=1 << 20, asleep=1.0)
+def test_floods_end(sandbox: Sandbox, code: str) -> None:
+    limits = Limits(cpu_seconds=1.0, sleep_seconds=1.0, memory_bytes=256 << 20, output_bytes=1 << 20)
     began = time.monotonic()
-    ended = server.run(json.dumps([[code], False]).encode() + b"\n", limits, stdin=b"")
-    assert ended.code != 0 and ended.spent < 2.5
+    outcome = sandbox.run(json.dumps([[code], False]).encode() + b"\n", limits, stdin=b"")
+    assert outcome.exit_code != 0 and outcome.cpu_seconds < 2.5
     assert time.monotonic() - began < 60  # processor time counts, and this machine may be busy
     for name in ("stdin", "stdout", "stderr"):
-        assert os.fstat(server._files[name]).st_size <= 1 << 20
-    assert attacks.run(server, "print(1)").printed == b"1\n"
+        assert os.fstat(sandbox._files[name]).st_size <= 1 << 20
+    assert attacks.run(sandbox, "print(1)").stdout == b"1\n"
 
 
-def test_this_process_is_closed_to_others_while_a_program_runs(server: ForkServer) -> None:
+def test_this_process_is_closed_to_others_while_a_program_runs(sandbox: Sandbox) -> None:
     libc = ctypes.CDLL(None)
     seen: list[int] = []
-    thread = threading.Thread(target=lambda: attacks.run(server, "import time\ntime.sleep(0.3)"))
+    thread = threading.Thread(target=lambda: attacks.run(sandbox, "import time\ntime.sleep(0.3)"))
     thread.start()
     while thread.is_alive():
         seen.append(libc.prctl(3, 0, 0, 0, 0))
@@ -170,18 +171,18 @@ def test_this_process_is_closed_to_others_while_a_program_runs(server: ForkServe
     assert 0 in seen and libc.prctl(3, 0, 0, 0, 0) == 1
 
 
-def test_root_becomes_nobody_and_reads_only_pythons_files(server: ForkServer, tmp_path: Path) -> None:
+def test_root_becomes_nobody_and_reads_only_pythons_files(sandbox: Sandbox, tmp_path: Path) -> None:
     kept = tmp_path / "answers.json"
     kept.write_text("42")
     code = "import json, os\nfor path in ({paths}):\n    try:\n        open(path).read()\n        print('read', path)\n"
     code = code.format(paths=[str(kept), "/etc/passwd", "/proc/1/cmdline", "/etc/hostname"])
     code += "    except OSError:\n        pass\nprint(os.getuid(), os.getgid(), os.getgroups(), sorted(os.environ))"
-    ended = attacks.run(server, code)
+    outcome = attacks.run(sandbox, code)
     user = NOBODY if os.getuid() == 0 else os.getuid()
-    uid, *_, environment = ended.printed.decode().strip().splitlines()[-1].split(maxsplit=3)
+    uid, *_, environment = outcome.stdout.decode().strip().splitlines()[-1].split(maxsplit=3)
     assert uid == str(user) and "PATH" not in environment and "HOME" not in environment
     if ctypes.CDLL(None).syscall(444, 0, 0, 1) > 0:  # the kernel has Landlock
-        assert b"read" not in ended.printed
+        assert b"read" not in outcome.stdout
 
 
 SEARCH = """
