@@ -1,4 +1,4 @@
-"""Graders: what a response earns. The caller's process needs the standard library alone; algebra has its own."""
+"""Graders and reward terms. sympy, users' code and responses' programs run in processes of their own."""
 
 from nemo_disco.rewards.math.grader import MathGrader
 from nemo_disco.rewards.terms import GradedResponse, Rewards

@@ -1,6 +1,6 @@
-"""What a response earns: a weighted sum of terms, of which the grader's verdict is one and a user's function another.
+"""The reward of a response: a weighted sum of terms, among them the grader's verdict and a user's function.
 
-A term sees one graded response and returns a number. Plain Python: knows no tensor, no group and no objective.
+A term maps one graded response to a number. Plain Python: no tensors, groups or objectives.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GradedResponse:
-    """What a term sees.
+    """A response with its question and verdict: the argument of a reward term.
 
-    question: the text of what was asked last. response: without the token that ended it. answers: the right ones.
-    metadata: the other fields of the question's record. verdict: the grader's reward; correct: is it above the
-    threshold. length: tokens, of at most max_response_length in this step; truncated: cut there.
+    question: text of the last message. response: text without its end token. answers: gold answers. metadata: other
+    fields of the question's record. verdict: the grader's reward; correct: verdict above `algorithm.threshold`.
+    length: tokens, at most max_response_length in this step; truncated: cut off there.
     """
 
     question: str
@@ -44,12 +44,12 @@ Term = Callable[[GradedResponse], float]
 
 
 def correctness(r: GradedResponse) -> float:
-    """The grader's verdict, 0 or 1."""
+    """The grader's reward, 0 or 1."""
     return r.verdict
 
 
 def well_formed(r: GradedResponse, require_think: bool) -> float:
-    """1 where the response has a closed, filled box (after `</think>`, where that is required), right or wrong."""
+    """1 if the response has a complete \\boxed{} (after `</think>`, if that is required), right or wrong; else 0."""
     try:
         final_answer(r.response, require_think)
     except NoAnswerError:
@@ -58,57 +58,50 @@ def well_formed(r: GradedResponse, require_think: bool) -> float:
 
 
 def length(r: GradedResponse) -> float:
-    """1 - |o|/C, C the response limit (arXiv 2510.04474)."""
+    """1 - |o|/C for a response of |o| tokens and the limit C (arXiv 2510.04474)."""
     return 1 - r.length / r.max_response_length
 
 
 def overlong(r: GradedResponse, buffer: int | None) -> float:
     """0 up to C - Lc tokens, then down to -1 at C: ((C - Lc) - |o|) / Lc, Lc the buffer (arXiv 2503.14476, eq. 13)."""
-    cache = buffer or max(1, r.max_response_length // 5)
-    return max(-1.0, min(0.0, (r.max_response_length - cache - r.length) / cache))
+    buffer = buffer or max(1, r.max_response_length // 5)
+    return max(-1.0, min(0.0, (r.max_response_length - buffer - r.length) / buffer))
 
 
 class Rewards:
-    """The terms of a run: a response's reward is their weighted sum, its preference one of them, for DRPO.
+    """Computes each response's reward, the weighted sum of a run's terms, and its preference for DRPO, one term.
 
-    A user's functions run in processes of their own, which end with `close`.
+    A user's functions run in their own processes, which end with `close`.
     """
 
     def __init__(self, config: RewardConfig, preference: str | None = None) -> None:
-        """Raises UserError for a preference or a function that there is not."""
+        """preference: a term's name or module:function. Raises UserError for an unknown term or function."""
         self._config = config
-        self._terms = [(w, self._own(name)) for name, w in config.terms.model_dump().items() if w]
-        self._function = None if config.function is None else self._users("reward.function", config.function)
-        self._preference: Term | UserPool | None = None if preference is None else self._named(preference)
+        self._terms = [(w, self._build_term(name)) for name, w in config.terms.model_dump().items() if w]
+        self._function = None if config.function is None else self._load_function("reward.function", config.function)
+        self._preference: Term | UserPool | None = None if preference is None else self._load_preference(preference)
 
     def judge(self, responses: Sequence[GradedResponse]) -> list[tuple[float, float]]:
-        """The reward and the preference of each; the preference is 0 where none was asked for.
+        """The (reward, preference) of each response; preference 0 without a preference term.
 
-        A user's function that takes longer than reward.timeout gives 0, which is said. Raises UserError, with file and
-        line, for one that raises or returns no finite number.
+        A user's function that takes longer than reward.timeout gives 0, with a warning. Raises UserError, with file and
+        line, for a function that raises or returns no finite number.
         """
-        added = _numbers(self._function, responses)
-        preferences = _numbers(self._preference, responses)
-        rewards = [math.fsum(weight * term(response) for weight, term in self._terms) for response in responses]
+        function_values = _submit(self._function, responses)
+        preferences = _submit(self._preference, responses)
+        sums = [math.fsum(weight * term(response) for weight, term in self._terms) for response in responses]
         return [
-            (reward + more(), preference())
-            for reward, more, preference in zip(rewards, added, preferences, strict=True)
+            (weighted_sum + function_value(), preference())
+            for weighted_sum, function_value, preference in zip(sums, function_values, preferences, strict=True)
         ]
 
     def close(self) -> None:
-        """End the processes of a user's functions; calls that have not begun are not made."""
+        """End the processes of a user's functions; calls that have not begun are cancelled."""
         for term in (self._function, self._preference):
             if isinstance(term, UserPool):
                 term.close()
 
-    def reward(self, response: GradedResponse) -> float:
-        return self.judge([response])[0][0]
-
-    def preference(self, response: GradedResponse) -> float:
-        """0 where none was asked for."""
-        return self.judge([response])[0][1]
-
-    def _own(self, name: str) -> Term:
+    def _build_term(self, name: str) -> Term:
         terms: dict[str, Term] = {
             "correctness": correctness,
             "format": partial(well_formed, require_think=self._config.require_think),
@@ -117,31 +110,31 @@ class Rewards:
         }
         return terms[name]
 
-    def _named(self, name: str) -> Term | UserPool:
+    def _load_preference(self, name: str) -> Term | UserPool:
         if ":" in name:
-            return self._users("algorithm.preference", name)
+            return self._load_function("algorithm.preference", name)
         known = list(type(self._config.terms).model_fields)
         if name not in known:
             raise UserError(
                 f"algorithm.preference: there is no reward term {name!r}; known: {', '.join(known)}, or "
                 "module:function of your own"
             )
-        return self._own(name)
+        return self._build_term(name)
 
-    def _users(self, key: str, name: str) -> UserPool:
-        """A user's function, whose failures are named with file and line. Raises UserError if there is none."""
+    def _load_function(self, key: str, name: str) -> UserPool:
+        """The user's function, which the setting `key` names. Raises UserError if there is no such function."""
         if ":" not in name or describe(key, name).kind != "function":
-            raise UserError(f"{key}={name} must be module:function, of a function that takes a GradedResponse")
+            raise UserError(f"{key}={name} must be module:function, and the function must take a GradedResponse")
         return UserPool(key, name, rank_workers(self._config.workers), self._config.timeout)
 
 
-def _numbers(term: Term | UserPool | None, responses: Sequence[GradedResponse]) -> list[Callable[[], float]]:
-    """What the term says of each response, once it is asked for; 0 where there is no term, or it took too long."""
+def _submit(term: Term | UserPool | None, responses: Sequence[GradedResponse]) -> list[Callable[[], float]]:
+    """Start a user's function on all responses; returns a call per response that gives its number, 0 without a term."""
     if isinstance(term, UserPool):
-        return [partial(_in_time, term.submit(response)) for response in responses]
+        return [partial(_result_or_zero, term.submit(response)) for response in responses]
     return [partial(term, response) if term else float for response in responses]
 
 
-def _in_time(call: Future[Any]) -> float:
-    value = call.result()
+def _result_or_zero(call: Future[Any]) -> float:
+    value = call.result()  # None if it took too long
     return 0.0 if value is None else float(value)

@@ -1,6 +1,6 @@
-"""Which answers vote together in maj@k: a key for each response, equal where the answers are plainly the same.
+"""Groups responses by their answers for maj@k, the majority vote of k responses.
 
-Pure string work, as the fast path of grading: what only algebra could tell apart or together votes apart.
+Compares text and exact numbers only: two answers that are equal by algebra alone get different votes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from nemo_disco.rewards.math.words import squeezed
 
 
 def answer_key(response: str) -> str | None:
-    """The key of the last box after the thinking; without a box, of the last line said; None if nothing is said."""
-    said = response.rpartition(END_OF_THINKING)[2]
+    """A text that equal answers share: of the last box after the thinking, else of the last line; None if it is empty
+    or longer than MAX_ANSWER."""
+    text = response.rpartition(END_OF_THINKING)[2]
     try:
-        answer = boxed(said)
+        answer = boxed(text)
     except NoAnswerError:
-        answer = (said.strip().splitlines() or [""])[-1]
+        answer = (text.strip().splitlines() or [""])[-1]
     if not answer.strip() or len(answer) > MAX_ANSWER:
         return None
     plain = quantity(canonical(answer))
@@ -30,7 +31,7 @@ def answer_key(response: str) -> str | None:
 
 
 def votes(responses: list[str]) -> list[int]:
-    """Of one problem: a number for each response, equal where the keys are, -1 where there is none."""
+    """The number of each response's answer to one question: equal numbers for equal keys, -1 for no answer."""
     numbers: dict[str, int] = {}
     keys = [answer_key(response) for response in responses]
     return [-1 if key is None else numbers.setdefault(key, len(numbers)) for key in keys]

@@ -1,4 +1,4 @@
-"""What a response earns, term by term, and how a user's function joins in or is named when it fails."""
+"""The reward terms of a response, their sum, and a user's function: its value is added, its failures are reported."""
 
 from __future__ import annotations
 
@@ -38,8 +38,16 @@ def rewards(preference: str | None = None, function: str | None = None, **terms:
     return Rewards(RewardConfig(terms=weights, function=function, overlong_buffer=None, **settings), preference)
 
 
+def reward(terms: Rewards, response: GradedResponse) -> float:
+    return terms.judge([response])[0][0]
+
+
+def preference(terms: Rewards, response: GradedResponse) -> float:
+    return terms.judge([response])[0][1]
+
+
 def test_the_verdict_alone_is_the_reward_by_default() -> None:
-    assert [rewards(correctness=1.0).reward(r) for r in (RIGHT, WRONG)] == [1.0, 0.0]
+    assert [reward(rewards(correctness=1.0), r) for r in (RIGHT, WRONG)] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -55,28 +63,28 @@ def test_the_verdict_alone_is_the_reward_by_default() -> None:
     ],
 )
 def test_format_is_a_complete_answer_right_or_wrong(response: str, formed: float) -> None:
-    assert rewards(format=1.0).reward(replace(WRONG, response=response)) == formed
+    assert reward(rewards(format=1.0), replace(WRONG, response=response)) == formed
 
 
 @pytest.mark.parametrize(("length", "wanted"), [(0, 0.0), (32, 0.0), (33, -0.125), (36, -0.5), (40, -1.0)])
 def test_overlong_falls_to_minus_one_over_the_last_fifth(length: int, wanted: float) -> None:
-    assert rewards(overlong=1.0).reward(replace(RIGHT, length=length)) == wanted
+    assert reward(rewards(overlong=1.0), replace(RIGHT, length=length)) == wanted
 
 
 def test_length_is_drpos() -> None:
-    assert [rewards(length=1.0).reward(replace(RIGHT, length=n)) for n in (0, 10, 40)] == [1.0, 0.75, 0.0]
+    assert [reward(rewards(length=1.0), replace(RIGHT, length=n)) for n in (0, 10, 40)] == [1.0, 0.75, 0.0]
 
 
 def test_terms_add_up() -> None:
     some = rewards(correctness=1.0, format=0.1, length=-0.2)
-    assert some.reward(RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
-    assert some.reward(WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
-    assert some.preference(RIGHT) == 0.0
+    assert reward(some, RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
+    assert reward(some, WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
+    assert preference(some, RIGHT) == 0.0
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("correctness", 0.0), ("format", 1.0), ("length", 0.75)])
 def test_a_preference_is_any_of_the_terms(name: str, wanted: float) -> None:
-    assert rewards(name, correctness=1.0).preference(WRONG) == wanted
+    assert preference(rewards(name, correctness=1.0), WRONG) == wanted
 
 
 MINE = """
@@ -119,9 +127,9 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_users_function_sees_the_response_and_its_questions_metadata(mine: Path) -> None:
     own = f"{mine.stem}:by_level"
-    assert rewards(function=own, correctness=1.0).reward(RIGHT) == pytest.approx(1.3)
-    assert rewards(function=own).reward(WRONG) == -14.0
-    assert rewards(own).preference(RIGHT) == pytest.approx(0.3)
+    assert reward(rewards(function=own, correctness=1.0), RIGHT) == pytest.approx(1.3)
+    assert reward(rewards(function=own), WRONG) == -14.0
+    assert preference(rewards(own), RIGHT) == pytest.approx(0.3)
 
 
 def test_a_users_function_that_hangs_gives_0_and_is_named(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,7 +152,7 @@ def test_a_users_function_that_hangs_gives_0_and_is_named(mine: Path, caplog: py
 def test_a_users_mistake_is_named_with_file_and_line(mine: Path, name: str, message: str) -> None:
     own = rewards(function=f"{mine.stem}:{name}")
     with pytest.raises(UserError, match=message.format(path=mine)) as error:
-        own.reward(RIGHT)
+        reward(own, RIGHT)
     assert "\n" not in str(error.value)
 
 

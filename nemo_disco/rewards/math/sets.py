@@ -1,4 +1,4 @@
-"""Intervals, unions and inequalities as sets of real numbers. Runs inside a worker only: it may take for ever."""
+"""Compares intervals, unions and inequalities as sets of real numbers. Runs in a killable process: it may never end."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from nemo_disco.rewards.math.words import is_word
 
 
 def same_set(gold: Node, answer: Node) -> bool:
-    """Whether both mean the same set, and, where both are inequalities, in the same unknown."""
-    theirs, ours = _unknowns(gold), _unknowns(answer)
-    if (theirs and ours and theirs != ours) or max(len(theirs), len(ours)) > 1:
+    """True if both describe the same set; inequalities must be in the same unknown, and in one alone."""
+    gold_unknowns, unknowns = _unknowns(gold), _unknowns(answer)
+    if (gold_unknowns and unknowns and gold_unknowns != unknowns) or max(len(gold_unknowns), len(unknowns)) > 1:
         return False
-    if not (_is_set(gold) and _is_set(answer)):
+    if _is_word(gold) or _is_word(answer):
         return False
     try:
-        one, other = as_set(gold), as_set(answer)
-        return bool(one == other or one.symmetric_difference(other).is_empty)
-    except (TypeError, ValueError, NotImplementedError, AttributeError):  # no such set, or none that sympy can compare
+        a, b = as_set(gold), as_set(answer)
+        return bool(a == b or a.symmetric_difference(b).is_empty)
+    except (TypeError, ValueError, NotImplementedError, AttributeError):  # not a set, or sympy cannot compare it
         return False
 
 
 def as_set(node: Node) -> Any:
     """The set of real numbers that the node describes. Raises ValueError where it describes none."""
     if isinstance(node, Leaf):
-        return _literal(node)
+        return _set_of_leaf(node)
     if isinstance(node, Relation):
         return _solutions(node)
     if isinstance(node, Combined):
@@ -37,41 +37,43 @@ def as_set(node: Node) -> Any:
             return sets[0] - sympy.Union(*sets[1:])
         if node.operator in (r"\cup", r"\lor"):
             return sympy.Union(*sets)
-        joint = sympy.Intersection(*sets)
-        # x < 1, x > 2: all at once is nothing, so that either is meant
-        return sympy.Union(*sets) if node.operator == "," and joint.is_empty else joint
+        intersection = sympy.Intersection(*sets)
+        # A comma means "and"; it means "or" if both cannot hold: x < 1, x > 2
+        return sympy.Union(*sets) if node.operator == "," and intersection.is_empty else intersection
     values = [_number(item) for item in node.items]
     if node.opening in ("", r"\{"):
         finite = sympy.FiniteSet(*values)
         if not node.opening and len(finite) < len(values):  # 5, 5 is not 5
-            raise ValueError("a list that says one thing twice")
+            raise ValueError("a list with equal items is not a set")
         return finite
     if len(values) != 2 or node.opening not in "([" or node.closing not in ")]":
-        raise ValueError("no interval")
+        raise ValueError("not an interval")
     interval = sympy.Interval(*values, left_open=node.opening == "(", right_open=node.closing == ")")
     if interval.is_empty:  # (2, 1) is a point
-        raise ValueError("no interval")
+        raise ValueError("not an interval")
     return interval
 
 
-def _is_set(node: Node) -> bool:
-    return not (isinstance(node, Leaf) and is_word(node.text))
+def _is_word(node: Node) -> bool:
+    return isinstance(node, Leaf) and is_word(node.text)
 
 
-def _literal(leaf: Leaf) -> Any:
+def _set_of_leaf(leaf: Leaf) -> Any:
+    """A leaf's set, such as \\mathbb{R}; a number becomes a set of one element."""
     value = read_expression(leaf.text)
     return value if isinstance(value, sympy.Set) else sympy.FiniteSet(value)
 
 
 def _number(node: Node) -> Any:
+    """A leaf's sympy expression. Raises ValueError for other nodes and for words."""
     value = read_expression(node.text) if isinstance(node, Leaf) and not is_word(node.text) else None
     if not isinstance(value, sympy.Expr):
-        raise ValueError("no number")
+        raise ValueError("not a number")
     return value
 
 
 def _unknowns(node: Node) -> set[Any]:
-    """The symbols of the inequalities in a node; an interval's ends are none."""
+    """The symbols of the inequalities in a node; symbols in an interval's ends do not count."""
     if isinstance(node, Combined):
         return set().union(*map(_unknowns, node.parts))
     if not isinstance(node, Relation):
@@ -86,17 +88,17 @@ def _free_symbols(node: Node) -> set[Any]:
 
 
 def _solutions(chain: Relation) -> Any:
-    """The reals that solve a chain of relations in one unknown."""
+    """The set of reals that solve a chain of relations in one unknown. Raises ValueError for several unknowns."""
     if chain.operators[0] == r"\in":
         return as_set(chain.sides[1])
     symbols = _unknowns(chain)
     if len(symbols) != 1:
         raise ValueError("not one unknown")
     sides = [_number(side) for side in chain.sides]
-    found: Any = sympy.S.Reals
+    solutions: Any = sympy.S.Reals
     for left, sign, right in zip(sides, chain.operators, sides[1:], strict=False):
         relation = sympy.Rel(left, right, ORDER.get(sign, "=="))
         if relation == sympy.true:
             continue
-        found = found & (sympy.S.EmptySet if relation == sympy.false else relation.as_set())
-    return found
+        solutions &= sympy.S.EmptySet if relation == sympy.false else relation.as_set()
+    return solutions

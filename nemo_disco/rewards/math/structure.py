@@ -1,6 +1,6 @@
-"""Splits a canonical answer at its commas, brackets and relations; what is between them stays LaTeX.
+"""Parses a canonical answer to a tree: splits it at commas, brackets and relations; the expressions between stay LaTeX.
 
-Pure string work, linear in the depth of brackets. Order, brackets and an ellipsis are content; nothing is evaluated.
+String processing in time linear in the depth of brackets. The tree keeps order, brackets and ellipses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Items:
-    """Items between commas. opening, closing: their brackets, "" for a bare list; "\\{" makes them a set."""
+    """A list of items: a tuple or interval in brackets, a set in "\\{", a bare list in "", a ratio a:b:c in ":"."""
 
     items: tuple[Node, ...]
     opening: str = ""
@@ -37,12 +37,12 @@ class Items:
 
     @property
     def ordered(self) -> bool:
-        return self.opening not in ("", r"\{")
+        return self.opening not in ("", r"\{")  # a bare list and a set have no order
 
 
 @dataclass(frozen=True)
 class Relation:
-    """A chain such as 1 < x \\le 2: one operator fewer than sides."""
+    """A chain of equations or inequalities, such as 1 < x \\le 2: one operator fewer than sides."""
 
     sides: tuple[Node, ...]
     operators: tuple[str, ...]
@@ -54,7 +54,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Combined:
-    """Sets or statements joined by one operator: \\cup, \\cap, \\setminus or \\lor."""
+    """Sets joined by \\cup, \\cap or \\setminus, or inequalities joined by \\lor or a comma."""
 
     operator: str
     parts: tuple[Node, ...]
@@ -64,42 +64,42 @@ Node = Leaf | Items | Relation | Combined
 
 
 def split_answer(text: str, depth: int = 0) -> Node:
-    """The structure of a canonical answer. Raises ValueError where brackets are nested too deep or an item is empty."""
+    """Parse a canonical answer to a tree. Raises ValueError for an empty item or brackets deeper than MAX_DEPTH."""
     text = text.strip()
     if depth > MAX_DEPTH:
-        raise ValueError("nested too deep")
+        raise ValueError("brackets are nested too deep")
     parts, operators = _split(text, {",", ";", r"\lor"})
     if operators and operators[-1] == r"\lor" and not parts[-1].strip():
-        raise ValueError("nothing after or")
+        raise ValueError("nothing follows the last or")
     if len(parts) > 1 and any(ORDER.keys() & set(_split(part, _RELATIONS)[1]) for part in parts):
-        joint = r"\lor" if r"\lor" in operators else ","
-        return Combined(joint, tuple(split_answer(part, depth + 1) for part in parts))
-    variants = [variant for part in _thousands(parts, text) for variant in _signs(part)]
-    if len(variants) > 1:
-        return Items(tuple(split_answer(variant, depth + 1) for variant in variants))
-    return _relation(text, depth)
+        operator = r"\lor" if r"\lor" in operators else ","
+        return Combined(operator, tuple(split_answer(part, depth + 1) for part in parts))
+    items = [item for part in _join_thousands(parts, text) for item in _expand_signs(part)]
+    if len(items) > 1:
+        return Items(tuple(split_answer(item, depth + 1) for item in items))
+    return _parse_relation(text, depth)
 
 
-def _relation(text: str, depth: int) -> Node:
+def _parse_relation(text: str, depth: int) -> Node:
     sides, operators = _split(text, _RELATIONS)
     if operators:
         return Relation(tuple(split_answer(side, depth + 1) for side in sides), tuple(operators))
-    for joint in (r"\setminus", r"\cup", r"\cap"):
-        parts, operators = _split(text, {joint})
+    for operator in (r"\setminus", r"\cup", r"\cap"):
+        parts, operators = _split(text, {operator})
         if operators:
-            return Combined(joint, tuple(split_answer(part, depth + 1) for part in parts))
-    return _bracketed(text, depth)
+            return Combined(operator, tuple(split_answer(part, depth + 1) for part in parts))
+    return _parse_brackets(text, depth)
 
 
-def _bracketed(text: str, depth: int) -> Node:
+def _parse_brackets(text: str, depth: int) -> Node:
     tokens = [token for token in _TOKEN.findall(text) if not token.isspace()]
     if len(tokens) > 2 and tokens[0] in _PAIRS and tokens[-1] in _PAIRS.values() and _is_one_group(tokens):
         opening, closing = tokens[0], tokens[-1]
         inner = text[len(opening) : len(text) - len(closing)].strip()
         parts, _ = _split(inner, {",", ";"})
         if opening == r"\{":
-            found = split_answer(inner, depth + 1)
-            items = found.items if isinstance(found, Items) and not found.opening else (found,)
+            content = split_answer(inner, depth + 1)
+            items = content.items if isinstance(content, Items) and not content.opening else (content,)
             return Items(items, opening, closing)
         if len(parts) > 1:
             return Items(tuple(split_answer(part, depth + 1) for part in parts), opening, closing)
@@ -114,7 +114,7 @@ def _bracketed(text: str, depth: int) -> Node:
 
 
 def _split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
-    """The parts of the text between separators outside all brackets, and those separators."""
+    """Split a text at the separators outside all brackets: (parts, separators), one part more than separators."""
     parts, operators, depth, start = [], [], 0, 0
     for token in _TOKEN.finditer(text):
         if token[0] in _OPEN:
@@ -129,7 +129,7 @@ def _split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
 
 
 def _is_one_group(tokens: list[str]) -> bool:
-    """Whether the first bracket is closed by the last token; ( and ] may belong together, as in an interval."""
+    """True if the last token closes the first one's bracket; ( and ] are a pair, as in an interval."""
     depth = 0
     for index, token in enumerate(tokens):
         depth += (token in _OPEN) - (token in _CLOSE)
@@ -138,15 +138,15 @@ def _is_one_group(tokens: list[str]) -> bool:
     return False
 
 
-def _thousands(parts: list[str], text: str) -> list[str]:
-    """12,345 alone is one number; 1, 234 is two, and so is every list with another item."""
+def _join_thousands(parts: list[str], text: str) -> list[str]:
+    """The parts, or the one number that the text is, as in 12,345; but 1, 234 and 12,345,x are lists."""
     if re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
         return [text.replace(",", "")]
     return parts
 
 
-def _signs(text: str) -> list[str]:
-    """The two values of 3 \\pm 2 (four of two such signs, if \\mp does not tie them); the text itself without one."""
+def _expand_signs(text: str) -> list[str]:
+    """Both values of 3 \\pm 2, all four of two \\pm, two where \\mp ties the signs; the text alone without signs."""
     signs = _SIGN.findall(text)
     if not signs or len(signs) > 4 or text.lstrip().startswith(r"\{"):
         return [text]
@@ -156,7 +156,7 @@ def _signs(text: str) -> list[str]:
         choices = list(product((1, -1), repeat=len(signs)))
     variants = []
     for choice in choices:
-        pieces = _SIGN.split(text)[::2]  # without the signs' names
+        pieces = _SIGN.split(text)[::2]  # the odd ones are the signs' names
         signed = "".join(piece + ("+" if sign > 0 else "-") for piece, sign in zip(pieces, choice, strict=False))
         variants.append((signed + pieces[-1]).strip().removeprefix("+"))
     return variants

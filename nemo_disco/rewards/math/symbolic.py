@@ -1,6 +1,6 @@
-"""Whether an answer equals a gold answer in mathematics. Runs inside a worker only: it may take for ever.
+"""Decides whether an answer equals a gold answer in mathematics. Runs in a killable process only: it may never end.
 
-The answer's structure (structure.py) is compared item by item, its expressions by their values (values.py).
+Their trees (structure.py) are compared node by node, expressions by their values (values.py).
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from nemo_disco.rewards.math.units import quantity
 from nemo_disco.rewards.math.values import same_value
 from nemo_disco.rewards.math.words import is_word, same_text
 
-_ROUNDED = re.compile(r"-?\s*(\d*\.?\d+)(?:\s*\\(?:times|cdot)\s*10\^.*)?")
+_DECIMAL = re.compile(r"-?\s*(\d*\.?\d+)(?:\s*\\(?:times|cdot)\s*10\^.*)?")
 _FLIPPED = {"<": ">", r"\le": r"\ge", ">": "<", r"\ge": r"\le"}
 
 
 def judge(answer: str, golds: Sequence[str]) -> str:
-    """The reason of the verdict: correct if the answer equals any of the golds (all canonical, without units).
+    """The verdict's reason: CORRECT if the answer equals any of the gold ones (all canonical, without units).
 
-    Depends on its arguments alone: sympy's random numbers are seeded and its cache is cleared each time.
+    Deterministic: sympy's random numbers are seeded and its cache is cleared each time.
     """
     sympy.core.random.seed(0)
     sympy.core.cache.clear_cache()
-    ours = _read(answer)
-    if ours is None:
+    tree = _parse(answer)
+    if tree is None:
         return verdict.UNPARSABLE
-    parsed = [gold for gold in map(_read, golds) if gold is not None]
-    if any(equal(gold, ours) for gold in parsed):
+    gold_trees = [gold_tree for gold_tree in map(_parse, golds) if gold_tree is not None]
+    if any(equal(gold_tree, tree) for gold_tree in gold_trees):
         return verdict.CORRECT
-    return verdict.WRONG if parsed else verdict.UNPARSABLE_GOLD
+    return verdict.WRONG if gold_trees else verdict.UNPARSABLE_GOLD
 
 
 def equal(gold: Node, answer: Node) -> bool:
-    """Whether both say the same."""
+    """True if the two trees are equal in mathematics."""
     if isinstance(gold, Leaf) and isinstance(answer, Leaf):
         return _equal_leaves(gold, answer)
-    if _is_statement(gold) or _is_statement(answer):
+    if _is_inequality(gold) or _is_inequality(answer):
         return _same_inequality(gold, answer) or same_set(gold, answer)
     if isinstance(gold, Relation) or isinstance(answer, Relation):
         return _equal_equations(gold, answer)
@@ -57,15 +57,15 @@ def equal(gold: Node, answer: Node) -> bool:
     return same_set(gold, answer) or _equal_singletons(gold, answer)
 
 
-def _read(text: str) -> Node | None:
-    """The structure of an answer all of whose expressions are understood; None if one is not."""
+def _parse(text: str) -> Node | None:
+    """The tree of an answer; None if it, or an expression in it, cannot be parsed."""
     try:
         node = split_answer(text)
         for leaf in _leaves(node):
             _value(leaf)
     except MemoryError:
         raise
-    except Exception:  # latex2sympy raises Exception itself, and whatever its conversion meets
+    except Exception:  # latex2sympy raises Exception itself, and any error of the conversion
         return None
     return node
 
@@ -78,7 +78,7 @@ def _leaves(node: Node) -> list[Leaf]:
 
 
 def _value(leaf: Leaf) -> Any | None:
-    """The sympy object that the LaTeX means; None for a word or an ellipsis, which is itself. Raises as its parser."""
+    """The leaf as a sympy object; None for a word or an ellipsis. Raises as `read_expression`."""
     if is_word(leaf.text) or leaf.text == r"\ldots":
         return None
     body = quantity(leaf.text).body
@@ -88,28 +88,28 @@ def _value(leaf: Leaf) -> Any | None:
 def _equal_leaves(gold: Leaf, answer: Leaf) -> bool:
     if same_text(answer.text, gold.text):
         return True
-    one, other = quantity(gold.text), quantity(answer.text)
-    theirs, ours = _value(gold), _value(answer)
-    if theirs is None or ours is None or one.differs_in_unit(other):
+    a, b = quantity(gold.text), quantity(answer.text)
+    gold_value, value = _value(gold), _value(answer)
+    if gold_value is None or value is None or a.differs_in_unit(b):
         return False
-    digits = sure_digits(significant_digits(one.body), significant_digits(other.body))
-    return same_value(theirs, ours, digits)
+    digits = sure_digits(significant_digits(a.body), significant_digits(b.body))
+    return same_value(gold_value, value, digits)
 
 
-def _is_statement(node: Node) -> bool:
-    """An inequality, or several."""
+def _is_inequality(node: Node) -> bool:
+    """True for an inequality, and for several."""
     if isinstance(node, Relation):
         return not node.is_equation
     return isinstance(node, Combined) and node.operator in (r"\lor", ",")
 
 
 def _same_inequality(gold: Node, answer: Node) -> bool:
-    """The same chain, from either end; of two sides, also with all on one side."""
+    """True for equal chains, from left or right; with two sides, also for an equal left side minus right side."""
     if isinstance(gold, Combined) and isinstance(answer, Combined) and gold.operator == answer.operator:
         return _matches(gold.parts, answer.parts)
     if not (isinstance(gold, Relation) and isinstance(answer, Relation)):
         return False
-    for chain in (answer, _turned(answer)):
+    for chain in (answer, _reverse(answer)):
         if chain.operators != gold.operators:
             continue
         if _matches(gold.sides, chain.sides, in_order=True):
@@ -121,79 +121,82 @@ def _same_inequality(gold: Node, answer: Node) -> bool:
     return False
 
 
-def _turned(chain: Relation) -> Relation:
-    """c > b > a as a < b < c."""
+def _reverse(chain: Relation) -> Relation:
+    """The chain read from the right: c > b > a as a < b < c."""
     return Relation(chain.sides[::-1], tuple(_FLIPPED.get(operator, operator) for operator in chain.operators[::-1]))
 
 
 def _equal_equations(gold: Node, answer: Node) -> bool:
-    """Chains of equal sides: each side must hold, or define what the others say, as `x` does in x = 2 + 3 = 5."""
+    """Compare equations, or an equation with a value: x = 2 + 3 = 5 equals 5."""
     if not isinstance(answer, Relation):
         assert isinstance(gold, Relation)
-        return _value_of_chain(gold, answer, only_names=True)
+        return _has_value(gold, answer, only_names=True)
     if not isinstance(gold, Relation):
-        return _value_of_chain(answer, gold, only_names=False)
-    ours, theirs = _distinct(answer.sides), _distinct(gold.sides)
-    if _matches(tuple(theirs), tuple(ours)):
+        return _has_value(answer, gold, only_names=False)
+    gold_sides, sides = _distinct(gold.sides), _distinct(answer.sides)
+    if _matches(gold_sides, sides):
         return True
-    return len(ours) == 2 == len(theirs) and _same_equation(theirs, ours)
+    return len(gold_sides) == 2 == len(sides) and _same_equation(gold_sides, sides)
 
 
-def _value_of_chain(chain: Relation, value: Node, only_names: bool) -> bool:
-    """Whether a chain says the value: one side is it, and every other one is it too, or a label for it.
+def _has_value(chain: Relation, value: Node, only_names: bool) -> bool:
+    """True if a side of the chain equals the value, and each other side equals it too or is a label for it.
 
-    only_names: the label must be a name such as x or f(x), since the chain is the gold answer: 2x + y = 0 is not 0.
+    only_names: a label must be a name such as x or f(x), since the chain is the gold answer: 2x + y = 0 is not 0.
     """
-    right = [equal(side, value) if not only_names else equal(value, side) for side in chain.sides]
-    if not any(right) or (only_names and right[0] and not right[-1] and _is_name(value)):  # V = abc is not V
+    equal_sides = [equal(side, value) if not only_names else equal(value, side) for side in chain.sides]
+    if not any(equal_sides):
+        return False
+    if only_names and equal_sides[0] and not equal_sides[-1] and _is_name(value):  # V = abc is not V
         return False
     symbols = _symbols(value)
-    for side, is_right in zip(chain.sides, right, strict=True):
-        is_label = _is_function_of(side, symbols) or (
+    for side, is_equal in zip(chain.sides, equal_sides, strict=True):
+        is_label = _is_value_of_function(side, symbols) or (
             bool(_symbols(side)) and not (_symbols(side) & symbols) and (not only_names or _is_name(side))
         )
-        if not (is_right or is_label or (r"\approx" in chain.operators and _rounded(chain, right))):
+        if not (is_equal or is_label or (r"\approx" in chain.operators and _is_rounding(chain, equal_sides))):
             return False
     return True
 
 
-def _rounded(chain: Relation, right: Sequence[bool]) -> bool:
-    """Whether a chain with \\approx names one number, labels apart.
+def _is_rounding(chain: Relation, equal_sides: Sequence[bool]) -> bool:
+    """True if all numbers of a chain with \\approx are roundings of one number.
 
-    Where its first number is the right one, the others are within a twentieth of it. Where a later one is, all are the
-    first one rounded, or it is theirs, to their last digits: 97 \\approx 98 \\approx 99 is a guess at each of them.
+    If its first number equals the value, the others must be within a twentieth of it. If a later one does, each must be
+    the first one rounded to its own last digit, or round to the first: 97 \\approx 98 \\approx 99 is three guesses.
     """
-    numbers = [(side, r) for side, r in zip(chain.sides, right, strict=True) if isinstance(side, Leaf)]
-    numbers = [(side, r) for side, r in numbers if not _symbols(side)]
+    numbers = [(side, e) for side, e in zip(chain.sides, equal_sides, strict=True) if isinstance(side, Leaf)]
+    numbers = [(side, e) for side, e in numbers if not _symbols(side)]
     try:
-        sizes = [complex(_value(side)) for side, _ in numbers]  # type: ignore[arg-type]
+        values = [complex(_value(side)) for side, _ in numbers]  # type: ignore[arg-type]
     except TypeError:
         return False
-    first, is_right = numbers[0]
-    if is_right:
-        return all(abs(size - sizes[0]) <= abs(sizes[0]) / 20 for size in sizes)
-    steps = [_last_place(side.text, size) for (side, _), size in zip(numbers, sizes, strict=True)]
-    own = steps[0] if "." in first.text else 0.0
+    first, is_equal = numbers[0]
+    if is_equal:
+        return all(abs(value - values[0]) <= abs(values[0]) / 20 for value in values)
+    steps = [_last_place(side.text, value) for (side, _), value in zip(numbers, values, strict=True)]
+    first_step = steps[0] if "." in first.text else 0.0
     return all(
-        size == sizes[0] or abs(size - sizes[0]) < max(step, own) for size, step in zip(sizes, steps, strict=True)
+        value == values[0] or abs(value - values[0]) < max(step, first_step)
+        for value, step in zip(values, steps, strict=True)
     )
 
 
-def _last_place(text: str, size: complex) -> float:
-    """How much the last digit of a decimal counts; 0 where the text is none."""
-    match = _ROUNDED.fullmatch(quantity(text).body)
+def _last_place(text: str, value: complex) -> float:
+    """The place value of a decimal's last digit, 0.01 for 3.14; 0 if the text is not a decimal."""
+    match = _DECIMAL.fullmatch(quantity(text).body)
     digits = int(match[1].replace(".", "")) if match else 0
-    return abs(size) / digits if digits else 0.0
+    return abs(value) / digits if digits else 0.0
 
 
-def _is_function_of(side: Node, symbols: set[str]) -> bool:
-    """Whether a side is an unknown function's value, such as f(x), that the other side does not use."""
+def _is_value_of_function(side: Node, symbols: set[str]) -> bool:
+    """True if the side is the value of an unknown function, such as f(x), that is not among the symbols."""
     value = _value(side) if isinstance(side, Leaf) else None
     return isinstance(value, sympy.core.function.AppliedUndef) and str(value) not in symbols
 
 
 def _is_name(node: Node) -> bool:
-    """Whether a side only names something: x, f(x), AB, (x, y)."""
+    """True if a side is a name only: x, f(x), AB, (x, y)."""
     if isinstance(node, Items):
         return all(map(_is_name, node.items))
     if not isinstance(node, Leaf):
@@ -205,7 +208,7 @@ def _is_name(node: Node) -> bool:
 
 
 def _symbols(node: Node) -> set[str]:
-    """The names in a node; a word is one, and so is an unknown function."""
+    """The names in a node: symbols, unknown functions' values and words."""
     names = set()
     for leaf in _leaves(node):
         value = _value(leaf)
@@ -216,28 +219,30 @@ def _symbols(node: Node) -> set[str]:
     return names
 
 
-def _distinct(sides: tuple[Node, ...]) -> list[Node]:
-    kept: list[Node] = []
-    for side in sides:
-        if not any(equal(other, side) for other in kept):
-            kept.append(side)
-    return kept
+def _distinct(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes without those that equal an earlier one."""
+    distinct: list[Node] = []
+    for node in nodes:
+        if not any(equal(earlier, node) for earlier in distinct):
+            distinct.append(node)
+    return distinct
 
 
 def _same_equation(gold: Sequence[Node], answer: Sequence[Node]) -> bool:
-    """Whether lhs - rhs of one is a multiple, other than 0, of the other's."""
+    """True if left minus right side of one equation is a constant multiple, other than 0, of the other's."""
     sides: list[Any] = [_value(side) if isinstance(side, Leaf) else None for side in (*gold, *answer)]
     if not all(isinstance(side, sympy.Expr) for side in sides):
         return False
-    theirs, ours = sides[0] - sides[1], sides[2] - sides[3]
-    if not theirs.free_symbols or theirs.free_symbols != ours.free_symbols:
+    gold_difference, difference = sides[0] - sides[1], sides[2] - sides[3]
+    if not gold_difference.free_symbols or gold_difference.free_symbols != difference.free_symbols:
         return False
-    ratio = sympy.simplify(ours / theirs)
+    ratio = sympy.simplify(difference / gold_difference)
     return bool(ratio != 0 and not ratio.free_symbols and ratio.is_finite)
 
 
 def _equal_items(gold: Items, answer: Items) -> bool:
-    """In order between parentheses; in any order in a list or set, unless an ellipsis or labels fix what is meant."""
+    """Compare lists: tuples and intervals in order, sets and bare lists in any order, unless an ellipsis, or labels on
+    one side alone, fix it."""
     if gold.ordered and answer.ordered:
         brackets = (gold.opening, gold.closing) == (answer.opening, answer.closing)
         if not brackets and not (len(gold.items) > 2 and ":" not in (gold.opening, answer.opening)):
@@ -250,38 +255,39 @@ def _equal_items(gold: Items, answer: Items) -> bool:
         if len(gold.items) == 2 and (bracketed.opening, bracketed.closing) != ("(", ")"):  # an interval
             return False
         return _matches(_in_order_of_labels(gold.items), _in_order_of_labels(answer.items), in_order=True)
-    ours, theirs = list(answer.items), list(gold.items)
+    gold_items, items = list(gold.items), list(answer.items)
     if gold.opening and answer.opening:
-        ours, theirs = _distinct(answer.items), _distinct(gold.items)
-    has_ellipsis = Leaf(r"\ldots") in (*ours, *theirs)
-    return _matches(tuple(theirs), tuple(ours), has_ellipsis or _labelled(theirs) != _labelled(ours))
+        gold_items, items = _distinct(gold_items), _distinct(items)
+    has_ellipsis = Leaf(r"\ldots") in (*gold_items, *items)
+    return _matches(gold_items, items, has_ellipsis or _has_labels(gold_items) != _has_labels(items))
 
 
-def _labelled(items: Sequence[Node]) -> bool:
-    """Whether the items say which is which, as in x = 1, y = 2; x_1 and x_2 number the roots of one equation."""
+def _has_labels(items: Sequence[Node]) -> bool:
+    """True if each item has a label of its own, as in x = 1, y = 2; not for x_1 and x_2, roots of one equation."""
     labels = {item.sides[0] for item in items if isinstance(item, Relation)}
     are_roots = all(isinstance(label, Leaf) and re.fullmatch(r"x\s*_\s*\{?\s*\d\s*\}?", label.text) for label in labels)
     return len(labels) > 1 and len(labels) == len(items) and not are_roots
 
 
 def _in_order_of_labels(items: tuple[Node, ...]) -> tuple[Node, ...]:
-    """y = 2, x = 1 as x = 1, y = 2: letters that follow each other in the alphabet have an order, others have none."""
+    """The items sorted by labels that are consecutive letters, y = 2, x = 1 as x = 1, y = 2; others as they are."""
     labels = {
         side.text: item for item in items if isinstance(item, Relation) and isinstance(side := item.sides[0], Leaf)
     }
     letters = sorted(labels)
-    if not _labelled(items) or "".join(letters) not in string.ascii_letters:
+    if not _has_labels(items) or "".join(letters) not in string.ascii_letters:
         return items
     return tuple(labels[letter] for letter in letters)
 
 
 def _equal_singletons(gold: Node, answer: Node) -> bool:
-    """{5} is 5, but {{1, 2}} is not {1, 2}."""
-    one, other = _only_item(gold), _only_item(answer)
-    return (one, other) != (gold, answer) and equal(one, other)
+    """Compare a list of one item with the item: {5} is 5, but {{1, 2}} is not {1, 2}."""
+    a, b = _only_item(gold), _only_item(answer)
+    return (a, b) != (gold, answer) and equal(a, b)
 
 
 def _only_item(node: Node) -> Node:
+    """The item of a list of one item that is not itself a set; other nodes as they are."""
     if not isinstance(node, Items) or len(node.items) != 1:
         return node
     item = node.items[0]
@@ -290,15 +296,15 @@ def _only_item(node: Node) -> Node:
 
 
 def _matches(gold: Sequence[Node], answer: Sequence[Node], in_order: bool = False) -> bool:
-    """Whether each item has a partner of its own on the other side."""
+    """True if the items can be paired so that both of each pair are equal; in_order: first with first, and so on."""
     if len(gold) != len(answer):
         return False
     if in_order:
-        return all(equal(one, other) for one, other in zip(gold, answer, strict=True))
-    left = list(answer)
-    for one in gold:
-        partner = next((other for other in left if equal(one, other)), None)
+        return all(equal(gold_item, item) for gold_item, item in zip(gold, answer, strict=True))
+    unpaired = list(answer)
+    for gold_item in gold:
+        partner = next((item for item in unpaired if equal(gold_item, item)), None)
         if partner is None:
             return False
-        left.remove(partner)
+        unpaired.remove(partner)
     return True

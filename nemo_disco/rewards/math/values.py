@@ -1,6 +1,6 @@
-"""Whether two sympy objects are the same: exactly, but for a decimal, which stands for a number from six digits on.
+"""Decides whether two sympy objects are equal: exactly, or to the digits of a decimal that has six or more.
 
-Differences are refuted by numbers and never accepted because they are small. Runs inside a worker: it may take long.
+A small difference is never taken for zero without proof. Runs in a killable process: it may take long.
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ import sympy  # type: ignore[import-untyped]
 
 from nemo_disco.rewards.math.fast_path import same_digits, terminates
 
-_PROOF_DIGITS = 600  # two numbers that agree in so many are equal, unless they are written with numbers nearly as long
-_LONG_NUMBER = 1000  # bits
-_POINTS = 24
+_PROOF_DIGITS = 600  # numbers that agree in so many digits are equal, unless they contain integers of similar length
+_LONG_NUMBER = 1000  # bits of an integer that makes those digits no proof
+_POINTS = 24  # values of the symbols at which two expressions are compared
 _AGREEING = 4  # points at which two expressions must both be real and equal
 
 
 def same_value(gold: Any, answer: Any, digits: int = 0) -> bool:
-    """Whether both are equal as numbers, functions of their symbols, matrices or sets.
+    """True if both are equal as numbers, functions of their symbols, matrices or sets.
 
-    digits: significant ones of a decimal that may stand for an exact number; 0 if neither is one.
+    digits: significant digits to which a decimal may stand for an exact number; 0 allows none.
     """
     if isinstance(gold, sympy.MatrixBase) or isinstance(answer, sympy.MatrixBase):
         if not (isinstance(gold, sympy.MatrixBase) and isinstance(answer, sympy.MatrixBase)):
             return False
         pairs = zip(gold.flat(), answer.flat(), strict=False)
-        return gold.shape == answer.shape and all(same_value(one, other, digits) for one, other in pairs)
+        return gold.shape == answer.shape and all(same_value(a, b, digits) for a, b in pairs)
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return bool(gold == answer)
     if gold == answer:
         return True
-    gold, answer = _with_letters_for_functions(gold, answer)
+    gold, answer = _functions_to_symbols(gold, answer)
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if symbols:
         return _same_function(gold, answer, symbols)
     return same_number(gold, answer) or _same_decimal(gold, answer, digits)
 
 
-def same_number(one: Any, other: Any) -> bool:
-    """Whether two expressions without symbols are equal, exactly."""
-    if one == other:
+def same_number(a: Any, b: Any) -> bool:
+    """True if two expressions without symbols are exactly equal."""
+    if a == b:
         return True
-    if one.is_infinite or other.is_infinite or (one.is_Rational and other.is_Rational):
+    if a.is_infinite or b.is_infinite or (a.is_Rational and b.is_Rational):
         return False
-    difference = one - other
+    difference = a - b
     if difference.is_Rational:
         return bool(difference == 0)
     parts = difference.evalf(10, maxn=_PROOF_DIGITS).as_real_imag()
@@ -54,22 +54,22 @@ def same_number(one: Any, other: Any) -> bool:
         return bool(sympy.simplify(difference) == 0)
     if any(part != 0 and getattr(part, "_prec", 2) > 1 for part in parts):  # a precision of 1: no digit is known
         return False
-    numbers = one.atoms(sympy.Rational) | other.atoms(sympy.Rational)
+    numbers = a.atoms(sympy.Rational) | b.atoms(sympy.Rational)
     is_long = any(max(abs(n.p).bit_length(), n.q.bit_length()) > _LONG_NUMBER for n in numbers)
     return not is_long or bool(sympy.simplify(difference) == 0)
 
 
 def _same_function(gold: Any, answer: Any, symbols: list[Any]) -> bool:
-    """Equal at every sampled point where both are real; if there are hardly any such points, at all points."""
+    """True if both are equal at each sample point where both are real; with few such points, at all sample points."""
     real, total = 0, 0
-    for point in _points(symbols):
-        ours, theirs = answer.xreplace(point).doit(), gold.xreplace(point).doit()
-        if any(value.has(sympy.zoo, sympy.nan, sympy.oo) for value in (ours, theirs)):
+    for point in _sample_points(symbols):
+        a, b = answer.xreplace(point).doit(), gold.xreplace(point).doit()
+        if any(value.has(sympy.zoo, sympy.nan, sympy.oo) for value in (a, b)):
             continue
-        if ours.free_symbols or theirs.free_symbols:  # a sum or an integral with bound symbols in the way
+        if a.free_symbols or b.free_symbols:  # bound symbols of a sum or an integral that sympy leaves as it is
             return bool(sympy.simplify(gold - answer) == 0)
-        both_real = _is_real(ours) and _is_real(theirs)
-        equal = same_number(ours, theirs)
+        both_real = _is_real(a) and _is_real(b)
+        equal = same_number(a, b)
         if both_real and not equal:
             return False
         real += both_real
@@ -78,12 +78,12 @@ def _same_function(gold: Any, answer: Any, symbols: list[Any]) -> bool:
 
 
 def _equal_everywhere(gold: Any, answer: Any, symbols: list[Any]) -> bool:
-    values = [(gold.xreplace(point).doit(), answer.xreplace(point).doit()) for point in _points(symbols)]
-    return all(same_number(one, other) for one, other in values if not (one - other).has(sympy.zoo, sympy.nan))
+    values = [(gold.xreplace(point).doit(), answer.xreplace(point).doit()) for point in _sample_points(symbols)]
+    return all(same_number(a, b) for a, b in values if not (a - b).has(sympy.zoo, sympy.nan))
 
 
-def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
-    """Values for the symbols: whole, positive and of both signs; small and large; always the same ones."""
+def _sample_points(symbols: list[Any]) -> list[dict[Any, Any]]:
+    """Fixed values for the symbols: integers and fractions, small and large, positive and of both signs."""
     rng = random.Random(0)
     points = []
     for index in range(_POINTS):
@@ -93,7 +93,7 @@ def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
             size = (1, 3, 12)[index % 3]
             values = [sympy.Rational(rng.randint(1, 97 * size), 97) for _ in symbols]
         if index % 2:  # every pattern of signs of the first symbols
-            values = [-value if (index // 2) >> place & 1 else value for place, value in enumerate(values)]
+            values = [-value if (index // 2) >> i & 1 else value for i, value in enumerate(values)]
         points.append(dict(zip(symbols, values, strict=True)))
     return points
 
@@ -105,22 +105,21 @@ def _is_real(value: Any) -> bool:
     return imaginary == 0 or getattr(imaginary, "_prec", 2) == 1
 
 
-def _same_decimal(one: Any, other: Any, digits: int) -> bool:
-    """Whether one is the other's decimal, of so many digits; two finite decimals are compared exactly instead."""
-    if not digits or all(value.is_Rational and terminates(int(value.q)) for value in (one, other)):
+def _same_decimal(a: Any, b: Any, digits: int) -> bool:
+    """True if the two agree to `digits` significant digits; False for 0 digits and for two finite decimals."""
+    if not digits or all(value.is_Rational and terminates(int(value.q)) for value in (a, b)):
         return False
-    ours, theirs = (value.evalf(30).as_real_imag() for value in (one, other))
+    parts = zip(*(value.evalf(30).as_real_imag() for value in (a, b)), strict=True)  # real, imaginary
     try:
-        pairs = zip(ours, theirs, strict=True)
-        return all(same_digits(Decimal(str(a)), Decimal(str(b)), digits) for a, b in pairs)
+        return all(same_digits(Decimal(str(x)), Decimal(str(y)), digits) for x, y in parts)
     except ArithmeticError:  # not a number
         return False
 
 
-def _with_letters_for_functions(*expressions: Any) -> list[Any]:
-    """Each unknown function's value, such as f(x), as a symbol of its own."""
-    applied = set().union(*(e.atoms(sympy.core.function.AppliedUndef) for e in expressions))
-    if not applied or any(e.has(sympy.Derivative) for e in expressions):
+def _functions_to_symbols(*expressions: Any) -> list[Any]:
+    """The expressions with each unknown function's value, such as f(x), replaced by a symbol."""
+    functions = set().union(*(e.atoms(sympy.core.function.AppliedUndef) for e in expressions))
+    if not functions or any(e.has(sympy.Derivative) for e in expressions):
         return list(expressions)
-    letters = {f: sympy.Symbol(f"value of {f}", real=True) for f in applied}
-    return [e.xreplace(letters) for e in expressions]
+    symbols = {f: sympy.Symbol(f"value of {f}", real=True) for f in functions}
+    return [e.xreplace(symbols) for e in expressions]
