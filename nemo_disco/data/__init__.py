@@ -1,4 +1,4 @@
-"""From question files to prompts, and from responses to the plan of who runs them.
+"""Questions and rollouts as data: question files to prompts, rollouts, and the packing plan of a mini-batch.
 
-Pure and deterministic: a rank computes what every other rank computes. Touches no policy, no engine, no grader.
+Pure and deterministic: every rank computes the same. Uses no policy, no engine and no grader.
 """

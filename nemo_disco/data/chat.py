@@ -14,7 +14,7 @@ from nemo_disco.data.question_fields import Message
 from nemo_disco.data.questions import Question, join_names
 from nemo_disco.data.template_fields import ARGUMENTS, TOOLS
 from nemo_disco.data.template_rendering import Conversation, render
-from nemo_disco.data.template_usage import check_arguments, notes_of_unused_parts
+from nemo_disco.data.template_usage import check_arguments, unused_parts
 from nemo_disco.data.tokenizer import check_vocabulary
 from nemo_disco.runtime.errors import UserError
 
@@ -92,11 +92,11 @@ def _encode(
     conversations = [_conversation(question, suffix, system, arguments) for question in questions]
     for conversation in conversations:
         own = {name: value for name, value in conversation.arguments.items() if name not in arguments}
-        check_arguments(tokenizer, own, f"{conversation.source}: chat_template_kwargs", refuse_unread=False)
+        check_arguments(tokenizer, own, f"{conversation.source}: chat_template_kwargs", known_only=False)
     texts = render(tokenizer, conversations)
     # The template has written the special tokens.
     tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return tokens, notes_of_unused_parts(tokenizer, conversations, texts)
+    return tokens, unused_parts(tokenizer, conversations, texts)
 
 
 def _conversation(question: Question, suffix: str, system: str | None, arguments: Mapping[str, Any]) -> Conversation:

@@ -1,7 +1,7 @@
-"""The schemas in which people keep questions: from a record's fields to a conversation and its gold answers.
+"""Reading of a record's question, system prompt and gold answers, in the schemas of common question files.
 
-Pure: no files, no tokenizer, no grading. What is malformed is a UserError that names source and field.
-Fields that change a prompt beside the question and its system prompt are template_fields.py's.
+Pure: no files, no tokenizer, no grading. A malformed field raises a UserError that names the record and the field.
+template_fields.py reads the fields with tools and chat template arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from nemo_disco.runtime.errors import UserError
 
 QUESTION_FIELDS = ("problem", "question", "prompt", "messages", "conversations")
-# In this order: the first that has an answer.
+# In order of precedence: the first one that holds an answer counts.
 ANSWER_FIELDS = (
     *("answer", "reward_model", "answers", "final_answer", "expected_answer", "ground_truth", "label", "solution"),
 )
@@ -31,65 +31,66 @@ _SHAREGPT = {
     "observation": "tool",
 }
 _GSM8K = re.compile(r"(?:^|\n)####(?!#)[ \t]*(\S[^\n]*)\s*\Z")
-_UNFINISHED = re.compile(r"(?:^|\n)####\s*\Z")
+_GSM8K_UNFINISHED = re.compile(r"(?:^|\n)####\s*\Z")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _BOX = re.compile(r"\\boxed\s*\{")
 _CODE = re.compile(r"\A\s*[\[{]|^\s*(?:assert|import|from|def|class)\b", re.MULTILINE)  # tests, also as JSON
-PLAIN = 300  # characters of a `solution` that may be the answer itself
+MAX_PLAIN = 300  # characters of a text that counts as an answer rather than as prose
 
 
 class Message(NamedTuple):
-    """One turn of a conversation. more: what else the turn has (tool_calls, name, ...), for the chat template."""
+    """One turn of a conversation. more: the turn's other fields (tool_calls, name, ...), for the chat template."""
 
     role: str
     content: str
     more: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat templates and question files have it."""
+        """The turn as chat templates and question files hold it."""
         return {"role": self.role, "content": self.content, **(self.more or {})}
 
 
-class Asked(NamedTuple):
-    """What a record asks. field: where it stands. reference: the assistant's turn at the end, if there is one."""
+class RecordQuestion(NamedTuple):
+    """A record's question. field: the name of its field. reference: the assistant's last turn, if the record has one;
+    it is not part of `turns`."""
 
     field: str
     turns: tuple[Message, ...]
     reference: str | None
 
 
-class Gold(NamedTuple):
-    """What a record's answers are.
+class RecordAnswers(NamedTuple):
+    """A record's gold answers.
 
-    answers: alternatives, without repetitions and blanks. lack: why there is none, or "". taken: "####" or "\\boxed"
-    where the answer was taken out of a whole solution, "prose" where it is a long text without either, else "".
+    answers: alternatives, without repetitions and blanks. missing: why there is none, or "". form: "####" or "\\boxed"
+    if the answers are extracted from, or boxed in, whole solutions, "prose" for a long text without either, else "".
     """
 
     answers: tuple[str, ...]
-    lack: str = ""
-    taken: str = ""
+    missing: str = ""
+    form: str = ""
 
 
-def usual_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields, those of questions and answers under the names here, however they are capitalised (`Problem`)."""
+def lowercase_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields, with the names of question, answer and system fields in lower case (`Problem` -> `problem`)."""
     known = {*QUESTION_FIELDS, *ANSWER_FIELDS, *SYSTEM_FIELDS}
     renamed = {name: name.lower() for name in fields if name.lower() in known and name.lower() not in fields}
     return {renamed.get(name, name): value for name, value in fields.items()} if renamed else fields
 
 
-def one_each(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The record, or the records that it holds column by column: lists of n questions, n answers, and so on."""
+def split_columns(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records that one record holds column by column (lists of n questions, n answers, ...); else the record."""
     texts = fields.get(_question_field(fields))
-    if texts is None or not _several(texts):
+    if texts is None or not _is_column(texts):
         return [fields]
     columns = {k for k, v in fields.items() if isinstance(v, list) and len(v) == len(texts)}
-    if _first_answers(fields) not in columns:
+    if _answer_field(fields) not in columns:
         return [fields]
     return [{k: v[i] if k in columns else v for k, v in fields.items()} for i in range(len(texts))]
 
 
-def asked(source: str, fields: Mapping[str, Any]) -> Asked:
-    """What the record asks: a conversation that ends with the user's turn, or a tool's. Raises UserError."""
+def read_question(source: str, fields: Mapping[str, Any]) -> RecordQuestion:
+    """The record's question: turns that end with a user's or a tool's. Raises UserError if there is none."""
     name = _question_field(fields)
     if not name:
         raise UserError(
@@ -99,36 +100,36 @@ def asked(source: str, fields: Mapping[str, Any]) -> Asked:
     value = fields[name]
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
-    if _several(value):
-        answers = fields.get(_first_answers(fields))
+    if _is_column(value):
+        answers = fields.get(_answer_field(fields))
         count = len(answers) if isinstance(answers, list) else 0 if answers is None else 1
         raise UserError(
             f"{source}: `{name}` lists {len(value)} questions, and there are answers to {count} of them; give a list "
             "of as many answers"
         )
     if isinstance(value, str):
-        value = _turns_of_text(source, name, value)
+        value = _parse_turns(source, name, value)
     if isinstance(value, list):
-        turns, reference = _conversation(source, name, value)
+        turns, reference = _split_reference(source, name, value)
     else:
-        turns, reference = [Message("user", _filled(source, name, value))], None
-    return Asked(name, (*_system_turn(source, name, fields, turns), *turns), reference)
+        turns, reference = [Message("user", _filled_text(source, name, value))], None
+    return RecordQuestion(name, (*_system_turn(source, name, fields, turns), *turns), reference)
 
 
 def _question_field(fields: Mapping[str, Any]) -> str:
     return next((f for f in QUESTION_FIELDS if fields.get(f) is not None), "")
 
 
-def _first_answers(fields: Mapping[str, Any]) -> str:
+def _answer_field(fields: Mapping[str, Any]) -> str:
     return next((f for f in ANSWER_FIELDS if fields.get(f) is not None), "")
 
 
-def _several(value: Any) -> bool:
+def _is_column(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
 
 
-def _turns_of_text(source: str, name: str, text: str) -> Any:
-    """The turns that a text holds as JSON, as tables have them that know no lists; or the text itself."""
+def _parse_turns(source: str, name: str, text: str) -> Any:
+    """The turns that a text holds as JSON (tables without list columns have them so); else the text itself."""
     if text.strip()[:1] not in ("[", "{"):
         return text
     try:
@@ -145,55 +146,53 @@ def _turns_of_text(source: str, name: str, text: str) -> Any:
     return text
 
 
-def _conversation(source: str, name: str, value: list[Any]) -> tuple[list[Message], str | None]:
-    """The turns before a reference at the end, and the reference."""
+def _split_reference(source: str, name: str, value: list[Any]) -> tuple[list[Message], str | None]:
+    """The turns, and the assistant's last turn, the reference, apart from them."""
     turns = [_message(source, f"{name}[{i}]", turn) for i, turn in enumerate(value)]
     reference = turns.pop().content if turns and turns[-1].role == "assistant" else None
     if not turns or turns[-1].role not in ("user", "tool") or all(turn.role != "user" for turn in turns):
-        raise UserError(f"{source}: `{name}` must ask something: its last turn, before any reference, is the user's")
+        raise UserError(f"{source}: `{name}` holds no question: end it with a user's turn, before any reference turn")
     return turns, reference
 
 
 def _system_turn(source: str, name: str, fields: Mapping[str, Any], turns: Sequence[Message]) -> list[Message]:
-    """The system prompt that stands in a field of its own, as a turn. Raises UserError for two different ones."""
-    given = {f: _text(source, f, fields[f]) for f in SYSTEM_FIELDS if fields.get(f) is not None}
-    given = {f: text for f, text in given.items() if text.strip()}
-    if not given:
+    """The system prompt of a field of its own, as a turn; none if `turns` has it. Raises UserError if two differ."""
+    own = {f: _text(source, f, fields[f]) for f in SYSTEM_FIELDS if fields.get(f) is not None}
+    own = {f: text for f, text in own.items() if text.strip()}
+    if not own:
         return []
-    there = {f"{name}[0]": turns[0].content} if turns[0].role in ("system", "developer") else {}
-    if len({text.strip() for text in (*given.values(), *there.values())}) > 1:
-        raise UserError(
-            f"{source}: {' and '.join(f'`{f}`' for f in (*given, *there))} are two system prompts; keep one"
-        )
-    return [] if there else [Message("system", next(iter(given.values())))]
+    first = {f"{name}[0]": turns[0].content} if turns[0].role in ("system", "developer") else {}
+    if len({text.strip() for text in (*own.values(), *first.values())}) > 1:
+        raise UserError(f"{source}: {' and '.join(f'`{f}`' for f in (*own, *first))} are two system prompts; keep one")
+    return [] if first else [Message("system", next(iter(own.values())))]
 
 
-def gold(source: str, fields: Mapping[str, Any], question: Asked) -> Gold:
-    """The record's answers: of the first field that has some, else the reference turn. Raises UserError."""
+def read_answers(source: str, fields: Mapping[str, Any], question: RecordQuestion) -> RecordAnswers:
+    """The gold answers in the first of ANSWER_FIELDS that holds some, else in the reference turn. Raises UserError."""
     candidates = [(f, fields[f]) for f in ANSWER_FIELDS if f in fields]
     candidates += [(question.field, question.reference)] if question.reference is not None else []
-    lack = "no answer field"
-    for where, value in candidates:
-        if where == "reward_model":
-            where, value = "reward_model.ground_truth", _ground_truth(source, value)
-        found = _taken(source, where, _alternatives(source, where, value), where == question.field)
-        if found.answers:
-            return found
-        lack = found.lack or f"`{where}` is {'null' if value is None else 'empty'}"
-    return Gold((), lack)
+    missing = "no answer field"
+    for name, value in candidates:
+        if name == "reward_model":
+            name, value = "reward_model.ground_truth", _ground_truth(source, value)
+        answers = _extract_final(source, name, _alternatives(source, name, value), name == question.field)
+        if answers.answers:
+            return answers
+        missing = answers.missing or f"`{name}` is {'null' if value is None else 'empty'}"
+    return RecordAnswers((), missing)
 
 
 def answer_text(source: str, name: str, value: Any) -> str:
-    """One gold answer as text: numbers in plain notation, integral ones without a point; "" if there is none.
+    """A gold answer as text, numbers without exponent and trailing zeros; "" for null, NaN and blanks.
 
-    Raises UserError for what is neither text nor a number.
+    Raises UserError for a value that is neither text nor a finite number.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
-        return encodable(source, name, value.strip())
+        return check_encodable(source, name, value.strip())
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not is_number or not (isinstance(value, int) or math.isfinite(value)):  # no float holds 10**400
+    if not is_number or not (isinstance(value, int) or math.isfinite(value)):  # isfinite fails on an int of 10**400
         raise UserError(f"{source}: `{name}` is {value!r:.80}; an answer is text, a number, or a list of these")
     if isinstance(value, int) or value == 0:  # -0.0 is 0
         return str(int(value))
@@ -202,43 +201,46 @@ def answer_text(source: str, name: str, value: Any) -> str:
 
 
 def final_answer(text: str) -> str:
-    """What stands after `####` in a text's last line, as GSM8K ends its solutions, without a comma at the thousands;
-    the text itself if nothing does."""
+    """The answer after `####` in the last line, as GSM8K ends its solutions, without commas at the thousands; the text
+    itself if its last line has no `####`."""
     if (end := _GSM8K.search(text)) is None:
         return text
     answer = end[1].strip()
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 
-def encodable(source: str, name: str, value: str) -> str:
-    """The text. Raises UserError for half of a surrogate pair in it."""
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(f"{source}: `{name}` holds half of a surrogate pair, which no tokenizer encodes")
-    return value
+def check_encodable(source: str, name: str, text: str) -> str:
+    """Return the text. Raises UserError for half of a surrogate pair in it, which no tokenizer encodes."""
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{source}: `{name}` holds half of a surrogate pair, which no tokenizer encodes; remove it")
+    return text
 
 
 def lacks_final_answer(text: str) -> bool:
-    """Whether a text ends in a line `####` without the answer that should follow."""
-    return _UNFINISHED.search(text) is not None
+    """True if the text's last line is `####` without an answer after it."""
+    return _GSM8K_UNFINISHED.search(text) is not None
 
 
-def _taken(source: str, where: str, answers: Sequence[str], reference: bool) -> Gold:
-    """The final answers of solutions that end in one; a `solution`, or a reference turn, that is prose has none."""
-    if any(map(lacks_final_answer, answers)):
-        raise UserError(f"{source}: `{where}` ends in `####`, and no answer follows it")
-    short = tuple(dict.fromkeys(map(final_answer, answers)))
-    if short != tuple(answers):
-        return Gold(short, taken="####")
-    boxed = bool(short) and all(_BOX.search(text) for text in short)
-    if reference or where == "solution":
-        if not any(len(text) > PLAIN or "\n" in text for text in short):
-            return Gold(short)
+def _extract_final(source: str, name: str, texts: Sequence[str], is_reference: bool) -> RecordAnswers:
+    """The texts' final answers, and the form in which the texts hold them.
+
+    A `solution`, or a reference turn, of several lines without `####` or a box is prose and has no answer.
+    """
+    if any(map(lacks_final_answer, texts)):
+        raise UserError(f"{source}: `{name}` ends in `####`, and no answer follows it")
+    answers = tuple(dict.fromkeys(map(final_answer, texts)))
+    if answers != tuple(texts):
+        return RecordAnswers(answers, form="####")
+    boxed = bool(answers) and all(_BOX.search(text) for text in answers)
+    if is_reference or name == "solution":
+        if not any(len(text) > MAX_PLAIN or "\n" in text for text in answers):
+            return RecordAnswers(answers)
         if not boxed:
-            return Gold((), rf"`{where}` has no final answer, neither a line `#### answer` nor a \boxed{{}}")
-        return Gold(short, taken=r"\boxed")  # the verifiers look into the box of a gold answer
-    if not boxed and any(len(text) > PLAIN and not _CODE.search(text) for text in short):
-        return Gold(short, taken="prose")
-    return Gold(short)
+            return RecordAnswers((), rf"`{name}` has no final answer, neither a line `#### answer` nor a \boxed{{}}")
+        return RecordAnswers(answers, form=r"\boxed")  # the verifiers look into the box of a gold answer
+    if not boxed and any(len(text) > MAX_PLAIN and not _CODE.search(text) for text in answers):
+        return RecordAnswers(answers, form="prose")
+    return RecordAnswers(answers)
 
 
 def _message(source: str, name: str, turn: Any) -> Message:
@@ -254,13 +256,14 @@ def _message(source: str, name: str, turn: Any) -> Message:
     if role not in _ROLES:
         raise UserError(f"{source}: `{name}.role` is {turn['role']!r:.40}, not one of {', '.join(_ROLES)}")
     more = {str(k): v for k, v in turn.items() if k not in ("role", "content") and v is not None}
-    if role in ("assistant", "tool"):  # a call of a tool says nothing, and a tool may return nothing
+    if role in ("assistant", "tool"):  # the content may be empty: of a turn that calls a tool, and of a tool's result
         content = turn["content"] if turn["content"] is not None else ""
         return Message(role, _text(source, f"{name}.content", content), more or None)
-    return Message(role, _filled(source, f"{name}.content", turn["content"]), more or None)
+    return Message(role, _filled_text(source, f"{name}.content", turn["content"]), more or None)
 
 
-def _filled(source: str, name: str, value: Any) -> str:
+def _filled_text(source: str, name: str, value: Any) -> str:
+    """The text of `value`. Raises UserError if it is blank."""
     text = _text(source, name, value)
     if not text.strip():
         raise UserError(f"{source}: `{name}` is empty")
@@ -268,15 +271,15 @@ def _filled(source: str, name: str, value: Any) -> str:
 
 
 def _text(source: str, name: str, value: Any) -> str:
-    """A text, or the text parts of a list ({"type": "text", "text": ...}), a line each."""
+    """The text of `value`: a string, or a list of text parts ({"type": "text", "text": ...}), which become lines."""
     if isinstance(value, list):
-        value = "\n".join(_part(source, f"{name}[{i}]", part) for i, part in enumerate(value))
+        value = "\n".join(_part_text(source, f"{name}[{i}]", part) for i, part in enumerate(value))
     if not isinstance(value, str):
         raise UserError(f"{source}: `{name}` is of type {type(value).__name__}, not text")
-    return encodable(source, name, value)
+    return check_encodable(source, name, value)
 
 
-def _part(source: str, name: str, part: Any) -> str:
+def _part_text(source: str, name: str, part: Any) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -298,12 +301,12 @@ def _ground_truth(source: str, value: Any) -> Any:
 
 
 def _alternatives(source: str, name: str, value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else _listed(value) or [value]
+    values = value if isinstance(value, list) else _parse_list(value) or [value]
     return tuple(dict.fromkeys(a for a in (answer_text(source, name, v) for v in values) if a))
 
 
-def _listed(value: Any) -> list[str] | None:
-    """The alternatives that a text lists as JSON, `["a", "b"]`, as some tables have them."""
+def _parse_list(value: Any) -> list[str] | None:
+    """The alternatives in a text that is a JSON list of strings (as in some tables); None for any other value."""
     if not isinstance(value, str) or not re.fullmatch(r'\s*\[\s*".*"\s*\]\s*', value, re.DOTALL):
         return None
     try:

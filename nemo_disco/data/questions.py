@@ -1,6 +1,6 @@
-"""Questions: what is asked, and which answers are right, from files in the common schemas.
+"""Questions with their gold answers, and their loading from files in the common schemas.
 
-Turns records into Questions and says what it left out. Touches no tokenizer and grades nothing.
+Turns records into Questions and notes those that it leaves out. Uses no tokenizer and grades nothing.
 """
 
 from __future__ import annotations
@@ -12,32 +12,30 @@ from typing import Any
 
 from nemo_disco.data.question_fields import (
     ANSWER_FIELDS,
-    PLAIN,
+    MAX_PLAIN,
     SYSTEM_FIELDS,
-    Asked,
-    Gold,
     Message,
-    asked,
-    gold,
-    one_each,
-    usual_names,
+    lowercase_names,
+    read_answers,
+    read_question,
+    split_columns,
 )
 from nemo_disco.data.record_files import Record, scan_records
-from nemo_disco.data.template_fields import template_fields, unread_fields
+from nemo_disco.data.template_fields import read_template_fields, unread_fields
 from nemo_disco.runtime.errors import UserError
 
-MAX_BAD = 0.1  # the share of a file's records that may be malformed; conf/data/default.yaml has the same
+MAX_BAD_RECORDS = 0.1  # share of a file's records that may be malformed; conf/data/default.yaml has the same
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """A question and its gold answers.
 
-    id: its position over all records of all files, in the order given (records that were left out count too).
-    text: what the user asks; or, if it is more than one user turn, the conversation, which ends with a user turn.
-    answers: alternatives, any of which is right. source: file and record, for messages. metadata: the other fields,
-    with what the chat template takes beside the conversation (template_fields.template_fields).
-    weight: how often an epoch asks it, on the average of its file.
+    id: position among all records of all files, in the order given (records that were left out count too).
+    text: the user's turn; or all turns, the last one a user's or a tool's, if there are more than one.
+    answers: alternatives, any of which is right. source: file and record, for messages. metadata: the record's other
+    fields, with those for the chat template as template_fields.read_template_fields returns them.
+    weight: average number of times that an epoch asks a question of this file.
     """
 
     id: int
@@ -49,27 +47,27 @@ class Question:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The conversation, also where it is one user turn."""
+        """The question's turns."""
         return (Message("user", self.text),) if isinstance(self.text, str) else self.text
 
     @property
     def user_text(self) -> str:
-        """What the user says, without system prompts and other turns."""
+        """The text of the user's turns alone."""
         return "\n\n".join(turn.content for turn in self.messages if turn.role == "user")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """notes: one line for each file and reason that left records out, took answers out of solutions, or read a part of
-    a record alone."""
+class LoadedQuestions:
+    """Questions of files, and notes: a line for each file and reason why records were left out, answers extracted from
+    solutions, or fields not read."""
 
     questions: tuple[Question, ...]
     notes: tuple[str, ...]
 
 
 def load_questions(
-    paths: Sequence[str | Path], weights: Sequence[float] | None = None, max_bad_records: float = MAX_BAD
-) -> Loaded:
+    paths: Sequence[str | Path], weights: Sequence[float] | None = None, max_bad_records: float = MAX_BAD_RECORDS
+) -> LoadedQuestions:
     """The questions of all files, in order; records that are malformed or have no answer are left out and noted.
 
     A record has its question in one of QUESTION_FIELDS (a text, turns with role and content, or ShareGPT's turns with
@@ -81,18 +79,18 @@ def load_questions(
     Raises UserError naming file, record and field if more are malformed, or if no record of a file has an answer.
     """
     if not paths:
-        raise UserError("no question file was given")
+        raise UserError("no question file was given; name at least one")
     questions: list[Question] = []
     notes: list[str] = []
     position = 0
     for path, weight in zip(map(Path, paths), weights or [1.0] * len(paths), strict=True):
-        file = _File(path, position, weight)
+        file = _QuestionFile(path, position, weight)
         file.read()
         file.check(max_bad_records)
         position += file.count
         questions += file.questions
         notes += file.notes()
-    return Loaded(tuple(questions), tuple(notes))
+    return LoadedQuestions(tuple(questions), tuple(notes))
 
 
 def join_names(names: Sequence[str], limit: int = 20) -> str:
@@ -101,40 +99,40 @@ def join_names(names: Sequence[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-class _File:
-    """The questions of one file, whose records begin at `position` of all; and what was left out, by its reason."""
+class _QuestionFile:
+    """Questions of one file, and counts for the notes. position: of its first record among those of all files."""
 
     def __init__(self, path: Path, position: int, weight: float) -> None:
         self.path, self.position, self.weight = path, position, weight
         self.count = 0
         self.questions: list[Question] = []
         self.first_fields: Sequence[str] = ()
-        self.bad: list[tuple[str, UserError]] = []  # place, what is wrong
-        self.lacking: dict[str, list[str]] = {}  # reason: places
-        self.taken: dict[str, int] = {}  # what marked the answer in a solution: how often
-        self.unread: dict[str, int] = {}  # fields that are not part of the prompt: how often
+        self.malformed: list[tuple[str, UserError]] = []  # place and fault of each
+        self.unanswered: dict[str, list[str]] = {}  # why there is no answer -> places
+        self.answer_forms: dict[str, int] = {}  # RecordAnswers.form -> number of records
+        self.unread: dict[str, int] = {}  # name of a field that is not part of the prompt -> number of records
 
     def read(self) -> None:
         for record in scan_records(self.path):
             self.first_fields = self.first_fields or tuple(record.fields)
-            items = [record.fields] if record.fault else one_each(usual_names(record.fields))
+            items = [record.fields] if record.fault else split_columns(lowercase_names(record.fields))
             for number, fields in enumerate(items, 1):
                 place = record.place if len(items) == 1 else f"{record.place}, item {number}"
                 try:
-                    self._take(record, place, fields)
+                    self._add(record, place, fields)
                 except UserError as error:
-                    self.bad.append((place, error))
+                    self.malformed.append((place, error))
                 self.count += 1
 
     def check(self, max_bad_records: float) -> None:
-        """Raises UserError if too much of the file is malformed, or nothing of it has an answer."""
-        if len(self.bad) == self.count:
+        """Raise UserError if too many records are malformed, or if none has an answer."""
+        if len(self.malformed) == self.count:
             more = f" (all {self.count} records are malformed)" if self.count > 1 else ""
-            raise UserError(f"{self.bad[0][1]}{more}") from self.bad[0][1]
-        if len(self.bad) > max_bad_records * self.count:
-            error = self.bad[0][1]
+            raise UserError(f"{self.malformed[0][1]}{more}") from self.malformed[0][1]
+        if len(self.malformed) > max_bad_records * self.count:
+            error = self.malformed[0][1]
             raise UserError(
-                f"{error} ({len(self.bad)} of {self.count} records are malformed; data.max_bad_records="
+                f"{error} ({len(self.malformed)} of {self.count} records are malformed; data.max_bad_records="
                 f"{max_bad_records:g} is the share that may be left out)"
             ) from error
         if not self.questions:
@@ -146,45 +144,43 @@ class _File:
     def notes(self) -> list[str]:
         lines = [
             f"{self.path}: {len(places)} of {self.count} records left out, {reason}: {join_names(places)}"
-            for reason, places in self.lacking.items()
+            for reason, places in self.unanswered.items()
         ]
-        if self.bad:
-            places = join_names([place for place, _ in self.bad])
-            what = f"{len(self.bad)} of {self.count} records left out, malformed: {places}"
-            lines.append(f"{self.path}: {what}; the first: {self.bad[0][1]}")
-        words = {
+        if self.malformed:
+            places = join_names([place for place, _ in self.malformed])
+            summary = f"{len(self.malformed)} of {self.count} records left out, malformed: {places}"
+            lines.append(f"{self.path}: {summary}; the first: {self.malformed[0][1]}")
+        forms = {
             "####": "whole solutions: what follows #### is the answer",
             r"\boxed": r"whole solutions: the last \boxed{} is the answer",
-            "prose": rf"longer than {PLAIN} characters, with neither a line `#### answer` nor a \boxed{{}}: a response "
-            "must repeat them to be right",
+            "prose": rf"longer than {MAX_PLAIN} characters, with neither a line `#### answer` nor a \boxed{{}}: only a "
+            "response that repeats them is right",
         }
-        lines += [f"{self.path}: {n} of {self.count} answers are {words[kind]}" for kind, n in self.taken.items()]
+        lines += [f"{self.path}: {n} of {self.count} answers are {forms[f]}" for f, n in self.answer_forms.items()]
         lines += [
             f"{self.path}: {n} of {self.count} records have `{name}` beside the question, unseen by the model; "
-            "if it has to, write it into the question"
+            "if the model needs it, write it into the question"
             for name, n in self.unread.items()
         ]
         return lines
 
-    def _take(self, record: Record, place: str, fields: Mapping[str, Any]) -> None:
+    def _add(self, record: Record, place: str, fields: Mapping[str, Any]) -> None:
         if record.fault is not None:
             raise record.fault
         source = f"{self.path}, {place}"
-        question = asked(source, fields)
-        template = template_fields(source, fields)
-        answer = gold(source, fields, question)
-        if answer.lack:
-            self.lacking.setdefault(answer.lack, []).append(place)
+        question = read_question(source, fields)
+        template = read_template_fields(source, fields)
+        answers = read_answers(source, fields, question)
+        if answers.missing:
+            self.unanswered.setdefault(answers.missing, []).append(place)
             return
-        if answer.taken:
-            self.taken[answer.taken] = self.taken.get(answer.taken, 0) + 1
+        if answers.form:
+            self.answer_forms[answers.form] = self.answer_forms.get(answers.form, 0) + 1
         for name in unread_fields(source, fields, question):
             self.unread[name] = self.unread.get(name, 0) + 1
-        self.questions.append(self._question(source, {**fields, **template}, question, answer))
-
-    def _question(self, source: str, fields: Mapping[str, Any], question: Asked, answer: Gold) -> Question:
         turns = question.turns
         text = turns[0].content if len(turns) == 1 and not turns[0].more else turns
         used = {question.field, *ANSWER_FIELDS[:2], *SYSTEM_FIELDS}
-        metadata = {k: v for k, v in fields.items() if k not in used}
-        return Question(self.position + self.count, text, answer.answers, source, metadata, self.weight)
+        metadata = {k: v for k, v in {**fields, **template}.items() if k not in used}
+        number = self.position + self.count
+        self.questions.append(Question(number, text, answers.answers, source, metadata, self.weight))

@@ -1,7 +1,7 @@
-"""Question files as plain records: JSON, JSONL, Parquet, and directories saved by Hugging Face `datasets`.
+"""Reading of files as records (plain dicts): JSON, JSONL, Parquet, and directories saved by Hugging Face `datasets`.
 
-Knows file formats and nothing of questions. Nothing from a file is executed: no unpickling, and columns that hold
-bytes or extension types are refused.
+Deals with file formats only; question_fields.py interprets the records. Nothing in a file is executed: nothing is
+unpickled, and columns of bytes or extension types are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-    """place: "line 3" or "record 3", counted from 1. fault: why it has no fields, where it is malformed."""
+    """A record of a file. place: "line 3" or "record 3", counted from 1. fault: of a malformed one, without fields."""
 
     place: str
     fields: dict[str, Any]
@@ -29,7 +29,7 @@ class Record(NamedTuple):
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every record of a file, in order. Raises UserError: missing, unreadable, empty or malformed, and where."""
+    """Every record of a file, in order. Raises UserError, with the place, if it is missing, empty or malformed."""
     records = scan_records(path)
     for record in records:
         if record.fault is not None:
@@ -38,9 +38,9 @@ def read_records(path: Path) -> list[Record]:
 
 
 def scan_records(path: Path) -> list[Record]:
-    """As `read_records`, but where one record alone is malformed, it is in the list with its fault."""
+    """As `read_records`, but a malformed record does not raise: it is in the list, with its fault."""
     try:
-        records = list(_reader(path))
+        records = list(_iterate(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not records:
@@ -49,9 +49,9 @@ def scan_records(path: Path) -> list[Record]:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """The records of a JSONL file, one after another: blank lines are none, a byte order mark may begin it.
+    """Iterate over the records of a JSONL file; blank lines and a byte order mark are skipped.
 
-    Raises UserError where it cannot be read.
+    Raises UserError if the file cannot be read.
     """
     with open_file(path, links=True) as file, reading(path):
         for number, line in enumerate(file, 1):
@@ -63,7 +63,7 @@ def read_lines(path: Path) -> Iterator[Record]:
                     yield Record(place, {}, error)
 
 
-def _reader(path: Path) -> Iterator[Record]:
+def _iterate(path: Path) -> Iterator[Record]:
     if path.is_dir():
         return _saved_dataset(path)
     if not path.exists():
@@ -75,7 +75,7 @@ def _reader(path: Path) -> Iterator[Record]:
         return read_lines(path)
     if suffix == ".parquet":
         return _parquet(path)
-    raise UserError(f"{path}: not a kind of question file; there are .json, .jsonl, .parquet and saved `datasets`")
+    raise UserError(f"{path}: not a question file; give .json, .jsonl, .parquet or a directory saved by `datasets`")
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -94,7 +94,7 @@ def _json(path: Path) -> Iterator[Record]:
 
 def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unambiguous)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_names)
     except json.JSONDecodeError as error:
         where = f"{place or f'line {error.lineno}'}, column {error.colno}"
         raise UserError(f"{path}, {where}: not valid JSON: {error.msg}{hint}") from error
@@ -105,29 +105,29 @@ def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
         raise UserError(f"{path}{place and f', {place}'}: not usable JSON: {error}") from error
 
 
-def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError where it has two values of one name."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Raises ValueError if a name occurs twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"an object has two values of {twice!r:.80}")
-    return made
+    return fields
 
 
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     check_file(path, links=True)
-    with _arrow(path, "Parquet"), pq.ParquetFile(path) as file:
-        _refuse_objects(path, file.schema_arrow)
+    with _arrow_faults(path, "Parquet"), pq.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow)
         rows = _rows(path, file.read())
     yield from rows
 
 
 @contextmanager
-def _arrow(path: Path, kind: str) -> Iterator[None]:
-    """Turns what pyarrow raises of a damaged file into one line."""
+def _arrow_faults(path: Path, kind: str) -> Iterator[None]:
+    """Turn pyarrow's exceptions about a damaged file into a UserError of one line."""
     import pyarrow as pa
 
     try:
@@ -139,8 +139,8 @@ def _arrow(path: Path, kind: str) -> Iterator[None]:
 
 
 def _rows(path: Path, table: pa.Table, begin: int = 0) -> list[Record]:
-    """The rows of a table. One with a value that Python cannot hold (text that is not UTF-8, a date beyond the year
-    9999) is malformed alone. begin: rows before these."""
+    """The rows of a table as records; begin: number of rows before the first. Only the rows with a value that Python
+    cannot hold (text that is not UTF-8, a date after the year 9999) are malformed: found by halving the table."""
     import pyarrow as pa
 
     try:
@@ -151,21 +151,21 @@ def _rows(path: Path, table: pa.Table, begin: int = 0) -> list[Record]:
     except (ValueError, OverflowError) as error:  # UnicodeDecodeError and ArrowInvalid are ValueErrors
         if table.num_rows == 1:
             place = f"record {begin + 1}"
-            fault = UserError(f"{path}, {place}: `{_culprit(table)}` cannot be read: {_first_line(error)}")
+            fault = UserError(f"{path}, {place}: `{_unreadable_column(table)}` cannot be read: {_first_line(error)}")
             return [Record(place, {}, fault)]
     half = table.num_rows // 2
     return _rows(path, table.slice(0, half), begin) + _rows(path, table.slice(half), begin + half)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the names of nested objects that have no value: a table has all names of all rows in each of them."""
+    """The value without null fields of nested objects: a table gives each row the fields of all rows."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _culprit(row: pa.Table) -> str:
-    """The column of one row that cannot be read."""
+def _unreadable_column(row: pa.Table) -> str:
+    """Name of the column that cannot be read in a table of one row."""
     for name, column in zip(row.column_names, row.columns, strict=True):
         try:
             column.to_pylist()
@@ -175,7 +175,7 @@ def _culprit(row: pa.Table) -> str:
 
 
 def _saved_dataset(path: Path) -> Iterator[Record]:
-    """What `Dataset.save_to_disk` wrote: state.json names the Arrow streams, in order."""
+    """The records that `Dataset.save_to_disk` wrote; its state.json names the Arrow streams, in order."""
     import pyarrow as pa
 
     splits = path / "dataset_dict.json"
@@ -191,26 +191,27 @@ def _saved_dataset(path: Path) -> Iterator[Record]:
         raise UserError(f"{state}: no list `_data_files` of objects with a `filename`") from error
     rows: list[Record] = []
     for shard in shards:
-        with _arrow(shard, "Arrow"), pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
-            _refuse_objects(shard, stream.schema)
+        with _arrow_faults(shard, "Arrow"), pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
+            _check_columns(shard, stream.schema)
             rows += _rows(path, stream.read_all(), len(rows))
     yield from rows
 
 
-def _refuse_objects(path: Path, schema: pa.Schema) -> None:
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    """Raise UserError for two columns of one name, and for columns that hold bytes or extension types."""
     for field in schema:
         if schema.names.count(field.name) > 1:
             raise UserError(f"{path}: two columns are named `{field.name}`; leave one out")
-        for kind in map(str, _leaves(field.type)):
+        for kind in map(str, _leaf_types(field.type)):
             if "binary" in kind or "extension" in kind:
                 raise UserError(f"{path}: column `{field.name}` holds {kind}, which is never read; leave it out")
 
 
-def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
+def _leaf_types(kind: pa.DataType) -> Iterator[pa.DataType]:
     if kind.num_fields == 0:
         yield kind
     for child in range(kind.num_fields):
-        yield from _leaves(kind.field(child).type)
+        yield from _leaf_types(kind.field(child).type)
 
 
 def _numbered(path: Path, values: Iterable[Any]) -> Iterator[Record]:

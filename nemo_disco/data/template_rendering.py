@@ -1,7 +1,7 @@
-"""Chat templates at work: conversations become text in a child process, which can be ended.
+"""Rendering of conversations with a tokenizer's chat template, in a child process that can be killed.
 
-A template is a program of whoever made the model: it may fail in any way, never end, or ask for all memory. The child
-has a limit on processor time and memory, touches no file, and tells the parent one line of JSON a conversation.
+A template is a program from the model's author: it may fail in any way, never end, or ask for all memory. The child
+has limits on processor time and memory, touches no file, and sends one JSON message for each conversation.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-SECONDS = 5  # of processor time, for one conversation: real templates take a millisecond
-PATIENCE = 300  # seconds of wall clock without an answer: a machine that does not run the child at all
-MEMORY = 1 << 30  # bytes beyond what this process has
-LONGEST = 10_000_000  # characters of a prompt
+CPU_SECONDS = 5  # processor time for one conversation; real templates take a millisecond
+WALL_SECONDS = 300  # wall-clock time without an answer, in case the machine does not run the child at all
+EXTRA_MEMORY = 1 << 30  # bytes beyond the parent's size
+MAX_CHARACTERS = 10_000_000  # of a prompt
 
 
 class Conversation(NamedTuple):
-    """messages: role, content and what else the template takes. tools: their JSON schemas. source: for messages.
-    arguments: what the template takes beside these, by name."""
+    """Input of a chat template. source: the question's file and record, for error messages. messages: turns with role,
+    content and other fields. tools: JSON schemas. arguments: the template's other arguments, by name."""
 
     source: str
     messages: list[dict[str, Any]]
@@ -44,14 +44,14 @@ class Conversation(NamedTuple):
 
 
 def render(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[str]:
-    """The text of each conversation, up to where the response begins.
+    """The prompt of each conversation as text, up to where the response begins.
 
-    Raises UserError, naming the conversation: the template refuses it, fails, makes nothing or too much of it, or does
-    not end in SECONDS of processor time.
+    Raises UserError naming the conversation if the template refuses it, fails, returns no text or more than
+    MAX_CHARACTERS, or does not end within CPU_SECONDS.
     """
     if not conversations:
         return []
-    context = multiprocessing.get_context("fork")  # milliseconds, where a new interpreter imports for seconds
+    context = multiprocessing.get_context("fork")  # takes milliseconds; a new interpreter would import for seconds
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_serve, args=(sender, tokenizer, conversations), daemon=True)
     with spared_children(), warnings.catch_warnings():
@@ -60,24 +60,24 @@ def render(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[
         child.start()
     sender.close()
     try:
-        return [_answer(receiver, child, conversation.source) for conversation in conversations]
+        return [_receive_text(receiver, child, conversation.source) for conversation in conversations]
     finally:
         child.kill()
         child.join()
         receiver.close()
 
 
-def _answer(receiver: Connection, child: ForkProcess, source: str) -> str:
+def _receive_text(receiver: Connection, child: ForkProcess, source: str) -> str:
     where = f"{source}: the tokenizer's chat template"
     try:
-        if not receiver.poll(PATIENCE):
-            raise UserError(f"{where} gives no answer in {PATIENCE} s; look at what it does with this question")
+        if not receiver.poll(WALL_SECONDS):
+            raise UserError(f"{where} gives no answer in {WALL_SECONDS} s; look at what it does with this question")
         answer: dict[str, str] = json.loads(receiver.recv_bytes())
     except EOFError:
         child.join()
         code = -(child.exitcode or 0)
         if code == signal.SIGXCPU:
-            raise UserError(f"{where} does not end: stopped after {SECONDS} s; mend its loop") from None
+            raise UserError(f"{where} does not end: stopped after {CPU_SECONDS} s; mend its loop") from None
         raise UserError(f"{where} ended its process (signal {code}); mend chat_template.jinja") from None
     if "text" not in answer:
         raise UserError(f"{where} {answer['error']}")
@@ -85,18 +85,18 @@ def _answer(receiver: Connection, child: ForkProcess, source: str) -> str:
 
 
 def _serve(channel: Connection, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> None:
-    """The child's whole life."""
+    """Run in the child: render each conversation and send its text or error, then exit."""
     try:
-        with contextlib.suppress(OSError):  # no /proc: no limit of memory
-            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            _limit(resource.RLIMIT_AS, held + MEMORY)
+        with contextlib.suppress(OSError):  # without /proc there is no memory limit
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            _limit(resource.RLIMIT_AS, size + EXTRA_MEMORY)
         _limit(resource.RLIMIT_CORE, 0)
         for conversation in conversations:
             used = resource.getrusage(resource.RUSAGE_SELF)
-            _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS)
-            channel.send_bytes(json.dumps(_rendered(tokenizer, conversation)).encode())
+            _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + CPU_SECONDS)
+            channel.send_bytes(json.dumps(_render_one(tokenizer, conversation)).encode())
     finally:
-        os._exit(0)  # nothing of the parent's is to be closed or flushed here
+        os._exit(0)  # skips the closing and flushing of files that belong to the parent
 
 
 def _limit(kind: int, value: int) -> None:
@@ -104,7 +104,8 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
-def _rendered(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, str]:
+def _render_one(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, str]:
+    """`{"text": prompt}`, or `{"error": the end of a message that begins with the template}`."""
     import jinja2
 
     try:
@@ -117,15 +118,15 @@ def _rendered(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, str
         )
         if not isinstance(text, str) or not text:
             return {"error": "makes an empty prompt of it"}
-        if len(text) > LONGEST:
-            return {"error": f"makes {len(text):,} characters of it; {LONGEST:,} are the limit"}
-        text.encode()  # half of a surrogate pair, which no tokenizer takes
+        if len(text) > MAX_CHARACTERS:
+            return {"error": f"makes {len(text):,} characters of it; {MAX_CHARACTERS:,} are the limit"}
+        text.encode()  # fails on half of a surrogate pair, which no tokenizer takes
     except jinja2.TemplateError as error:
-        return {"error": f"refuses it: {_line(error)}"}
+        return {"error": f"refuses it: {_one_line(error)}"}
     except BaseException as error:  # a template is a program, and may raise anything
-        return {"error": f"fails on it: {type(error).__name__}{': ' if str(error) else ''}{_line(error)}"}
+        return {"error": f"fails on it: {type(error).__name__}{': ' if str(error) else ''}{_one_line(error)}"}
     return {"text": text}
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

@@ -1,6 +1,6 @@
-"""The tokenizer of a Hugging Face directory, as its tokenizer.json says, and the tokens that end a response.
+"""Loading of a Hugging Face directory's tokenizer, exactly as its tokenizer.json defines it, and its stop tokens.
 
-Reads local files alone. Knows nothing of questions; what a chat template makes of them is chat.py's.
+Reads local files only. chat.py encodes questions with it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 log = logging.getLogger(__name__)
-_VOCABULARY = re.compile("token|vocab|tekken|bpe|spm")  # in the name of a file that a tokenizer is made of
+_VOCABULARY = re.compile("token|vocab|tekken|bpe|spm")  # in the names of files with a vocabulary
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TRANSFORMERS_5_CLASS = "TokenizersBackend"
-# Texts on which different tokenizers differ: code, digits, spaces, line ends, normal forms, scripts.
+# Texts that tell tokenizers apart: code, digits, spaces, line ends, normal forms, scripts.
 PROBES = (
     'def f(x):\n    return {"a": [x ** 2, -1.5e-3]}  # TODO\n\tif x != 0:\r\n',
     "12345678 + 987.65 = 0.1, 3/4; 2^{10} \\le \\frac{1}{2}",
@@ -41,10 +41,10 @@ PROBES = (
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a Hugging Face directory.
 
-    transformers builds some classes anew from the vocabulary, as another tokenizer than the directory's tokenizer.json:
-    then that file is taken as it is, and a warning says so.
-    Raises UserError: none there, one that is not its tokenizer.json, no EOS, no chat template or several without a
-    default.
+    transformers rebuilds some classes from the vocabulary, and the result can differ from the directory's
+    tokenizer.json; then the file is loaded as it is, with a warning.
+    Raises UserError if there is no tokenizer, if it does not agree with tokenizer.json, or if it has no EOS token, no
+    chat template, or several without a default.
     """
     if not Path(path).is_dir():
         raise UserError(f"{path}: there is no such directory; model.path is a Hugging Face directory with a tokenizer")
@@ -52,27 +52,26 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Tokeniz
 
     check_directory(path)
     if not any(_VOCABULARY.search(file.name) for file in Path(path).iterdir() if file.name not in _SETTINGS):
-        # transformers would make an empty one
+        # transformers would make an empty tokenizer
         raise UserError(f"{path}: no tokenizer there; fetch its tokenizer.json")
 
-    # Explicit, since tokenizers otherwise warns of each process that is forked after it used its threads.
+    # Set here because tokenizers otherwise warns about each process that is forked after it used its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with _usable(path):
+    with _loading_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
-        own = type(tokenizer).__module__.startswith("transformers_modules")
-        if (Path(path) / "tokenizer.json").exists() and not own:
-            tokenizer = _as_the_file_says(tokenizer, Path(path))
-        _refuse_incomplete(tokenizer, path)
+        remote_code = type(tokenizer).__module__.startswith("transformers_modules")
+        if (Path(path) / "tokenizer.json").exists() and not remote_code:
+            tokenizer = _match_tokenizer_json(tokenizer, Path(path))
+        _check_complete(tokenizer, path)
     return tokenizer
 
 
 def adapt_tokenizer_config(directory: Path) -> None:
-    """Let transformers 4 and 5 read a written model's tokenizer.json as it is, by changing tokenizer_config.json. A
-    tokenizer with code of its own and one that cannot be read (load_tokenizer says why) stay as they are.
+    """Change an exported model's tokenizer_config.json so that transformers 4 and 5 load its tokenizer.json as it is.
 
-    `tokenizer_class` becomes one that takes the file where transformers 5 rebuilds it as another tokenizer, and where
-    its name is transformers 5's own. A list in `extra_special_tokens`, which transformers 4 fails on, becomes
-    `additional_special_tokens`, which both read. All else stays.
+    `tokenizer_class` becomes PreTrainedTokenizerFast if transformers 5 would rebuild another tokenizer, or alone knows
+    the class. A list in `extra_special_tokens`, on which transformers 4 fails, becomes `additional_special_tokens`.
+    A tokenizer with its own code, or one that load_tokenizer refuses to read, is left unchanged.
     """
     from transformers import AutoTokenizer
 
@@ -81,96 +80,96 @@ def adapt_tokenizer_config(directory: Path) -> None:
         settings = _json_object(config)
         if not file.exists() or "auto_map" in settings:
             return
-        with _usable(directory):
-            read = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-            differs = bool(_difference(read, _original(file)))
+        with _loading_errors(directory):
+            loaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            differs = bool(_first_difference(loaded, _read_tokenizer_json(file)))
     except UserError:
         return
-    both = dict(settings)
+    adapted = dict(settings)
     if differs or settings.get("tokenizer_class") == _TRANSFORMERS_5_CLASS:
-        both["tokenizer_class"] = "PreTrainedTokenizerFast"
+        adapted["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
-        both["additional_special_tokens"] = both.pop("extra_special_tokens")
-    if both != settings:
-        config.write_text(json.dumps(both, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        adapted["additional_special_tokens"] = adapted.pop("extra_special_tokens")
+    if adapted != settings:
+        config.write_text(json.dumps(adapted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ...]:
-    """The tokens that end a response, rising: the tokenizer's EOS, those of generation_config.json, and those of
-    config.json; of the last, where generation_config.json has some, only special tokens (a derived model may keep its
-    base's number, which is an ordinary token here).
+    """Ids of the tokens that end a response, ascending: the tokenizer's EOS and the `eos_token_id` of
+    generation_config.json and of config.json.
 
-    Raises UserError for an id that is not a token, or one that the model's embedding has no row for.
+    If generation_config.json names some, ordinary tokens of config.json do not count: a derived model may keep its base
+    model's id there. Raises UserError for an id that is not a token, or that has no row in the model's embedding.
     """
     directory = Path(model_dir)
     config = _json_object(directory / "config.json")
-    named = _eos(_json_object(directory / "generation_config.json"), directory / "generation_config.json", tokenizer)
-    also = _eos(config, directory / "config.json", tokenizer)
-    if named:
+    generation_ids = _eos_ids(directory / "generation_config.json", tokenizer)
+    model_ids = _eos_ids(directory / "config.json", tokenizer)
+    if generation_ids:
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        also = [i for i in also if i in special]
-    stop = sorted({int(tokenizer.eos_token_id), *named, *also})
+        model_ids = [i for i in model_ids if i in special]
+    stop = sorted({int(tokenizer.eos_token_id), *generation_ids, *model_ids})
     if isinstance(rows := config.get("vocab_size"), int):
         check_vocabulary(tokenizer, stop, rows, f"{directory}: an end of sequence")
     return tuple(stop)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """How many ids, counted from 0, are tokens. A model may have more rows than that (Qwen2.5: 151936 for 151665): they
-    stand for nothing, and a response must not have them."""
+    """One more than the largest token id. An embedding may have more rows (Qwen2.5: 151936 for 151665); those are no
+    tokens, and a response must not contain them."""
     ids: dict[str, int] = tokenizer.get_vocab()
     return 1 + max(ids.values())
 
 
 def check_vocabulary(tokenizer: Tokenizer, token_ids: Sequence[int], rows: int, where: str) -> None:
-    """Raises UserError if a token has no row in an embedding of so many `rows`."""
-    if token_ids and (most := max(token_ids)) >= rows:
-        token = tokenizer.convert_ids_to_tokens(most)
+    """Raise UserError if a token has no row in an embedding of `rows` rows. where: begins the message."""
+    if token_ids and (largest := max(token_ids)) >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"{where} has token {most} ({token!r}), but the model's embedding has {rows} rows (vocab_size of "
-            "config.json): tokens were added to the tokenizer alone, or it is another model's; take the model's own"
+            f"{where} has token {largest} ({token!r}), but the model's embedding has {rows} rows (vocab_size of "
+            "config.json): tokens were added to the tokenizer only, or it is another model's; use the model's own"
         )
 
 
 @contextlib.contextmanager
-def _usable(path: str | Path) -> Iterator[None]:
-    """Whatever the libraries make of a tokenizer in here is raised as a UserError."""
+def _loading_errors(path: str | Path) -> Iterator[None]:
+    """Turn every exception of transformers and tokenizers in this context into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # transformers and tokenizers raise every kind, down to bare Exception
         remote = "trust_remote_code" in str(error)
-        mend = "set model.trust_remote_code=true if you trust it" if remote else "it needs a sound tokenizer.json"
+        remedy = "set model.trust_remote_code=true if you trust it" if remote else "it needs a sound tokenizer.json"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
-        raise UserError(f"{path}: no usable tokenizer there: {reason}; {mend}") from error
+        raise UserError(f"{path}: no usable tokenizer there: {reason}; {remedy}") from error
 
 
-def _as_the_file_says(tokenizer: Any, directory: Path) -> Any:
-    """`tokenizer`, or tokenizer.json taken as it is where `tokenizer` is another one."""
+def _match_tokenizer_json(tokenizer: Any, directory: Path) -> Any:
+    """`tokenizer` if it agrees with the directory's tokenizer.json, else one that is loaded from that file alone."""
     from transformers import PreTrainedTokenizerFast
 
     file = directory / "tokenizer.json"
-    original = _original(file)
-    difference = _difference(tokenizer, original)
+    original = _read_tokenizer_json(file)
+    difference = _first_difference(tokenizer, original)
     if not difference:
         return tokenizer
     direct = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    if remaining := _difference(direct, original):
+    if remaining := _first_difference(direct, original):
         raise UserError(
             f"{file}: what transformers loads is another tokenizer ({remaining}): tokenizer_config.json changes it; "
             "make the two files agree"
         )
     if os.environ.get("RANK", "0") == "0":
         log.warning(
-            "%s: transformers' %s is another tokenizer than this file (%s); the file is taken as it is",
+            "%s: transformers' %s is another tokenizer than this file (%s); the file is used as it is",
             *(file, type(tokenizer).__name__, difference),
         )
     return direct
 
 
-def _original(file: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json, whole texts in and out."""
+def _read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, without truncation and padding."""
     from tokenizers import Tokenizer as FileTokenizer
 
     try:
@@ -182,24 +181,25 @@ def _original(file: Path) -> tokenizers.Tokenizer:
     return original
 
 
-def _difference(tokenizer: Any, original: tokenizers.Tokenizer) -> str:
-    """The first thing in which a loaded tokenizer is not the one of its file; "" if there is none."""
-    ours = tokenizer.get_vocab()
+def _first_difference(tokenizer: Any, original: tokenizers.Tokenizer) -> str:
+    """Describe the first difference of a loaded tokenizer from that of its tokenizer.json; "" if there is none."""
+    vocabulary = tokenizer.get_vocab()
     for token, number in original.get_vocab().items():
-        if ours.get(token) != number:
-            return f"token {token!r} is {ours.get(token)}, not {number}"
+        if vocabulary.get(token) != number:
+            return f"token {token!r} is {vocabulary.get(token)}, not {number}"
     special = [token.content for token in original.get_added_tokens_decoder().values()]
-    for text in (*PROBES, f"a{'b'.join(special)}c"):  # no spaces: what strips them may differ by design
+    for text in (*PROBES, f"a{'b'.join(special)}c"):  # no spaces: the two may strip them differently by design
         expected = original.encode(text, add_special_tokens=False).ids
         if (ids := tokenizer(text, add_special_tokens=False)["input_ids"]) != expected:
             return f"{text[:24]!r} gives {len(ids)} tokens {str(ids[:4])[:-1]}, ..., not {str(expected[:4])[:-1]}, ..."
-        said = tokenizer.decode(expected, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if said != (meant := original.decode(expected, skip_special_tokens=False)):
-            return f"{meant[:24]!r} is decoded as {said[:24]!r}"
+        decoded = tokenizer.decode(expected, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if decoded != (expected_text := original.decode(expected, skip_special_tokens=False)):
+            return f"{expected_text[:24]!r} is decoded as {decoded[:24]!r}"
     return ""
 
 
-def _refuse_incomplete(tokenizer: Tokenizer, path: str | Path) -> None:
+def _check_complete(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Raise UserError if the tokenizer gives no tokens, or lacks an EOS token or a chat template."""
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise UserError(f"{path}: the tokenizer makes no tokens of a text; it needs a sound tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -220,16 +220,16 @@ def _refuse_incomplete(tokenizer: Tokenizer, path: str | Path) -> None:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file."""
+    """The file's JSON object; empty if there is no such file."""
     try:
         return read_json(path, dict[str, Any], links=True) if path.exists() else {}
     except FileError as fault:
         raise UserError(f"{fault}; the model directory is damaged") from None
 
 
-def _eos(config: dict[str, Any], path: Path, tokenizer: Tokenizer) -> list[int]:
-    listed = config.get("eos_token_id")
-    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+def _eos_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
+    value = _json_object(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < len(tokenizer) for i in ids):
-        raise UserError(f"{path}: `eos_token_id` is {listed}; the tokenizer has ids from 0 to {len(tokenizer) - 1}")
+        raise UserError(f"{path}: `eos_token_id` is {value}; the tokenizer has ids from 0 to {len(tokenizer) - 1}")
     return ids

@@ -137,7 +137,7 @@ def test_a_system_prompt_in_a_field_of_its_own_is_a_turn(write, record):
     [
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "'image_url'; only"),
         ({"messages": [{"role": "user", "content": [{"text": " "}]}]}, "`messages[0].content` is empty"),
-        ({"messages": [{"role": "tool", "content": "2"}], "answer": 1}, "must ask something"),
+        ({"messages": [{"role": "tool", "content": "2"}], "answer": 1}, "holds no question"),
         ({"conversations": [{"from": "alien", "value": "?"}], "answer": 1}, "`conversations[0].from` is 'alien'"),
         ({"question": ["a", "b"], "answer": ["1"]}, "`question` lists 2 questions, and there are answers to 1 of them"),
         ({"question": ["a", "b"], "answer": "1", "level": [1, 2]}, "there are answers to 1 of them"),
@@ -173,4 +173,4 @@ def test_an_integer_that_no_float_holds_is_an_answer():
 @pytest.mark.parametrize("sender", [["human"], {"a": 1}, None])
 def test_a_sender_that_is_no_text_is_named(sender):
     with pytest.raises(UserError, match=r"conversations\[0\]\.from"):
-        question_fields.asked("F", {"conversations": [{"from": sender, "value": "x"}]})
+        question_fields.read_question("F", {"conversations": [{"from": sender, "value": "x"}]})

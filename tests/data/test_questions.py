@@ -108,9 +108,9 @@ def test_a_file_without_any_answer_is_refused(write):
         ({"prompt": [7], "answer": 1}, "`prompt[0]` is not an object with `role` and `content`"),
         ({"messages": [{"role": "human", "content": "?"}], "answer": 1}, "`messages[0].role` is 'human', not one of"),
         ({"messages": [{"role": "user", "content": 3}], "answer": 1}, "`messages[0].content` is of type int"),
-        ({"messages": [], "answer": 1}, "`messages` must ask something"),
-        ({"messages": [{"role": "system", "content": "x"}], "answer": 1}, "its last turn, before any reference"),
-        ({"messages": [{"role": "assistant", "content": "x"}], "answer": 1}, "`messages` must ask something"),
+        ({"messages": [], "answer": 1}, "`messages` holds no question"),
+        ({"messages": [{"role": "system", "content": "x"}], "answer": 1}, "end it with a user's turn"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "answer": 1}, "`messages` holds no question"),
     ],
 )
 def test_malformed_records_name_file_record_and_field(write, record, complaint):

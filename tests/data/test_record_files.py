@@ -69,10 +69,10 @@ def test_places_count_from_one_and_lines_are_lines_of_the_file(write):
         ("q.jsonl", b'{"a": 1}\n{"a": "\xff"}', ", line 2: not UTF-8 text: byte 0xff"),
         ("q.json", "[" * 100_000, ": not usable JSON"),
         ("q.jsonl", '{"a": 1}\n{"a": {"b": 1, "b": 2}}', ", line 2: not usable JSON: an object has two values of 'b'"),
-        ("q.csv", "a,b", ": not a kind of question file; there are .json, .jsonl, .parquet"),
+        ("q.csv", "a,b", ": not a question file; give .json, .jsonl, .parquet"),
         ("q.parquet", "", ": not a readable Parquet file"),
         ("q.parquet", "PAR1 and nothing else", ": not a readable Parquet file"),
-        ("q.pkl", pickle.dumps(RECORDS), ": not a kind of question file"),
+        ("q.pkl", pickle.dumps(RECORDS), ": not a question file"),
     ],
 )
 def test_broken_files_are_named_with_the_place(write, name, content, complaint):
