@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--max-tokens", type=_count, metavar="N", help="with --out: leave longer prompts out")
     drop = ("duplicates", "contaminated", "unparsable")
     data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave these out as well")
-    commands.add_parser("doctor", help="which kernels and engines this machine has, and what is missing for what")
+    doctor = commands.add_parser("doctor", help="this machine's parts, and the features that lack some")
+    words = "print Markdown for an issue, with each RUN's config.yaml and last metrics"
+    doctor.add_argument("--report", type=_path, nargs="*", metavar="RUN", help=words)
     report = commands.add_parser("report", help="one HTML page about one or several runs")
     report.add_argument("runs", type=_path, nargs="+", metavar="RUN", help="a run directory")
     report.add_argument("--out", type=_path, metavar="FILE", help="default: report.html in the first run directory")

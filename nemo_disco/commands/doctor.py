@@ -1,7 +1,7 @@
-"""`nemo-disco doctor`: which kernels and engines this machine has, and what is missing for which feature.
+"""`nemo-disco doctor`: versions of this machine's parts, and for each feature the parts that it lacks here.
 
-Looks at package metadata, files and commands; imports none of what it looks for (Transformer Engine is tried in a
-process of its own, since a broken one takes megatron-core down with it). Must not import torch.
+Reads package metadata and files and runs commands, but imports none of the parts: Transformer Engine is imported in
+another process, since a broken one makes megatron-core fail. Must not import torch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,14 @@ from pathlib import Path
 from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-# Distribution, and the versions that this project works with: [at least, below).
+import nemo_disco
+from nemo_disco.runtime.host import total_memory
+from nemo_disco.runtime.rundir import HOST, RunDirectory
+from nemo_disco.runtime.saved_files import read_json_lines, read_text
+
+# Versions of each distribution that nemo_disco works with: [at least, below).
 PACKAGES: dict[str, tuple[str, str] | None] = {
     "torch": ("2.11", "2.14"),
     "megatron-core": ("0.16.1", "0.17"),
@@ -38,66 +46,115 @@ PACKAGES: dict[str, tuple[str, str] | None] = {
     "apex": None,
     "wandb": None,
 }
-# Where the range is wider than what every test of this project ran with: [at least, below).
+# Versions that all tests ran with, where that range is narrower: [at least, below).
 TESTED = {"torch": ("2.13", "2.14")}
-# Engines have environments of their own: where conf/generation/ looks for them (docs/engines.md).
+# The Python of each engine's own environment, where conf/generation/ looks for it (docs/engines.md).
 ENGINE_PYTHONS = {"vllm": ".venv-vllm/bin/python", "tensorrt_llm": ".venv-trtllm/bin/python"}
 TRAINING = ("torch", "megatron-core", "mbridge", "einops", "psutil", "transformers")
+# Environment variables of a report. No prefix here has secrets; SLURM's have (SLURM_JWT), and names of users and hosts.
+_REPORTED = re.compile(
+    r"(CUDA|NVIDIA|NCCL|GLOO|UCX|FI|TORCH|PYTORCH|TRITON|NVTE|OMP|MKL|KMP|MALLOC)_\w+|LD_(PRELOAD|LIBRARY_PATH)"
+    r"|PYTHONPATH|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|SLURM_(JOB_NUM_NODES|NTASKS|NTASKS_PER_NODE|CPUS_PER_TASK"
+    r"|GPUS_PER_NODE|GPUS_ON_NODE|MEM_PER_NODE|CPU_BIND|PROCID|LOCALID|RESTART_COUNT)"
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that this machine has (`found`: a version or a description) or has not (None)."""
+    """A package, program or device. detail: its version or a description; None if this machine lacks it."""
 
     name: str
-    found: str | None
-    problem: str = ""  # why it is of no use although it is there
-    note: str = ""  # what to know although it is of use
+    detail: str | None
+    problem: str = ""  # why it cannot be used although it is there
+    note: str = ""  # a warning about a part that can be used
 
     @property
     def usable(self) -> bool:
-        return self.found is not None and not self.problem
+        return self.detail is not None and not self.problem
+
+    @property
+    def colour(self) -> str:
+        return "red" if self.problem else "yellow" if self.note else "" if self.detail else "dim"
 
 
 @dataclass(frozen=True)
 class Feature:
-    """What one can do here; missing is empty if one can."""
+    """Something that nemo_disco can do if no part is missing. needed: every run depends on it."""
 
     name: str
     missing: str
-    needed: bool = False  # without it nothing works
+    needed: bool = False
 
 
-def main(_: argparse.Namespace) -> int:
-    """Exit code 1 where something is missing that every run needs."""
-    return 0 if print_doctor() else 1
+Rows = list[tuple[str, str, str]]  # name, text and colour
 
 
-def print_doctor(console: Console | None = None) -> bool:
-    """Print what is here and what can be done with it; False if what every run needs is missing."""
-    console = console or Console()
+def main(options: argparse.Namespace) -> int:
+    """Print the tables, or with --report the report; 1 if this machine lacks a part that every run needs."""
     parts = examine()
-    found = Table("part", "here", title="this machine", title_justify="left")
-    for part in parts.values():
-        state = part.found or "[dim]-[/dim]"
-        said = f" [red]{part.problem}[/red]" if part.problem else f" [yellow]{part.note}[/yellow]" if part.note else ""
-        found.add_row(part.name, state + said)
-    console.print(found)
-    can = Table("feature", "", title="what it can do", title_justify="left")
-    listed = features(parts)
-    for feature in listed:
-        can.add_row(
-            feature.name, f"[yellow]no: {feature.missing}[/yellow]" if feature.missing else "[green]yes[/green]"
-        )
-    console.print(can)
-    return not any(feature.needed and feature.missing for feature in listed)
+    able = features(parts)
+    tables = {
+        "this machine": [
+            (p.name, f"{p.detail or '-'} {p.problem or p.note}".strip(), p.colour) for p in parts.values()
+        ],
+        "what it can do": [
+            (f.name, *((f"no: {f.missing}", "yellow") if f.missing else ("yes", "green"))) for f in able
+        ],
+    }
+    if options.report is None:
+        print_tables(tables)
+    else:
+        print(format_report(tables, options.report))
+    return int(any(feature.needed and feature.missing for feature in able))
+
+
+def print_tables(tables: Mapping[str, Rows]) -> None:
+    for title, rows in tables.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, text, colour in rows:
+            table.add_row(name, Text(text, colour))
+        Console().print(table)
+
+
+def format_report(tables: Mapping[str, Rows], runs: Iterable[Path]) -> str:
+    """Markdown for an issue: tables, environment variables, each run's config.yaml and last line of metrics.jsonl.
+
+    ~, USER and HOST stand for the home directory and for this user's and host's names. Raises FileError.
+    """
+    variables = [(name, value, "") for name, value in sorted(os.environ.items()) if _REPORTED.fullmatch(name)]
+    sections = []
+    for title, rows in {**tables, "environment variables": variables or [("none", "", "")]}.items():
+        cells = [re.sub(r"([|<\\`*])", r"\\\1", f"{name}\0{text}").split("\0") for name, text, _ in rows]
+        lines = [f"| {name} | {' '.join(text.split())} |" for name, text in cells]
+        sections += [f"### {title.capitalize()}", "\n".join(["| | |", "| --- | --- |", *lines])]
+    for run in map(RunDirectory, runs):
+        last = "no step is finished"
+        for line in read_json_lines(run.metrics, dict) if run.metrics.exists() else ():
+            last = line.raw.decode(errors="replace")
+        for name, text in (("config.yaml", read_text(run.config)), ("last line of metrics.jsonl", last)):
+            sections += [f"### {run.path}: {name}", f"````\n{text.rstrip()}\n````"]
+    text = "\n\n".join(sections)
+    home = os.path.expanduser("~")
+    users = {os.environ.get("USER"), os.environ.get("LOGNAME"), Path(home).name} - {"root"}
+    for private, public in ((home, "~"), (HOST, "HOST"), *((user, "USER") for user in users)):
+        if private and private != "/":
+            text = re.sub(rf"(?<!\w){re.escape(private)}(?!\w)", public, text)
+    return text
 
 
 def examine() -> dict[str, Part]:
-    """Every part by name."""
+    """All parts, by name."""
+    root = Path(nemo_disco.__file__).parents[1]
+    commit = _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = _first_match(Path("/proc/cpuinfo"), r"^model name\s*: (.+)$") or platform.machine()
     parts = [
-        Part("Python", ".".join(map(str, sys.version_info[:3]))),
-        Part("CPU cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())),
+        Part(
+            "nemo_disco", nemo_disco.__version__ + (f", commit {commit}" if commit and (root / ".git").exists() else "")
+        ),
+        Part("Python", platform.python_version()),
+        Part("operating system", platform.platform()),
+        Part("CPU", f"{cores} cores, {processor}, {total_memory() / 2**30:.0f} GiB memory"),
         _gpus(),
         _cuda_build(),
         *(_package(name, bounds) for name, bounds in PACKAGES.items()),
@@ -108,7 +165,7 @@ def examine() -> dict[str, Part]:
 
 
 def features(parts: Mapping[str, Part]) -> list[Feature]:
-    """What these parts allow, and for each feature that they do not, what is missing."""
+    """All features, each with the names of its parts that these lack."""
     gpu = ("NVIDIA GPU", "torch with CUDA")
     fused = any(parts[name].usable for name in ("transformer-engine", "apex"))
     return [
@@ -129,8 +186,8 @@ def features(parts: Mapping[str, Part]) -> list[Feature]:
 
 
 def _missing(parts: Mapping[str, Part], names: Iterable[str]) -> str:
-    lacking = [parts[name] for name in names if not parts[name].usable]
-    return ", ".join(f"{part.name} ({part.problem})" if part.problem else part.name for part in lacking)
+    unusable = [parts[name] for name in names if not parts[name].usable]
+    return ", ".join(f"{part.name} ({part.problem})" if part.problem else part.name for part in unusable)
 
 
 def _package(name: str, bounds: tuple[str, str] | None) -> Part:
@@ -154,17 +211,17 @@ def _within(version: str, bounds: tuple[str, str] | None) -> bool:
 
 
 def import_problem(module: str) -> str:
-    """Why a module that is installed does not import, found in a process of its own; empty if it does.
+    """Import an installed module in another process; return why that fails, or an empty string.
 
-    Transformer Engine without cuDNN raises RuntimeError; megatron-core is ready for ImportError alone and crashes.
+    Transformer Engine without cuDNN raises RuntimeError, where megatron-core catches only ImportError.
     """
     try:
-        tried = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=120)
+        result = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return f"import {module} does not end"
-    if tried.returncode == 0:
+    if result.returncode == 0:
         return ""
-    last = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
+    last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
     return f"does not import ({last}), and megatron-core fails with it: mend it or uninstall it"
 
 
@@ -173,23 +230,29 @@ def _cuda_build() -> Part:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return Part("torch with CUDA", None)
-    text = (Path(spec.origin).parent / "version.py").read_text()
-    built = re.search(r"^cuda\b.*=\s*['\"](.+?)['\"]", text, re.MULTILINE)
-    return Part("torch with CUDA", built.group(1) if built else None)
+    source = Path(spec.origin).parent / "version.py"
+    return Part("torch with CUDA", _first_match(source, r"^cuda\b.*=\s*['\"](.+?)['\"]"))
 
 
 def _gpus() -> Part:
-    listed = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
-    names = listed.splitlines() if listed else []
-    return Part("NVIDIA GPU", f"{len(names)} x {names[0]}" if names else None)
+    """Name, memory and driver of the GPUs, each kind with its count."""
+    listed = _output(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]) or ""
+    kinds = Counter(listed.splitlines())
+    return Part("NVIDIA GPU", "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or None)
+
+
+def _first_match(file: Path, pattern: str) -> str | None:
+    """The pattern's first group where a line of the file first matches; None without a match or a file."""
+    match = re.search(pattern, file.read_text(), re.MULTILINE) if file.is_file() else None
+    return match.group(1) if match else None
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints; None if it is not there, fails or hangs."""
+    """Standard output of a command; None if it is not installed, fails or takes over 20 s."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,13 +1,14 @@
-"""The doctor: what it says of parts that are here, missing, of a wrong version, or broken."""
+"""`nemo-disco doctor` with parts that are there, missing, of a wrong version or broken; the report for an issue."""
 
 import importlib.metadata
-import io
+import re
+import socket
 import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
+from nemo_disco import __version__, cli
 from nemo_disco.commands import doctor
 from nemo_disco.commands.doctor import Part
 from nemo_disco.config.paths import packaged
@@ -17,7 +18,7 @@ from nemo_disco.config.paths import packaged
 def parts():
     """A machine that has everything."""
     engines = (f"{name}'s Python" for name in doctor.ENGINE_PYTHONS)
-    names = ("Python", "CPU cores", "NVIDIA GPU", "torch with CUDA", *doctor.PACKAGES, *engines, "SLURM")
+    names = ("NVIDIA GPU", "torch with CUDA", *doctor.PACKAGES, *engines, "SLURM")
     return {name: Part(name, "1.0") for name in names}
 
 
@@ -25,12 +26,18 @@ def missing(parts):
     return {feature.name: feature.missing for feature in doctor.features(parts)}
 
 
-def diagnose():
-    console = Console(file=io.StringIO(), width=160)
-    return doctor.print_doctor(console), console.file.getvalue()
+@pytest.fixture
+def diagnose(capsys, monkeypatch):
+    """diagnose(ARGUMENTS...) -> (whether every run's parts are there, the output), of `nemo-disco doctor`."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def call(*arguments):
+        return cli.main(["doctor", *map(str, arguments)]) == 0, capsys.readouterr().out
+
+    return call
 
 
-def test_this_machine_trains_and_the_versions_are_the_installed_ones():
+def test_this_machine_trains_and_the_versions_are_the_installed_ones(diagnose):
     healthy, text = diagnose()
     assert healthy
     for name in ("torch", "megatron-core", "math-verify"):
@@ -69,7 +76,7 @@ def test_either_of_two_parts_will_do_for_fused_kernels(parts):
     assert missing(parts)["fused optimizer and norms"] == "transformer-engine or apex; torch's own are used"
 
 
-def test_a_wrong_version_is_a_problem(monkeypatch):
+def test_a_wrong_version_is_a_problem(monkeypatch, diagnose):
     monkeypatch.setitem(doctor.PACKAGES, "transformers", ("99", "100"))
     healthy, text = diagnose()
     assert not healthy
@@ -77,7 +84,7 @@ def test_a_wrong_version_is_a_problem(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "healthy", "said"),
+    ("version", "healthy", "warning"),
     [
         ("2.13.0+cpu", True, ""),
         ("2.11.0+cu130", True, "expected to work; tested with >= 2.13, < 2.14"),
@@ -85,20 +92,20 @@ def test_a_wrong_version_is_a_problem(monkeypatch):
         ("2.14.0", False, "works with >= 2.11, < 2.14"),
     ],
 )
-def test_a_torch_that_the_tests_did_not_run_with_is_a_warning(monkeypatch, version, healthy, said):
+def test_a_torch_that_the_tests_did_not_run_with_is_a_warning(monkeypatch, diagnose, version, healthy, warning):
     """2.11 is what a GPU machine may have; its varlen_attn and the rest are asked for what they take."""
     known = importlib.metadata.version
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version if name == "torch" else known(name))
     part = doctor.examine()["torch"]
-    assert part.usable == healthy and (part.problem or part.note) == said
+    assert part.usable == healthy and (part.problem or part.note) == warning
     assert diagnose()[0] == healthy
 
 
-def test_a_transformer_engine_that_raises_runtime_error_is_said_clearly(tmp_path, monkeypatch):
+def test_a_transformer_engine_that_raises_runtime_error_is_a_problem(tmp_path, monkeypatch, diagnose):
     """Its core wheel without cuDNN; megatron-core expects ImportError and crashes."""
     broken = tmp_path / "transformer_engine"
     broken.mkdir()
-    (broken / "__init__.py").write_text("raise RuntimeError('libcudnn.so not found')\n")
+    (broken / "__init__.py").write_text("raise RuntimeError('libcudnn.so not found in [/usr/lib]')\n")
     (broken / "pytorch.py").write_text("")
     metadata = tmp_path / "transformer_engine-2.10.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -106,8 +113,9 @@ def test_a_transformer_engine_that_raises_runtime_error_is_said_clearly(tmp_path
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     part = doctor.examine()["transformer-engine"]
-    assert part.found == "2.10.0" and not part.usable
+    assert part.detail == "2.10.0" and not part.usable
     assert "RuntimeError: libcudnn.so not found" in part.problem and "megatron-core fails with it" in part.problem
+    assert "in [/usr/lib])" in diagnose()[1]  # not read as markup of the terminal
     (broken / "__init__.py").write_text("")
     assert doctor.examine()["transformer-engine"].usable
 
@@ -125,3 +133,63 @@ def test_nothing_that_is_looked_for_is_imported():
 def test_engines_are_looked_for_where_their_configs_look():
     for name, path in doctor.ENGINE_PYTHONS.items():
         assert f"\npython: {path}" in (packaged("conf") / f"generation/{name}.yaml").read_text()
+
+
+def test_a_report_is_markdown_with_versions_parts_and_missing_parts(diagnose):
+    healthy, text = diagnose("--report")
+    assert healthy and "\x1b" not in text
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
+    assert rows["nemo_disco"].startswith(__version__) and rows["torch"] == importlib.metadata.version("torch")
+    assert rows["Python"] == sys.version.split()[0] and "Linux" in rows["operating system"] and "cores" in rows["CPU"]
+    assert {part.name for part in doctor.examine().values()} < set(rows)
+    for feature in doctor.features(doctor.examine()):
+        assert rows[feature.name] == (f"no: {feature.missing}" if feature.missing else "yes")
+
+
+def test_a_report_names_the_commit_of_a_checkout(diagnose):
+    git = ("git", "-C", packaged("conf").parent, "rev-parse", "HEAD")
+    done = subprocess.run(git, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this is no checkout")
+    assert f", commit {done.stdout[:12]}" in diagnose("--report")[1]
+
+
+def test_a_report_has_the_variables_that_matter_and_no_secrets_or_names(diagnose, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.setenv("USER", "alice")
+    shown = {
+        "CUDA_VISIBLE_DEVICES": ("0,1", "0,1"),
+        "NCCL_TOPO_FILE": ("/home/alice/topo.xml", "~/topo.xml"),
+        "LD_LIBRARY_PATH": ("/scratch/alice/lib:/scratch/malice", "/scratch/USER/lib:/scratch/malice"),
+        "NCCL_HOSTID": (f"{socket.gethostname()}|0", "HOST\\|0"),
+        "SLURM_NTASKS": ("16", "16"),
+        "OMP_NUM_THREADS": ("1", "1"),
+    }
+    hidden = (
+        "SLURM_JWT",
+        "WANDB_API_KEY",
+        "HF_TOKEN",
+        "VLLM_API_KEY",
+        "SLURM_JOB_NODELIST",
+        "MLFLOW_TRACKING_PASSWORD",
+    )
+    for name, (value, _) in shown.items():
+        monkeypatch.setenv(name, value)
+    for name in hidden:
+        monkeypatch.setenv(name, "private-value")
+    text = diagnose("--report")[1]
+    for name, (_, value) in shown.items():
+        assert f"| {name} | {value} |" in text
+    assert "private-value" not in text and "/alice" not in text and not any(name in text for name in hidden)
+
+
+def test_a_report_ends_with_a_runs_settings_and_last_metrics(diagnose, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 1\n")
+    assert "no step is finished" in diagnose("--report", run)[1]
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "reward/mean": 0.5}\n')
+    text = diagnose("--report", run)[1]
+    assert "seed: 1" in text and '{"step": 2, "reward/mean": 0.5}' in text and '{"step": 1}' not in text
+    assert cli.main(["doctor", "--report", str(tmp_path / "missing")]) == 2
+    assert "missing/config.yaml: is missing" in capsys.readouterr().err
