@@ -33,7 +33,7 @@ from common import (
 from transformers import AutoModelForCausalLM
 
 from nemo_disco.generation.engine import Engine, SamplingParams
-from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.external.engine import ExternalEngine
 
 TEMPERATURE = 1.0
 

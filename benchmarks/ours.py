@@ -17,7 +17,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.questions import Question
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.rollout.prompts import PromptSet

@@ -28,8 +28,8 @@ import torch
 from common import write_record
 from torch import Tensor
 
-from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.external.engine import ExternalEngine
+from nemo_disco.generation.external.replica import Place, Replica
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from nemo_disco.algorithms import MiniBatch, build_objective
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.models.shape import ModelShape
 from nemo_disco.policy import layers
 

@@ -14,9 +14,10 @@ from typing import Any
 from setting import TEMPERATURE, Setting, build_policy, changed, model_directory, peak_gb, reset_peak, wait
 from torch.nn.attention import SDPBackend
 
-from nemo_disco.generation import decoder, static
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron import decoder
+from nemo_disco.generation.megatron import in_place as graph_decoding
+from nemo_disco.generation.megatron.engine import MegatronEngine
 
 # What each way is: in place, by graphs, with cuDNN.
 WAYS = {
@@ -37,7 +38,11 @@ def ways(engine: MegatronEngine) -> dict[str, AbstractContextManager[None]]:
 @contextmanager
 def _way(engine: MegatronEngine, in_place: bool, graphs: bool, cudnn: bool) -> Iterator[None]:
     backends = [*([SDPBackend.CUDNN_ATTENTION] if cudnn else []), *decoder.BACKENDS]
-    with changed(engine, in_place=in_place), changed(static, GRAPHS=graphs), changed(decoder, BACKENDS=backends):
+    with (
+        changed(engine, in_place=in_place),
+        changed(graph_decoding, GRAPHS=graphs),
+        changed(decoder, BACKENDS=backends),
+    ):
         yield
 
 

@@ -22,7 +22,7 @@ from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.runtime.clock import Clock, device_clock
 
 

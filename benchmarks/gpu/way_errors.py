@@ -19,7 +19,7 @@ from setting import DEVICE, TEMPERATURE, Setting, build_policy, relative_error
 from torch import Tensor
 
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy.log_probs import token_log_probs
 
 Errors = dict[str, float]

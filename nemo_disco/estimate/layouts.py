@@ -18,7 +18,7 @@ from nemo_disco.models.shape import ModelShape
 from nemo_disco.runtime.errors import UserError
 
 USABLE = 0.9  # of a GPU's memory: the rest goes to the context, NCCL and the allocator
-CACHE = 0.6  # of what is free, for keys and values (generation/megatron.py)
+CACHE = 0.6  # of what is free, for keys and values (generation/megatron/engine.py)
 _NEAR = 1.05  # a layout this much slower than the fastest is as good, if it cuts the model less
 _RECOMPUTE = (None, "selective", "full")
 

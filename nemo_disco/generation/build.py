@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from nemo_disco.config.schema import GenerationConfig
 from nemo_disco.generation.engine import Engine
-from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.megatron import MegatronEngine
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.external.engine import ExternalEngine
+from nemo_disco.generation.external.replica import Place, Replica
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 

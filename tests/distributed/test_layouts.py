@@ -30,7 +30,7 @@ from tiny_models import (
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.generation.engine import Response, SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 

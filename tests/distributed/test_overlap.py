@@ -16,7 +16,7 @@ from tiny_models import model_config, random_rollouts, save_model
 from training import fingerprint, train
 
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy import options, parallel
 from nemo_disco.policy.policy import Policy
 

@@ -13,8 +13,8 @@ from fake_engine import fake_python
 from safetensors.torch import load_file
 from tiny_models import model_config, save_model
 
-from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.external.engine import ExternalEngine
+from nemo_disco.generation.external.replica import Place, Replica
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 

@@ -67,7 +67,7 @@ def test_an_engine_of_its_own_that_disagrees_is_refused_before_anything_is_train
 FAULTY = """
 from typing import ClassVar
 from nemo_disco.algorithms.objectives.disco import DisCO
-from nemo_disco.generation import decoder
+from nemo_disco.generation.megatron import decoder
 
 class Faulty(DisCO):
     name: ClassVar[str] = "faulty"

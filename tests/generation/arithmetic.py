@@ -6,7 +6,7 @@ from fake_engine import answer
 from torch import Tensor
 
 from nemo_disco.generation.engine import Response, SamplingParams
-from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.external.engine import ExternalEngine
 from nemo_disco.generation.worker.rollout_worker.tensors import checksum
 
 PROMPTS = [[n, n + 1] for n in range(6) for _ in range(4)]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny_models import model_config, save_model
 from torch import Tensor
 
-from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.external.engine import ExternalEngine
+from nemo_disco.generation.external.replica import Place, Replica
 from nemo_disco.policy import parallel
 
 

@@ -16,10 +16,11 @@ from arithmetic import PROMPTS, SAMPLING, SEEDS, right, sampled
 from fake_engine import answer
 from torch import Tensor
 
-from nemo_disco.generation import external, refit, replica
 from nemo_disco.generation.engine import Outstanding, Response
-from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.replica import Replica
+from nemo_disco.generation.external import engine as external_engine
+from nemo_disco.generation.external import refit, replica
+from nemo_disco.generation.external.engine import ExternalEngine
+from nemo_disco.generation.external.replica import Replica
 from nemo_disco.generation.worker.rollout_worker import weights as worker_weights
 from nemo_disco.generation.worker.rollout_worker.__main__ import connect
 from nemo_disco.generation.worker.rollout_worker.tensors import checksum
@@ -173,7 +174,7 @@ def test_an_engine_that_always_dies_stops_the_run_with_one_line(
 def test_a_hanging_engine_is_ended_and_started_anew(
     start: Callable[..., ExternalEngine], tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(external, "SILENCE_S", 1.0)
+    monkeypatch.setattr(external_engine, "SILENCE_S", 1.0)
     monkeypatch.setattr(replica.Replica.receive, "__defaults__", (1.0,))
     engine = start(fault="generate", at=2, how="hang")
     engine.update_weights(tensors.items, 0)

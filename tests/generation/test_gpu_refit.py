@@ -14,8 +14,8 @@ from arithmetic import right, sampled
 from stand_in_gpu import SharedMemory, SocketBroadcast
 from torch import Tensor
 
-from nemo_disco.generation import refit, replica, staging
-from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.external import refit, replica, staging
+from nemo_disco.generation.external.engine import ExternalEngine
 from nemo_disco.runtime.errors import UserError
 
 Start = Callable[..., ExternalEngine]

@@ -11,10 +11,11 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, answered, model_config, reference_log_probs, reference_model, save_family
 from transformers import AutoModelForCausalLM
 
-from nemo_disco.generation import megatron, static
 from nemo_disco.generation.engine import Response, SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
-from nemo_disco.generation.static import Rows
+from nemo_disco.generation.megatron import engine as megatron_engine
+from nemo_disco.generation.megatron import in_place as in_place_decoding
+from nemo_disco.generation.megatron.engine import MegatronEngine
+from nemo_disco.generation.megatron.in_place import Rows
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
@@ -110,7 +111,7 @@ def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
     together = tokens(engine.generate(asked, seeds, sampling))
     alone = [engine.generate([p], [s], sampling)[0].tokens for p, s in zip(asked, seeds, strict=True)]
     assert together == alone
-    monkeypatch.setattr(megatron, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
+    monkeypatch.setattr(megatron_engine, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
     assert tokens(engine.generate(asked, seeds, sampling)) == together
     assert tokens(engine.generate(asked, [s + 1 for s in seeds], sampling)) != together
 
@@ -140,7 +141,7 @@ def test_decoding_in_place_gives_the_same_responses(
     """What CUDA replays as a graph, step by step on the CPU: rows end, leave the batch, and the cache grows."""
     asked, seeds = prompts(copies=8), range(48)
     expected = engine.generate(asked, seeds, sampling)
-    monkeypatch.setattr(static, "_LOOK", 7)
+    monkeypatch.setattr(in_place_decoding, "_LOOK", 7)
     engine.in_place = True
     selected = []
     select = Rows.select
@@ -160,7 +161,7 @@ def test_each_response_is_handed_over_once_when_its_row_ends(
 ) -> None:
     """... of several waves, too; in place, at the next look at the rows."""
     look, limit, calls = 7, 40, 0
-    monkeypatch.setattr(static, "_LOOK", look)
+    monkeypatch.setattr(in_place_decoding, "_LOOK", look)
     forward = engine.decoder.forward
 
     def counted(*arguments: Any) -> Any:
@@ -180,7 +181,7 @@ def test_each_response_is_handed_over_once_when_its_row_ends(
     assert [(i, r) for i, r, _ in sorted(handed, key=lambda entry: entry[0])] == list(enumerate(responses))
     for _, response, steps in handed:
         assert 0 <= steps - len(response.tokens) < (look if in_place else 1)
-    monkeypatch.setattr(megatron, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
+    monkeypatch.setattr(megatron_engine, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
     handed.clear()
     responses = engine.generate(asked, seeds, sampling, lambda i, r: handed.append((i, r, calls)))
     assert [(i, r) for i, r, _ in sorted(handed, key=lambda entry: entry[0])] == list(enumerate(responses))

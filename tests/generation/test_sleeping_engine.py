@@ -10,7 +10,7 @@ import pytest
 from arithmetic import right, sampled
 from torch import Tensor
 
-from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.external.engine import ExternalEngine
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 Start = Callable[..., ExternalEngine]

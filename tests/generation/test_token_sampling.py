@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.token_sampling import sample, uniforms
+from nemo_disco.generation.megatron.token_sampling import sample, uniforms
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
 

@@ -15,7 +15,7 @@ from training import train
 
 from nemo_disco import checkpoint
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.megatron import MegatronEngine
+from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy import hugging_face, layers, parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.external.replica import Place, Replica
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
 

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.external.replica import Place, Replica
 
 
 def main(host: str, python: str, model: str, directory: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import model_config, save_family
 from vllm_process import SHAPE, start_vllm
 
-from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.external.engine import ExternalEngine
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_disco.generation.engine import Response, SamplingParams
-from nemo_disco.generation.external import ExternalEngine
+from nemo_disco.generation.external.engine import ExternalEngine
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 
@@ -150,7 +150,7 @@ def test_a_refused_refit_leaves_an_engine_that_refuses_until_a_full_one(
 def test_a_swapped_pair_is_found_and_sent_anew(
     engine: ExternalEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from nemo_disco.generation.refit import Sender
+    from nemo_disco.generation.external.refit import Sender
 
     flush, spoilt = Sender._flush, []
 

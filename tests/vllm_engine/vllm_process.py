@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.generation.external import ExternalEngine
-from nemo_disco.generation.replica import Place, Replica
+from nemo_disco.generation.external.engine import ExternalEngine
+from nemo_disco.generation.external.replica import Place, Replica
 from nemo_disco.policy.policy import Policy
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"

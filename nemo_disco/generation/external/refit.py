@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_disco.generation.replica import Replica, ReplicaLostError
-from nemo_disco.generation.staging import Staging
+from nemo_disco.generation.external.replica import Replica, ReplicaLostError
+from nemo_disco.generation.external.staging import Staging
 from nemo_disco.generation.worker.rollout_worker.tensors import ALIGNMENT, Checksum, as_bytes
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 

@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from nemo_disco.generation.replica import Replica
+from nemo_disco.generation.external.replica import Replica
 from nemo_disco.generation.worker.rollout_worker.cuda import Broadcast, IpcMemory
 from nemo_disco.generation.worker.rollout_worker.weights import check_slots
 from nemo_disco.generation.worker.rollout_worker.wire import map_staging

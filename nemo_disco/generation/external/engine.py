@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_disco.generation.engine import Finished, Outstanding, Response, SamplingParams
-from nemo_disco.generation.refit import refit
-from nemo_disco.generation.replica import SILENCE_S, Replica, ReplicaLostError
+from nemo_disco.generation.external.refit import refit
+from nemo_disco.generation.external.replica import SILENCE_S, Replica, ReplicaLostError
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 from nemo_disco.runtime.errors import UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_disco.data.packing import round_up
-from nemo_disco.generation.decoder_weights import LayerWeights, decoder_weights
+from nemo_disco.generation.megatron.decoder_weights import LayerWeights, decoder_weights
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.policy.parallel import Ranks
 

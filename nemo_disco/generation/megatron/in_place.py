@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_disco.generation.decoder import Cache, Decoder
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.token_sampling import sample, uniforms
-from nemo_disco.generation.wave import WaveResponses
+from nemo_disco.generation.megatron.decoder import Cache, Decoder
+from nemo_disco.generation.megatron.token_sampling import sample, uniforms
+from nemo_disco.generation.megatron.wave import WaveResponses
 
 # Steps between two looks at which rows are done: each is a wait, and rows that ended meanwhile run on.
 _LOOK = 32

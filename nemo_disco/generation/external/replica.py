@@ -35,7 +35,7 @@ SILENCE_S = 600.0  # a worker at work speaks every few seconds
 _CLOSE_S = 5.0
 _POLL_S = 0.1
 _GREETING_S = 10.0  # until a connection has shown that it knows the secret
-_WORKER_PATH = Path(__file__).parent / "worker"
+_WORKER_PATH = Path(__file__).parent.parent / "worker"
 # What a launcher tells its ranks would make the engine join the training's process group; our packages are not its own.
 _NOT_ITS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 _OF_THE_JOB = ("SLURM_JOB_ID", "SLURM_CONF")

@@ -17,11 +17,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_disco.data.packing import round_up
-from nemo_disco.generation.decoder import GROWTH, Cache, Decoder
 from nemo_disco.generation.engine import Finished, Response, SamplingParams
-from nemo_disco.generation.static import Rows, StaticWave
-from nemo_disco.generation.token_sampling import sample, uniforms
-from nemo_disco.generation.wave import WaveResponses
+from nemo_disco.generation.megatron.decoder import GROWTH, Cache, Decoder
+from nemo_disco.generation.megatron.in_place import Rows, StaticWave
+from nemo_disco.generation.megatron.token_sampling import sample, uniforms
+from nemo_disco.generation.megatron.wave import WaveResponses
 from nemo_disco.policy.policy import Policy
 
 # Finished rows are carried along until they are this share: dropping rows copies the whole cache.
