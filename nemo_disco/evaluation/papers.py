@@ -1,6 +1,6 @@
-"""The papers' table: our sets in their order, beside what the papers report, and AES against a reference.
+"""Tables that compare evaluations with the papers' reported scores, and with a reference run by AES.
 
-The papers' rows are the averages over the six sets of arXiv 2505.12366 (8k tokens in training and evaluation).
+The reported rows are averages over the six sets of arXiv 2505.12366 (8k tokens in training and evaluation).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SETS = {
     "olympiad_bench": "O-Bench",
 }
 _METHODS = ("base model", "GRPO", "GRPO-ER", "Dr. GRPO", "DAPO", "TRPA", "DisCO (L-ratio)", "DisCO (log-L)")
-# By the model that was trained: its architecture and hidden size.
+# (architecture, hidden size) of the trained model -> its name, and the average score of each of _METHODS.
 REPORTED: dict[tuple[str, int], tuple[str, tuple[float, ...]]] = {
     ("qwen2", 1536): ("DeepSeek-R1-Distill-Qwen-1.5B", (0.376, 0.457, 0.460, 0.443, 0.473, 0.470, 0.524, 0.533)),
     ("qwen2", 3584): ("DeepSeek-R1-Distill-Qwen-7B", (0.513, 0.592, 0.593, 0.575, 0.570, 0.578, 0.627, 0.625)),
@@ -32,18 +32,18 @@ REPORTED: dict[tuple[str, int], tuple[str, tuple[float, ...]]] = {
 
 
 def papers_table(results: Sequence[EvaluationResult], model: tuple[str, int]) -> str:
-    """Pass@1 of each set in the papers' order, others behind, and the average over the six where all are there; then
-    the papers' rows, if `model` (architecture, hidden size) is one of theirs."""
+    """Pass@1 of each set, the papers' sets first and in their order, and the average over their six if all are there;
+    then the papers' rows, if `model` (architecture, hidden size) is one of theirs."""
     by_name = {result.name: result for result in results}
     names = [name for name in SETS if name in by_name] + [name for name in by_name if name not in SETS]
     titles = [SETS.get(name, name) for name in names]
     scores = [float(avg_at_k(by_name[name].correct).mean()) for name in names]
-    whole = by_name.keys() >= SETS.keys()
-    average = f"{np.mean([s for n, s in zip(names, scores, strict=True) if n in SETS]):.3f}" if whole else "-"
+    complete = by_name.keys() >= SETS.keys()
+    average = f"{np.mean([s for n, s in zip(names, scores, strict=True) if n in SETS]):.3f}" if complete else "-"
     rows = [["Pass@1", *titles, "Avg. of six"], ["this model", *(f"{s:.3f}" for s in scores), average]]
     if model in REPORTED:
-        trained, reported = REPORTED[model]
-        rows.append([f"reported for {trained} (arXiv 2505.12366):", *[""] * len(names), ""])
+        model_name, reported = REPORTED[model]
+        rows.append([f"reported for {model_name} (arXiv 2505.12366):", *[""] * len(names), ""])
         rows += [[f"  {m}", *["-"] * len(names), f"{v:.3f}"] for m, v in zip(_METHODS, reported, strict=True)]
     first = max(len(row[0]) for row in rows if row[-1])
     widths = [first, *(max(len(row[i]) for row in rows) for i in range(1, len(rows[0])))]
@@ -57,7 +57,7 @@ def papers_table(results: Sequence[EvaluationResult], model: tuple[str, int]) ->
 def print_tables(
     results: Sequence[EvaluationResult], reference: Mapping[str, EvaluationResult], model: tuple[str, int]
 ) -> None:
-    """The papers' table, where one of its sets was evaluated, and what the reference has in common with it."""
+    """Print the papers' table if one of the papers' sets was evaluated, and the AES table if there is a reference."""
     if any(result.name in SETS for result in results):
         print(papers_table(results, model))
     if reference:
@@ -65,25 +65,25 @@ def print_tables(
 
 
 def print_estimates(result: EvaluationResult) -> None:
-    """Every statistic of one set with its 95% interval, and pass@k for the k between."""
+    """Print every statistic of one set with its 95% interval, and pass@k for powers of two between 1 and K."""
     print(f"{result.name}: {result.problems} problems x {result.samples} samples")
-    between = {f"pass@{k}": e for k, e in result.pass_curve().items() if 1 < k < result.samples}
-    for name, e in {**result.estimates(), **between}.items():
+    pass_k = {f"pass@{k}": e for k, e in result.pass_curve().items() if 1 < k < result.samples}
+    for name, e in {**result.estimates(), **pass_k}.items():
         if e is not None:
             print(f"  {name:<10} {e.value:.4f}  95% [{e.low:.4f}, {e.high:.4f}]")
 
 
 def read_reference(directory: Path) -> dict[str, EvaluationResult]:
-    """The latest evaluation of each set in a run directory, or in a directory of evaluations. Raises UserError."""
+    """Set -> its latest evaluation, in a run directory or a directory of evaluations. Raises UserError if none is."""
     places = [directory / "evaluation", directory / "evaluate", directory]
-    found = next((results for place in places if (results := read_evaluations(place))), None)
-    if found is None:
-        raise UserError(f"evaluation.reference={directory}: no evaluation there (SET.step_N.json)")
-    return {result.name: result for result in found}  # by step: the last of each set
+    results = next((results for place in places if (results := read_evaluations(place))), None)
+    if results is None:
+        raise UserError(f"evaluation.reference={directory}: no evaluation there; give a directory with SET.step_N.json")
+    return {result.name: result for result in results}  # sorted by step, so the last of each set stays
 
 
 def efficiency_table(results: Sequence[EvaluationResult], reference: Mapping[str, EvaluationResult]) -> str:
-    """Length, accuracy and AES of each set that the reference has too, and their mean."""
+    """Table of length, accuracy and AES of each set that the reference has too, and the mean AES."""
     lines, scores = [f"{'AES':<16}{'length':>10}{'ref.':>10}{'Pass@1':>9}{'ref.':>9}{'AES':>9}"], []
     for result in results:
         if (other := reference.get(result.name)) is None:

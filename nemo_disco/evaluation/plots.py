@@ -1,4 +1,4 @@
-"""PNG plots and one CSV of several runs, for papers and spreadsheets. matplotlib is imported only here."""
+"""PNG plots and a CSV of several runs' metrics, for papers and spreadsheets. Only this module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PLOTS = {
 
 
 def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
-    """Write metrics.csv (run, step, metric, value) and a PNG of each metric and evaluation set that there is; their
-    paths. Raises UserError as read_runs does, and without matplotlib."""
+    """Write metrics.csv (run, step, metric, value) and a PNG for each metric of PLOTS and each evaluation set; return
+    their paths. Raises UserError as read_runs does, and without matplotlib."""
     try:
         import matplotlib
 
@@ -39,8 +39,8 @@ def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
     for name, title in [*PLOTS.items(), *((f"pass@1 {s}", f"Pass@1, {s}") for s in sets)]:
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
-        drawn = [_draw(axes, run, name, f"C{i % 10}") for i, run in enumerate(runs)]
-        if not any(drawn):
+        has_curve = [_draw(axes, run, name, f"C{i % 10}") for i, run in enumerate(runs)]
+        if not any(has_curve):
             continue
         if name == "policy/kl" and (deltas := {run.delta for run in runs if run.delta is not None}):
             for delta in deltas:
@@ -55,7 +55,7 @@ def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
 
 
 def _draw(axes: object, run: Run, name: str, color: str) -> bool:
-    """A run's curve; whether there was one. Evaluations have their 95% intervals."""
+    """Draw a run's curve, an evaluation's with its 95% intervals. Returns False if the run has no values."""
     if name.startswith("pass@1 "):
         results = [result for result in run.evaluations if result.name == name.removeprefix("pass@1 ")]
         estimates = [bootstrap(result.correct.mean(axis=1)) for result in results]

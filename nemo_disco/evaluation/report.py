@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML page over one or several run directories, which needs no network.
+"""The report: one self-contained HTML page on one or several run directories, which needs no network.
 
-Tables are made here, curves and the rollout browser by assets/*.js in the reader's browser from data inside the page.
+Tables are rendered here; curves and the rollout browser by assets/*.js in the reader's browser, from data in the page.
 Writes the page and nothing else.
 """
 
@@ -26,7 +26,8 @@ PHASES = ("generate", "grade", "log_probs", "train", "refit")
 
 @dataclass(frozen=True)
 class AccuracyTable:
-    """Before and after of one set of one run; `steps` is (before, after), `note` says what else differs, or nothing."""
+    """Before/after table of one set of a run. run: its number; name: of the set; steps: of the two evaluations; note:
+    on differences between them apart from the weights, or ""."""
 
     run: int
     label: str
@@ -38,24 +39,22 @@ class AccuracyTable:
 
 
 @dataclass(frozen=True)
-class Glance:
-    """One run in one line of the overview."""
+class RunSummary:
+    """A run's line in the overview. constraint: number of steps in which it was active."""
 
     label: str
     steps: str
     reward: str
-    fired: str
+    constraint: str
     step_time: str
     total_time: str
 
 
 def write_report(run_dirs: list[Path], out: Path | None = None, reload_s: int | None = None) -> Path:
-    """Write the page (default: report.html in the first run directory) and give its path.
+    """Write the page (default: report.html in the first run directory) and return its path.
 
-    reload_s: seconds after which an open page loads itself anew.
-
-    Raises UserError if a directory is not a run's, or if the page cannot be written. Missing parts of a run are noted
-    on the page.
+    reload_s: seconds after which an open page reloads itself. Raises UserError if a directory is not a run's, or if the
+    page cannot be written. The page notes missing parts of a run.
     """
     runs = read_runs(run_dirs)
     path = out or runs[0].directory.report
@@ -66,7 +65,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None, reload_s: int | 
 
 
 def render(runs: list[Run], reload_s: int | None = None) -> str:
-    """The page as text."""
+    """The page as HTML text."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -82,23 +81,23 @@ def render(runs: list[Run], reload_s: int | None = None) -> str:
         rollout_note=packed.note,
         runs=runs,
         reload_s=reload_s,
-        made=time.strftime("%Y-%m-%d %H:%M"),
-        glances=[_glance(run) for run in runs],
+        created=time.strftime("%Y-%m-%d %H:%M"),
+        summaries=[_summarize(run) for run in runs],
         tables=accuracy_tables(runs),
         header=HEADER,
         config_keys=keys,
         differing=differing,
-        shown=_shown,
+        setting=_setting,
     )
 
 
 def accuracy_tables(runs: list[Run]) -> list[AccuracyTable]:
-    """For each run and set, the first evaluation against the last; a set evaluated once is shown as it is."""
+    """A table for each run and set: its first evaluation against its last; no change for a set evaluated only once."""
     tables = []
     for number, run in enumerate(runs):
         for name in dict.fromkeys(r.name for r in run.evaluations):
-            of_set = [r for r in run.evaluations if r.name == name]
-            first, last = of_set[0], of_set[-1]
+            results = [r for r in run.evaluations if r.name == name]
+            first, last = results[0], results[-1]
             rows = compare(first, last)
             if first is last:
                 rows = [Row(row.metric, row.before, None, None) for row in rows]
@@ -118,32 +117,32 @@ def _run_data(run: Run) -> dict[str, Any]:
 
 
 def _accuracy(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """For each set: step, value, low, high; without intervals where only metrics.jsonl knows the value."""
+    """Set -> points (step, value, low, high) of its Pass@1; without an interval if only metrics.jsonl has the value."""
     points: dict[str, dict[int, dict[str, Any]]] = {}
     for name in run.names:
         if name.startswith("eval/") and name.endswith("/pass@1"):
-            of_set = points.setdefault(name.removeprefix("eval/").removesuffix("/pass@1"), {})
+            by_step = points.setdefault(name.removeprefix("eval/").removesuffix("/pass@1"), {})
             for step, value in zip(run.steps, run.series(name), strict=True):
                 if value is not None:
-                    of_set[step] = {"step": step, "value": value, "low": value, "high": value}
+                    by_step[step] = {"step": step, "value": value, "low": value, "high": value}
     for result in run.evaluations:
         per_problem = result.per_problem()["pass@1"]
         assert per_problem is not None
         estimate: Estimate = bootstrap(per_problem)
         points.setdefault(result.name, {})[result.step] = {"step": result.step, **vars(estimate)}
-    return {name: [of_set[step] for step in sorted(of_set)] for name, of_set in points.items()}
+    return {name: [by_step[step] for step in sorted(by_step)] for name, by_step in points.items()}
 
 
-def _glance(run: Run) -> Glance:
+def _summarize(run: Run) -> RunSummary:
     times = [t for t in run.series("time/step") if t is not None]
     rewards = [r for r in run.series("reward/mean") if r is not None]
     active = [a for a in run.series("constraint/active") if a is not None]
-    tail = rewards[-max(1, len(rewards) // 10) :]
-    return Glance(
+    last_tenth = rewards[-max(1, len(rewards) // 10) :]
+    return RunSummary(
         label=run.label,
         steps=f"{run.steps[-1]:,}" if run.steps else "-",
-        reward=f"{rewards[0]:.3f} → {sum(tail) / len(tail):.3f}" if rewards else "-",
-        fired=f"{sum(a > 0 for a in active):,} of {len(active):,}" if active else "-",
+        reward=f"{rewards[0]:.3f} → {sum(last_tenth) / len(last_tenth):.3f}" if rewards else "-",
+        constraint=f"{sum(a > 0 for a in active):,} of {len(active):,}" if active else "-",
         step_time=f"{sum(times) / len(times):,.1f} s" if times else "-",
         total_time=f"{sum(times) / 3600:,.2f} h"
         if sum(times) >= 3600
@@ -154,20 +153,20 @@ def _glance(run: Run) -> Glance:
 
 
 def _configuration(runs: list[Run]) -> tuple[list[str], list[str]]:
-    """All keys, and those on which the runs that have a configuration differ."""
-    known = [run.config for run in runs if run.config]
-    keys = sorted(dict.fromkeys(key for config in known for key in config))
-    return keys, [key for key in keys if len({_shown(config, key) for config in known}) > 1]
+    """All configuration keys of the runs, and those whose values differ between runs with a configuration."""
+    configs = [run.config for run in runs if run.config]
+    keys = sorted(dict.fromkeys(key for config in configs for key in config))
+    return keys, [key for key in keys if len({_setting(config, key) for config in configs}) > 1]
 
 
-def _shown(config: dict[str, Any], key: str) -> str:
+def _setting(config: dict[str, Any], key: str) -> str:
     if key not in config:
         return "(not set)"
     return json.dumps(config[key], ensure_ascii=False, default=str)  # YAML has values that JSON lacks
 
 
 def _for_script_tag(data: Any) -> str:
-    """JSON that cannot end the script element it stands in, whatever the texts hold."""
+    """JSON text that cannot close the script element around it, whatever texts it contains."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

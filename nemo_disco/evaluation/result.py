@@ -1,6 +1,6 @@
-"""What one evaluation of one set found: the raw matrices, so that every statistic can be computed again later.
+"""Result of evaluating one set at one step, as raw matrices, so that every statistic can be computed again later.
 
-Written as JSON into RUN/evaluation/. Reads and writes files it is told of, nothing else.
+A result is a JSON file in RUN/evaluation/. Reads and writes only files that the caller names.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Bit = Literal[0, 1]
 Vote = Annotated[int, Field(ge=-1, le=2**31)]
 
 
-class _Saved(TypedDict):
-    """The file of an evaluation: what is read of it."""
+class _SavedResult(TypedDict):
+    """The fields of an evaluation's file that are read."""
 
     name: str
     step: Count
@@ -42,13 +42,13 @@ class _Saved(TypedDict):
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """P problems in the set's order, K samples each.
+    """Verdicts and lengths of K samples of each of P problems, in the set's order.
 
-    name: the set; step: the training step of the weights (0: before training).
+    name: of the set; step: training step of the weights (0: before training).
     correct [P, K] bool; lengths [P, K] int64, response tokens; truncated [P, K] bool: cut by the length limit.
-    greedy_correct [P] bool, or None if nothing was sampled greedily.
-    votes [P, K] int64, or None: equal within a problem where the answers are equal, -1 where there is none.
-    identity: what decided the samples and verdicts, as JSON; None of what was written by hand.
+    greedy_correct [P] bool, or None without greedy samples.
+    votes [P, K] int64, or None: samples of a problem with equal answers have equal numbers, those without an answer -1.
+    identity: all settings and data that decide samples and verdicts, as JSON; None in a file written by hand.
     Raises ValueError if the shapes disagree.
     """
 
@@ -87,9 +87,9 @@ class EvaluationResult:
         return len(self.correct[0])
 
     def per_problem(self) -> dict[str, NDArray[np.float64] | None]:
-        """[P] each problem's value of each statistic, by name; None where it was not measured."""
+        """Statistic -> [P] its value for each problem, or None if it was not measured."""
         greedy = self.greedy_correct
-        # With one sample a problem, pass@k would repeat Pass@1.
+        # With one sample of each problem, pass@k would repeat Pass@1.
         pass_k = {f"pass@{self.samples}": pass_at_k(self.correct, self.samples)} if self.samples > 1 else {}
         if self.votes is not None and self.samples > 1:
             pass_k[f"maj@{self.samples}"] = maj_at_k(self.correct, self.votes)
@@ -102,20 +102,20 @@ class EvaluationResult:
         }
 
     def pass_curve(self) -> dict[int, Estimate]:
-        """pass@k for k = 1, 2, 4, ... up to the samples, and for all of them."""
+        """k -> pass@k, for the powers of two below K and for K itself."""
         powers = [2**i for i in range(self.samples.bit_length()) if 2**i < self.samples]
         return {k: bootstrap(pass_at_k(self.correct, k)) for k in [*powers, self.samples]}
 
     def estimates(self) -> dict[str, Estimate | None]:
-        """Each statistic's mean over problems with its bootstrap 95% interval."""
+        """Statistic -> its mean over problems with its bootstrap 95% interval, or None if it was not measured."""
         return {name: None if v is None else bootstrap(v) for name, v in self.per_problem().items()}
 
     def metrics(self) -> dict[str, float]:
-        """For metrics.jsonl: eval/<set>/pass@1 and its siblings."""
+        """The statistics' means under their names in metrics.jsonl: eval/<set>/pass@1, ..."""
         return {f"eval/{self.name}/{k}": float(v.mean()) for k, v in self.per_problem().items() if v is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; the verdicts as 0 and 1, and a summary for people at the top."""
+        """The result as a JSON object, verdicts as 0 and 1, with a `summary` of the estimates for human readers."""
         summary = {name: None if e is None else [e.value, e.low, e.high] for name, e in self.estimates().items()}
         return {
             "name": self.name,
@@ -133,40 +133,40 @@ class EvaluationResult:
 
     @classmethod
     def from_json(cls, mapping: dict[str, Any]) -> EvaluationResult:
-        """The inverse of to_json. Raises KeyError or ValueError if the object is not one."""
+        """Inverse of to_json. Raises KeyError or ValueError if the object is not a result."""
         return cls(**{f.name: mapping[f.name] for f in fields(cls) if f.default is MISSING or f.name in mapping})
 
 
 def file_stem(name: str) -> str:
-    """The name of a set in the names of its files."""
+    """The set's name with only the characters that its file names may have."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
 def evaluation_file(directory: Path, name: str, step: int) -> Path:
-    """Where the evaluation of a set after so many steps stands."""
+    """Path of the result of a set at a training step."""
     return directory / f"{file_stem(name)}.step_{step}.json"
 
 
 def write_evaluation(directory: Path, result: EvaluationResult) -> Path:
-    """Write directory/<set>.step_<N>.json whole and give its path; an earlier one of that step is replaced."""
+    """Write directory/<set>.step_<N>.json atomically, replacing an earlier one, and return its path."""
     path = evaluation_file(directory, result.name, result.step)
     write_atomically(path, json.dumps(result.to_json()) + "\n")
     return path
 
 
 def read_evaluation(path: Path) -> EvaluationResult:
-    """Raises FileError (a UserError) if the file is not an evaluation."""
-    saved: Any = read_json(path, _Saved)
+    """The result in a file. Raises FileError (a UserError) if it is not an evaluation."""
+    saved: Any = read_json(path, _SavedResult)
     try:
         return EvaluationResult.from_json(saved)
-    except ValueError as error:  # matrices of several shapes
+    except ValueError as error:  # matrices of different shapes
         raise FileError(path, f"not an evaluation result: {error}") from None
 
 
 def read_evaluations(directory: Path, note: Callable[[str], Any] = log.warning) -> list[EvaluationResult]:
-    """Every evaluation of a run, by set and then by step; empty if there is none.
+    """Results in a run's evaluation directory, sorted by set and step.
 
-    note: is told of each file that is damaged, which is left out.
+    note: called with a message for each damaged file, which is left out.
     """
     results = []
     for path in sorted(directory.glob("*.json")):

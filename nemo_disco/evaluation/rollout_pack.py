@@ -1,6 +1,5 @@
-"""Packing saved rollouts into the report: a small index, always there, and texts in compressed chunks, read on demand.
-
-So that 20,000 responses open at once. Pure: rollouts in, strings out.
+"""Packing of saved rollouts for the report: a small index, and texts in compressed chunks that the page unpacks on
+demand, so that a page with 20,000 responses opens at once. Pure: rollouts in, strings out.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ from nemo_disco.evaluation.saved_tokens import unpack_values, unpack_widths
 SNIPPET = 140  # characters of a question in the list
 CHUNK = 1_500_000  # characters of text that the page unpacks at a time
 TEXT_BUDGET = 100_000_000  # characters of responses in one page: about 40 MB of HTML
-TOKEN_COST = 4  # characters of text that the values of one token weigh as much as
-LEVELS = 99  # of a token's value on either side of 0, of the response's largest
+TOKEN_COST = 4  # characters of text that take as much space as the values of one token
+LEVELS = 99  # quantization levels of token values on each side of 0
 
 
 @dataclass(frozen=True)
-class Packed:
-    """index: columns over groups and, flat, their responses; chunks: base64 of gzipped JSON; tokens: beside each chunk
-    the values of its tokens, packed alike, "" where none were saved; note: what was cut."""
+class PackedRollouts:
+    """index: columns with an entry for each group, or for each response of all groups; chunks: texts of groups as
+    base64 of gzipped JSON; tokens: for each chunk its token values in the same form, "" if none were saved; note: a
+    message on responses that were cut, or None."""
 
     index: dict[str, list[Any]]
     chunks: list[str]
@@ -36,33 +36,24 @@ class Packed:
     note: str | None
 
 
-def pack_rollouts(runs: list[Run], budget: int = TEXT_BUDGET) -> Packed:
-    """Group the responses of all runs by (run, step, question).
+def pack_rollouts(runs: list[Run], budget: int = TEXT_BUDGET) -> PackedRollouts:
+    """Pack the responses of all runs, in groups of one (run, step, question).
 
-    Where the responses hold more than `budget` characters, the middle of the longest is cut, and `note` says so.
+    If the responses have more than `budget` characters in all, the longest ones are cut in their middle.
     """
-    every = [r for run in runs for _, rollouts in run.rollouts for r in rollouts]
-    lengths = [len(_text(r.get("response"))) for r in every]
-    values = TOKEN_COST * sum(int(finite(r.get("length")) or 0) for r in every if "token_widths" in r)
-    limit = _longest_allowed(lengths, budget * sum(lengths) // max(1, sum(lengths) + values))
+    all_rollouts = [r for run in runs for _, rollouts in run.rollouts for r in rollouts]
+    lengths = [len(_text(r.get("response"))) for r in all_rollouts]
+    values = TOKEN_COST * sum(int(finite(r.get("length")) or 0) for r in all_rollouts if "token_widths" in r)
+    limit = _length_limit(lengths, budget * sum(lengths) // max(1, sum(lengths) + values))
     columns = (
-        "run",
-        "step",
-        "question_id",
-        "snippet",
-        "chunk",
-        "slot",
-        "size",
-        "reward",
-        "correct",
-        "length",
-        "truncated",
+        *("run", "step", "question_id", "snippet", "chunk", "slot", "size"),  # of groups
+        *("reward", "correct", "length", "truncated"),  # of responses
     )
     index: dict[str, list[Any]] = {name: [] for name in columns}
     chunks: list[str] = []
     tokens: list[str] = []
     pending: list[list[dict[str, Any]]] = []
-    held = 0
+    characters = 0
 
     def flush() -> None:
         chunks.append(_compress([_texts(group, limit) for group in pending]))
@@ -73,21 +64,22 @@ def pack_rollouts(runs: list[Run], budget: int = TEXT_BUDGET) -> Packed:
     for run, step, question_id, group in _groups(runs):
         _add_to_index(index, run, step, question_id, group, chunk=len(chunks), slot=len(pending))
         pending.append(group)
-        held += sum(min(len(_text(r.get("response"))), limit) for r in group) + len(_text(group[0].get("prompt")))
-        if held > CHUNK:
+        characters += sum(min(len(_text(r.get("response"))), limit) for r in group) + len(_text(group[0].get("prompt")))
+        if characters > CHUNK:
             flush()
-            held = 0
+            characters = 0
     if pending:
         flush()
     cut = sum(length > limit for length in lengths)
     note = (
-        f"{cut:,} of {len(lengths):,} responses are longer than {limit:,} characters: their middle is left out of this "
-        "page and stands in rollouts/step_N.jsonl."
+        f"{cut:,} of {len(lengths):,} responses are longer than {limit:,} characters: this page leaves out their "
+        "middle; the whole text is in rollouts/step_N.jsonl."
     )
-    return Packed(index, chunks, tokens, note if cut else None)
+    return PackedRollouts(index, chunks, tokens, note if cut else None)
 
 
 def _groups(runs: list[Run]) -> Iterator[tuple[int, int, Any, list[dict[str, Any]]]]:
+    """Run number, step, question id (None if it is not a plain value) and rollouts of each group."""
     for number, run in enumerate(runs):
         for step, rollouts in run.rollouts:
             groups: dict[str, list[dict[str, Any]]] = {}
@@ -108,8 +100,8 @@ def _add_to_index(
     slot: int,
 ) -> None:
     question = _text(group[0].get("question", group[0].get("prompt")))
-    of_group = {"run": run, "step": step, "question_id": question_id, "snippet": " ".join(question[:SNIPPET].split())}
-    for name, value in (of_group | {"chunk": chunk, "slot": slot, "size": len(group)}).items():
+    row = {"run": run, "step": step, "question_id": question_id, "snippet": " ".join(question[:SNIPPET].split())}
+    for name, value in (row | {"chunk": chunk, "slot": slot, "size": len(group)}).items():
         index[name].append(value)
     for rollout in group:
         for name in ("reward", "length"):
@@ -129,7 +121,7 @@ def _texts(group: list[dict[str, Any]], limit: int) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A text as it is; alternatives (a list of answers) joined; anything else as JSON."""
+    """The value as text: alternatives (a list of answers) joined, anything but text as JSON."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, list):
@@ -149,8 +141,8 @@ def _gap(characters: int) -> str:
 
 
 def _token_values(rollout: dict[str, Any], limit: int) -> dict[str, Any] | None:
-    """Of the response as `_cut` leaves it: widths, how much of the text each token makes in JavaScript's UTF-16 units,
-    and its weight and log_ratio. None where they were not saved, or do not fit the response."""
+    """Values of the tokens of a response that `_cut` may shorten: widths, the UTF-16 code units (JavaScript's lengths)
+    of text that each token adds, weight and log_ratio. None if they were not saved or do not match the response."""
     saved, text = unpack_widths(rollout.get("token_widths")), _text(rollout.get("response"))
     if not saved or sum(saved) != len(text):
         return None
@@ -161,43 +153,43 @@ def _token_values(rollout: dict[str, Any], limit: int) -> dict[str, Any] | None:
         half, gap = limit // 2, len(text) - 2 * (limit // 2)
         ends = widths.cumsum()
         before, after = np.minimum(ends, half), np.maximum(ends - half - gap, 0)
-        first = int((ends - widths < half).sum())  # tokens that begin before the gap
-        last = int((ends <= half + gap).sum())  # tokens that end in it
+        first = int((ends - widths < half).sum())  # number of tokens that begin before the gap
+        last = int((ends <= half + gap).sum())  # number of tokens that end before the text after it
         head = np.diff(before[:first], prepend=0)
         tail = np.diff(after[last:], prepend=0)
         widths = np.concatenate([head, [len(_gap(gap))], tail])
         values = {n: None if v is None else np.concatenate([v[:first], [0.0], v[last:]]) for n, v in values.items()}
-    return {"widths": _in_utf16(widths, _cut(text, limit))} | {
-        n: _levels(v) for n, v in values.items() if v is not None
-    }
+    quantized = {name: _quantize(v) for name, v in values.items() if v is not None}
+    return {"widths": _utf16_widths(widths, _cut(text, limit))} | quantized
 
 
-def _in_utf16(widths: NDArray[np.int_], text: str) -> list[int]:
+def _utf16_widths(widths: NDArray[np.int_], text: str) -> list[int]:
+    """Widths in UTF-16 code units, from widths in characters: a character above U+FFFF has two units."""
     if text and max(text) > "\uffff":
         wide = [i for i, character in enumerate(text) if character > "\uffff"]
-        owner = np.searchsorted(widths.cumsum(), wide, side="right")
-        widths = widths + np.bincount(owner, minlength=len(widths))
-    listed: list[int] = widths.tolist()
-    return listed
+        token = np.searchsorted(widths.cumsum(), wide, side="right")
+        widths = widths + np.bincount(token, minlength=len(widths))
+    units: list[int] = widths.tolist()
+    return units
 
 
-def _levels(values: NDArray[np.float64]) -> dict[str, Any]:
-    """As whole numbers of a unit, which pack well; `all` where every token has the same."""
+def _quantize(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Values as integer `levels` of a `unit`, which compress well; `all`, a single value, if all are equal."""
     top = float(np.abs(values).max(initial=0.0))
     if np.ptp(values) == 0:
         return {"all": float(f"{values[0]:.3g}")}
-    return {"unit": float(f"{top / LEVELS:.3g}"), "of": np.rint(values / top * LEVELS).astype(int).tolist()}
+    return {"unit": float(f"{top / LEVELS:.3g}"), "levels": np.rint(values / top * LEVELS).astype(int).tolist()}
 
 
-def _longest_allowed(lengths: list[int], budget: int) -> int:
-    """The largest limit under which the texts, each cut to it, fit into the budget."""
-    left = budget
+def _length_limit(lengths: list[int], budget: int) -> int:
+    """The largest limit with which the texts, each cut to it, fit into the budget."""
+    remaining = budget
     ordered = sorted(lengths)
     for i, length in enumerate(ordered):
-        share = left // (len(ordered) - i)
+        share = remaining // (len(ordered) - i)
         if length > share:
             return max(share, 2)
-        left -= length
+        remaining -= length
     return max(ordered, default=0)
 
 

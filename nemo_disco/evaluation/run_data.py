@@ -1,6 +1,6 @@
-"""Reading run directories for the report: what is there is read, what is missing or torn is noted, never guessed.
+"""Reading of run directories for the report; missing and damaged parts are noted, never guessed.
 
-Touches only files of the run directories it is given, read only.
+Only reads, and only files of the run directories that the caller names.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.saved_files import FileError, read_json_lines
 from nemo_disco.runtime.sinks import MetricsLine
 
-NOTED = 3  # damaged lines of a file that are named
+MAX_NOTED = 3  # damaged lines of a file that get a note each
 ROLLOUT_FILE = re.compile(r"step_(\d+)\.jsonl$")
 
 
 @dataclass
 class Run:
-    """One run. metrics: one mapping a step, by step; config: dotted keys; rollouts: (step, the file's objects)."""
+    """A run's saved data. metrics: a mapping for each step, ascending; config: by dotted keys; rollouts: (step, its
+    rollouts); notes: messages on missing and damaged parts."""
 
     label: str
     directory: RunDirectory
@@ -40,24 +41,24 @@ class Run:
         return [line["step"] for line in self.metrics]
 
     def series(self, name: str) -> list[float | None]:
-        """[steps] a metric's values; None where it is absent or not finite."""
+        """[steps] values of a metric; None where it is absent or not finite."""
         return [finite(line.get(name)) for line in self.metrics]
 
     @property
     def names(self) -> list[str]:
-        """The metrics that hold at least one number, in order of appearance."""
-        found = dict.fromkeys(k for line in self.metrics for k, v in line.items() if finite(v) is not None)
-        return [name for name in found if name != "step"]
+        """Names of the metrics with at least one finite value, in order of appearance."""
+        names = dict.fromkeys(k for line in self.metrics for k, v in line.items() if finite(v) is not None)
+        return [name for name in names if name != "step"]
 
     @property
     def delta(self) -> float | None:
-        """The KL limit, as logged, else as configured."""
+        """The KL limit: the last logged one, else the configured one."""
         logged = [v for v in self.series("constraint/delta") if v is not None]
         return logged[-1] if logged else finite(self.config.get("algorithm.constraint.delta"))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Raises UserError if there is none, or if one of them is not a run directory."""
+    """The data of each run directory. Raises UserError for no paths, and for a path that is not a run directory."""
     if not paths:
         raise UserError("no run directory given; nemo-disco report RUN [RUN ...]")
     return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
@@ -80,13 +81,13 @@ def _read_run(path: Path, label: str) -> Run:
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest endings of the paths that are all different."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(p[-depth:]) for p in parts]
         if len(set(labels)) == len(labels):
             return labels
-    raise UserError(f"the same run directory twice: {', '.join(map(str, paths))}")
+    raise UserError(f"the same run directory twice: {', '.join(map(str, paths))}; name each once")
 
 
 def _read_metrics(run: Run) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def _read_metrics(run: Run) -> list[dict[str, Any]]:
     if not path.exists():
         run.notes.append("No metrics.jsonl: no curves for this run.")
         return []
-    # A step that appears twice counts as it was written last.
+    # Of a step that appears twice, the last line counts.
     by_step = {line["step"]: line for line in _json_lines(path, run.notes, MetricsLine)}
     if not by_step:
         run.notes.append("metrics.jsonl holds no step yet.")
@@ -127,18 +128,18 @@ def _read_rollouts(run: Run) -> Iterator[tuple[int, list[dict[str, Any]]]]:
 
 
 def _json_lines(path: Path, notes: list[str], shape: type[Any]) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; of lines that are none the first are noted."""
+    """The JSON objects of a file, one in each line; `notes` gets messages on the damaged lines, which are left out."""
     objects, faults = [], 0
     try:
         for line in read_json_lines(path, shape):
             if not line.fault:
                 objects.append(line.value)
-            elif (faults := faults + 1) <= NOTED:
-                torn = "" if line.raw.endswith(b"\n") else " (torn: the run died, or is still writing it)"
-                notes.append(f"{path.name}: line {line.number} is left out{torn}: {line.fault}.")
+            elif (faults := faults + 1) <= MAX_NOTED:
+                cause = "" if line.raw.endswith(b"\n") else " (incomplete: the run died, or is still writing it)"
+                notes.append(f"{path.name}: line {line.number} is left out{cause}: {line.fault}.")
     except FileError as fault:
         notes.append(f"{path.name}: {fault.what}.")
-    if faults > NOTED:
+    if faults > MAX_NOTED:
         notes.append(f"{path.name}: {faults:,} lines in all are left out.")
     return objects
 
@@ -152,6 +153,6 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def finite(value: Any) -> float | None:
-    """The value as a number, or None if it is not a finite one."""
-    whole = isinstance(value, int) and abs(value) < 2**1000  # JSON's may be beyond what a float holds
-    return float(value) if whole or (isinstance(value, float) and math.isfinite(value)) else None
+    """The value as a float, or None if it is not a finite number."""
+    small_int = isinstance(value, int) and abs(value) < 2**1000  # an int in JSON may be larger than any float
+    return float(value) if small_int or (isinstance(value, float) and math.isfinite(value)) else None

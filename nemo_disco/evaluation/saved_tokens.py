@@ -1,6 +1,6 @@
-"""How a rollouts file holds a value a token: as base64 of little-endian numbers, small in the file and in memory.
+"""Encoding of one value for each token in rollout files: base64 of little-endian numbers, small on disk and in memory.
 
-Pure; the training loop writes with it and the report reads.
+Pure; the training loop packs and the report unpacks.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-LARGEST = 65504.0  # of float16
+FLOAT16_MAX = 65504.0
 
 
 def pack_widths(widths: Sequence[int]) -> str:
-    """How many characters of the response each token makes; 0 for one that only ends a character or the response."""
+    """Encode the number of characters of the response that each token adds, 0 for a token that adds none."""
     return base64.b64encode(np.asarray(widths, "<u2").tobytes()).decode("ascii")
 
 
 def pack_values(values: ArrayLike) -> str | float:
-    """A value a token, in float16 (3 digits); the number alone where all tokens have the same."""
+    """Encode one value for each token as float16 (3 digits); as a single number if all are equal to 3 digits."""
     numbers = np.asarray(values, np.float64)
     if len(numbers) and np.ptp(numbers) <= 1e-3 * np.abs(numbers).max():
         return float(f"{numbers.mean():.3g}")
-    return base64.b64encode(numbers.clip(-LARGEST, LARGEST).astype("<f2").tobytes()).decode("ascii")
+    return base64.b64encode(numbers.clip(-FLOAT16_MAX, FLOAT16_MAX).astype("<f2").tobytes()).decode("ascii")
 
 
 def unpack_widths(saved: Any) -> list[int] | None:
-    """What `pack_widths` was given; None if this is nothing that it made."""
+    """Inverse of `pack_widths`; None if `saved` does not come from it."""
     numbers = _numbers(saved, "<u2")
     return None if numbers is None else [int(n) for n in numbers]
 
 
 def unpack_values(saved: Any, count: int) -> NDArray[np.float64] | None:
-    """[count] what `pack_values` was given, finite numbers; None if this is nothing that it made of so many."""
+    """[count] inverse of `pack_values`; None if `saved` does not hold so many finite numbers."""
     if isinstance(saved, (int, float)):
-        return np.full(count, float(saved)) if abs(saved) < sys.float_info.max else None  # an int may be beyond it
+        return np.full(count, float(saved)) if abs(saved) < sys.float_info.max else None  # an int may be larger
     numbers = _numbers(saved, "<f2")
-    whole = numbers is not None and len(numbers) == count and np.isfinite(numbers).all()
-    return numbers.astype(np.float64) if numbers is not None and whole else None
+    valid = numbers is not None and len(numbers) == count and np.isfinite(numbers).all()
+    return numbers.astype(np.float64) if numbers is not None and valid else None
 
 
-def _numbers(saved: Any, kind: str) -> NDArray[Any] | None:
+def _numbers(saved: Any, dtype: str) -> NDArray[Any] | None:
     try:
-        return np.frombuffer(base64.b64decode(saved, validate=True), kind)
+        return np.frombuffer(base64.b64decode(saved, validate=True), dtype)
     except (TypeError, ValueError, binascii.Error):
         return None

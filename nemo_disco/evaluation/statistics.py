@@ -1,6 +1,6 @@
-"""Accuracy from repeated samples, with the uncertainty that the choice of problems leaves.
+"""Accuracy statistics of repeated samples, with bootstrap intervals over problems.
 
-Pure numpy on arrays [problems, samples]; deterministic under a seed. Must not import torch, nor know what was graded.
+Pure numpy on arrays [problems, samples]; deterministic under a seed. Must not import torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-# Resampled indices held at once: bounds the memory of a bootstrap to some tens of MB, whatever the number of problems.
+# Resampled indices in memory at a time: limits a bootstrap to some tens of MB, whatever the number of problems.
 INDICES_AT_ONCE = 2_000_000
 
 Vector = NDArray[np.float64]
@@ -29,7 +29,7 @@ class Estimate:
 
 
 def avg_at_k(correct: ArrayLike) -> Vector:
-    """[problems] the share of a problem's samples that are correct; its mean is Pass@1 (arXiv 2505.12366, section 5).
+    """[problems] share of each problem's samples that are correct; its mean is Pass@1 (arXiv 2505.12366, section 5).
 
     correct: bool [problems, samples]. Raises ValueError if it is empty or not two-dimensional.
     """
@@ -38,56 +38,58 @@ def avg_at_k(correct: ArrayLike) -> Vector:
 
 
 def pass_at_k(correct: ArrayLike, k: int) -> Vector:
-    """[problems] the chance that k samples hold a correct one, unbiased (arXiv 2107.03374, eq. 1).
+    """[problems] unbiased estimate of the chance that one of k samples is correct (arXiv 2107.03374, eq. 1).
 
-    1 - C(n - c, k) / C(n, k) for a problem with c of n samples correct.
+    1 - C(n - c, k) / C(n, k) for a problem with c correct samples of n.
     correct: bool [problems, n]. Raises ValueError unless 1 <= k <= n.
     """
     matrix = _matrix(correct)
     n = matrix.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {n} samples a problem: k must be between 1 and {n}")
-    counts, which = np.unique(matrix.sum(axis=1).astype(np.int64), return_inverse=True)
-    # Exact integers: the binomials overflow floats long before n is unusual.
-    chances: Vector = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c in counts.tolist()])[which]
+    counts, inverse = np.unique(matrix.sum(axis=1).astype(np.int64), return_inverse=True)
+    # Exact integers: the binomials overflow floats already at usual values of n.
+    chances: Vector = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c in counts.tolist()])[inverse]
     return chances
 
 
 def maj_at_k(correct: ArrayLike, votes: ArrayLike) -> Vector:
-    """[problems] whether the answer that most samples give is correct (arXiv 2203.11171); a tie counts by its share.
+    """[problems] 1 if the most frequent answer is correct, else 0 (arXiv 2203.11171); the mean over tied answers.
 
-    correct: bool [problems, samples]. votes: int [problems, samples], equal where the answers are, -1 without an
-    answer: those do not vote, and a problem without any vote is wrong. Raises ValueError if the shapes differ.
+    correct: bool [problems, samples]. votes: int [problems, samples], a number for each distinct answer of a problem,
+    -1 for a sample without an answer, which does not vote. A problem without votes counts 0.
+    Raises ValueError if the shapes differ.
     """
-    right, ballots = _matrix(correct), np.asarray(votes, dtype=np.int64)
-    if right.shape != ballots.shape:
-        raise ValueError(f"{ballots.shape} votes for {right.shape} samples")
-    shares = np.zeros(len(right))
+    matrix, ballots = _matrix(correct), np.asarray(votes, dtype=np.int64)
+    if matrix.shape != ballots.shape:
+        raise ValueError(f"{ballots.shape} votes for {matrix.shape} samples")
+    shares = np.zeros(len(matrix))
     for problem, ballot in enumerate(ballots):
         answers, counts = np.unique(ballot[ballot >= 0], return_counts=True)
         winners = answers[counts == counts.max(initial=0)]
         if len(winners):
-            shares[problem] = np.mean([right[problem][ballot == answer].mean() for answer in winners])
+            shares[problem] = np.mean([matrix[problem][ballot == answer].mean() for answer in winners])
     return shares
 
 
 def accuracy_efficiency_score(length: float, accuracy: float, reference: tuple[float, float]) -> float:
-    """AES: (L_ref - L) / L_ref, less 10 |A - A_ref| / A_ref where accuracy drops (as the figures of arXiv 2510.04474
-    imply; a gain in accuracy adds nothing).
+    """AES: (L_ref - L) / L_ref - 10 max(0, A_ref - A) / A_ref (as the figures of arXiv 2510.04474 imply).
 
-    reference: (L_ref, A_ref) of the same method without its length penalty. Raises ValueError unless both are positive.
+    A gain in accuracy adds nothing. reference: (L_ref, A_ref) of the same method without its length penalty. Raises
+    ValueError unless both are positive.
     """
-    its_length, its_accuracy = reference
-    if its_length <= 0 or its_accuracy <= 0:
-        raise ValueError(f"a reference of length {its_length} and accuracy {its_accuracy} gives no score")
-    return (its_length - length) / its_length - 10 * max(0.0, its_accuracy - accuracy) / its_accuracy
+    reference_length, reference_accuracy = reference
+    if reference_length <= 0 or reference_accuracy <= 0:
+        raise ValueError(f"a reference of length {reference_length} and accuracy {reference_accuracy} gives no score")
+    drop = max(0.0, reference_accuracy - accuracy) / reference_accuracy
+    return (reference_length - length) / reference_length - 10 * drop
 
 
 def bootstrap(per_problem: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """The mean over problems with its percentile bootstrap interval; problems are resampled, not samples.
+    """The mean over problems with its percentile bootstrap interval, from resampled problems (not samples).
 
-    per_problem: [problems]. A single problem has an interval of no width: it says nothing of other problems.
-    Raises ValueError if it is empty or not finite.
+    per_problem: [problems]; for a single problem the interval has no width. Raises ValueError if it is empty or not
+    finite.
     """
     values = np.asarray(per_problem, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():

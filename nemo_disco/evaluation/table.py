@@ -1,6 +1,6 @@
-"""The before/after table: what training changed, with 95% intervals.
+"""The before/after table: statistics before and after training and their change, with 95% intervals.
 
-Rows are data; how they look (terminal, text, JSON) is separate. Rich is imported only where a rich table is made.
+Rows are data, rendered by separate functions (terminal, text, JSON). Only rich_table imports Rich.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ NOT_MEASURED = "-"
 
 @dataclass(frozen=True)
 class Row:
-    """One line. `change` is paired over problems, so its interval is narrower than the two others suggest; None where
-    the two evaluations do not hold the same problems."""
+    """One statistic. `change` is paired by problem, so its interval is narrower than the two others suggest; None if
+    the evaluations do not have the same problems."""
 
     metric: str
     before: Estimate | None
@@ -35,20 +35,20 @@ class Row:
         tokens = self.metric.startswith("response length")
         return (
             self.metric,
-            _show(self.before, tokens),
-            _show(self.after, tokens),
-            _show(self.change, tokens, sign="+"),
+            _format(self.before, tokens),
+            _format(self.after, tokens),
+            _format(self.change, tokens, sign="+"),
         )
 
 
 def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
-    """The rows of one set. Raises ValueError if the results are of two sets."""
+    """A row for each statistic of two evaluations of one set. Raises ValueError if they are of different sets."""
     if before.name != after.name:
         raise ValueError(f"cannot compare an evaluation of {before.name} with one of {after.name}")
-    first, last = before.per_problem(), after.per_problem()
+    old_statistics, new_statistics = before.per_problem(), after.per_problem()
     rows = []
-    for name in dict.fromkeys((*first, *last)):
-        old, new = first.get(name), last.get(name)
+    for name in dict.fromkeys((*old_statistics, *new_statistics)):
+        old, new = old_statistics.get(name), new_statistics.get(name)
         paired = old is not None and new is not None and before.problems == after.problems
         rows.append(
             Row(
@@ -62,9 +62,9 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
 
 
 def setup_differences(before: EvaluationResult, after: EvaluationResult) -> str:
-    """A line that names what differed between two evaluations beside the weights: precision, engine, verifier, ...
+    """A sentence on the differences between two evaluations apart from the weights: precision, engine, verifier, ...
 
-    Empty where nothing did, or where a result does not say how it was made.
+    Empty if there is none, or if a result has no identity.
     """
     if before.identity is None or after.identity is None:
         return ""
@@ -72,12 +72,12 @@ def setup_differences(before: EvaluationResult, after: EvaluationResult) -> str:
     differing = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
     if not differing:
         return ""
-    said = [f"{key} ({old.get(key)}, then {new.get(key)})" if _is_short(key, old, new) else key for key in differing]
-    return f"The two evaluations were made differently, so the change is not training's alone: {'; '.join(said)}."
+    changes = [f"{key} ({old.get(key)}, then {new.get(key)})" if _is_short(key, old, new) else key for key in differing]
+    return f"The two evaluations were made differently, so the change is not training's alone: {'; '.join(changes)}."
 
 
 def rich_table(rows: list[Row], title: str) -> Table:
-    """For a terminal."""
+    """The rows as a table for a terminal."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -89,7 +89,7 @@ def rich_table(rows: list[Row], title: str) -> Table:
 
 
 def text_table(rows: list[Row], title: str) -> str:
-    """For a log: aligned columns, ASCII only."""
+    """The rows as text for a log: aligned columns, ASCII only."""
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     body = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
@@ -97,12 +97,12 @@ def text_table(rows: list[Row], title: str) -> str:
 
 
 def json_table(rows: list[Row]) -> list[dict[str, Any]]:
-    """For a machine: a list of objects, estimates as {value, low, high}."""
+    """The rows as JSON objects, with estimates as {value, low, high}."""
     return [asdict(row) for row in rows]
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, str]:
-    """What decided the samples and verdicts but for the weights, by key or group.key, as JSON."""
+    """The identity without its weights and step, as a flat mapping of key or group.key to JSON text."""
     values: dict[str, Any] = {}
     for key, value in identity.items():
         if key not in ("step", "weights", "training_step"):
@@ -111,7 +111,7 @@ def _flat(identity: dict[str, Any]) -> dict[str, str]:
 
 
 def _is_short(key: str, *sides: dict[str, str]) -> bool:
-    """Whether the values can be shown, as a hash cannot."""
+    """True if the values are short enough to show; a hash is not."""
     return all(len(side.get(key, "")) <= 40 for side in sides)
 
 
@@ -125,7 +125,7 @@ def _title(name: str, samples: int) -> str:
     return titles.get(name, name)
 
 
-def _show(estimate: Estimate | None, tokens: bool, sign: str = "") -> str:
+def _format(estimate: Estimate | None, tokens: bool, sign: str = "") -> str:
     if estimate is None:
         return NOT_MEASURED
     form = f"{sign},.1f" if tokens else f"{sign}.3f"

@@ -116,7 +116,7 @@ def test_runs_are_told_apart(make_run: MakeRun, tmp_path: Path) -> None:
     assert write_report(runs, out) == out
     page = out.read_text()
     assert [run["label"] for run in page_data(page)["runs"]] == ["a/run", "b/run"]
-    differing = page[page.index("Where the runs differ") : page.index("settings</summary>")]
+    differing = page[page.index("Settings that differ between the runs") : page.index("settings</summary>")]
     assert "model.optim.lr" in differing and "0.0001" in differing and "0.0002" in differing
     assert "seed" not in differing and "betas" not in differing
     with pytest.raises(UserError, match="same run directory twice"):
@@ -128,7 +128,7 @@ def test_missing_parts_are_noted(make_run: MakeRun, tmp_path: Path) -> None:
     bare.mkdir()
     (bare / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "rew')
     text = visible(write_report([bare]).read_text())
-    for part in ("No config.yaml", "No evaluation results", "No saved rollouts", "line 2 is left out", "torn"):
+    for part in ("No config.yaml", "No evaluation results", "No saved rollouts", "line 2 is left out", "incomplete"):
         assert part in text
     run = make_run(steps=2)
     (run / "metrics.jsonl").unlink()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_disco.evaluation.rollout_pack import LEVELS, Packed, pack_rollouts
+from nemo_disco.evaluation.rollout_pack import LEVELS, PackedRollouts, pack_rollouts
 from nemo_disco.evaluation.run_data import read_runs
 from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
 
@@ -23,7 +23,7 @@ def unpacked(chunk: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(chunk)))
 
 
-def of_one(run: Path, **changes: Any) -> tuple[Packed, str, dict[str, Any] | None]:
+def of_one(run: Path, **changes: Any) -> tuple[PackedRollouts, str, dict[str, Any] | None]:
     """The page's data of a run with one response, with some fields changed: the response and its tokens."""
     path = run / "rollouts" / "step_1.jsonl"
     row = json.loads(path.read_text().splitlines()[0]) | changes
@@ -41,7 +41,7 @@ def test_values_of_tokens_stand_beside_their_texts(make_run: MakeRun) -> None:
         for sample, (tokens, response) in enumerate(zip(group, text["responses"], strict=True)):
             assert sum(tokens["widths"]) == len(response) and tokens["widths"][-1] == 0
             assert tokens["weight"] == {"all": -0.5 if sample % 2 else 1.5}
-            ratios = np.array(tokens["log_ratio"]["of"]) * tokens["log_ratio"]["unit"]
+            ratios = np.array(tokens["log_ratio"]["levels"]) * tokens["log_ratio"]["unit"]
             np.testing.assert_allclose(ratios, np.linspace(0.4, -0.4, len(ratios)), atol=0.4 / LEVELS + 1e-3)
 
 
@@ -59,7 +59,7 @@ def test_a_cut_response_keeps_the_values_of_what_is_left(make_run: MakeRun) -> N
     ends = np.cumsum(tokens["widths"])
     middle = int(np.searchsorted(ends, gap[1]))
     assert ends[middle] == gap[1] and ends[middle - 1] == gap[0] and ends[-1] == len(text)
-    kept = np.array(tokens["log_ratio"]["of"]) * tokens["log_ratio"]["unit"]
+    kept = np.array(tokens["log_ratio"]["levels"]) * tokens["log_ratio"]["unit"]
     assert kept[middle] == 0
     after = len(kept) - middle - 1
     expected = np.concatenate([values[:middle], [0], values[-after:]])

@@ -25,7 +25,7 @@ const COLOURINGS = [
 ];
 
 const signed = (value) => (value < 0 ? "−" : "+") + formatNumber(Math.abs(value));
-const valueAt = (values, i) => values.all ?? values.of[i] * values.unit;
+const valueAt = (values, i) => values.all ?? values.levels[i] * values.unit;
 
 // The value that gets the full colour: the group's largest but for one token in fifty.
 function topOf(tokens, name) {
