@@ -44,7 +44,7 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
         if code.kind not in ("class", "function", "callable"):
             raise UserError(f"reward.verifier={name} is of type {code.kind}, neither function nor class")
         is_users_class = code.kind == "class"
-        make, known = partial(UserFunction, name), code.takes if is_users_class else _SETTINGS
+        make, known = partial(UserFunction, name), code.parameters if is_users_class else _SETTINGS
     else:
         raise UserError(
             f"reward.verifier={name} is unknown; choose one of {', '.join(VERIFIERS)}, or module:name of your own"
@@ -63,7 +63,7 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
 
 
 def verifier_code(config: RewardConfig) -> str:
-    """SHA-256 of the grading code: of the user's file, which `build_verifier` must have located, or of this package."""
+    """SHA-256 of the grading code: of the user's file, or of this package."""
     if config.verifier not in VERIFIERS:
         return user_pool.source_hash(config.verifier)
     files = sorted(Path(__file__).parent.rglob("*.py"))

@@ -1,7 +1,7 @@
-"""The process that runs a user's reward code: `python -m nemo_disco.rewards.user_process KEY NAME`, for user_pool.py.
+"""The process that runs a user's reward code for user_pool.py: `python -m nemo_disco.rewards.user_process KEY NAME`.
 
-It imports the module and says what it is. Standard input then gives what to build and the calls, one base64 pickle a
-line; replies are lines of JSON.
+It imports the module and replies with its description. Standard input then has a class's arguments (None for a
+function), and after that the calls, one base64 pickle a line; each reply is a line of JSON.
 """
 
 from __future__ import annotations
@@ -19,64 +19,63 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import called, finite_number, guarded, load, methods
+from nemo_disco.runtime.user_code import call_for_number, call_guarded, check_number, load, user_methods
 
 PR_SET_PDEATHSIG = 1
 
 
-def described(found: Any, name: str) -> dict[str, Any]:
+def describe(code: Any) -> dict[str, Any]:
     """The fields of a user_pool.UserCode."""
-    kind, takes = type(found).__name__, list[str]()
-    if inspect.isclass(found):
+    kind, parameters = type(code).__name__, list[str]()
+    if inspect.isclass(code):
         kind = "class"
-        with contextlib.suppress(ValueError, TypeError):  # one that is not written in Python may not say
-            takes = list(inspect.signature(found).parameters)
-    elif inspect.isfunction(found):
+        with contextlib.suppress(ValueError, TypeError):  # one that is not written in Python may have no signature
+            parameters = list(inspect.signature(code).parameters)
+    elif inspect.isfunction(code):
         kind = "function"
-    elif callable(found):
+    elif callable(code):
         kind = "callable"
-    return {"kind": kind, "takes": takes, "file": sys.modules[name.partition(":")[0]].__file__ or ""}
+    return {"kind": kind, "parameters": parameters}
 
 
-def build(key: str, name: str, found: Any, settings: dict[str, Any] | None) -> Callable[..., Any]:
-    """The call that the requests are for. found: what `name` names. settings: what a class is built with; None for a
-    function.
+def build_call(key: str, name: str, code: Any, settings: dict[str, Any] | None) -> Callable[..., Any]:
+    """The function that a request's arguments are passed to. settings: a class's arguments; None for a function.
 
-    Raises UserError for what the user's code raises.
+    Raises UserError if the user's code raises.
     """
     if settings is None:
-        return lambda *args: called(key, name, found, *args)
-    users = [*methods(found)]
-    grader = guarded(key, name, users, lambda: found(**settings))
+        return lambda *args: call_for_number(key, name, code, *args)
+    methods = user_methods(code)
+    grader = call_guarded(key, name, methods, lambda: code(**settings))
 
-    def judge(method: str, response: str, answers: tuple[str, ...]) -> Any:
-        """A reward where the method is `grade`, else (reward, reason)."""
-        results = list(guarded(key, name, users, lambda: getattr(grader, method)([response], [answers])))
+    def grade(method: str, response: str, answers: tuple[str, ...]) -> Any:
+        """The reward if the method is `grade`, else (reward, reason)."""
+        results = list(call_guarded(key, name, methods, lambda: getattr(grader, method)([response], [answers])))
         if len(results) != 1:
             raise UserError(f"{key}={name}: {method} must return one result a response; it gave {len(results)} for one")
         if method == "grade":
-            return finite_number(key, name, inspect.getfile(found), results[0])
-        return finite_number(key, name, inspect.getfile(found), results[0].reward), str(results[0].reason)
+            return check_number(key, name, inspect.getfile(code), results[0])
+        return check_number(key, name, inspect.getfile(code), results[0].reward), str(results[0].reason)
 
-    return judge
+    return grade
 
 
-class _Code:
-    """The user's code: imported by `describe`, built by the first request and called by the others."""
+class _UserCode:
+    """A user's function or class: `load` imports it, the first request builds its class and the others call it."""
 
     def __init__(self, key: str, name: str) -> None:
-        self.key, self.name = key, name
-        self._found: Any = None
+        self._key, self._name = key, name
+        self._code: Any = None
         self._call: Callable[..., Any] | None = None
 
-    def describe(self) -> dict[str, Any]:
-        self._found = load(self.key, self.name)
-        return described(self._found, self.name)
+    def load(self) -> dict[str, Any]:
+        self._code = load(self._key, self._name)
+        return describe(self._code)
 
-    def take(self, request: Any) -> Any:
+    def handle(self, request: Any) -> Any:
         if self._call is not None:
             return self._call(*request)
-        self._call = build(self.key, self.name, self._found, request)
+        self._call = build_call(self._key, self._name, self._code, request)
         return None
 
 
@@ -85,21 +84,21 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)  # what the user's code reads is no request,
-    os.dup2(2, 1)  # and what it prints is for people
+    os.dup2(null, 0)  # the user's code must read no request as its input,
+    os.dup2(2, 1)  # and its output goes to stderr, not among the replies
 
-    def reply(answer: Callable[..., Any], *request: Any) -> None:
+    def reply(function: Callable[..., Any], *arguments: Any) -> None:
         try:
-            said = {"value": answer(*request)}
+            result = {"value": function(*arguments)}
         except UserError as error:
-            said = {"error": str(error)}
-        replies.write(json.dumps(said).encode() + b"\n")
+            result = {"error": str(error)}
+        replies.write(json.dumps(result).encode() + b"\n")
 
-    code = _Code(*sys.argv[1:])
-    reply(code.describe)
+    code = _UserCode(*sys.argv[1:])
+    reply(code.load)
     for line in requests:
-        reply(code.take, pickle.loads(base64.b64decode(line)))
-    os.killpg(0, signal.SIGKILL)  # with what it started
+        reply(code.handle, pickle.loads(base64.b64decode(line)))
+    os.killpg(0, signal.SIGKILL)  # this process and all that it started
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Classes and functions from a user's own file: found by `module:name`, and named with file and line when they fail.
+"""Imports and calls a user's own classes and functions, named by `module:attribute`; errors name their file and line.
 
-Imports no torch; knows neither objectives nor rewards.
+Imports no torch and nothing of objectives or rewards.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from nemo_disco.runtime.errors import UserError
 
 
 def load(key: str, name: str) -> Any:
-    """What `module:attribute`, the value of a configuration's key, names; modules are also looked for in the working
-    directory. Raises UserError."""
+    """Import and return the object that a configuration's `key` names as `module:attribute`, also from the working
+    directory. Raises UserError if there is none."""
     module_name, _, attribute = name.partition(":")
     # An installed command, unlike `python -m`, does not search the directory that it is run in.
     if not {"", os.getcwd()} & set(sys.path):
@@ -37,65 +37,75 @@ def load(key: str, name: str) -> Any:
     return getattr(module, attribute)
 
 
-def is_users(cls: type) -> bool:
-    """Whether a class comes from outside this package."""
+def module_file(name: str) -> str:
+    """Path of the file that holds `module:attribute`, found without importing it; "" if there is none."""
+    path, parts, spec = [*filter(None, sys.path), os.getcwd()], name.partition(":")[0].split("."), None
+    for end in range(1, len(parts) + 1):
+        specs = (finder.find_spec(".".join(parts[:end]), path) for finder in sys.meta_path)
+        spec = next(filter(None, specs), None)
+        path = (spec and spec.submodule_search_locations) or []
+    return (spec and spec.has_location and spec.origin) or ""
+
+
+def is_user_class(cls: type) -> bool:
+    """True if the class is defined outside this package."""
     return cls.__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
-def defined_at(function: Callable[..., Any]) -> str:
+def definition_place(function: Callable[..., Any]) -> str:
     """file:line of a function's definition."""
-    code = _code(function)
+    code = _code_object(function)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
 
-def methods(cls: type) -> list[Callable[..., Any]]:
-    """The methods that users wrote of a class."""
-    return [f for owner in cls.__mro__ if is_users(owner) for f in vars(owner).values() if inspect.isfunction(f)]
+def user_methods(cls: type) -> list[Callable[..., Any]]:
+    """The methods of a class that are defined outside this package, inherited ones included."""
+    return [f for owner in cls.__mro__ if is_user_class(owner) for f in vars(owner).values() if inspect.isfunction(f)]
 
 
-def innermost(error: BaseException) -> str:
-    """file:line of where an error was raised."""
+def error_line(error: BaseException) -> str:
+    """file:line where the error was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}:{frame.lineno}"
 
 
-def raised_in(functions: list[Callable[..., Any]], error: BaseException) -> str:
-    """The error, and file:line of the innermost of its frames in the file of one of the functions."""
-    files = {code.co_filename for code in map(_code, functions) if code}
+def format_error(functions: list[Callable[..., Any]], error: BaseException) -> str:
+    """The error's type, place and text; the place is file:line of its innermost frame in a file of the functions."""
+    files = {code.co_filename for code in map(_code_object, functions) if code}
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {' '.join(str(error).split())}"
 
 
-def guarded(key: str, name: str, functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Any:
-    """What `call` returns. Raises UserError, with file and line in one of the user's functions, for what it raises."""
+def call_guarded(key: str, name: str, functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Any:
+    """Return `call()`. An error becomes a UserError that names file and line in one of the user's functions."""
     try:
         return call()
-    except KeyboardInterrupt:  # Ctrl-C while it ran
+    except KeyboardInterrupt:  # Ctrl-C during the call
         raise
-    except BaseException as error:  # SystemExit too: a user's function does not end the run
-        raise UserError(f"{key}={name} raised {raised_in(functions, error)}") from error
+    except BaseException as error:  # SystemExit too: a user's function must not end the run
+        raise UserError(f"{key}={name} raised {format_error(functions, error)}") from error
 
 
-def finite_number(key: str, name: str, place: str, returned: object) -> float:
-    """It. place: of the code that returned it. Raises UserError if it is no finite number."""
+def check_number(key: str, name: str, place: str, value: object) -> float:
+    """The value as a float. place: file:line of the code that returned it. Raises UserError unless it is finite."""
     try:
-        if isinstance(returned, Real) and math.isfinite(returned):
-            return float(returned)
-        shown = f"{returned!r:.80}"
+        if isinstance(value, Real) and math.isfinite(value):
+            return float(value)
+        shown = f"{value!r:.80}"
     except OverflowError:
         shown = "a whole number that is too large for a float"
     raise UserError(f"{key}={name}: {place} must return a finite number; it returned {shown}")
 
 
-def called(key: str, name: str, function: Callable[..., Any], *args: object) -> float:
-    """What a user's function returns, a finite number. Raises UserError, with file and line, for anything else."""
-    returned = guarded(key, name, [function], lambda: function(*args))
-    return finite_number(key, name, defined_at(function), returned)
+def call_for_number(key: str, name: str, function: Callable[..., Any], *args: object) -> float:
+    """Call a user's function and return its finite number. Raises UserError, with file and line, for anything else."""
+    value = call_guarded(key, name, [function], lambda: function(*args))
+    return check_number(key, name, definition_place(function), value)
 
 
-def _code(function: Callable[..., Any]) -> CodeType | None:
-    """Of a function, a lambda or an object with __call__; None for what is not written in Python."""
+def _code_object(function: Callable[..., Any]) -> CodeType | None:
+    """Code of a function, a lambda or an object with __call__; None if it is not written in Python."""
     function = inspect.unwrap(function)
     code: CodeType | None = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return code

@@ -164,7 +164,7 @@ def test_a_module_in_the_working_directory_is_not_imported(monkeypatch: pytest.M
 
 
 def test_an_answer_is_tried_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(algebra_pool, "ATTEMPTS", 1)
+    monkeypatch.setattr(algebra_pool, "MAX_ATTEMPTS", 1)
     with MathGrader(timeout=5.0) as grader:
         future = grader._pool.submit("9^{9^{9^{9}}}", ["5"])
         assert until(lambda: workers_of(server_of(grader)))

@@ -14,7 +14,7 @@ from user_module import beside_us
 from nemo_disco.config.compose import compose
 from nemo_disco.data.questions import Question
 from nemo_disco.generation.engine import Finished, Response, SamplingParams
-from nemo_disco.rewards.registry import build_verifier, verifier_code
+from nemo_disco.rewards.registry import verifier_code
 from nemo_disco.rewards.text_graders import NumericMatch
 from nemo_disco.rollout import evaluation as benchmark
 from nemo_disco.rollout.prompts import PromptSet
@@ -142,6 +142,5 @@ def test_an_edited_verifier_is_another(tmp_path: Path, monkeypatch: pytest.Monke
     for number in (0, 1):
         beside_us(tmp_path / "my_judge.py", f"def judge(response, answers):\n    return {number}.0\n", monkeypatch)
         config = compose("quickstart", ["reward.verifier=my_judge:judge", "reward.require_think=false"]).reward
-        with build_verifier(config, workers=1):
-            codes.append(verifier_code(config))
-    assert codes[0] != codes[1]
+        codes.append(verifier_code(config))
+    assert len({"", *codes}) == 3

@@ -19,7 +19,7 @@ from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteErro
 from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scaled
 from nemo_disco.algorithms.objectives.parameters import Checked, parameter
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import defined_at, is_users, methods, raised_in
+from nemo_disco.runtime.user_code import definition_place, format_error, is_user_class, user_methods
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -131,17 +131,17 @@ class Objective(Checked, ABC):
 
     def _call(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         """function(*args), a method of this objective; if a user wrote it, its failure is named with file and line."""
-        if not is_users(type(self)):
+        if not is_user_class(type(self)):
             return function(*args)
         try:
             result = function(*args)
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # SystemExit too: a user's function does not end the run
-            raise UserError(f"objective {self.name} raised {raised_in(methods(type(self)), error)}") from error
+            raise UserError(f"objective {self.name} raised {format_error(user_methods(type(self)), error)}") from error
         if not isinstance(result, Tensor) or not bool(result.isfinite().all()):
             raise UserError(
-                f"objective {self.name}: {defined_at(function)} must return a finite tensor; it returned {result}"
+                f"objective {self.name}: {definition_place(function)} must return a finite tensor; it returned {result}"
             )
         return result
 
@@ -154,8 +154,8 @@ class Objective(Checked, ABC):
         if all(bool(x.isfinite().all()) for x in (loss, *gradients)):
             return
         what = f"the loss is {float(loss)}, or its gradient is not finite"
-        if is_users(type(self)):
-            raise UserError(f"objective {self.name} ({defined_at(type(self).value)}): {what}")
+        if is_user_class(type(self)):
+            raise UserError(f"objective {self.name} ({definition_place(type(self).value)}): {what}")
         t = int((batch.log_probs - batch.old_log_probs).abs().argmax())
         change = float(batch.log_probs[t] - batch.old_log_probs[t])
         raise NonFiniteError(

@@ -19,7 +19,7 @@ from nemo_disco.algorithms.objectives.parameters import Checked, key_of, nearest
 from nemo_disco.algorithms.objectives.policy_gradient import DAPO, GPG, GRPO, GRPOER, GRPORW, RLOO, DrGRPO
 from nemo_disco.algorithms.objectives.preference import TRPA
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import is_users, load, methods, raised_in
+from nemo_disco.runtime.user_code import format_error, is_user_class, load, user_methods
 
 _ALL = (DisCO, DisCOb, DRPO, GRPO, GRPOER, GRPORW, DrGRPO, DAPO, TRPA, GPG, RLOO, RLOOLP, ALP, HAPO, GRPOLEAD)
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _ALL}
@@ -42,7 +42,7 @@ def build_objective(mapping: Mapping[str, Any]) -> Objective:
     if not isinstance(off_policy := given.get("off_policy", UNCORRECTED), OffPolicy):
         given["off_policy"] = OffPolicy(**_arguments(OffPolicy, _set_keys(off_policy, "off_policy"), "off_policy"))
     arguments = _arguments(cls, given, f"objective {cls.name}")
-    return _users(cls, arguments) if is_users(cls) else cls(**arguments)
+    return _users(cls, arguments) if is_user_class(cls) else cls(**arguments)
 
 
 def _users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
@@ -53,7 +53,7 @@ def _users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: a user's function does not end the run
-        raise UserError(f"objective {cls.name} raised {raised_in(methods(cls), error)}") from error
+        raise UserError(f"objective {cls.name} raised {format_error(user_methods(cls), error)}") from error
     return objective
 
 

@@ -1,6 +1,6 @@
-"""The parent's side of the grader's process: any thread submits answers and gets futures of reasons.
+"""The trainer's side of the math grader's process (algebra_process.py): submits answers, returns futures of reasons.
 
-Starts the process at the first answer, restarts it if it dies, ends it with the parent. Knows nothing of mathematics.
+Any thread may submit. Starts the process with the first answer, restarts it if it dies, ends it with the trainer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import nemo_disco
 from nemo_disco.rewards import verdict
 from nemo_disco.runtime.signals import spared_children
 
-ATTEMPTS = 2  # an answer that was in the process twice when it died is given up
+MAX_ATTEMPTS = 2  # an answer that was being judged when the process died is given up the second time
 
 
-class WorkerPool:
-    """Judges answers in at most `workers` processes at once, each answer within `timeout` seconds of processor time."""
+class AlgebraPool:
+    """Judges answers in at most `workers` processes at once, each within `timeout` seconds of processor time."""
 
     def __init__(self, workers: int, timeout: float) -> None:
         self._workers = workers
@@ -37,14 +37,14 @@ class WorkerPool:
         self._closed = False
 
     def submit(self, answer: str, golds: Sequence[str]) -> Future[str]:
-        """The future reason of the verdict on one answer, given in canonical LaTeX without its unit.
+        """Future of the verdict's reason for one answer. answer, golds: canonical LaTeX without units.
 
-        The future raises RuntimeError if the process cannot be started at all.
+        The future raises RuntimeError if the process cannot be started.
         """
         future: Future[str] = Future()
         with self._lock:
             if self._closed:
-                raise RuntimeError("the grader is closed")
+                raise RuntimeError("the math grader is closed and cannot grade")
             self._count += 1
             job = {"id": self._count, "answer": answer, "golds": list(golds), "timeout": self._timeout, "attempts": 0}
             self._waiting[self._count] = (future, job)
@@ -55,7 +55,7 @@ class WorkerPool:
         return future
 
     def close(self) -> None:
-        """End the process; answers still being judged get CancelledError."""
+        """End the process and cancel the futures of unjudged answers."""
         with self._lock:
             self._closed = True
             process, self._process = self._process, None
@@ -67,18 +67,18 @@ class WorkerPool:
             future.cancel()
 
     def _start(self) -> None:
-        """Start the process and give it all that waits. The lock is held."""
+        """Start the process and send it all waiting answers. The caller holds the lock."""
         root = str(Path(nemo_disco.__file__).parents[1])
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
-        # -P: no sympy.py of the user's directory is imported. One hash seed: terms have one order in every process.
-        with spared_children():  # a judge that a request to stop ended would look like a wrong answer
+        # -P: import no sympy.py of the working directory. One hash seed: sympy orders terms the same in every process.
+        with spared_children():  # if a request to stop ended them, their answers would count as wrong
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "nemo_disco.rewards.math.algebra_process", str(self._workers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-                start_new_session=True,  # Ctrl-C in the terminal reaches the parent alone
+                start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone
             )
         atexit.unregister(self.close)
         atexit.register(self.close)
@@ -88,12 +88,12 @@ class WorkerPool:
 
     def _send(self, job: dict[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it just died: _listen sees that too, and starts the next one with this job
+        with contextlib.suppress(OSError):  # it just died: _listen notices, and starts the next one with this job
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
-        """The reader thread of one process: resolves futures until the process ends."""
+        """Resolve futures from the process's replies until it ends. Each process has a thread for this."""
         assert process.stdout is not None
         ready = False
         for line in process.stdout:
@@ -101,41 +101,41 @@ class WorkerPool:
             if "ready" in message:
                 ready = True
                 continue
-            future, _ = self._waiting.pop(message["id"], (None, None))  # no lock: a sender may hold it until we read on
+            future, _ = self._waiting.pop(message["id"], (None, None))  # no lock: _send may wait for us to read on
             if future is not None:
                 future.set_result(message["reason"])
         with self._lock:
             if self._process is not process:
-                return  # closed on purpose
+                return  # ended by `close`
             self._process = None
-            resolved = self._after_death(ready)
+            failures = self._retry(ready)
         _end(process)
-        for future, outcome in resolved:
+        for future, outcome in failures:
             if isinstance(outcome, str):
                 future.set_result(outcome)
             else:
                 future.set_exception(outcome)
 
-    def _after_death(self, was_ready: bool) -> list[tuple[Future[str], str | RuntimeError]]:
-        """Try again what was not answered, once; returns what is given up. The lock is held."""
-        given_up: list[tuple[Future[str], str | RuntimeError]] = []
+    def _retry(self, was_ready: bool) -> list[tuple[Future[str], str | RuntimeError]]:
+        """Restart after a death and return the answers given up: all unless `was_ready`. The caller holds the lock."""
+        failures: list[tuple[Future[str], str | RuntimeError]] = []
         for key, (future, job) in list(self._waiting.items()):
             job["attempts"] += 1
             if not was_ready:
-                error = RuntimeError("the grader's process did not start; what it printed above says why")
-                given_up.append((future, error))
-            elif job["attempts"] == ATTEMPTS:
-                given_up.append((future, verdict.DIED))
+                error = RuntimeError("the math grader's process did not start; its messages above say why")
+                failures.append((future, error))
+            elif job["attempts"] == MAX_ATTEMPTS:
+                failures.append((future, verdict.DIED))
             else:
                 continue
             del self._waiting[key]
         if self._waiting:
             self._start()
-        return given_up
+        return failures
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """The process ends its children and itself when its input closes; killed if it does not."""
+    """Close the process's input, at which it ends its children and itself; kill it after 2 s."""
     assert process.stdin is not None
     with contextlib.suppress(OSError):  # unsent input of a dead process
         process.stdin.close()

@@ -23,11 +23,11 @@ from typing import Any, NoReturn
 from nemo_disco.rewards import verdict
 from nemo_disco.rewards.math import expressions, symbolic
 
-MEMORY = 4 << 30  # bytes of address space a child
-READ = 1 << 16
-PATIENCE = 60  # times its limit that a judge may take by the clock: on a busy machine it waits for a processor
-CHECK = 0.02  # seconds at least between two looks at a judge's processor time, which counts in hundredths
-# Common constructs: the parser learns its grammar as it goes, and the children inherit what it learned here.
+MEMORY_BYTES = 4 << 30  # address space of a child
+READ_BYTES = 1 << 16
+PATIENCE = 60  # a child may take this many times its limit of wall-clock time, for it may wait for a processor
+CHECK_S = 0.02  # least time between two checks of a child's processor time, which the kernel counts in hundredths
+# Common constructs: the parser builds its tables as it meets them, and the children inherit those built here.
 WARM_UP = (
     r"\frac{\sqrt{3}}{2}",
     r"(-\infty,3]\cup[2,5)",
@@ -37,15 +37,15 @@ WARM_UP = (
     r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
 )
 NEVER = float("inf")
-TICKS = os.sysconf("SC_CLK_TCK")  # a second, of /proc's counts
+TICKS = os.sysconf("SC_CLK_TCK")  # per second, of the processor times in /proc
 
 
 @dataclass
 class Child:
-    """One forked judge. `job` is the id of the answer it works on, None when idle.
+    """One forked child as the parent sees it. job: id of the answer that it judges, None when idle.
 
-    limit: processor seconds of its life at which the answer's time is used up. deadline: monotonic seconds at which a
-    judge that computes nothing is given up. check: monotonic seconds of the next look at it.
+    limit: the child's processor seconds at which the answer's time is up. deadline: monotonic time at which it is up
+    even if the child computes nothing. check: monotonic time of the next check.
     """
 
     pid: int
@@ -65,16 +65,16 @@ class Child:
         self.job, self.limit, self.deadline, self.check, self.reply = None, NEVER, NEVER, NEVER, b""
 
     def is_late(self, now: float) -> bool:
-        """Whether its time is used up; if not, sets the next look: it has one thread, so none is needed earlier."""
+        """True if its answer's time is up; else sets the next check, when its one thread can first have used it up."""
         if now < self.check:
             return False
         left = self.limit - processor_time(self.pid)
-        self.check = now + max(left, CHECK)
+        self.check = now + max(left, CHECK_S)
         return left <= 0 or now >= self.deadline
 
 
 class Server:
-    """Hands jobs to idle children, in order; each job's time is its child's processor time from then on."""
+    """Assigns jobs in order to idle children; a job's time is the processor time that its child uses from then on."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -83,6 +83,7 @@ class Server:
         self.partial = b""
 
     def run(self) -> None:
+        """Serve the trainer until it closes its end or dies."""
         while True:
             self._assign()
             wait = min((child.check for child in self.children), default=NEVER) - time.monotonic()
@@ -101,8 +102,8 @@ class Server:
             self._remove(child)
 
     def _read_jobs(self) -> bool:
-        """Take in what the parent sent; False when it has closed its end or died."""
-        data = os.read(sys.stdin.fileno(), READ)
+        """Queue the jobs that the trainer sent; False once it has closed its end or died."""
+        data = os.read(sys.stdin.fileno(), READ_BYTES)
         *lines, self.partial = (self.partial + data).split(b"\n")
         self.jobs.extend(json.loads(line) for line in lines)
         return bool(data)
@@ -123,11 +124,11 @@ class Server:
 
     def _read_reply(self, child: Child) -> None:
         try:
-            data = child.channel.recv(READ)
+            data = child.channel.recv(READ_BYTES)
         except ConnectionResetError:
             data = b""
         child.reply += data
-        if not data:  # by SIGXCPU, if this process came too late to see the time run out
+        if not data:  # it died: of SIGXCPU if its time ran out before this process checked it
             self._finish(child, verdict.TIMEOUT if processor_time(child.pid) >= child.limit else verdict.DIED)
             self._remove(child)
         elif child.reply.endswith(b"\n"):
@@ -149,7 +150,7 @@ class Server:
         pid = os.fork()
         if pid == 0:
             ours.close()
-            for sibling in self.children:  # else a sibling would not see this process's end close
+            for sibling in self.children:  # else a sibling's channel would stay open when the parent dies
                 sibling.channel.close()
             serve(theirs)
         theirs.close()
@@ -159,7 +160,7 @@ class Server:
 
 
 def serve(channel: socket.socket) -> NoReturn:
-    """A child's whole life: one answer after another, until the server goes or kills it."""
+    """Run a child: judge one answer after another until the parent ends or kills it."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -176,22 +177,23 @@ def serve(channel: socket.socket) -> NoReturn:
 
 
 def judge(job: dict[str, Any]) -> str:
+    """The verdict's reason for the job's answer."""
     try:
         return symbolic.judge(job["answer"], job["golds"])
     except MemoryError:
         return verdict.NO_MEMORY
-    except Exception:  # whatever sympy makes of a hostile answer, the answer is wrong
+    except Exception:  # sympy may raise anything on a hostile answer
         return verdict.UNPARSABLE
 
 
 def limit_resources() -> None:
-    limit(resource.RLIMIT_AS, MEMORY)
-    limit(resource.RLIMIT_FSIZE, 0)
-    limit(resource.RLIMIT_CORE, 0)
+    set_limit(resource.RLIMIT_AS, MEMORY_BYTES)
+    set_limit(resource.RLIMIT_FSIZE, 0)
+    set_limit(resource.RLIMIT_CORE, 0)
 
 
 def processor_time(pid: int) -> float:
-    """Seconds of processor time that a process has used, waiting for a processor left out; 0 if there is none."""
+    """Seconds of processor time that a process has used; 0 if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             fields = stat.read().rpartition(")")[2].split()
@@ -201,22 +203,22 @@ def processor_time(pid: int) -> float:
 
 
 def limit_cpu(timeout: float) -> None:
-    """Should the server be killed, its children end by themselves: the CPU time of one answer is bounded too."""
+    """Let the kernel end this child 2 s after its answer's processor time, in case the parent was killed."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 2)
+    set_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 2)
 
 
-def limit(kind: int, value: int) -> None:
+def set_limit(kind: int, value: int) -> None:
     _, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def refuse_effects(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook, a second line of defence: a judge starts no process, opens no connection and writes no file."""
+    """Audit hook of a child, a second line of defence: no new process, no connection and no file to write."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     effect = event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty."))
     if writes or (effect and event not in ("os.listdir", "os.scandir")):  # these two are the import system's
-        raise PermissionError(f"a grader's worker may not do {event}")
+        raise PermissionError(f"a process of the math grader may not do {event}")
 
 
 def send(message: dict[str, Any]) -> None:
@@ -225,20 +227,20 @@ def send(message: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is ours
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the trainer, which ends this process
     expressions.close_eval()
     for latex in WARM_UP:
         symbolic.judge(latex, [latex])
-    symbolic.judge("x^2-1", ["(x-1)(x+1)+y"])  # unequal: takes the long way, through simplify
+    symbolic.judge("x^2-1", ["(x-1)(x+1)+y"])  # unequal, so that simplify runs too
     gc.collect()
-    gc.freeze()  # keeps the pages shared with the children
+    gc.freeze()  # keeps memory pages shared with the children
     server = Server(int(sys.argv[1]))
     send({"ready": os.getpid()})
     try:
         server.run()
     finally:
         server.close()
-    os._exit(0)  # nothing to clean up, and sympy takes its time
+    os._exit(0)  # nothing to clean up, and sympy's own exit is slow
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from nemo_disco.rewards import verdict
 from nemo_disco.rewards.extract import NoAnswerError, boxed, final_answer
 from nemo_disco.rewards.grader import GoldAnswers, Grader, pair
-from nemo_disco.rewards.math.algebra_pool import WorkerPool
+from nemo_disco.rewards.math.algebra_pool import AlgebraPool
 from nemo_disco.rewards.math.canonical import canonical
 from nemo_disco.rewards.math.fast_path import decide, numeral
 from nemo_disco.rewards.math.units import for_algebra, quantity
@@ -35,7 +35,7 @@ class MathGrader(Grader):
         if not timeout > 0 or workers < 1:
             raise ValueError(f"timeout must be positive and workers at least 1, not {timeout} and {workers}")
         super().__init__(require_think)
-        self._pool = WorkerPool(workers, timeout)
+        self._pool = AlgebraPool(workers, timeout)
 
     def grade_with_reasons(self, responses: Sequence[str], answers: Sequence[GoldAnswers]) -> list[Verdict]:
         """As `grade`, each reward with its reason. Both raise RuntimeError if the process for algebra cannot start."""
