@@ -1,4 +1,4 @@
-// The rollout browser: filters over the index; texts are unpacked when looked at, rows made when on screen.
+// The rollout browser: filters over the index. Texts are unpacked when shown, rows drawn when visible.
 "use strict";
 
 const ROW_HEIGHT = 64;
@@ -17,17 +17,18 @@ const ORDERS = {
   "length, long to short": (a, b) => b.length - a.length || a.id - b.id,
 };
 
+// The groups with their statistics. start: the group's first response in the index's columns of responses.
 function readGroups(index) {
-  let start = 0;
+  let next = 0;
   return index.size.map((size, id) => {
-    const at = start;
-    start += size;
-    const over = (column) => index[column].slice(at, at + size);
-    const sum = (column) => over(column).reduce((a, b) => a + (b ?? 0), 0);
+    const start = next;
+    next += size;
+    const values = (column) => index[column].slice(start, start + size);
+    const sum = (column) => values(column).reduce((a, b) => a + (b ?? 0), 0);
     return {
       id,
       size,
-      at,
+      start,
       run: index.run[id],
       step: index.step[id],
       questionId: index.question_id[id],
@@ -42,28 +43,29 @@ function readGroups(index) {
   });
 }
 
-const unpacked = new Map();
+const unpackedChunks = new Map();
 
-// id: of the script element that holds it; null where the page has none.
+// Promise of the JSON value in the script element `id`; null if the page has no such element.
 function unpack(id) {
-  if (!unpacked.has(id)) {
+  if (!unpackedChunks.has(id)) {
     const element = document.getElementById(id);
     if (!element) return null;
     const packed = atob(element.textContent);
     const bytes = new Uint8Array(packed.length);
     for (let i = 0; i < packed.length; i++) bytes[i] = packed.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    unpacked.set(id, new Response(stream).json());
+    unpackedChunks.set(id, new Response(stream).json());
   }
-  return unpacked.get(id);
+  return unpackedChunks.get(id);
 }
 
 const span = (text) => node("span", {}, text);
-const textsOf = async (group) => (await unpack(`chunk-${group.chunk}`))[group.slot];
-const tokensOf = async (group) => (await unpack(`tokens-${group.chunk}`))?.[group.slot] ?? [];
-const patternOf = (words) => (words ? new RegExp(words.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "giu") : null);
+const unpackTexts = async (group) => (await unpack(`chunk-${group.chunk}`))[group.slot];
+const unpackTokens = async (group) => (await unpack(`tokens-${group.chunk}`))?.[group.slot] ?? [];
+const literalPattern = (words) => (words ? new RegExp(words.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "giu") : null);
 
-// A maker of the nodes of text[from, to) with what the pattern matches marked; to be asked from the beginning to the end.
+// A function (from, to) that returns the nodes of text[from, to) with the pattern's matches marked; to be called with
+// consecutive ranges, from the beginning of the text to its end.
 function marker(text, pattern) {
   const matches = pattern ? [...text.matchAll(pattern)].map((m) => [m.index, m.index + m[0].length]) : [];
   let next = 0;
@@ -81,7 +83,7 @@ function marker(text, pattern) {
   };
 }
 
-function marked(text, pattern) {
+function markedText(text, pattern) {
   const box = node("div", { class: "text" });
   for (const part of marker(text, pattern)(0, text.length)) box.append(part);
   return box;
@@ -91,7 +93,7 @@ class RolloutBrowser {
   constructor(host, index) {
     this.index = index;
     this.groups = readGroups(index);
-    this.search = 0; // the number of the latest search: an older one that is still running gives up
+    this.search = 0; // number of the latest search; an older one that is still running stops
     this.buildFilters();
     this.canvas = node("div", { role: "listbox", "aria-label": "groups" });
     this.list = node("div", { class: "list", tabindex: "0" }, this.canvas);
@@ -106,30 +108,30 @@ class RolloutBrowser {
   buildFilters() {
     const apply = () => this.apply();
     let timer;
-    const later = () => {
+    const applySoon = () => {
       clearTimeout(timer);
       timer = setTimeout(apply, 200);
     };
-    const choice = (label, names) =>
+    const dropDown = (label, names) =>
       node("select", { "aria-label": label, onchange: apply }, ...names.map((n, i) => node("option", { value: i }, n)));
     this.words = node("input", {
       type: "search",
       placeholder: "Search questions, responses and answers",
-      oninput: later,
+      oninput: applySoon,
     });
     this.step = node("input", {
       type: "number",
       placeholder: "any step",
       "aria-label": "step",
       min: 0,
-      oninput: later,
+      oninput: applySoon,
     });
-    this.outcome = choice(
+    this.outcome = dropDown(
       "outcome",
       Object.keys(OUTCOMES).map((name) => (name === "all" ? "all groups" : name)),
     );
-    this.order = choice("order", Object.keys(ORDERS));
-    this.run = choice("run", ["all runs", ...data.runs.map((run) => run.label)]);
+    this.order = dropDown("order", Object.keys(ORDERS));
+    this.run = dropDown("run", ["all runs", ...data.runs.map((run) => run.label)]);
     this.run.hidden = data.runs.length < 2;
     this.colour = node(
       "select",
@@ -155,49 +157,52 @@ class RolloutBrowser {
     const search = ++this.search;
     const outcome = Object.values(OUTCOMES)[this.outcome.value],
       run = Number(this.run.value) - 1;
-    let kept = this.groups.filter(
+    let matches = this.groups.filter(
       (g) => outcome(g) && (run < 0 || g.run === run) && (this.step.value === "" || g.step === Number(this.step.value)),
     );
-    const pattern = patternOf(this.words.value.trim());
-    if (pattern) kept = await this.matching(kept, pattern, search);
+    const pattern = literalPattern(this.words.value.trim());
+    if (pattern) matches = await this.searchTexts(matches, pattern, search);
     if (search !== this.search) return;
     this.pattern = pattern;
-    this.kept = kept.sort(Object.values(ORDERS)[this.order.value]);
-    const responses = kept.reduce((sum, g) => sum + g.size, 0);
-    const [shown, all, of] = [kept.length, this.groups.length, responses].map((n) => n.toLocaleString("en"));
-    this.count.textContent = `${shown} of ${all} groups, ${of} responses`;
-    this.canvas.style.height = `${kept.length * ROW_HEIGHT}px`;
+    this.matches = matches.sort(Object.values(ORDERS)[this.order.value]);
+    const responses = matches.reduce((sum, g) => sum + g.size, 0);
+    const [shown, all, total] = [matches.length, this.groups.length, responses].map((n) => n.toLocaleString("en"));
+    this.count.textContent = `${shown} of ${all} groups, ${total} responses`;
+    this.canvas.style.height = `${matches.length * ROW_HEIGHT}px`;
     this.list.scrollTop = 0;
     this.select(0);
   }
 
-  async matching(groups, pattern, search) {
-    const found = [];
-    let breath = performance.now();
+  // The groups whose texts match the pattern; lets the page respond every 40 ms.
+  async searchTexts(groups, pattern, search) {
+    const matches = [];
+    let lastPause = performance.now();
     for (const [i, group] of groups.entries()) {
-      const texts = await textsOf(group);
+      const texts = await unpackTexts(group);
       if (search !== this.search) return [];
       if ([texts.question, texts.answer, ...texts.responses].some((text) => text.search(pattern) >= 0))
-        found.push(group);
-      if (performance.now() - breath > 40) {
+        matches.push(group);
+      if (performance.now() - lastPause > 40) {
         this.count.textContent = `searching: ${Math.round((100 * i) / groups.length)}%`;
         await new Promise((resolve) => setTimeout(resolve));
-        breath = performance.now();
+        lastPause = performance.now();
       }
     }
-    return found;
+    return matches;
   }
 
+  // Rows of the groups on screen, and of four more on either side.
   drawRows() {
-    if (!this.kept) return;
+    if (!this.matches) return;
     const first = Math.max(0, Math.floor(this.list.scrollTop / ROW_HEIGHT) - 4);
-    const last = Math.min(this.kept.length, Math.ceil((this.list.scrollTop + this.list.clientHeight) / ROW_HEIGHT) + 4);
-    this.canvas.replaceChildren(...this.kept.slice(first, last).map((group, i) => this.row(group, first + i)));
+    const bottom = this.list.scrollTop + this.list.clientHeight;
+    const last = Math.min(this.matches.length, Math.ceil(bottom / ROW_HEIGHT) + 4);
+    this.canvas.replaceChildren(...this.matches.slice(first, last).map((group, i) => this.row(group, first + i)));
   }
 
   row(group, position) {
     const dots = node("span", { class: "dots" });
-    for (let r = group.at; r < group.at + group.size; r++) {
+    for (let r = group.start; r < group.start + group.size; r++) {
       const right = this.index.correct[r];
       dots.append(node("span", { class: right ? "right" : "wrong" }, right ? "●" : "○"));
     }
@@ -225,27 +230,28 @@ class RolloutBrowser {
 
   onKey(event) {
     const move = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 }[event.key];
-    if (!move || !this.kept.length) return;
+    if (!move || !this.matches.length) return;
     event.preventDefault();
-    this.select(Math.min(this.kept.length - 1, Math.max(0, this.selected + move)));
+    this.select(Math.min(this.matches.length - 1, Math.max(0, this.selected + move)));
     const top = this.selected * ROW_HEIGHT,
       bottom = top + ROW_HEIGHT;
     if (top < this.list.scrollTop) this.list.scrollTop = top;
     if (bottom > this.list.scrollTop + this.list.clientHeight) this.list.scrollTop = bottom - this.list.clientHeight;
   }
 
+  // Show the group at a position of the list: its question, and its responses side by side.
   async select(position) {
     this.selected = position;
     this.drawRows();
-    const group = this.kept[position];
+    const group = this.matches[position];
     if (!group) {
       this.pane.replaceChildren(node("p", { class: "empty" }, "No group matches."));
       return;
     }
     const colouring = COLOURINGS[this.colour.value];
-    const texts = await textsOf(group);
-    const tokens = colouring.value ? await tokensOf(group) : [];
-    if (this.kept[this.selected] !== group || colouring !== COLOURINGS[this.colour.value]) return;
+    const texts = await unpackTexts(group);
+    const tokens = colouring.value ? await unpackTokens(group) : [];
+    if (this.matches[this.selected] !== group || colouring !== COLOURINGS[this.colour.value]) return;
     const run = data.runs.length > 1 ? `${data.runs[group.run].label}, ` : "";
     const verdict = `${group.right} of ${group.size} correct`;
     const title = `${run}step ${group.step}, question ${group.questionId ?? "?"}: ${verdict}`;
@@ -253,27 +259,27 @@ class RolloutBrowser {
       "div",
       { class: "question" },
       node("div", { class: "quiet" }, title),
-      marked(texts.question || texts.prompt, this.pattern),
+      markedText(texts.question || texts.prompt, this.pattern),
     );
     if (texts.answer) question.append(node("div", { class: "quiet" }, "answer ", node("b", {}, texts.answer)));
     if (texts.prompt && texts.question)
       question.append(
-        node("details", {}, node("summary", {}, "the prompt, as the model got it"), marked(texts.prompt, null)),
+        node("details", {}, node("summary", {}, "the model's prompt"), markedText(texts.prompt, null)),
       );
-    const top = topOf(tokens, colouring.value);
+    const top = fullColourValue(tokens, colouring.value);
     const response = (text, i) => {
       const values = tokens[i]?.[colouring.value];
       const body =
         values && top > 0
-          ? painted(text, this.pattern, tokens[i].widths, values, colouring, top)
-          : marked(text, this.pattern);
-      return this.response(text, body, group.at + i);
+          ? colouredText(text, this.pattern, tokens[i].widths, values, colouring, top)
+          : markedText(text, this.pattern);
+      return this.response(text, body, group.start + i);
     };
     const responses = node("div", { class: "responses" }, ...texts.responses.map(response));
     this.pane.replaceChildren(question, ...colourKey(colouring, tokens, top), responses);
     for (const box of responses.querySelectorAll(".text")) {
-      const hit = box.querySelector("mark");
-      if (hit) box.scrollTop = hit.offsetTop - box.offsetTop - box.clientHeight / 3;
+      const mark = box.querySelector("mark");
+      if (mark) box.scrollTop = mark.offsetTop - box.offsetTop - box.clientHeight / 3;
     }
   }
 

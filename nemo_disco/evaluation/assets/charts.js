@@ -1,24 +1,24 @@
-// Line charts in plain SVG. Knows nothing of runs or metrics: series in, one card out.
+// Line charts in plain SVG, independent of runs and metrics: each chart is a card made from a list of series.
 "use strict";
 
 const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
-const SMOOTH_OVER = 30; // a curve with at least twice as many points gets a running median over one part in so many
+const SMOOTH_OVER = 30; // the running median's window is 1 / SMOOTH_OVER of a curve, if that is at least two points
 
 function node(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
+  const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-    else made.setAttribute(key, value);
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else element.setAttribute(key, value);
   }
-  made.append(...children);
-  return made;
+  element.append(...children);
+  return element;
 }
 
 function shape(name, attributes = {}, text = "") {
-  const made = document.createElementNS(SVG_NAMESPACE, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.textContent = text;
-  return made;
+  const element = document.createElementNS(SVG_NAMESPACE, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.textContent = text;
+  return element;
 }
 
 function canvas(width, height, label) {
@@ -51,7 +51,7 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
-// Robust against single spikes, which a mean would smear over the window.
+// A median, since a mean would spread single spikes over the window.
 function runningMedian(values, window) {
   return values.map((value, i) => {
     if (value === null) return null;
@@ -63,7 +63,7 @@ function runningMedian(values, window) {
   });
 }
 
-// The range that the curves need; a few far spikes are left above it and counted, or they would flatten the rest.
+// The range of the vertical axis, and the number of values above it (spikes that would flatten the rest).
 function verticalRange(values, spec) {
   if (spec.range) return { low: spec.range[0], high: spec.range[1], above: 0 };
   const sorted = Float64Array.from(values).sort();
@@ -89,30 +89,32 @@ function verticalRange(values, spec) {
   return { low: spec.fromZero && low === 0 ? 0 : low - margin, high: high + margin, above };
 }
 
-function pathOf(xs, ys, toX, toY) {
+// SVG path data of a curve, with gaps at missing values.
+function linePath(xs, ys, toX, toY) {
   let d = "",
-    down = false;
+    penDown = false;
   for (let i = 0; i < xs.length; i++) {
     if (ys[i] === null || ys[i] === undefined) {
-      down = false;
+      penDown = false;
       continue;
     }
-    d += `${down ? "L" : "M"}${toX(xs[i]).toFixed(1)} ${toY(ys[i]).toFixed(1)}`;
-    down = true;
+    d += `${penDown ? "L" : "M"}${toX(xs[i]).toFixed(1)} ${toY(ys[i]).toFixed(1)}`;
+    penDown = true;
   }
   return d;
 }
 
-function bandOf(xs, low, high, toX, toY) {
-  const kept = xs.map((_, i) => i).filter((i) => low[i] !== null && high[i] !== null);
-  const upper = kept.map((i) => `${toX(xs[i]).toFixed(1)} ${toY(high[i]).toFixed(1)}`);
-  const lower = kept.reverse().map((i) => `${toX(xs[i]).toFixed(1)} ${toY(low[i]).toFixed(1)}`);
-  return kept.length ? `M${upper.join("L")}L${lower.join("L")}Z` : "";
+// SVG path data of the area between two curves.
+function bandPath(xs, low, high, toX, toY) {
+  const indices = xs.map((_, i) => i).filter((i) => low[i] !== null && high[i] !== null);
+  const upper = indices.map((i) => `${toX(xs[i]).toFixed(1)} ${toY(high[i]).toFixed(1)}`);
+  const lower = indices.reverse().map((i) => `${toX(xs[i]).toFixed(1)} ${toY(low[i]).toFixed(1)}`);
+  return indices.length ? `M${upper.join("L")}L${lower.join("L")}Z` : "";
 }
 
-// spec: {title, help, range, fromZero, rules: [{y, label, color}], series: [...]}
-// series: {label, color, x, y, low, high, points, ticks}; low and high make a band;
-// ticks: per series, the x at which something happened, drawn under the axis; points: mark each value (few, far apart).
+// spec: {title, help, range, fromZero, rules: [{y, label, color}], series: [...]}; a rule is a horizontal line.
+// series: {label, color, x, y, low, high, points, ticks}; low and high: edges of a band around the curve;
+// points: true draws a dot at each value (for few values); ticks: values of x that are marked below the plot.
 class LineChart {
   static all = new Set();
   static width = 430;
@@ -154,7 +156,7 @@ class LineChart {
     this.plot.replaceChildren(picture);
   }
 
-  // The frame in pixels (box), the ranges in units, and the maps between them.
+  // Set the frame in pixels (box), the axes' ranges and the maps between them; returns the number of spikes above.
   measure(values) {
     const width = this.plot.clientWidth || LineChart.width;
     const height = LineChart.height;
@@ -180,12 +182,13 @@ class LineChart {
     for (const x of niceTicks(first, last, Math.max(2, Math.floor(width / 90))).filter(Number.isInteger)) {
       picture.append(shape("text", { x: this.toX(x), y: height - 5, "text-anchor": "middle" }, x.toLocaleString("en")));
     }
-    // Labels side by side, so that rules close to each other can be read.
+    // Labels side by side, so that those of neighbouring rules do not overlap.
     for (const [i, { y, label, color }] of (this.spec.rules || []).entries()) {
-      const at = this.toY(y);
+      const height = this.toY(y);
+      const style = color ? `stroke: ${color}` : "";
       picture.append(
-        shape("line", { x1: left, x2: right, y1: at, y2: at, class: "rule", style: color ? `stroke: ${color}` : "" }),
-        shape("text", { x: right - 72 * i, y: at - 4, "text-anchor": "end", class: "limit" }, label),
+        shape("line", { x1: left, x2: right, y1: height, y2: height, class: "rule", style }),
+        shape("text", { x: right - 72 * i, y: height - 4, "text-anchor": "end", class: "limit" }, label),
       );
     }
   }
@@ -195,10 +198,11 @@ class LineChart {
     const { toX, toY } = this;
     const window = series.points ? 1 : Math.max(1, Math.floor(x.length / SMOOTH_OVER));
     const smooth = (values) => (window > 1 ? runningMedian(values, window) : values);
-    const line = (values, look) =>
-      shape("path", { d: pathOf(x, values, toX, toY), class: "line", stroke: color, ...look });
+    const line = (values, style) =>
+      shape("path", { d: linePath(x, values, toX, toY), class: "line", stroke: color, ...style });
     if (low) {
-      picture.append(shape("path", { d: bandOf(x, smooth(low), smooth(high), toX, toY), fill: color, opacity: 0.16 }));
+      const d = bandPath(x, smooth(low), smooth(high), toX, toY);
+      picture.append(shape("path", { d, fill: color, opacity: 0.16 }));
     }
     if (window > 1) picture.append(line(y, { "stroke-width": 1, opacity: 0.3 }));
     picture.append(line(smooth(y), { "stroke-width": 1.8 }));
@@ -206,12 +210,12 @@ class LineChart {
       const measured = x.map((_, i) => i).filter((i) => y[i] !== null);
       picture.append(...measured.map((i) => shape("circle", { cx: toX(x[i]), cy: toY(y[i]), r: 3, fill: color })));
     }
-    for (const at of series.ticks || []) {
-      picture.append(shape("rect", { x: toX(at) - 0.75, y: rugY, width: 1.5, height: 5, fill: color }));
+    for (const tick of series.ticks || []) {
+      picture.append(shape("rect", { x: toX(tick) - 0.75, y: rugY, width: 1.5, height: 5, fill: color }));
     }
   }
 
-  // The same step is pointed at in every chart, so that they are read together.
+  // Show the same step's values in every chart; hide them if step is null.
   static pointAll(step) {
     for (const chart of LineChart.all) if (chart.card.isConnected) chart.point(step);
   }
@@ -223,7 +227,7 @@ class LineChart {
       return;
     }
     const lines = [];
-    let at = null;
+    let shownStep = null;
     for (const series of this.shown) {
       let nearest = -1;
       series.x.forEach((x, i) => {
@@ -231,7 +235,7 @@ class LineChart {
           nearest = i;
       });
       if (nearest < 0) continue;
-      at = series.x[nearest];
+      shownStep = series.x[nearest];
       const interval =
         series.low && series.low[nearest] !== null
           ? ` [${formatNumber(series.low[nearest])}, ${formatNumber(series.high[nearest])}]`
@@ -245,12 +249,12 @@ class LineChart {
         ),
       );
     }
-    if (at === null) return;
-    const x = this.toX(at);
+    if (shownStep === null) return;
+    const x = this.toX(shownStep);
     this.cross.setAttribute("x1", x);
     this.cross.setAttribute("x2", x);
     this.cross.setAttribute("visibility", "visible");
-    this.tip.replaceChildren(node("div", { class: "quiet" }, `step ${at.toLocaleString("en")}`), ...lines);
+    this.tip.replaceChildren(node("div", { class: "quiet" }, `step ${shownStep.toLocaleString("en")}`), ...lines);
     this.tip.hidden = false;
     const half = this.plot.clientWidth / 2;
     this.tip.style.left = x < half ? `${x + 26}px` : "";

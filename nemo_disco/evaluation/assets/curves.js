@@ -1,4 +1,4 @@
-// Which curves there are, and where the step's time goes: from the runs' metrics to charts.
+// Charts of the runs' metrics: curves, accuracy, and the time of each phase of a step.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -9,16 +9,17 @@ const CURVES = [
   { key: "policy/kl", title: "KL to the old policy", band: "policy/kl_stderr", help: "± one standard error" },
   { key: "policy/entropy", title: "Entropy", help: "nats a token" },
   { key: "response/length_mean", title: "Response length", help: "mean, tokens", fromZero: true },
-  { key: "groups/mixed", title: "Mixed groups", help: "questions with right and wrong answers", range: [0, 1] },
+  { key: "groups/mixed", title: "Mixed groups", help: "share with right and wrong responses", range: [0, 1] },
   { key: "grad_norm", title: "Gradient norm", help: "", fromZero: true },
   { key: "objective/value", title: "Objective", help: "J, maximised" },
 ];
-const SHOWN_ELSEWHERE = (key) =>
+const isShownElsewhere = (key) =>
   key.startsWith("time/") ||
   (key.startsWith("eval/") && key.endsWith("/pass@1")) ||
   ["policy/kl_stderr", "constraint/active", "constraint/delta"].includes(key) ||
   CURVES.some((c) => c.key === key);
 
+// A series for each run that has the metric; band: the metric with its standard error.
 function seriesOf(key, band) {
   return data.runs.flatMap((run, i) => {
     const y = run.series[key],
@@ -31,6 +32,7 @@ function seriesOf(key, band) {
   });
 }
 
+// A horizontal line for each KL limit, in its run's colour if the limits differ.
 function constraintRules() {
   const limits = [...new Set(data.runs.map((run) => run.delta).filter((d) => d !== null))];
   return limits.map((y) => {
@@ -39,7 +41,8 @@ function constraintRules() {
   });
 }
 
-function withFiredSteps(series) {
+// The series with ticks at the steps in which the constraint was active.
+function markConstraintSteps(series) {
   return series.map((s) => {
     const run = data.runs.find((r) => r.label === s.label),
       active = run.series["constraint/active"];
@@ -52,10 +55,10 @@ function drawCurve(host, curve) {
   let help = curve.help;
   const spec = { ...curve };
   if (curve.key === "policy/kl") {
-    series = withFiredSteps(series);
+    series = markConstraintSteps(series);
     spec.rules = constraintRules();
-    if (series.some((s) => s.ticks)) help += "; marks: constraint on";
-    if (!spec.rules.length) help += "; δ is not known";
+    if (series.some((s) => s.ticks)) help += "; marks: constraint active";
+    if (!spec.rules.length) help += "; δ unknown";
   }
   new LineChart(host, { ...spec, help, series });
 }
@@ -116,7 +119,7 @@ function drawCurves() {
   drawAccuracy(host);
   others.forEach((curve) => drawCurve(host, curve));
   if (!host.children.length) host.append(node("p", { class: "quiet" }, "No metrics were found."));
-  const rest = [...present].filter((key) => !SHOWN_ELSEWHERE(key)).sort();
+  const rest = [...present].filter((key) => !isShownElsewhere(key)).sort();
   if (!rest.length) {
     more.remove();
     return;
@@ -128,7 +131,7 @@ function drawCurves() {
   );
 }
 
-// Seconds of each phase, step by step; what the phases do not cover is "other".
+// Seconds of each phase in each step that has a time; "other" is the rest of the step.
 function phasesOf(run) {
   const steps = run.steps.map((_, i) => i).filter((i) => run.series["time/step"]?.[i] != null);
   const columns = data.phases.map((phase) => steps.map((i) => run.series[`time/${phase}`]?.[i] ?? 0));
@@ -175,8 +178,8 @@ function drawPhases(host, run, index) {
   new ResizeObserver(() => plot.replaceChildren(stackedColumns(steps, columns, plot.clientWidth))).observe(plot);
 }
 
-// Neighbouring steps share a column where there are more steps than columns fit.
-function inBins(values, bins) {
+// Means over `bins` ranges of neighbouring steps, since a chart has fewer columns than a long run has steps.
+function binMeans(values, bins) {
   const size = values.length / bins;
   return Array.from({ length: bins }, (_, b) => mean(values.slice(Math.floor(b * size), Math.floor((b + 1) * size))));
 }
@@ -184,7 +187,7 @@ function inBins(values, bins) {
 function stackedColumns(steps, columns, width) {
   const [left, right, top, bottom] = [52, width - 6, 6, 150];
   const bins = Math.min(steps.length, 120);
-  const binned = columns.map((column) => inBins(column, bins));
+  const binned = columns.map((column) => binMeans(column, bins));
   const highest = Math.max(...binned[0].map((_, b) => binned.reduce((sum, column) => sum + column[b], 0))) * 1.05 || 1;
   const toY = (y) => bottom - (y / highest) * (bottom - top);
   const picture = canvas(width, bottom + 20, "seconds of each phase by step");
