@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests" / "rewards")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests" / "rewards" / "math")]
 
 from answer_forms import changed, rewritten  # noqa: E402 - a script's neighbours, not packages
 from answer_table import DIFFERENT, EQUAL  # noqa: E402

@@ -9,6 +9,6 @@ from nemo_disco.rewards import MathGrader
 
 @pytest.fixture(scope="session")
 def grader() -> Iterator[MathGrader]:
-    """One grader for all tests that do not try to break it; its time limit is far above what a fair answer takes."""
+    """A grader shared by all tests that do not try to break it; its time limit is far above any fair answer's."""
     with MathGrader(timeout=30.0, workers=2) as grader:
         yield grader

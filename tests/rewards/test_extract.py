@@ -1,4 +1,4 @@
-"""The final answer is what the response ends with: guards against rewarding a thought, or a box that was taken back."""
+"""The final answer is the response's last box: a box in the thinking, or one that was taken back, earns nothing."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_no_answer(response: str, reason: str) -> None:
         final_answer(response, require_think=False)
 
 
-def test_thinking_must_have_ended() -> None:
+def test_the_end_of_thinking_may_be_required() -> None:
     assert final_answer(r"thoughts</think> \boxed{7}", require_think=True) == "7"
     with pytest.raises(NoAnswerError, match="no </think>"):
         final_answer(r"thoughts \boxed{7}", require_think=True)
 
 
 @pytest.mark.parametrize("piece", [r"\boxed", r"\boxed{", "{", r"\boxed  ", "\\", "}"])
-def test_a_megabyte_of_anything_is_read_in_one_pass(piece: str) -> None:
-    """A quadratic scan of this would take minutes."""
+def test_a_megabyte_is_scanned_in_linear_time(piece: str) -> None:
+    """A quadratic scan would take minutes."""
     with pytest.raises(NoAnswerError):
         final_answer(piece * (1_000_000 // len(piece)), require_think=False)

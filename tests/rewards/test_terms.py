@@ -51,7 +51,7 @@ def test_the_verdict_alone_is_the_reward_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "formed"),
+    ("response", "value"),
     [
         (r"Think. </think> \boxed{2}", 1.0),
         (r"Think. \boxed{2}", 0.0),
@@ -62,32 +62,32 @@ def test_the_verdict_alone_is_the_reward_by_default() -> None:
         ("", 0.0),
     ],
 )
-def test_format_is_a_complete_answer_right_or_wrong(response: str, formed: float) -> None:
-    assert reward(rewards(format=1.0), replace(WRONG, response=response)) == formed
+def test_format_is_1_for_a_complete_box_right_or_wrong(response: str, value: float) -> None:
+    assert reward(rewards(format=1.0), replace(WRONG, response=response)) == value
 
 
-@pytest.mark.parametrize(("length", "wanted"), [(0, 0.0), (32, 0.0), (33, -0.125), (36, -0.5), (40, -1.0)])
-def test_overlong_falls_to_minus_one_over_the_last_fifth(length: int, wanted: float) -> None:
-    assert reward(rewards(overlong=1.0), replace(RIGHT, length=length)) == wanted
+@pytest.mark.parametrize(("length", "expected"), [(0, 0.0), (32, 0.0), (33, -0.125), (36, -0.5), (40, -1.0)])
+def test_overlong_falls_to_minus_one_over_the_last_fifth(length: int, expected: float) -> None:
+    assert reward(rewards(overlong=1.0), replace(RIGHT, length=length)) == expected
 
 
-def test_length_is_drpos() -> None:
+def test_length_is_drpos_length_reward() -> None:
     assert [reward(rewards(length=1.0), replace(RIGHT, length=n)) for n in (0, 10, 40)] == [1.0, 0.75, 0.0]
 
 
 def test_terms_add_up() -> None:
-    some = rewards(correctness=1.0, format=0.1, length=-0.2)
-    assert reward(some, RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
-    assert reward(some, WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
-    assert preference(some, RIGHT) == 0.0
+    weighted = rewards(correctness=1.0, format=0.1, length=-0.2)
+    assert reward(weighted, RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
+    assert reward(weighted, WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
+    assert preference(weighted, RIGHT) == 0.0
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("correctness", 0.0), ("format", 1.0), ("length", 0.75)])
-def test_a_preference_is_any_of_the_terms(name: str, wanted: float) -> None:
-    assert preference(rewards(name, correctness=1.0), WRONG) == wanted
+@pytest.mark.parametrize(("name", "expected"), [("correctness", 0.0), ("format", 1.0), ("length", 0.75)])
+def test_a_preference_is_any_of_the_terms(name: str, expected: float) -> None:
+    assert preference(rewards(name, correctness=1.0), WRONG) == expected
 
 
-MINE = """
+FUNCTIONS = """
 import math, time
 
 
@@ -121,23 +121,23 @@ CONSTANT = 1
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return beside_us(tmp_path / "my_rewards_of_this_test.py", MINE, monkeypatch)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return beside_us(tmp_path / "my_rewards_of_this_test.py", FUNCTIONS, monkeypatch)
 
 
-def test_a_users_function_sees_the_response_and_its_questions_metadata(mine: Path) -> None:
-    own = f"{mine.stem}:by_level"
-    assert reward(rewards(function=own, correctness=1.0), RIGHT) == pytest.approx(1.3)
-    assert reward(rewards(function=own), WRONG) == -14.0
-    assert preference(rewards(own), RIGHT) == pytest.approx(0.3)
+def test_a_users_function_gets_the_response_and_its_questions_metadata(module: Path) -> None:
+    function = f"{module.stem}:by_level"
+    assert reward(rewards(function=function, correctness=1.0), RIGHT) == pytest.approx(1.3)
+    assert reward(rewards(function=function), WRONG) == -14.0
+    assert preference(rewards(function), RIGHT) == pytest.approx(0.3)
 
 
-def test_a_users_function_that_hangs_gives_0_and_is_named(mine: Path, caplog: pytest.LogCaptureFixture) -> None:
-    own = f"{mine.stem}:hangs_on_wrong"
-    some = rewards(own, function=own, correctness=1.0)
-    assert some.judge([RIGHT, WRONG, RIGHT]) == [(6.0, 5.0), (0.0, 0.0), (6.0, 5.0)]
+def test_a_users_function_that_hangs_gives_0_with_a_warning(module: Path, caplog: pytest.LogCaptureFixture) -> None:
+    function = f"{module.stem}:hangs_on_wrong"
+    weighted = rewards(function, function=function, correctness=1.0)
+    assert weighted.judge([RIGHT, WRONG, RIGHT]) == [(6.0, 5.0), (0.0, 0.0), (6.0, 5.0)]
     for key in ("reward.function", "algorithm.preference"):
-        assert f"{key}={own} took longer than reward.timeout" in caplog.text
+        assert f"{key}={function} took longer than reward.timeout" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ def test_a_users_function_that_hangs_gives_0_and_is_named(mine: Path, caplog: py
         ("nothing", r"{path}:17 must return a finite number; it returned None"),
     ],
 )
-def test_a_users_mistake_is_named_with_file_and_line(mine: Path, name: str, message: str) -> None:
-    own = rewards(function=f"{mine.stem}:{name}")
-    with pytest.raises(UserError, match=message.format(path=mine)) as error:
-        reward(own, RIGHT)
+def test_an_error_in_a_users_function_is_reported_with_file_and_line(module: Path, name: str, message: str) -> None:
+    terms = rewards(function=f"{module.stem}:{name}")
+    with pytest.raises(UserError, match=message.format(path=module)) as error:
+        reward(terms, RIGHT)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({"function": "my_rewards"}, r"reward.function=my_rewards must be module:function"),
         ({"function": "nowhere_at_all:f"}, r"reward.function=\S+: importing nowhere_at_all raised ModuleNotFoundError"),
@@ -167,6 +167,6 @@ def test_a_users_mistake_is_named_with_file_and_line(mine: Path, name: str, mess
         ({"preference": "math:pi"}, r"algorithm.preference=math:pi must be module:function"),
     ],
 )
-def test_what_there_is_not_is_refused_by_name(given: dict[str, str], message: str) -> None:
+def test_an_unknown_function_or_preference_is_refused_by_name(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        rewards(**given)  # type: ignore[arg-type]
+        rewards(**arguments)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The two locks on a judge, each tested alone: sympy's string parser, and what the process may do."""
+"""The two guards of a judge, each tested alone: the restricted string parser of sympy, and the audit hook."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Kinds of fault that outside cases found in the grader, each with siblings on both sides. Plain data.
+"""Kinds of fault that the grader had: pairs that it must find equal and pairs that it must not. Plain data.
 
-KINDS[name] = (pairs that must earn, pairs that must not), each pair an answer and its gold answer.
+KINDS[name] = (equal pairs, unequal pairs), each pair an answer and its gold answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decisions of the caller's process alone must be exact: a false positive here is never seen by the algebra."""
+"""The fast path must be exact: algebra never sees an answer that it took for right by mistake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_disco.rewards.math.fast_path import decide, numeral
 from nemo_disco.rewards.math.units import for_algebra
 from nemo_disco.rewards.math.words import squeezed
 
-untimed = settings(deadline=None)  # by the clock, and this machine may be busy
+untimed = settings(deadline=None)  # a deadline by the clock fails on a busy machine
 FRACTIONS = st.fractions(min_value=-1000, max_value=1000, max_denominator=1000)
 
 
@@ -27,10 +27,10 @@ def spellings(value: Fraction) -> list[str]:
 
 @untimed
 @given(FRACTIONS, FRACTIONS)
-def test_fractions_are_equal_exactly_when_their_values_are(one: Fraction, other: Fraction) -> None:
-    for ours in spellings(one):
-        for theirs in spellings(other):
-            assert decide(ours, theirs) is (one == other)
+def test_fractions_are_equal_exactly_when_their_values_are(a: Fraction, b: Fraction) -> None:
+    for answer in spellings(a):
+        for gold in spellings(b):
+            assert decide(answer, gold) is (a == b)
 
 
 @untimed
@@ -89,7 +89,7 @@ def test_decimals_with_separators_and_powers_of_ten(digits: int, places: int) ->
         ("\N{MINUS SIGN}3", "-3", True),
         ("12", "\N{ARABIC-INDIC DIGIT ONE}\N{ARABIC-INDIC DIGIT TWO}", None),
         ("1" * 5000, "2" * 5000, None),  # over Python's limit for integers
-        ("1e999999999", "1e999999998", None),  # not to be written out
+        ("1e999999999", "1e999999998", None),  # over MAX_EXPONENT: too long to expand
     ],
 )
 def test_decisions(answer: str, gold: str, decision: bool | None) -> None:
@@ -101,15 +101,15 @@ ANSWERS = st.text(alphabet="012345.,/\\{}$%^_ ifractextcm+-", max_size=30)
 
 @untimed
 @given(ANSWERS, ANSWERS)
-def test_any_text_equals_itself_and_the_order_does_not_matter(one: str, other: str) -> None:
-    """... but for a base, which only the answer may leave out."""
-    assert decide(one, one) is True or not squeezed(canonical(one))
-    assert decide(one, other) is decide(other, one) or "_" in one + other
-    for_algebra(one)
+def test_decisions_are_reflexive_and_symmetric(a: str, b: str) -> None:
+    """Symmetric except for a base, which only the answer may leave out."""
+    assert decide(a, a) is True or not squeezed(canonical(a))
+    assert decide(a, b) is decide(b, a) or "_" in a + b
+    for_algebra(a)
 
 
 def test_two_thousand_plain_answers_a_second() -> None:
-    """CPU time, of one core: the promise is for two."""
+    """By CPU time on one core; the promise is for two cores."""
     cases = [(str(i), str(i + i % 2)) for i in range(1000)]
     cases += [(f"{i}.50", rf"{i}\frac{{1}}{{2}}") for i in range(1000)]
     cases += [(f"{i:,}", rf"\${i}") for i in range(5000, 6000)]
@@ -119,7 +119,7 @@ def test_two_thousand_plain_answers_a_second() -> None:
 
 
 def test_the_callers_process_stays_light() -> None:
-    """`import nemo_disco` and the fast path must not pull in sympy."""
+    """`import nemo_disco` and the fast path must not import sympy."""
     code = (
         "import sys; from nemo_disco.rewards import MathGrader; "
         "assert MathGrader().grade([r'\\boxed{1/2}'], ['0.5']) == [1.0]; "

@@ -1,4 +1,4 @@
-"""The grader's table of cases: answers that count as the gold answer, and near misses that do not. Plain data."""
+"""Table of answers that equal a gold answer, and of near misses that do not. Plain data."""
 
 from __future__ import annotations
 

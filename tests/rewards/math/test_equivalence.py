@@ -1,4 +1,4 @@
-"""The grader's table, case by case, and which of several boxes and gold answers counts."""
+"""The grader on tables of equal and unequal answers; with several boxes or gold answers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def test_different(grader: MathGrader, gold: str, answers: list[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS | MORE_KINDS)
-def test_both_sides_of_each_kind_of_fault(grader: MathGrader, kind: str) -> None:
-    for pairs, wanted in zip((KINDS | MORE_KINDS)[kind], (1.0, 0.0), strict=True):
+def test_each_kind_of_fault_is_mended(grader: MathGrader, kind: str) -> None:
+    for pairs, reward in zip((KINDS | MORE_KINDS)[kind], (1.0, 0.0), strict=True):
         verdicts = grader.grade_with_reasons([box(answer) for answer, _ in pairs], [gold for _, gold in pairs])
-        found = [(pair, v.reason) for pair, v in zip(pairs, verdicts, strict=True) if v.reward != wanted]
-        assert found == [], f"should give {wanted}"
+        misgraded = [(pair, v.reason) for pair, v in zip(pairs, verdicts, strict=True) if v.reward != reward]
+        assert misgraded == [], f"reward should be {reward}"
         assert "timeout" not in [v.reason for v in verdicts]
 
 
-def test_any_of_several_gold_answers_counts(grader: MathGrader) -> None:
+def test_an_answer_may_equal_any_of_several_gold_answers(grader: MathGrader) -> None:
     golds = ["0.01\n", r"\sqrt{3}"]
     assert grader.grade([box("0.01"), box(r"\frac{3}{\sqrt{3}}"), box("0.02")], [golds, tuple(golds), golds]) == [
         1.0,
@@ -59,5 +59,5 @@ def test_a_gold_answer_may_be_boxed(grader: MathGrader) -> None:
 @pytest.mark.parametrize(
     ("gold", "reason"), [("", "unparsable gold answer"), ("@#", "unparsable gold answer"), ("7", "wrong")]
 )
-def test_reasons_tell_a_bad_gold_answer_from_a_wrong_one(grader: MathGrader, gold: str, reason: str) -> None:
+def test_the_reason_tells_a_bad_gold_answer_from_a_wrong_answer(grader: MathGrader, gold: str, reason: str) -> None:
     assert [v.reason for v in grader.grade_with_reasons([box("x+1")], [gold])] == [reason]

@@ -1,6 +1,6 @@
-"""The same answer written otherwise, and another answer written alike: what a grader must tell apart.
+"""Rewrites a gold answer: the same answer spelled otherwise, which is right, or with another digit, which is wrong.
 
-Pure string work on gold answers.
+String processing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LIST = re.compile(r"[^,()\[\]\\]+(?:,[^,()\[\]\\]+)+")
 
 
 def rewritten(gold: str) -> dict[str, str]:
-    """Equivalent forms by name, each only where it surely means the same."""
+    """Equivalent forms of the answer by name; a form is left out if it might mean something else."""
     forms = {"style": respelled(gold)}
     if (value := _value(gold)) is not None:
         over, under = value.numerator, value.denominator
@@ -38,19 +38,19 @@ def rewritten(gold: str) -> dict[str, str]:
 
 
 def changed(gold: str, rng: random.Random) -> str:
-    """The same with one digit another; without digits, one more."""
-    places = [match.start() for match in re.finditer(r"\d", gold)]
-    if not places:
+    """The answer with one digit changed; an answer without digits gets a summand 1."""
+    digits = [match.start() for match in re.finditer(r"\d", gold)]
+    if not digits:
         return gold + "+1"
-    at = rng.choice(places)
-    return gold[:at] + str((int(gold[at]) + rng.randint(1, 9)) % 10) + gold[at + 1 :]
+    i = rng.choice(digits)
+    return gold[:i] + str((int(gold[i]) + rng.randint(1, 9)) % 10) + gold[i + 1 :]
 
 
 def respelled(gold: str) -> str:
-    """The same in another LaTeX style: delimiters that grow, displayed fractions, more spaces, dollar signs."""
+    """The answer in another LaTeX style: \\left and \\right, displayed fractions, more spaces, dollar signs."""
     plain = gold.strip().strip("$").replace(r"\left", "").replace(r"\right", "").replace(r"\frac", r"\dfrac")
-    grown = plain.replace("(", r"\left(").replace(")", r"\right)")
-    return "$ " + re.sub(r"([+=])", r" \1 ", grown) + " $"
+    sized = plain.replace("(", r"\left(").replace(")", r"\right)")
+    return "$ " + re.sub(r"([+=])", r" \1 ", sized) + " $"
 
 
 def _value(gold: str) -> Fraction | None:
@@ -59,7 +59,7 @@ def _value(gold: str) -> Fraction | None:
 
 
 def _is_expression(gold: str) -> bool:
-    """One number or term: no words, no list, no relation, no single letter that names a choice."""
+    """True for one number or term: no words, no list, no relation, no single letter that names a choice."""
     plain = canonical(gold)
     commands = re.sub(r"\\[a-zA-Z]+", "", plain)
     return bool(_EXPRESSION.fullmatch(plain)) and not _WORD.search(commands) and len(plain) > 1

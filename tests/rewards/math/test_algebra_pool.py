@@ -1,4 +1,4 @@
-"""The pool from the outside: threads, deaths, ends, and that its size and the order of answers change nothing."""
+"""The pool of algebra processes: threads, killed processes, closing; verdicts depend on neither size nor order."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_child_that_dies_costs_its_answer_only() -> None:
 
 
 def test_a_request_to_stop_leaves_the_processes_alone() -> None:
-    """SLURM signals whatever a task started; a judge that died of it would be a wrong answer."""
+    """SLURM signals all processes of a task; an answer whose judge died of it would count as wrong."""
     with MathGrader(timeout=60.0, workers=2) as grader, ThreadPoolExecutor() as executor:
         grades = executor.submit(grader.grade, *map(list, zip(*CASES, strict=True)))
         assert until(lambda: grader._pool._process is not None)
@@ -149,7 +149,7 @@ def test_the_processes_end_with_a_killed_parent() -> None:
 
 
 def test_a_process_that_cannot_start_is_an_error_not_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Were it graded 0, a broken installation would look like a bad policy."""
+    """With reward 0, a broken installation would look like a bad policy."""
     (tmp_path / "latex2sympy2_extended.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with MathGrader() as grader, pytest.raises(RuntimeError, match="did not start"):

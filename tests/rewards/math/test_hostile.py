@@ -1,4 +1,4 @@
-"""No answer may take longer than its limit, end the pool, or run code. Each case here has stopped some grader."""
+"""No answer may exceed its time limit, end the pool, or run code. Each case has stopped some grader."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ TOWER = r"\boxed{9^{9^{9^{9}}}}"
 @pytest.fixture(scope="module")
 def strict() -> Iterator[MathGrader]:
     with MathGrader(timeout=LIMIT, workers=2) as grader:
-        grader.grade([r"\boxed{x+1}"], ["1+x"])  # starting up is not part of any answer's time
+        grader.grade([r"\boxed{x+1}"], ["1+x"])  # starting up does not count as an answer's time
         yield grader
 
 
-def spent(grader: MathGrader) -> float:
-    """Seconds of processor time that the grader's judges have used, dead and alive; right while none is at work."""
-    grader.grade([r"\boxed{2+x}"], ["x+2"])  # it is judged once those that are late have been ended, and not before
+def processor_seconds(grader: MathGrader) -> float:
+    """Processor time of the grader's judges, dead and alive, in seconds; exact while none is at work."""
+    grader.grade([r"\boxed{2+x}"], ["x+2"])  # waits until judges past their limit have been ended
     process = grader._pool._process
     assert process is not None
     seconds = sum(map(processor_time, children_of(process.pid)))
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return seconds + (int(fields[13]) + int(fields[14])) / TICKS  # of those that it has waited for
+    return seconds + (int(fields[13]) + int(fields[14])) / TICKS  # of the children that have ended
 
 
 def children_of(pid: int) -> list[int]:
@@ -65,22 +65,22 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE.keys())
-def test_within_the_limit_and_the_pool_goes_on(strict: MathGrader, answer: str) -> None:
-    start = spent(strict)
+def test_a_hostile_answer_keeps_to_its_limit_and_the_pool_goes_on(strict: MathGrader, answer: str) -> None:
+    start = processor_seconds(strict)
     [verdict] = strict.grade_with_reasons([rf"\boxed{{{answer}}}"], ["x+2"])
-    assert spent(strict) - start < LIMIT + SLACK
+    assert processor_seconds(strict) - start < LIMIT + SLACK
     assert verdict.reward == 0.0
     assert strict.grade([r"\boxed{2+x}"], ["x+2"]) == [1.0]
 
 
 def test_a_power_tower_costs_one_limit(strict: MathGrader) -> None:
-    start = spent(strict)
+    start = processor_seconds(strict)
     assert strict.grade_with_reasons([TOWER], ["5"]) == [Verdict(0.0, "timeout")]
-    assert LIMIT <= spent(strict) - start < LIMIT + SLACK
+    assert LIMIT <= processor_seconds(strict) - start < LIMIT + SLACK
 
 
 def test_waiting_for_a_processor_does_not_count() -> None:
-    """On a busy machine right answers were 0: a judge that is stopped stands for one that gets no processor."""
+    """Else right answers would get 0 on a busy machine. A stopped judge stands for one that gets no processor."""
     with MathGrader(timeout=LIMIT, workers=1) as grader:
         assert grader.grade([r"\boxed{x+1}"], ["1+x"]) == [1.0]
         process = grader._pool._process
@@ -95,16 +95,16 @@ def test_waiting_for_a_processor_does_not_count() -> None:
 
 
 def test_hostile_answers_do_not_spoil_their_neighbours(strict: MathGrader) -> None:
-    """An answer that waits behind four towers has its own full time."""
+    """An answer that waits behind four power towers still gets its full time."""
     towers = [rf"\boxed{{9^{{9^{{9^{{9}}}}}}+{i}}}" for i in range(4)]
     rewards = strict.grade([*towers, r"\boxed{1+x}", r"\boxed{x+3}"], ["7"] * 4 + ["x+1"] * 2)
     assert rewards == [0.0] * 4 + [1.0, 0.0]
 
 
 def test_equal_hostile_answers_are_judged_once(strict: MathGrader) -> None:
-    start = spent(strict)
+    start = processor_seconds(strict)
     assert strict.grade([TOWER] * 64, ["5"] * 64) == [0.0] * 64
-    assert spent(strict) - start < LIMIT + SLACK
+    assert processor_seconds(strict) - start < LIMIT + SLACK
 
 
 @pytest.mark.parametrize(
