@@ -103,7 +103,7 @@ FEATURES = (
         ("runtime/test_profiler.py", "algorithms/test_profiled_steps.py"),
         shows="torch's profiler on a CPU; NVTX ranges and nsys's marks as calls to CUDA; not nsys",
     ),
-    Feature("Tokens a second and MFU", ("config/test_flops.py", "algorithms/test_throughput.py"), "train_1p5b_8k.mfu"),
+    Feature("Tokens a second and MFU", ("estimate/test_flops.py", "algorithms/test_throughput.py"), "train_1p5b_8k.mfu"),
     Feature(
         "Engine megatron, plain decoding", ("generation/test_megatron_engine.py",), "decode.plain.tokens_per_second"
     ),
@@ -116,7 +116,7 @@ FEATURES = (
     Feature("A 1.5B training step, 8k packed", key="train_1p5b_8k.tokens_per_second"),
     Feature("A 7B forward and backward pass, 8k packed", key="train_7b_8k.tokens_per_second"),
     Feature("A whole DisCO step at 1.5B on one device", key="step.seconds.step"),
-    Feature("Checkpoints", ("policy/test_checkpoint.py", "policy/test_checkpoint_writer.py")),
+    Feature("Checkpoints", ("checkpoint/test_checkpoint.py", "checkpoint/test_writer.py")),
     Feature("Checkpoints loaded at another layout", ("distributed/test_checkpoint_layouts.py",)),
     Feature(
         "Exports and conversions read by transformers 4",
@@ -171,7 +171,7 @@ COLUMNS = {
 }
 # Figures of benchmarks/gpu that one architecture leaves.
 GPU_FIGURES = {"qwen2": "train_1p5b_8k.tokens_per_second", "qwen3": "train_qwen3_0p6b_16k.tokens_per_second"}
-sys.path.insert(0, str(ROOT / "tests" / "config"))
+sys.path.insert(0, str(ROOT / "tests" / "models"))
 from real_configs import REAL  # noqa: E402 - a module of the tests
 
 REAL_MODELS: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
 """The verifier `python_tests`: reward 1 for a response whose program passes the question's tests.
 
 A program runs in a confined process (sandbox.py), a script of tests in a second one; values and outputs are compared in
-this process. Nothing from a response is run or parsed here. docs/data.md has the threat model.
+this process. Nothing from a response is run or parsed here. docs/rewards.md has the threat model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class PythonTests(TextGrader):
 
     The kernel confines a program to computing (seccomp_filter.py): `timeout` processor seconds for all tests of a
     response and as many asleep, `memory_mb` of address space beyond Python's own, output a megabyte beyond twice the
-    expected one. docs/data.md lists what this guarantees and what it does not.
+    expected one. docs/rewards.md lists what this guarantees and what it does not.
     """
 
     def __init__(
