@@ -103,7 +103,9 @@ FEATURES = (
         ("runtime/test_profiler.py", "algorithms/test_profiled_steps.py"),
         shows="torch's profiler on a CPU; NVTX ranges and nsys's marks as calls to CUDA; not nsys",
     ),
-    Feature("Tokens a second and MFU", ("estimate/test_flops.py", "algorithms/test_throughput.py"), "train_1p5b_8k.mfu"),
+    Feature(
+        "Tokens a second and MFU", ("estimate/test_flops.py", "algorithms/test_throughput.py"), "train_1p5b_8k.mfu"
+    ),
     Feature(
         "Engine megatron, plain decoding", ("generation/test_megatron_engine.py",), "decode.plain.tokens_per_second"
     ),
@@ -245,9 +247,9 @@ def architecture_row(name: str, results: Iterable[Mapping[str, Any]]) -> str:
 
 @cache
 def architectures_in(test: str) -> frozenset[str]:
-    """The architectures among the text constants of a test file, and those of tests/models.py if it uses FAMILIES."""
+    """The architectures among the text constants of a test file, and those of tests/tiny_models.py if it uses FAMILIES."""
     source = (ROOT / "tests" / test).read_text()
-    shared = (ROOT / "tests" / "models.py").read_text() if "FAMILIES" in source else ""
+    shared = (ROOT / "tests" / "tiny_models.py").read_text() if "FAMILIES" in source else ""
     constants = [n.value for text in (source, shared) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
     return frozenset(str(value).split("-")[0] for value in constants) & frozenset(REAL_MODELS)
 
