@@ -247,7 +247,7 @@ def architecture_row(name: str, results: Iterable[Mapping[str, Any]]) -> str:
 
 @cache
 def architectures_in(test: str) -> frozenset[str]:
-    """The architectures among the text constants of a test file, and those of tests/tiny_models.py if it uses FAMILIES."""
+    """The architectures among a test file's text constants, and those of tests/tiny_models.py if it uses FAMILIES."""
     source = (ROOT / "tests" / test).read_text()
     shared = (ROOT / "tests" / "tiny_models.py").read_text() if "FAMILIES" in source else ""
     constants = [n.value for text in (source, shared) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
