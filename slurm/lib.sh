@@ -12,7 +12,7 @@ fail() {
 
 log() { echo "$(date '+%F %T') $*"; }
 
-# Make the run directory and the log directory of this start of the job, RUN/logs/JOB.RESTART (rank_N.log, srun.log).
+# Make the run directory and the logs' directory for this life of the job, RUN/logs/JOB.RESTART.
 prepare() {
     [[ " $* " != *" exp_manager.explicit_log_dir="* ]] ||
         fail "instead of exp_manager.explicit_log_dir: sbatch --job-name=NAME for runs/NAME, or RUN in the environment"
@@ -27,7 +27,7 @@ prepare() {
     # The name that all links of a chain share: an array's, or that of chain.sh.
     CHAIN=${SLURM_ARRAY_JOB_ID:-${NEMO_DISCO_CHAIN:-}}
     STOP_REQUESTED=0
-    log "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST; logs in $LOGS"
+    log "job $SLURM_JOB_ID, life ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST; logs in $LOGS"
 }
 
 # Set PYTHON, the interpreter that has nemo_disco, and OPTIONS, srun's options for it (the container's among them).
@@ -107,7 +107,7 @@ print_failure() {
     } >&2
 }
 
-# finished, progressed: true if this start of the job wrote the trained model, or a checkpoint.
+# finished, progressed: true if this life of the job wrote the trained model, or a checkpoint.
 finished() { [[ $RUN/export -nt $LOGS/started ]]; }
 progressed() {
     local saved
