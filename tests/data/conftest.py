@@ -1,4 +1,4 @@
-"""A byte-level tokenizer directory, and the papers' question files where they are at hand."""
+"""Fixtures: a byte-level tokenizer directory, a writer of question files, and the papers' files if they are there."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer_dir(tmp_path):
-    """256 bytes, then EOS (256) and `</think>` (257). Plain encoding puts EOS first, as Llama's does BOS."""
+    """A tokenizer of 256 bytes, EOS (256) and `</think>` (257). Plain encoding puts EOS first, as Llama's puts BOS."""
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,7 +48,7 @@ def tokenizer(tokenizer_dir):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a question file: bytes or text as they are, a list as JSON or JSONL by the name's ending."""
+    """A function that writes a question file: bytes or text unchanged, a list as JSON or JSONL by the file's suffix."""
 
     def to_file(name, content):
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Text to tokens and back; what a tokenizer directory lacks is said with the file to mend."""
+"""Prompts, decoding and token widths; stop tokens; and messages that name what a tokenizer directory lacks."""
 
 import json
 
@@ -24,7 +24,7 @@ def encode(tokenizer, *questions, suffix="", limit=1000, too_long="error"):
 
 
 def edit(path, **changes):
-    """A change of None removes the key."""
+    """Change keys of a JSON file; None removes a key."""
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
@@ -46,7 +46,7 @@ def test_token_ids_are_those_of_transformers_own_template_call(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("text", "suffix", "asked"),
+    ("text", "suffix", "turn"),
     [
         ("1+1?", "Think.", "1+1? Think."),
         ("1+1?", "\nThink.", "1+1?\nThink."),
@@ -56,19 +56,19 @@ def test_token_ids_are_those_of_transformers_own_template_call(tokenizer):
         ("1+1?", "", "1+1?"),
     ],
 )
-def test_the_suffix_ends_the_last_user_turn_once(tokenizer, text, suffix, asked):
+def test_the_suffix_is_appended_to_the_last_user_turn_once(tokenizer, text, suffix, turn):
     turns = (Message("user", "0?"), Message("assistant", "0"), Message("user", text))
     prompts, _ = encode(tokenizer, ask(text), Question(2, turns, ("2",), ""), suffix=suffix)
-    assert tokenizer.decode(prompts[0].token_ids) == f"<user>{asked}\n<assistant>"
-    assert tokenizer.decode(prompts[1].token_ids) == f"<user>0?\n<assistant>0\n<user>{asked}\n<assistant>"
+    assert tokenizer.decode(prompts[0].token_ids) == f"<user>{turn}\n<assistant>"
+    assert tokenizer.decode(prompts[1].token_ids) == f"<user>0?\n<assistant>0\n<user>{turn}\n<assistant>"
 
 
-def test_a_question_over_the_limit_is_refused_or_dropped_by_name(tokenizer):
+def test_a_prompt_over_the_limit_is_refused_or_dropped_and_named(tokenizer):
     fits, over = ask("x" * 9, 1), ask("x" * 10, 2)  # the template adds 18 tokens
     with pytest.raises(UserError, match=r"q\.json, record 2: the prompt has 28 tokens, data\.max_prompt_length is 27"):
         encode(tokenizer, fits, over, limit=27)
-    kept, (note,) = encode(tokenizer, fits, over, limit=27, too_long="drop")
-    assert [p.question for p in kept] == [fits]
+    prompts, (note,) = encode(tokenizer, fits, over, limit=27, too_long="drop")
+    assert [p.question for p in prompts] == [fits]
     assert note.startswith("1 of 2 questions left out") and note.endswith("q.json, record 2 (28)")
     assert encode(tokenizer, fits, over, limit=28)[1] == []
 
@@ -82,13 +82,13 @@ def test_no_questions_make_no_prompts(tokenizer):
     assert encode(tokenizer) == ([], [])
 
 
-def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
+def test_a_conversation_refused_by_the_template_is_named(tokenizer):
     turns = (Message("user", "a"), Message("system", "b"), Message("user", "c"))
     with pytest.raises(UserError, match="record 7: the tokenizer's chat template refuses it: system first"):
         encode(tokenizer, Question(7, turns, ("2",), "q.json, record 7"))
 
 
-def test_a_template_that_writes_nothing_is_named(tokenizer):
+def test_an_empty_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{{ '' }}"
     with pytest.raises(UserError, match=r"q\.json, record 1: the tokenizer's chat template makes an empty prompt"):
         encode(tokenizer, ask("?"))
@@ -111,7 +111,7 @@ def test_decoding_keeps_special_tokens_and_spaces(tokenizer):
         ({"eos_token_id": [THINK, 3]}, (3, EOS, THINK)),
     ],
 )
-def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tokenizer, tmp_path, config, expected):
+def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config(tokenizer, tmp_path, config, expected):
     if config is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert stop_token_ids(tokenizer, tmp_path) == expected
@@ -163,12 +163,12 @@ def test_a_missing_or_corrupt_tokenizer_is_refused(tokenizer_dir, content, messa
     assert "\n" not in str(error.value)
 
 
-def test_a_directory_that_is_not_there_is_not_looked_for_on_a_hub(tmp_path):
+def test_a_missing_model_directory_is_not_searched_on_the_hub(tmp_path):
     with pytest.raises(UserError, match="gpt2: there is no such directory"):
         load_tokenizer(tmp_path / "gpt2")
 
 
-def test_code_in_a_model_directory_runs_only_when_asked_for(tokenizer_dir, tmp_path, monkeypatch):
+def test_code_in_a_model_directory_runs_only_with_trust_remote_code(tokenizer_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     ran = tokenizer_dir / "ran"
     code = (
@@ -189,7 +189,7 @@ def test_code_in_a_model_directory_runs_only_when_asked_for(tokenizer_dir, tmp_p
 
 
 @pytest.mark.parametrize("text", ["1+1=2</think> 2", "Größe 数 🙂!", "", "a🙂"])
-def test_each_token_has_its_share_of_the_text(tokenizer, text):
+def test_token_widths_add_up_to_the_text(tokenizer, text):
     """A character of several bytes belongs to the token that completes it."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     widths = token_widths(tokenizer, ids, text)
@@ -199,7 +199,7 @@ def test_each_token_has_its_share_of_the_text(tokenizer, text):
         assert text[:end] == tokenizer.decode(ids[: i + 1]).rstrip("\ufffd")
 
 
-def test_bytes_that_make_no_character_are_shared_out_too(tokenizer):
+def test_token_widths_cover_bytes_of_incomplete_characters(tokenizer):
     ids = tokenizer("数数a", add_special_tokens=False)["input_ids"]
     for broken in (ids[1:], ids[:-2], [*ids[:2], *ids[3:]]):
         text = tokenizer.decode(broken)
@@ -207,7 +207,7 @@ def test_bytes_that_make_no_character_are_shared_out_too(tokenizer):
         assert "\ufffd" in text and len(widths) == len(broken) and sum(widths) == len(text)
 
 
-def test_a_sentencepiece_text_begins_without_its_space():
+def test_token_widths_omit_the_leading_space_of_sentencepiece():
     vocab = {"<unk>": 0, "▁a": 1, "▁is": 2, "b": 3, "<0xE6>": 4, "<0x95>": 5, "<0xB0>": 6}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -220,5 +220,5 @@ def test_a_sentencepiece_text_begins_without_its_space():
     assert token_widths(tokenizer, ids, "ab is数b") == [1, 1, 3, 0, 0, 1, 1]
 
 
-def test_a_text_that_the_tokens_do_not_make_has_no_widths(tokenizer):
+def test_there_are_no_widths_for_another_text(tokenizer):
     assert token_widths(tokenizer, tokenizer("abc", add_special_tokens=False)["input_ids"], "abd") is None

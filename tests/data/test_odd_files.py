@@ -1,4 +1,4 @@
-"""Whatever stands in a question file, it is questions or one line; what was read can be written."""
+"""Any content of a question file gives questions or an error of one line; loaded questions can be written."""
 
 import datetime
 import json
@@ -39,14 +39,14 @@ def questions_or_one_line(path):
     for name in ("out.jsonl", "out.parquet"):
         out = path.with_name(name)
         if or_one_line(lambda out=out: write_questions(out, loaded.questions) or True) is None:
-            assert name == "out.parquet"  # which holds one type a column
+            assert name == "out.parquet"  # whose columns have one type
             continue
         again = load_questions([out]).questions
         assert [(q.text, q.answers) for q in again] == [(q.text, q.answers) for q in loaded.questions]
 
 
 def or_one_line(work):
-    """What `work` returns; None where it refuses, in one line."""
+    """The result of `work`; None if it raises a UserError, which must be one line."""
     try:
         return work()
     except UserError as error:
@@ -57,7 +57,7 @@ def or_one_line(work):
 
 @settings(max_examples=150, deadline=None)
 @given(records=st.lists(RECORDS | VALUES, max_size=3), suffix=st.sampled_from([".json", ".jsonl"]))
-def test_no_record_ends_in_a_traceback(records, suffix):
+def test_any_record_is_loaded_or_refused_in_one_line(records, suffix):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / f"q{suffix}"
         path.write_text("\n".join(map(json.dumps, records)) if suffix == ".jsonl" else json.dumps(records))
@@ -66,7 +66,7 @@ def test_no_record_ends_in_a_traceback(records, suffix):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), suffix=st.sampled_from([".json", ".jsonl", ".parquet"]))
-def test_no_damage_ends_in_a_traceback(data, suffix):
+def test_any_damaged_file_is_loaded_or_refused_in_one_line(data, suffix):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / f"q{suffix}"
         records = [{"problem": "1+1?", "answer": "2"}, {"problem": "Größe?", "answer": "#### 3"}]
@@ -87,20 +87,20 @@ def parquet_with(tmp_path, **column):
     return tmp_path / "q.parquet"
 
 
-def text_of(values):
-    """A column of text whose bytes are as given, UTF-8 or not."""
+def text_column(values):
+    """A column of text with the given bytes, UTF-8 or not."""
     return pa.array(values, pa.binary()).view(pa.string())
 
 
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        ("answer", text_of([b"1"] * 6 + [b"\xff\xfe"] + [b"1"] * 4)),
+        ("answer", text_column([b"1"] * 6 + [b"\xff\xfe"] + [b"1"] * 4)),
         ("day", pa.array([0] * 6 + [2**30] + [0] * 4, pa.int32()).view(pa.date32())),
         ("time", pa.array([0] * 6 + [2**60] + [0] * 4, pa.int64()).view(pa.timestamp("ms"))),
     ],
 )
-def test_a_row_of_parquet_that_python_cannot_hold_is_left_out_and_named(tmp_path, name, column):
+def test_an_unreadable_parquet_row_is_left_out_and_named(tmp_path, name, column):
     path = parquet_with(tmp_path, **{name: column})
     loaded = load_questions([path])
     assert len(loaded.questions) == 10
@@ -112,7 +112,7 @@ def test_a_row_of_parquet_that_python_cannot_hold_is_left_out_and_named(tmp_path
         load_questions([path], max_bad_records=0.0)
 
 
-def test_dates_and_half_characters_are_written(write, tmp_path):
+def test_dates_and_surrogate_halves_are_written(write, tmp_path):
     lines = ['{"problem": "?", "answer": "1", "note": "\\udc80 \\u00e9"}', '{"problem": "!", "answer": "2"}']
     questions = load_questions([write("q.jsonl", "\n".join(lines))]).questions
     dated = load_questions([parquet_with(tmp_path, day=pa.array([datetime.date(2026, 1, 2)] * 11))]).questions
@@ -126,7 +126,7 @@ def test_dates_and_half_characters_are_written(write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.parquet"])
-def test_what_is_no_file_is_refused_at_once(tmp_path, name):
+def test_a_named_pipe_is_refused_at_once(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
         load_questions([tmp_path / name])

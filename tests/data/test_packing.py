@@ -1,4 +1,4 @@
-"""The planner's invariants, one test each and no others; then what it aims at on lengths as real rollouts have them."""
+"""The packing plan's invariants, numbered as in packing.py; then its aims on lengths as real rollouts have them."""
 
 import time
 from itertools import product
@@ -17,7 +17,7 @@ SHAPES = ("lognormal", "exponential", "beta", "uniform", "bimodal")
 
 @st.composite
 def problems(draw):
-    """Lengths, and the planner's options, such that every sequence fits."""
+    """Lengths and options of plan_micro_batches, such that every sequence fits."""
     options = {
         "data_parallel_size": draw(st.integers(1, 5)),
         "sequence_multiple": draw(st.sampled_from([1, 4])),
@@ -36,7 +36,7 @@ holds_for_every_problem = given(problems())
 quick = settings(max_examples=150, deadline=None)
 
 
-def slots(plan):
+def all_micro_batches(plan):
     return [batch for rank in plan.micro_batches for batch in rank]
 
 
@@ -54,7 +54,7 @@ def test_1_every_rank_has_the_same_number_of_micro_batches(problem):
 @holds_for_every_problem
 def test_2_every_response_is_in_exactly_one(problem):
     lengths, options = problem
-    assert sorted(i for batch in slots(plan_micro_batches(lengths, **options)) for i in batch) == list(
+    assert sorted(i for batch in all_micro_batches(plan_micro_batches(lengths, **options)) for i in batch) == list(
         range(len(lengths))
     )
 
@@ -68,43 +68,43 @@ def test_3_none_is_over_the_budget_padding_included(problem):
         round_up(
             sum(round_up(lengths[i], options["sequence_multiple"]) for i in batch), options["micro_batch_multiple"]
         )
-        for batch in slots(plan)
+        for batch in all_micro_batches(plan)
     ]
     assert max(totals) <= options["token_budget"]
     assert plan.padded_tokens == sum(totals)
 
 
-def test_3_also_where_full_bins_are_shared_anew():
+def test_3_holds_after_full_bins_are_split_anew():
     lengths = [381, 373, 337, 337, 217, 217, 177, 145, 145, 133, 121, 57, 53, 9, 1, 1, 1, 1]
     plan = plan_micro_batches(lengths, token_budget=384, data_parallel_size=5, sequence_multiple=4, attention_span=3000)
     assert plan.padded_tokens == sum(round_up(n, 4) for n in lengths)
 
 
 @pytest.mark.parametrize(("seed", "ranks"), list(product(range(3), (2, 8, 16))))
-def test_3_nor_where_exchanges_between_full_slots_level_the_ranks(seed, ranks):
+def test_3_holds_after_exchanges_between_full_micro_batches(seed, ranks):
     lengths = real_lengths("lognormal", seed)
     plan = plan_micro_batches(lengths, token_budget=LONGEST, data_parallel_size=ranks, attention_span=3000)
-    assert max(sum(lengths[i] for i in batch) for batch in slots(plan)) <= LONGEST
+    assert max(sum(lengths[i] for i in batch) for batch in all_micro_batches(plan)) <= LONGEST
 
 
 @quick
 @holds_for_every_problem
-def test_4_one_is_empty_only_if_there_are_fewer_responses_than_slots(problem):
+def test_4_one_is_empty_only_if_there_are_fewer_responses_than_micro_batches(problem):
     lengths, options = problem
-    filled = [bool(batch) for batch in slots(plan_micro_batches(lengths, **options))]
+    filled = [bool(batch) for batch in all_micro_batches(plan_micro_batches(lengths, **options))]
     assert sum(filled) == min(len(lengths), len(filled))
 
 
-def test_4_also_where_the_sequences_fit_in_fewer_slots():
-    """Nine slots hold them, the count must be even, and ten cannot be filled longest to emptiest."""
+def test_4_holds_if_the_sequences_fit_in_fewer_micro_batches():
+    """Nine micro-batches hold them, the count must be even, and longest-first placement fails with ten."""
     lengths = [30, 30, 29, 28, 27, 26, 25, 24, 24, 23, 22, 22, 21, 20, 19, 19, 18, 17, 17, 17, 16]
     plan = plan_micro_batches(lengths, token_budget=60, count_multiple=2, attention_span=20)
-    assert plan.count == 10 and all(slots(plan))
+    assert plan.count == 10 and all(all_micro_batches(plan))
 
 
 @quick
 @given(problems(), st.randoms(use_true_random=False))
-def test_5_the_lengths_in_each_slot_do_not_depend_on_the_order_of_the_responses(problem, rng):
+def test_5_the_lengths_in_each_micro_batch_do_not_depend_on_the_order_of_the_responses(problem, rng):
     lengths, options = problem
     shuffled = rng.sample(lengths, len(lengths))
 
@@ -117,7 +117,7 @@ def test_5_the_lengths_in_each_slot_do_not_depend_on_the_order_of_the_responses(
 
 
 def real_lengths(shape, seed, n=256, longest=LONGEST):
-    """Prompts of 40 to 300 tokens and responses with a mean of a third of the limit, cut there."""
+    """Lengths of prompts of 40 to 300 tokens with responses whose mean is a third of the limit, cut at the limit."""
     rng = np.random.default_rng(seed)
     limit = longest - 300
     draws = {
@@ -133,7 +133,7 @@ def real_lengths(shape, seed, n=256, longest=LONGEST):
 
 @pytest.fixture(scope="module")
 def real_plans():
-    """(plan, lengths, budget, ranks) over the settings of real runs."""
+    """(plan, lengths, budget, ranks) for the settings of real runs."""
     plans = []
     for shape, seed, ranks, factor in product(SHAPES, range(8), (2, 3, 4, 8, 12, 16), (1, 1.25, 1.5, 2, 3, 4)):
         lengths, budget = real_lengths(shape, seed), int(factor * LONGEST)
@@ -143,10 +143,10 @@ def real_plans():
 
 
 def needed(lengths, budget):
-    """A number of slots that no packing can do without: L2 of Martello and Toth (Knapsack Problems, 1990, 8.3.2).
+    """Lower bound of the number of micro-batches: L2 of Martello and Toth (Knapsack Problems, 1990, 8.3.2).
 
-    For each small size a: what leaves less than a free is alone; of those above half no two share; the rest, down to a,
-    fills what they leave free or takes slots more.
+    For each small size a: sequences that leave less than a free are alone; no two above half the budget share a bin;
+    the remaining ones, down to size a, fill the space beside those or need more bins.
     """
 
     def bound(a):
@@ -158,12 +158,12 @@ def needed(lengths, budget):
     return max(bound(a) for a in {0, *(n for n in lengths if n <= budget / 2)})
 
 
-def test_the_cost_is_level_over_the_ranks(real_plans):
+def test_the_cost_is_balanced_over_the_ranks(real_plans):
     assert max(plan.imbalance for plan, *_ in real_plans) <= 1.05
 
 
-def test_the_fill_is_what_arithmetic_allows(real_plans):
-    """Up to 99.8% full slots. Arithmetic cuts sequences: of the cases beyond, most cannot be packed so full at all."""
+def test_the_fill_is_close_to_its_upper_bound(real_plans):
+    """For bounds up to 99.8%. The bound cuts sequences: beyond that, most cases cannot be packed so full at all."""
     missed = []
     for plan, lengths, budget, ranks in real_plans:
         possible = possible_fill(sum(lengths), budget, ranks)
@@ -183,8 +183,8 @@ def test_the_fill_is_what_arithmetic_allows(real_plans):
     ],
 )
 @pytest.mark.parametrize("ranks", [2, 8, 16])
-def test_layouts_that_pad_are_level_and_as_full(layout, ranks):
-    """Padding counts: what is possible is what the padded lengths allow, in as many slots as the layout takes."""
+def test_padded_layouts_are_as_balanced_and_as_full(layout, ranks):
+    """The bound is then that of the padded lengths, in as many micro-batches as the layout allows."""
     for shape, seed in product(SHAPES, range(4)):
         lengths, budget = real_lengths(shape, seed), 2 * LONGEST
         plan = plan_micro_batches(
@@ -209,22 +209,22 @@ def test_1024_responses_are_planned_within_50_ms(shape, factor):
     assert min(seconds() for _ in range(5)) < 0.05
 
 
-@pytest.mark.parametrize(("size", "a_slot"), [(51, 1), (34, 2), (26, 3), (50, 2)])
-def test_sequences_that_share_slots_badly_get_as_many_as_they_need(size, a_slot):
+@pytest.mark.parametrize(("size", "per_batch"), [(51, 1), (34, 2), (26, 3), (50, 2)])
+def test_sequences_of_awkward_length_get_as_many_micro_batches_as_needed(size, per_batch):
     plan = plan_micro_batches([size] * 600, token_budget=100, data_parallel_size=2)
-    assert plan.count == 300 // a_slot
-    assert plan.fill == pytest.approx(size * a_slot / 100)
+    assert plan.count == 300 // per_batch
+    assert plan.fill == pytest.approx(size * per_batch / 100)
 
 
-def test_slots_that_had_to_be_added_take_their_share():
-    """Two slots would do by arithmetic; the third that is needed does not stay nearly empty."""
+def test_an_added_micro_batch_takes_its_share():
+    """The tokens would fit in two micro-batches, the sequences need three; the third is not left nearly empty."""
     plan = plan_micro_batches([51, 51, 51, 10, 10, 10, 10], token_budget=100)
-    assert [len(batch) for batch in slots(plan)] == [3, 2, 2]
+    assert [len(batch) for batch in all_micro_batches(plan)] == [3, 2, 2]
 
 
-def test_attention_counts_in_the_balance():
-    """One sequence of 1000 tokens costs as much as ten of 100 without attention, and more than twice it with a span
-    of 500: then the ranks' tokens differ."""
+def test_attention_cost_changes_the_balance():
+    """One sequence of 1000 tokens costs as much as ten of 100 without attention, and more than twice as much with a
+    span of 500: then the ranks' tokens differ."""
     lengths = [1000, *[100] * 20]
 
     def tokens(span):
@@ -236,17 +236,17 @@ def test_attention_counts_in_the_balance():
     assert sorted(loads) == [1000, 2000] and imbalance == pytest.approx(3000 / 2700)
 
 
-def test_the_span_is_where_attention_costs_as_much_as_the_matrix_products():
+def test_attention_at_its_span_costs_as_much_as_the_matrix_products():
     hidden, layers = 64, 3
     parameters = layers * (4 * hidden**2 + 2 * 4 * hidden**2)  # GPT: q, k, v, o and two of 4 hidden
     n = round(causal_attention_span(parameters, layers, hidden))
     matrices = 2 * n * parameters
-    attention = sum(layers * 2 * 2 * hidden * (seen + 1) for seen in range(n))  # q k^T and p v, over what it sees
+    attention = sum(layers * 2 * 2 * hidden * (position + 1) for position in range(n))  # q k^T and p v
     assert n == 12 * hidden and attention / matrices == pytest.approx(1, rel=0.01)
 
 
-def test_numpy_lengths_are_lengths():
-    """Their shifts would overflow."""
+def test_numpy_lengths_give_the_same_plan():
+    """NumPy integers would overflow in the bit shifts of the subset sums."""
     lengths = np.array(real_lengths("uniform", 1))
     options = {"token_budget": LONGEST, "data_parallel_size": 4}
     assert plan_micro_batches(lengths, **options) == plan_micro_batches(lengths.tolist(), **options)
@@ -261,7 +261,7 @@ def test_numpy_lengths_are_lengths():
         (97, {"sequence_multiple": 4, "micro_batch_multiple": 16}, 112),
     ],
 )
-def test_a_sequence_over_the_budget_is_refused_with_a_budget_that_works(length, options, needed):
+def test_a_sequence_over_the_budget_is_refused_and_the_suggested_budget_works(length, options, needed):
     with pytest.raises(
         UserError, match=f"a sequence of {length} tokens.*token_budget is 100; raise it to .* {needed},"
     ):

@@ -1,4 +1,4 @@
-"""The papers' own question sets (collected only where they are at hand): every record is loaded or named."""
+"""The papers' own question sets (collected only if they are there): every record is loaded or named."""
 
 import pytest
 
@@ -18,8 +18,8 @@ SUFFIX = "Let's think step by step and output the final answer within \\boxed{}.
 
 
 @pytest.mark.parametrize("name", TEST_SIZES)
-def test_the_json_and_the_verl_file_are_the_same_questions(name, tokenizer, paper_data):
-    """The suffix makes the JSON file's prompt what the papers' own Parquet files hold."""
+def test_the_json_file_and_the_verl_file_hold_the_same_questions(name, tokenizer, paper_data):
+    """With the suffix, the JSON file's prompts equal those of the papers' own Parquet files."""
     plain = load_questions([paper_data / "test" / f"{name}.json"])
     verl = load_questions([paper_data / "parquet" / f"{name}.parquet"])
     assert len(plain.questions) == len(verl.questions) == TEST_SIZES[name]

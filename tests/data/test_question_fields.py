@@ -1,4 +1,4 @@
-"""Data as people have it: their field names, solutions, content parts, tool turns and formats; bad records by name."""
+"""Records of common question files: field names, solutions, content parts and tool turns; malformed ones are named."""
 
 import json
 
@@ -37,13 +37,13 @@ GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all she sold 48+24 
         {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "So\n#### 2"}]}]},
     ],
 )
-def test_what_people_write_is_one_question(write, record):
+def test_common_schemas_give_the_same_question(write, record):
     (question,) = load_questions([write("q.json", [record])]).questions
     assert (question.text, question.answers) == ("1+1?", ("2",))
 
 
 @pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
-def test_lists_of_questions_and_answers_are_a_question_each(write, name):
+def test_a_record_of_columns_gives_one_question_for_each_row(write, name):
     columns = {"question": ["1+1?", "1+2?"], "answer": ["2", ["3", "three"]], "level": [5, 6], "source": "x"}
     path = write(name, json.dumps(columns))
     questions = load_questions([path]).questions
@@ -52,15 +52,15 @@ def test_lists_of_questions_and_answers_are_a_question_each(write, name):
     assert questions[1].source.endswith(", item 2")
 
 
-def test_gsm8ks_solutions_are_their_final_answers_and_it_is_said(write):
+def test_final_answers_are_extracted_from_gsm8k_solutions_and_noted(write):
     path = write("q.jsonl", [{"question": "How many?", "answer": GSM8K}, {"question": "?", "answer": "7"}])
     loaded = load_questions([path])
     assert [q.answers for q in loaded.questions] == [("1072",), ("7",)]
     assert loaded.notes == (f"{path}: 1 of 2 answers are whole solutions: what follows #### is the answer",)
 
 
-def test_a_file_of_gsm8k_is_read_whole(write):
-    """20 records as openai/gsm8k has them: calculator marks, blank lines, thousands, signs, decimals, line ends."""
+def test_every_form_of_gsm8k_solution_is_read(write):
+    """20 records like openai/gsm8k's: calculator marks, blank lines, thousands, signs, decimals, line ends."""
     ends = ["72", "10", "5", "-42", "624", "1,450", "160,000", "1,234,567", "0", "3.5", "-1,000", "12.50", "$18", "25%"]
     ends += ["7 ", " 8", "1/2", "109,200,000", "6", "990"]
     solution = (
@@ -76,24 +76,24 @@ def test_a_file_of_gsm8k_is_read_whole(write):
     assert loaded.notes == (f"{path}: 20 of 20 answers are whole solutions: what follows #### is the answer",)
 
 
-def test_a_solution_is_an_answer_only_where_it_ends_in_one(write):
+def test_a_long_solution_needs_a_final_answer(write):
     solutions = ["So it is\n\\boxed{42}.", "It can be shown\nthat it is 42.", "42"]
     path = write("q.json", [{"problem": "?", "solution": s} for s in solutions])
     loaded = load_questions([path])
     assert [q.answers for q in loaded.questions] == [(solutions[0],), ("42",)]  # verifiers look into the box
-    left_out, taken = loaded.notes
+    left_out, boxed = loaded.notes
     assert "1 of 3 records left out" in left_out and left_out.endswith("record 2")
-    assert "the last \\boxed{} is the answer" in taken
+    assert "the last \\boxed{} is the answer" in boxed
 
 
-def test_a_reference_turn_of_several_lines_is_an_answer_only_where_it_ends_in_one(write):
+def test_a_long_reference_turn_needs_a_final_answer(write):
     turns = [[USER, {"role": "assistant", "content": c}] for c in ("So\nit is 2.", "So\n\\boxed{2}", "2")]
     loaded = load_questions([write("q.json", [{"messages": t} for t in turns])])
     assert [q.answers for q in loaded.questions] == [("So\n\\boxed{2}",), ("2",)]
     assert "1 of 3 records left out, `messages` has no final answer" in loaded.notes[0]
 
 
-def test_long_prose_as_an_answer_is_said_and_tests_of_code_are_none(write):
+def test_long_prose_as_an_answer_is_noted_but_code_tests_are_not(write):
     prose, code = "It can be shown that it is so. " * 20, "assert f(1) == 2\n" * 30
     path = write("q.json", [{"problem": "?", "answer": a} for a in (prose, code, "2", json.dumps({"inputs": [code]}))])
     loaded = load_questions([path])
@@ -126,7 +126,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         {"messages": [SYSTEM, USER], "system": None},
     ],
 )
-def test_a_system_prompt_in_a_field_of_its_own_is_a_turn(write, record):
+def test_a_system_prompt_in_its_own_field_becomes_a_turn(write, record):
     (question,) = load_questions([write("q.json", [record | {"answer": "2"}])]).questions
     assert question.messages == (Message("system", "Be brief."), Message("user", "1+1?"))
     assert not {"system", "system_prompt"} & question.metadata.keys()
@@ -148,13 +148,13 @@ def test_a_system_prompt_in_a_field_of_its_own_is_a_turn(write, record):
         ({"messages": [SYSTEM, USER], "system": "Be long."}, "`system` and `messages[0]` are two system prompts"),
     ],
 )  # fmt: skip
-def test_what_is_not_text_is_named(write, record, complaint):
+def test_a_malformed_field_is_named(write, record, complaint):
     with pytest.raises(UserError) as error:
         load_questions([write("q.json", [{"answer": 1} | record])])
     assert complaint in str(error.value)
 
 
-def test_a_bad_record_is_left_out_and_named_up_to_a_share(write):
+def test_malformed_records_are_left_out_and_named_up_to_a_share(write):
     lines = [f'{{"problem": "?", "answer": {i}}}' for i in range(20)]
     lines[4], lines[8] = '{"problem": 7, "answer": 1}', '{"problem": "\xff'
     path = write("q.jsonl", "\n".join(lines).encode("latin-1"))
@@ -166,11 +166,11 @@ def test_a_bad_record_is_left_out_and_named_up_to_a_share(write):
         load_questions([path], max_bad_records=0.09)
 
 
-def test_an_integer_that_no_float_holds_is_an_answer():
+def test_an_integer_larger_than_any_float_is_an_answer():
     assert question_fields.answer_text("F", "answer", 10**400) == "1" + 400 * "0"
 
 
 @pytest.mark.parametrize("sender", [["human"], {"a": 1}, None])
-def test_a_sender_that_is_no_text_is_named(sender):
+def test_an_unknown_sender_is_named(sender):
     with pytest.raises(UserError, match=r"conversations\[0\]\.from"):
         question_fields.read_question("F", {"conversations": [{"from": sender, "value": "x"}]})

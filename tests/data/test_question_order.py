@@ -21,7 +21,7 @@ def take(sampler, steps):
 
 @settings(settings.get_profile("quick"))
 @given(size=sizes, seed=st.integers(0, 3), shuffle=st.booleans())
-def test_every_epoch_asks_every_question_once_and_no_step_repeats_one(size, seed, shuffle):
+def test_an_epoch_has_every_question_once_and_no_step_repeats_one(size, seed, shuffle):
     n, per_step = size
     steps = take(QuestionOrder(n, per_step, seed, shuffle), 5 * n)
     assert all(len(step) == len(set(step)) == per_step for step in steps)
@@ -32,7 +32,7 @@ def test_every_epoch_asks_every_question_once_and_no_step_repeats_one(size, seed
 
 @settings(settings.get_profile("quick"))
 @given(size=sizes, taken=st.integers(0, 50), shuffle=st.booleans())
-def test_a_resumed_sampler_goes_on_where_it_was(size, taken, shuffle):
+def test_a_resumed_order_continues_where_it_was(size, taken, shuffle):
     sampler = QuestionOrder(*size, seed=1, shuffle=shuffle)
     take(sampler, taken)
     state = json.loads(json.dumps(sampler.state_dict()))
@@ -43,11 +43,11 @@ def test_a_resumed_sampler_goes_on_where_it_was(size, taken, shuffle):
     assert take(resumed, 20) == take(sampler, 20)
 
 
-def test_without_shuffling_the_order_is_the_files():
+def test_without_shuffling_the_order_is_that_of_the_files():
     assert take(QuestionOrder(5, 2, 0, False), 4) == [[0, 1], [2, 3], [4, 0], [1, 2]]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_each_epoch_and_seed_has_its_own_order():
     orders = {tuple(QuestionOrder(64, 64, seed, True).next()) for seed in range(20)}
     epochs = take(QuestionOrder(64, 64, 0, True), 20)
     assert len(orders) == 20 and all(a != b for a, b in pairwise(epochs))
@@ -82,7 +82,7 @@ def test_a_position_inside_a_step_is_refused_and_changes_nothing():
     assert sampler.state_dict() == before
 
 
-def test_weights_say_how_often_an_epoch_asks():
+def test_weights_set_how_often_an_epoch_has_a_question():
     """Ten questions twice, ten once, ten every other epoch: over two epochs exactly so."""
     weights = [2.0] * 10 + [1.0] * 10 + [0.5] * 10
     sampler = QuestionOrder(30, 5, 0, True, weights)
@@ -98,7 +98,7 @@ def test_weights_say_how_often_an_epoch_asks():
     }  # fmt: skip
 
 
-def test_a_weighted_sampler_resumes():
+def test_a_weighted_order_resumes():
     weights = [3.0, 1.0, 0.4, 0.4, 1.0, 1.0, 1.0, 0.4]
     sampler, resumed = (QuestionOrder(8, 2, 1, True, weights) for _ in range(2))
     take(sampler, 17)
@@ -109,12 +109,12 @@ def test_a_weighted_sampler_resumes():
 
 
 @pytest.mark.parametrize("weights", [[100.0, 1.0, 1.0, 1.0], [0.01] * 4])
-def test_weights_that_no_step_can_follow_are_refused(weights):
+def test_weights_that_would_repeat_a_question_in_a_step_are_refused(weights):
     with pytest.raises(UserError, match="train_weights"):
         QuestionOrder(4, 2, 0, True, weights)
 
 
-def test_questions_of_other_content_are_not_gone_on_with() -> None:
+def test_a_run_does_not_resume_with_changed_questions() -> None:
     state = QuestionOrder(8, 2, 1, True, content="one").state_dict()
     same, other = (QuestionOrder(8, 2, 1, True, content=content) for content in ("one", "two"))
     same.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Every common schema gives the same Question; what is malformed is named by file, record and field."""
+"""Every common schema gives the same Question; a malformed record is named by file, record and field."""
 
 import math
 import sys
@@ -26,13 +26,13 @@ MESSAGES = [{"role": "user", "content": "1+1?"}]
         {"problem": None, "question": "1+1?", "answer": None, "reward_model": {"ground_truth": 2}},
     ],
 )
-def test_schemas_agree(write, record):
+def test_question_and_answer_fields_agree(write, record):
     (question,) = load_questions([write("q.json", [record])]).questions
     assert (question.text, question.answers) == ("1+1?", ("2",))
     assert question.messages == (Message("user", "1+1?"),)
 
 
-def test_longer_conversations_stay_conversations(write):
+def test_a_conversation_of_several_turns_is_kept(write):
     turns = [{"role": "system", "content": "Be brief."}, *MESSAGES, {"role": "assistant", "content": "The reference."}]
     (question,) = load_questions([write("q.json", [{"messages": turns, "answer": "2"}])]).questions
     assert question.text == question.messages == (Message("system", "Be brief."), Message("user", "1+1?"))
@@ -54,7 +54,7 @@ def test_longer_conversations_stay_conversations(write):
         (["9.6\n", 9.6], ("9.6",)),
     ],
 )
-def test_answers_become_text(write, answer, answers):
+def test_answers_are_converted_to_text(write, answer, answers):
     (question,) = load_questions([write("q.json", [{"problem": "?", "answer": answer}])]).questions
     assert question.answers == answers
 
@@ -81,7 +81,7 @@ def test_records_without_an_answer_are_left_out_and_named(write):
     )
 
 
-def test_notes_of_many_records_are_cut(write):
+def test_a_note_names_at_most_twenty_records(write):
     records = [{"problem": "?", "answer": 1}] + [{"problem": "?", "answer": None}] * 30
     (note,) = load_questions([write("q.json", records)]).notes
     assert "30 of 31" in note and note.endswith("record 21 and 10 more")

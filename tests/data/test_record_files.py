@@ -1,4 +1,4 @@
-"""The file formats hold the same records; a file that is missing, empty or broken is named with the place."""
+"""All file formats give the same records; a missing, empty or malformed file is named with the place."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ RECORDS = [{"problem": "a\u2028b", "answer": ["1", "2"]}, {"problem": "c", "answ
 
 
 def save_dataset(path, table, shards=2):
-    """As `datasets.Dataset.save_to_disk` does."""
+    """Write a table as `datasets.Dataset.save_to_disk` does."""
     path.mkdir()
     names = [f"data-{i:05}-of-{shards:05}.arrow" for i in range(shards)]
     rows = -(-table.num_rows // shards)
@@ -43,11 +43,11 @@ def same_records(request, write, tmp_path):
     return tmp_path / "q.parquet"
 
 
-def test_formats_agree(same_records):
+def test_all_file_formats_give_the_same_records(same_records):
     assert [r.fields for r in read_records(same_records)] == RECORDS
 
 
-def test_places_count_from_one_and_lines_are_lines_of_the_file(write):
+def test_places_count_from_one_and_lines_include_blank_ones(write):
     assert [r.place for r in read_records(write("q.jsonl", '{"a": 1}\n\n{"a": 2}\n'))] == ["line 1", "line 3"]
     assert [r.place for r in read_records(write("q.json", '[{"a": 1}, {"a": 2}]'))] == ["record 1", "record 2"]
 
@@ -75,7 +75,7 @@ def test_places_count_from_one_and_lines_are_lines_of_the_file(write):
         ("q.pkl", pickle.dumps(RECORDS), ": not a question file"),
     ],
 )
-def test_broken_files_are_named_with_the_place(write, name, content, complaint):
+def test_malformed_files_are_named_with_the_place(write, name, content, complaint):
     path = write(name, content)
     with pytest.raises(UserError) as error:
         read_records(path)
@@ -88,7 +88,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_records(tmp_path / "absent.json")
 
 
-def test_a_corrupt_parquet_page_is_named(tmp_path):
+def test_a_file_with_a_corrupt_parquet_page_is_named(tmp_path):
     path = tmp_path / "q.parquet"
     pq.write_table(pa.table({"problem": [f"question {i}" for i in range(10_000)]}), path)
     content = bytearray(path.read_bytes())
@@ -100,7 +100,7 @@ def test_a_corrupt_parquet_page_is_named(tmp_path):
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.list_(pa.binary()), pa.struct([("x", pa.large_binary())])])
 def test_columns_of_bytes_are_refused(tmp_path, kind):
-    """Pickled objects travel as bytes."""
+    """They may hold pickled objects."""
     table = pa.table({"problem": pa.array(["?"]), "blob": pa.nulls(1, kind)})
     pq.write_table(table, tmp_path / "q.parquet")
     save_dataset(tmp_path / "saved", table, shards=1)
@@ -138,7 +138,7 @@ def test_a_column_may_be_named_binary(tmp_path):
         ("state.json", '{"_data_files": [{"filename": "state.json"}]}', "state.json: not a readable Arrow file"),
     ],
 )
-def test_broken_directories_are_named(tmp_path, file, content, complaint):
+def test_malformed_dataset_directories_are_named(tmp_path, file, content, complaint):
     path = tmp_path / "saved"
     path.mkdir()
     if file:

@@ -26,7 +26,7 @@ def equal(a, b):
     )
 
 
-def test_packing_gives_back_what_went_in(rollouts):
+def test_packed_rollouts_return_their_parts(rollouts):
     assert len(rollouts) == 4 and rollouts.weight_versions.tolist() == [5, 5, 6, 5]
     assert [rollouts.prompt(i).tolist() for i in range(4)] == PROMPTS
     assert [rollouts.response(i).tolist() for i in range(4)] == RESPONSES
@@ -36,13 +36,13 @@ def test_packing_gives_back_what_went_in(rollouts):
     assert rollouts.rewards.tolist() == [0.0] * 4 and not rollouts.correct.any()
 
 
-def test_token_index_follows_the_order_asked_for(rollouts):
+def test_token_index_follows_the_order_of_its_argument(rollouts):
     assert rollouts.token_index([3, 1, 0]).tolist() == [4, 5, 0, 1, 2]
     assert rollouts.generation_log_probs[rollouts.token_index([2, 3])].tolist() == [-4.0, -5.0, -6.0]
     assert rollouts.token_index([]).tolist() == []
 
 
-def test_select_is_packing_the_selected(rollouts):
+def test_select_equals_packing_only_the_selected_responses(rollouts):
     picked = [3, 1, 0]
     expected = Rollouts.from_lists(
         [PROMPTS[i] for i in picked],
@@ -57,7 +57,7 @@ def test_select_is_packing_the_selected(rollouts):
     assert equal(rollouts.select(torch.tensor(picked)), expected)
 
 
-def test_rewards_and_the_verdict(rollouts):
+def test_correct_is_reward_above_the_threshold(rollouts):
     graded = rollouts.with_rewards([0.2, 1.0, 0.5, 0.7])
     assert graded.rewards.tolist() == [0.2, 1.0, 0.5, 0.7] and graded.rewards.dtype == torch.float64
     assert graded.correct.tolist() == [False, True, False, True]
@@ -80,12 +80,12 @@ def test_a_reward_that_is_not_finite_is_named(rollouts, bad):
         ("generation_log_probs", torch.zeros(7), "7 log-probs for 6 response tokens"),
     ],
 )
-def test_parts_that_do_not_fit_together_are_refused(rollouts, field, value, complaint):
+def test_parts_of_inconsistent_sizes_are_refused(rollouts, field, value, complaint):
     with pytest.raises(ValueError, match=complaint):
         replace(rollouts, **{field: value})
 
 
-def test_a_saved_file_is_the_rollouts(rollouts, tmp_path):
+def test_saved_rollouts_are_loaded_unchanged(rollouts, tmp_path):
     graded = rollouts.with_rewards([0.2, 1.0, 0.5, 0.7])
     graded.save(tmp_path / "r.safetensors")
     loaded = Rollouts.load(tmp_path / "r.safetensors")
@@ -94,7 +94,7 @@ def test_a_saved_file_is_the_rollouts(rollouts, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
-def test_a_file_that_is_none_is_named(tmp_path, content):
+def test_a_file_that_is_not_rollouts_is_named(tmp_path, content):
     (tmp_path / "r.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"r\.safetensors: not a rollouts file"):
         Rollouts.load(tmp_path / "r.safetensors")

@@ -1,4 +1,4 @@
-"""`nemo-disco data`: every fault is found and named, every filter takes what it says, every format holds the same."""
+"""`nemo-disco data`: every fault is found and named, filters remove only their questions, all formats hold the same."""
 
 import json
 
@@ -21,7 +21,7 @@ RECORDS = [
 
 
 @pytest.fixture
-def found(write):
+def findings(write):
     held_out = write("test.json", [{"problem": "Name a  SET", "answer": "1"}, {"problem": "Other?", "answer": "1"}])
     return survey_questions(
         [write("train.jsonl", RECORDS)],
@@ -31,16 +31,16 @@ def found(write):
     )
 
 
-def test_each_fault_is_found(found):
-    assert found.duplicates == {1: 0, 2: 0}
-    assert found.conflicting == [2]
-    assert {i: q.text for i, q in found.contaminated.items()} == {3: "Name a  SET"}
-    assert found.unparsable == {4: "unparsable answer"}
-    assert found.longer_than(100) == [4]
+def test_the_survey_has_every_fault(findings):
+    assert findings.duplicates == {1: 0, 2: 0}
+    assert findings.conflicting == [2]
+    assert {i: q.text for i, q in findings.contaminated.items()} == {3: "Name a  SET"}
+    assert findings.unparsable == {4: "unparsable answer"}
+    assert findings.longer_than(100) == [4]
 
 
-def test_the_description_names_records(found):
-    text = describe(found)
+def test_the_description_names_records(findings):
+    text = describe(findings)
     assert "5 questions" in text and "max 312" in text
     assert "asked before: 2 of 5" in text and "line 3 = " in text
     assert "x^{" in text and "also in an evaluation file: 1 of 5" in text
@@ -57,26 +57,26 @@ def test_the_description_names_records(found):
         (["duplicates", "contaminated"], 312, [0, 4]),
     ],
 )
-def test_filters_take_what_they_say(found, drop, tokens, left):
-    kept, notes = filter_questions(found, drop, tokens)
-    assert [q.id for q in kept] == left
+def test_each_filter_removes_only_its_questions(findings, drop, tokens, left):
+    remaining, notes = filter_questions(findings, drop, tokens)
+    assert [q.id for q in remaining] == left
     assert bool(notes) == (len(left) < 5)
 
 
-def test_what_always_comes_out_the_same_is_left_out(write):
+def test_questions_that_are_always_right_or_always_wrong_are_removed(write):
     verdicts = {"What is $1+1$?": [True, True], "Name a set.": [False], "A long one: " + "x" * 300: [True, False]}
     lines = [{"question": q, "correct": v} for q, of in verdicts.items() for v in of]
     rollouts = [write("step_1.jsonl", lines[:2]), write("step_2.jsonl", lines[2:])]
-    found = survey_questions([write("train.jsonl", RECORDS)], rollouts=rollouts)
-    assert found.pass_rates == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 0.5}
-    assert [q.id for q in filter_questions(found, [], None)[0]] == [4]
-    assert "always wrong 1, always right 3" in describe(found)
+    findings = survey_questions([write("train.jsonl", RECORDS)], rollouts=rollouts)
+    assert findings.pass_rates == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 0.5}
+    assert [q.id for q in filter_questions(findings, [], None)[0]] == [4]
+    assert "always wrong 1, always right 3" in describe(findings)
     # A question that no rollout measured stays.
     assert len(filter_questions(survey_questions([write("new.json", [RECORDS[3], {"problem": "New", "answer": 1}])],
                            rollouts=rollouts), [], None)[0]) == 1  # fmt: skip
 
 
-def test_a_question_with_a_system_prompt_has_its_rollouts(write):
+def test_rollouts_match_a_question_with_a_system_prompt(write):
     (question,) = load_questions([write("q.json", [RECORDS[3]])]).questions
     rollouts = write("step_1.jsonl", [{"question": question.user_text, "correct": True}])  # as runs write them
     assert survey_questions([write("q.json", [RECORDS[3]])], rollouts=[rollouts]).pass_rates == {0: 1.0}
@@ -84,9 +84,9 @@ def test_a_question_with_a_system_prompt_has_its_rollouts(write):
 
 def test_malformed_records_are_noted_however_many_they_are(write):
     bad = write("bad.jsonl", [{"problem": 7, "answer": 1}, {"problem": 8, "answer": 1}, RECORDS[0]])
-    found = survey_questions([bad], against=[bad])
-    assert len(found.questions) == 1
-    assert len([note for note in found.notes if "2 of 3 records left out, malformed" in note]) == 2  # of each file
+    findings = survey_questions([bad], against=[bad])
+    assert len(findings.questions) == 1
+    assert len([note for note in findings.notes if "2 of 3 records left out, malformed" in note]) == 2  # of each file
 
 
 def test_a_line_that_is_no_rollout_is_named(write):
@@ -104,9 +104,9 @@ def test_converted_questions_are_the_same_questions(name, write, tmp_path):
     assert after[0].metadata["level"] in (1, "1")
 
 
-def test_unusable_targets_are_refused(found, tmp_path):
+def test_unusable_targets_are_refused(findings, tmp_path):
     with pytest.raises(UserError, match=r"name it \.jsonl, \.json, \.parquet"):
-        write_questions(tmp_path / "out.csv", found.questions)
+        write_questions(tmp_path / "out.csv", findings.questions)
     with pytest.raises(UserError, match="the filters left no question"):
         write_questions(tmp_path / "out.json", [])
 
@@ -121,7 +121,7 @@ def test_unusable_targets_are_refused(found, tmp_path):
         ("a. b", "a b", True),
     ],
 )
-def test_the_key_ignores_typesetting_and_nothing_else(one, other, same):
+def test_the_key_ignores_only_typesetting(one, other, same):
     assert (text_key(one) == text_key(other)) is same
 
 

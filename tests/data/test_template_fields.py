@@ -1,4 +1,4 @@
-"""What stands beside a question and would change what the model sees is used, refused or said; nothing is dropped."""
+"""Fields beside a question that would change the prompt are used, refused or noted; none is dropped in silence."""
 
 import json
 
@@ -18,51 +18,51 @@ TOOLS = "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
 
 @pytest.fixture
 def prompts(write, tokenizer):
-    """The prompt of each record, and what is said about them."""
+    """A function that returns the prompt of each record, and all notes."""
 
-    def made(*records, template="", name="q.json", **settings):
+    def encode(*records, template="", name="q.json", **settings):
         tokenizer.chat_template += template
         path = name if not isinstance(name, str) else write(name, [{"answer": "2"} | record for record in records])
         loaded = load_questions([path])
-        kept, notes = encode_prompts(tokenizer, loaded.questions, "", 1000, "error", **settings)
-        return [tokenizer.decode(prompt.token_ids) for prompt in kept], [*loaded.notes, *notes]
+        encoded, notes = encode_prompts(tokenizer, loaded.questions, "", 1000, "error", **settings)
+        return [tokenizer.decode(prompt.token_ids) for prompt in encoded], [*loaded.notes, *notes]
 
-    return made
+    return encode
 
 
-def test_arguments_of_a_record_come_before_the_configs(prompts):
+def test_a_records_template_arguments_override_the_configs(prompts):
     records = [
         {"problem": "a"},
         {"problem": "b", "enable_thinking": True},
         {"problem": "c", "chat_template_kwargs": {"enable_thinking": False, "depth": None}},
         {"problem": "d", "chat_template_kwargs": '{"enable_thinking": true}'},
     ]
-    made, said = prompts(*records, template=THINKS, template_arguments={"enable_thinking": False})
-    assert [prompt.endswith("</think>") for prompt in made] == [True, False, True, False]
-    assert not said
+    texts, notes = prompts(*records, template=THINKS, template_arguments={"enable_thinking": False})
+    assert [prompt.endswith("</think>") for prompt in texts] == [True, False, True, False]
+    assert not notes
 
 
-def test_what_the_template_does_not_read_is_said_once(prompts):
+def test_each_field_that_the_template_does_not_read_is_noted_once(prompts):
     records = [{"problem": c, "enable_thinking": False, "tools": [ADD]} for c in "ab"]
-    _, said = prompts(*records, template="{# enable_thinking #}{% set enable_thinking_ = thinking_tools %}")
-    assert len(said) == 2
-    assert all("2 of 2 prompts are without `" in line and "record 1" in line for line in said)
-    assert "chat_template_kwargs.enable_thinking" in said[0] and "tools" in said[1]
+    _, notes = prompts(*records, template="{# enable_thinking #}{% set enable_thinking_ = thinking_tools %}")
+    assert len(notes) == 2
+    assert all("2 of 2 prompts are without `" in line and "record 1" in line for line in notes)
+    assert "chat_template_kwargs.enable_thinking" in notes[0] and "tools" in notes[1]
 
 
-def test_turns_that_the_template_drops_are_said(prompts, tokenizer):
+def test_turns_that_the_template_drops_are_noted(prompts, tokenizer):
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     calls = [{"function": {"name": "add"}}]
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
     turns.append({"role": "tool", "content": "two"})
-    _, said = prompts({"messages": turns}, system="Be brief.")
-    assert len(said) == 3
+    _, notes = prompts({"messages": turns}, system="Be brief.")
+    assert len(notes) == 3
     for part in ("`tool_calls`", "a system turn", "a tool turn"):
-        assert sum(part in line for line in said) == 1
+        assert sum(part in line for line in notes) == 1
 
 
-def test_tools_reach_the_template_from_any_file(prompts, write, tmp_path):
-    """Also as JSON text, and out of tables, which have the names of all records in each."""
+def test_tools_reach_the_template_from_every_file_format(prompts, write, tmp_path):
+    """Also from JSON text, and from tables, in which each record has the field names of all records."""
     other = {"type": "function", "function": {"name": "sub", "strict": True}}
     records = [{"problem": "a", "answer": "2", "tools": [ADD]}, {"problem": "b", "answer": "2", "tools": [other]}]
     table, text = tmp_path / "t.parquet", tmp_path / "out.parquet"
@@ -70,8 +70,8 @@ def test_tools_reach_the_template_from_any_file(prompts, write, tmp_path):
     write_questions(text, load_questions([write("q.json", records)]).questions)
     for path in (write("q.json", records), table, text):
         assert [q.metadata["tools"] for q in load_questions([path]).questions] == [[ADD], [other]]
-    made, said = prompts(template=TOOLS, name=text)
-    assert [prompt.rpartition(">")[2] for prompt in made] == ["[add]", "[sub]"] and not said
+    texts, notes = prompts(template=TOOLS, name=text)
+    assert [prompt.rpartition(">")[2] for prompt in texts] == ["[add]", "[sub]"] and not notes
 
 
 @pytest.mark.parametrize(
@@ -87,36 +87,36 @@ def test_tools_reach_the_template_from_any_file(prompts, write, tmp_path):
         ({"enable_thinking": 1}, "`enable_thinking` is 1; give true or false"),
     ],
 )
-def test_what_cannot_be_used_is_refused_by_name(write, fields, complaint):
+def test_a_field_that_cannot_be_used_is_refused_by_name(write, fields, complaint):
     with pytest.raises(UserError) as error:
         load_questions([write("q.json", [{"problem": "?", "answer": 1} | fields])])
     assert "record 1: " in str(error.value) and complaint in str(error.value)
 
 
-def test_an_argument_that_is_the_programs_own_is_refused(prompts):
+def test_an_argument_that_the_program_sets_is_refused(prompts):
     with pytest.raises(UserError, match=r"record 1: chat_template_kwargs\.tokenize: set by this program"):
         prompts({"problem": "a", "chat_template_kwargs": {"tokenize": True}})
 
 
-def test_a_misspelt_argument_of_the_config_is_refused_though_its_name_is_a_part_of_another(prompts):
+def test_a_misspelt_argument_is_refused_even_if_it_is_part_of_another_name(prompts):
     with pytest.raises(UserError, match=r"data\.chat_template_kwargs\.thinking: "):
         prompts({"problem": "a"}, template=THINKS, template_arguments={"thinking": False})
 
 
-def test_fields_that_are_not_part_of_the_prompt_are_said_once_each(write):
+def test_each_field_that_is_not_part_of_the_prompt_is_noted_once(write):
     full = {"context": "A rope of 3 m.", "options": ["1", "2"], "images": [], "input": "", "tools": None, "Body": "x"}
-    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "2"}]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "2"}]
     records = [
-        {"problem": "?", "answer": "2", "messages": asked} | full,
+        {"problem": "?", "answer": "2", "messages": turns} | full,
         {"problem": "!", "answer": "1", "prompt": "No!"},
     ]
     notes = load_questions([write("q.json", records)]).notes
-    assert len(notes) == 4  # not of `messages`, which asks the same
+    assert len(notes) == 4  # none on `messages`, which holds the same question
     for name in ("context", "options", "Body", "prompt"):
         assert sum(f"1 of 2 records have `{name}` beside the question" in note for note in notes) == 1
 
 
-def test_what_the_data_command_writes_gives_the_same_prompts(prompts, tmp_path):
+def test_converted_files_give_the_same_prompts(prompts, tmp_path):
     records = [
         {"question": "a", "system": "S", "enable_thinking": False, "tools": [ADD]},
         {"question": "b", "Answer": 1},

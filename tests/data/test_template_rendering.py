@@ -1,4 +1,4 @@
-"""A chat template is a program: whatever it does ends in a prompt or in one line, within a bounded time."""
+"""A chat template is a program: it ends in a prompt or in an error of one line, within a limited time."""
 
 import threading
 
@@ -15,8 +15,8 @@ NESTED = "".join(f"{{% for {c} in range(99999) %}}" for c in "abcd") + "{% endfo
 
 def prompts(tokenizer, question="1+1?", **settings):
     questions = [Question(0, question, ("2",), "q.json, record 1")]
-    kept, _ = encode_prompts(tokenizer, questions, "", 1000, "error", **settings)
-    return [tokenizer.decode(prompt.token_ids) for prompt in kept]
+    encoded, _ = encode_prompts(tokenizer, questions, "", 1000, "error", **settings)
+    return [tokenizer.decode(prompt.token_ids) for prompt in encoded]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def prompts(tokenizer, question="1+1?", **settings):
         ("{{ 1 + 'a' }}", "fails on it: TypeError"),
         ("{{ 1 // 0 }}", "fails on it: ZeroDivisionError"),
         ("{{ 'a' * 10 ** 15 }}", "fails on it: MemoryError"),
-        ("{{ 'a' * 10 ** 10 }}", "fails on it: MemoryError"),  # what a machine may have
+        ("{{ 'a' * 10 ** 10 }}", "fails on it: MemoryError"),  # within the memory of many a machine
         ("{{ 'a' * 10 ** 8 }}", "characters of it"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on it: RecursionError"),
         ("{{ messages[7].content.x }}", "refuses it: "),
@@ -33,7 +33,7 @@ def prompts(tokenizer, question="1+1?", **settings):
         ("{{ '\\ud800' }}", "fails on it: UnicodeEncodeError"),
     ],
 )  # fmt: skip
-def test_a_template_that_fails_is_one_line(tokenizer, text, complaint):
+def test_a_failing_template_is_reported_in_one_line(tokenizer, text, complaint):
     tokenizer.chat_template = text
     with pytest.raises(UserError) as error:
         prompts(tokenizer)
@@ -43,7 +43,7 @@ def test_a_template_that_fails_is_one_line(tokenizer, text, complaint):
 
 
 @pytest.mark.parametrize("text", [NESTED, "{{ 10 ** (10 ** 10) }}"])  # the second never leaves Python's own C code
-def test_an_endless_template_is_ended_in_any_thread(tokenizer, text, monkeypatch):
+def test_an_endless_template_is_stopped_in_any_thread(tokenizer, text, monkeypatch):
     monkeypatch.setattr(template_rendering, "CPU_SECONDS", 1)
     tokenizer.chat_template = text
     lines = []
@@ -61,21 +61,21 @@ def test_an_endless_template_is_ended_in_any_thread(tokenizer, text, monkeypatch
 
 def test_arguments_and_a_system_prompt_reach_the_template(tokenizer):
     tokenizer.chat_template += "{% if not enable_thinking | default(true) %}</think>{% endif %}"
-    thinks, not_ = prompts(tokenizer), prompts(tokenizer, template_arguments={"enable_thinking": False})
-    assert not_ == [thinks[0] + "</think>"]
+    thinking, not_thinking = prompts(tokenizer), prompts(tokenizer, template_arguments={"enable_thinking": False})
+    assert not_thinking == [thinking[0] + "</think>"]
     assert prompts(tokenizer, system="Be brief.") == ["<system>Be brief.\n<user>1+1?\n<assistant>"]
     own = (Message("system", "Own."), Message("user", "1+1?"))
     assert prompts(tokenizer, own, system="Be brief.") == ["<system>Own.\n<user>1+1?\n<assistant>"]
 
 
 @pytest.mark.parametrize("name", ["enable_thinkng", "tokenize", "messages"])
-def test_an_argument_that_would_do_nothing_or_harm_is_refused(tokenizer, name):
+def test_an_unknown_or_reserved_argument_is_refused(tokenizer, name):
     tokenizer.chat_template += "{# enable_thinking tokenize #}"
     with pytest.raises(UserError, match=rf"data\.chat_template_kwargs\.{name}: "):
         prompts(tokenizer, template_arguments={name: False})
 
 
-def test_turns_of_tools_are_handed_over(tokenizer):
+def test_tool_turns_reach_the_template(tokenizer):
     tokenizer.chat_template = (
         "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
         "{% for c in m.tool_calls or [] %}({{ c.name }}){% endfor %}{% endfor %}<assistant>"

@@ -1,4 +1,4 @@
-"""The loaded tokenizer is the one of tokenizer.json; its stop tokens and its tokens fit the model."""
+"""The loaded tokenizer is that of tokenizer.json; its stop tokens and its vocabulary fit the model."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 
 @pytest.fixture
 def llama_dir(tmp_path):
-    """As DeepSeek-R1-Distill-Llama-8B has it: a byte-level tokenizer.json whose class is said to be Llama's."""
+    """A directory like DeepSeek-R1-Distill-Llama-8B's: a byte-level tokenizer.json with Llama's class in its config."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,7 +52,7 @@ def llama_dir(tmp_path):
     return tmp_path
 
 
-def test_a_tokenizer_that_transformers_rebuilds_as_another_is_taken_from_its_file(llama_dir, caplog):
+def test_a_tokenizer_that_transformers_would_change_is_loaded_from_its_file(llama_dir, caplog):
     original = Tokenizer.from_file(str(llama_dir / "tokenizer.json"))
     expected = original.encode(TEXT, add_special_tokens=False).ids
     rebuilt = AutoTokenizer.from_pretrained(llama_dir, local_files_only=True)
@@ -64,13 +64,13 @@ def test_a_tokenizer_that_transformers_rebuilds_as_another_is_taken_from_its_fil
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == expected
     assert decode(tokenizer, expected) == TEXT
     (prompt,), _ = encode_prompts(tokenizer, [Question(0, "1 + 1?", ("2",), "q")], "", 100, "error")
-    asked = "<|begin|><|User|>1 + 1?<|Assistant|>"
-    assert prompt.token_ids == original.encode(asked, add_special_tokens=False).ids
+    text = "<|begin|><|User|>1 + 1?<|Assistant|>"
+    assert prompt.token_ids == original.encode(text, add_special_tokens=False).ids
     assert stop_token_ids(tokenizer, llama_dir) == (original.token_to_id("<|end|>"),)
 
 
-def test_transformers_reads_an_exported_tokenizer_as_the_policy_does(llama_dir, tmp_path_factory, caplog):
-    """... of a directory whose own it misreads; all else that tokenizer_config.json says is kept."""
+def test_transformers_loads_an_exported_tokenizer_as_the_policy_does(llama_dir, tmp_path_factory, caplog):
+    """... from a directory whose own tokenizer it changes; the rest of tokenizer_config.json is kept."""
     export = tmp_path_factory.mktemp("exported") / "export"
     copy_companions(llama_dir, export, json.loads((llama_dir / "config.json").read_text()))
     ours, theirs = load_tokenizer(llama_dir), AutoTokenizer.from_pretrained(export, local_files_only=True)
@@ -84,8 +84,8 @@ def test_transformers_reads_an_exported_tokenizer_as_the_policy_does(llama_dir, 
     assert caplog.messages == []
 
 
-def test_an_exported_tokenizer_has_nothing_that_transformers_4_cannot_read(tokenizer_dir, tmp_path):
-    """... of transformers 5, which saved it; all else stays, and a second export is the same file."""
+def test_an_exported_tokenizer_can_be_read_by_transformers_4(tokenizer_dir, tmp_path):
+    """... though transformers 5 saved it; the rest is kept, and a second export is the same file."""
     name = "tokenizer_config.json"
     before = json.loads((tokenizer_dir / name).read_text())
     assert before.pop("tokenizer_class") == "TokenizersBackend"
@@ -99,7 +99,7 @@ def test_an_exported_tokenizer_has_nothing_that_transformers_4_cannot_read(token
     assert theirs.all_special_tokens == ours.all_special_tokens == ["<|end|>", "</think>"]
 
 
-def test_a_tokenizer_as_its_file_says_is_not_spoken_of(tokenizer_dir, caplog):
+def test_a_tokenizer_that_agrees_with_its_file_causes_no_warning(tokenizer_dir, caplog):
     with caplog.at_level(logging.WARNING):
         load_tokenizer(tokenizer_dir)
     assert caplog.messages == []
@@ -123,7 +123,7 @@ def test_a_configuration_that_changes_tokenizer_json_is_refused(tokenizer_dir):
         ("tokenizer.json", "model", {"type": "X"}, "no usable tokenizer there: "),
     ],
 )  # fmt: skip
-def test_a_tokenizer_that_does_not_work_is_one_line(tokenizer_dir, name, key, value, complaint):
+def test_an_unusable_tokenizer_is_reported_in_one_line(tokenizer_dir, name, key, value, complaint):
     file = tokenizer_dir / name
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(UserError, match=complaint):
@@ -131,7 +131,7 @@ def test_a_tokenizer_that_does_not_work_is_one_line(tokenizer_dir, name, key, va
 
 
 def test_a_directory_without_a_tokenizer_is_named(tokenizer_dir):
-    """... for which transformers makes an empty one."""
+    """transformers would make an empty tokenizer."""
     (tokenizer_dir / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer there; fetch its tokenizer\.json"):
         load_tokenizer(tokenizer_dir)
@@ -159,7 +159,7 @@ def test_several_chat_templates_need_a_default(tokenizer_dir):
         ({"eos_token_id": EOS}, {"eos_token_id": 2}, (EOS,)),  # a base model's number, here an ordinary token
     ],
 )
-def test_ends_that_config_json_names_end_a_response(tokenizer, tmp_path, generation, config, expected):
+def test_eos_ids_of_config_json_are_stop_tokens(tokenizer, tmp_path, generation, config, expected):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
@@ -177,5 +177,5 @@ def test_tokens_beyond_the_embedding_are_named(tokenizer, tmp_path):
 
 
 def test_the_vocabulary_ends_with_the_last_token(tokenizer):
-    """`</think>`, an added one."""
+    """... which is `</think>`, an added token."""
     assert vocabulary_size(tokenizer) == 258

@@ -1,4 +1,4 @@
-"""Made-up evaluations and run directories."""
+"""Fixtures: evaluations and run directories with invented values."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def rollout(step: int, question: int, sample: int) -> dict[str, Any]:
 
 
 def with_tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of five characters and an end; one weight for all, and a log-ratio that falls from 0.4 to -0.4."""
+    """The row with token values: tokens of five characters and an EOS, one weight, log-ratios from 0.4 to -0.4."""
     text = row["response"]
     widths = [len(text[at : at + 5]) for at in range(0, len(text), 5)] + [0]
     ratios = np.linspace(0.4, -0.4, len(widths))
     weight = 1.5 if row["correct"] else -0.5
-    of_tokens = {"weight": pack_values([weight] * len(widths)), "log_ratio": pack_values(ratios)}
-    return row | of_tokens | {"token_widths": pack_widths(widths)}
+    values = {"weight": pack_values([weight] * len(widths)), "log_ratio": pack_values(ratios)}
+    return row | values | {"token_widths": pack_widths(widths)}
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, make_result: Callable[..., EvaluationResult]) -> Callable[..., Path]:
-    """A run directory; `lr` is the one setting that differs between runs made here."""
+    """A function that writes a run directory; only the setting `lr` differs between its runs."""
 
     def make(
         name: str = "run", steps: int = 40, lr: float = 1e-4, questions: int = 3, samples: int = 4, tokens: bool = False

@@ -1,4 +1,4 @@
-"""However a run's files are damaged, its report is a page or one line."""
+"""However a run's files are damaged, its report is a page or an error of one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from in_process import ends_well
 
 
-def test_its_report_is_a_page_or_one_line(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_report_of_a_damaged_run_is_a_page_or_one_line(make_run: Callable[..., Path], tmp_path: Path) -> None:
     sound = make_run(steps=2, questions=1, samples=2, tokens=True)
     page = tmp_path / "page.html"
     names = sorted(str(path.relative_to(sound)) for path in sound.rglob("*") if path.is_file())
@@ -36,7 +36,7 @@ def test_its_report_is_a_page_or_one_line(make_run: Callable[..., Path], tmp_pat
     damage()
 
 
-def test_values_that_json_or_a_browser_lacks_are_left_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_values_that_json_cannot_hold_are_left_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(steps=1, questions=1, samples=2, tokens=True)
     (run / "config.yaml").write_text("seed: !!binary aGk=\n")
     (file,) = (run / "rollouts").iterdir()

@@ -18,12 +18,12 @@ QWEN = ("qwen2", 1536)
 
 
 def result(name: str, right: int, length: int = 100, step: int = 0) -> EvaluationResult:
-    """Ten problems of two samples, `right` of the problems solved."""
+    """A result of ten problems with two samples each; both are correct for `right` of the problems."""
     correct = np.arange(10)[:, None] < np.full((1, 2), right)
     return EvaluationResult(name, step, correct, np.full((10, 2), length), np.zeros((10, 2), bool))
 
 
-def test_the_six_sets_stand_in_the_papers_order_beside_its_rows() -> None:
+def test_the_papers_sets_and_rows_are_in_the_papers_order() -> None:
     shuffled = [result(name, i) for i, name in enumerate(sorted(SETS))] + [result("mine", 9)]
     head, ours, *theirs = papers_table(shuffled, QWEN).splitlines()
     at = [head.index(title) for title in [*SETS.values(), "mine", "Avg. of six"]]
@@ -34,13 +34,13 @@ def test_the_six_sets_stand_in_the_papers_order_beside_its_rows() -> None:
     assert "2505.12366" in theirs[0]
 
 
-def test_without_all_six_there_is_no_average_and_other_models_have_no_rows() -> None:
+def test_the_average_needs_all_six_sets_and_the_rows_a_model_of_the_papers() -> None:
     lines = papers_table([result("math", 5)], ("qwen2", 64)).splitlines()
     assert len(lines) == 2 and lines[1].split() == ["this", "model", "0.500", "-"]
     assert all(len(row) == 8 for _, row in REPORTED.values())
 
 
-def test_an_evaluation_of_other_sets_prints_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_papers_table_is_printed_only_for_the_papers_sets(capsys: pytest.CaptureFixture[str]) -> None:
     print_tables([result("mine", 5)], {}, QWEN)
     assert capsys.readouterr().out == ""
     print_tables([result("math", 5)], {"math": result("math", 5)}, QWEN)
@@ -54,7 +54,7 @@ def test_aes_by_hand(length: float, accuracy: float, expected: float) -> None:
     assert accuracy_efficiency_score(length, accuracy, (100, 0.5)) == pytest.approx(expected)
 
 
-def test_aes_against_a_run(tmp_path: Path) -> None:
+def test_aes_against_a_reference_run(tmp_path: Path) -> None:
     for step, length in ((0, 400), (10, 200)):
         write_evaluation(tmp_path / "evaluation", result("math", 5, length, step))
     reference = read_reference(tmp_path)
@@ -69,27 +69,35 @@ def test_aes_against_a_run(tmp_path: Path) -> None:
         accuracy_efficiency_score(1, 1, (0, 1))
 
 
-def test_majority_by_hand() -> None:
+def test_majority_votes_by_hand() -> None:
     correct = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]], bool)
     ballots = [[0, 0, 1, 2], [0, 1, 1, 2], [-1, -1, -1, 0], [-1, -1, -1, -1], [0, 0, 1, 1]]
-    # A majority that is right; one that is wrong; who gives no answer does not vote; nobody votes; a tie.
+    # A correct majority; a wrong one; samples without an answer, which do not vote; no votes; a tie.
     assert maj_at_k(correct, ballots).tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
     with pytest.raises(ValueError, match="votes for"):
         maj_at_k(correct, [[0]])
 
 
-def test_answers_that_are_plainly_the_same_vote_together() -> None:
-    said = [r"\boxed{0.5}", r"</think> \boxed{\frac12}", r"\boxed{1/2}", r"\boxed{2}", "It is\n0.50", "", r"\boxed{x }"]
-    assert votes(said) == [0, 0, 0, 1, 0, -1, 2]
+def test_equal_answers_in_different_spelling_vote_together() -> None:
+    texts = [
+        r"\boxed{0.5}",
+        r"</think> \boxed{\frac12}",
+        r"\boxed{1/2}",
+        r"\boxed{2}",
+        "It is\n0.50",
+        "",
+        r"\boxed{x }",
+    ]
+    assert votes(texts) == [0, 0, 0, 1, 0, -1, 2]
 
 
-def test_a_result_keeps_its_votes_and_old_files_are_read(
+def test_votes_are_saved_and_files_without_them_are_read(
     make_result: Callable[..., EvaluationResult], tmp_path: Path
 ) -> None:
-    made = result("math", 5)
-    with_votes = EvaluationResult(made.name, 1, made.correct, made.lengths, made.truncated, None, made.correct * 1)
+    plain = result("math", 5)
+    with_votes = EvaluationResult(plain.name, 1, plain.correct, plain.lengths, plain.truncated, None, plain.correct * 1)
     read = read_evaluation(write_evaluation(tmp_path, with_votes))
-    assert read.votes is not None and (read.votes == made.correct).all()
+    assert read.votes is not None and (read.votes == plain.correct).all()
     assert read.metrics()["eval/math/maj@2"] == 0.5
     old = make_result().to_json()
     del old["votes"]

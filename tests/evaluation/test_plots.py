@@ -1,4 +1,4 @@
-"""PNG plots, the CSV, and the page that follows a run."""
+"""PNG plots, the CSV, and the page that is rewritten while a run goes on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_plots_and_csv_of_two_runs(make_run: Callable[..., Path], tmp_path: Path
     assert not [r for r in rows if r["metric"] == "grad_norm" and r["step"] == "3"]  # null there
 
 
-def test_the_command_writes_both(
+def test_the_report_command_writes_plots_and_page(
     make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(steps=3)
@@ -35,7 +35,7 @@ def test_the_command_writes_both(
     assert str(tmp_path / "plots/metrics.csv") in printed and printed[-1] == str(run / "report.html")
 
 
-def test_watching_writes_the_page_when_the_run_writes(
+def test_watch_rewrites_the_page_when_the_run_changes(
     make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, page = make_run(steps=3), None

@@ -1,4 +1,4 @@
-"""The page says what the run directories say, holds nothing that runs or fetches, and survives what is missing."""
+"""The page shows the run directories' data, fetches nothing, runs no text of a model, and notes missing parts."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Elements(HTMLParser):
 
 
 def page_data(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    data: dict[str, Any] = json.loads(found[1])
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    data: dict[str, Any] = json.loads(match[1])
     return data
 
 
@@ -55,17 +55,17 @@ def visible(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
-def test_the_page_holds_the_run(make_run: MakeRun) -> None:
+def test_the_page_shows_the_runs_data(make_run: MakeRun) -> None:
     run = make_run()
     path = write_report([run])
     assert path == run / "report.html"
     page = path.read_text()
-    (of_run,) = page_data(page)["runs"]
-    assert of_run["steps"] == list(range(1, 41))
-    assert of_run["series"]["reward/mean"][9] == pytest.approx(0.35)
-    assert of_run["series"]["grad_norm"][2] is None
-    assert of_run["delta"] == pytest.approx(3e-3)
-    points = of_run["accuracy"]["arithmetic"]
+    (run_data,) = page_data(page)["runs"]
+    assert run_data["steps"] == list(range(1, 41))
+    assert run_data["series"]["reward/mean"][9] == pytest.approx(0.35)
+    assert run_data["series"]["grad_norm"][2] is None
+    assert run_data["delta"] == pytest.approx(3e-3)
+    points = run_data["accuracy"]["arithmetic"]
     assert [p["step"] for p in points] == [0, 40]
     assert all(p["low"] < p["value"] < p["high"] for p in points)
     text = visible(page)
@@ -81,7 +81,7 @@ def test_two_evaluations_that_were_made_differently_are_noted(make_run: MakeRun)
     assert "made differently" in visible(page := write_report([run]).read_text()) and "<b>32" not in page
 
 
-def test_every_rollout_is_there_as_it_was(make_run: MakeRun) -> None:
+def test_every_rollout_is_in_the_page_unchanged(make_run: MakeRun) -> None:
     run = make_run(steps=5)
     page = write_report([run]).read_text()
     index, texts = page_data(page)["index"], page_texts(page)
@@ -94,7 +94,7 @@ def test_every_rollout_is_there_as_it_was(make_run: MakeRun) -> None:
     assert texts[4]["question"] == "What is 1 + 2?" and texts[4]["answer"] == "3"
 
 
-def test_nothing_in_the_page_fetches_or_runs_what_a_model_wrote(make_run: MakeRun) -> None:
+def test_the_page_fetches_nothing_and_runs_no_text_of_a_model(make_run: MakeRun) -> None:
     run = make_run(name="<img src=x onerror=alert(1)>", steps=3)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 4, "</script><b>": 1.0}) + "\n")
@@ -110,7 +110,7 @@ def test_nothing_in_the_page_fetches_or_runs_what_a_model_wrote(make_run: MakeRu
     assert set(re.findall(r"https?://[^\s\"'<>`]+", page)) == {"http://www.w3.org/2000/svg"}
 
 
-def test_runs_are_told_apart(make_run: MakeRun, tmp_path: Path) -> None:
+def test_several_runs_have_distinct_labels_and_differing_settings(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("a/run", lr=1e-4), make_run("b/run", lr=2e-4)]
     out = tmp_path / "compared.html"
     assert write_report(runs, out) == out
@@ -139,7 +139,7 @@ def test_missing_parts_are_noted(make_run: MakeRun, tmp_path: Path) -> None:
         assert part in text
 
 
-def test_odd_rollouts_do_not_break_the_page(make_run: MakeRun) -> None:
+def test_malformed_rollouts_do_not_break_the_page(make_run: MakeRun) -> None:
     run = make_run(steps=1)
     lines = ['{"response": "only this", "reward": NaN}', '{"question_id": 3, "answer": ["1", "2"]}', '"text"']
     lines += ['{"question_id": 4, "length": 1' + "0" * 400 + ', "token_widths": 5}']
@@ -152,7 +152,7 @@ def test_odd_rollouts_do_not_break_the_page(make_run: MakeRun) -> None:
     assert all(f"step_2.jsonl: line {number} is left out" in visible(page) for number in (3, 5))
 
 
-def test_a_page_has_a_limit_and_says_what_it_left_out(make_run: MakeRun) -> None:
+def test_a_page_has_a_size_limit_and_notes_what_it_left_out(make_run: MakeRun) -> None:
     run = make_run(steps=1, questions=1, samples=4)
     path = run / "rollouts" / "step_1.jsonl"
     rows = [json.loads(line) for line in path.open()]
@@ -168,7 +168,7 @@ def test_a_page_has_a_limit_and_says_what_it_left_out(make_run: MakeRun) -> None
     assert pack_rollouts(read_runs([run])).note is None
 
 
-def test_texts_come_in_chunks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_packed_in_chunks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_disco.evaluation.rollout_pack.CHUNK", 500)
     packed = pack_rollouts(read_runs([make_run(steps=6)]))
     assert len(packed.chunks) > 3
@@ -177,7 +177,7 @@ def test_texts_come_in_chunks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
         assert group["question"].endswith(f"+ {step}?")
 
 
-def test_what_is_no_run_directory_is_one_line(tmp_path: Path, make_run: MakeRun) -> None:
+def test_a_directory_that_is_not_a_run_is_refused_in_one_line(tmp_path: Path, make_run: MakeRun) -> None:
     for paths, message in [
         ([], "no run directory given"),
         ([tmp_path / "nowhere"], "is not a directory"),

@@ -1,4 +1,4 @@
-"""The page in a real browser, where there is one: what its scripts make of 20,000 rollouts."""
+"""The page in a real browser, if Chromium is installed: what its scripts draw, also of 20,000 rollouts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dom(page: Path, profile: Path) -> str:
 
 
 def with_colour(page: Path, value: int, search: str = "") -> Path:
-    """The page as it is after a user has chosen a colouring, and searched."""
+    """A copy of the page in which a script chooses a colouring and enters a search, as a user would."""
     choose = (
         "const set = (name, value) => { const e = document.querySelector(name); e.value = value;"
         ' e.dispatchEvent(new Event(e.type === "search" ? "input" : "change")); };'
@@ -44,10 +44,10 @@ def with_colour(page: Path, value: int, search: str = "") -> Path:
 
 if CHROMIUM:
 
-    def test_curves_times_and_a_group_side_by_side(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    def test_curves_times_and_a_groups_responses_are_drawn(make_run: Callable[..., Path], tmp_path: Path) -> None:
         page = write_report([make_run("a"), make_run("b", lr=2e-4)], tmp_path / "page.html")
-        seen = dom(page, tmp_path / "profile")
-        charts = re.findall(r'<svg [^>]*aria-label="([^"]+)"', seen)
+        document = dom(page, tmp_path / "profile")
+        charts = re.findall(r'<svg [^>]*aria-label="([^"]+)"', document)
         for title in (
             "Reward",
             "Pass@1, arithmetic",
@@ -58,26 +58,24 @@ if CHROMIUM:
         ):
             assert title in charts
         assert charts.count("seconds of each phase by step") == 2
-        assert "δ = 0.003" in seen
-        assert seen.count('<div class="response">') == 4
-        assert "&lt;b&gt;bold&lt;/b&gt; &amp;amp; &lt;/script&gt; sample 0" in seen
-        assert "✓ correct" in seen and "✂ truncated" in seen
-        # Runs of before values of tokens were saved: no switch.
-        assert re.search(r'<select aria-label="colour of tokens"[^>]* hidden', seen)
+        assert "δ = 0.003" in document
+        assert document.count('<div class="response">') == 4
+        assert "&lt;b&gt;bold&lt;/b&gt; &amp;amp; &lt;/script&gt; sample 0" in document
+        assert "✓ correct" in document and "✂ truncated" in document
+        # Without saved token values there is nothing to colour.
+        assert re.search(r'<select aria-label="colour of tokens"[^>]* hidden', document)
 
-    def test_twenty_thousand_rollouts_draw_only_what_is_on_screen(
+    def test_only_visible_rows_of_twenty_thousand_rollouts_are_drawn(
         make_run: Callable[..., Path], tmp_path: Path
     ) -> None:
         page = write_report([make_run(steps=50, questions=50, samples=8, tokens=True)])
-        seen = dom(with_colour(page, 2), tmp_path / "profile")
-        assert "2,500 of 2,500 groups, 20,000 responses" in seen
-        assert 5 <= seen.count('class="row"') <= 60
-        assert seen.count('<div class="response">') == 8
-        assert 8 < seen.count('title="log-ratio') < 8 * 20
+        document = dom(with_colour(page, 2), tmp_path / "profile")
+        assert "2,500 of 2,500 groups, 20,000 responses" in document
+        assert 5 <= document.count('class="row"') <= 60
+        assert document.count('<div class="response">') == 8
+        assert 8 < document.count('title="log-ratio') < 8 * 20
 
-    def test_tokens_take_the_colour_of_their_log_ratio_or_their_responses_weight(
-        make_run: Callable[..., Path], tmp_path: Path
-    ) -> None:
+    def test_tokens_are_coloured_by_log_ratio_or_weight(make_run: Callable[..., Path], tmp_path: Path) -> None:
         page = write_report([make_run(tokens=True)])
         by_ratio = dom(with_colour(page, 2, "bold"), tmp_path / "profile")
         first = by_ratio[by_ratio.index('<div class="response">') :].partition('<div class="response">')[2]
@@ -88,7 +86,7 @@ if CHROMIUM:
         assert sizes == sorted(sizes, reverse=True)
         assert '<span class="end down-4" title="log-ratio \u22120.4">end</span>' in first
         assert "less likely than when sampled" in by_ratio
-        # What is searched for is marked within the colours.
+        # Matches of the search are marked within the coloured tokens.
         assert re.search(r'<span class="up-4"[^>]*>&lt;b&gt;<mark>bo</mark></span><span[^>]*><mark>ld</mark>', first)
         by_weight = dom(with_colour(page, 1), tmp_path / "profile")
         texts = re.findall(r'<div class="text"><span class="([^"]+)" title="weight ([^"]+)">', by_weight)

@@ -1,4 +1,4 @@
-"""The page's values of tokens are those of the rollouts file, in JavaScript's units, as far as the text is there."""
+"""The page's token values are those of the rollout files, widths in UTF-16 units, also in cut responses."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def unpacked(chunk: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(chunk)))
 
 
-def of_one(run: Path, **changes: Any) -> tuple[PackedRollouts, str, dict[str, Any] | None]:
-    """The page's data of a run with one response, with some fields changed: the response and its tokens."""
+def pack_one(run: Path, **changes: Any) -> tuple[PackedRollouts, str, dict[str, Any] | None]:
+    """Packed rollouts of a run with one response, some fields changed; its text and its token values in them."""
     path = run / "rollouts" / "step_1.jsonl"
     row = json.loads(path.read_text().splitlines()[0]) | changes
     path.write_text(json.dumps(row) + "\n")
@@ -33,7 +33,7 @@ def of_one(run: Path, **changes: Any) -> tuple[PackedRollouts, str, dict[str, An
     return packed, unpacked(packed.chunks[0])[0]["responses"][0], tokens
 
 
-def test_values_of_tokens_stand_beside_their_texts(make_run: MakeRun) -> None:
+def test_token_values_match_their_texts(make_run: MakeRun) -> None:
     packed = pack_rollouts(read_runs([make_run(steps=2, tokens=True)]))
     (texts,), (groups,) = map(unpacked, packed.chunks), map(unpacked, packed.tokens)
     assert len(groups) == 6
@@ -45,30 +45,30 @@ def test_values_of_tokens_stand_beside_their_texts(make_run: MakeRun) -> None:
             np.testing.assert_allclose(ratios, np.linspace(0.4, -0.4, len(ratios)), atol=0.4 / LEVELS + 1e-3)
 
 
-def test_a_run_of_before_has_no_values(make_run: MakeRun) -> None:
+def test_a_run_without_saved_token_values_has_none(make_run: MakeRun) -> None:
     assert pack_rollouts(read_runs([make_run(steps=2)])).tokens == [""]
 
 
-def test_a_cut_response_keeps_the_values_of_what_is_left(make_run: MakeRun) -> None:
+def test_a_cut_response_keeps_the_values_of_its_remaining_tokens(make_run: MakeRun) -> None:
     widths = [3] * 1000 + [0]
     values = np.arange(1.0, 1002.0)
     fields = {"token_widths": pack_widths(widths), "log_ratio": pack_values(values), "length": 1001}
-    packed, text, tokens = of_one(make_run(steps=1), response="abc" * 1000, **fields)
+    packed, text, tokens = pack_one(make_run(steps=1), response="abc" * 1000, **fields)
     assert tokens is not None and packed.note is not None and len(text) < 400
     gap = text.index("\n\n[..."), text.index("...]\n\n") + len("...]\n\n")
     ends = np.cumsum(tokens["widths"])
     middle = int(np.searchsorted(ends, gap[1]))
     assert ends[middle] == gap[1] and ends[middle - 1] == gap[0] and ends[-1] == len(text)
-    kept = np.array(tokens["log_ratio"]["levels"]) * tokens["log_ratio"]["unit"]
-    assert kept[middle] == 0
-    after = len(kept) - middle - 1
+    remaining = np.array(tokens["log_ratio"]["levels"]) * tokens["log_ratio"]["unit"]
+    assert remaining[middle] == 0
+    after = len(remaining) - middle - 1
     expected = np.concatenate([values[:middle], [0], values[-after:]])
-    np.testing.assert_allclose(kept, expected, atol=1001 / LEVELS)
+    np.testing.assert_allclose(remaining, expected, atol=1001 / LEVELS)
 
 
-def test_widths_are_in_the_units_of_javascript(make_run: MakeRun) -> None:
+def test_widths_are_in_utf_16_code_units(make_run: MakeRun) -> None:
     fields = {"token_widths": pack_widths([1, 1, 0, 2]), "log_ratio": pack_values([1.0, 2.0, 3.0, 4.0])}
-    _, text, tokens = of_one(make_run(steps=1), response="a\U0001f642b\U0001f642", **fields)
+    _, text, tokens = pack_one(make_run(steps=1), response="a\U0001f642b\U0001f642", **fields)
     assert tokens is not None and tokens["widths"] == [1, 2, 0, 3]
     assert len(text.encode("utf-16-le")) == 2 * sum(tokens["widths"])
 
@@ -78,10 +78,10 @@ def test_widths_are_in_the_units_of_javascript(make_run: MakeRun) -> None:
     [{"token_widths": "?"}, {"token_widths": pack_widths([2, 2])}, {"token_widths": None}, {"token_widths": 4}],
     ids=str,
 )
-def test_widths_that_do_not_fit_are_no_widths(make_run: MakeRun, odd: dict[str, Any]) -> None:
-    assert of_one(make_run(steps=1), response="abc", log_ratio=0.5, **odd)[2] is None
+def test_widths_that_do_not_match_the_response_are_left_out(make_run: MakeRun, odd: dict[str, Any]) -> None:
+    assert pack_one(make_run(steps=1), response="abc", log_ratio=0.5, **odd)[2] is None
 
 
-def test_a_value_that_does_not_fit_is_left_out(make_run: MakeRun) -> None:
+def test_values_that_do_not_match_the_widths_are_left_out(make_run: MakeRun) -> None:
     fields = {"token_widths": pack_widths([1, 2]), "log_ratio": pack_values([1.0, 2.0, 3.0]), "weight": 0.5}
-    assert of_one(make_run(steps=1), response="abc", **fields)[2] == {"widths": [1, 2], "weight": {"all": 0.5}}
+    assert pack_one(make_run(steps=1), response="abc", **fields)[2] == {"widths": [1, 2], "weight": {"all": 0.5}}

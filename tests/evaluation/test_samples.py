@@ -1,4 +1,4 @@
-"""Samples on disk: whole batches survive a kill at any byte, and another evaluation begins anew."""
+"""Samples on disk: complete batches survive a kill at any byte; an evaluation with another identity starts over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_file(path: Path, **changes: int) -> SampleFile:
     return SampleFile(path, IDENTITY | changes, BATCHES)
 
 
-def test_a_file_cut_at_any_byte_keeps_its_whole_batches(tmp_path: Path) -> None:
+def test_a_file_cut_at_any_byte_keeps_its_complete_batches(tmp_path: Path) -> None:
     path = tmp_path / "deep/s.jsonl"
     file = open_file(path)
     assert file.batches == []
@@ -43,7 +43,7 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_batches(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-def test_another_evaluation_begins_anew(tmp_path: Path) -> None:
+def test_an_evaluation_with_another_identity_starts_over(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     file = open_file(path)
     file.append(SAMPLES[0])
@@ -53,8 +53,10 @@ def test_another_evaluation_begins_anew(tmp_path: Path) -> None:
     again.close()
 
 
-def test_another_evaluations_samples_are_kept_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """... each time; moved back, they are used: those of the batch in hand too."""
+def test_samples_of_another_identity_are_moved_and_can_be_moved_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """... each time, those of the unfinished batch too."""
     path = tmp_path / "s.jsonl"
     for seed in (1, 2):
         with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
@@ -65,14 +67,14 @@ def test_another_evaluations_samples_are_kept_and_it_is_said(tmp_path: Path, cap
     open_file(path, seed=3).close()
     assert "seed changed" in caplog.text and f"{tmp_path}/replaced/2" in caplog.text
     for seed in (1, 2):
-        for kept in (tmp_path / f"replaced/{seed}").iterdir():
-            kept.rename(tmp_path / kept.name)
+        for file in (tmp_path / f"replaced/{seed}").iterdir():
+            file.rename(tmp_path / file.name)
         with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
             assert stream.batches == SAMPLES[: 2 - seed] and stream.unfinished_batch() == {1: SAMPLES[1][1]}
 
 
-def test_samples_of_the_batch_in_hand_survive_kill_after_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are never in no file: not while they are gathered in rank 0's either."""
+def test_samples_of_an_unfinished_batch_survive_repeated_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are always in some file, also while rank 0 gathers them in its own."""
     path = tmp_path / "s.jsonl"
     for rank, row in ((0, 1), (1, 0)):
         SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
@@ -92,7 +94,7 @@ def test_samples_of_the_batch_in_hand_survive_kill_after_kill(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("junk", [b"\0\0\0\n", b"{}\n", b"[" * 1000 + b"\n", b"\xff\n", b'{"response": 3}\n'])
-def test_a_damaged_sample_is_sampled_again(tmp_path: Path, junk: bytes) -> None:
+def test_a_batch_with_a_damaged_sample_is_sampled_again(tmp_path: Path, junk: bytes) -> None:
     path = tmp_path / "s.jsonl"
     file = open_file(path)
     for batch in SAMPLES:
@@ -105,8 +107,8 @@ def test_a_damaged_sample_is_sampled_again(tmp_path: Path, junk: bytes) -> None:
     file.close()
 
 
-def test_samples_of_a_batch_in_hand_survive_a_kill(tmp_path: Path) -> None:
-    """... whichever rank had them; those of another evaluation, or of another batch, do not."""
+def test_samples_of_an_unfinished_batch_survive_a_kill(tmp_path: Path) -> None:
+    """... whichever rank wrote them; those of another evaluation, or of another batch, do not."""
     path = tmp_path / "s.jsonl"
     for rank, row in ((0, 1), (1, 0)):
         SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
@@ -121,8 +123,8 @@ def test_samples_of_a_batch_in_hand_survive_a_kill(tmp_path: Path) -> None:
         assert stream.samples() == SAMPLES[0]
 
 
-def test_ranks_whose_weights_differ_in_time_alone_share_an_evaluation(tmp_path: Path) -> None:
-    """A model that was copied to each machine: what a rank there had survives a kill as well."""
+def test_ranks_whose_weight_files_differ_only_in_time_share_an_evaluation(tmp_path: Path) -> None:
+    """As for a model that was copied to each machine: the samples of a rank there survive a kill too."""
     path = tmp_path / "s.jsonl"
     shared: list[object] = []
     SampleStream(path, IDENTITY, BATCHES, 0, lambda mine: shared.append(mine) or mine)

@@ -1,4 +1,4 @@
-"""What an evaluation says of itself, on disk and beside another one."""
+"""An evaluation's file, its metrics, and its comparison with another one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_disco.runtime.errors import UserError
 Make = Callable[..., EvaluationResult]
 
 
-def test_a_file_holds_the_whole_result(tmp_path: Path, make_result: Make) -> None:
+def test_a_written_result_is_read_back(tmp_path: Path, make_result: Make) -> None:
     result = make_result(step=40, name="math/500 test")
     path = write_evaluation(tmp_path, result)
     assert path.name == "math_500_test.step_40.json"
@@ -33,14 +33,14 @@ def test_a_file_holds_the_whole_result(tmp_path: Path, make_result: Make) -> Non
     assert summary["pass@1"][1] < summary["pass@1"][0] < summary["pass@1"][2]
 
 
-def test_greedy_may_be_missing(tmp_path: Path, make_result: Make) -> None:
+def test_a_result_may_lack_greedy_verdicts(tmp_path: Path, make_result: Make) -> None:
     result = replace(make_result(), greedy_correct=None)
     read = read_evaluation(write_evaluation(tmp_path, result))
     assert read.greedy_correct is None
     assert "eval/arithmetic/greedy" not in read.metrics()
 
 
-def test_a_run_s_evaluations_come_by_set_and_step(tmp_path: Path, make_result: Make) -> None:
+def test_a_runs_evaluations_are_sorted_by_set_and_step(tmp_path: Path, make_result: Make) -> None:
     for name, step in [("b", 10), ("a", 100), ("a", 9)]:
         write_evaluation(tmp_path, make_result(step=step, name=name))
     assert [(r.name, r.step) for r in read_evaluations(tmp_path)] == [("a", 9), ("a", 100), ("b", 10)]
@@ -48,7 +48,7 @@ def test_a_run_s_evaluations_come_by_set_and_step(tmp_path: Path, make_result: M
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"name": "x"}', '{"name": "x", "step": 0, "correct": [[1], [1, 0]]}'])
-def test_what_is_no_evaluation_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_an_evaluation_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "odd.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"odd\.json: (not|damaged)"):
@@ -63,7 +63,7 @@ def test_shapes_that_disagree_are_refused(make_result: Make) -> None:
         replace(result, greedy_correct=np.ones(4, dtype=bool))
 
 
-def test_metrics_have_the_contract_s_names(make_result: Make) -> None:
+def test_metrics_have_the_names_of_the_public_contract(make_result: Make) -> None:
     result = make_result()
     metrics = result.metrics()
     assert metrics["eval/arithmetic/pass@1"] == pytest.approx(result.correct.mean())
@@ -72,7 +72,7 @@ def test_metrics_have_the_contract_s_names(make_result: Make) -> None:
     assert all(type(value) is float for value in metrics.values())
 
 
-def test_the_table_s_rows(make_result: Make) -> None:
+def test_the_table_has_a_row_for_each_statistic(make_result: Make) -> None:
     before, after = make_result(0.3), make_result(0.9, step=50)
     rows = compare(before, after)
     assert [row.metric for row in rows] == [
@@ -98,7 +98,7 @@ def test_a_paired_change_is_narrower_than_the_two_intervals(make_result: Make) -
     assert row.change.high - row.change.low < 0.2 * (row.before.high - row.before.low)
 
 
-def test_other_problems_cannot_be_paired(make_result: Make) -> None:
+def test_different_problems_are_not_paired(make_result: Make) -> None:
     rows = compare(make_result(problems=64), make_result(problems=32))
     assert all(row.change is None for row in rows)
     with pytest.raises(ValueError, match="cannot compare"):
@@ -119,11 +119,11 @@ def test_terminal_and_log_show_the_same_cells(make_result: Make) -> None:
     assert "before [95% CI]" in out.getvalue()
 
 
-def test_what_two_evaluations_made_differently_is_named(make_result: Make) -> None:
+def test_differences_in_setup_are_named(make_result: Make) -> None:
     how = {"step": 0, "precision": "32-true", "engine": {"name": "megatron", "tp": 1}, "verifier_code": "a" * 64}
     now = how | {"step": 9, "weights": [], "precision": "bf16", "engine": {"name": "vllm", "tp": 1}}
     before, after = make_result(), make_result(step=9)
-    assert setup_differences(before, after) == "", "nothing says how they were made"
+    assert setup_differences(before, after) == "", "no identities to compare"
     assert setup_differences(replace(before, identity=how), replace(after, identity=how | {"step": 9})) == ""
     line = setup_differences(replace(before, identity=how), replace(after, identity=now | {"verifier_code": "b" * 64}))
     assert 'precision ("32-true", then "bf16")' in line and 'engine.name ("megatron", then "vllm")' in line
