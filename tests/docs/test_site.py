@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import sys
+import types
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,23 +117,52 @@ def test_a_site_that_was_not_built_is_a_problem(tmp_path: Path) -> None:
     assert list(check_site.problems(tmp_path))
 
 
+def defined_in(*files: Path) -> dict[str, set[str]]:
+    """The classes and functions of the files, each class with its fields and methods."""
+    names: dict[str, set[str]] = {}
+    for node in (node for file in files for node in ast.parse(file.read_text()).body):
+        if isinstance(node, ast.ClassDef):
+            fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+            methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+            names.setdefault(node.name, set()).update(fields | methods)
+        elif isinstance(node, ast.FunctionDef):
+            names.setdefault(node.name, set())
+    return names
+
+
+def is_defined(name: str, names: dict[str, set[str]]) -> bool:
+    owner, _, member = name.partition(".")
+    return owner in names and (not member or member in names[owner])
+
+
 def test_the_glossary_names_what_the_code_defines() -> None:
-    """Each name of its last column is a class, a function, or an attribute of a class."""
-    defined: dict[str, set[str]] = {}
-    for file in (REPO / "nemo_disco").rglob("*.py"):
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.ClassDef):
-                members = {
-                    n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-                }
-                members |= {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
-                defined.setdefault(node.name, set()).update(members)
-            elif isinstance(node, ast.FunctionDef):
-                defined.setdefault(node.name, set())
+    """Each name of its last column is a class, a function, or a field or method of a class."""
+    names = defined_in(*(REPO / "nemo_disco").rglob("*.py"))
     rows = re.findall(r"^\| .* \| .* \| (`.*`) \|$", (REPO / "docs/glossary.md").read_text(), re.MULTILINE)
-    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
-    assert len(names) > 30
-    for name in names:
-        owner, _, member = name.partition(".")
-        assert owner in defined, name
-        assert not member or member in defined[owner], name
+    written = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(written) > 30
+    assert not [name for name in written if not is_defined(name, names)]
+
+
+def test_functions_are_in_the_file_beside_them() -> None:
+    """Of `Class.method` (`file.py`) in a document."""
+    pairs = [
+        pair
+        for document in WRITTEN
+        for pair in re.findall(r"`([\w.]+)`\s+\(`(nemo_disco/[\w/]+\.py)`", document.read_text())
+    ]
+    assert len(pairs) > 10
+    assert not [(name, file) for name, file in pairs if not is_defined(name, defined_in(REPO / file))]
+
+
+def test_the_picture_shows_every_package_once() -> None:
+    names = re.findall(r'class="name"[^>]*>(\w+)/<', (REPO / "docs/architecture.svg").read_text())
+    packages = {p.parent.name for p in (REPO / "nemo_disco").glob("*/__init__.py")}
+    assert sorted(names) == sorted([*packages, "objectives"])
+
+
+def test_docstrings_are_shown_as_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "griffe", types.SimpleNamespace(Extension=object, Object=object))
+    from tools.docstrings import escape
+
+    assert escape("w [T] = `a[i]`, a*b.\n\n    code[0]") == "w \\[T\\] = `a[i]`, a\\*b.  \n\n    code[0]"
