@@ -127,8 +127,8 @@ def _decoding(setting: Setting, path: Path) -> tuple[Ways, Callable[[], Errors]]
 
     def errors() -> Errors:
         responses = engine.generate(prompts, range(len(prompts)), sampling)
-        expected = [_sampled(model, p, list(r.tokens)) for p, r in zip(prompts, responses, strict=True)]
-        found = torch.cat([torch.as_tensor(r.log_probs) for r in responses])
+        expected = [_sampled(model, p, r.tokens.tolist()) for p, r in zip(prompts, responses, strict=True)]
+        found = torch.cat([torch.from_numpy(r.log_probs) for r in responses])
         return {"sampled_log_probs": relative_error(found, torch.cat(expected))}
 
     return decoding.ways(engine), errors

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -23,16 +25,16 @@ class SamplingParams:
     top_k: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `==` of arrays is an array
 class Response:
-    """One sampled response.
+    """One sampled response of n tokens, EOS included if it was sampled.
 
-    tokens: with EOS if it was sampled. log_probs: one a token, of the full distribution on logits over the
-    temperature (before top-k and top-p; at temperature 0, of the plain logits).
+    log_probs [n]: of the full distribution on logits / temperature (before top-k and top-p; at temperature 0, of the
+    plain logits).
     """
 
-    tokens: list[int]
-    log_probs: list[float]
+    tokens: NDArray[np.int64]
+    log_probs: NDArray[np.float32]
     finish_reason: Literal["stop", "length"]
     weight_version: int
 

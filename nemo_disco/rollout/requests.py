@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from nemo_disco.data.chat import decode
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Engine, Finished, Response, SamplingParams
@@ -24,8 +26,8 @@ def packed(picked: PromptSet, responses: Sequence[Response]) -> tuple[Rollouts, 
     """What an engine answered to `picked`."""
     rollouts = Rollouts.from_lists(
         picked.prompts,
-        [r.tokens for r in responses],
-        [r.log_probs for r in responses],
+        [np.asarray(r.tokens).tolist() for r in responses],
+        [np.asarray(r.log_probs).tolist() for r in responses],
         [q.id for q in picked.questions],
         [r.finish_reason == "length" for r in responses],
         [r.weight_version for r in responses],
@@ -36,4 +38,4 @@ def packed(picked: PromptSet, responses: Sequence[Response]) -> tuple[Rollouts, 
 def response_text(tokenizer: Any, response: Response) -> str:
     """Without the token that ended it."""
     ended = response.finish_reason == "stop"
-    return decode(tokenizer, response.tokens[:-1] if ended else response.tokens)
+    return decode(tokenizer, np.asarray(response.tokens[:-1] if ended else response.tokens).tolist())

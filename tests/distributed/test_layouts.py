@@ -88,7 +88,7 @@ class Recording(MegatronEngine):
         return super()._decode_wave(wave, *rest)
 
     def hand_over(self, index: int, response: Response) -> None:
-        self.handed.append((index, response.tokens))
+        self.handed.append((index, response.tokens.tolist()))
 
 
 def everywhere(mine: list[Any]) -> list[Any]:
@@ -137,7 +137,7 @@ def measure(
             {
                 "log_probs": log_probs,
                 "entropies": entropies,
-                "responses": [r.tokens for r in responses],
+                "responses": [r.tokens.tolist() for r in responses],
                 "sampled": everywhere(engine.sampled),
                 "handed": everywhere(engine.handed),
                 "mismatch": float(mismatch.abs().max()),

@@ -49,7 +49,7 @@ def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: boo
     train(policy, [3])
     named = {name: weight.clone() for name, weight in policy.named_weights()}
     buckets = sum(len(ddp.bucket_groups) for ddp in policy.network)
-    return buckets, fingerprint(policy), log_probs, [r.tokens for r in responses], named
+    return buckets, fingerprint(policy), log_probs, [r.tokens.tolist() for r in responses], named
 
 
 def compare(models: list[str], layouts: list[dict[str, Any]], dtype: torch.dtype) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from response_values import as_tuples, token_lists
 from tiny_models import FAMILIES, VOCABULARY, answered, model_config, reference_log_probs, reference_model, save_family
 from transformers import AutoModelForCausalLM
 
@@ -76,7 +78,7 @@ def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -
     with torch.no_grad():
         expected = reference_log_probs(reference_model(model_path), rollouts, 0.6, vocabulary)
     torch.testing.assert_close(rollouts.generation_log_probs.double(), expected, rtol=0, atol=1e-4)
-    return [token for r in responses for token in r.tokens]
+    return [token for tokens in token_lists(responses) for token in tokens]
 
 
 def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path
         ids = reference.generate(
             torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=STOP, pad_token_id=0
         )
-        assert response.tokens == ids[0, len(prompt) :].tolist()
+        assert response.tokens.tolist() == ids[0, len(prompt) :].tolist()
 
 
 @one_family
@@ -93,14 +95,9 @@ def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: MegatronEng
     responses = engine.generate(prompts(copies=8), range(48), SamplingParams(1.0, 12))
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     for r in responses:
-        assert len(r.tokens) == len(r.log_probs)
         assert not set(r.tokens[:-1]) & set(STOP)
         assert (r.tokens[-1] in STOP) == (r.finish_reason == "stop")
         assert len(r.tokens) == 12 or r.finish_reason == "stop"
-
-
-def tokens(responses: list[Response]) -> list[list[int]]:
-    return [r.tokens for r in responses]
 
 
 @one_family
@@ -108,12 +105,12 @@ def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
     engine: MegatronEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, seeds, sampling = prompts(copies=4), list(range(24)), SamplingParams(0.8, 30)
-    together = tokens(engine.generate(asked, seeds, sampling))
-    alone = [engine.generate([p], [s], sampling)[0].tokens for p, s in zip(asked, seeds, strict=True)]
+    together = token_lists(engine.generate(asked, seeds, sampling))
+    alone = [engine.generate([p], [s], sampling)[0].tokens.tolist() for p, s in zip(asked, seeds, strict=True)]
     assert together == alone
     monkeypatch.setattr(megatron_engine, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
-    assert tokens(engine.generate(asked, seeds, sampling)) == together
-    assert tokens(engine.generate(asked, [s + 1 for s in seeds], sampling)) != together
+    assert token_lists(engine.generate(asked, seeds, sampling)) == together
+    assert token_lists(engine.generate(asked, [s + 1 for s in seeds], sampling)) != together
 
 
 @one_family
@@ -124,11 +121,11 @@ def test_responses_carry_the_weight_version(engine: MegatronEngine) -> None:
 
 @one_family
 def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
-    before = tokens(engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 20)))
+    before = token_lists(engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 20)))
     with torch.no_grad():
         for p in engine.policy.model.chunks[0].parameters():
             p.mul_(1.5)
-    assert tokens(engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 20))) != before
+    assert token_lists(engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 20))) != before
 
 
 @one_family
@@ -147,11 +144,17 @@ def test_decoding_in_place_gives_the_same_responses(
     select = Rows.select
     monkeypatch.setattr(Rows, "select", lambda rows, keep: selected.append(len(keep)) or select(rows, keep))
     found = engine.generate(asked, seeds, sampling)
-    assert tokens(found) == tokens(expected)
+    assert token_lists(found) == token_lists(expected)
     assert [r.finish_reason for r in found] == [r.finish_reason for r in expected]
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(torch.tensor(ours.log_probs), torch.tensor(theirs.log_probs), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
     assert selected or sampling.temperature == 0.0, "no row ever left the batch"
+
+
+def in_order(handed: list[tuple[int, Response, int]]) -> list[Any]:
+    """The responses that were handed over, by their place, of which each must occur once."""
+    assert sorted(place for place, _, _ in handed) == list(range(len(handed)))
+    return as_tuples(response for _, response, _ in sorted(handed, key=lambda entry: entry[0]))
 
 
 @one_family
@@ -177,14 +180,14 @@ def test_each_response_is_handed_over_once_when_its_row_ends(
     handed: list[tuple[int, Response, int]] = []
     calls = 0
     responses = engine.generate(asked, seeds, sampling, lambda i, r: handed.append((i, r, calls)))
-    assert responses == expected
-    assert [(i, r) for i, r, _ in sorted(handed, key=lambda entry: entry[0])] == list(enumerate(responses))
+    assert as_tuples(responses) == as_tuples(expected)
+    assert in_order(handed) == as_tuples(responses)
     for _, response, steps in handed:
         assert 0 <= steps - len(response.tokens) < (look if in_place else 1)
     monkeypatch.setattr(megatron_engine, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
     handed.clear()
     responses = engine.generate(asked, seeds, sampling, lambda i, r: handed.append((i, r, calls)))
-    assert [(i, r) for i, r, _ in sorted(handed, key=lambda entry: entry[0])] == list(enumerate(responses))
+    assert in_order(handed) == as_tuples(responses)
 
 
 @one_family

@@ -52,7 +52,7 @@ def test_both_makes_are_the_same_function_of_the_same_files(build: Any) -> None:
         policy = build(fused)
         weights = {name: w.clone() for name, w in policy.named_weights()}
         responses = MegatronEngine(policy, [1]).generate([[5, 9, 3]] * 2, [1, 2], SamplingParams(1.0, 10))
-        found.append((policy.log_probs(rollouts)[0], weights, [r.tokens for r in responses]))
+        found.append((policy.log_probs(rollouts)[0], weights, [r.tokens.tolist() for r in responses]))
     (log_probs, weights, tokens), (fused_log_probs, fused_weights, fused_tokens) = found
     torch.testing.assert_close(fused_log_probs, log_probs, rtol=0, atol=1e-5)
     assert weights.keys() == fused_weights.keys()

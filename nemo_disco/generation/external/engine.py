@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
+import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from nemo_disco.generation.engine import Finished, Outstanding, Response, Sampli
 from nemo_disco.generation.external.refit import refit
 from nemo_disco.generation.external.replica import SILENCE_S, Replica, ReplicaLostError
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
+from nemo_disco.runtime.collectives import every
 from nemo_disco.runtime.errors import UserError
 
 # How often one refit or one generation is tried before the run stops.
@@ -57,7 +59,7 @@ class ExternalEngine:
         self.version = 0
         self._outstanding: Future[dict[int, Exception]] | None = None  # a request that nobody waits for yet
         self._weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
-        counts = self._shared(len(self.replicas))
+        counts = every(lambda: len(self.replicas))
         self._first, self._total = sum(counts[: dist.get_rank()]), sum(counts)
         self._recover(dict.fromkeys(range(len(self.replicas))))
 
@@ -142,7 +144,7 @@ class ExternalEngine:
                 replica.wait_ready()
         except (ReplicaLostError, RefusedError, OSError) as error:
             refused = str(error)
-        if said := next(filter(None, self._shared(refused)), ""):
+        if said := next(filter(None, every(lambda: refused)), ""):
             self.close()
             raise UserError(f"generation: the engine cannot be started: {said}")
 
@@ -150,10 +152,10 @@ class ExternalEngine:
         """Whether any rank had a problem; each is said by the rank that had it."""
         for problem in problems.values():
             log.warning("%s: %s; trying again with all weights given anew", what, problem)
-        return any(self._shared(bool(problems)))
+        return any(every(lambda: bool(problems)))
 
     def _failure(self, what: str, problems: dict[int, Exception]) -> UserError:
-        said = next(filter(None, self._shared("; ".join(map(str, problems.values())))))
+        said = next(filter(None, every(lambda: "; ".join(map(str, problems.values())))))
         self.close()
         return UserError(f"{what} failed {ATTEMPTS} times in a row: {said}")
 
@@ -207,7 +209,7 @@ class ExternalEngine:
             self._refit(version)
             problems = self._run(request)
         everything: dict[int, Response] = {}
-        for share in self._shared(request.found):
+        for share in every(lambda: request.found):
             everything |= share
         return [everything[i] for i in range(len(request.prompts))]
 
@@ -255,17 +257,12 @@ class ExternalEngine:
             raise ReplicaLostError(
                 f"{replica.name} answered request {place} of {len(share)} with {count} tokens in {len(payload)} bytes"
             )
-        tokens, log_probs = array("i", bytes(payload[: 4 * count])), array("f", bytes(payload[4 * count :]))
+        tokens = np.frombuffer(payload, np.int32, count).astype(np.int64)
+        log_probs = np.frombuffer(payload, np.float32, offset=4 * count).copy()  # else it keeps the tokens' bytes too
         reason: Literal["stop", "length"] = "stop" if message["reason"] == "stop" else "length"
-        response = Response(tokens.tolist(), log_probs.tolist(), reason, message["version"])
+        response = Response(tokens, log_probs, reason, message["version"])
         request.take(share[place], response)
         return False
-
-    def _shared(self, mine: Any) -> list[Any]:
-        shares = [mine] * dist.get_world_size()
-        if len(shares) > 1:
-            dist.all_gather_object(shares, mine)
-        return shares
 
 
 def _ask(replica: Replica, share: Sequence[int], request: _Request) -> None:

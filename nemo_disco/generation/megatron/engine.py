@@ -230,19 +230,11 @@ class MegatronEngine:
 
     def _gather(self, found: dict[int, Response], total: int) -> list[Response]:
         """All ranks' responses, in the order of the requests."""
-        if self._group.size() > 1:
-            packed = {
-                i: (np.asarray(r.tokens, np.int32), np.asarray(r.log_probs, np.float32), r.finish_reason)
-                for i, r in found.items()
-            }
-            shares: list[dict[int, tuple[np.ndarray, np.ndarray, str]]] = [{}] * self._group.size()
-            dist.all_gather_object(shares, packed, group=self._group)
-            found = {
-                i: Response(tokens.tolist(), log_probs.tolist(), "stop" if reason == "stop" else "length", self.version)
-                for share in shares
-                for i, (tokens, log_probs, reason) in share.items()
-            }
-        return [found[i] for i in range(total)]
+        shares = [found] * self._group.size()
+        if len(shares) > 1:
+            dist.all_gather_object(shares, found, group=self._group)
+        responses = {i: response for share in shares for i, response in share.items()}
+        return [responses[i] for i in range(total)]
 
 
 def _digest(prompt: Sequence[int]) -> int:

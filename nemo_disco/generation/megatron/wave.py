@@ -47,10 +47,10 @@ class WaveResponses:
             return
         lengths = self.lengths[rows].tolist()
         longest = max(lengths)
-        tokens, log_probs = self.tokens[rows, :longest].cpu(), self.log_probs[rows, :longest].cpu()
+        tokens, log_probs = (x[rows, :longest].cpu().numpy() for x in (self.tokens, self.log_probs))
         for at, (row, n, stopped) in enumerate(zip(rows, lengths, self.stopped[rows].tolist(), strict=True)):
             self._ended[row] = Response(
-                tokens[at, :n].tolist(), log_probs[at, :n].tolist(), "stop" if stopped else "length", self._version
+                tokens[at, :n].copy(), log_probs[at, :n].copy(), "stop" if stopped else "length", self._version
             )
             if self._finished is not None:
                 self._finished(self._requests[row], self._ended[row])

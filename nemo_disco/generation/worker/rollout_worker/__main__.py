@@ -11,6 +11,7 @@ import time
 import traceback
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -97,10 +98,9 @@ class Server:
         version = self.weights.version
         if version is None:
             raise RefusedError("the engine has no weights: a full refit must be committed first")
-        flat, prompts = array("i", bytes(payload)), []
-        for length in message["lengths"]:
-            prompts.append(flat[:length].tolist())
-            flat = flat[length:]
+        tokens = array("i", bytes(payload)).tolist()
+        ends = list(accumulate(message["lengths"]))
+        prompts = [tokens[end - length : end] for end, length in zip(ends, message["lengths"], strict=True)]
 
         def deliver(index: int, tokens: Sequence[int], log_probs: Sequence[float], reason: str) -> None:
             found = {"response": index, "tokens": len(tokens), "reason": reason, "version": version}
