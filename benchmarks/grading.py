@@ -32,9 +32,9 @@ from grading_reasons import reason_of  # noqa: E402
 
 from nemo_disco.data.questions import Question, load_questions  # noqa: E402
 from nemo_disco.rewards import MathGrader  # noqa: E402
-from nemo_disco.rewards.math.canonical import canonical  # noqa: E402
-from nemo_disco.rewards.math.fast_path import decide, numeral  # noqa: E402
-from nemo_disco.rewards.math.units import quantity  # noqa: E402
+from nemo_disco.rewards.math.canonical import canonicalize  # noqa: E402
+from nemo_disco.rewards.math.fast_path import decide, parse_numeral  # noqa: E402
+from nemo_disco.rewards.math.units import split_unit  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def cross_pairs(grader: MathGrader, files: Sequence[Path]) -> dict[str, Any]:
     for file in files:
         for question in load_questions([file]).questions:
             place = f"{file.parent.name}/{file.stem}, {question.source.rpartition(', ')[2]}"
-            places.setdefault(canonical(question.answers[0]), place)
-    golds = sorted(gold for gold in places if numeral(quantity(gold).body) is None)
+            places.setdefault(canonicalize(question.answers[0]), place)
+    golds = sorted(gold for gold in places if parse_numeral(split_unit(gold).body) is None)
     pairs = [(one, other) for one, other in pairwise(golds)]
     pairs += [(one, other) for one, other in pairwise(sorted(golds, key=lambda gold: (len(gold), gold[::-1])))]
     pairs += [(other, one) for one, other in pairs]

@@ -18,8 +18,8 @@ class NoAnswerError(ValueError):
     """The response has no final answer; the message is the verdict's reason."""
 
 
-def final_answer(response: str, require_think: bool) -> str:
-    """The content of the last \\boxed{}; a response with `</think>` is searched after its last one only.
+def extract_answer(response: str, require_think: bool) -> str:
+    """Extract the content of the last \\boxed{}; a response with `</think>` is searched after its last one only.
 
     The last box counts even if it is empty or cut off: the response took an earlier one back.
     Raises NoAnswerError if that box is missing, unclosed or empty, or if `require_think` and there is no `</think>`.
@@ -27,20 +27,28 @@ def final_answer(response: str, require_think: bool) -> str:
     _, tag, rest = response.rpartition(END_OF_THINKING)
     if require_think and not tag:
         raise NoAnswerError(verdict.NO_THINK)
-    content = boxed(rest)
+    content = extract_box(rest)
     if not content.strip():
         raise NoAnswerError(verdict.EMPTY_BOX)
     return content
 
 
-def boxed(text: str) -> str:
-    """The content of the last `\\boxed{...}` in the text. Raises NoAnswerError if there is none or it is not closed."""
+def extract_box(text: str) -> str:
+    """Extract the content of the last `\\boxed{...}`. Raises NoAnswerError if there is none or it is unclosed."""
     end = len(text)
     while (start := text.rfind(r"\boxed", 0, end)) >= 0:
         if opening := _OPEN.match(text, start + len(r"\boxed")):
             return _balanced(text, opening.end())
         end = start
     raise NoAnswerError(verdict.NO_BOX)
+
+
+def extract_box_or(text: str, default: str) -> str:
+    """As `extract_box`, or `default` where that raises."""
+    try:
+        return extract_box(text)
+    except NoAnswerError:
+        return default
 
 
 def _balanced(text: str, start: int) -> str:

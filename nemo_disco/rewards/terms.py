@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nemo_disco.rewards.extract import NoAnswerError, final_answer
+from nemo_disco.rewards.extract import NoAnswerError, extract_answer
 from nemo_disco.rewards.user_pool import UserPool, describe, rank_workers
 from nemo_disco.runtime.errors import UserError
 
@@ -51,7 +51,7 @@ def correctness(r: GradedResponse) -> float:
 def well_formed(r: GradedResponse, require_think: bool) -> float:
     """1 if the response has a complete \\boxed{} (after `</think>`, if that is required), right or wrong; else 0."""
     try:
-        final_answer(r.response, require_think)
+        extract_answer(r.response, require_think)
     except NoAnswerError:
         return 0.0
     return 1.0

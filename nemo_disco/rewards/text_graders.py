@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
+from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, extract_box, extract_box_or
 from nemo_disco.rewards.grader import GoldAnswers, Grader, pair
-from nemo_disco.rewards.math.canonical import canonical
-from nemo_disco.rewards.math.fast_path import numeral
-from nemo_disco.rewards.math.units import quantity
+from nemo_disco.rewards.math.fast_path import parse_numeral
+from nemo_disco.rewards.math.units import strip_unit
 from nemo_disco.rewards.math.words import LETTERS_ALONE, names_another
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.runtime.errors import UserError
@@ -39,7 +38,7 @@ class ExactMatch(TextGrader):
     """Right if the last box, or the whole text without one, equals a gold answer; runs of spaces count as one."""
 
     def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
-        answer = _one_spaced(_box_or(text, text))
+        answer = _one_spaced(extract_box_or(text, text))
         return Verdict.from_reason(verdict.CORRECT if answer in map(_one_spaced, golds) else verdict.WRONG)
 
 
@@ -61,7 +60,7 @@ class NumericMatch(TextGrader):
 
     def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
         numbers = [n for n in self._NUMBER.findall(text.replace("\N{MINUS SIGN}", "-")) if n.strip()]
-        answer = _box_or(text, numbers[-1] if numbers else "")
+        answer = extract_box_or(text, numbers[-1] if numbers else "")
         if not answer.strip():
             return Verdict.from_reason(verdict.NO_BOX)
         value = _number(answer)
@@ -100,7 +99,7 @@ class MultipleChoice(TextGrader):
 
     def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
         try:
-            choice = self._letter(boxed(text))
+            choice = self._letter(extract_box(text))
         except NoAnswerError:  # without a box the text may discuss other options: "C. Since (A) and (B) are too small"
             choice = self._letter(self._last_statement(text), alone=False)
         if choice is None:
@@ -132,15 +131,8 @@ class MultipleChoice(TextGrader):
 
 def _number(answer: str) -> Fraction | None:
     """The value of a number with or without a unit, percent as hundredths; None for other texts."""
-    number = numeral(quantity(canonical(answer)).body)
+    number = parse_numeral(strip_unit(answer))
     return None if number is None else number.value / (100 if number.percent else 1)
-
-
-def _box_or(text: str, otherwise: str) -> str:
-    try:
-        return boxed(text)
-    except NoAnswerError:
-        return otherwise
 
 
 def _one_spaced(text: str) -> str:

@@ -5,29 +5,26 @@ Compares text and exact numbers only: two answers that are equal by algebra alon
 
 from __future__ import annotations
 
-from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, boxed
-from nemo_disco.rewards.math.canonical import canonical
-from nemo_disco.rewards.math.fast_path import numeral
+from nemo_disco.rewards.extract import END_OF_THINKING, extract_box_or
+from nemo_disco.rewards.math.canonical import canonicalize
+from nemo_disco.rewards.math.fast_path import parse_numeral
 from nemo_disco.rewards.math.grader import MAX_ANSWER
-from nemo_disco.rewards.math.units import quantity
-from nemo_disco.rewards.math.words import squeezed
+from nemo_disco.rewards.math.units import split_unit
+from nemo_disco.rewards.math.words import squeeze
 
 
 def answer_key(response: str) -> str | None:
     """A text that equal answers share: of the last box after the thinking, else of the last line; None if it is empty
     or longer than MAX_ANSWER."""
     text = response.rpartition(END_OF_THINKING)[2]
-    try:
-        answer = boxed(text)
-    except NoAnswerError:
-        answer = (text.strip().splitlines() or [""])[-1]
+    answer = extract_box_or(text, (text.strip().splitlines() or [""])[-1])
     if not answer.strip() or len(answer) > MAX_ANSWER:
         return None
-    plain = quantity(canonical(answer))
-    number = numeral(plain.body)
+    quantity = split_unit(canonicalize(answer))
+    number = parse_numeral(quantity.body)
     if number is None:
-        return f"{squeezed(plain.body)} {plain.unit}"
-    return f"{number.value}{'%' if number.percent else ''} {plain.unit}"
+        return f"{squeeze(quantity.body)} {quantity.unit}"
+    return f"{number.value}{'%' if number.percent else ''} {quantity.unit}"
 
 
 def votes(responses: list[str]) -> list[int]:

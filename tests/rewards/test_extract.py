@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_disco.rewards.extract import NoAnswerError, final_answer
+from nemo_disco.rewards.extract import NoAnswerError, extract_answer
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from nemo_disco.rewards.extract import NoAnswerError, final_answer
     ],
 )
 def test_last_box(response: str, answer: str) -> None:
-    assert final_answer(response, require_think=False) == answer
+    assert extract_answer(response, require_think=False) == answer
 
 
 @pytest.mark.parametrize(
@@ -40,17 +40,17 @@ def test_last_box(response: str, answer: str) -> None:
 )
 def test_no_answer(response: str, reason: str) -> None:
     with pytest.raises(NoAnswerError, match=reason):
-        final_answer(response, require_think=False)
+        extract_answer(response, require_think=False)
 
 
 def test_the_end_of_thinking_may_be_required() -> None:
-    assert final_answer(r"thoughts</think> \boxed{7}", require_think=True) == "7"
+    assert extract_answer(r"thoughts</think> \boxed{7}", require_think=True) == "7"
     with pytest.raises(NoAnswerError, match="no </think>"):
-        final_answer(r"thoughts \boxed{7}", require_think=True)
+        extract_answer(r"thoughts \boxed{7}", require_think=True)
 
 
 @pytest.mark.parametrize("piece", [r"\boxed", r"\boxed{", "{", r"\boxed  ", "\\", "}"])
 def test_a_megabyte_is_scanned_in_linear_time(piece: str) -> None:
     """A quadratic scan would take minutes."""
     with pytest.raises(NoAnswerError):
-        final_answer(piece * (1_000_000 // len(piece)), require_think=False)
+        extract_answer(piece * (1_000_000 // len(piece)), require_think=False)

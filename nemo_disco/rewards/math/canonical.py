@@ -149,8 +149,8 @@ _BRACES = {
 _BASED = re.compile(r"^(?:\\text\s*\{)?(-?[0-9A-F]+)\}?_\{?(\d+)\}?$")
 
 
-def canonical(text: str) -> str:
-    """The answer in its canonical spelling: two texts with the same one are equal in mathematics."""
+def canonicalize(text: str) -> str:
+    """Rewrite an answer in its canonical spelling; texts with the same one are equal in mathematics."""
     if not text.isascii():
         text = _unicode_to_latex(text).translate(_CHARACTERS)
     text = " ".join(text.split())  # before the patterns, which take quadratic time on long runs of spaces
@@ -164,8 +164,8 @@ def canonical(text: str) -> str:
     return " ".join(text.split()).rstrip(".;, ")
 
 
-def based(text: str) -> tuple[str, str] | None:
-    """(digits, base) of a numeral with a base, such as 4343_6; None for other texts."""
+def split_base(text: str) -> tuple[str, str] | None:
+    """Split a numeral with a base, such as 4343_6, into (digits, base); None for other texts."""
     match = _BASED.match(text)
     return (match[1], match[2]) if match else None
 

@@ -89,8 +89,8 @@ def read_expression(latex: str) -> Any:
     return value
 
 
-def significant_digits(latex: str) -> int:
-    """The number of significant digits of the longest decimal in the text; 0 without a decimal."""
+def count_significant_digits(latex: str) -> int:
+    """Count the significant digits of the longest decimal in the text; 0 without a decimal."""
     return max((len(number.replace(".", "").lstrip("0")) for number in _DECIMAL.findall(latex)), default=0)
 
 

@@ -10,9 +10,9 @@ from decimal import ROUND_DOWN, ROUND_HALF_UP, Context, Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
-from nemo_disco.rewards.math.canonical import based, canonical
-from nemo_disco.rewards.math.units import quantity
-from nemo_disco.rewards.math.words import is_word, same_choice, same_text, squeezed
+from nemo_disco.rewards.math.canonical import canonicalize, split_base
+from nemo_disco.rewards.math.units import split_unit
+from nemo_disco.rewards.math.words import is_word, same_choice, same_text, squeeze
 
 MAX_NUMERAL = 400  # characters; no answer is longer, and Python refuses integers of over 4,300 digits
 MAX_EXPONENT = 400
@@ -47,27 +47,27 @@ def decide(answer: str, gold: str) -> bool | None:
     """True if the answer equals the gold answer, False if it does not, None if only algebra can tell."""
     if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(gold):
         return int(answer) == int(gold)
-    if (number := numeral(answer)) and (gold_number := numeral(gold)):  # before canonical(), which takes longer
+    if (number := parse_numeral(answer)) and (gold_number := parse_numeral(gold)):  # canonicalize() takes longer
         return _same_numeral(number, gold_number)
-    answer, gold = canonical(answer), canonical(gold)
+    answer, gold = canonicalize(answer), canonicalize(gold)
     if same_text(answer, gold):
         return True
     if (choice := same_choice(answer, gold)) is not None:
         return choice
-    a, b = quantity(answer), quantity(gold)
+    a, b = split_unit(answer), split_unit(gold)
     if a.differs_in_unit(b):
         return False
     if same_text(a.body, b.body):
         return True
     if is_word(gold) and is_word(answer):
         return False
-    if (number := numeral(a.body)) and (gold_number := numeral(b.body)):
+    if (number := parse_numeral(a.body)) and (gold_number := parse_numeral(b.body)):
         return _same_numeral(number, gold_number)
     return True if _same_list(a.body, b.body) else _same_in_base(a.body, b.body)
 
 
-def numeral(text: str) -> Numeral | None:
-    """The exact value of a canonical integer, decimal, power of ten, fraction or mixed number; else None."""
+def parse_numeral(text: str) -> Numeral | None:
+    """Parse a canonical integer, decimal, power of ten, fraction or mixed number exactly; None for other texts."""
     if len(text) > MAX_NUMERAL:
         return None
     if repeating := _REPEATING.fullmatch(text):
@@ -121,14 +121,14 @@ def _same_numeral(answer: Numeral, gold: Numeral) -> bool:
 def _same_value(a: Numeral, b: Numeral) -> bool:
     if a.value == b.value:
         return True
-    if terminates(a.value.denominator) and terminates(b.value.denominator):
+    if has_finite_decimal(a.value.denominator) and has_finite_decimal(b.value.denominator):
         return False
     context = Context(prec=2 * FLOAT_DIGITS)
     x, y = (context.divide(Decimal(n.value.numerator), Decimal(n.value.denominator)) for n in (a, b))
-    return same_digits(x, y, sure_digits(a.digits, b.digits))
+    return same_digits(x, y, required_digits(a.digits, b.digits))
 
 
-def sure_digits(a: int, b: int) -> int:
+def required_digits(a: int, b: int) -> int:
     """The number of digits to which two decimals of `a` and `b` significant digits must agree; 0 if both are short."""
     return min((digits for digits in (a, b) if digits >= SURE_DIGITS), default=0)
 
@@ -144,7 +144,7 @@ def same_digits(a: Decimal, b: Decimal, digits: int) -> bool:
     return rounded(a) == rounded(b) or cut(a) == rounded(b) or rounded(a) == cut(b)
 
 
-def terminates(denominator: int) -> bool:
+def has_finite_decimal(denominator: int) -> bool:
     """True if a fraction in lowest terms has a finite decimal: its denominator divides a power of ten."""
     return denominator == 1 or pow(10, denominator.bit_length(), denominator) == 0
 
@@ -153,15 +153,15 @@ def _same_list(answer: str, gold: str) -> bool:
     """True for the same items between commas, in any order. False where brackets, dots or labels may fix an order."""
     if "," not in answer or any(mark in answer + gold for mark in ("(", "[", "|", r"\ldots", "=")):
         return False
-    if numeral(answer) or numeral(gold):  # 1,234 is one number
+    if parse_numeral(answer) or parse_numeral(gold):  # 1,234 is one number
         return False
-    items, gold_items = (sorted(squeezed(item) for item in text.split(",")) for text in (answer, gold))
+    items, gold_items = (sorted(squeeze(item) for item in text.split(",")) for text in (answer, gold))
     return items == gold_items and all(items)
 
 
 def _same_in_base(answer: str, gold: str) -> bool | None:
     """Compare numerals with bases: 4343 equals the gold 4343_6 but 4343_7 does not; None if only algebra can tell."""
-    digits_and_base, gold_digits_and_base = based(answer), based(gold)
+    digits_and_base, gold_digits_and_base = split_base(answer), split_base(gold)
     if digits_and_base and gold_digits_and_base:
         return digits_and_base == gold_digits_and_base
     without_base = gold_digits_and_base is not None and gold_digits_and_base[0] == answer

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.extract import NoAnswerError, boxed, final_answer
+from nemo_disco.rewards.extract import NoAnswerError, extract_answer, extract_box_or
 from nemo_disco.rewards.grader import GoldAnswers, Grader, pair
 from nemo_disco.rewards.math.algebra_pool import AlgebraPool
-from nemo_disco.rewards.math.canonical import canonical
-from nemo_disco.rewards.math.fast_path import decide, numeral
-from nemo_disco.rewards.math.units import for_algebra, quantity
+from nemo_disco.rewards.math.fast_path import decide, parse_numeral
+from nemo_disco.rewards.math.units import strip_unit
 from nemo_disco.rewards.verdict import Verdict
 
 MAX_ANSWER = 10_000  # characters; a longer answer is wrong unless it equals the gold answer's text
@@ -52,18 +51,18 @@ class MathGrader(Grader):
         return [Verdict.from_reason(r if isinstance(r, str) else r.result()) for r in reasons]
 
     def unread(self, answers: Sequence[str]) -> list[str]:
-        """For each gold answer, the reason why algebra cannot read it, "" if it can. A response must repeat an answer
-        that it cannot read as text. Raises as `grade_with_reasons`."""
+        """For each gold answer, the reason why algebra cannot read it, "" if it can. A response to an unread one is
+        right only if it repeats its text. Raises as `grade_with_reasons`."""
         outcomes: dict[str, str | Future[str]] = {}
         for answer in dict.fromkeys(answers):
-            gold = _unboxed(answer)
-            if numeral(quantity(canonical(gold)).body) is not None:
+            gold = extract_box_or(answer, answer)
+            body = strip_unit(gold)
+            if parse_numeral(body) is not None:
                 outcomes[answer] = verdict.CORRECT
             elif len(gold) > MAX_ANSWER or not gold.strip():
                 outcomes[answer] = verdict.TOO_LONG if gold.strip() else verdict.EMPTY_BOX
             else:
-                algebra = for_algebra(gold)
-                outcomes[answer] = self._pool.submit(algebra, (algebra,))
+                outcomes[answer] = self._pool.submit(body, (body,))
         reasons = {a: o if isinstance(o, str) else o.result() for a, o in outcomes.items()}
         return ["" if reasons[answer] == verdict.CORRECT else reasons[answer] for answer in answers]
 
@@ -73,10 +72,10 @@ class MathGrader(Grader):
     def _compare(self, response: str, golds: tuple[str, ...]) -> str | tuple[str, tuple[str, ...]]:
         """The verdict's reason if text and numbers decide it; else the arguments (answer, golds) for algebra."""
         try:
-            answer = final_answer(response, self._require_think)
+            answer = extract_answer(response, self._require_think)
         except NoAnswerError as error:
             return str(error)
-        golds = tuple(map(_unboxed, golds))
+        golds = tuple(extract_box_or(gold, gold) for gold in golds)
         if answer in golds:
             return verdict.CORRECT
         if len(answer) > MAX_ANSWER:
@@ -89,12 +88,5 @@ class MathGrader(Grader):
         decisions = {gold: decide(answer, gold) for gold in golds}
         if any(decisions.values()):
             return verdict.CORRECT
-        undecided = tuple(for_algebra(gold) for gold, decision in decisions.items() if decision is None)
-        return (for_algebra(answer), undecided) if undecided else verdict.WRONG
-
-
-def _unboxed(gold: str) -> str:
-    try:
-        return boxed(gold)
-    except NoAnswerError:
-        return gold
+        undecided = tuple(strip_unit(gold) for gold, decision in decisions.items() if decision is None)
+        return (strip_unit(answer), undecided) if undecided else verdict.WRONG

@@ -19,20 +19,20 @@ def same_set(gold: Node, answer: Node) -> bool:
     if _is_word(gold) or _is_word(answer):
         return False
     try:
-        a, b = as_set(gold), as_set(answer)
+        a, b = to_set(gold), to_set(answer)
         return bool(a == b or a.symmetric_difference(b).is_empty)
     except (TypeError, ValueError, NotImplementedError, AttributeError):  # not a set, or sympy cannot compare it
         return False
 
 
-def as_set(node: Node) -> Any:
+def to_set(node: Node) -> Any:
     """The set of real numbers that the node describes. Raises ValueError where it describes none."""
     if isinstance(node, Leaf):
         return _set_of_leaf(node)
     if isinstance(node, Relation):
         return _solutions(node)
     if isinstance(node, Combined):
-        sets = [as_set(part) for part in node.parts]
+        sets = [to_set(part) for part in node.parts]
         if node.operator == r"\setminus":
             return sets[0] - sympy.Union(*sets[1:])
         if node.operator in (r"\cup", r"\lor"):
@@ -90,7 +90,7 @@ def _free_symbols(node: Node) -> set[Any]:
 def _solutions(chain: Relation) -> Any:
     """The set of reals that solve a chain of relations in one unknown. Raises ValueError for several unknowns."""
     if chain.operators[0] == r"\in":
-        return as_set(chain.sides[1])
+        return to_set(chain.sides[1])
     symbols = _unknowns(chain)
     if len(symbols) != 1:
         raise ValueError("not one unknown")

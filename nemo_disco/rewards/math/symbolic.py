@@ -13,11 +13,11 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 
 from nemo_disco.rewards import verdict
-from nemo_disco.rewards.math.expressions import read_expression, significant_digits
-from nemo_disco.rewards.math.fast_path import sure_digits
+from nemo_disco.rewards.math.expressions import count_significant_digits, read_expression
+from nemo_disco.rewards.math.fast_path import required_digits
 from nemo_disco.rewards.math.sets import same_set
 from nemo_disco.rewards.math.structure import Combined, Items, Leaf, Node, Relation, split_answer
-from nemo_disco.rewards.math.units import quantity
+from nemo_disco.rewards.math.units import split_unit
 from nemo_disco.rewards.math.values import same_value
 from nemo_disco.rewards.math.words import is_word, same_text
 
@@ -81,18 +81,18 @@ def _value(leaf: Leaf) -> Any | None:
     """The leaf as a sympy object; None for a word or an ellipsis. Raises as `read_expression`."""
     if is_word(leaf.text) or leaf.text == r"\ldots":
         return None
-    body = quantity(leaf.text).body
+    body = split_unit(leaf.text).body
     return read_expression(body)
 
 
 def _equal_leaves(gold: Leaf, answer: Leaf) -> bool:
     if same_text(answer.text, gold.text):
         return True
-    a, b = quantity(gold.text), quantity(answer.text)
+    a, b = split_unit(gold.text), split_unit(answer.text)
     gold_value, value = _value(gold), _value(answer)
     if gold_value is None or value is None or a.differs_in_unit(b):
         return False
-    digits = sure_digits(significant_digits(a.body), significant_digits(b.body))
+    digits = required_digits(count_significant_digits(a.body), count_significant_digits(b.body))
     return same_value(gold_value, value, digits)
 
 
@@ -184,7 +184,7 @@ def _is_rounding(chain: Relation, equal_sides: Sequence[bool]) -> bool:
 
 def _last_place(text: str, value: complex) -> float:
     """The place value of a decimal's last digit, 0.01 for 3.14; 0 if the text is not a decimal."""
-    match = _DECIMAL.fullmatch(quantity(text).body)
+    match = _DECIMAL.fullmatch(split_unit(text).body)
     digits = int(match[1].replace(".", "")) if match else 0
     return abs(value) / digits if digits else 0.0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from nemo_disco.rewards.math.canonical import canonical
+from nemo_disco.rewards.math.canonical import canonicalize
 
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
@@ -135,7 +135,7 @@ class Quantity(NamedTuple):
         return not ("degree" in names and names < {"degree", "celsius", "fahrenheit"})
 
 
-def quantity(text: str) -> Quantity:
+def split_unit(text: str) -> Quantity:
     """Split a canonical answer into body and unit; a scale word such as million becomes a power of ten in the body."""
     if _OF_AN_ANGLE.search(text):
         return Quantity(text, ())
@@ -166,9 +166,9 @@ def _glued(body: str) -> re.Match[str] | None:
     return match if unit else None
 
 
-def for_algebra(text: str) -> str:
-    """The answer in canonical LaTeX without its unit, as algebra compares it."""
-    return quantity(canonical(text)).body
+def strip_unit(text: str) -> str:
+    """Rewrite an answer in canonical LaTeX without its unit, as algebra compares it."""
+    return split_unit(canonicalize(text)).body
 
 
 def _plain(body: str) -> str:

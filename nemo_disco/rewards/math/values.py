@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 
-from nemo_disco.rewards.math.fast_path import same_digits, terminates
+from nemo_disco.rewards.math.fast_path import has_finite_decimal, same_digits
 
 _PROOF_DIGITS = 600  # numbers that agree in so many digits are equal, unless they contain integers of similar length
 _LONG_NUMBER = 1000  # bits of an integer that makes those digits no proof
@@ -107,7 +107,7 @@ def _is_real(value: Any) -> bool:
 
 def _same_decimal(a: Any, b: Any, digits: int) -> bool:
     """True if the two agree to `digits` significant digits; False for 0 digits and for two finite decimals."""
-    if not digits or all(value.is_Rational and terminates(int(value.q)) for value in (a, b)):
+    if not digits or all(value.is_Rational and has_finite_decimal(int(value.q)) for value in (a, b)):
         return False
     parts = zip(*(value.evalf(30).as_real_imag() for value in (a, b)), strict=True)  # real, imaginary
     try:

@@ -23,8 +23,8 @@ LETTERS_ALONE = r"(?:[\s().:]*[A-J](?!\w))+[\s().:]*\Z"  # A. B. C. D
 _LETTERS_ALONE, _REFUSED = re.compile(LETTERS_ALONE), re.compile(r"is\s+(?:not|wrong|false|incorrect)\b")
 
 
-def squeezed(text: str) -> str:
-    """The canonical text without spaces and braces that only typesetting needs: to compare, not to parse."""
+def squeeze(text: str) -> str:
+    """Remove the spaces and braces of a canonical text that only typesetting needs: to compare, not to parse."""
     bare = _TEXT.sub(r" \1 ", text)
     bare = re.sub(r"^\s*\(?\s*([A-Za-z])\s*\)\s*$", r"\1", bare)  # the choice (C), or C)
     bare = re.sub(r"([_^])\s*\{\s*([0-9A-Za-z])\s*\}", r"\1\2", bare)
@@ -35,13 +35,13 @@ def is_word(text: str) -> bool:
     """True for a canonical answer that must be compared as text: in \\text{}, capitals only, or a long word."""
     if _WHOLE_TEXT.fullmatch(text.strip()):
         return True
-    letters = squeezed(text)
+    letters = squeeze(text)
     return letters.isascii() and letters.isalpha() and (len(letters) > 3 or (len(letters) > 1 and letters.isupper()))
 
 
 def same_text(answer: str, gold: str) -> bool:
     """True for equal texts, spaces and wrappers ignored; words may differ in case, symbols not: `a` is not `A`."""
-    a, b = squeezed(answer), squeezed(gold)
+    a, b = squeeze(answer), squeeze(gold)
     if a == b:
         return bool(a)
     if len(a) < 2 or a.lower() != b.lower() or not a.replace(" ", "").isalpha():
@@ -54,7 +54,7 @@ def same_choice(answer: str, gold: str) -> bool | None:
     """True if a marked choice, `(C) Paris`, has the other side's letter; None if the sides are no choice and letter."""
     for marked, other in ((answer, gold), (gold, answer)):
         choice = _MARKED.fullmatch(_TEXT.sub(r"\1", marked).strip())
-        letter = squeezed(other)
+        letter = squeeze(other)
         if choice and len(letter) == 1 and letter.isalpha() and _is_marked(marked, choice):
             return (choice[1] or choice[2]) == letter
     return None

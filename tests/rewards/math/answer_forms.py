@@ -9,8 +9,8 @@ import random
 import re
 from fractions import Fraction
 
-from nemo_disco.rewards.math.canonical import canonical
-from nemo_disco.rewards.math.fast_path import numeral
+from nemo_disco.rewards.math.canonical import canonicalize
+from nemo_disco.rewards.math.fast_path import parse_numeral
 
 _EXPRESSION = re.compile(r"(?:\\(?:frac|sqrt|pi|cdot|sin|cos|tan|log|ln)(?![a-zA-Z])|[0-9a-zA-Z+*/^(){} -])+")
 _WORD = re.compile(r"\\text|\\mbox|[a-zA-Z]{2,}|[A-Z]")
@@ -54,12 +54,12 @@ def respelled(gold: str) -> str:
 
 
 def _value(gold: str) -> Fraction | None:
-    number = numeral(canonical(gold))
+    number = parse_numeral(canonicalize(gold))
     return number.value if number is not None and not number.percent else None
 
 
 def _is_expression(gold: str) -> bool:
     """True for one number or term: no words, no list, no relation, no single letter that names a choice."""
-    plain = canonical(gold)
+    plain = canonicalize(gold)
     commands = re.sub(r"\\[a-zA-Z]+", "", plain)
     return bool(_EXPRESSION.fullmatch(plain)) and not _WORD.search(commands) and len(plain) > 1
