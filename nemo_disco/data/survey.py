@@ -104,7 +104,7 @@ def pass_rates(files: Iterable[Path]) -> dict[str, float]:
         for place, line, _ in read_records(path):
             question, correct = line.get("question"), line.get("correct")
             if not isinstance(question, str) or not isinstance(correct, bool | int):
-                raise UserError(f"{path}, {place}: a rollout has `question`, a text, and `correct`, true or false")
+                raise UserError(f"{path}, {place}: not a rollout; give `question`, text, and `correct`, true or false")
             verdicts[text_key(question)].append(bool(correct))
     return {key: sum(correct) / len(correct) for key, correct in verdicts.items()}
 

@@ -90,7 +90,7 @@ def test_malformed_records_are_noted_however_many_they_are(write):
 
 
 def test_a_line_that_is_no_rollout_is_named(write):
-    with pytest.raises(UserError, match=r"x\.jsonl, line 2: a rollout has `question`"):
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2: not a rollout; give `question`"):
         pass_rates([write("x.jsonl", [{"question": "a", "correct": True}, {"question": "a"}])])
 
 
