@@ -34,7 +34,7 @@ _REPEATING = re.compile(
     r"|\((?P<round>\d+)\))|(?P<before>\d{0,9}?)(?P<again>\d{1,9})(?P=again){2,}\s*\\ldots)",
     re.ASCII,
 )
-_PLAIN = re.compile(r"-?\d{1,40}", re.ASCII)
+_SHORT_INTEGER = re.compile(r"-?\d{1,40}", re.ASCII)
 
 
 class Numeral(NamedTuple):
@@ -45,7 +45,7 @@ class Numeral(NamedTuple):
 
 def decide(answer: str, gold: str) -> bool | None:
     """True if the answer equals the gold answer, False if it does not, None if only algebra can tell."""
-    if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(gold):
+    if _SHORT_INTEGER.fullmatch(answer) and _SHORT_INTEGER.fullmatch(gold):
         return int(answer) == int(gold)
     if (number := parse_numeral(answer)) and (gold_number := parse_numeral(gold)):  # canonicalize() takes longer
         return _same_numeral(number, gold_number)
@@ -71,7 +71,7 @@ def parse_numeral(text: str) -> Numeral | None:
     if len(text) > MAX_NUMERAL:
         return None
     if repeating := _REPEATING.fullmatch(text):
-        return _repeating(repeating)
+        return _parse_repeating(repeating)
     if not (match := _NUMERAL.fullmatch(text)):
         return None
     if match["decimal"]:
@@ -82,14 +82,14 @@ def parse_numeral(text: str) -> Numeral | None:
         value = Fraction(decimal) * Fraction(10) ** power
         digits = len(decimal.replace(".", "").lstrip("0")) if "." in decimal else 0
     else:
-        fraction = _fraction(match)
+        fraction = _parse_fraction(match)
         if fraction is None:
             return None
         value, digits = fraction, 0
     return Numeral(-value if match["sign"] == "-" else value, bool(match["percent"]), digits)
 
 
-def _repeating(match: re.Match[str]) -> Numeral:
+def _parse_repeating(match: re.Match[str]) -> Numeral:
     """The value of a repeating decimal, 0.1\\overline{6} or 0.1666...: here (16 - 1)/90."""
     fixed = match["fixed"] or match["before"] or ""
     period = match["period"] or match["digit"] or match["round"] or match["again"]
@@ -98,7 +98,7 @@ def _repeating(match: re.Match[str]) -> Numeral:
     return Numeral(-value if match["sign"] else value, False, 0)
 
 
-def _fraction(match: re.Match[str]) -> Fraction | None:
+def _parse_fraction(match: re.Match[str]) -> Fraction | None:
     """The value of a fraction or mixed number; None for a product such as 2\\frac{5}{2}, and a zero denominator."""
     over = int(match["n1"] or match["n2"] or match["n3"])
     under = int(match["d1"] or match["d2"] or match["d3"])

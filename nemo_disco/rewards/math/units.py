@@ -104,8 +104,8 @@ _MEANING = re.compile(
     r"thousands|millions|billions|dozens?|pairs? of|factors of|multiples of|per ?cents?|remainders?|logs|roots of|"
     r"twice|half|thrice|double|triple|s|ss)\b|[^a-zA-Z.\s]"
 )
-_RATE = re.compile(r"^[a-z]+s per (?=[a-z]+$)")  # pages per day
-_TAIL = re.compile(
+_NOUN_PER = re.compile(r"^[a-z]+s per (?=[a-z]+$)")  # pages per day
+_AFTER_NOUN = re.compile(
     r"(?<=[a-z])\s+(?:each|old|long|tall|high|wide|deep|away|apart|in total|total|in all|altogether|of [a-z]+)$"
 )
 _DEGREES = re.compile(r"\bdeg(?:ree)?s?\s+(?=C\b|F\b|[Cc]elsius|[Ff]ahrenheit)")
@@ -117,7 +117,7 @@ _LAST_WORDS = re.compile(r"(?<=[\d})])\s+(?P<words>[a-zA-Z]+(?:[a-zA-Z./ ]|\^\d|
 # Two letters without a space are more often a product: `2mg` is a weight in a formula, `4am` a multiple of am.
 _SHORT_AND_SAFE = {"kg", "km", "cm", "mm", "ft", "hr", "Hz", "kJ", "kW"}
 _GLUED_WORDS = re.compile(r"(?<=\d)(?P<words>[a-zA-Z]{2,}(?:\^[23]|/[a-zA-Z]+)?)$")
-_OF_AN_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]).*\\text\{ degrees\}")
+_ANGLE_ARGUMENT = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z]).*\\text\{ degrees\}")
 _INNER_DEGREES = re.compile(r"\\text\{ degrees\}(?=\s*\S)")
 
 
@@ -137,28 +137,28 @@ class Quantity(NamedTuple):
 
 def split_unit(text: str) -> Quantity:
     """Split a canonical answer into body and unit; a scale word such as million becomes a power of ten in the body."""
-    if _OF_AN_ANGLE.search(text):
+    if _ANGLE_ARGUMENT.search(text):
         return Quantity(text, ())
     body, words = text.rstrip(), ""
     while (match := _LAST_TEXT.search(body)) and match.start() > 0:  # m / s may come in pieces
         piece = " ".join(match["words"].split()).rstrip(".") + (match["power"] or "").replace(" ", "")
         words, body = f"{match['over'] or ' '}{piece} {words}".strip(), body[: match.start()].rstrip()
-    bare = None if words else _LAST_WORDS.search(body) or _glued(body)
+    bare = None if words else _LAST_WORDS.search(body) or _match_glued_unit(body)
     if bare:
         words, body = bare["words"], body[: bare.start()].rstrip()
     if not words:
-        return Quantity(_plain(text), ())
+        return Quantity(_clean(text), ())
     first, _, rest = words.lstrip(", ").partition(" ")
     if scale := _SCALES.get(first.lower()):
-        unit = _unit(rest, bare=False) if rest else ()
-        return Quantity(_plain(rf"{body} \times 10^{{{scale}}}"), unit or ())
-    unit = _unit(words, bare=bare is not None)
+        unit = _find_unit(rest, bare=False) if rest else ()
+        return Quantity(_clean(rf"{body} \times 10^{{{scale}}}"), unit or ())
+    unit = _find_unit(words, bare=bare is not None)
     if unit is None or not body.rstrip(" ,"):
-        return Quantity(_plain(text), ())
-    return Quantity(_plain(body), unit)
+        return Quantity(_clean(text), ())
+    return Quantity(_clean(body), unit)
 
 
-def _glued(body: str) -> re.Match[str] | None:
+def _match_glued_unit(body: str) -> re.Match[str] | None:
     """Match a unit or counted thing directly behind a number, unless it may be a product of letters: 5kg, 30km/h."""
     match = _GLUED_WORDS.search(body)
     word = re.split(r"[\^/]", match["words"])[0] if match else ""
@@ -171,16 +171,16 @@ def strip_unit(text: str) -> str:
     return split_unit(canonicalize(text)).body
 
 
-def _plain(body: str) -> str:
+def _clean(body: str) -> str:
     return _INNER_DEGREES.sub(" ", body).rstrip(".;, ")
 
 
-def _unit(words: str, bare: bool) -> Unit | None:
+def _find_unit(words: str, bare: bool) -> Unit | None:
     """The unit that the words name, () for a counted thing, None for words that carry meaning."""
     words = _DEGREES.sub("", words.replace(".", "").strip(" ()"))
-    counted = _TAIL.sub("", _RATE.sub("per ", words))
+    counted = _AFTER_NOUN.sub("", _NOUN_PER.sub("per ", words))
     for spelled in (words, counted):
-        if (powers := _known(spelled, bare)) is not None:
+        if (powers := _parse_units(spelled, bare)) is not None:
             return tuple(sorted(powers.items()))
         if _MEANING.search(words) or not words:
             return None
@@ -189,7 +189,7 @@ def _unit(words: str, bare: bool) -> Unit | None:
     return () if words.islower() and (plural or noun in _COUNT_NOUNS) else None
 
 
-def _known(words: str, bare: bool) -> dict[str, int] | None:
+def _parse_units(words: str, bare: bool) -> dict[str, int] | None:
     """The power of each unit; None if a word is no unit. bare: outside \\text{}, where a letter may be a variable."""
     if bare and not (re.search(r"[a-zA-Z]{2}", words) or "/" in words):
         return None
