@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.trainer import Trainer
+from nemo_disco.commands.components import Components
+from nemo_disco.commands.train import build_trainer
 from nemo_disco.config.compose import compose
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.question_order import QuestionOrder
@@ -51,7 +53,7 @@ def settings(model: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def build_algorithm(config: RunConfig) -> Trainer:
-    """What algorithms.run builds, with questions that are made up and a grader that is free."""
+    """The trainer of `nemo-disco train`, with made-up questions and a grader that costs nothing."""
     torch.set_num_threads(1)
     parallel.start(config.model, config.seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model.path)
@@ -65,12 +67,11 @@ def build_algorithm(config: RunConfig) -> Trainer:
     )
     run = RunDirectory(config.exp_manager.explicit_log_dir)
     run.create()
-    return Trainer(
+    engine = MegatronEngine(policy, [tokenizer.eos_token_id])
+    return build_trainer(
         config,
-        policy=policy,
-        engine=MegatronEngine(policy, [tokenizer.eos_token_id]),
-        objective=build_objective(config.algorithm.objective()),
-        grader=FreeGrader(),  # type: ignore[arg-type]
+        Components(policy, engine, FreeGrader()),  # type: ignore[arg-type]
+        build_objective(config.algorithm.objective()),
         prompts=PromptSet("benchmark", questions, asked, tokenizer),
         order=QuestionOrder(len(asked), config.data.questions_per_step, config.seed, config.data.shuffle),
         evaluation_sets=[],

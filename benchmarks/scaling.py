@@ -29,7 +29,7 @@ from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.data.packing import possible_fill
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.micro_batch import sequence_lengths
-from nemo_disco.runtime.clock import Clock
+from nemo_disco.runtime.timing import record_spans
 
 KEYS = {"DP": "", "TP": "model.tensor_model_parallel_size", "PP": "model.pipeline_model_parallel_size"}
 LAYOUTS = ["DP 1", *(f"{kind} {size}" for size in (2, 4) for kind in KEYS)]
@@ -102,13 +102,12 @@ def one_step(algorithm: Trainer, rollouts: Rollouts, waiting: Waiting, args: arg
     of the mini-batches."""
     dist.barrier()
     start, busy, waited = time.perf_counter(), processor_seconds(), waiting.seconds
-    clock = Clock()
-    norm = algorithm.run_training(rollouts, clock)["grad_norm"]
+    with record_spans() as spans:  # log_probs includes pass 1
+        norm = algorithm.run_training(rollouts)["grad_norm"]
     dist.barrier()
     seconds = time.perf_counter() - start
     sums = torch.tensor([processor_seconds() - busy, (waiting.seconds - waited) / seconds], dtype=torch.float64)
     dist.all_reduce(sums)
-    spans = clock.seconds  # log_probs includes pass 1
     training = spans["log_probs"] + spans["train"]
     return {
         "step_seconds": seconds,
@@ -128,7 +127,7 @@ def packing(algorithm: Trainer, rollouts: Rollouts, args: argparse.Namespace) ->
     for first in range(0, len(rollouts), len(rollouts) // args.mini_batches):
         part = rollouts.select(range(first, first + len(rollouts) // args.mini_batches))
         plan, tokens = algorithm.policy.plan(part), sum(sequence_lengths(part))
-        budget = algorithm.config.model.token_budget
+        budget = algorithm.policy.config.token_budget
         fills.append(tokens / (len(plan) * len(plan[0]) * budget))
         shares.append(fills[-1] / possible_fill(tokens, budget, len(plan)))
         counts.append(len(plan[0]))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nemo_disco.algorithms import MiniBatch, build_objective
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.runtime.clock import Clock
+from nemo_disco.runtime.timing import record_spans
 
 GROUP, LEARNING_RATE, CLIP, TEMPERATURE = 8, 1e-5, 1.0, 1.0
 LONGEST_PROMPT = 64
@@ -41,7 +41,7 @@ def made_up_rollouts(questions: int, limit: int, seed: int = 0) -> Rollouts:
 
     asked = [p for p in prompts(questions, longest=LONGEST_PROMPT) for _ in range(GROUP)]
     responses = [[draw.randrange(2, VOCABULARY) for _ in range(length())] for _ in asked]
-    rollouts = Rollouts.from_lists(
+    rollouts = Rollouts.pack(
         asked,
         responses,
         [[0.0] * len(r) for r in responses],
@@ -135,9 +135,8 @@ def serve_side(args: argparse.Namespace) -> None:
     algorithm = build_algorithm(config)
 
     def step() -> dict[str, float]:
-        clock = Clock()
-        metrics = algorithm.run_training(rollouts, clock)
-        spans = clock.seconds  # log_probs includes pass 1
+        with record_spans() as spans:  # log_probs includes pass 1
+            metrics = algorithm.run_training(rollouts)
         return {
             "grad_norm": metrics["grad_norm"],
             "pass1_share": spans["pass1"] / (spans["log_probs"] + spans["train"]),

@@ -119,7 +119,7 @@ def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: 
 
     prompts = [p for _ in range(questions) for p in [tokens(draw(1, 20))] * group]
     responses = [tokens(draw(0, longest)) for _ in prompts]
-    rollouts = Rollouts.from_lists(
+    rollouts = Rollouts.pack(
         prompts,
         responses,
         [[0.0] * len(r) for r in responses],
@@ -131,7 +131,7 @@ def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: 
 
 def answered(prompts: Sequence[Sequence[int]], responses: Sequence[Response]) -> Rollouts:
     """What an engine answered to `prompts`; each is a question of its own."""
-    return Rollouts.from_lists(
+    return Rollouts.pack(
         prompts,
         [r.tokens for r in responses],
         [r.log_probs for r in responses],

@@ -146,7 +146,7 @@ def _sampling_error(path: Path, budget: int) -> float:
     engine = MegatronEngine(policy, [1])
     prompts = [[3, 5, 7 + i] for i in range(8) for _ in range(2)]
     responses = engine.generate(prompts, range(len(prompts)), SamplingParams(TEMPERATURE, 16))
-    rollouts = Rollouts.from_lists(
+    rollouts = Rollouts.pack(
         prompts, [r.tokens for r in responses], [r.log_probs for r in responses], list(range(16)), [False] * 16
     )
     found = with_policy_scores(rollouts, policy.log_probs(rollouts)[0]).generation_log_probs

@@ -216,7 +216,7 @@ def made_up_rollouts(vocabulary: int, sizes: RolloutSizes, seed: int = 0) -> Rol
     lengths = sizes.response_lengths(seed)
     responses = [torch.randint(2, vocabulary, (n,), generator=generator).tolist() for n in lengths]
     ids = [i // sizes.group for i in range(sizes.count)]
-    rollouts = Rollouts.from_lists(
+    rollouts = Rollouts.pack(
         prompts.tolist(), responses, [[0.0] * len(r) for r in responses], ids, [False] * sizes.count
     )
     return rollouts.with_rewards([float(i % 2) for i in range(sizes.count)])

@@ -23,29 +23,28 @@ from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron.engine import MegatronEngine
-from nemo_disco.runtime.clock import Clock, device_clock
+from nemo_disco.runtime.timing import record_spans, span
 
 
 def run(setting: Setting) -> dict[str, Any]:
     """8 questions x 8 responses up to 4096 tokens trained on in 4 mini-batches; sampling is timed at 256 tokens (random
     weights never end a response), with the gradient's memory given back and the optimizer's state on the host."""
     shape, sizes = setting.shape("1p5b"), setting.rollout_sizes("step")
-    rollouts, limit = made_up_rollouts(shape.vocab, sizes), sizes.limit
+    rollouts = made_up_rollouts(shape.vocab, sizes)
     tokens = setting.step_sampling()[2]
     with model_directory(shape) as path:
         policy = build_policy(path, setting.size(16896, 200), **{"optim.offload": "true"})
     engine = MegatronEngine(policy, [shape.vocab])
     reset_peak()
-    _train(policy, rollouts, limit, Clock())  # compiles, and allocates the optimizer's state
+    _train(policy, rollouts)  # compiles, and allocates the optimizer's state
     with policy.resting():  # allocates its place on the host
         pass
-    clock = device_clock()
-    with clock("step"):
-        with clock("rest"), policy.resting(), clock("generate"):
+    with record_spans() as seconds, span("step"):
+        with span("rest"), policy.resting(), span("generate"):
             prompts = [rollouts.prompt(i).tolist() for i in range(len(rollouts))]
             engine.generate(prompts, range(len(prompts)), SamplingParams(TEMPERATURE, tokens))
-        _train(policy, rollouts, limit, clock)
-    spans = dict(clock.seconds)
+        _train(policy, rollouts)
+    spans = dict(seconds)
     part = spans["log_probs"] + spans["train"]
     return {
         "seconds": spans,
@@ -57,10 +56,10 @@ def run(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _train(policy: Any, rollouts: Rollouts, limit: int, clock: Clock) -> None:
+def _train(policy: Any, rollouts: Rollouts) -> None:
     """The training part of a step, as algorithms/trainer.py has it; log_probs holds the old ones and pass 1."""
     objective = build_objective({"name": "disco"})
-    with clock("log_probs"):
+    with span("log_probs"):
         old = OldPolicy(*policy.log_probs(rollouts, entropies=True))
     rollouts = with_policy_scores(rollouts, old.log_probs)
     questions = rollouts.question_ids.unique()
@@ -71,10 +70,7 @@ def _train(policy: Any, rollouts: Rollouts, limit: int, clock: Clock) -> None:
             objective,
             rollouts.select(responses),
             old.at(rollouts.token_index(responses)),
-            max_response_length=limit,
             first=i == 0,
-            clock=clock,
         )
-        with clock("train"):
+        with span("train"):
             assert policy.step().applied
-    clock.seconds["log_probs"] += clock.seconds["pass1"]

@@ -33,9 +33,9 @@ class BestWeights:
     begins at that checkpoint has the best weights of its own past. Every method is a collective.
     """
 
-    def __init__(self, run: RunDirectory, say: Callable[[str], None]) -> None:
-        """say: where a line for the person goes."""
-        self.run, self.say = run, say
+    def __init__(self, run: RunDirectory, log: Callable[[str], None]) -> None:
+        """log: takes lines for the person."""
+        self.run, self.log = run, log
         self.chosen: ModelRecord | None = None
 
     @property
@@ -62,7 +62,7 @@ class BestWeights:
         first(lambda: self._keep_before(saved))
         policy.export(self.run.best, as_files(self.chosen))
         score, step = self.chosen["score"], self.chosen["step"]
-        self.say(f"step {step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.run.best}")
+        self.log(f"step {step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.run.best}")
 
     def release(self, saved: int) -> None:
         """Let go of what a life that begins at the last checkpoint, of step `saved`, does not need."""
@@ -75,7 +75,7 @@ class BestWeights:
         known: ModelRecord | None = chosen if isinstance(chosen, dict) else None  # type: ignore[assignment]
         self.chosen, said = first(lambda: self._settle(known, step))
         if said:
-            self.say(said)
+            self.log(said)
 
     def _settle(self, known: ModelRecord | None, step: int) -> tuple[ModelRecord | None, str]:
         """Make RUN/best one of a step up to `step`, or none; what is chosen then, and what to say."""
@@ -129,7 +129,7 @@ class BestWeights:
             return True
 
         where = f"; {best} of step {self.chosen['step']} is now {kept}" if first(keep) else ""
-        self.say(f"step {step}: the evaluations are others than before: the best is chosen anew{where}")
+        self.log(f"step {step}: the evaluations are others than before: the best is chosen anew{where}")
         self.chosen = None
 
 

@@ -7,70 +7,61 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from nemo_disco.algorithms.agreement import describe_token, refuse_disagreement
+from nemo_disco.algorithms.agreement import Agreement, describe_token
 from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_tokens
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.config.schema import RunConfig, VerifyConfig
-from nemo_disco.data.question_order import QuestionOrder
+from nemo_disco.algorithms.step import PROVIDED, OldPolicy, accumulate_gradient
+from nemo_disco.config.schema import VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Engine, SamplingParams
 from nemo_disco.models.weight_files import SafetensorReader
 from nemo_disco.policy.policy import Policy
-from nemo_disco.rewards import Rewards
-from nemo_disco.rewards.registry import Grader
-from nemo_disco.rollout.grading import grade
-from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.requests import sample_responses
-from nemo_disco.rollout.rewarding import reward
+from nemo_disco.runtime.collectives import first, is_first_rank
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_file
 from nemo_disco.runtime.safetensor_writer import save_tensors
 
 
 def verify_mini_batch(
-    config: RunConfig, policy: Policy, engine: Engine, grader: Grader, objective: Objective, questions: PromptSet
+    config: VerifyConfig,
+    policy: Policy,
+    objective: Objective,
+    agreement: Agreement,
+    sample: Callable[[], Rollouts],
+    seed: int,
 ) -> str:
-    """Sample (or read verify.rollouts), move theta by verify.perturb, take the gradient, write it if asked.
+    """Sample one mini-batch (or read verify.rollouts), move theta by verify.perturb, take the gradient, and write it to
+    verify.save_gradients.
 
-    Returns the lines to print, the same on every rank. A collective.
+    sample: makes the rollouts of the mini-batch, a collective. seed: of the perturbation.
+    Returns the lines to print, the same on every rank. Raises UserError if engine and trainer disagree. A collective.
     """
-    rollouts = _rollouts(config, engine, grader, questions, policy.vocabulary)
+    rollouts = _read_or_sample(config.rollouts, policy, objective, sample)
     old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
-    apart = mismatch(old_log_probs, rollouts.generation_log_probs)
-    refuse_disagreement(config, policy, questions.tokenizer, rollouts, old_log_probs, apart, "verify.dtype")
+    difference = agreement.require(rollouts, old_log_probs)
     noise = _noise_floor(policy, rollouts, old_log_probs)
-    if config.verify.perturb > 0:
-        with SafetensorReader(config.model.path) as reader:
-            policy.load(_perturbed(reader.read, config.verify.perturb, config.seed))
-    taken = accumulate_gradient(
-        policy,
-        objective,
-        rollouts,
-        OldPolicy(old_log_probs, entropies, reference_log_probs=old_log_probs),  # the reference is this very model
-        max_response_length=config.generation.max_response_length,
-        everywhere=True,
-    )
+    if config.perturb > 0:
+        with SafetensorReader(policy.config.path) as reader:
+            policy.load(_perturbed(reader.read, config.perturb, seed))
+    # The reference is this very model.
+    old = OldPolicy(old_log_probs, entropies, reference_log_probs=old_log_probs)
+    result = accumulate_gradient(policy, objective, rollouts, old, everywhere=True)
     gradients = {n: g.detach().cpu().clone() for n, g in policy.named_gradients()}
-    if config.verify.save_gradients and dist.get_rank() == 0:
-        with atomic_file(Path(config.verify.save_gradients)) as work:
+    if config.save_gradients and is_first_rank():
+        with atomic_file(Path(config.save_gradients)) as work:
             save_tensors(gradients, work)
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
     lines = [
         f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "
         f"{int(rollouts.response_lengths.sum())} response tokens",
         f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
-        *_said(questions, rollouts, old_log_probs, apart),
-        *_noise_said(noise, objective),
-        *(f"{name:<19} {value:.6g}" for name, value in sorted(taken.metrics.items())),
+        *_mismatch_lines(agreement.tokenizer, rollouts, old_log_probs, difference),
+        *_noise_lines(noise, objective),
+        *(f"{name:<19} {value:.6g}" for name, value in sorted(result.metrics.items())),
         f"gradient norm       {norm:.9g} over {len(gradients)} tensors",
     ]
     return "\n".join(lines)
@@ -84,22 +75,41 @@ def check_places(verify: VerifyConfig) -> None:
             raise UserError(f"verify.{key}={path}: there is no directory {Path(path).absolute().parent}; make it")
 
 
-def _said(questions: PromptSet, rollouts: Rollouts, old_log_probs: Tensor, apart: dict[str, float]) -> list[str]:
+def _read_or_sample(file: str | None, policy: Policy, objective: Objective, sample: Callable[[], Rollouts]) -> Rollouts:
+    """The rollouts of the file if it is there; else new ones, which are written to it."""
+    path = Path(file) if file else None
+    if path is not None and first(path.exists):
+        rollouts = Rollouts.load(path, policy.vocabulary)
+        if missing := sorted(objective.needs - PROVIDED - rollouts.columns.keys()):
+            raise UserError(
+                f"verify.rollouts={path}: the file has no {' and '.join(missing)}, which objective {objective.name} "
+                "needs; remove it to sample anew"
+            )
+        return rollouts
+    rollouts = sample()
+    if path is not None and is_first_rank():
+        rollouts.save(path)
+    return rollouts
+
+
+def _mismatch_lines(
+    tokenizer: object, rollouts: Rollouts, old_log_probs: Tensor, difference: dict[str, float]
+) -> list[str]:
     return [
-        f"mismatch mean |d|   {apart['mismatch/mean_abs']:.3e}  (log-probs, trainer minus engine)",
-        f"mismatch max |d|    {apart['mismatch/max_abs']:.3e}",
-        f"mismatch mean e^|d| {apart['mismatch/mean_exp_abs']:.6f}",
-        f"mismatch KL         {apart['mismatch/kl_k3']:.3e}  (k3; k1 {apart['mismatch/kl_k1']:.3e})",
+        f"mismatch mean |d|   {difference['mismatch/mean_abs']:.3e}  (log-probs, trainer minus engine)",
+        f"mismatch max |d|    {difference['mismatch/max_abs']:.3e}",
+        f"mismatch mean e^|d| {difference['mismatch/mean_exp_abs']:.6f}",
+        f"mismatch KL         {difference['mismatch/kl_k3']:.3e}  (k3; k1 {difference['mismatch/kl_k1']:.3e})",
         *(
-            f"mismatch worst      {describe_token(questions.tokenizer, token)}"
+            f"mismatch worst      {describe_token(tokenizer, token)}"
             for token in worst_tokens(old_log_probs, rollouts, 3)
         ),
     ]
 
 
 def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> float:
-    """|KL_hat| of the policy against itself, when its responses are packed into other micro-batches: what rounding
-    alone makes of theta = theta_old. A collective."""
+    """|KL_hat| of the policy against itself, from log-probs computed again in other micro-batches: the KL that rounding
+    alone makes at theta = theta_old. A collective."""
     again = torch.empty_like(old_log_probs)
     for start in (0, 1):
         rows = torch.arange(start, len(rollouts), 2)
@@ -108,40 +118,11 @@ def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> f
     return abs(mismatch(again, old_log_probs)["mismatch/kl_k1"])
 
 
-def _noise_said(noise: float, objective: Objective) -> list[str]:
+def _noise_lines(noise: float, objective: Objective) -> list[str]:
     """The noise floor, and a warning where the constraint would act on it."""
     lines = [f"noise floor         {noise:.3e}  (KL_hat at theta = theta_old)"]
     warning = noise_warning(noise, objective.constraint)
     return [*lines, f"warning             {warning}"] if warning else lines
-
-
-def _rollouts(config: RunConfig, engine: Engine, grader: Grader, questions: PromptSet, vocabulary: int) -> Rollouts:
-    path = Path(config.verify.rollouts) if config.verify.rollouts else None
-    exists = [path is not None and path.exists()]
-    dist.broadcast_object_list(exists, src=0)
-    if path is not None and exists[0]:
-        return Rollouts.load(path, vocabulary)
-    sampler = QuestionOrder(len(questions), config.algorithm.mini_batch_questions, config.seed, config.data.shuffle)
-    picked = questions.select(sampler.next(), config.generation.responses_per_question)
-    seeds = np.random.SeedSequence((config.seed, 0)).generate_state(len(picked), np.uint64) >> 1
-    generation = config.generation
-    sampling = SamplingParams(
-        generation.temperature, generation.max_response_length, generation.top_p, generation.top_k
-    )
-    rollouts, texts = sample_responses(engine, picked, [int(s) for s in seeds], sampling)
-    with closing(Rewards(config.reward, config.algorithm.preference)) as rewards:
-        rollouts = reward(
-            rollouts,
-            texts,
-            picked,
-            verdicts=grade(grader, texts, picked),
-            rewards=rewards,
-            threshold=config.algorithm.threshold,
-            max_response_length=generation.max_response_length,
-        )
-    if path is not None and dist.get_rank() == 0:
-        rollouts.save(path)
-    return rollouts
 
 
 def _perturbed(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:

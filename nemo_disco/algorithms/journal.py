@@ -1,6 +1,6 @@
-"""What a run writes and shows: metrics, saved rollouts, evaluations, progress. Rank 0's; silent on the others.
+"""The record of a run: metrics, saved rollouts, evaluations, progress. Rank 0 writes and prints; the others do nothing.
 
-Reads what the loop hands it; decides nothing.
+Writes values that the trainer gives it; decides nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-from nemo_disco.algorithms.token_values import OfTokens, TokenValues
+from nemo_disco.algorithms.token_values import ResponseValues, TokenValues
 from nemo_disco.config.schema import ExpManagerConfig
 from nemo_disco.data.chat import token_widths
 from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The run directory's writer, and the person's display."""
+    """Writes the run directory, and the progress on the screen."""
 
     def __init__(
         self,
@@ -39,15 +39,16 @@ class Journal:
         delta: float | None,
         settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """writes: whether this is rank 0. delta: what the display compares KL with. settings: the whole configuration,
-        for the services that show it."""
+        """writes: True on rank 0. delta: the constraint's, which the progress compares KL with. settings: the whole
+        configuration, for the services that show it."""
         self.run, self.config, self.writes, self.delta, self.settings = run, config, writes, delta, settings
         self._sinks: Sinks | None = None
         self._progress: Progress | None = None
 
     @contextmanager
     def watch(self, max_steps: int, start_step: int) -> Iterator[None]:
-        """Open the sinks (a history beyond start_step, of a life that was lost, is dropped) and the display."""
+        """Open the sinks and the progress. Lines of metrics.jsonl beyond start_step, of a process that was killed, are
+        dropped."""
         if not self.writes:
             yield
             return
@@ -59,58 +60,60 @@ class Journal:
             yield
         self._sinks = self._progress = None
 
-    def stepped(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of a step to every sink, and show them."""
         if self._sinks is not None and self._progress is not None:
             self.run.check_held()
             self._sinks.write(step, metrics)
             self._progress.update({"step": step, **metrics})
 
     def has(self, step: int) -> bool:
-        """Whether metrics.jsonl has the line of a step. For rank 0."""
+        """True if metrics.jsonl has the line of a step. Called on rank 0."""
         path = self.run.metrics
         lines = read_json_lines(path, MetricsLine) if path.exists() else ()
         return any(not line.fault and line.value["step"] == step for line in lines)
 
-    def say(self, text: str) -> None:
-        """One line for the person."""
+    def log(self, text: str) -> None:
+        """Print one line for the person."""
         if self._progress is not None:
             self._progress.message(text)
         elif self.writes:
             log.info(text)
 
     def evaluated(self, results: Sequence[EvaluationResult]) -> None:
+        """Write the results of an evaluation, and log their Pass@1."""
         for result in results if self.writes else ():
             self.run.check_held()
             write_evaluation(self.run.evaluation, result)
-            found = result.per_problem()["pass@1"]
-            assert found is not None
-            self.say(
-                f"step {result.step}: {result.name}: Pass@1 (avg@{result.samples}) {found.mean():.3f} "
+            pass_at_1 = result.per_problem()["pass@1"]
+            assert pass_at_1 is not None
+            self.log(
+                f"step {result.step}: {result.name}: Pass@1 (avg@{result.samples}) {pass_at_1.mean():.3f} "
                 f"on {result.problems} problems"
             )
 
-    def saved(self, responses: int) -> range:
-        """Which of a step's responses are saved to read: the last, since a step's first mini-batch sees no ratio."""
+    def saved_rows(self, responses: int) -> range:
+        """The indices of a step's responses that are saved: the last ones, since the first mini-batch sees no ratio."""
         return range(max(0, responses - self.config.saved_rollouts) if self.writes else responses, responses)
 
-    def rollouts(self, step: int, sampled: RolloutBatch, values: TokenValues | None = None) -> None:
-        """Save responses of a step, to read: one JSON object a line. values: what training said of their tokens."""
-        if not (rows := self.saved(len(sampled.texts))):
+    def write_rollouts(self, step: int, batch: RolloutBatch, values: TokenValues | None = None) -> None:
+        """Save responses of a step, to read: one JSON object a line. values: of their tokens, once trained on."""
+        if not (rows := self.saved_rows(len(batch.texts))):
             return
-        found = values.found if values else {}
-        lines = [_line(sampled, i) | (_of_tokens(sampled, i, found[i]) if i in found else {}) for i in rows]
+        known = values.by_response if values else {}
+        lines = [_line(batch, i) | (_token_fields(batch, i, known[i]) if i in known else {}) for i in rows]
         self.run.check_held()
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.run.rollout_file(step), text)
 
 
-def _line(sampled: RolloutBatch, i: int) -> dict[str, Any]:
-    question, rollouts = sampled.picked.questions[i], sampled.rollouts
+def _line(batch: RolloutBatch, i: int) -> dict[str, Any]:
+    question, rollouts = batch.prompts.questions[i], batch.rollouts
     return {
         "question_id": question.id,
         "question": question.user_text,
-        "prompt": sampled.picked.tokenizer.decode(sampled.picked.prompts[i]),
-        "response": sampled.texts[i],
+        "prompt": batch.prompts.tokenizer.decode(batch.prompts.prompts[i]),
+        "response": batch.texts[i],
         "answer": list(question.answers),
         "reward": float(rollouts.rewards[i]),
         "correct": bool(rollouts.correct[i]),
@@ -119,11 +122,11 @@ def _line(sampled: RolloutBatch, i: int) -> dict[str, Any]:
     }
 
 
-def _of_tokens(sampled: RolloutBatch, i: int, values: OfTokens) -> dict[str, Any]:
-    """Nothing where the response's text is not what its tokens make one by one."""
-    tokens, text = sampled.rollouts.response(i).tolist(), sampled.texts[i]
-    ended = [] if sampled.rollouts.truncated[i] else [0]  # the token that ended it is not in the text
-    widths = token_widths(sampled.picked.tokenizer, tokens[: len(tokens) - len(ended)], text)
+def _token_fields(batch: RolloutBatch, i: int, values: ResponseValues) -> dict[str, Any]:
+    """The values of response i's tokens; {} if the tokens decoded one by one do not add up to its text."""
+    tokens, text = batch.rollouts.response(i).tolist(), batch.texts[i]
+    ended = [] if batch.rollouts.truncated[i] else [0]  # the token that ended it is not in the text
+    widths = token_widths(batch.prompts.tokenizer, tokens[: len(tokens) - len(ended)], text)
     if not tokens or widths is None:
         return {}
     return {

@@ -17,24 +17,23 @@ from nemo_disco.algorithms.objectives import Objective, SeparableObjective
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
-from nemo_disco.runtime.clock import Clock
+from nemo_disco.runtime.timing import span
 
-# The optional fields of MiniBatch that an objective may require of this step.
-PROVIDED = frozenset(
-    {"entropies", "reference_log_probs", "generation_log_probs", "correct", "truncated"}
-    | {"preferences", "shortest_correct"}
-)
+# The optional fields of MiniBatch that every step provides; an objective declares further ones itself, as columns.
+PROVIDED = frozenset({"entropies", "reference_log_probs", "generation_log_probs", "correct", "truncated"})
 
 
 @dataclass(frozen=True)
 class OldPolicy:
-    """What the policy that sampled says of the T response tokens: log_probs [T], and [T] where they are used."""
+    """Values of the T response tokens under the policy that sampled them: log_probs [T]; entropies [T] and
+    reference_log_probs [T] where the objective needs them."""
 
     log_probs: Tensor
     entropies: Tensor | None = None
     reference_log_probs: Tensor | None = None
 
     def at(self, index: Tensor) -> OldPolicy:
+        """The values of some tokens."""
         index = index.to(self.log_probs.device)
         entropies, reference = self.entropies, self.reference_log_probs
         return OldPolicy(
@@ -45,9 +44,9 @@ class OldPolicy:
 
 
 @dataclass(frozen=True)
-class Accumulated:
-    """What a mini-batch's gradient was taken from: the objective's metrics, and of the T tokens what it saw (log_probs)
-    and asked for (token_weights = d loss / d log_probs)."""
+class MiniBatchResult:
+    """Result of one mini-batch: the objective's metrics, the scored log-probs [T], and token_weights [T] = d loss /
+    d log-prob."""
 
     metrics: dict[str, float]
     log_probs: Tensor
@@ -60,27 +59,23 @@ def accumulate_gradient(
     rollouts: Rollouts,
     old: OldPolicy,
     *,
-    max_response_length: int,
     first: bool = False,
     everywhere: bool = False,
-    clock: Clock | None = None,
-) -> Accumulated:
-    """Put the gradient of the objective's loss on one mini-batch into the policy.
+) -> MiniBatchResult:
+    """Accumulate the gradient of the objective's loss on one mini-batch in the policy.
 
-    first: theta is still the old policy, so that the old log-probs are the scores and no pass is needed for them; then
+    rollouts: of the mini-batch; old: the values of their T tokens.
+    first: theta is still the old policy, so that the old log-probs are the scores and pass 1 is left out; then
     "policy/noise_floor" is |KL_hat| of the policy against itself, computed twice in other micro-batches.
     everywhere: reduce the whole gradient on every rank (Policy.accumulate).
     Raises NonFiniteError, on every rank, if the log-probs or the loss are not finite; the gradient is then undefined.
     """
-    clock = clock or Clock()
-    needs_entropies = "entropies" in objective.requires
-    mini_batch = partial(_mini_batch, policy, rollouts, old, max_response_length)
+    needs_entropies = "entropies" in objective.needs
+    mini_batch = partial(_mini_batch, policy, rollouts, old)
     if isinstance(objective, SeparableObjective) and objective.separable:
-        return _one_pass(
-            policy, objective, rollouts, mini_batch(old.log_probs, old.entropies), first, everywhere, clock
-        )
+        return _one_pass(policy, objective, rollouts, mini_batch(old.log_probs, old.entropies), first, everywhere)
 
-    with clock("pass1"):
+    with span("log_probs"), span("pass1"):
         if first and (old.entropies is not None or not needs_entropies):
             scores, entropies = old.log_probs, old.entropies
         else:
@@ -97,41 +92,35 @@ def accumulate_gradient(
             loss = loss + out.entropy_weights[index].to(entropies.dtype) * entropies
         return loss
 
-    with clock("train"):
+    with span("train"):
         policy.accumulate(rollouts, linear, entropies=out.entropy_weights is not None, everywhere=everywhere)
         seen = policy.share(seen) if first else seen
     noise = _noise_floor(old.log_probs, seen) if first else {}
-    return Accumulated(out.metrics | noise, scores, out.token_weights)
+    return MiniBatchResult(out.metrics | noise, scores, out.token_weights)
 
 
 def _mini_batch(
-    policy: Policy,
-    rollouts: Rollouts,
-    old: OldPolicy,
-    max_response_length: int,
-    log_probs: Tensor,
-    entropies: Tensor | None,
+    policy: Policy, rollouts: Rollouts, old: OldPolicy, log_probs: Tensor, entropies: Tensor | None
 ) -> MiniBatch:
-    """What the objective sees of one mini-batch, on the policy's device."""
+    """The objective's input, on the policy's device."""
     return MiniBatch(
         log_probs=log_probs,
         old_log_probs=old.log_probs,
         lengths=rollouts.response_lengths.to(policy.device),
         question_ids=rollouts.question_ids.to(policy.device),
         rewards=rollouts.rewards.to(policy.device),
-        max_response_length=max_response_length,
+        max_response_length=rollouts.max_response_length,
         entropies=entropies,
         reference_log_probs=old.reference_log_probs,
         generation_log_probs=rollouts.generation_log_probs.to(policy.device),
         correct=rollouts.correct.to(policy.device),
         truncated=rollouts.truncated.to(policy.device),
-        preferences=rollouts.preferences.to(policy.device),
-        shortest_correct=rollouts.shortest_correct.to(policy.device),
+        columns={name: values.to(policy.device) for name, values in rollouts.columns.items()},
     )
 
 
 def _noise_floor(old_log_probs: Tensor, again: Tensor) -> dict[str, float]:
-    """What rounding alone makes of KL_hat at theta = theta_old: log-probs of the same policy, computed again."""
+    """|KL_hat| that rounding makes at theta = theta_old. again [T]: the same policy's log-probs, computed anew."""
     return {"policy/noise_floor": abs(mismatch(again, old_log_probs)["mismatch/kl_k1"])}
 
 
@@ -142,11 +131,10 @@ def _one_pass(
     batch: MiniBatch,
     first: bool,
     everywhere: bool,
-    clock: Clock,
-) -> Accumulated:
+) -> MiniBatchResult:
     """An objective whose tokens need only counts and rewards of the others: its loss goes straight into the backward
     pass, which also shows the log-probs that the metrics are computed from."""
-    needs_entropies = "entropies" in objective.requires
+    needs_entropies = "entropies" in objective.needs
     token_loss = objective.token_loss(batch)
     seen = torch.zeros(2 if needs_entropies else 1, batch.n_tokens, dtype=torch.float64, device=policy.device)
 
@@ -156,7 +144,7 @@ def _one_pass(
             seen[1, index] = entropies.detach().double()
         return token_loss(index, log_probs, entropies)
 
-    with clock("train"):
+    with span("train"):
         policy.accumulate(rollouts, loss, entropies=needs_entropies, everywhere=everywhere)
         seen = policy.share(seen)
     if not bool(seen.isfinite().all()):
@@ -164,4 +152,4 @@ def _one_pass(
     entropies = seen[1] if needs_entropies else None
     out = objective(replace(batch, log_probs=seen[0], entropies=entropies))
     noise = _noise_floor(batch.old_log_probs, seen[0]) if first else {}
-    return Accumulated(out.metrics | noise, seen[0], out.token_weights)
+    return MiniBatchResult(out.metrics | noise, seen[0], out.token_weights)

@@ -1,4 +1,4 @@
-"""What a step's rollouts and mini-batches come to, under the names of metrics.jsonl. Pure."""
+"""The metrics of a step, from its rollouts and mini-batches, under the names of metrics.jsonl. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_disco.algorithms.mismatch import mismatch, worst_tokens
 from nemo_disco.algorithms.step import OldPolicy
 from nemo_disco.data.rollouts import Rollouts
 
-# What only a mini-batch that was applied says, of the names that every line of metrics.jsonl has.
+# Names in every line of metrics.jsonl whose values come from mini-batches that were applied.
 MEASURED = (
     *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
     *("constraint/active", "constraint/penalty", "grad_norm", "lr", "policy/noise_floor"),
@@ -20,13 +20,13 @@ MEASURED = (
 
 
 def summary(
-    rollouts: Rollouts, old: OldPolicy, history: Sequence[dict[str, float]], *, step: int, limit: int, skipped: int
+    rollouts: Rollouts, old: OldPolicy, history: Sequence[dict[str, float]], *, step: int, skipped: int
 ) -> dict[str, Any]:
     """A step's metrics: numbers, and the tokens on which engine and trainer differ most.
 
     history: of each mini-batch that was applied. KL is the last one's, whose policy is farthest from the one that
     sampled; constraint/active is the share of mini-batches; the rest are means over mini-batches. step: steps before
-    this one; limit: of a response, in tokens; skipped: mini-batches of the run that were not applied.
+    this one; skipped: mini-batches of the run that were not applied.
     """
     if not history:  # every mini-batch was skipped: the names stay, without a number
         history = [dict.fromkeys(MEASURED, float("nan"))]
@@ -43,7 +43,7 @@ def summary(
         "reward/mean": float(rollouts.rewards.mean()),
         "reward/correct": float(correct.double().mean()),
         "response/length_mean": float(lengths.mean()),
-        "response/limit": limit,
+        "response/limit": rollouts.max_response_length,
         "response/truncated": float(rollouts.truncated.double().mean()),
         "policy/entropy": float(old.entropies.mean()) if len(old.entropies) else 0.0,
         "groups/mixed": float(mixed),

@@ -24,7 +24,7 @@ def check_objective(config: RunConfig) -> Objective:
     from nemo_disco.rewards import Rewards
 
     objective = build_objective(config.algorithm.objective())
-    Rewards(config.reward, config.algorithm.preference)
+    Rewards(config.reward, objective.reward_terms)
     every = config.algorithm.reference_reset_steps
     if every and "reference_log_probs" not in objective.needs:
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from nemo_disco.algorithms.objectives import Objective, build_objective
 from nemo_disco.algorithms.step import PROVIDED
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import encode_prompts
+from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.questions import load_questions
 from nemo_disco.data.tokenizer import stop_token_ids, vocabulary_size
 from nemo_disco.evaluation.result import file_stem
@@ -25,9 +26,13 @@ from nemo_disco.generation.engine import Engine
 from nemo_disco.models.shape import read_shape
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader, build_verifier
 from nemo_disco.rewards.user_pool import rank_workers
+from nemo_disco.rollout.collector import Collector
+from nemo_disco.rollout.evaluation import Evaluator, identity_settings
 from nemo_disco.rollout.prompts import PromptSet
+from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory
 
@@ -147,14 +152,49 @@ def read_evaluation_sets(config: RunConfig, tokenizer: Any) -> list[PromptSet]:
 def build_run_objective(config: RunConfig) -> Objective:
     """The configured objective. Raises UserError if it needs a signal that the trainer does not compute."""
     objective = build_objective(config.algorithm.objective())
-    if lacking := sorted(objective.needs - PROVIDED):
+    columns = {*objective.reward_terms, *(signal.name for signal in objective.signals())}
+    if missing := sorted(objective.needs - PROVIDED - columns):
         raise UserError(
-            f"objective {objective.name} needs {' and '.join(lacking)}, which this version does not compute; "
-            "take another objective, or its setting that does without"
+            f"objective {objective.name} needs {' and '.join(missing)}, which nothing computes: declare it in "
+            "`signals` or `reward_terms`, take another objective, or its setting that does without"
         )
     return objective
 
 
-def is_first_rank() -> bool:
-    """True on rank 0, which alone writes files and prints."""
-    return dist.get_rank() == 0
+def build_collector(
+    config: RunConfig,
+    parts: Components,
+    objective: Objective,
+    prompts: PromptSet,
+    order: QuestionOrder,
+    log: Callable[[str], None],
+    dynamic_sampling_rounds: int = 0,
+) -> Collector:
+    """The collector of the rollouts that the objective needs. log: takes lines for the person."""
+    return Collector(
+        config.generation,
+        engine=parts.engine,
+        grader=parts.grader,
+        rewards=Rewards(config.reward, objective.reward_terms),
+        prompts=prompts,
+        order=order,
+        seed=config.seed,
+        threshold=config.algorithm.threshold,
+        log=log,
+        signals=objective.signals(),
+        dynamic_sampling_rounds=dynamic_sampling_rounds,
+        restart_if_changed=config.data.if_changed == "restart",
+    )
+
+
+def build_evaluator(config: RunConfig, parts: Components) -> Evaluator:
+    """The evaluator of the policy, by evaluation.*."""
+    return Evaluator(
+        config.evaluation,
+        engine=parts.engine,
+        grader=parts.grader,
+        max_response_length=config.generation.longest_response,
+        seed=config.seed,
+        threshold=config.algorithm.threshold,
+        settings=identity_settings(config),
+    )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_disco.algorithms.agreement import check_engine
+from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.commands.components import (
     build_components,
-    is_first_rank,
+    build_evaluator,
     locked,
     process_groups,
     read_evaluation_sets,
@@ -17,8 +17,9 @@ from nemo_disco.data.tokenizer import load_tokenizer
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
 from nemo_disco.evaluation.result import evaluation_file, write_evaluation
 from nemo_disco.models.source import model_source
-from nemo_disco.rollout.evaluation import evaluate_set, weights_identity
+from nemo_disco.rollout.evaluation import weights_identity
 from nemo_disco.rollout.response_warnings import ResponseWarnings
+from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.rundir import RunDirectory
 
 
@@ -35,15 +36,15 @@ def main(config: RunConfig) -> int:
         sets = read_evaluation_sets(config, tokenizer)
         with build_components(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as parts:
             parts.engine.update_weights(parts.policy.named_weights, 0)
-            check_engine(config, parts.policy, parts.engine, sets[0])
-            results, warnings = [], ResponseWarnings(config.reward.require_think)
+            agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer, print)
+            agreement.check_engine(parts.engine, sets[0], config.evaluation.temperature)
+            evaluator, warnings = build_evaluator(config, parts), ResponseWarnings(config.reward.require_think)
+            results = []
             for prompts in sets:
                 samples = evaluation_file(directory, prompts.name, source.step).with_suffix(".samples.jsonl")
                 stream = (samples, weights_identity(source))
                 run.check_held()
-                result = evaluate_set(
-                    parts.engine, parts.grader, prompts, config, source.step, stream, warnings=warnings
-                )
+                result = evaluator.evaluate(prompts, source.step, stream, warnings=warnings)
                 assert result is not None, "nothing asks it to stop"
                 results.append(result)
                 run.check_held()

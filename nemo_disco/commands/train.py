@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from nemo_disco import checkpoint
+from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.objectives import Objective
+from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.algorithms.trainer import Trainer
+from nemo_disco.algorithms.validation import Validation
 from nemo_disco.checkpoint import files as checkpoint_files
 from nemo_disco.commands.components import (
+    Components,
+    build_collector,
     build_components,
+    build_evaluator,
     build_policy,
     build_run_objective,
-    is_first_rank,
     locked,
     process_groups,
     read_evaluation_sets,
@@ -28,9 +34,14 @@ from nemo_disco.config.compose import changes, load_run_config, to_yaml
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.tokenizer import load_tokenizer
+from nemo_disco.estimate.flops import peak_flops
 from nemo_disco.evaluation.result import EvaluationResult, file_stem, read_evaluations
+from nemo_disco.models.shape import read_shape
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
+from nemo_disco.rollout.prompts import PromptSet
+from nemo_disco.rollout.response_warnings import ResponseWarnings
+from nemo_disco.runtime.collectives import first, is_first_rank
 from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
@@ -55,18 +66,9 @@ def main(config: RunConfig) -> int:
         evaluation_sets = read_evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
         needs_reference = "reference_log_probs" in objective.needs
         with build_components(config, tokenizer) as parts:
-            trainer = Trainer(
-                config,
-                policy=parts.policy,
-                engine=parts.engine,
-                objective=objective,
-                grader=parts.grader,
-                prompts=prompts,
-                order=order,
-                evaluation_sets=evaluation_sets,
-                journal=_journal(run, config, objective),
-                reference=Reference(build_policy(config, tokenizer, trainable=False)) if needs_reference else None,
-            )
+            reference = Reference(build_policy(config, tokenizer, trainable=False)) if needs_reference else None
+            journal = _journal(run, config, objective)
+            trainer = build_trainer(config, parts, objective, prompts, order, evaluation_sets, journal, reference)
             with contextlib.closing(trainer):
                 _resume(trainer, run, config)
                 run.check_held()
@@ -81,6 +83,35 @@ def main(config: RunConfig) -> int:
                     if is_first_rank():
                         _print_outcome(run)
     return 0
+
+
+def build_trainer(
+    config: RunConfig,
+    parts: Components,
+    objective: Objective,
+    prompts: PromptSet,
+    order: QuestionOrder,
+    evaluation_sets: Sequence[PromptSet],
+    journal: Journal,
+    reference: Reference | None = None,
+) -> Trainer:
+    """The trainer, each part of which gets its own section of the configuration."""
+    policy, rounds = parts.policy, config.algorithm.dynamic_sampling_rounds
+    return Trainer(
+        config.trainer,
+        config.exp_manager,
+        config.algorithm,
+        policy=policy,
+        engine=parts.engine,
+        objective=objective,
+        collector=build_collector(config, parts, objective, prompts, order, journal.log, rounds),
+        validation=Validation(build_evaluator(config, parts), evaluation_sets, journal, config.model.path),
+        agreement=Agreement(config.verify, config.generation, policy, prompts.tokenizer, journal.log),
+        throughput=Throughput(read_shape(config.model.path), dist.get_world_size(), peak_flops(policy.device_name)),
+        warnings=ResponseWarnings(config.reward.require_think),
+        journal=journal,
+        reference=reference,
+    )
 
 
 def _journal(run: RunDirectory, config: RunConfig, objective: Objective) -> Journal:
@@ -123,13 +154,10 @@ def _export(policy: Policy, run: RunDirectory, step: int) -> None:
     A collective.
     """
     record: ModelRecord = {"step": step}
-    written = [
-        is_first_rank()
-        and read_record(run.export) == record
-        and _is_younger(run.export, checkpoint.latest(run.checkpoints))
-    ]
-    dist.broadcast_object_list(written, src=0)
-    if not written[0]:
+    written = first(
+        lambda: read_record(run.export) == record and _is_younger(run.export, checkpoint.latest(run.checkpoints))
+    )
+    if not written:
         policy.export(run.export, as_files(record))
     elif is_first_rank():
         os.utime(run.export)  # slurm/lib.sh reads from the directory's time that this life of the job reached the end

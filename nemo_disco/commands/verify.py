@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 
+from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.gradient_check import check_places, verify_mini_batch
 from nemo_disco.commands.components import (
+    build_collector,
     build_components,
     build_run_objective,
-    is_first_rank,
     process_groups,
     read_prompts,
 )
 from nemo_disco.config.schema import RunConfig
+from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.tokenizer import load_tokenizer
+from nemo_disco.runtime.collectives import is_first_rank
 
 
 def main(config: RunConfig) -> int:
@@ -24,9 +29,20 @@ def main(config: RunConfig) -> int:
     with process_groups(config):
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         prompts = read_prompts("train", config.data.train_files, config, tokenizer)
+        per_step = config.algorithm.mini_batch_questions
+        order = QuestionOrder(len(prompts), per_step, config.seed, config.data.shuffle)
         with build_components(config, tokenizer, dtype=dtype) as parts:
             parts.engine.update_weights(parts.policy.named_weights, 0)
-            report = verify_mini_batch(config, parts.policy, parts.engine, parts.grader, objective, prompts)
+            agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer, print, "verify.dtype")
+            with closing(build_collector(config, parts, objective, prompts, order, print)) as collector:
+                report = verify_mini_batch(
+                    config.verify,
+                    parts.policy,
+                    objective,
+                    agreement,
+                    sample=lambda: collector.collect(0).rollouts,
+                    seed=config.seed,
+                )
             if is_first_rank():
                 print(report)
     return 0

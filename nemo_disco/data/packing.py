@@ -58,8 +58,8 @@ def causal_attention_span(parameters: int, layers: int, attention_width: int) ->
     """The sequence length, in tokens, at which causal attention costs as much as the matrix products.
 
     The forward pass of n tokens takes 2 n parameters FLOPs in the matrix products (with the output layer, without the
-    embedding) and 4 width n (n / 2) FLOPs per layer in causal attention: the cost is proportional to n + n^2 / span,
-    span = parameters / (layers * width): 12 hidden sizes for GPT. attention_width: heads times head dimension.
+    embedding) and 4 width n (n / 2) FLOPs a layer in causal attention: the cost is proportional to n + n^2 / span with
+    span = parameters / (layers * width), 12 hidden sizes for GPT. attention_width: heads times head dimension.
     """
     return parameters / (layers * attention_width)
 

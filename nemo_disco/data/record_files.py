@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,13 +83,13 @@ def _json(path: Path) -> Iterator[Record]:
         content = file.read()
     if not content.strip():
         return
-    hint = "; if each line holds a record, name it .jsonl" if b"\n{" in content else ""
+    hint = "; if it holds one record a line, name it .jsonl" if b"\n{" in content else ""
     data = _decode(path, content, hint=hint)
     if isinstance(data, dict) and any(isinstance(column, list) for column in data.values()) and "data" not in data:
         data = [data]  # a table, column by column
     if not isinstance(data, list):
         raise UserError(f"{path}: the top level is {_kind(data)}, not a list of records{hint}")
-    yield from (_record(path, f"record {number}", value) for number, value in enumerate(data, 1))
+    yield from _numbered(path, data)
 
 
 def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
@@ -214,10 +214,18 @@ def _leaf_types(kind: pa.DataType) -> Iterator[pa.DataType]:
         yield from _leaf_types(kind.field(child).type)
 
 
+def _numbered(path: Path, values: Iterable[Any]) -> Iterator[Record]:
+    for number, value in enumerate(values, 1):
+        try:
+            yield _record(path, f"record {number}", value)
+        except UserError as error:
+            yield Record(f"record {number}", {}, error)
+
+
 def _record(path: Path, place: str, value: Any) -> Record:
-    if isinstance(value, dict):
-        return Record(place, value)
-    return Record(place, {}, UserError(f"{path}, {place}: {_kind(value)}, not an object with fields"))
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, {place}: {_kind(value)}, not an object with fields")
+    return Record(place, value)
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rollouts: what one step sampled, as one frozen, ragged, packed value (never padded).
+"""Rollouts: the responses of one step, as one frozen, ragged, packed value (never padded).
 
 Every rank holds the whole step's Rollouts and computes the same packing plan from it, so nothing is ever scattered
 (1024 responses of 9k tokens are 74 MB). Pure data: touches neither the policy nor an engine.
@@ -6,12 +6,15 @@ Every rank holds the whole step's Rollouts and computes the same packing plan fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,8 +25,9 @@ from nemo_disco.runtime.saved_files import check_file
 
 PER_RESPONSE = (
     *("prompt_lengths", "response_lengths", "question_ids", "rewards"),
-    *("correct", "truncated", "preferences", "shortest_correct", "weight_versions"),
+    *("correct", "truncated", "weight_versions"),
 )
+_COLUMN = "column/"  # before a column's name, in a file
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,15 @@ class Rollouts:
 
     tokens [S] int64: prompt then response, one response after another (a prompt is repeated for each response).
     prompt_lengths, response_lengths [N] int64: in tokens; a response length counts EOS if it was sampled, and may be 0.
-    question_ids [N] int64: which responses answer the same question.
+    question_ids [N] int64: equal for responses to the same question.
     generation_log_probs [T] float32: the engine's own, on logits over the temperature; for comparison only.
     rewards [N] float64; correct [N] bool: the grader's verdict before any shaping.
     truncated [N] bool: the response was cut by the length limit (finish reason "length").
-    preferences [N] float64: what DRPO weighs right answers by, where that is a reward term.
-    shortest_correct [N] int64: tokens of the shortest right answer to the question in earlier steps, 0 if unknown.
     weight_versions [N] int64: the policy version that sampled the response.
+    max_response_length: the length limit under which they were sampled, in tokens.
+    columns: further signals by name, [N] each, which an objective declares and reads (Objective.needs).
+
+    Raises ValueError for lengths that do not fit.
     """
 
     tokens: Tensor
@@ -49,15 +55,15 @@ class Rollouts:
     rewards: Tensor
     correct: Tensor
     truncated: Tensor
-    preferences: Tensor
-    shortest_correct: Tensor
     weight_versions: Tensor
+    max_response_length: int
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.prompt_lengths)
-        for name in PER_RESPONSE:
-            if len(getattr(self, name)) != n:
-                raise ValueError(f"rollouts: {name} has {len(getattr(self, name))} entries for {n} responses")
+        for name, values in ({name: getattr(self, name) for name in PER_RESPONSE} | dict(self.columns)).items():
+            if len(values) != n:
+                raise ValueError(f"rollouts: {name} has {len(values)} entries for {n} responses")
         total = int((self.prompt_lengths + self.response_lengths).sum())
         if len(self.tokens) != total:
             raise ValueError(f"rollouts: {len(self.tokens)} tokens, but the lengths add up to {total}")
@@ -100,46 +106,52 @@ class Rollouts:
     def select(self, responses: Sequence[int] | Tensor) -> Rollouts:
         """The rollouts of some responses only, in the order given."""
         index = torch.as_tensor(responses, dtype=torch.int64)
-        per_token = {"tokens": self.token_offsets, "generation_log_probs": self.response_offsets}
-        picked = {
-            f.name: getattr(self, f.name)[_ranges(per_token[f.name], index) if f.name in per_token else index]
-            for f in fields(self)
-        }
-        return replace(self, **picked)
+        return replace(
+            self,
+            tokens=self.tokens[_ranges(self.token_offsets, index)],
+            generation_log_probs=self.generation_log_probs[_ranges(self.response_offsets, index)],
+            columns={name: values[index] for name, values in self.columns.items()},
+            **{name: getattr(self, name)[index] for name in PER_RESPONSE},
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """The responses of all parts, in order."""
-        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        """The responses of all parts, in order; the parts have the same limit and columns."""
+        names = [f.name for f in fields(cls) if f.name not in ("max_response_length", "columns")]
+        return cls(
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+            max_response_length=parts[0].max_response_length,
+            columns={name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
+        )
 
     @classmethod
-    def from_lists(
+    def pack(
         cls,
         prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        log_probs: Sequence[Sequence[float]],
+        responses: Sequence[Sequence[int] | NDArray[np.int64]],
+        log_probs: Sequence[Sequence[float] | NDArray[np.float32]],
         question_ids: Sequence[int],
         truncated: Sequence[bool],
         weight_versions: Sequence[int] | None = None,
+        max_response_length: int | None = None,
     ) -> Rollouts:
-        """Pack what an engine returned; rewards are 0 until the grader has spoken (`with_rewards`).
+        """Rollouts of N prompts and responses as token ids; rewards are 0 until `with_rewards`.
 
-        weight_versions: 0 where there is one policy alone.
+        weight_versions: None for 0. max_response_length: None for the longest response's.
         """
-        flat = [t for p, r in zip(prompts, responses, strict=True) for t in (*p, *r)]
-        n = len(prompts)
+        n, lengths = len(prompts), [len(response) for response in responses]
+        parts = [part for pair in zip(prompts, responses, strict=True) for part in pair]
         return cls(
-            tokens=torch.tensor(flat, dtype=torch.int64),
-            prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.int64),
-            response_lengths=torch.tensor([len(r) for r in responses], dtype=torch.int64),
+            tokens=_joined(parts, torch.int64),
+            prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
+            response_lengths=torch.tensor(lengths, dtype=torch.int64),
             question_ids=torch.tensor(question_ids, dtype=torch.int64),
-            generation_log_probs=torch.tensor([x for lp in log_probs for x in lp], dtype=torch.float32),
+            generation_log_probs=_joined(log_probs, torch.float32),
             rewards=torch.zeros(n, dtype=torch.float64),
             correct=torch.zeros(n, dtype=torch.bool),
             truncated=torch.tensor(truncated, dtype=torch.bool),
-            preferences=torch.zeros(n, dtype=torch.float64),
-            shortest_correct=torch.zeros(n, dtype=torch.int64),
             weight_versions=torch.tensor(weight_versions or [0] * n, dtype=torch.int64),
+            max_response_length=max_response_length or max([1, *lengths]),
         )
 
     def with_rewards(self, rewards: Sequence[float], threshold: float = 0.5) -> Rollouts:
@@ -157,37 +169,53 @@ class Rollouts:
             )
         return replace(self, rewards=values, correct=values > threshold)
 
+    def with_columns(self, columns: Mapping[str, Tensor]) -> Rollouts:
+        """The same rollouts with further columns, [N] each."""
+        return replace(self, columns={**self.columns, **columns})
+
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all. Raises UserError if it cannot be written."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         tensors["correct"], tensors["truncated"] = self.correct.to(torch.uint8), self.truncated.to(torch.uint8)
+        tensors["max_response_length"] = torch.tensor([self.max_response_length])
+        tensors |= {_COLUMN + name: values for name, values in self.columns.items()}
         with atomic_file(Path(path)) as work:
             save_tensors(tensors, work)
 
     @classmethod
     def load(cls, path: str | Path, vocabulary: int | None = None) -> Rollouts:
-        """Read what `save` wrote. Raises UserError if the file is not that, or holds what no rollouts can be: tokens
-        outside the `vocabulary` (ids that the model may say), negative lengths, numbers that are not finite."""
+        """Read a file that `save` wrote.
+
+        Raises UserError if it is another file, or has impossible values: tokens outside the `vocabulary` (the ids that
+        the model may sample), negative lengths, numbers that are not finite.
+        """
         check_file(path, links=True)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             tensors["correct"], tensors["truncated"] = tensors["correct"].bool(), tensors["truncated"].bool()
             _refuse_impossible(tensors, vocabulary)
-            return cls(**tensors)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            columns = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_COLUMN)}
+            return cls(
+                max_response_length=int(tensors.pop("max_response_length")),
+                columns={name.removeprefix(_COLUMN): values for name, values in columns.items()},
+                **tensors,
+            )
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: not a rollouts file ({error}); remove it to sample anew") from None
 
 
 def _refuse_impossible(tensors: dict[str, Tensor], vocabulary: int | None) -> None:
     """Raises ValueError naming the tensor and its first bad entry."""
-    kinds = {"generation_log_probs": torch.float32, "rewards": torch.float64, "preferences": torch.float64}
-    kinds |= {"correct": torch.bool, "truncated": torch.bool}
-    least = {"prompt_lengths": 1} | dict.fromkeys(("tokens", "response_lengths", "shortest_correct"), 0)
+    dtypes = {"generation_log_probs": torch.float32, "rewards": torch.float64}
+    dtypes |= {"correct": torch.bool, "truncated": torch.bool}
+    least = dict.fromkeys(("prompt_lengths", "max_response_length"), 1) | dict.fromkeys(
+        ("tokens", "response_lengths"), 0
+    )
     for name, tensor in tensors.items():
-        kind = kinds.get(name, torch.int64)
-        if tensor.dtype != kind or tensor.dim() != 1:
-            raise ValueError(f"{name} is {tensor.dtype} of {tensor.dim()} dimensions, not {kind} of one")
+        dtype = tensor.dtype if name.startswith(_COLUMN) else dtypes.get(name, torch.int64)
+        if tensor.dtype != dtype or tensor.dim() != 1:
+            raise ValueError(f"{name} is {tensor.dtype} of {tensor.dim()} dimensions, not {dtype} of one")
         bad = ~tensor.isfinite()
         if name in least:
             bad |= tensor < least[name]
@@ -198,6 +226,11 @@ def _refuse_impossible(tensors: dict[str, Tensor], vocabulary: int | None) -> No
             raise ValueError(f"{name}[{at}] is {tensor[at].item():g}")
     if not len(tensors["generation_log_probs"]):
         raise ValueError("no response in it has a token")
+
+
+def _joined(parts: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    arrays = [np.asarray(part) for part in parts if len(part)]
+    return torch.as_tensor(np.concatenate(arrays) if arrays else [], dtype=dtype)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -117,10 +117,10 @@ def describe(survey: Survey) -> str:
         low, middle, high, most = np.percentile(survey.lengths, [0, 50, 95, 100])
         lines.append(f"prompt tokens: min {low:.0f}, median {middle:.0f}, 95% up to {high:.0f}, max {most:.0f}")
     duplicates = [f"{questions[i].source} = {questions[j].source}" for i, j in survey.duplicates.items()]
-    lines.append(_finding("same as an earlier question", total, duplicates))
+    lines.append(_finding("asked before", total, duplicates))
     if survey.conflicting:
         conflicts = [questions[i].source for i in survey.conflicting]
-        lines.append(_finding("same as an earlier question, but with another answer", total, conflicts))
+        lines.append(_finding("asked before with another answer", total, conflicts))
     contaminated = [f"{questions[i].source} = {other.source}" for i, other in survey.contaminated.items()]
     lines.append(_finding("also in an evaluation file", total, contaminated))
     unparsable = [
@@ -162,7 +162,7 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
     if path.suffix not in OUTPUT_SUFFIXES:
         raise UserError(f"--out {path}: no such format; name it {', '.join(OUTPUT_SUFFIXES)}")
     if not questions:
-        raise UserError(f"--out {path}: the filters left no question; lift a filter")
+        raise UserError(f"--out {path}: the filters left no question; remove one")
     records = [_record(q) for q in questions]
     if path.suffix == ".parquet":
         _write_parquet(path, records)

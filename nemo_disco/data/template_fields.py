@@ -63,7 +63,7 @@ def _tools(source: str, value: Any) -> list[dict[str, Any]]:
     schemas = [_parse_json(source, TOOLS, tool) for tool in items] if isinstance(items, list) else []
     tools = [schema for schema in schemas if isinstance(schema, dict)]
     if len(tools) != len(schemas) or not tools:
-        raise UserError(f"{source}: `{TOOLS}` is {value!r:.80}; give a list of JSON schemas, one for each tool")
+        raise UserError(f"{source}: `{TOOLS}` is {value!r:.80}; give a list of JSON schemas, one a tool")
     return tools
 
 

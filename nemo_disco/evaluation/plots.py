@@ -17,7 +17,7 @@ PLOTS = {
     "response/length_mean": "response length (tokens)",
     "groups/mixed": "share of mixed groups",
     "grad_norm": "gradient norm",
-    "time/step": "seconds per step",
+    "time/step": "seconds a step",
 }
 
 

@@ -76,7 +76,7 @@ def _read_run(path: Path, label: str) -> Run:
     run.evaluations = _read_evaluations(run)
     run.rollouts = list(_read_rollouts(run))
     if not run.rollouts:
-        run.notes.append("No saved rollouts: exp_manager.saved_rollouts sets how many of each step are kept.")
+        run.notes.append("No saved rollouts: exp_manager.saved_rollouts says how many a step are kept.")
     return run
 
 

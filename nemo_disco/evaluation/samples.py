@@ -56,13 +56,13 @@ class SampleFile:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], batch_sizes: Sequence[int]) -> None:
         """identity: all that decides the samples, of JSON types. Samples of an evaluation with another identity are
-        moved below REPLACED (a warning says so); bytes after the last complete batch are cut off. Raises UserError."""
+        moved below REPLACED, and bytes after the last complete batch are cut off; both are logged. Raises UserError."""
         self._path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps(identity, sort_keys=True).encode() + b"\n"
         if os.path.lexists(path):
-            self._move_if_other(head)
+            self._move_if_replaced(head)
         self.batches, end = self._read(head, batch_sizes) if os.path.lexists(path) else ([], 0)
         self._file = AppendedFile(path)
         self._file.cut(end)
@@ -78,7 +78,7 @@ class SampleFile:
     def close(self) -> None:
         self._file.close()
 
-    def _move_if_other(self, head: bytes) -> None:
+    def _move_if_replaced(self, head: bytes) -> None:
         """Move the files below REPLACED if their identity is another one: their samples were expensive to make."""
         with open_file(self._path) as file, reading(self._path):
             old_head, first_sample = file.readline(LINE), file.readline(LINE)
@@ -109,14 +109,14 @@ class SampleFile:
                 try:
                     batches.append([parse_json(self._path, line, EvaluationSample) for line in lines])
                 except FileError as fault:
-                    log.warning("%s: a sample is %s; its and later batches are sampled again", self._path, fault.what)
+                    log.warning("%s: a sample is %s; its batch and later ones are sampled anew", self._path, fault.what)
                     break
                 end += sum(map(len, lines))
         return batches, end
 
 
 class SampleStream:
-    """Samples of one evaluation on all ranks: rank 0's SampleFile of complete batches, and a file per rank with
+    """Samples of one evaluation on all ranks: rank 0's SampleFile of complete batches, and beside it a file a rank with
     its samples of the unfinished batch. `batches`: the complete ones, the same on every rank. A context manager."""
 
     def __init__(

@@ -46,7 +46,7 @@ def pass_at_k(correct: ArrayLike, k: int) -> Vector:
     matrix = _matrix(correct)
     n = matrix.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} of {n} samples per problem: k must be between 1 and {n}")
+        raise ValueError(f"pass@{k} of {n} samples a problem: k must be between 1 and {n}")
     counts, inverse = np.unique(matrix.sum(axis=1).astype(np.int64), return_inverse=True)
     # Exact integers: the binomials overflow floats already at usual values of n.
     chances: Vector = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c in counts.tolist()])[inverse]

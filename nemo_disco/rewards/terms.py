@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nemo_disco.rewards.extract import NoAnswerError, extract_answer
@@ -74,30 +75,30 @@ class Rewards:
     A user's functions run in their own processes, which end with `close`.
     """
 
-    def __init__(self, config: RewardConfig, preference: str | None = None) -> None:
-        """preference: a term's name or module:function. Raises UserError for an unknown term or function."""
+    def __init__(self, config: RewardConfig, columns: Mapping[str, str] = MappingProxyType({})) -> None:
+        """columns: terms to compute beside the reward: key of algorithm.* that names the term -> a name of reward.terms
+        or module:function. Raises UserError for an unknown term or function."""
         self._config = config
         self._terms = [(w, self._build_term(name)) for name, w in config.terms.model_dump().items() if w]
         self._function = None if config.function is None else self._load_function("reward.function", config.function)
-        self._preference: Term | UserPool | None = None if preference is None else self._load_preference(preference)
+        self.columns = {column: self._load_column(column, name) for column, name in columns.items()}
 
-    def judge(self, responses: Sequence[GradedResponse]) -> list[tuple[float, float]]:
-        """The (reward, preference) of each response; preference 0 without a preference term.
+    def judge(self, responses: Sequence[GradedResponse]) -> list[tuple[float, ...]]:
+        """The reward of each response, then its value of each column.
 
         A user's function that takes longer than reward.timeout gives 0, with a warning. Raises UserError, with file and
         line, for a function that raises or returns no finite number.
         """
-        function_values = _submit(self._function, responses)
-        preferences = _submit(self._preference, responses)
+        calls = [_submit(term, responses) for term in (self._function, *self.columns.values())]
         sums = [math.fsum(weight * term(response) for weight, term in self._terms) for response in responses]
         return [
-            (weighted_sum + function_value(), preference())
-            for weighted_sum, function_value, preference in zip(sums, function_values, preferences, strict=True)
+            (weighted_sum + function_value(), *(value() for value in column_values))
+            for weighted_sum, function_value, *column_values in zip(sums, *calls, strict=True)
         ]
 
     def close(self) -> None:
         """End the processes of a user's functions; calls that have not begun are cancelled."""
-        for term in (self._function, self._preference):
+        for term in (self._function, *self.columns.values()):
             if isinstance(term, UserPool):
                 term.close()
 
@@ -110,13 +111,13 @@ class Rewards:
         }
         return terms[name]
 
-    def _load_preference(self, name: str) -> Term | UserPool:
+    def _load_column(self, column: str, name: str) -> Term | UserPool:
         if ":" in name:
-            return self._load_function("algorithm.preference", name)
+            return self._load_function(f"algorithm.{column}", name)
         known = list(type(self._config.terms).model_fields)
         if name not in known:
             raise UserError(
-                f"algorithm.preference: there is no reward term {name!r}; known: {', '.join(known)}, or "
+                f"algorithm.{column}: there is no reward term {name!r}; known: {', '.join(known)}, or "
                 "module:function of your own"
             )
         return self._build_term(name)

@@ -1,238 +1,248 @@
-"""One step's rollouts: asked, sampled, rewarded and, under dynamic sampling, asked again until the groups are mixed.
+"""The rollouts of a step: requested, sampled, rewarded and, under dynamic sampling, requested again until the groups
+are mixed. Requested a step ahead where the engine samples while the policy trains.
 
-Asked for a step ahead, where the engine samples while the policy trains. Touches the engine, the grader and the sampler
-through their contracts; no policy. The same on every rank.
+Touches the engine, the grader and the question order through their contracts; no policy. The same on every rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
+from torch import Tensor
 
-from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.schema import GenerationConfig
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Engine, EngineApart, Outstanding, Response, SamplingParams
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.registry import Grader
-from nemo_disco.rollout.grading import EarlyGrades, grade
-from nemo_disco.rollout.history import ShortestCorrect
+from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.requests import packed
-from nemo_disco.rollout.rewarding import reward
-from nemo_disco.runtime.clock import Clock
+from nemo_disco.rollout.requests import ResponseTexts, pack_responses
+from nemo_disco.rollout.rewarding import reward_rollouts
 from nemo_disco.runtime.signals import StoppedError
+from nemo_disco.runtime.timing import span
+
+
+class Signal(Protocol):
+    """A further column of the rollouts, which an objective declares (algorithms/objectives/signals.py)."""
+
+    name: ClassVar[str]
+
+    def annotate(self, responses: Rollouts, /) -> Tensor: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Rewarded rollouts with their questions and texts, one of each a response. counts: dynamic sampling's metrics."""
+    """Rewarded rollouts with the prompt and the text of each response. counts: dynamic sampling's metrics."""
 
     rollouts: Rollouts
-    picked: PromptSet
-    texts: list[str]
+    prompts: PromptSet
+    texts: ResponseTexts
     counts: Mapping[str, float] = field(default_factory=dict)
 
-    def groups(self) -> dict[int, bool]:
-        """Which questions have right and wrong responses, in the order asked."""
+    def mixed_groups(self) -> dict[int, bool]:
+        """True for each question id with right and wrong responses, in the order of the prompts."""
         verdicts: dict[int, set[bool]] = {}
-        for question, right in zip(self.rollouts.question_ids.tolist(), self.rollouts.correct.tolist(), strict=True):
-            verdicts.setdefault(question, set()).add(right)
-        return {question: len(found) == 2 for question, found in verdicts.items()}
+        for question, correct in zip(self.rollouts.question_ids.tolist(), self.rollouts.correct.tolist(), strict=True):
+            verdicts.setdefault(question, set()).add(correct)
+        return {question: len(values) == 2 for question, values in verdicts.items()}
 
-    def select(self, questions: set[int]) -> RolloutBatch:
+    def select(self, question_ids: set[int]) -> RolloutBatch:
         """The responses to some of the questions."""
-        rows = [i for i, question in enumerate(self.rollouts.question_ids.tolist()) if question in questions]
-        return RolloutBatch(self.rollouts.select(rows), self.picked.select(rows), [self.texts[i] for i in rows])
+        rows = [i for i, question in enumerate(self.rollouts.question_ids.tolist()) if question in question_ids]
+        return RolloutBatch(self.rollouts.select(rows), self.prompts.select(rows), self.texts.select(rows))
 
     @staticmethod
     def join(parts: Sequence[RolloutBatch]) -> RolloutBatch:
-        first = parts[0].picked
-        picked = PromptSet(
-            first.name,
-            [q for part in parts for q in part.picked.questions],
-            [p for part in parts for p in part.picked.prompts],
-            first.tokenizer,
+        return RolloutBatch(
+            Rollouts.concatenate([part.rollouts for part in parts]),
+            PromptSet.join([part.prompts for part in parts]),
+            ResponseTexts.join([part.texts for part in parts]),
         )
-        rollouts = Rollouts.concatenate([part.rollouts for part in parts])
-        return RolloutBatch(rollouts, picked, [text for part in parts for text in part.texts])
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What the engine is asked for at once, and what grades it as it comes."""
+    """One request to the engine, and the grading of its responses."""
 
-    picked: PromptSet
+    prompts: PromptSet
     seeds: list[int]
     sampling: SamplingParams
-    early: EarlyGrades
+    grading: EarlyGrading
 
 
 @dataclass(frozen=True)
 class _Ahead:
-    """The next step's questions, asked before its turn; `sampled` once received. state: the collector's before that."""
+    """The next step's request, made before its turn; `batch` once received. state: the collector's before it."""
 
     indices: list[int]
     state: dict[str, Any]
     request: _Request
     outstanding: Outstanding
-    sampled: RolloutBatch | None = None
+    batch: RolloutBatch | None = None
 
 
 class Collector:
-    """Collects each step's rollouts; what it must remember between steps is in its state."""
+    """Collects each step's rollouts. Its memory (the order of the questions, signals) is its state."""
 
     def __init__(
         self,
-        config: RunConfig,
+        generation: GenerationConfig,
         *,
         engine: Engine,
         grader: Grader,
+        rewards: Rewards,
         prompts: PromptSet,
         order: QuestionOrder,
-        say: Callable[[str], None],
-        remembers: bool = False,
+        seed: int,
+        threshold: float,
+        log: Callable[[str], None],
+        signals: Sequence[Signal] = (),
+        dynamic_sampling_rounds: int = 0,
+        restart_if_changed: bool = False,
     ) -> None:
-        """say: where a line for the person goes. remembers: keep the shortest right answer to each question."""
-        self.config, self.engine, self.grader = config, engine, grader
-        self.prompts, self.order, self.say = prompts, order, say
-        self.rewards = Rewards(config.reward, config.algorithm.preference)
-        self.history = ShortestCorrect() if remembers else None
+        """log: takes lines for the person. dynamic_sampling_rounds: at most so many further requests a step.
+        restart_if_changed: begin the questions anew where a checkpoint's were others (data.if_changed=restart)."""
+        self.generation, self.engine, self.grader, self.rewards = generation, engine, grader, rewards
+        self.prompts, self.order, self.signals, self.log = prompts, order, signals, log
+        self.seed, self.threshold = seed, threshold
+        self.rounds, self.restart_if_changed = dynamic_sampling_rounds, restart_if_changed
         self._ahead: _Ahead | None = None
 
-    def ask(self, step: int) -> None:
+    def request_ahead(self, step: int) -> None:
         """Let an engine in processes of its own begin with the rollouts of the step after `step` steps, from the
-        weights that it has. `receive` must follow before anything else is asked of it, then `collect` for that step.
+        weights that it has. `receive` must follow before the engine gets another request, then `collect` for that step.
 
-        Until then the state stays what it was: a run that is resumed in between asks the same questions again.
+        Until then the state stays as it was: a run that is resumed in between requests the same questions again.
         """
         state, indices = self.state_dict(), self.order.next()
         request = self._request(indices, step, 0)
         engine = cast(EngineApart, self.engine)
-        outstanding = engine.ask(request.picked.prompts, request.seeds, request.sampling, request.early.finished)
+        outstanding = engine.ask(request.prompts.prompts, request.seeds, request.sampling, request.grading.finished)
         self._ahead = _Ahead(indices, state, request, outstanding)
 
-    def receive(self, version: int, clock: Clock) -> None:
-        """Wait for what was asked ahead, if anything was. version: of the weights that the policy has now. Where a
-        user's function takes too long after a request to stop, it is as if nothing had been asked."""
+    def receive(self, version: int) -> None:
+        """Wait for the responses to `request_ahead`, if it was called, and reward them. version: the policy's now.
+        Where a user's function takes too long after a request to stop, the request is undone."""
         if self._ahead is None:
             return
-        with clock("generate"):
+        with span("generate"):
             responses = self._ahead.outstanding(version)
-        before = self._ahead.state
+        state = self._ahead.state
         try:
-            self._ahead = replace(self._ahead, sampled=self._rewarded(self._ahead.request, responses, clock))
+            self._ahead = replace(self._ahead, batch=self._reward(self._ahead.request, responses))
         except StoppedError:
             self._ahead = None
-            self.load_state_dict(before)
+            self.load_state_dict(state)
 
-    def collect(self, step: int, clock: Clock) -> RolloutBatch:
+    def collect(self, step: int) -> RolloutBatch:
         """The rollouts of the step after `step` steps: G responses to each of data.questions_per_step questions.
 
-        Raises StoppedError where a user's function takes too long after a request to stop; then the state is what it
-        was before.
+        Raises StoppedError where a user's function takes too long after a request to stop; then the state is as before.
         """
-        before = self.state_dict()
+        state = self.state_dict()
         try:
-            return self._collect(step, clock)
+            return self._collect(step)
         except StoppedError:
-            self.load_state_dict(before)
+            self.load_state_dict(state)
             raise
 
-    def _collect(self, step: int, clock: Clock) -> RolloutBatch:
+    def _collect(self, step: int) -> RolloutBatch:
         ahead, self._ahead = self._ahead, None
         if ahead is None:
-            asked = self.order.next()
-            parts = [self._sample(asked, step, 0, clock)]
+            indices = self.order.next()
+            batches = [self._sample(indices, step, 0)]
         else:
-            assert ahead.sampled is not None, "the rollouts that were asked ahead have not been received"
-            with clock("generate"), clock("grade"):  # which every step has
-                asked, parts = ahead.indices, [ahead.sampled]
-        wanted, rounds = len(asked), self.config.algorithm.dynamic_sampling_rounds
-        for again in range(1, rounds + 1):
-            if sum(mixed for part in parts for mixed in part.groups().values()) >= wanted:
+            assert ahead.batch is not None, "receive must be called between request_ahead and collect"
+            with span("generate"), span("grade"):  # every step has both
+                indices, batches = ahead.indices, [ahead.batch]
+        wanted = len(indices)
+        for again in range(1, self.rounds + 1):
+            if sum(mixed for batch in batches for mixed in batch.mixed_groups().values()) >= wanted:
                 break
-            # The sampler hands out no question twice in a step of its own, but may in the next one.
-            more = [i for i in self.order.next() if i not in asked]
+            # The order gives no question twice in a step of its own, but may give one again in the next.
+            more = [i for i in self.order.next() if i not in indices]
             if more:
-                asked = asked + more
-                parts.append(self._sample(more, step, again, clock))
-        if not rounds:
-            return parts[0]
-        kept, said = keep_mixed(RolloutBatch.join(parts), wanted)
-        if said:
-            self.say(f"step {step + 1}: dynamic sampling: {said}")
-        return kept
+                indices = indices + more
+                batches.append(self._sample(more, step, again))
+        if not self.rounds:
+            return batches[0]
+        batch, note = keep_mixed(RolloutBatch.join(batches), wanted)
+        if note:
+            self.log(f"step {step + 1}: dynamic sampling: {note}")
+        return batch
 
     def _request(self, indices: Sequence[int], step: int, again: int) -> _Request:
-        generation = self.config.generation
-        limit = generation.response_limit(step)
-        sampling = SamplingParams(generation.temperature, limit, generation.top_p, generation.top_k)
-        picked = self.prompts.select(indices, generation.responses_per_question)
-        seeds = np.random.SeedSequence((self.config.seed, step), spawn_key=(again,) if again else ())
-        draws = [int(s) for s in seeds.generate_state(len(picked), np.uint64) >> 1]
-        return _Request(picked, draws, sampling, EarlyGrades(self.grader, picked))
+        g = self.generation
+        prompts = self.prompts.select(indices, copies=g.responses_per_question)
+        sequence = np.random.SeedSequence((self.seed, step), spawn_key=(again,) if again else ())
+        seeds = [int(s) for s in sequence.generate_state(len(prompts), np.uint64) >> 1]
+        sampling = SamplingParams(g.temperature, g.response_limit(step), g.top_p, g.top_k)
+        return _Request(prompts, seeds, sampling, EarlyGrading(self.grader, prompts))
 
-    def _sample(self, indices: Sequence[int], step: int, again: int, clock: Clock) -> RolloutBatch:
+    def _sample(self, indices: Sequence[int], step: int, again: int) -> RolloutBatch:
         request = self._request(indices, step, again)
-        with clock("generate"):
+        with span("generate"):
             responses = self.engine.generate(
-                request.picked.prompts, request.seeds, request.sampling, request.early.finished
+                request.prompts.prompts, request.seeds, request.sampling, request.grading.finished
             )
-        return self._rewarded(request, responses, clock)
+        return self._reward(request, responses)
 
-    def _rewarded(self, request: _Request, responses: Sequence[Response], clock: Clock) -> RolloutBatch:
-        picked = request.picked
-        with clock("generate"):
-            rollouts, texts = packed(picked, responses)
-        with clock("grade"):
-            verdicts = request.early.collect(texts, partial(grade, self.grader))
-            rollouts = reward(
+    def _reward(self, request: _Request, responses: Sequence[Response]) -> RolloutBatch:
+        texts = request.grading.texts
+        rollouts = pack_responses(request.prompts, responses, request.sampling.max_response_length)
+        with span("grade"):
+            rollouts = reward_rollouts(
                 rollouts,
                 texts,
-                picked,
-                verdicts=verdicts,
+                request.prompts,
+                grades=request.grading.collect(responses),
                 rewards=self.rewards,
-                threshold=self.config.algorithm.threshold,
-                max_response_length=request.sampling.max_response_length,
+                threshold=self.threshold,
             )
-        return RolloutBatch(self.history.told(rollouts) if self.history else rollouts, picked, texts)
+        rollouts = rollouts.with_columns({signal.name: signal.annotate(rollouts) for signal in self.signals})
+        return RolloutBatch(rollouts, request.prompts, texts)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         if self._ahead is not None:
             return self._ahead.state
-        history = {} if self.history is None else {"shortest_correct": self.history.state_dict()}
-        return {"sampler": self.order.state_dict(), **history}
+        return {"sampler": self.order.state_dict()} | {s.name: s.state_dict() for s in self.signals if s.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError if the questions are others than those of the state, unless data.if_changed says restart:
-        then they begin anew, and nothing is remembered of the old ones."""
-        changed = self.order.changes(state["sampler"])
-        if changed and self.config.data.if_changed == "restart":
-            self.say(f"data.if_changed=restart: the new questions begin, where there were {'; '.join(changed)}")
+        """Raises UserError if the questions are others than those of the state, unless restart_if_changed: then they
+        begin anew, and the signals forget the old ones."""
+        changes = self.order.changes(state["sampler"])
+        if changes and self.restart_if_changed:
+            self.log(f"data.if_changed=restart: the new questions begin, where there were {'; '.join(changes)}")
             return
         self.order.load_state_dict(state["sampler"])
-        if self.history is not None:
-            self.history.load_state_dict(state.get("shortest_correct", {}))
+        for signal in self.signals:
+            signal.load_state_dict(state.get(signal.name, {}))
+
+    def close(self) -> None:
+        """End the processes of the user's reward functions."""
+        self.rewards.close()
 
 
-def keep_mixed(sampled: RolloutBatch, wanted: int) -> tuple[RolloutBatch, str]:
+def keep_mixed(batch: RolloutBatch, wanted: int) -> tuple[RolloutBatch, str]:
     """The first `wanted` groups that are mixed; where there are fewer, others fill the step, so that its size stays.
 
-    And what to say of those that are dropped or fill, or "" (DAPO's dynamic sampling, arXiv 2503.14476).
+    Also a line about the groups that are dropped or fill, or "" (DAPO's dynamic sampling, arXiv 2503.14476).
     """
-    groups = sampled.groups()
+    groups = batch.mixed_groups()
     order = [q for q, mixed in groups.items() if mixed] + [q for q, mixed in groups.items() if not mixed]
     kept, dropped = order[:wanted], order[wanted:]
     filled = sum(not groups[q] for q in kept)
     surplus = sum(groups[q] for q in dropped)
-    said = [f"{len(dropped) - surplus} of {len(groups)} groups dropped as all right or all wrong"] if dropped else []
-    said += [f"{surplus} mixed ones dropped beyond the {wanted} of the step"] if surplus else []
-    said += [f"only {wanted - filled} are mixed: {filled} others stay"] if filled else []
+    notes = [f"{len(dropped) - surplus} of {len(groups)} groups dropped as all right or all wrong"] if dropped else []
+    notes += [f"{surplus} mixed ones dropped beyond the {wanted} of the step"] if surplus else []
+    notes += [f"only {wanted - filled} are mixed: {filled} others stay"] if filled else []
     counts = {"groups/sampled": len(groups), "groups/dropped": len(dropped)}
-    return replace(sampled.select(set(kept)), counts=counts), "; ".join(said)
+    return replace(batch.select(set(kept)), counts=counts), "; ".join(notes)

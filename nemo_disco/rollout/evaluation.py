@@ -1,6 +1,7 @@
-"""Scoring a policy on one set: k samples and a greedy response a question, in batches, streamed to disk and resumable.
+"""Evaluation of the policy on a set of prompts: k samples and a greedy response to each, in batches, streamed to disk.
 
-Touches an engine and a grader through their contracts. The seeds decide every sample, whatever the batch or the life.
+Touches an engine and a grader through their contracts. The seeds decide every sample, so that an evaluation that was
+killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -8,145 +9,164 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
+from numpy.typing import NDArray
 
-from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.schema import EvaluationConfig, RunConfig
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.evaluation.samples import EvaluationSample, SampleStream
 from nemo_disco.generation.engine import Engine, Response, SamplingParams
 from nemo_disco.models.source import ModelSource
 from nemo_disco.rewards.registry import Grader, verifier_code
 from nemo_disco.rewards.votes import votes
-from nemo_disco.rollout.grading import EarlyGrades, grade
+from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.requests import sample_responses
 from nemo_disco.rollout.response_warnings import ResponseWarnings
+from nemo_disco.runtime.collectives import first, is_first_rank, rank
 from nemo_disco.runtime.signals import StoppedError
 
 log = logging.getLogger(__name__)
 _ENGINE = ("engine", "quantization", "options", "tensor_parallel_size")
 _MODEL = ("fp8", "transformer_engine", "apply_rope_fusion", "bias_activation_fusion", "trust_remote_code")
-BATCH = 2048  # samples that are asked for together
+BATCH = 2048  # samples requested together
+GREEDY = -1  # in place of a sample's number
 
 
-def evaluate_set(
-    engine: Engine,
-    grader: Grader,
-    questions: PromptSet,
-    config: RunConfig,
-    step: int,
-    stream: tuple[Path, Mapping[str, Any]] | None = None,
-    stopped: Callable[[], bool] = lambda: False,
-    warnings: ResponseWarnings | None = None,
-) -> EvaluationResult | None:
-    """k samples and one greedy response to every question of a set, graded. The same seeds at every step. A collective.
+class Evaluator:
+    """Samples and grades responses to the prompts of a set. The same seeds at every step."""
 
-    stream: the file that takes the samples, and what the weights are: where the file holds samples of the same
-    evaluation, these are not sampled again. stopped: asked before each batch, the same on every rank; then the result
-    is None, as where a user's verifier takes too long after a request to stop. warnings: those that rank 0 logs about
-    the responses.
-    """
-    k = config.evaluation.samples
-    size = max(1, BATCH // k)
-    batches = [list(range(i, min(i + size, len(questions)))) for i in range(0, len(questions), size)]
-    whole = identity(questions, config, step) | dict(stream[1] if stream else {})
-    seeds = np.random.SeedSequence((config.seed, 2**32 - 1)).generate_state(len(questions) * k, np.uint64) >> 1
-    sizes = [len(batch) * (k + 1) for batch in batches]
-    with SampleStream(stream[0] if stream else None, whole, sizes, dist.get_rank(), _of_rank_0) as samples:
-        for number in range(len(samples.batches), len(batches)):
-            if stopped():
-                return None
-            try:
-                samples.append(_batch(engine, grader, questions, batches[number], seeds, config, samples))
-            except StoppedError:
-                return None
-        all_samples = samples.samples()
-    if warnings is not None and dist.get_rank() == 0:
-        for warning in warnings.about([s["response"] for s in all_samples], mixed=1.0):  # nothing is to be learned here
-            log.warning("%s", warning)
-    return _result(questions.name, step, all_samples, k, whole)
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        *,
+        engine: Engine,
+        grader: Grader,
+        max_response_length: int,
+        seed: int,
+        threshold: float,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """threshold: a response is correct when its grade is above. settings: `identity_settings`."""
+        self.config, self.engine, self.grader = config, engine, grader
+        self.max_response_length, self.seed, self.threshold = max_response_length, seed, threshold
+        self.settings = settings
 
+    def identity(self, prompts: PromptSet, step: int) -> dict[str, Any]:
+        """All settings and data that decide the samples and their verdicts, except the weights. JSON types."""
+        questions = [[list(map(int, p)) for p in prompts.prompts], [q.answers for q in prompts.questions]]
+        return {
+            "set": prompts.name,
+            "step": step,
+            "seed": self.seed,
+            "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
+            "evaluation": self.config.model_dump(include={"samples", "temperature", "top_p"}),
+            "max_response_length": self.max_response_length,
+            "threshold": self.threshold,
+            **self.settings,
+        }
 
-def _batch(
-    engine: Engine,
-    grader: Grader,
-    questions: PromptSet,
-    batch: list[int],
-    seeds: Any,
-    config: RunConfig,
-    stream: SampleStream,
-) -> list[EvaluationSample]:
-    """The k samples of each question of the batch, then its greedy ones; those that the stream has are not asked for,
-    and what an engine hands over goes to it as it comes."""
-    k, limit = config.evaluation.samples, config.generation.longest_response
-    rows = [(i, j) for i in batch for j in range(k)] + [(i, -1) for i in batch]
-    drawn, greedy = (
-        SamplingParams(config.evaluation.temperature, limit, config.evaluation.top_p),
-        SamplingParams(0.0, limit),
-    )
-    found = dict(stream.unfinished_batch())
-    for sampling in (drawn, greedy):
-        asked = [n for n, (_, j) in enumerate(rows) if (j < 0) == (sampling is greedy) and n not in found]
-        if not asked:
-            continue
-        picked = questions.select([rows[n][0] for n in asked])
-        make = partial(_sample, picked, [rows[n][1] for n in asked], config.algorithm.threshold)
-        early = EarlyGrades(grader, picked, partial(_keep, stream, asked, make))
-        own_seeds = [0 if j < 0 else int(seeds[i * k + j]) for i, j in (rows[n] for n in asked)]
-        rollouts, texts = sample_responses(engine, picked, own_seeds, sampling, early.finished)
-        rewards = early.collect(texts, partial(grade, grader))
-        lengths, truncated = rollouts.response_lengths.tolist(), rollouts.truncated.tolist()
-        for at, row in enumerate(asked):
-            found[row] = make(at, texts[at], rewards[at], lengths[at], truncated[at])
-    return [found[n] for n in range(len(rows))]
+    def evaluate(
+        self,
+        prompts: PromptSet,
+        step: int,
+        stream: tuple[Path, Mapping[str, Any]] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+        warnings: ResponseWarnings | None = None,
+    ) -> EvaluationResult | None:
+        """k samples and one greedy response to every prompt, graded. A collective.
 
+        stream: the file that takes the samples, and the identity of the weights; samples of the same evaluation in the
+        file are not sampled again. stopped: called before each batch, the same on every rank; True makes the
+        result None, as does a user's verifier that takes too long after a request to stop. warnings: rank 0 logs them.
+        """
+        k = self.config.samples
+        size = max(1, BATCH // k)
+        batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+        identity = self.identity(prompts, step) | dict(stream[1] if stream else {})
+        sequence = np.random.SeedSequence((self.seed, 2**32 - 1))
+        seeds = sequence.generate_state(len(prompts) * k, np.uint64) >> 1
+        sizes = [len(batch) * (k + 1) for batch in batches]
+        with SampleStream(stream[0] if stream else None, identity, sizes, rank(), _of_first_rank) as samples:
+            for number in range(len(samples.batches), len(batches)):
+                if stopped():
+                    return None
+                try:
+                    samples.append(self._evaluate_batch(prompts, batches[number], seeds, samples))
+                except StoppedError:
+                    return None
+            all_samples = samples.samples()
+        if warnings is not None and is_first_rank():
+            # mixed=1.0: an evaluation is not there to learn from.
+            for warning in warnings.about([s["response"] for s in all_samples], mixed=1.0):
+                log.warning("%s", warning)
+        return _result(prompts.name, step, all_samples, k, identity)
 
-def _sample(
-    picked: PromptSet, numbers: list[int], threshold: float, at: int, text: str, reward: float, length: int, cut: bool
-) -> EvaluationSample:
-    """numbers: of each question's samples, -1 for the greedy one."""
-    question = picked.questions[at]
-    return {
-        "question_id": question.id,
-        "question": question.messages[-1].content,
-        "answer": list(question.answers),
-        "sample": numbers[at] if numbers[at] >= 0 else "greedy",
-        "response": text,
-        "reward": reward,
-        "correct": reward > threshold,
-        "length": length,
-        "truncated": cut,
-    }
-
-
-def _keep(
-    stream: SampleStream,
-    asked: list[int],
-    make: Callable[..., EvaluationSample],
-    at: int,
-    of: Response,
-    text: str,
-    reward: float,
-) -> None:
-    """Write to the stream a response that the engine finished before the rest."""
-    stream.add(asked[at], make(at, text, reward, len(of.tokens), of.finish_reason == "length"))
+    def _evaluate_batch(
+        self, prompts: PromptSet, batch: range, seeds: NDArray[Any], stream: SampleStream
+    ) -> list[EvaluationSample]:
+        """The k samples of each prompt of the batch, then the greedy ones. Those that the stream has are not requested,
+        and those that an engine finishes early go to the stream at once."""
+        k, limit = self.config.samples, self.max_response_length
+        rows = [(i, j) for i in batch for j in range(k)] + [(i, GREEDY) for i in batch]
+        samples = dict(stream.unfinished_batch())
+        for sampling in (SamplingParams(self.config.temperature, limit, self.config.top_p), SamplingParams(0.0, limit)):
+            greedy = sampling.temperature == 0.0
+            wanted = [n for n, (_, j) in enumerate(rows) if (j == GREEDY) == greedy and n not in samples]
+            if not wanted:
+                continue
+            request = _Request(prompts.select([rows[n][0] for n in wanted]), wanted, rows, self.threshold)
+            grading = EarlyGrading(self.grader, request.prompts, request.writer(stream))
+            row_seeds = [0 if greedy else int(seeds[i * k + j]) for i, j in (rows[n] for n in wanted)]
+            responses = self.engine.generate(request.prompts.prompts, row_seeds, sampling, grading.finished)
+            grades = grading.collect(responses)
+            for at, (response, grade) in enumerate(zip(responses, grades, strict=True)):
+                samples[wanted[at]] = request.sample(at, response, grading.texts[at], grade)
+        return [samples[n] for n in range(len(rows))]
 
 
-def _of_rank_0(mine: Any) -> Any:
-    shared = [mine]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+@dataclass(frozen=True)
+class _Request:
+    """One request of a batch. rows: (question, number of the sample) of each row of the batch; wanted: the rows of this
+    request, in the order of its prompts."""
+
+    prompts: PromptSet
+    wanted: Sequence[int]
+    rows: Sequence[tuple[int, int]]
+    threshold: float
+
+    def sample(self, at: int, response: Response, text: str, grade: float) -> EvaluationSample:
+        """The graded response to the prompt at place `at`."""
+        question, number = self.prompts.questions[at], self.rows[self.wanted[at]][1]
+        return {
+            "question_id": question.id,
+            "question": question.messages[-1].content,
+            "answer": list(question.answers),
+            "sample": "greedy" if number == GREEDY else number,
+            "response": text,
+            "reward": grade,
+            "correct": grade > self.threshold,
+            "length": len(response.tokens),
+            "truncated": response.finish_reason == "length",
+        }
+
+    def writer(self, stream: SampleStream) -> Callable[[int, Response, str, float], None]:
+        """Writes a graded response to the stream."""
+        return lambda at, *graded: stream.add(self.wanted[at], self.sample(at, *graded))
 
 
-def _result(name: str, step: int, samples: list[EvaluationSample], k: int, whole: dict[str, Any]) -> EvaluationResult:
+def _of_first_rank(value: Any) -> Any:
+    return first(lambda: value)
+
+
+def _result(
+    name: str, step: int, samples: list[EvaluationSample], k: int, identity: dict[str, Any]
+) -> EvaluationResult:
     drawn = [s for s in samples if s["sample"] != "greedy"]
-    greedy = [s["correct"] for s in samples if s["sample"] == "greedy"]
     problems = [drawn[i : i + k] for i in range(0, len(drawn), k)]
     return EvaluationResult(
         name=name,
@@ -154,35 +174,27 @@ def _result(name: str, step: int, samples: list[EvaluationSample], k: int, whole
         correct=np.array([[s["correct"] for s in problem] for problem in problems]),
         lengths=np.array([[s["length"] for s in problem] for problem in problems]),
         truncated=np.array([[s["truncated"] for s in problem] for problem in problems]),
-        greedy_correct=np.array(greedy),
+        greedy_correct=np.array([s["correct"] for s in samples if s["sample"] == "greedy"]),
         votes=np.array([votes([s["response"] for s in problem]) for problem in problems]),
-        identity=whole,
+        identity=identity,
     )
 
 
-def weights_identity(source: ModelSource) -> dict[str, Any]:
-    """Which weights these are, as files: their place, sizes and times of writing."""
-    place = source.checkpoint or Path(source.hugging_face)
-    names = ("*.safetensors", "*.json", "*.jinja") if source.checkpoint is None else ("checkpoint.json",)
-    files = sorted(file for name in names for file in place.glob(name) if file.is_file())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return {"weights": [str(place.resolve()), *map(list, stats)]}
-
-
-def identity(questions: PromptSet, config: RunConfig, step: int) -> dict[str, Any]:
-    """All settings and data that decide the samples and their verdicts, except the weights."""
-    asked = json.dumps([[list(map(int, p)) for p in questions.prompts], [q.answers for q in questions.questions]])
+def identity_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings outside evaluation.* that decide samples and verdicts, for `Evaluator.identity`."""
     return {
-        "set": questions.name,
-        "step": step,
-        "seed": config.seed,
-        "questions": hashlib.sha256(asked.encode()).hexdigest(),
-        "evaluation": config.evaluation.model_dump(include={"samples", "temperature", "top_p"}),
-        "max_response_length": config.generation.longest_response,
         "engine": config.generation.model_dump(include=set(_ENGINE)),
         "precision": config.trainer.precision,
         "model": config.model.model_dump(include=set(_MODEL)),
         "reward": config.reward.model_dump(include={"verifier", "parameters", "require_think", "timeout"}),
         "verifier_code": verifier_code(config.reward),
-        "threshold": config.algorithm.threshold,
     }
+
+
+def weights_identity(source: ModelSource) -> dict[str, Any]:
+    """The identity of weights in files: their directory, and each file's name, size and time of writing."""
+    place = source.checkpoint or Path(source.hugging_face)
+    names = ("*.safetensors", "*.json", "*.jinja") if source.checkpoint is None else ("checkpoint.json",)
+    files = sorted(file for name in names for file in place.glob(name) if file.is_file())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {"weights": [str(place.resolve()), *map(list, stats)]}

@@ -1,6 +1,6 @@
-"""Grading that overlaps sampling: what an engine has finished is graded while the rest is still being sampled.
+"""Grading of an engine's responses, which begins while the rest is still being sampled.
 
-One thread beside the engine's, which grades whatever has come in since its last batch. Knows no engine.
+One thread beside the engine's grades the responses that have come in since its last batch. Knows no engine.
 """
 
 from __future__ import annotations
@@ -8,63 +8,69 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch.distributed as dist
 
 from nemo_disco.generation.engine import Response
 from nemo_disco.rewards.registry import Grader
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.requests import response_text
-from nemo_disco.runtime.collectives import on_shares
-from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import StoppedError
+from nemo_disco.rollout.requests import ResponseTexts
+from nemo_disco.runtime.collectives import every, on_shares
+
+OnGraded = Callable[[int, Response, str, float], None]
 
 
-class EarlyGrades:
-    """The grades of the responses to `picked`: pass `finished` to the engine, then `collect`."""
+class EarlyGrading:
+    """Grades responses to `prompts`: pass `finished` to the engine, then call `collect`.
 
-    def __init__(
-        self, grader: Grader, picked: PromptSet, keep: Callable[[int, Response, str, float], None] | None = None
-    ) -> None:
-        """keep: is given each response with its text and grade, in this rank's thread, as it is graded."""
-        self._keep = keep
-        self._grader, self._picked = grader, picked
+    texts: of all responses, those that `finished` has not seen once `collect` has been called.
+    """
+
+    def __init__(self, grader: Grader, prompts: PromptSet, on_graded: OnGraded | None = None) -> None:
+        """on_graded: called with index, response, text and grade of each response that this rank's thread grades."""
+        self.texts = ResponseTexts(prompts.tokenizer, len(prompts))
+        self._on_graded = on_graded
+        self._grader, self._prompts = grader, prompts
         self._waiting: queue.SimpleQueue[tuple[int, Response, str] | None] = queue.SimpleQueue()
         self._grades: dict[int, float] = {}
-        self._problem: BaseException | None = None
+        self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def finished(self, index: int, response: Response) -> None:
-        """A response to question `index` of `picked`; returns at once."""
+        """Grade the response to prompt `index` soon; returns at once."""
         if self._thread is None:
             # A daemon: an engine that fails leaves it waiting, and it must not hold the process up.
-            self._thread = threading.Thread(target=self._work, name="early grades", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="early grading", daemon=True)
             self._thread.start()
-        self._waiting.put((index, response, response_text(self._picked.tokenizer, response)))
+        self._waiting.put((index, response, self.texts.add(index, response)))
 
-    def collect(self, texts: list[str], grade: Callable[[list[str], PromptSet], list[float]]) -> list[float]:
-        """The grades of all responses: those of the thread, and by `grade`, a collective, what no engine handed over.
+    def collect(self, responses: Sequence[Response]) -> list[float]:
+        """The grades of all responses: those of the threads of all ranks, and of the rest, graded now, a share a rank.
 
-        Raises what the grader raised; what is wrong with a user's code, or a StoppedError, on every rank. A collective.
+        Raises the grader's error; a user's error or a StoppedError on every rank. A collective.
         """
         if self._thread is not None:
             self._waiting.put(None)
             self._thread.join()
-        mine: Any = self._problem or self._grades
-        if isinstance(mine, BaseException) and not isinstance(mine, UserError | StoppedError):
-            raise mine
-        shares = [mine] * dist.get_world_size()
-        if len(shares) > 1:
-            dist.all_gather_object(shares, mine)
-        for share in shares:
-            if isinstance(share, UserError | StoppedError):
-                raise share
-        known = {index: value for share in shares for index, value in share.items()}
-        rest = [i for i in range(len(texts)) if i not in known]
+        self.texts.fill(responses)
+        grades = {index: grade for share in every(self._own_grades) for index, grade in share.items()}
+        rest = [i for i in range(len(responses)) if i not in grades]
         if rest:
-            known |= dict(zip(rest, grade([texts[i] for i in rest], self._picked.select(rest)), strict=True))
-        return [known[i] for i in range(len(texts))]
+            grades |= dict(zip(rest, self._grade_rest(rest), strict=True))
+        return [grades[i] for i in range(len(responses))]
+
+    def _own_grades(self) -> dict[int, float]:
+        if self._error is not None:
+            raise self._error
+        return self._grades
+
+    def _grade_rest(self, rest: list[int]) -> list[float]:
+        def grade_share(share: range) -> list[float]:
+            rows = [rest[i] for i in share]
+            return self._grader.grade([self.texts[i] for i in rows], [self._answers(i) for i in rows])
+
+        return on_shares(len(rest), grade_share)
+
+    def _answers(self, index: int) -> Sequence[str]:
+        return self._prompts.questions[index].answers
 
     def _work(self) -> None:
         ended = False
@@ -75,21 +81,11 @@ class EarlyGrades:
             ended = None in batch
             ready = [entry for entry in batch if entry is not None]
             try:
-                answers = [self._picked.questions[i].answers for i, _, _ in ready]
-                grades = self._grader.grade([text for _, _, text in ready], answers)
-                if self._keep is not None:
-                    for (i, response, text), reward in zip(ready, grades, strict=True):
-                        self._keep(i, response, text, reward)
-            except BaseException as problem:
-                self._problem = problem
+                grades = self._grader.grade([text for _, _, text in ready], [self._answers(i) for i, _, _ in ready])
+                if self._on_graded is not None:
+                    for (index, response, text), grade in zip(ready, grades, strict=True):
+                        self._on_graded(index, response, text, grade)
+            except BaseException as error:
+                self._error = error
                 return
-            self._grades |= dict(zip([i for i, _, _ in ready], grades, strict=True))
-
-
-def grade(grader: Grader, texts: Sequence[str], picked: PromptSet) -> list[float]:
-    """The reward of each response, graded a share a rank. A collective."""
-
-    def share(mine: range) -> list[float]:
-        return grader.grade([texts[i] for i in mine], [picked.questions[i].answers for i in mine])
-
-    return on_shares(len(texts), share)
+            self._grades |= dict(zip([index for index, _, _ in ready], grades, strict=True))

@@ -35,3 +35,10 @@ class PromptSet:
         """The prompts at `indices`, in that order, each `copies` times in a row."""
         rows = [i for i in indices for _ in range(copies)]
         return PromptSet(self.name, [self.questions[i] for i in rows], [self.prompts[i] for i in rows], self.tokenizer)
+
+    @staticmethod
+    def join(parts: Sequence[PromptSet]) -> PromptSet:
+        """The prompts of all parts, in order, under the first one's name."""
+        questions = [q for part in parts for q in part.questions]
+        prompts = [p for part in parts for p in part.prompts]
+        return PromptSet(parts[0].name, questions, prompts, parts[0].tokenizer)

@@ -1,41 +1,73 @@
-"""Requests to an engine: one response to each prompt, as packed rollouts and as text."""
+"""From an engine's responses to rollouts: the packed token ids of all responses, and their texts, decoded once each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
-
-import numpy as np
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
 
 from nemo_disco.data.chat import decode
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Engine, Finished, Response, SamplingParams
+from nemo_disco.generation.engine import Response
 from nemo_disco.rollout.prompts import PromptSet
 
-T = TypeVar("T")
+
+class ResponseTexts(Sequence[str]):
+    """The texts of responses, without the token that ended each. A text is decoded when it is first read."""
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self._tokenizer = tokenizer
+        self._responses: list[Response | None] = [None] * size
+        self._texts: dict[int, str] = {}
+
+    def add(self, index: int, response: Response) -> str:
+        """Set the response at `index`; returns its text."""
+        self._responses[index] = response
+        return self[index]
+
+    def fill(self, responses: Sequence[Response]) -> None:
+        """Set all responses, in order; texts that are decoded already stay."""
+        self._responses = list(responses)
+
+    def select(self, rows: Iterable[int]) -> ResponseTexts:
+        return self._gather([(self, i) for i in rows])
+
+    @staticmethod
+    def join(parts: Sequence[ResponseTexts]) -> ResponseTexts:
+        return parts[0]._gather([(part, i) for part in parts for i in range(len(part))])
+
+    def _gather(self, sources: list[tuple[ResponseTexts, int]]) -> ResponseTexts:
+        gathered = ResponseTexts(self._tokenizer, 0)
+        gathered._responses = [part._responses[i] for part, i in sources]
+        gathered._texts = {row: part._texts[i] for row, (part, i) in enumerate(sources) if i in part._texts}
+        return gathered
+
+    def __len__(self) -> int:
+        return len(self._responses)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._texts:
+            response = self._responses[index]
+            assert response is not None, "the response has not been added"
+            tokens = response.tokens[:-1] if response.finish_reason == "stop" else response.tokens
+            self._texts[index] = decode(self._tokenizer, tokens.tolist())
+        return self._texts[index]
 
 
-def sample_responses(
-    engine: Engine, picked: PromptSet, seeds: Sequence[int], sampling: SamplingParams, finished: Finished | None = None
-) -> tuple[Rollouts, list[str]]:
-    """One response to each question of `picked`, packed and as text (without the token that ended it)."""
-    return packed(picked, engine.generate(picked.prompts, seeds, sampling, finished))
-
-
-def packed(picked: PromptSet, responses: Sequence[Response]) -> tuple[Rollouts, list[str]]:
-    """What an engine answered to `picked`."""
-    rollouts = Rollouts.from_lists(
-        picked.prompts,
-        [np.asarray(r.tokens).tolist() for r in responses],
-        [np.asarray(r.log_probs).tolist() for r in responses],
-        [q.id for q in picked.questions],
+def pack_responses(prompts: PromptSet, responses: Sequence[Response], max_response_length: int) -> Rollouts:
+    """Rollouts of one response a prompt, not rewarded yet. max_response_length: the request's limit, in tokens."""
+    return Rollouts.pack(
+        prompts.prompts,
+        [r.tokens for r in responses],
+        [r.log_probs for r in responses],
+        [q.id for q in prompts.questions],
         [r.finish_reason == "length" for r in responses],
         [r.weight_version for r in responses],
+        max_response_length,
     )
-    return rollouts, [response_text(picked.tokenizer, r) for r in responses]
-
-
-def response_text(tokenizer: Any, response: Response) -> str:
-    """Without the token that ended it."""
-    ended = response.finish_reason == "stop"
-    return decode(tokenizer, np.asarray(response.tokens[:-1] if ended else response.tokens).tolist())

@@ -1,6 +1,6 @@
-"""From texts to rewarded rollouts: the grader's verdict, the reward's terms, DRPO's preference.
+"""Rewards of graded responses: the weighted sum of the reward terms, and the columns that an objective declares.
 
-Judging is split over the ranks, and every rank gets every number. Knows no policy, no engine and no objective.
+The work is split over the ranks, and every rank gets every number. Knows no policy and no engine.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.runtime.collectives import on_shares
 
 
-def reward(
+def reward_rollouts(
     rollouts: Rollouts,
     texts: Sequence[str],
-    picked: PromptSet,
+    prompts: PromptSet,
     *,
-    verdicts: Sequence[float],
+    grades: Sequence[float],
     rewards: Rewards,
     threshold: float,
-    max_response_length: int,
 ) -> Rollouts:
-    """The rollouts with their verdicts (the grader's, one a response), rewards and preferences. A collective.
+    """The rollouts with verdicts, rewards and the columns of `rewards`. A collective.
 
+    texts, prompts, grades: one a response; a response is correct when its grade is above the threshold.
     Raises UserError, the same on every rank, for a user's function that raises or returns no finite number.
     """
-    graded = rollouts.with_rewards(verdicts, threshold)
+    graded = rollouts.with_rewards(grades, threshold)
 
-    def seen(i: int) -> GradedResponse:
-        question = picked.questions[i]
+    def graded_response(i: int) -> GradedResponse:
+        question = prompts.questions[i]
         return GradedResponse(
             question=question.messages[-1].content,
             response=texts[i],
             answers=question.answers,
-            verdict=verdicts[i],
+            verdict=grades[i],
             correct=bool(graded.correct[i]),
             length=int(rollouts.response_lengths[i]),
-            max_response_length=max_response_length,
+            max_response_length=rollouts.max_response_length,
             truncated=bool(rollouts.truncated[i]),
             metadata=question.metadata,
         )
 
-    judged = on_shares(len(texts), lambda mine: rewards.judge([seen(i) for i in mine]))
-    terms = torch.tensor(judged, dtype=torch.float64).reshape(-1, 2)
-    return replace(graded, rewards=terms[:, 0].clone(), preferences=terms[:, 1].clone())
+    numbers = on_shares(len(texts), lambda share: rewards.judge([graded_response(i) for i in share]))
+    table = torch.tensor(numbers, dtype=torch.float64).reshape(len(texts), 1 + len(rewards.columns))
+    columns = {name: table[:, 1 + i].clone() for i, name in enumerate(rewards.columns)}
+    return replace(graded, rewards=table[:, 0].clone()).with_columns(columns)

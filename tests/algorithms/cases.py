@@ -97,8 +97,10 @@ def batch_of(case: Case, dtype: torch.dtype = torch.float64) -> MiniBatch:
         reference_log_probs=tokens(case.reference),
         generation_log_probs=tokens(case.generation),
         correct=None if case.correct is None else torch.tensor(case.correct),
-        preferences=torch.tensor(case.preferences, dtype=torch.float64),
-        shortest_correct=torch.tensor(case.shortest),
+        columns={
+            "preference": torch.tensor(case.preferences, dtype=torch.float64),
+            "shortest_correct": torch.tensor(case.shortest),
+        },
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,13 +12,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from bare_trainer import bare_trainer
 from tiny_models import random_rollouts
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.mismatch import likely_cause, mismatch, noise_warning, worst_tokens
-from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.config.compose import compose
+from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.runtime.errors import UserError
 
@@ -35,6 +37,10 @@ def trainer() -> torch.Tensor:
 
 def noise(like: torch.Tensor, scale: float) -> torch.Tensor:
     return scale * torch.randn(like.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def gate(config: RunConfig, policy: Any, log: Callable[[str], None] = print) -> Agreement:
+    return Agreement(config.verify, config.generation, policy, Mock(**{"decode.return_value": "x"}), log)
 
 
 def test_the_figures_are_numpys(trainer: torch.Tensor) -> None:
@@ -94,7 +100,7 @@ def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, t
 def test_the_first_step_refuses_and_each_later_one_warns_in_one_line(trainer: torch.Tensor) -> None:
     said: list[str] = []
     policy = Mock(temperature=0.6, dtype=torch.float32, **{"log_probs.return_value": (plain(trainer), None)})
-    agreement = Agreement(compose("quickstart"), policy, Mock(**{"decode.return_value": "x"}), said.append)
+    agreement = gate(compose("quickstart"), policy, said.append)
 
     def check(step: int, apart: float, version: int | None = None, policy_log_probs: torch.Tensor = trainer) -> None:
         drawn = rollouts(trainer + noise(trainer, apart))
@@ -132,7 +138,7 @@ def test_the_limits_follow_the_settings_and_the_precision_and_say_so(
     """The engine is as far away as bfloat16's rounding of a real model: KL 0.0015, mean e^|d| 1.045."""
     config = compose("quickstart", [*overrides, *["generation.python=python"] * bool(overrides[1:])])
     policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (plain(trainer), None)})
-    agreement = Agreement(config, policy, Mock(**{"decode.return_value": "x"}), print)
+    agreement = gate(config, policy)
     drawn = rollouts(trainer + noise(trainer, 0.055))
     drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
     figures = r"e\^\|d\| 1\.04\d+ \(verify.max_mismatch=1\.0\d\), KL 0\.001\d+ \("
@@ -146,7 +152,7 @@ def test_a_kl_like_that_of_a_missing_norm_is_refused_in_every_precision(
 ) -> None:
     policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (plain(trainer), None)})
     config = compose("quickstart", ["verify.max_mismatch=1e9"])
-    agreement = Agreement(config, policy, Mock(**{"decode.return_value": "x"}), print)
+    agreement = gate(config, policy)
     drawn = rollouts(trainer + noise(trainer, 0.4))
     drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
     with pytest.raises(UserError, match="disagree"):
@@ -165,7 +171,7 @@ def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the
     whose: str, said: str, bad: float, trainer: torch.Tensor
 ) -> None:
     config = compose("quickstart", ["verify.max_mismatch=1e9", "verify.max_kl=1e9"])
-    agreement = Agreement(config, Mock(dtype=torch.bfloat16), Mock(**{"decode.return_value": "x"}), print)
+    agreement = gate(config, Mock(dtype=torch.bfloat16))
     sides = {"policy": trainer.clone(), "engine": trainer.clone()}
     sides[whose][5] = bad
     drawn = rollouts(sides["engine"])
@@ -176,20 +182,17 @@ def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the
 
 
 def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
-    names = ("policy", "engine", "grader", "prompts", "order", "evaluation_sets", "journal")
-    parts: dict[str, Any] = {name: Mock() for name in names}
     hinge = build_objective({"name": "disco", "constraint": {"kind": "squared_hinge", "delta": 1e-4}})
-    algorithm = Trainer(compose("quickstart"), objective=hinge, **parts)
+    trainer = bare_trainer(compose("quickstart"), objective=hinge)
+    trainer.warnings.about.return_value = []
     for noise in (math.nan, 2.9e-5, 3.1e-5, 1.0):
-        algorithm._warn_of_noise(noise)
-    (said,) = [call.args[0] for call in parts["journal"].say.call_args_list]
-    assert "warning: the noise floor, 3.10e-05, is above 0.3 of delta (0.0001)" in said
+        trainer._warn(Mock(), {"policy/noise_floor": noise, "groups/mixed": 1.0})
+    (line,) = [call.args[0] for call in trainer.journal.log.call_args_list]
+    assert "warning: the noise floor, 3.10e-05, is above 0.3 of delta (0.0001)" in line
 
 
 def test_a_signal_that_came_to_another_rank_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("policy", "engine", "grader", "prompts", "order", "evaluation_sets", "journal")
-    parts: dict[str, Any] = {name: Mock() for name in names} | {"policy": Mock(device="cpu")}
-    algorithm = Trainer(compose("quickstart"), objective=build_objective({"name": "disco"}), **parts)
+    algorithm = bare_trainer(compose("quickstart"), policy=Mock(device="cpu"))
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.fill_(0))
     assert not algorithm._stops() and not algorithm.stop.requested
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.copy_(torch.tensor([15, 0])))

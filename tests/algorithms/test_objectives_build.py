@@ -161,7 +161,7 @@ class EndsWhenMade(Vector):
 
 class EndsWhenAsked(Vector):
     @property
-    def requires(self):
+    def needs(self):
         raise SystemExit(0)
 """
 

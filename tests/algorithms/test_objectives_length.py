@@ -75,7 +75,7 @@ def test_alp_charges_tokens_by_how_easy_the_question_is() -> None:
 def test_hapo_compares_with_the_shortest_right_answer_of_before() -> None:
     hapo = {"name": "hapo", "length_weight": 1.0}
     right = [True, True, True, False, False, False]
-    got = shaped(hapo, [4, 8, 16, 4, 12, 16], right, shortest_correct=torch.full((6,), 8))
+    got = shaped(hapo, [4, 8, 16, 4, 12, 16], right, columns={"shortest_correct": torch.full((6,), 8)})
     root = math.sqrt(0.5)  # half of h, h, twice h and, wrong, half, 1.5 and 2 h
     assert got == pytest.approx([1 + root, 1.0, 0.3, 0.0, -root, -1.0])
 
@@ -144,5 +144,5 @@ def test_drpo_weighs_right_answers_by_any_preference(mixed: Case) -> None:
     own = {"name": "drpo", "preference": "my_rewards:brevity"}
     assert weights(own, short).equal(weights({"name": "drpo"}, mixed))
     assert not weights(own, replace(short, preferences=[-p for p in short.preferences])).equal(weights(own, short))
-    with pytest.raises(ValueError, match="drpo needs the mini-batch's preferences"):
-        build_objective(own)(replace(batch_of(mixed), preferences=None))
+    with pytest.raises(ValueError, match="drpo needs the mini-batch's preference"):
+        build_objective(own)(replace(batch_of(mixed), columns={}))

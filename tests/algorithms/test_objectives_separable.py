@@ -61,9 +61,9 @@ def test_a_penalty_on_the_whole_mini_batch_has_no_token_loss() -> None:
 def test_what_an_objective_requires_is_asked_for_by_name() -> None:
     batch = replace(batch_of(random_case(53)), entropies=None, reference_log_probs=None)
     with_entropy, with_reference = objective("grpo_er", NONE), objective("grpo reference", NONE)
-    assert with_entropy.requires == {"entropies"}
-    assert with_reference.requires == {"reference_log_probs"}
-    assert objective("disco", NONE).requires == objective("grpo", NONE).requires == frozenset()
+    assert with_entropy.needs == {"entropies"}
+    assert with_reference.needs == {"reference_log_probs"}
+    assert objective("disco", NONE).needs == objective("grpo", NONE).needs == frozenset()
     with pytest.raises(ValueError, match="grpo_er needs the mini-batch's entropies"):
         with_entropy(batch)
     with pytest.raises(ValueError, match="grpo needs the mini-batch's reference_log_probs"):

@@ -19,11 +19,12 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(trainer_module.dist, "get_rank", lambda: 1)
     made = MagicMock()
     made.step = 0
-    made.config.generation.asynchronous = False
-    made.config.exp_manager.profile_steps = [2, 3]
+    made.asynchronous = False
+    made.exp_manager.profile_steps = [2, 3]
     made.journal.run.profile = tmp_path
     made._profiled = lambda: Trainer._profiled(made)
-    made._validates.return_value = False
+    made._train_step = lambda: Trainer._train_step(made)
+    made._validation_is_due.return_value = False
     made.generate_rollouts.return_value.counts = {}
     made.run_training.return_value = {"policy/noise_floor": 0.0, "groups/mixed": 1.0}
     return made

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
+from bare_trainer import bare_trainer
 from safetensors.torch import load_file
 from tiny_models import model_config, random_rollouts, reference_log_probs, reference_model, save_model
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
-from nemo_disco.runtime.clock import Clock
 
 TEMPERATURE, TAU, BETA = 0.6, 1.0, 1e3
 LIMIT = 40
@@ -107,7 +105,7 @@ def test_gradient_equals_the_dense_pass(
     objective = build_objective(
         {"name": "disco", "score": score, "tau": TAU, "constraint": {"beta": BETA, "delta": 0.5 * kl}}
     )
-    metrics = accumulate_gradient(policy, objective, rollouts, OldPolicy(old), max_response_length=LIMIT).metrics
+    metrics = accumulate_gradient(policy, objective, rollouts, OldPolicy(old)).metrics
     assert metrics["constraint/active"] == 1.0
     gradients = {n: g.double() for n, g in policy.named_gradients()}
     errors = {n: float((gradients[n] - g).norm() / g.norm()) for n, g in expected.items()}
@@ -127,15 +125,15 @@ def test_one_pass_gives_the_gradient_and_metrics_of_two(model_path: Path, rollou
     objective = build_objective({"name": name})
     assert objective.separable
     old_policy = OldPolicy(old, entropies)
-    one = accumulate_gradient(policy, objective, rollouts, old_policy, max_response_length=LIMIT)
+    one = accumulate_gradient(policy, objective, rollouts, old_policy)
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
 
     class InTwoPasses:
         """The same objective, of which the step sees only that it can be called."""
 
-        requires, __call__ = objective.requires, staticmethod(objective.__call__)
+        needs, __call__ = objective.needs, staticmethod(objective.__call__)
 
-    two = accumulate_gradient(policy, InTwoPasses(), rollouts, old_policy, max_response_length=LIMIT)  # type: ignore[arg-type]
+    two = accumulate_gradient(policy, InTwoPasses(), rollouts, old_policy)  # type: ignore[arg-type]
     assert one.metrics == pytest.approx(two.metrics, rel=1e-9, abs=1e-12)
     torch.testing.assert_close(one.log_probs, two.log_probs, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(one.token_weights, two.token_weights, rtol=1e-9, atol=1e-12)
@@ -151,10 +149,10 @@ def test_the_first_mini_batch_needs_no_forward_pass(
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
     old = OldPolicy(*policy.log_probs(rollouts))
     objective = build_objective({"name": "disco"})
-    with_pass = accumulate_gradient(policy, objective, rollouts, old, max_response_length=LIMIT).metrics
+    with_pass = accumulate_gradient(policy, objective, rollouts, old).metrics
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
     monkeypatch.setattr(policy, "log_probs", None)
-    without = accumulate_gradient(policy, objective, rollouts, old, max_response_length=LIMIT, first=True).metrics
+    without = accumulate_gradient(policy, objective, rollouts, old, first=True).metrics
     assert without.pop("policy/noise_floor") < 1e-12
     assert without == pytest.approx(with_pass, rel=1e-9, abs=1e-12)
     for n, gradient in policy.named_gradients():
@@ -168,9 +166,7 @@ def test_the_noise_floor_is_how_far_the_policy_is_from_itself(name: str, model_p
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
     log_probs, entropies = policy.log_probs(rollouts, entropies=True)
     old = OldPolicy(log_probs - 3e-5, entropies)
-    found = accumulate_gradient(
-        policy, build_objective({"name": name}), rollouts, old, max_response_length=LIMIT, first=True
-    )
+    found = accumulate_gradient(policy, build_objective({"name": name}), rollouts, old, first=True)
     assert found.metrics["policy/noise_floor"] == pytest.approx(3e-5, rel=1e-6)
 
 
@@ -200,9 +196,7 @@ def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_
         schedule(part, *args, forward_only=forward_only, **options)
 
     monkeypatch.setattr(policy, "_schedule", counted)
-    names = ("engine", "grader", "prompts", "order", "evaluation_sets", "journal")
-    unused: dict[str, Any] = {name: Mock() for name in names}
-    algorithm = Trainer(config, policy=policy, objective=build_objective({"name": "disco"}), **unused)
-    algorithm.run_training(rollouts, Clock())
+    trainer = bare_trainer(config, policy=policy, objective=build_objective({"name": "disco"}))
+    trainer.run_training(rollouts)
     backward, forward = (False, 64), (True, 64)
     assert passes == [(True, 256), backward, forward, backward, forward, backward, forward, backward]

@@ -18,7 +18,7 @@ def test_rates_are_per_device_and_of_the_tokens_that_were_read() -> None:
     lengths = [int(rollouts.total_lengths[i]) - 1 for i in range(len(rollouts)) if rollouts.response_lengths[i]]
     throughput = Throughput(SHAPE, devices=2, peak_flops=1e9)
     for _ in range(3):
-        throughput.trained(rollouts)
+        throughput.add(rollouts)
     metrics = throughput.metrics(train_s=2.0, training_part_s=4.0)
     flops = 3 * 3 * forward_flops(SHAPE, lengths, int(rollouts.response_lengths.sum()))
     assert metrics["throughput/tokens_per_second"] == pytest.approx(3 * sum(lengths) / 4 / 2)
@@ -28,5 +28,5 @@ def test_rates_are_per_device_and_of_the_tokens_that_were_read() -> None:
 
 def test_no_mfu_for_a_device_without_a_datasheet() -> None:
     throughput = Throughput(SHAPE, devices=1, peak_flops=None)
-    throughput.trained(random_rollouts())
+    throughput.add(random_rollouts())
     assert "throughput/mfu" not in throughput.metrics(1.0, 1.0)

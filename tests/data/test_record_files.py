@@ -60,7 +60,7 @@ def test_places_count_from_one_and_lines_include_blank_ones(write):
         ("q.jsonl", "\n\n", ": there are no questions in it"),
         ("q.json", '[{"a": 1},\n {"a": }]', ", line 2, column 8: not valid JSON: Expecting value"),
         ("q.jsonl", '{"a": 1}\n{"a": 2', ", line 2, column 8: not valid JSON"),
-        ("q.json", '{"a": 1}\n{"a": 2}', "if each line holds a record, name it .jsonl"),
+        ("q.json", '{"a": 1}\n{"a": 2}', "if it holds one record a line, name it .jsonl"),
         ("q.json", '{"data": []}', ": the top level is an object, not a list of records"),
         ("q.json", "3", ": the top level is a number"),
         ("q.json", '[{"a": 1}, "b"]', ", record 2: a string, not an object with fields"),

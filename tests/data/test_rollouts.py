@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,14 +17,17 @@ LOG_PROBS = [[-1.0, -2.0, -3.0], [], [-4.0], [-5.0, -6.0]]
 
 @pytest.fixture
 def rollouts():
-    return Rollouts.from_lists(PROMPTS, RESPONSES, LOG_PROBS, [7, 7, 8, 9], [False, False, True, False], [5, 5, 6, 5])
+    packed = Rollouts.pack(PROMPTS, RESPONSES, LOG_PROBS, [7, 7, 8, 9], [False, False, True, False], [5, 5, 6, 5], 9)
+    return packed.with_columns({"length_before": torch.tensor([4, 4, 0, 7])})
 
 
 def equal(a, b):
-    return all(
-        torch.equal(getattr(a, name), getattr(b, name)) and getattr(a, name).dtype == getattr(b, name).dtype
-        for name in Rollouts.__annotations__
-    )
+    if a.max_response_length != b.max_response_length or a.columns.keys() != b.columns.keys():
+        return False
+    names = [name for name in Rollouts.__annotations__ if name not in ("max_response_length", "columns")]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in names]
+    pairs += [(a.columns[name], b.columns[name]) for name in a.columns]
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
 def test_packed_rollouts_return_their_parts(rollouts):
@@ -44,17 +48,26 @@ def test_token_index_follows_the_order_of_its_argument(rollouts):
 
 def test_select_equals_packing_only_the_selected_responses(rollouts):
     picked = [3, 1, 0]
-    expected = Rollouts.from_lists(
+    expected = Rollouts.pack(
         [PROMPTS[i] for i in picked],
         [RESPONSES[i] for i in picked],
         [LOG_PROBS[i] for i in picked],
         [9, 7, 7],
         [False] * 3,
         [5] * 3,
-    )
+        9,
+    ).with_columns({"length_before": torch.tensor([7, 4, 4])})
     selected = rollouts.select(picked)
     assert equal(selected, expected)
     assert equal(rollouts.select(torch.tensor(picked)), expected)
+    assert equal(Rollouts.concatenate([rollouts.select([3]), rollouts.select([1, 0])]), expected)
+    responses = [np.array(r, dtype=np.int64) for r in RESPONSES]
+    log_probs = [np.array(lp, dtype=np.float32) for lp in LOG_PROBS]
+    by_arrays, by_lists = (
+        Rollouts.pack(PROMPTS, *parts, [7, 7, 8, 9], [False] * 4)
+        for parts in ((responses, log_probs), (RESPONSES, LOG_PROBS))
+    )
+    assert equal(by_arrays, by_lists)
 
 
 def test_correct_is_reward_above_the_threshold(rollouts):
@@ -76,6 +89,7 @@ def test_a_reward_that_is_not_finite_is_named(rollouts, bad):
     [
         ("rewards", torch.zeros(3), "rewards has 3 entries for 4 responses"),
         ("question_ids", torch.zeros(5), "question_ids has 5 entries for 4 responses"),
+        ("columns", {"height": torch.zeros(3)}, "height has 3 entries for 4 responses"),
         ("tokens", torch.zeros(13), "13 tokens, but the lengths add up to 14"),
         ("generation_log_probs", torch.zeros(7), "7 log-probs for 6 response tokens"),
     ],
@@ -116,7 +130,7 @@ def test_a_file_that_is_not_rollouts_is_named(tmp_path, content):
 )
 def test_a_file_of_impossible_rollouts_is_refused(tmp_path, name, value, complaint):
     path = tmp_path / "r.safetensors"
-    rollouts = Rollouts.from_lists([[1, 2]], [[3, 4]], [[-0.5, -0.5]], [0], [False])
+    rollouts = Rollouts.pack([[1, 2]], [[3, 4]], [[-0.5, -0.5]], [0], [False])
     rollouts.save(path)
     assert len(Rollouts.load(path, vocabulary=5)) == 1
     tensors = load_file(path)

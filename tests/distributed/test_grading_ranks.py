@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from nemo_disco.data.questions import Question
 from nemo_disco.generation.engine import Response
-from nemo_disco.rollout.grading import EarlyGrades
+from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.runtime.errors import UserError
 
@@ -25,12 +25,12 @@ class Broken:
 
 
 def said() -> str:
-    picked = PromptSet("q", [Question(0, "0?", ("1",), "s")] * 2, [[0]] * 2, Words())
-    early = EarlyGrades(Broken(), picked)  # type: ignore[arg-type]
+    prompts = PromptSet("q", [Question(0, "0?", ("1",), "s")] * 2, [[0]] * 2, Words())
+    early = EarlyGrading(Broken(), prompts)  # type: ignore[arg-type]
     if dist.get_rank() == 0:
         early.finished(1, Response([7], [0.0], "length", 0))
     try:
-        early.collect(["7", "7"], lambda *_: [0.0])
+        early.collect([Response([7], [0.0], "length", 0)] * 2)
     except UserError as error:
         return str(error)
     return ""

@@ -128,7 +128,7 @@ def measure(
         objective, old = build_objective(OBJECTIVE), OldPolicy(log_probs)
         for moved in moves:
             policy.load(moved.__getitem__)
-            taken = accumulate_gradient(policy, objective, rollouts, old, max_response_length=40, everywhere=True)
+            taken = accumulate_gradient(policy, objective, rollouts, old, everywhere=True)
             if taken.metrics["constraint/active"]:
                 break
         else:

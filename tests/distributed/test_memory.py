@@ -40,9 +40,7 @@ def rollouts(questions: int) -> Rollouts:
     prompts = [prompt for _ in range(questions) for prompt in [tokens(PROMPT)] * GROUP]
     responses = [tokens(RESPONSE) for _ in prompts]
     zeros = [[0.0] * RESPONSE] * len(prompts)
-    return Rollouts.from_lists(
-        prompts, responses, zeros, [i // GROUP for i in range(len(prompts))], [False] * len(zeros)
-    )
+    return Rollouts.pack(prompts, responses, zeros, [i // GROUP for i in range(len(prompts))], [False] * len(zeros))
 
 
 def bytes_of(field: str) -> int:

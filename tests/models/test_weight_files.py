@@ -219,7 +219,7 @@ def test_what_is_written_is_readable_as_the_umask_says(model: Path, umask: int, 
     convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     convert.hf_to_nemo(model, tmp_path / "nemo")
     save_tensors({"a": torch.zeros(2, 3).T, "b": torch.ones(1).bool()}, tmp_path / "gradients.safetensors")
-    Rollouts.from_lists([[1]], [[2]], [[0.0]], [0], [False]).save(tmp_path / "rollouts.safetensors")
+    Rollouts.pack([[1]], [[2]], [[0.0]], [0], [False]).save(tmp_path / "rollouts.safetensors")
     assert_modes(tmp_path, umask)
     for directory in ("export", "back"):
         copied = {str(p.relative_to(tmp_path / directory)) for p in (tmp_path / directory).rglob("*")}

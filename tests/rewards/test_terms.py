@@ -35,7 +35,8 @@ def rewards(preference: str | None = None, function: str | None = None, **terms:
         "timeout": 2.0,
         "workers": 1,
     }
-    return Rewards(RewardConfig(terms=weights, function=function, overlong_buffer=None, **settings), preference)
+    columns = {} if preference is None else {"preference": preference}
+    return Rewards(RewardConfig(terms=weights, function=function, overlong_buffer=None, **settings), columns)
 
 
 def reward(terms: Rewards, response: GradedResponse) -> float:
@@ -79,7 +80,7 @@ def test_terms_add_up() -> None:
     weighted = rewards(correctness=1.0, format=0.1, length=-0.2)
     assert reward(weighted, RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
     assert reward(weighted, WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
-    assert preference(weighted, RIGHT) == 0.0
+    assert weighted.judge([RIGHT]) == [(reward(weighted, RIGHT),)]  # no column
 
 
 @pytest.mark.parametrize(("name", "expected"), [("correctness", 0.0), ("format", 1.0), ("length", 0.75)])

@@ -12,16 +12,16 @@ import torch
 from tiny_models import model_config
 
 from nemo_disco.algorithms.mismatch import mismatch
+from nemo_disco.algorithms.objectives.length import ShortestCorrect
 from nemo_disco.config.compose import compose
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Finished, Outstanding, Response, SamplingParams
 from nemo_disco.policy import parallel
+from nemo_disco.rewards import Rewards
 from nemo_disco.rollout.collector import Collector
-from nemo_disco.rollout.history import ShortestCorrect
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.runtime.clock import Clock
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import StoppedError
 
@@ -77,14 +77,19 @@ def collector(tmp_path: Path) -> Any:
         config = compose("quickstart", [group, *step, *overrides])
         script = Scripted(right, lengths or {})
         made = Collector(
-            config,
+            config.generation,
             engine=script,  # type: ignore[arg-type]
             grader=script,  # type: ignore[arg-type]
             prompts=PromptSet(
                 "q", [Question(i, f"{i}?", ("",), "") for i in range(n)], [[i] for i in range(n)], Tokenizer()
             ),
             order=QuestionOrder(n, 2, 1, False),
-            say=said.append,
+            log=said.append,
+            rewards=Rewards(config.reward),
+            seed=config.seed,
+            threshold=config.algorithm.threshold,
+            dynamic_sampling_rounds=config.algorithm.dynamic_sampling_rounds,
+            restart_if_changed=config.data.if_changed == "restart",
             **more,
         )
         return made, script, said
@@ -101,10 +106,10 @@ DYNAMIC = "algorithm.dynamic_sampling_rounds=2"
 
 def test_questions_are_asked_until_enough_groups_are_mixed(collector: Any) -> None:
     made, _, said = collector({0: 2, 1: 1, 2: 0, 3: 1}, DYNAMIC)
-    sampled = made.collect(0, Clock())
+    sampled = made.collect(0)
     assert asked(sampled.rollouts) == [1, 3]
-    assert [q.id for q in sampled.picked.questions] == [1, 1, 3, 3]
-    assert sampled.texts == ["1 0 0", "1 1 0", "3 0 0", "3 1 0"]
+    assert [q.id for q in sampled.prompts.questions] == [1, 1, 3, 3]
+    assert list(sampled.texts) == ["1 0 0", "1 1 0", "3 0 0", "3 1 0"]
     assert sampled.rollouts.rewards.tolist() == [1, 0, 1, 0]
     assert sampled.counts == {"groups/sampled": 4, "groups/dropped": 2}
     assert said == ["step 1: dynamic sampling: 2 of 4 groups dropped as all right or all wrong"]
@@ -113,7 +118,7 @@ def test_questions_are_asked_until_enough_groups_are_mixed(collector: Any) -> No
 
 def test_mixed_groups_beyond_the_step_are_counted_too(collector: Any) -> None:
     made, _, said = collector({0: 2, 1: 1, 2: 1, 3: 1}, DYNAMIC)
-    assert asked(made.collect(0, Clock()).rollouts) == [1, 2]
+    assert asked(made.collect(0).rollouts) == [1, 2]
     assert said[0].endswith(
         "1 of 4 groups dropped as all right or all wrong; 1 mixed ones dropped beyond the 2 of the step"
     )
@@ -121,7 +126,7 @@ def test_mixed_groups_beyond_the_step_are_counted_too(collector: Any) -> None:
 
 def test_the_bound_ends_it_and_the_step_keeps_its_size(collector: Any) -> None:
     made, script, said = collector({5: 1}, DYNAMIC)
-    sampled = made.collect(0, Clock())
+    sampled = made.collect(0)
     assert len(script.limits) == 3
     assert asked(sampled.rollouts) == [0, 5]
     assert sampled.counts == {"groups/sampled": 6, "groups/dropped": 4}
@@ -130,34 +135,34 @@ def test_the_bound_ends_it_and_the_step_keeps_its_size(collector: Any) -> None:
 
 def test_no_question_is_asked_twice_in_a_step(collector: Any) -> None:
     made, script, _ = collector({}, "algorithm.dynamic_sampling_rounds=9")
-    sampled = made.collect(0, Clock())
+    sampled = made.collect(0)
     assert len(script.limits) == 4 and sampled.counts["groups/sampled"] == 8
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_where_all_are_mixed_nothing_is_dropped(collector: Any, rounds: int) -> None:
     made, script, said = collector({0: 1, 1: 1}, f"algorithm.dynamic_sampling_rounds={rounds}")
-    assert asked(made.collect(0, Clock()).rollouts) == [0, 1]
+    assert asked(made.collect(0).rollouts) == [0, 1]
     assert len(script.limits) == 1 and said == []
 
 
 def test_the_limit_rises_by_step(collector: Any) -> None:
     made, script, _ = collector({}, "generation.response_length_schedule=[[2,80],[5,96]]", "reward.terms.length=1")
-    rewards = [made.collect(step, Clock()).rollouts.rewards.tolist()[0] for step in (0, 1, 2, 4, 5)]
+    rewards = [made.collect(step).rollouts.rewards.tolist()[0] for step in (0, 1, 2, 4, 5)]
     assert script.limits == [64, 64, 80, 80, 96]
     assert rewards == pytest.approx([1 - 3 / limit for limit in script.limits])  # a term sees the step's own limit
 
 
 def test_the_shortest_right_answer_is_remembered_from_the_next_step_on(collector: Any) -> None:
-    made, script, _ = collector({0: 1, 1: 2}, lengths={0: 7, 1: 5}, remembers=True)
-    known = [made._sample([0, 1, 2], step, 0, Clock()).rollouts.shortest_correct.tolist() for step in (0, 1)]
+    made, script, _ = collector({0: 1, 1: 2}, lengths={0: 7, 1: 5}, signals=[ShortestCorrect()])
+    known = [made._sample([0, 1, 2], step, 0).rollouts.columns["shortest_correct"].tolist() for step in (0, 1)]
     assert known == [[0] * 6, [7, 7, 5, 5, 0, 0]]
     script.lengths = {0: 4, 1: 9}
-    made._sample([0, 1], 2, 0, Clock())
-    again, _, _ = collector({}, remembers=True)
+    made._sample([0, 1], 2, 0)
+    again, _, _ = collector({}, signals=[ShortestCorrect()])
     again.load_state_dict(made.state_dict())
     assert again.state_dict() == made.state_dict()
-    assert again._sample([0, 1], 3, 0, Clock()).rollouts.shortest_correct.tolist() == [4, 4, 5, 5]
+    assert again._sample([0, 1], 3, 0).rollouts.columns["shortest_correct"].tolist() == [4, 4, 5, 5]
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
@@ -165,48 +170,48 @@ def test_asked_ahead_a_step_is_the_same(collector: Any, rounds: int) -> None:
     right = {0: 1, 1: 1, 2: 1, 3: 0, 5: 1}
     steps = [], []
     for ahead, found in zip((False, True), steps, strict=True):
-        made, _, _ = collector(right, f"algorithm.dynamic_sampling_rounds={rounds}", remembers=True)
-        found.append(made.collect(0, Clock()))
+        made, _, _ = collector(right, f"algorithm.dynamic_sampling_rounds={rounds}", signals=[ShortestCorrect()])
+        found.append(made.collect(0))
         if ahead:
-            made.ask(1)
-            made.receive(1, Clock())
-        found.append(made.collect(1, Clock()))
+            made.request_ahead(1)
+            made.receive(1)
+        found.append(made.collect(1))
     for one, other in zip(*steps, strict=True):
-        assert one.texts == other.texts and one.counts == other.counts
-        assert torch.equal(one.rollouts.shortest_correct, other.rollouts.shortest_correct)
+        assert list(one.texts) == list(other.texts) and one.counts == other.counts
+        assert torch.equal(one.rollouts.columns["shortest_correct"], other.rollouts.columns["shortest_correct"])
 
 
 def test_further_rounds_of_what_was_asked_ahead_sample_from_newer_weights(collector: Any) -> None:
     made, script, _ = collector({0: 1, 1: 2, 2: 1}, DYNAMIC)
-    made.ask(0)
+    made.request_ahead(0)
     script.version = 1
-    made.receive(1, Clock())
-    rollouts = made.collect(0, Clock()).rollouts
+    made.receive(1)
+    rollouts = made.collect(0).rollouts
     assert asked(rollouts) == [0, 2] and rollouts.weight_versions.tolist() == [0, 0, 1, 1]
 
 
 def test_until_its_turn_what_was_asked_ahead_leaves_no_trace_in_the_state(collector: Any) -> None:
     """So that a run that is resumed in between asks the same questions, and remembers nothing of their answers."""
-    made, _, _ = collector({0: 1, 2: 1}, remembers=True)
-    made.collect(0, Clock())
+    made, _, _ = collector({0: 1, 2: 1}, signals=[ShortestCorrect()])
+    made.collect(0)
     before = made.state_dict()
-    made.ask(1)
+    made.request_ahead(1)
     assert made.state_dict() == before
-    made.receive(1, Clock())
+    made.receive(1)
     assert made.state_dict() == before
-    again, _, _ = collector({0: 1, 2: 1}, remembers=True)
+    again, _, _ = collector({0: 1, 2: 1}, signals=[ShortestCorrect()])
     again.load_state_dict(before)
-    assert again.collect(1, Clock()).texts == made.collect(1, Clock()).texts
+    assert list(again.collect(1).texts) == list(made.collect(1).texts)
     assert again.state_dict() == made.state_dict() != before
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_step_that_is_given_up_leaves_no_trace_in_the_state(ahead: bool, collector: Any, monkeypatch: Any) -> None:
     """The next life asks the same questions, and remembers nothing of the answers that were graded before."""
-    made, script, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, remembers=True)
-    again, _, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, remembers=True)
+    made, script, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, signals=[ShortestCorrect()])
+    again, _, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, signals=[ShortestCorrect()])
     for one in (made, again):
-        one.collect(0, Clock())
+        one.collect(0)
     before, calls, theirs = made.state_dict(), iter(range(9)), script.grade
 
     def grade(*request: Any) -> Any:
@@ -216,25 +221,25 @@ def test_a_step_that_is_given_up_leaves_no_trace_in_the_state(ahead: bool, colle
 
     monkeypatch.setattr(script, "grade", grade)
     if ahead:
-        made.ask(1)
-        made.receive(1, Clock())
+        made.request_ahead(1)
+        made.receive(1)
     else:
         with pytest.raises(StoppedError):
-            made.collect(1, Clock())
+            made.collect(1)
     assert made.state_dict() == before
-    assert made.collect(1, Clock()).texts == again.collect(1, Clock()).texts
+    assert list(made.collect(1).texts) == list(again.collect(1).texts)
 
 
 def test_an_empty_response_is_no_shortest_answer() -> None:
-    empty = Rollouts.from_lists([[1]], [[]], [[]], [3], [False]).with_rewards([1.0])
+    empty = Rollouts.pack([[1]], [[]], [[]], [3], [False]).with_rewards([1.0])
     history = ShortestCorrect()
-    history.told(empty)
+    history.annotate(empty)
     assert history.state_dict() == {}
 
 
 def test_without_a_method_that_reads_it_nothing_is_remembered(collector: Any) -> None:
     made, _, _ = collector({0: 1})
-    made.collect(0, Clock())
+    made.collect(0)
     assert list(made.state_dict()) == ["sampler"]
 
 
@@ -252,18 +257,18 @@ def test_mismatch_of_two_engines() -> None:
 
 @pytest.mark.parametrize("changed", [{"content": "new"}, {"questions": 9}])
 def test_other_questions_are_refused_or_begun_anew(collector: Any, changed: dict[str, Any]) -> None:
-    old, _, _ = collector({}, remembers=True)
+    old, _, _ = collector({}, signals=[ShortestCorrect()])
     old.order._content = "old"
-    old.collect(0, Clock())
+    old.collect(0)
     state = old.state_dict()
     state["sampler"] |= changed
     state["shortest_correct"] = {"0": 3}
-    refusing, _, _ = collector({}, remembers=True)
+    refusing, _, _ = collector({}, signals=[ShortestCorrect()])
     refusing.order._content = "old"
     with pytest.raises(UserError, match=r"data\.if_changed=restart"):
         refusing.load_state_dict(state)
-    restarting, _, said = collector({}, "data.if_changed=restart", remembers=True)
+    restarting, _, said = collector({}, "data.if_changed=restart", signals=[ShortestCorrect()])
     restarting.order._content = "old"
     restarting.load_state_dict(state)
     assert restarting.order.next() == [0, 1] and "the new questions begin" in said[-1]
-    assert restarting.history.state_dict() == {}, "nothing is remembered of the old ones"
+    assert restarting.signals[0].state_dict() == {}, "nothing is remembered of the old ones"

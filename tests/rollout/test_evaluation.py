@@ -11,12 +11,16 @@ import pytest
 import torch.distributed as dist
 from user_module import beside_us
 
+from nemo_disco.commands.components import Components, build_evaluator
 from nemo_disco.config.compose import compose
+from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.questions import Question
 from nemo_disco.generation.engine import Finished, Response, SamplingParams
 from nemo_disco.rewards.registry import verifier_code
 from nemo_disco.rewards.text_graders import NumericMatch
-from nemo_disco.rollout import evaluation as benchmark
+from nemo_disco.rollout import evaluation as evaluation_module
+from nemo_disco.rollout.evaluation import Evaluator
+from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 
 
@@ -58,12 +62,16 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def evaluator(config: RunConfig, engine: Any) -> Evaluator:
+    return build_evaluator(config, Components(policy=None, engine=engine, grader=NumericMatch()))  # type: ignore[arg-type]
+
+
 def evaluate(engine: Dice, path: Path | None = None, weights: str = "w", **more: Any) -> Any:
     asked = [Question(i, f"q{i}", ("1", "10"), "f") for i in range(7)]
     questions = PromptSet("dice", asked, [[i] for i in range(7)], Words())
     config = compose("quickstart", ["evaluation.samples=4", "reward.require_think=false"])
     stream = None if path is None else (path, {"weights": weights})
-    return benchmark.evaluate_set(engine, NumericMatch(), questions, config, 3, stream, **more)  # type: ignore[arg-type]
+    return evaluator(config, engine).evaluate(questions, 3, stream, **more)
 
 
 def values(result: Any) -> list[Any]:
@@ -75,14 +83,14 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(Dice())
     assert whole.correct.shape == (7, 4) and 0 < whole.correct.mean() < 1 and whole.step == 3
     for batch in (1, 8, 13):
-        monkeypatch.setattr(benchmark, "BATCH", batch)
+        monkeypatch.setattr(evaluation_module, "BATCH", batch)
         assert values(evaluate(Dice())) == values(whole)
 
 
 @pytest.mark.usefixtures("alone")
 def test_what_an_engine_hands_over_is_graded_as_it_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(Dice())
-    monkeypatch.setattr(benchmark, "grade", lambda *_: pytest.fail("something was left for the end"))
+    monkeypatch.setattr(EarlyGrading, "_grade_rest", lambda *_: pytest.fail("something was left for the end"))
     assert values(evaluate(Dice(streams=True))) == values(whole)
 
 
@@ -90,7 +98,7 @@ def test_what_an_engine_hands_over_is_graded_as_it_finishes(monkeypatch: pytest.
 @pytest.mark.parametrize("calls", [0, 1, 2, 5, 6])
 def test_killed_it_goes_on(calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four batches of two calls each (sampled, greedy): what was whole is not asked again."""
-    monkeypatch.setattr(benchmark, "BATCH", 8)
+    monkeypatch.setattr(evaluation_module, "BATCH", 8)
     path = tmp_path / "s.jsonl"
     with pytest.raises(KeyboardInterrupt):
         evaluate(Dice(calls), path)
@@ -107,7 +115,7 @@ def test_killed_it_goes_on(calls: int, tmp_path: Path, monkeypatch: pytest.Monke
 def test_asked_to_stop_it_stops_between_batches_and_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "BATCH", 8)
+    monkeypatch.setattr(evaluation_module, "BATCH", 8)
     path, stops = tmp_path / "s.jsonl", iter([False, False, True])
     first = Dice()
     assert evaluate(first, path, stopped=lambda: next(stops)) is None and first.asked == 2 * 10
@@ -133,7 +141,7 @@ def test_what_an_engine_handed_over_before_it_died_is_not_asked_again(tmp_path: 
 )
 def test_another_evaluation_has_another_identity(override: str) -> None:
     questions = PromptSet("dice", [Question(0, "q", ("1",), "f")], [[0]], Words())
-    one, other = (benchmark.identity(questions, compose("quickstart", o), 3) for o in ([], [override]))
+    one, other = (evaluator(compose("quickstart", o), None).identity(questions, 3) for o in ([], [override]))
     assert one != other
 
 

@@ -12,7 +12,7 @@ from tiny_models import model_config
 from nemo_disco.data.questions import Question
 from nemo_disco.generation.engine import Response
 from nemo_disco.policy import parallel
-from nemo_disco.rollout.grading import EarlyGrades
+from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 
 
@@ -37,7 +37,7 @@ class Grader:
 
 
 @pytest.fixture
-def picked(tmp_path: Any) -> PromptSet:
+def prompts(tmp_path: Any) -> PromptSet:
     if not dist.is_initialized():
         parallel.start(model_config(tmp_path))
     return PromptSet(
@@ -49,24 +49,32 @@ def response(*tokens: int) -> Response:
     return Response([*tokens], [0.0] * len(tokens), "length", 0)
 
 
-def test_what_is_finished_is_graded_while_the_rest_is_sampled(picked: PromptSet) -> None:
+def test_what_is_finished_is_graded_while_the_rest_is_sampled(prompts: PromptSet) -> None:
     grader = Grader()
-    early = EarlyGrades(grader, picked)  # type: ignore[arg-type]
+    early = EarlyGrading(grader, prompts)  # type: ignore[arg-type]
     early.finished(4, response(14))
     assert grader.began.wait(10)  # nobody has collected yet
     early.finished(1, response(99))
-    texts = ["10", "99", "0", "0", "14", "15"]
-
-    def rest(left: list[str], questions: PromptSet) -> list[float]:
-        assert left == ["10", "0", "0", "15"]  # what the engine did not hand over
-        return [float(text in q.answers) for text, q in zip(left, questions.questions, strict=True)]
-
-    assert early.collect(texts, rest) == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
-    assert sorted(grader.graded) == ["14", "99"]
+    responses = [response(10), response(99), response(0), response(0), response(14), response(15)]
+    assert early.collect(responses) == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert list(early.texts) == ["10", "99", "0", "0", "14", "15"]
+    assert sorted(grader.graded[:2]) == ["14", "99"]
+    assert grader.graded[2:] == ["10", "0", "0", "15"]  # those that the engine did not hand over
 
 
-def test_a_graders_error_is_raised_where_the_grades_are_collected(picked: PromptSet) -> None:
-    early = EarlyGrades(Grader(), picked)  # type: ignore[arg-type]
+def test_a_response_is_decoded_once(prompts: PromptSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr(Tokenizer, "decode", lambda _, tokens, **__: decoded.append(list(tokens)) or str(tokens[0]))
+    early = EarlyGrading(Grader(), prompts)  # type: ignore[arg-type]
+    early.finished(2, response(22))
+    early.collect([response(20 + i) for i in range(6)])
+    both = early.texts.join([early.texts.select([2, 0]), early.texts.select([5])])
+    assert list(both) == ["22", "20", "25"]
+    assert sorted(decoded) == [[20 + i] for i in range(6)]
+
+
+def test_a_graders_error_is_raised_where_the_grades_are_collected(prompts: PromptSet) -> None:
+    early = EarlyGrading(Grader(), prompts)  # type: ignore[arg-type]
     early.finished(0, response(13))
     with pytest.raises(ValueError, match="no thirteen"):
-        early.collect(["13"] * 6, lambda *_: [])
+        early.collect([response(13)] * 6)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from fake_cuda import fake_cuda
 
-from nemo_disco.runtime.clock import Clock, device_clock
 from nemo_disco.runtime.profiler import profiled
+from nemo_disco.runtime.timing import SpanTimes, record_spans, recorded_seconds, span
 
 
 def test_a_trace_names_what_ran(tmp_path: Path) -> None:
@@ -31,26 +31,29 @@ def test_a_span_waits_at_both_ends_and_is_shown() -> None:
         yield
         said.append(f"end {name}")
 
-    clock = Clock(lambda: said.append("wait"), shown)
-    with clock("train"):
+    with record_spans(SpanTimes(lambda: said.append("wait"), shown)) as seconds, span("train"):
         said.append("work")
     assert said == ["wait", "begin train", "work", "end train", "wait"]
-    assert clock.seconds["train"] > 0
+    assert seconds["train"] > 0
 
 
-def test_without_a_gpu_the_clock_waits_for_nothing() -> None:
-    with device_clock()("train"):
-        pass
+def test_a_span_counts_in_the_recording_around_it_alone() -> None:
+    with span("train"):  # of no recording
+        assert recorded_seconds()["train"] == 0
+    with record_spans() as outer:
+        with record_spans() as inner, span("train"):
+            pass
+        assert recorded_seconds() is outer
+    assert list(inner) == ["train"] and not outer
 
 
 def test_spans_are_ranges_one_within_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own range, on stand-ins of what it calls."""
     said = fake_cuda(monkeypatch)
-    clock = device_clock()
-    with clock("step"):
-        with clock("generate"):
+    with record_spans(), span("step"):
+        with span("generate"):
             said.append("work")
-        with clock("train"):
+        with span("train"):
             pass
     assert [x for x in said if x != "wait"] == ["push step", "push generate", "work", "pop", "push train", "pop", "pop"]
     assert said[0] == said[-1] == "wait" and said.count("wait") == 6
@@ -58,11 +61,10 @@ def test_spans_are_ranges_one_within_the_other(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_span_that_raises_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     said = fake_cuda(monkeypatch)
-    clock = device_clock()
-    with pytest.raises(RuntimeError, match="in the span"), clock("step"), clock("train"):
+    with record_spans() as seconds, pytest.raises(RuntimeError, match="in the span"), span("step"), span("train"):
         raise RuntimeError("in the span")
     assert said == ["wait", "push step", "wait", "push train", "pop", "wait", "pop", "wait"]
-    assert clock.seconds.keys() == {"step", "train"}
+    assert seconds.keys() == {"step", "train"}
 
 
 def test_nsys_is_told_where_a_profiled_step_begins_and_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from nemo_disco.algorithms.objectives.constraint import UNCONSTRAINED, Constrain
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scaled
 from nemo_disco.algorithms.objectives.parameters import Checked, parameter
+from nemo_disco.algorithms.objectives.signals import Signal
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.user_code import definition_place, format_error, is_user_class, user_methods
 
@@ -63,6 +64,8 @@ class Objective(Checked, ABC):
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
             cls.name = cls.__name__
+        if "requires" in vars(cls):  # its name until 0.1; it would be ignored
+            raise TypeError(f"objective {cls.name}: rename the property `requires` to `needs`")
 
     def label(self) -> str:
         return f"objective {self.name}: "
@@ -77,18 +80,22 @@ class Objective(Checked, ABC):
         return batch.rewards
 
     @property
-    def requires(self) -> frozenset[str]:
-        """The optional fields of MiniBatch that J reads."""
+    def needs(self) -> frozenset[str]:
+        """The optional fields and columns of MiniBatch that J reads."""
         return frozenset()
 
     @property
-    def needs(self) -> frozenset[str]:
-        """`requires`, and what the off-policy correction reads."""
-        return self.requires | self.off_policy.requires
+    def reward_terms(self) -> dict[str, str]:
+        """Columns that are values of a reward term: column -> term (a name of reward.terms, or module:function)."""
+        return {}
+
+    def signals(self) -> list[Signal]:
+        """New makers of the other columns that J reads, one a column."""
+        return []
 
     @property
     def separable(self) -> bool:
-        """Whether the loss is a sum over tokens given only counts and rewards, so that one pass does (`token_loss`)."""
+        """True if the loss is a sum over tokens given only counts and rewards: then one pass does (`token_loss`)."""
         return False
 
     def correct(self, batch: MiniBatch) -> Tensor:
@@ -98,14 +105,14 @@ class Objective(Checked, ABC):
     def __call__(self, batch: MiniBatch) -> ObjectiveOutput:
         """The loss, its gradient with respect to every log-prob (and entropy), and the metrics.
 
-        Raises ValueError if the batch lacks what the objective requires, NonFiniteError if the loss overflows, and
+        Raises ValueError if the batch lacks what the objective needs, NonFiniteError if the loss overflows, and
         UserError, with file and line, if a user's objective raises or returns what is not a finite number.
         """
-        self._check_required(batch, self.needs)
+        self._check_needs(batch, self.needs | self.off_policy.needs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = self._prepared(batch)
             leaves = [batch.log_probs.requires_grad_()]
-            if batch.entropies is not None and "entropies" in self.requires:
+            if batch.entropies is not None and "entropies" in self.needs:
                 leaves.append(batch.entropies.requires_grad_())
             value = self._call(self.value, self.off_policy.corrected(batch))
             if value.ndim:
@@ -145,8 +152,8 @@ class Objective(Checked, ABC):
             )
         return result
 
-    def _check_required(self, batch: MiniBatch, names: frozenset[str]) -> None:
-        if missing := sorted(name for name in names if getattr(batch, name) is None):
+    def _check_needs(self, batch: MiniBatch, names: frozenset[str]) -> None:
+        if missing := sorted(name for name in names if batch.get(name) is None):
             raise ValueError(f"objective {self.name} needs the mini-batch's {' and '.join(missing)}")
 
     @torch.no_grad()
@@ -225,15 +232,15 @@ class SeparableObjective(Objective):
         """The loss of some tokens, given the rest of the mini-batch: f(index, log_probs, entropies) -> [n] float64.
 
         index [n]: positions among the T tokens; log_probs, entropies [n]: the current ones, differentiable, of any
-        floating dtype and device; entropies may be None if not required. Summed over all tokens it is the loss of
+        floating dtype and device; entropies may be None if not needed. Summed over all tokens it is the loss of
         `__call__`. Neither `batch.log_probs` nor `batch.entropies` is read.
-        Raises ValueError if the objective is not separable or the batch lacks what it requires.
+        Raises ValueError if the objective is not separable or the batch lacks what it needs.
         """
         if not self.separable:
             raise ValueError(
                 f"objective {self.name} is not separable under {self.constraint.kind}: its loss needs two passes"
             )
-        self._check_required(batch, self.needs - {"entropies"})
+        self._check_needs(batch, (self.needs | self.off_policy.needs) - {"entropies"})
         batch = self._prepared(batch)
         pick, factors = self._tokens(batch), self.off_policy.factors(batch)
 
@@ -251,7 +258,7 @@ class SeparableObjective(Objective):
         weights = batch.spread(self._call(self.response_weights, batch))
 
         def pick(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tokens:
-            if entropies is None and "entropies" in self.requires:
+            if entropies is None and "entropies" in self.needs:
                 raise ValueError(f"objective {self.name} needs the tokens' entropies")
 
             def at(values: Tensor) -> Tensor:

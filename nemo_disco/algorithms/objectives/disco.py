@@ -123,7 +123,7 @@ class DRPO(DisCO):
     """DRPO: DisCO with S+ weighted by w = softmax_{S+} of r(o) / lambda, r a preference (arXiv 2510.04474).
 
     preference: "length" is r(o) = 1 - |o|/C, for short answers; C is the maximum response length (the released code's
-    is a padded batch's width). Any other names a reward term, whose values the mini-batch brings as `preferences`.
+    is a padded batch's width). Any other names a reward term, whose values are the column `preference`.
     lambda -> infinity is DisCO.
     """
 
@@ -137,13 +137,17 @@ class DRPO(DisCO):
             raise UserError(f"{self.label()}preference must be the name of a reward term; it is {self.preference!r}")
 
     @property
-    def requires(self) -> frozenset[str]:
-        return frozenset() if self.preference == "length" else frozenset({"preferences"})
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.reward_terms)
+
+    @property
+    def reward_terms(self) -> dict[str, str]:
+        return {} if self.preference == "length" else {"preference": self.preference}
 
     def preferences(self, batch: MiniBatch) -> Tensor:
-        """[N] r(o), what a right answer is weighted by."""
-        if self.preference != "length" and batch.preferences is not None:
-            return batch.preferences
+        """[N] r(o), by which right answers are weighted."""
+        if self.preference != "length":
+            return batch["preference"]
         return 1 - batch.lengths.double() / batch.max_response_length
 
     def value(self, batch: MiniBatch) -> Tensor:

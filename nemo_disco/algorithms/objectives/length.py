@@ -7,8 +7,9 @@ statistics are over its responses, all of which a mini-batch has; HAPO's h comes
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.parameters import parameter
 from nemo_disco.algorithms.objectives.policy_gradient import GRPO, RLOO
+from nemo_disco.algorithms.objectives.signals import RewardedResponses, Signal
 
 
 def relative_lengths(batch: MiniBatch, right: Tensor) -> Tensor:
@@ -65,6 +67,31 @@ class ALP(GRPO):
         return batch.rewards - self.beta * batch.lengths.double() * torch.maximum(p, 1 / size)
 
 
+class ShortestCorrect(Signal):
+    """HAPO's h: tokens of the question's shortest right answer in earlier steps, 0 if there is none."""
+
+    name: ClassVar[str] = "shortest_correct"
+
+    def __init__(self) -> None:
+        self._shortest: dict[int, int] = {}
+
+    def annotate(self, responses: RewardedResponses) -> Tensor:
+        ids = responses.question_ids.tolist()
+        column = torch.tensor([self._shortest.get(i, 0) for i in ids], dtype=torch.int64)
+        for i, length, correct in zip(
+            ids, responses.response_lengths.tolist(), responses.correct.tolist(), strict=True
+        ):
+            if correct and length:
+                self._shortest[i] = min(length, self._shortest.get(i, length))
+        return column
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): length for i, length in self._shortest.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._shortest = {int(i): length for i, length in state.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class HAPO(GRPO):
     """HAPO: GRPO on r = 1 + w max(f, -0.7) for a right answer, w min(f, 0) for a wrong one (arXiv 2505.11225).
@@ -77,12 +104,14 @@ class HAPO(GRPO):
     length_weight: float = parameter(0.1, at_least=0)
 
     @property
-    def requires(self) -> frozenset[str]:
-        return super().requires | {"shortest_correct"}
+    def needs(self) -> frozenset[str]:
+        return super().needs | {ShortestCorrect.name}
+
+    def signals(self) -> list[Signal]:
+        return [ShortestCorrect()]
 
     def shaped(self, batch: MiniBatch) -> Tensor:
-        assert batch.shortest_correct is not None
-        h = batch.shortest_correct.double()
+        h = batch[ShortestCorrect.name].double()
         f = (math.pi * batch.lengths.double() / (2 * h.clamp(min=1))).clamp(max=math.pi).cos()
         term = torch.where(self.correct(batch), f.clamp(min=-0.7), f.clamp(max=0))
         return batch.rewards + self.length_weight * torch.where(h > 0, term, 0.0)

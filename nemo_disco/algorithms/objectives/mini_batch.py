@@ -1,4 +1,4 @@
-"""What an objective sees: one mini-batch's log-probs, packed, and which of them belong to one response and question.
+"""MiniBatch: one mini-batch's log-probs, packed, with the lengths, questions and rewards of its responses.
 
 Pure tensors on one device, checked when made; knows no policy, no packing plan and no parallel layout. Axes: T response
 tokens, N responses, Q questions, G the most responses of one question.
@@ -6,7 +6,8 @@ tokens, N responses, Q questions, G the most responses of one question.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 _PER_TOKEN = ("log_probs", "old_log_probs", "entropies", "reference_log_probs", "generation_log_probs")
-_PER_RESPONSE = ("lengths", "question_ids", "rewards", "correct", "truncated", "preferences", "shortest_correct")
-_INTEGER = ("lengths", "question_ids", "shortest_correct")
+_PER_RESPONSE = ("lengths", "question_ids", "rewards", "correct", "truncated")
+_INTEGER = ("lengths", "question_ids")
 _BOOL = ("correct", "truncated")
-_REAL = ("rewards", "preferences")
 
 
 class NonFiniteError(ValueError):
@@ -33,8 +33,7 @@ class MiniBatch:
     rewards [N]: finite. max_response_length: the configured limit in tokens.
     entropies [T]; reference_log_probs [T]; generation_log_probs [T]: the rollout engine's own.
     correct [N] bool: the grader's verdict before any shaping (else an objective takes rewards > its threshold).
-    truncated [N] bool: cut by the length limit. preferences [N]: what DRPO weighs right answers by.
-    shortest_correct [N]: tokens of the shortest right answer to the question in earlier steps, 0 if there is none.
+    truncated [N] bool: cut by the length limit. columns: further signals by name, [N] each (Objective.needs).
 
     Raises ValueError for shapes and types that do not fit and for a reward that is not finite, naming the response;
     NonFiniteError for a log-prob or entropy that is not finite, naming its token.
@@ -51,8 +50,7 @@ class MiniBatch:
     generation_log_probs: Tensor | None = None
     correct: Tensor | None = None
     truncated: Tensor | None = None
-    preferences: Tensor | None = None
-    shortest_correct: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -68,8 +66,9 @@ class MiniBatch:
 
     def _check_shapes(self) -> None:
         sizes = dict.fromkeys(_PER_TOKEN, len(self.log_probs)) | dict.fromkeys(_PER_RESPONSE, len(self.lengths))
+        sizes |= dict.fromkeys(self.columns, len(self.lengths))
         for name, size in sizes.items():
-            value = getattr(self, name)
+            value = self.get(name)
             if not isinstance(value, Tensor | None):
                 raise ValueError(f"mini-batch: {name} must be a tensor; it is a {type(value).__name__}")
             if value is not None and tuple(value.shape) != (size,):
@@ -82,16 +81,15 @@ class MiniBatch:
         for name in _PER_TOKEN + _PER_RESPONSE:
             value = getattr(self, name)
             wanted = "bool" if name in _BOOL else "integers" if name in _INTEGER else "floating point"
-            if value is not None and name not in _REAL and _kind(value) != wanted:
+            if value is not None and name != "rewards" and _kind(value) != wanted:
                 raise ValueError(f"mini-batch: {name} must be {wanted}; it is {value.dtype}")
 
     def _check_finite(self) -> None:
-        for name in _REAL:
-            value = getattr(self, name)
-            if value is not None and (i := _first_non_finite(value)) is not None:
-                question = int(self.question_ids[i])
+        for name in ("rewards", *self.columns):
+            if (i := _first_non_finite(value := self[name])) is not None:
+                label, question = "the reward" if name == "rewards" else name, int(self.question_ids[i])
                 raise ValueError(
-                    f"mini-batch: the {name[:-1]} of response {i} (question {question}) is {float(value[i])}; "
+                    f"mini-batch: {label} of response {i} (question {question}) is {float(value[i])}; "
                     f"{name} must be finite"
                 )
         for name in _PER_TOKEN:
@@ -102,6 +100,16 @@ class MiniBatch:
             if (t := _first_non_finite(value)) is not None:
                 raise NonFiniteError(f"mini-batch: {name} is {float(value[t])} at {self.describe_token(t)}")
 
+    def get(self, name: str) -> Tensor | None:
+        """An optional field or a column; None where the mini-batch has it not."""
+        return self.columns[name] if name in self.columns else getattr(self, name, None)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """An optional field or a column. Raises KeyError where the mini-batch has it not."""
+        if (value := self.get(name)) is None:
+            raise KeyError(name)
+        return value
+
     def describe_token(self, t: int) -> str:
         """Where token t of the packed T stands, for a message."""
         i = int((self.lengths.cumsum(0) <= t).sum())
@@ -110,14 +118,14 @@ class MiniBatch:
 
     def to_float64(self) -> MiniBatch:
         """A detached copy in float64, everything on the device of log_probs."""
-        copies: dict[str, Any] = {
-            f.name: value.detach().to(
-                self.log_probs.device, torch.float64 if f.name in (*_PER_TOKEN, *_REAL) else None, copy=True
-            )
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **copies)
+
+        def copied(name: str, value: Tensor) -> Tensor:
+            real = name in (*_PER_TOKEN, "rewards") or value.is_floating_point()
+            return value.detach().to(self.log_probs.device, torch.float64 if real else None, copy=True)
+
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        copies: dict[str, Any] = {name: copied(name, value) for name, value in tensors.items()}
+        return replace(self, **copies, columns={name: copied(name, value) for name, value in self.columns.items()})
 
     @property
     def n_tokens(self) -> int:

@@ -41,7 +41,8 @@ class OffPolicy(Checked):
         return "off_policy."
 
     @property
-    def requires(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:
+        """The optional fields of MiniBatch that the factors read."""
         return frozenset() if self.kind == NONE else frozenset({"generation_log_probs"})
 
     @property

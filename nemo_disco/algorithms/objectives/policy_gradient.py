@@ -64,7 +64,7 @@ class GRPO(_ClippedObjective):
     kl_coefficient: float = parameter(0.0, at_least=0)
 
     @property
-    def requires(self) -> frozenset[str]:
+    def needs(self) -> frozenset[str]:
         return frozenset({"reference_log_probs"} if self.kl_coefficient else ())
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
@@ -85,8 +85,8 @@ class GRPOER(GRPO):
     entropy_coefficient: float = parameter(1e-3, at_least=0)
 
     @property
-    def requires(self) -> frozenset[str]:
-        return super().requires | {"entropies"}
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"entropies"}
 
     def token_values(self, tokens: Tokens) -> Tensor:
         values = super().token_values(tokens)

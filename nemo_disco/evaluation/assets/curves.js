@@ -7,7 +7,7 @@ const runColor = (i) => `var(--run-${i % 8})`;
 const CURVES = [
   { key: "reward/mean", title: "Reward", help: "mean over the step's responses" },
   { key: "policy/kl", title: "KL to the old policy", band: "policy/kl_stderr", help: "± one standard error" },
-  { key: "policy/entropy", title: "Entropy", help: "nats per token" },
+  { key: "policy/entropy", title: "Entropy", help: "nats a token" },
   { key: "response/length_mean", title: "Response length", help: "mean, tokens", fromZero: true },
   { key: "groups/mixed", title: "Mixed groups", help: "share with right and wrong responses", range: [0, 1] },
   { key: "grad_norm", title: "Gradient norm", help: "", fromZero: true },
@@ -151,7 +151,7 @@ function drawPhases(host, run, index) {
   const title = node(
     "h3",
     {},
-    ...(data.runs.length > 1 ? [node("i", { class: `chip run-${index % 8}` }), run.label] : ["Seconds per step"]),
+    ...(data.runs.length > 1 ? [node("i", { class: `chip run-${index % 8}` }), run.label] : ["Seconds a step"]),
   );
   const share = node(
     "div",

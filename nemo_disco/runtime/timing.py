@@ -1,0 +1,71 @@
+"""Where a step's time goes: named spans of wall-clock seconds, opened where the time is spent.
+
+`record_spans` collects the spans that the calls under it open with `span`; without a recording a span does nothing.
+A GPU runs behind the program: there a span waits for the device at both ends, and is a range in Nsight Systems. Spans
+are whole phases, so the waiting costs nothing. Imports nothing heavy at the top.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+Range = Callable[[str], AbstractContextManager[object]]
+
+
+@dataclass
+class SpanTimes:
+    """Seconds by span name; wait: until the device is done, before the time is read; range: a context a span."""
+
+    wait: Callable[[], object]
+    range: Range
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+_recording: ContextVar[SpanTimes | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def record_spans(times: SpanTimes | None = None) -> Iterator[dict[str, float]]:
+    """Record this thread's spans; yields the seconds by name, which grow as spans end. times: None for the device's."""
+    times = times or _device_times()
+    token = _recording.set(times)
+    try:
+        yield times.seconds
+    finally:
+        _recording.reset(token)
+
+
+@contextmanager
+def span(name: str) -> Iterator[None]:
+    """Add the seconds of the block to `name` in the recording, if there is one; spans may nest and repeat."""
+    times = _recording.get()
+    if times is None:
+        yield
+        return
+    times.wait()
+    start = time.perf_counter()
+    try:
+        with times.range(name):
+            yield
+    finally:
+        times.wait()
+        times.seconds[name] += time.perf_counter() - start
+
+
+def recorded_seconds() -> dict[str, float]:
+    """The seconds of the present recording by span name; 0 for every name without a recording."""
+    times = _recording.get()
+    return defaultdict(float) if times is None else times.seconds
+
+
+def _device_times() -> SpanTimes:
+    import torch
+
+    if not torch.cuda.is_available():
+        return SpanTimes(lambda: None, nullcontext)
+    return SpanTimes(torch.cuda.synchronize, torch.cuda.nvtx.range)
