@@ -1,4 +1,4 @@
-"""Whether a run has diverged: counts mini-batches that were not applied, and tests weights before they are kept.
+"""Detects a run that has diverged: counts mini-batches that were not applied, and tests weights before they are kept.
 
 Reads the policy; writes no file.
 """
@@ -14,48 +14,49 @@ from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
 
-# So many mini-batches in a row whose gradient is not finite end the run: it will not heal by itself.
+# A run ends after this many mini-batches in a row without a finite gradient: it will not recover by itself.
 MAX_SKIPPED = 3
 
 
 class Divergence:
-    """The state of a run's mini-batches: `applied` and `skip` after each, `begin` before those of a step.
+    """Follows the mini-batches of a run: call `begin` before each, then `applied` or `skip`.
 
-    While mini-batches are being skipped nothing is kept: no checkpoint, no best/, no export/. Nor is it where the
-    weights have a fault, which a step's last update may have given them unnoticed. Weights of no use without one of
-    these faults are not seen: the metrics and the evaluations show them.
+    While mini-batches are being skipped no weights are kept: no checkpoint, no best/, no export/. Nor are weights with
+    a `fault`, which a step's last update may have caused unnoticed. Useless weights without one of these faults are not
+    detected here: the metrics and the evaluations show them.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.skipped = 0  # mini-batches of the whole run that were not applied
         self.in_a_row = 0
-        self.moved = False  # whether a mini-batch was applied since the last checkpoint
-        self._seen: tuple[Rollouts, Tensor] | None = None
+        self.moved = False  # True if a mini-batch was applied since the last checkpoint
+        self._last: tuple[Rollouts, Tensor] | None = None
         self._fault: str | None = None
 
     def begin(self, mini_batch: Rollouts, old_log_probs: Tensor) -> None:
-        """mini_batch: the one that is trained on now. old_log_probs [T]: the policy's, before the step."""
-        self._seen, self._fault = (mini_batch, old_log_probs), None
+        """Start on a mini-batch. old_log_probs [T]: the policy's, before the step."""
+        self._last, self._fault = (mini_batch, old_log_probs), None
 
     def applied(self) -> None:
+        """The mini-batch has updated the weights."""
         self.moved, self.in_a_row = True, 0
 
     def saved(self) -> None:
-        """A checkpoint of the weights of now is being written."""
+        """A checkpoint of the present weights is being written."""
         self.moved = False
 
     def skip(self) -> bool:
-        """Count a mini-batch that is not applied; whether the run is to end."""
+        """Count a mini-batch that is not applied; returns True if the run is to end."""
         self.skipped += 1
         self.in_a_row += 1
         return self.in_a_row >= MAX_SKIPPED
 
     def fault(self) -> str:
-        """What is wrong with the weights of now beyond doubt, or "". A collective; a forward and a backward pass on the
-        last mini-batch, once after each update, without an effect on what follows."""
+        """A proven fault of the present weights, or "". A collective: a forward and a backward pass on the last
+        mini-batch, once after each update, which change nothing."""
         if self._fault is None:
-            self._fault = "" if self._seen is None else self._find_fault(*self._seen)
+            self._fault = "" if self._last is None else self._find_fault(*self._last)
         return self._fault
 
     def _find_fault(self, mini_batch: Rollouts, old_log_probs: Tensor) -> str:
@@ -69,7 +70,7 @@ class Divergence:
                 "after its update the policy gives the step's own responses less probability than a guess among all "
                 f"{policy.vocabulary:,} tokens would ({kl:.1f} nats a token from the policy before the step)"
             )
-        # Delayed scaling follows every pass with a gradient: there it would have an effect.
+        # Under delayed scaling a pass with a gradient would change the scales.
         if policy.config.fp8 != "delayed" and not math.isfinite(policy.gradient_norm(mini_batch)):
             return "its update left weights whose gradient is not finite"
         return ""

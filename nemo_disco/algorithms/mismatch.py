@@ -1,4 +1,6 @@
-"""How far the rollout engine's log-probs are from the training engine's, for the same tokens; where, and why. Pure."""
+"""The difference between the log-probs that rollout engine and trainer give the same tokens: its size, the worst tokens
+and a likely cause. Pure.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,15 @@ from torch import Tensor
 from nemo_disco.algorithms.objectives.constraint import SQUARED_HINGE, Constraint
 from nemo_disco.data.rollouts import Rollouts
 
-# A noise floor above this share of delta is warned of.
+# A warning is given where the noise floor is above this share of delta.
 NOISE_SHARE = 0.3
 
 
 def mismatch(old_log_probs: Tensor, generation_log_probs: Tensor) -> dict[str, float]:
-    """From delta = old - generation, [T] each: its size, and two estimates of KL(rollout engine || training engine).
+    """Size of delta = old - generation, [T] each, and two estimates of KL(rollout engine || trainer), nats a token.
 
-    The former sampled the tokens, so k1 = mean(-delta) may be negative and k3 = mean(exp(delta) - 1 - delta) may not.
-    Without tokens all are those of two engines that agree.
+    The rollout engine sampled the tokens: k1 = mean(-delta) may be negative, k3 = mean(exp(delta) - 1 - delta) may not.
+    Without tokens the values are those of equal log-probs.
     """
     delta = old_log_probs.cpu().double() - generation_log_probs.cpu().double()
     if not len(delta):
@@ -35,7 +37,7 @@ def mismatch(old_log_probs: Tensor, generation_log_probs: Tensor) -> dict[str, f
 
 @dataclass(frozen=True)
 class Token:
-    """One response token on which the engines differ: the response, its place there, the id, both log-probs."""
+    """A response token on which the engines differ: index of the response, place in it, token id, both log-probs."""
 
     response: int
     place: int
@@ -52,7 +54,7 @@ def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> l
 
 
 def tokens_at(old_log_probs: Tensor, rollouts: Rollouts, indices: Sequence[int]) -> list[Token]:
-    """Those of the packed T response tokens. indices: their numbers."""
+    """The tokens at `indices` of the packed T response tokens."""
     responses, places = (values[list(indices)].tolist() for values in _places(rollouts))
     return [
         Token(
@@ -75,10 +77,10 @@ def likely_cause(
     setting: str = "trainer.precision",
     quantization: str | None = None,
 ) -> str:
-    """A guess, from the shape of the difference, at the setting that makes it.
+    """A guess at the setting that causes the difference, from how it is spread over the tokens.
 
-    plain_log_probs [T]: the trainer's at temperature 1. dtype: of its weights, which `setting` decided; quantization:
-    the engine's, as generation.quantization has it.
+    plain_log_probs [T]: the trainer's at temperature 1. dtype: of its weights; setting: the key that decided it;
+    quantization: generation.quantization.
     """
     engine = rollouts.generation_log_probs.double()
     delta = (old_log_probs.cpu().double() - engine).abs()
@@ -108,12 +110,12 @@ def likely_cause(
 
 
 def in_float32(setting: str) -> str:
-    """How verify.dtype or trainer.precision says float32."""
+    """The override that makes verify.dtype or trainer.precision float32."""
     return f"{setting}={'float32' if setting == 'verify.dtype' else '32'}"
 
 
 def noise_warning(noise: float, constraint: Constraint) -> str:
-    """A line where the constraint would act on rounding, else "". noise: |KL_hat| at theta = theta_old."""
+    """A warning if the constraint would act on rounding errors, else "". noise: |KL_hat| at theta = theta_old."""
     if constraint.kind != SQUARED_HINGE or not noise > NOISE_SHARE * constraint.delta:
         return ""
     return (
@@ -123,7 +125,7 @@ def noise_warning(noise: float, constraint: Constraint) -> str:
 
 
 def _places(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """[T] the response of each response token, and its place in it."""
+    """For each of the T response tokens: the index of its response, and its place there."""
     lengths = rollouts.response_lengths
     response = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     return response, torch.arange(int(lengths.sum())) - rollouts.response_offsets[response]

@@ -1,6 +1,6 @@
-"""Which questions a step asks: epoch after epoch, each in its own order.
+"""The order in which a run asks its questions: epoch after epoch, each shuffled anew.
 
-Pure: the seed and the number of steps taken decide everything, so that a resumed run goes on exactly where it was.
+Pure: the seed and the number of steps decide everything, so that a resumed run goes on exactly where it was.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from nemo_disco.runtime.errors import UserError
 
 
 class _Pool(NamedTuple):
-    """The questions of one weight; `asked`: how many of them an epoch asks."""
+    """The questions of one weight; per_epoch: how many of them an epoch asks."""
 
     weight: float
     indices: list[int]
 
     @property
-    def asked(self) -> int:
+    def per_epoch(self) -> int:
         return max(1, round(self.weight * len(self.indices)))
 
 
 class QuestionOrder:
-    """Hands out `per_step` of `n_questions` indices a step, none twice in a step.
+    """Gives `per_step` of `n_questions` indices for each step, none twice in a step.
 
     An epoch asks every question once; with `weights` [n_questions], questions of weight 2 twice and half of those of
-    weight 0.5, the other half in the next epoch. It is shuffled by (seed, epoch). What a step skips because it asks it
-    already, at the seam of two epochs or by weight, comes right after it.
+    weight 0.5, the other half in the next epoch. It is shuffled by (seed, epoch). A question that a step has already,
+    where two epochs overlap or by its weight, is deferred to the next step.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class QuestionOrder:
         weights: Sequence[float] | None = None,
         content: str = "",
     ) -> None:
-        """content: a hash of what the questions say, by which a resumed run knows them; "" where nobody asks.
+        """content: a hash of the questions, by which a resumed run recognises them; "" for no such check.
 
-        Raises UserError where the questions, or what their weights leave of them, do not fill a step.
+        Raises UserError if the questions, or those that their weights leave of them, do not fill a step.
         """
         if n_questions < per_step:
             raise UserError(
@@ -54,26 +54,26 @@ class QuestionOrder:
         self._content = content
         self._pools = _pools(weights or [1.0] * n_questions)
         self._weighted = len(self._pools) > 1 or self._pools[0].weight != 1.0
-        self._size = sum(pool.asked for pool in self._pools)
+        self._size = sum(pool.per_epoch for pool in self._pools)
         self._check_weights()
         self._epoch, self._taken = 0, 0
         self._queue = self._order(0)
 
     def next(self) -> list[int]:
-        """The indices of this step."""
+        """The indices of the next step."""
         step: dict[int, None] = {}
         while True:
-            skipped: list[int] = []
+            deferred: list[int] = []
             for position, index in enumerate(self._queue):
                 if len(step) == self._per_step:
-                    self._queue = skipped + self._queue[position:]
+                    self._queue = deferred + self._queue[position:]
                     break
                 if index in step:
-                    skipped.append(index)
+                    deferred.append(index)
                 else:
                     step[index] = None
             else:
-                self._queue = skipped
+                self._queue = deferred
             if len(step) == self._per_step:
                 self._taken += self._per_step
                 return list(step)
@@ -81,7 +81,7 @@ class QuestionOrder:
             self._queue += self._order(self._epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON: the epoch, the questions of it that were handed out, and what the order depends on."""
+        """Plain JSON: the epoch, the number of its questions that were given, and the settings of the order."""
         # A step that ends with an epoch still belongs to it.
         epoch = max(0, self._taken - 1) // self._size
         return {"epoch": epoch, "position": self._taken - epoch * self._size, **self._identity()} | (
@@ -89,7 +89,7 @@ class QuestionOrder:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UserError where it is of other questions or another seed."""
+        """Continue from `state`. Raises UserError if it is of other questions or another seed."""
         if changed := self.changes(state):
             raise UserError(
                 f"the checkpoint's data order was made with {'; '.join(changed)}; set it back, start a new run "
@@ -106,10 +106,10 @@ class QuestionOrder:
             self.next()
 
     def changes(self, state: Mapping[str, Any]) -> list[str]:
-        """What of the questions and their order is otherwise than where `state` was taken, in words."""
-        said = {"questions_per_epoch": state["questions"], **state}
+        """The differences between this order and the one of `state`, for a message."""
+        before = {"questions_per_epoch": state["questions"], **state}
         now = {**self._identity(), "questions_per_epoch": self._size}
-        changed = [f"{key}={said[key]}, this run has {value}" for key, value in now.items() if said[key] != value]
+        changed = [f"{key}={before[key]}, this run has {value}" for key, value in now.items() if before[key] != value]
         # Checkpoints of earlier versions have no content.
         if not changed and self._content and state.get("content", self._content) != self._content:
             changed = [f"{self._n} questions of other content (text, answers or fields of data.train_files changed)"]
@@ -125,8 +125,8 @@ class QuestionOrder:
         return identity | ({"questions_per_epoch": self._size} if self._weighted else {})
 
     def _check_weights(self) -> None:
-        most = max(-(-pool.asked // len(pool.indices)) for pool in self._pools)
-        distinct = sum(min(pool.asked, len(pool.indices)) for pool in self._pools)
+        most = max(-(-pool.per_epoch // len(pool.indices)) for pool in self._pools)
+        distinct = sum(min(pool.per_epoch, len(pool.indices)) for pool in self._pools)
         if distinct < self._per_step or most * self._per_step > max(self._size, self._per_step):
             raise UserError(
                 f"data.train_weights: an epoch asks {distinct} different questions, one of them up to {most} times, in "
@@ -144,8 +144,8 @@ class QuestionOrder:
         return order
 
     def _share(self, number: int, pool: _Pool, epoch: int) -> list[int]:
-        """What an epoch asks of a pool: the next piece of its own endless passes over its questions."""
-        passes, start = divmod(epoch * pool.asked, len(pool.indices))
+        """The questions of a pool that an epoch asks: the next piece of endless passes over the pool."""
+        passes, start = divmod(epoch * pool.per_epoch, len(pool.indices))
 
         def endless() -> Iterator[int]:
             for pass_number in count(passes):
@@ -154,11 +154,11 @@ class QuestionOrder:
                     random.Random(f"{self._seed}/{number}/{pass_number}").shuffle(order)
                 yield from order
 
-        return list(islice(endless(), start, start + pool.asked))
+        return list(islice(endless(), start, start + pool.per_epoch))
 
 
 def _pools(weights: Sequence[float]) -> list[_Pool]:
-    """By falling weight, so that the order of the files does not matter to their shares."""
+    """Pools by falling weight, so that the order of the files does not change their shares."""
     by_weight: dict[float, list[int]] = {}
     for index, weight in enumerate(weights):
         by_weight.setdefault(weight, []).append(index)

@@ -1,4 +1,5 @@
-"""Set aside files that an earlier life of a run left beyond the first step of this one, lest they pass for this one's.
+"""Set aside files that an earlier process of a run wrote beyond the step from which this one resumes: they would be
+taken for this one's.
 
 Moves and removes files of one run directory, under its lock.
 """
@@ -21,12 +22,12 @@ _EVALUATION = re.compile(r"(?P<set>.+?)\.step_(?P<step>\d+)(\.samples)?(\.replac
 
 
 def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
-    """Clear what lies beyond `step`; a line that says so, or "". Raises UserError where the disk refuses.
+    """Clear files of steps beyond `step`. Returns a line for the log, or "". Raises UserError for an error of the disk.
 
-    After a checkpoint it is removed: these steps are made again; but export/, which took the whole run, is moved to
-    RUN/earlier/N. At step 0 there is none to go on from, so that all is of another run, if only of one that was killed
-    early: it is moved there too. Evaluations before training stay where their set is one of `sets` (names as they stand
-    in file names): each file says which weights it is of. best/ is for algorithms/best_weights.py to settle.
+    After a checkpoint they are removed, since these steps are taken again; but export/, which took the whole run, is
+    moved to RUN/earlier/N. At step 0 there is no checkpoint, so that all files are another run's, if only of one that
+    was killed early: they are moved there too. Evaluations before training stay if their set is one of `sets` (as named
+    in file names): each file records its weights. best/ is left to algorithms/best_weights.py.
     """
     with writing(run.path):
         evaluations = [p for p in _entries(run.evaluation) if _is_stale(_EVALUATION, p, step, sets)]
@@ -36,14 +37,18 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
                 remove(path)
             names = ", ".join(f"{path.parent.name}/{path.name}" for path in (*evaluations, *rollouts)[:3])
             more = len(evaluations) + len(rollouts)
-            said = f"{more} files of a life that went beyond step {step} were removed ({names} ...)" if more else ""
+            removed = (
+                f"{more} files of an earlier process that went beyond step {step} were removed ({names} ...)"
+                if more
+                else ""
+            )
             exported = read_record(run.export)
             if exported is None or exported["step"] <= step:
-                return said
+                return removed
             moved = (
                 f"{run.export} is of step {exported['step']}: it is now {_move(run, [run.export]) / run.export.name}"
             )
-            return "; ".join(filter(None, [said, moved]))
+            return "; ".join(filter(None, [removed, moved]))
         files = [
             run.metrics,
             run.config,
@@ -60,7 +65,7 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
 
 
 def _move(run: RunDirectory, paths: Sequence[Path]) -> Path:
-    """Move what there is of some paths of a run to RUN/earlier/N, the first N that is free; that directory."""
+    """Move those of the paths that exist to RUN/earlier/N, N the first free number. Returns that directory."""
     place = first_free(run.path / EARLIER / str(n) for n in itertools.count(1))
     for path in paths:
         if path.exists() or path.is_symlink():

@@ -1,6 +1,6 @@
-"""What a model directory that a run wrote (export/, best/) says of itself: the training step that its weights are of.
+"""The record in a model directory that a run wrote (export/, best/): the training step of its weights.
 
-So a life that begins at an earlier step knows what is of its own past. Reads and names one file.
+A run that resumes at an earlier step tells by it which directories are of its own past. Reads one file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "nemo_disco.json"
 
 
 class ModelRecord(TypedDict):
-    """step: of training. Of best/ also score, its mean Pass@1, and of, a hash of the sets that it was scored on."""
+    """step: of training. best/ also has score, its mean Pass@1, and of, a hash of the sets of that score."""
 
     step: Count
     score: NotRequired[float]
@@ -26,12 +26,12 @@ class ModelRecord(TypedDict):
 
 
 def as_files(record: ModelRecord) -> dict[str, str]:
-    """The text of each file that says it, by name."""
+    """The record as files of the directory: name -> text."""
     return {NAME: json.dumps(record) + "\n"}
 
 
 def read_record(directory: Path) -> ModelRecord | None:
-    """None where there is no such directory, or it does not say (of an earlier version, or damaged)."""
+    """The record of a directory; None if there is no such directory, or no readable record in it."""
     with contextlib.suppress(FileError):
         return read_json(directory / NAME, ModelRecord)
     return None

@@ -1,7 +1,7 @@
-"""What an objective is: a plain function J of one mini-batch's log-probs, differentiated here.
+"""Objective: a plain function J of one mini-batch's log-probs, which this module differentiates.
 
 Touches MiniBatch alone, in float64 on its device. Must not know how log-probs are computed, nor micro-batches: the
-step takes `token_weights` (two passes), or `token_loss` where the objective is separable (one pass).
+step uses `token_weights` (two passes), or `token_loss` if the objective is separable (one pass).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveOutput:
-    """What a mini-batch asks of the policy: the loss has the gradient of sum_t w_t lp_t + v_t H_t.
+    """Result of an objective on one mini-batch: the loss has the gradient of sum_t w_t lp_t + v_t H_t.
 
     loss: 0-d float64, detached. token_weights w [T] = d loss / d log_probs. entropy_weights v [T] = d loss /
     d entropies, or None if J has no entropy in it. metrics: under the names of metrics.jsonl.
@@ -41,7 +41,7 @@ class ObjectiveOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Checked, ABC):
-    """loss = -J + penalty(KL_hat). A subclass says J; its fields are what a configuration may set.
+    """loss = -J + penalty(KL_hat). A subclass defines J; its fields are the parameters of the configuration.
 
     Your own, selected by `algorithm=base algorithm.name=my_module:MyObjective`:
 
@@ -52,8 +52,8 @@ class Objective(Checked, ABC):
             def value(self, batch: MiniBatch) -> Tensor:
                 return self.scale * (batch.token_mean(batch.log_probs) * batch.rewards).mean()
 
-    threshold: a response is correct when its reward is above, unless the mini-batch brings the grader's verdict.
-    off_policy: what corrects for rollouts of another engine or an older policy.
+    threshold: a response is correct when its reward is above, unless the mini-batch has the grader's verdict.
+    off_policy: the correction for rollouts of another engine or an older policy.
     """
 
     name: ClassVar[str]
@@ -68,6 +68,7 @@ class Objective(Checked, ABC):
             raise TypeError(f"objective {cls.name}: rename the property `requires` to `needs`")
 
     def label(self) -> str:
+        """The beginning of a message about a parameter."""
         return f"objective {self.name}: "
 
     @abstractmethod
@@ -76,7 +77,7 @@ class Objective(Checked, ABC):
         `correct` set, its rewards those of `shaped`."""
 
     def shaped(self, batch: MiniBatch) -> Tensor:
-        """[N] the rewards that J sees: a length method's transform of the step's, else these."""
+        """[N] the rewards that J uses: here the mini-batch's; a length method transforms them."""
         return batch.rewards
 
     @property
@@ -105,8 +106,8 @@ class Objective(Checked, ABC):
     def __call__(self, batch: MiniBatch) -> ObjectiveOutput:
         """The loss, its gradient with respect to every log-prob (and entropy), and the metrics.
 
-        Raises ValueError if the batch lacks what the objective needs, NonFiniteError if the loss overflows, and
-        UserError, with file and line, if a user's objective raises or returns what is not a finite number.
+        Raises ValueError if the batch lacks a field that the objective needs, NonFiniteError if the loss overflows, and
+        UserError, with file and line, if a user's objective raises or returns no finite number.
         """
         self._check_needs(batch, self.needs | self.off_policy.needs)
         with torch.inference_mode(False), torch.enable_grad():
@@ -131,13 +132,13 @@ class Objective(Checked, ABC):
         )
 
     def _prepared(self, batch: MiniBatch) -> MiniBatch:
-        """A float64 copy with verdicts, and with the rewards that J sees."""
+        """A float64 copy with verdicts and with the shaped rewards."""
         batch = batch.to_float64()
         batch = replace(batch, correct=self.correct(batch))
         return replace(batch, rewards=self._call(self.shaped, batch))
 
     def _call(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """function(*args), a method of this objective; if a user wrote it, its failure is named with file and line."""
+        """function(*args). If a user wrote it and it fails: UserError with file and line."""
         if not is_user_class(type(self)):
             return function(*args)
         try:
@@ -160,13 +161,13 @@ class Objective(Checked, ABC):
     def _check_finite(self, batch: MiniBatch, loss: Tensor, *gradients: Tensor) -> None:
         if all(bool(x.isfinite().all()) for x in (loss, *gradients)):
             return
-        what = f"the loss is {float(loss)}, or its gradient is not finite"
+        fault = f"the loss is {float(loss)}, or its gradient is not finite"
         if is_user_class(type(self)):
-            raise UserError(f"objective {self.name} ({definition_place(type(self).value)}): {what}")
+            raise UserError(f"objective {self.name} ({definition_place(type(self).value)}): {fault}")
         t = int((batch.log_probs - batch.old_log_probs).abs().argmax())
         change = float(batch.log_probs[t] - batch.old_log_probs[t])
         raise NonFiniteError(
-            f"objective {self.name}: {what}; the log-prob that moved most, by {change:g}, is {batch.describe_token(t)}"
+            f"objective {self.name}: {fault}; the log-prob that moved most, by {change:g}, is {batch.describe_token(t)}"
         )
 
     @torch.no_grad()
@@ -198,7 +199,7 @@ class Objective(Checked, ABC):
 class Tokens:
     """Some tokens of a mini-batch, float64 [n] each; total is T, the tokens of the whole mini-batch, at least 1.
 
-    weights: what `response_weights` gave the token's response. entropies, reference_log_probs: None if not there.
+    weights: `response_weights` of the token's response. entropies, reference_log_probs: None if not needed.
     """
 
     log_probs: Tensor
@@ -210,11 +211,11 @@ class Tokens:
 
 
 class SeparableObjective(Objective):
-    """J = sum_t token_values_t, where all that a token needs of the others is its response's weight."""
+    """J = sum_t token_values_t; a token depends on the others only through its response's weight."""
 
     @abstractmethod
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        """[N] what each token of a response weighs in J: an advantage over a divisor, with no log-prob in it."""
+        """[N] the weight in J of each token of a response: an advantage over a divisor, without any log-prob."""
 
     @abstractmethod
     def token_values(self, tokens: Tokens) -> Tensor:
@@ -234,7 +235,7 @@ class SeparableObjective(Objective):
         index [n]: positions among the T tokens; log_probs, entropies [n]: the current ones, differentiable, of any
         floating dtype and device; entropies may be None if not needed. Summed over all tokens it is the loss of
         `__call__`. Neither `batch.log_probs` nor `batch.entropies` is read.
-        Raises ValueError if the objective is not separable or the batch lacks what it needs.
+        Raises ValueError if the objective is not separable or the batch lacks a field that it needs.
         """
         if not self.separable:
             raise ValueError(
