@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from nemo_disco.data.questions import Question
@@ -24,13 +25,16 @@ class Broken:
         raise UserError(f"my_rewards.py line 3: {texts[0]} is none of {len(answers)}")
 
 
+SEVEN = Response(np.array([7]), np.zeros(1, np.float32), "length", 0)
+
+
 def said() -> str:
     prompts = PromptSet("q", [Question(0, "0?", ("1",), "s")] * 2, [[0]] * 2, Words())
     early = EarlyGrading(Broken(), prompts)  # type: ignore[arg-type]
     if dist.get_rank() == 0:
-        early.finished(1, Response([7], [0.0], "length", 0))
+        early.finished(1, SEVEN)
     try:
-        early.collect([Response([7], [0.0], "length", 0)] * 2)
+        early.collect([SEVEN] * 2)
     except UserError as error:
         return str(error)
     return ""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import model_config
@@ -53,7 +54,7 @@ class Scripted:
         for (question,) in prompts:
             seen[question] = seen.get(question, -1) + 1
             tokens = [question, seen[question]] + [0] * (self.lengths.get(question, 3) - 2)
-            responses.append(Response(tokens, [-1.0] * len(tokens), "length", self.version))
+            responses.append(Response(np.array(tokens), -np.ones(len(tokens), np.float32), "length", self.version))
         return responses
 
     def ask(self, *request: Any) -> Outstanding:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from user_module import beside_us
@@ -45,7 +46,10 @@ class Dice:
         self.calls -= 1
         self.asked += len(prompts)
         faces = [random.Random(f"{seed}{prompt}").randrange(3) for prompt, seed in zip(prompts, seeds, strict=True)]
-        responses = [Response([1, face], [0.0, 0.0], "length" if face == 2 else "stop", 0) for face in faces]
+        responses = [
+            Response(np.array([1, face]), np.zeros(2, np.float32), "length" if face == 2 else "stop", 0)
+            for face in faces
+        ]
         for i in range(len(responses)) if self.streams else ():
             finished(i, responses[i])
         return responses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from tiny_models import model_config
@@ -46,7 +47,7 @@ def prompts(tmp_path: Any) -> PromptSet:
 
 
 def response(*tokens: int) -> Response:
-    return Response([*tokens], [0.0] * len(tokens), "length", 0)
+    return Response(np.array(tokens), np.zeros(len(tokens), np.float32), "length", 0)
 
 
 def test_what_is_finished_is_graded_while_the_rest_is_sampled(prompts: PromptSet) -> None:
