@@ -1,4 +1,4 @@
-"""docs/support.md is what the tests and the result files say, and cannot say more."""
+"""docs/support.md claims what the tests and the result files show, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def result(**changes: Any) -> dict[str, Any]:
 
 def test_the_page_is_current() -> None:
     written = support.PAGE.read_text()
-    assert written == support.page(support.read_results(support.RESULTS)), "make support writes it anew"
+    assert written == support.render_page(support.read_results(support.RESULTS)), "make support writes it anew"
 
 
 def test_a_run_on_a_gpu_is_claimed_with_its_date() -> None:
-    found = support.ran(DECODE, [result(), result(date="2026-11-01T10:00:00+00:00")][::-1], several=False)
-    assert found == "NVIDIA H200, 2026-12-01"
-    assert support.ran(DECODE, [result()], several=True) == NOT_RUN
-    assert support.ran(DECODE, [result(devices=8)], several=True) == "NVIDIA H200, 2026-12-01"
+    cell = support.describe_gpu_run(DECODE, [result(), result(date="2026-11-01T10:00:00+00:00")][::-1], several=False)
+    assert cell == "NVIDIA H200, 2026-12-01"
+    assert support.describe_gpu_run(DECODE, [result()], several=True) == NOT_RUN
+    assert support.describe_gpu_run(DECODE, [result(devices=8)], several=True) == "NVIDIA H200, 2026-12-01"
 
 
 @pytest.mark.parametrize(
-    "seen",
+    "results",
     [
         [],
         [result(tiny=True)],
@@ -45,26 +45,26 @@ def test_a_run_on_a_gpu_is_claimed_with_its_date() -> None:
     ],
     ids=["no file", "toy sizes", "a CPU", "a section that failed", "no figure", "another figure"],
 )
-def test_nothing_else_counts_as_a_run(seen: list[dict[str, Any]]) -> None:
-    assert support.ran(DECODE, seen, several=False) == NOT_RUN
+def test_nothing_else_counts_as_a_run(results: list[dict[str, Any]]) -> None:
+    assert support.describe_gpu_run(DECODE, results, several=False) == NOT_RUN
 
 
 def test_a_figure_out_of_its_bound_is_no_claim() -> None:
     feature = Feature("layers", key="correctness.bf16_gradient")
     for within in (True, False):
         section = {"bf16_gradient": 0.01, "within_bounds": {"bf16_gradient": within}}
-        found = support.ran(feature, [result() | {"correctness": section}], several=False)
-        assert (found == NOT_RUN) != within
+        cell = support.describe_gpu_run(feature, [result() | {"correctness": section}], several=False)
+        assert (cell == NOT_RUN) != within
 
 
 def test_a_test_is_claimed_with_the_command_that_runs_it() -> None:
-    assert support.commands_of("test_support.py") == {"make test"}
-    assert support.commands_of("triton_kernels/test_compiles.py") == {"make test-triton"}
-    assert "make test-slow" in support.commands_of("benchmarks/test_gpu_benchmark.py::test_every_section_runs")
-    assert support.tested(DECODE) == NOT_RUN
+    assert support.find_commands("test_support.py") == {"make test"}
+    assert support.find_commands("triton_kernels/test_compiles.py") == {"make test-triton"}
+    assert "make test-slow" in support.find_commands("benchmarks/test_gpu_benchmark.py::test_every_section_runs")
+    assert support.describe_tests(DECODE) == NOT_RUN
 
 
 @pytest.mark.parametrize("test", ["policy/test_missing.py", "test_support.py::test_missing"])
 def test_a_test_that_is_not_there_cannot_be_named(test: str) -> None:
     with pytest.raises(ValueError, match="there is no such test"):
-        support.commands_of(test)
+        support.find_commands(test)

@@ -54,7 +54,7 @@ def problems(site: Path) -> Iterator[str]:
 
 
 def check_link(file: Path, kind: str, link: str, pages: dict[Path, Page]) -> str:
-    """What is wrong with a link of a page, or ""."""
+    """Why a link of a page fails; an empty string if it works."""
     parts = urlsplit(link)
     if parts.scheme == "data" or (kind == "link" and parts.scheme in ("http", "https", "mailto")):
         return ""
@@ -74,10 +74,10 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python tools/check_site.py DIRECTORY", file=sys.stderr)
         return 2
-    found = list(problems(Path(arguments[0])))
-    for problem in found:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if found else 0
+    failures = list(problems(Path(arguments[0])))
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

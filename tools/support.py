@@ -183,17 +183,17 @@ for _model, _config in REAL.items():
 
 def main() -> None:
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(read_results(RESULTS)))
+    PAGE.write_text(render_page(read_results(RESULTS)))
     print(f"written: {PAGE.relative_to(ROOT)}")
 
 
-def page(results: Iterable[Mapping[str, Any]]) -> str:
+def render_page(results: Iterable[Mapping[str, Any]]) -> str:
     """The text of docs/support.md. Raises ValueError if a feature or column names a test that does not exist."""
     results = list(results)
-    rows = [
-        f"| {f.name} | {tested(f)} | {ran(f, results, several=False)} | {ran(f, results, several=True)} |"
-        for f in FEATURES
-    ]
+    rows = []
+    for feature in FEATURES:
+        runs = [describe_gpu_run(feature, results, several=several) for several in (False, True)]
+        rows.append(f"| {' | '.join([feature.name, describe_tests(feature), *runs])} |")
     return "\n".join(
         [
             "# What has run where",
@@ -215,7 +215,7 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
             "",
             f"| architecture | config.json of | {' | '.join(COLUMNS)} | on one GPU |",
             "| --- " * (len(COLUMNS) + 3) + "|",
-            *(architecture_row(name, results) for name in sorted(REAL_MODELS)),
+            *(render_architecture(name, results) for name in sorted(REAL_MODELS)),
             "",
         ]
     )
@@ -224,29 +224,29 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
 # --- tests ---
 
 
-def tested(feature: Feature) -> str:
+def describe_tests(feature: Feature) -> str:
     """The commands that run a feature's tests."""
     if not feature.tests:
         return NOT_RUN
-    commands = sorted({command for test in feature.tests for command in commands_of(test)})
+    commands = sorted({command for test in feature.tests for command in find_commands(test)})
     names = ", ".join(f"`{command}`" for command in commands)
     return f"{names}: {feature.shows}" if feature.shows else names
 
 
-def architecture_row(name: str, results: Iterable[Mapping[str, Any]]) -> str:
+def render_architecture(name: str, results: Iterable[Mapping[str, Any]]) -> str:
     """A row of the second table. A column counts only if its test file names the architecture among its cases."""
     cells = [
-        ", ".join(f"`{command}`" for command in sorted(commands_of(file)))
-        if name in architectures_in(file)
+        ", ".join(f"`{command}`" for command in sorted(find_commands(file)))
+        if name in find_architectures(file)
         else NOT_RUN
         for file in COLUMNS.values()
     ]
-    gpu = ran(Feature(name, key=GPU_FIGURES.get(name)), results, several=False)
+    gpu = describe_gpu_run(Feature(name, key=GPU_FIGURES.get(name)), results, several=False)
     return f"| `{name}` | {'; '.join(REAL_MODELS[name])} | {' | '.join(cells)} | {gpu} |"
 
 
 @cache
-def architectures_in(test: str) -> frozenset[str]:
+def find_architectures(test: str) -> frozenset[str]:
     """The architectures among a test file's text constants, and those of tests/tiny_models.py if it uses FAMILIES."""
     source = (ROOT / "tests" / test).read_text()
     shared = (ROOT / "tests" / "tiny_models.py").read_text() if "FAMILIES" in source else ""
@@ -254,18 +254,18 @@ def architectures_in(test: str) -> frozenset[str]:
     return frozenset(str(value).split("-")[0] for value in constants) & frozenset(REAL_MODELS)
 
 
-def commands_of(test: str) -> set[str]:
+def find_commands(test: str) -> set[str]:
     """The commands that run a test, or the tests of a file. Raises ValueError if there is no such test."""
     name, _, function = test.partition("::")
     file = ROOT / "tests" / name
-    tests = {n: marks for n, marks in test_functions(file).items() if function in ("", n)} if file.exists() else {}
+    tests = {n: marks for n, marks in read_marks(file).items() if function in ("", n)} if file.exists() else {}
     if not tests:
         raise ValueError(f"tools/support.py names {test}, and there is no such test")
     return {next((COMMANDS[m] for m in sorted(marks) if m in COMMANDS), "make test") for marks in tests.values()}
 
 
 @cache
-def test_functions(file: Path) -> dict[str, frozenset[str]]:
+def read_marks(file: Path) -> dict[str, frozenset[str]]:
     """Each test function of a file, with its marks and those of the whole file."""
     tree = ast.parse(file.read_text())
     whole = {
@@ -300,17 +300,17 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
     return sorted((r for r in contents if "about" in r), key=lambda r: str(r["about"]["date"]))
 
 
-def ran(feature: Feature, results: Iterable[Mapping[str, Any]], *, several: bool) -> str:
+def describe_gpu_run(feature: Feature, results: Iterable[Mapping[str, Any]], *, several: bool) -> str:
     """The device and the date of the newest run that left the feature's figure, or NOT_RUN."""
     for result in reversed(list(results)):
         about = result["about"]
         on_gpu = about["device"] != "cpu" and not about["tiny"]
-        if on_gpu and (about.get("devices", 1) > 1) == several and _has(result, feature.key):
+        if on_gpu and (about.get("devices", 1) > 1) == several and _has_figure(result, feature.key):
             return f"{about['device']}, {about['date'][:10]}"
     return NOT_RUN
 
 
-def _has(result: Mapping[str, Any], key: str | None) -> bool:
+def _has_figure(result: Mapping[str, Any], key: str | None) -> bool:
     """True if a section that ended well holds a number under the key, within its bound if it has one."""
     if key is None:
         return False

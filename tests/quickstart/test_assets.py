@@ -138,4 +138,4 @@ def test_the_warm_start_is_right_sometimes_but_not_often(tokenizer):
     torch.manual_seed(0)
     problems = make_assets.splits(warm_start.Recipe())[0][:64]
     model = Qwen2ForCausalLM.from_pretrained(MODEL)
-    assert 0.15 < warm_start.sampled(model, tokenizer, problems, 4, 1.0).mean().item() < 0.55
+    assert 0.15 < warm_start.sample_verdicts(model, tokenizer, problems, 4, 1.0).mean().item() < 0.55

@@ -1,4 +1,4 @@
-"""Checkpoint converters: Hugging Face <-> Megatron <-> NeMo. tools/convert/ here, nemo_disco.convert when installed.
+"""Checkpoint converters: Hugging Face <-> Megatron <-> NeMo. tools/convert/ is installed as nemo_disco.convert.
 
-Each is a script with a main(). May use nemo_disco.policy; nothing in nemo_disco imports from here.
+Each file is a script with a main(); the work is in nemo_disco/conversion/. Nothing in nemo_disco imports from here.
 """

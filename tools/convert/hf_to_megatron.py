@@ -1,9 +1,10 @@
-"""A Hugging Face directory -> a megatron-core checkpoint (torch_dist), for any layout. One process, no GPU, memory for
-one tensor.
+"""Convert a Hugging Face directory to a megatron-core checkpoint (torch_dist), which loads at any layout. Runs in one
+process, without a GPU, and holds about two tensors in memory.
 
     python -m nemo_disco.convert.hf_to_megatron models/DeepSeek-R1-Distill-Qwen-1.5B megatron/
 
-Config, tokenizer, chat template and generation config are carried along, so that it can be evaluated and turned back.
+The result has copies of the config, tokenizer, chat template and generation config, so that it can be evaluated and
+converted back.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A Hugging Face directory -> a NeMo 2.0 directory (weights/ in torch_dist, context/). One process, no GPU, memory for
-one tensor.
+"""Convert a Hugging Face directory to a NeMo 2.0 directory (weights/ in torch_dist, context/). Runs in one process,
+without a GPU, and holds about two tensors in memory.
 
     python -m nemo_disco.convert.hf_to_nemo models/DeepSeek-R1-Distill-Qwen-1.5B nemo/
 """

@@ -1,8 +1,9 @@
-"""A megatron-core checkpoint (torch_dist) -> a Hugging Face directory. One process, no GPU, memory for one tensor.
+"""Convert a megatron-core checkpoint (torch_dist) to a Hugging Face directory. Runs in one process, without a GPU, and
+holds about two tensors in memory.
 
     python -m nemo_disco.convert.megatron_to_hf runs/quickstart/checkpoints/step_60 exported/
 
-Tokenizer, chat template and generation config come from the directory that the run's model came from.
+Tokenizer, chat template and generation config are copied from the model that the run started from.
 """
 
 from __future__ import annotations

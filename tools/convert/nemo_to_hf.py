@@ -1,9 +1,10 @@
-"""A NeMo 2.0 directory (weights/ in torch_dist, context/) -> a Hugging Face directory. One process, no GPU, memory for
-one tensor.
+"""Convert a NeMo 2.0 directory (weights/ in torch_dist, context/) to a Hugging Face directory. Runs in one process,
+without a GPU, and holds about two tensors in memory.
 
     python -m nemo_disco.convert.nemo_to_hf nemo/ exported/ --model models/DeepSeek-R1-Distill-Qwen-1.5B
 
---model: whose config and tokenizer are carried over; one that hf_to_nemo wrote has them in context/.
+--model names the Hugging Face directory whose config and tokenizer are copied. A NeMo directory that hf_to_nemo wrote
+has them in context/ and does not need it.
 """
 
 from __future__ import annotations

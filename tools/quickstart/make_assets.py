@@ -1,4 +1,4 @@
-"""Make assets/quickstart: the tokenizer, the questions and the warm-started model. Seeded, CPU, one thread, minutes.
+"""Make assets/quickstart: the tokenizer, the questions and the warm-started model. Seeded; minutes on one CPU thread.
 
 Run from the repository: python -m tools.quickstart.make_assets [OUTPUT]
 """
@@ -29,7 +29,7 @@ def main() -> None:
     recipe = warm_start.Recipe()
     test, development, train, supervised = splits(recipe)
     tokenizer = make_tokenizer(train)
-    tokenizer.save_pretrained(output / "model")  # now: the warm start's padding would be saved with it
+    tokenizer.save_pretrained(output / "model")  # before training, whose padding setting would be saved with it
     model = warm_start.new_model(tokenizer, SEED)
     warm_start.train(model, tokenizer, supervised, development, recipe)
     for temperature in (1.0, 0.6):
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def splits(recipe: warm_start.Recipe) -> tuple[list[task.Problem], ...]:
-    """test, development, train, supervised: one stream that never repeats; the last two avoid what is held out."""
+    """Problems of test, development, train and supervised, all different; the last two have no held-out numbers."""
     problems = task.stream(SEED)
     test, development = task.hold_out(problems, TEST), task.hold_out(problems, DEVELOPMENT)
     problems = task.without(problems, [*test, *development])
@@ -51,7 +51,7 @@ def splits(recipe: warm_start.Recipe) -> tuple[list[task.Problem], ...]:
 
 
 def make_tokenizer(problems: Sequence[task.Problem]) -> PreTrainedTokenizerFast:
-    """Roles and common words are repeated so that they become single tokens beside thousands of questions."""
+    """The tokenizer, trained on the problems; roles and common words are repeated so that they become single tokens."""
     common = [tokenizers.COMMON_WORDS] * 30 + ["user\nassistant\nsystem\n" + tokenizers.SUFFIX] * 300
     return tokenizers.train([*common, *(t for p in problems for t in (p.question, p.solution))], VOCABULARY)
 

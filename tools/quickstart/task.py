@@ -1,7 +1,7 @@
-"""The quickstart's task: sums of a few small numbers as short stories, worked one step at a time, with one answer.
+"""The quickstart's task: sums of a few small numbers in short stories, with a solution in steps and one answer.
 
-Pure and seeded: the same seed gives the same questions anywhere. No held-out question's numbers are in training, in any
-order or wording.
+Pure and seeded: a seed gives the same questions on every machine. The numbers of a held-out question are not in
+training, in any order or wording.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ STORIES = (
     "A bus picks up {list} people. How many is that?",
     "Boxes hold {list} pens. How many pens in all?",
 )
-FEWEST_NUMBERS, MOST_NUMBERS = 4, 6  # the spread of difficulty: an error in any step spoils the answer
+FEWEST_NUMBERS, MOST_NUMBERS = 4, 6  # more numbers are harder: an error in any step spoils the answer
 SMALLEST, LARGEST = 2, 9
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question: add up the numbers, told as one of the stories."""
+    """One question: the sum of the numbers, in the words of one of the stories."""
 
     numbers: tuple[int, ...]
     story: str
 
     @property
     def key(self) -> tuple[int, ...]:
-        """The numbers whatever their order: what a held-out question may not share with training."""
+        """The numbers in ascending order; a held-out question shares its key with no training question."""
         return tuple(sorted(self.numbers))
 
     @property
@@ -45,7 +45,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """A worked response, as it follows the generation prompt (which ends inside <think>)."""
+        """A right response in steps, to follow the generation prompt (which ends inside <think>)."""
         total, lines = self.numbers[0], []
         for n in self.numbers[1:]:
             lines.append(f"{total}+{n}={total + n}")
@@ -53,12 +53,12 @@ class Problem:
         return "\n".join([*lines, "</think>", f"\\boxed{{{self.answer}}}"])
 
     def row(self) -> dict[str, str]:
-        """The question as the data files hold it."""
+        """The question as a line of a question file."""
         return {"problem": self.question, "answer": self.answer}
 
 
 def stream(seed: int) -> Iterator[Problem]:
-    """Problems without end, no two with the same numbers in the same order."""
+    """Endless problems, no two with the same numbers in the same order."""
     rng = random.Random(seed)
     seen: set[tuple[int, ...]] = set()
     while True:
@@ -79,13 +79,13 @@ def hold_out(problems: Iterator[Problem], count: int) -> list[Problem]:
 
 
 def without(problems: Iterator[Problem], held_out: list[Problem]) -> Iterator[Problem]:
-    """The problems that share their numbers, in any order, with none that is held out."""
+    """The problems whose numbers are those of no held-out problem, in any order."""
     keys = {p.key for p in held_out}
     return (p for p in problems if p.key not in keys)
 
 
 def check_held_out(held_out: list[Problem], training: list[Problem]) -> None:
-    """Raises ValueError if a held-out problem's numbers, in any order, are in training."""
+    """Raise ValueError if a training problem has the numbers of a held-out problem, in any order."""
     shared = {p.key for p in held_out} & {p.key for p in training}
     if shared:
         raise ValueError(f"{len(shared)} held-out problems are in training, such as {min(shared)}")

@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer with a chat template, trained on given text.
 
-Every byte is in its alphabet, so any text round-trips, but for Unicode's NFC, which transformers applies to every
-Qwen2 directory whatever its files say (so this is one from the start); digits are always single tokens.
+Every byte is in its alphabet, so that decoding restores any text, except for Unicode's NFC normalisation: transformers
+applies it to every Qwen2 directory, whatever its files say, so this is a Qwen2 tokenizer. Each digit is one token.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import Qwen2Tokenizer
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-PIECES = ("<think>", "</think>", "\\boxed{")  # ordinary text, but one token each
-# Real mathematics is encoded too, if at more tokens a word: these are common there.
+PIECES = ("<think>", "</think>", "\\boxed{")  # ordinary text that gets one token each
+# Words that are common in real mathematics, which then takes fewer tokens.
 COMMON_WORDS = (
     " the of and is in to for that be if such with are what find value let all as number integer integers positive"
     " real equation function triangle circle point angle area length ratio probability sequence polynomial greatest"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
-    """A tokenizer of exactly `vocabulary` tokens; raises ValueError if the text gives too few merges."""
+    """A tokenizer of exactly `vocabulary` tokens. Raises ValueError if the text gives too few merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -58,5 +58,5 @@ def train(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
     )
     result.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in PIECES])
     if len(result) != vocabulary:
-        raise ValueError(f"the text gives {len(result)} tokens, {vocabulary} were asked for")
+        raise ValueError(f"the text gives {len(result)} tokens instead of {vocabulary}: train on more text")
     return result

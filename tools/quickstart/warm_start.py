@@ -1,7 +1,7 @@
-"""The quickstart's warm start: plain supervised training of a tiny Qwen2 model on worked solutions, stopped early.
+"""The quickstart's warm start: supervised training of a tiny Qwen2 model on right solutions, stopped early.
 
-Touches only what it is given; one process, on the device of the model. It stops on a development split, never on the
-test set.
+One process, on the device of the model; reads and writes no files. A development split decides when it stops, never
+the test set.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from .task import Problem
 
 IGNORED = -100  # the label of a token that is not trained on: cross_entropy's default
-MAX_RESPONSE = 64  # tokens; the longest worked solution has fewer
+MAX_RESPONSE = 64  # tokens; more than the longest solution has
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the warm start is trained and when it stops."""
+    """Training settings of the warm start, and the accuracy at which it stops."""
 
     batch: int = 32
     learning_rate: float = 2e-3
@@ -45,7 +45,7 @@ class Accuracy:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Random weights; the shape divides by TP 4 and PP 4."""
+    """A model with random weights; TP 4 and PP 4 divide its shape."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -71,7 +71,10 @@ def train(
     development: Sequence[Problem],
     recipe: Recipe,
 ) -> None:
-    """One pass over `problems`, until Pass@1 on `development` reaches recipe.stop_at."""
+    """Train in one pass over `problems`, until Pass@1 on `development` reaches recipe.stop_at.
+
+    Raises RuntimeError if it does not within recipe.max_steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(1, recipe.max_steps + 1):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, step / recipe.warmup)
@@ -85,7 +88,7 @@ def train(
         optimizer.step()
         if step < recipe.check_from or step % recipe.check_every:
             continue
-        reached = sampled(model, tokenizer, development, 4, recipe.temperature).mean().item()
+        reached = sample_verdicts(model, tokenizer, development, 4, recipe.temperature).mean().item()
         print(f"step {step}: loss {loss.item():.3f}, development Pass@1 {reached:.3f}", flush=True)
         if reached >= recipe.stop_at:
             return
@@ -99,7 +102,7 @@ def prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> str:
 
 
 def batch(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
-    """tokens and labels, both [batch, longest], padded on the right; only the response has labels."""
+    """Tokens and labels, both [batch, longest], padded on the right; only the response has labels."""
     prompts = [tokenizer.encode(prompt(tokenizer, p)) for p in problems]
     responses = [[*tokenizer.encode(p.solution), tokenizer.eos_token_id] for p in problems]
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -113,18 +116,18 @@ def batch(tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> tu
 
 
 @torch.inference_mode()
-def sampled(
+def sample_verdicts(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     problems: Sequence[Problem],
     samples: int,
     temperature: float,
 ) -> Tensor:
-    """[problems, samples] 1.0 where the response is well-formed and right; temperature 0 is greedy."""
+    """Verdicts of sampled responses [problems, samples]: 1.0 if complete and right, else 0. Temperature 0 is greedy."""
     inputs = tokenizer([prompt(tokenizer, p) for p in problems], return_tensors="pt", padding=True, padding_side="left")
     inputs = inputs.to(model.device)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    out = model.generate(**inputs, **how, num_return_sequences=samples, max_new_tokens=MAX_RESPONSE)
+    options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    out = model.generate(**inputs, **options, num_return_sequences=samples, max_new_tokens=MAX_RESPONSE)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     ends = [f"</think>\n\\boxed{{{p.answer}}}" for p in problems for _ in range(samples)]
     right = [text.endswith(end) and text.count("</think>") == 1 for text, end in zip(texts, ends, strict=True)]
@@ -135,6 +138,6 @@ def accuracy(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], temperature: float
 ) -> Accuracy:
     """Pass@1 (avg@8), pass@8 and greedy accuracy, as the quickstart's table shows them."""
-    right = sampled(model, tokenizer, problems, 8, temperature)
-    greedy = sampled(model, tokenizer, problems, 1, 0.0)
+    right = sample_verdicts(model, tokenizer, problems, 8, temperature)
+    greedy = sample_verdicts(model, tokenizer, problems, 1, 0.0)
     return Accuracy(right.mean().item(), right.amax(1).mean().item(), greedy.mean().item())
