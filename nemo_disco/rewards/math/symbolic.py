@@ -171,6 +171,8 @@ def _is_rounding(chain: Relation, equal_sides: Sequence[bool]) -> bool:
         values = [complex(_value(side)) for side, _ in numbers]  # type: ignore[arg-type]
     except TypeError:
         return False
+    if not numbers:
+        return False
     first, is_equal = numbers[0]
     if is_equal:
         return all(abs(value - values[0]) <= abs(values[0]) / 20 for value in values)

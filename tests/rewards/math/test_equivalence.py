@@ -48,6 +48,12 @@ def test_an_answer_may_equal_any_of_several_gold_answers(grader: MathGrader) -> 
     ]
 
 
+def test_an_approximation_without_numbers_does_not_hide_the_other_gold_answers(grader: MathGrader) -> None:
+    answer, golds = r"x \approx 2y \approx 3y", ["2y", r"x \approx 2y \approx 3y + 0"]
+    verdicts = grader.grade_with_reasons([box(answer)] * 2, [golds[:1], golds])
+    assert [v.reason for v in verdicts] == ["wrong", "correct"]
+
+
 def test_the_last_box_counts(grader: MathGrader) -> None:
     assert grader.grade([r"\boxed{1} \boxed{2}", r"\boxed{2} \boxed{1}"], ["2", "2"]) == [1.0, 0.0]
 
