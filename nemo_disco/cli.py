@@ -31,7 +31,7 @@ group (algorithm=grpo), --config-name recipe/NAME starts from a recipe of the pa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 for an interrupt."""
-    launch.adopt()
+    launch.die_with_launcher()
     streams.guard()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -37,7 +37,7 @@ from nemo_disco.rollout.collector import Collector, RolloutBatch
 from nemo_disco.rollout.response_warnings import ResponseWarnings
 from nemo_disco.runtime.collectives import first
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.profiler import profiled
+from nemo_disco.runtime.profiler import profile_block
 from nemo_disco.runtime.signals import StoppedError, StopRequest
 from nemo_disco.runtime.sinks import strict_metrics
 from nemo_disco.runtime.timing import record_spans, recorded_seconds, span
@@ -235,7 +235,7 @@ class Trainer:
     def _profiled(self) -> AbstractContextManager[None]:
         if self.step + 1 not in self.exp_manager.profile_steps:
             return nullcontext()
-        return profiled(self.journal.run.profile / f"step_{self.step + 1}", dist.get_rank())
+        return profile_block(self.journal.run.profile / f"step_{self.step + 1}", dist.get_rank())
 
     def _renew_reference(self) -> None:
         """STILL-3: every algorithm.reference_reset_steps steps the policy becomes the reference."""

@@ -24,15 +24,15 @@ def main(options: argparse.Namespace, arguments: list[str]) -> int:
     faulthandler.enable(sys.__stderr__ or 2)  # a crash in a kernel leaves its traceback too
     command, first_rank = options.command, os.environ.get("RANK", "0") == "0"
     config = compose(options.config_name, options.overrides, options.config_path)
-    srun.adopt(config.exp_manager.explicit_log_dir)
+    srun.set_rank_variables(config.exp_manager.explicit_log_dir)
     sizes = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden(options.overrides)
     world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, overridden=bool(sizes))
     check(config, world_size)
     check_files(config, command, first_rank=first_rank)
     if first_rank:
         sweep_scratch()
-    launch.set_defaults()
-    if world_size > 1 and not launch.launched():
+    launch.set_torch_defaults()
+    if world_size > 1 and not launch.is_rank():
         return launch.spawn(world_size, [sys.executable, "-m", "nemo_disco", *arguments])
     from nemo_disco.runtime.logs import setup_logging
 

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import spared_children
+from nemo_disco.runtime.signals import shield_children
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -54,7 +54,7 @@ def render(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[
     context = multiprocessing.get_context("fork")  # takes milliseconds; a new interpreter would import for seconds
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_serve, args=(sender, tokenizer, conversations), daemon=True)
-    with spared_children(), warnings.catch_warnings():
+    with shield_children(), warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads. The child takes no lock that another thread may hold.
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()

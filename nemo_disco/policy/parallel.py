@@ -69,7 +69,7 @@ def stop(*, failed: bool = False) -> None:
     """Leave the process group. A rank that failed leaves it by its end: taking it down would wait for its peers."""
     global _watchdog
     if failed and "RANK" in os.environ:
-        watchdog.end_soon()
+        watchdog.limit_clean_up()
         return
     if _watchdog is not None:
         dist.barrier()  # until the last one is done they are watched
@@ -115,10 +115,10 @@ def _join(backend: str) -> None:
 def _meet(meeting: Path, rank: int, world_size: int) -> TCPStore:
     """A store that rank 0 serves on whatever port is free, and the others find through a file."""
     seconds = _MEETING_TIMEOUT.total_seconds()
-    host, port = (srun.address(), 0) if rank == 0 else srun.find(meeting, seconds)
+    host, port = (srun.node_address(), 0) if rank == 0 else srun.wait_for_address(meeting, seconds)
     store = TCPStore(host, port, world_size, rank == 0, timeout=_MEETING_TIMEOUT, wait_for_workers=False)
     if rank == 0:
-        srun.publish(meeting, host, store.port)
+        srun.publish_address(meeting, host, store.port)
     return store
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import nemo_disco
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import StoppedError, seconds_since_stop, spared_children
+from nemo_disco.runtime.signals import StoppedError, seconds_since_stop, shield_children
 from nemo_disco.runtime.user_code import module_file
 
 START_S = 600.0  # limit for importing the module, and again for building the class
@@ -154,7 +154,7 @@ def _start_process(key: str, name: str, is_stopped: Callable[[], bool]) -> tuple
     """Start a process that imports the user's module. Its first request must be a class's arguments or None."""
     root = str(Path(nemo_disco.__file__).parents[1])
     path = os.pathsep.join([*(entry for entry in sys.path if entry), root])
-    with spared_children():
+    with shield_children():
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "nemo_disco.rewards.user_process", key, name],
             stdin=subprocess.PIPE,

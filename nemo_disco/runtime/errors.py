@@ -1,24 +1,24 @@
-"""The one error for what a user can mend."""
+"""UserError, the one exception for mistakes that a user can correct."""
 
 from __future__ import annotations
 
-LONGEST = 2000  # characters of a message; what a user gave is quoted in it, and may be of any length
+MAX_MESSAGE = 2000  # characters; a message quotes the user's input, which may be of any length
 
 
 class UserError(Exception):
-    """Bad input: what is wrong, where, what to do, in one line. The command line prints it and exits with 2.
+    """Bad input. The message says what is wrong, where and what to do; the command line prints it and exits with 2.
 
-    The message is always one printable line: line ends, control characters and lone surrogates are escaped.
+    It is always one printable line: line ends, control characters and lone surrogates are escaped.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message, LONGEST))
+        super().__init__(printable(message, MAX_MESSAGE))
 
 
-def printable(text: str, longest: int) -> str:
-    """The text with every unprintable character escaped as in a Python string, and cut in the middle if too long."""
+def printable(text: str, max_length: int) -> str:
+    """The text with unprintable characters escaped as in a Python string, and without its middle if too long."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    if len(shown) <= longest:
+    if len(shown) <= max_length:
         return shown
-    half = longest // 2
+    half = max_length // 2
     return f"{shown[:half]} [...] {shown[-half:]}"

@@ -1,4 +1,4 @@
-"""This host's memory: what there is, and what a process may still take. Reads /proc and the control group's files."""
+"""Total and free memory of this host, within the job's limits. Reads /proc and the files of the control groups."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def total_memory() -> int:
     """Bytes that the processes of this job may use on this host."""
-    return min([_machine("MemTotal"), *(limit for limit, _ in _limits())])
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _group_limits())])
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take, if the ranks of this host take alike."""
-    left = [_machine("MemAvailable"), *(limit - used for limit, used in _limits())]
-    return max(min(left), 0) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Bytes that this process may still allocate, its equal share among the ranks of this host."""
+    free = [_meminfo("MemAvailable"), *(limit - used for limit, used in _group_limits())]
+    return max(min(free), 0) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _machine(field: str) -> int:
-    """A field of /proc/meminfo in bytes; where there is none (macOS), all that the machine has."""
+def _meminfo(field: str) -> int:
+    """A field of /proc/meminfo in bytes; without that file (macOS), the machine's whole memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -28,22 +28,22 @@ def _machine(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _limits() -> list[tuple[int, int]]:
-    """The limit in bytes and the use of each control group (version 2) that this process is in: SLURM's, a container's.
-    The page cache, which goes when it must, is not counted as use."""
+def _group_limits() -> list[tuple[int, int]]:
+    """(limit, use) in bytes of each control group (version 2) of this process, such as SLURM's or a container's. Use
+    leaves out the page cache, which the kernel frees when memory is short."""
     try:
-        own = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
-    for group in (line[3:].lstrip("/") for line in own if line.startswith("0::")):
+    limits = []
+    for group in (line[3:].lstrip("/") for line in lines if line.startswith("0::")):
         for directory in (CGROUP / group, *(CGROUP / group).parents):
             try:
                 limit = (directory / "memory.max").read_text().strip()
                 if limit != "max":
                     cached = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
                     used = int((directory / "memory.current").read_text())
-                    found.append((int(limit), used - int(cached.get("inactive_file", 0))))
+                    limits.append((int(limit), used - int(cached.get("inactive_file", 0))))
             except (OSError, ValueError):
                 continue  # the root has no limit, and version 1 has other files
-    return found
+    return limits

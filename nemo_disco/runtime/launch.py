@@ -1,7 +1,7 @@
-"""One machine, several processes, no launcher: the command starts its ranks itself, watches them and dies with them.
+"""Launcher for one machine without torchrun or srun: starts the ranks, watches them, and names the one that fails.
 
-Under torchrun or srun (RANK is set) nothing here starts anything. Touches environment variables, signals and child
-processes; must not import torch. A rank that fails ends the others within seconds, and is named.
+It ends the others within seconds. Starts nothing if RANK is set (torchrun, srun). Touches environment variables,
+signals and child processes; must not import torch.
 """
 
 from __future__ import annotations
@@ -28,109 +28,108 @@ from nemo_disco.runtime.signals import STOP_SIGNALS, is_ignored
 
 FORWARDED = (signal.SIGINT, *STOP_SIGNALS)
 POLL_S = 0.05
-# Peers of a dead rank see their connections close and end by themselves, tidily; a peer that does not is stuck.
+# Peers of a dead rank notice closed connections and end by themselves; one that has not after this time is stuck.
 GRACE_S = 2.0
 INTERRUPT_GRACE_S = 10.0
-# What the kernel or a user does to a process. Not SIGABRT: a peer's failure makes NCCL's watchdog abort a sound rank.
+# Signals of the kernel or a user. Not SIGABRT: when a peer fails, NCCL's watchdog aborts ranks that did not.
 CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 PR_SET_PDEATHSIG = 1
 GPU_DRIVER = Path("/dev/nvidiactl")
-# How torch's allocator on GPUs is set; the second name is newer torch's.
+# Variables with settings of torch's GPU allocator; newer versions of torch read the second.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 GROWING_SEGMENTS = "expandable_segments:True"
 _LAUNCHER, _REPORTS = "NEMO_DISCO_LAUNCHER", "NEMO_DISCO_REPORTS"
 
 
 @dataclass(frozen=True)
-class _End:
-    """How a rank ended (as Popen says it), and the earliest time at which it may have."""
+class _Exit:
+    """A rank's exit code, as Popen gives it, and the earliest time at which the rank may have ended."""
 
     code: int
-    seen: float
+    time: float
 
 
-def launched() -> bool:
-    """Whether this process is a rank that torchrun, srun or `spawn` started."""
+def is_rank() -> bool:
+    """True if torchrun, srun or `spawn` started this process as a rank."""
     return "RANK" in os.environ
 
 
 def world_size(devices: int, num_nodes: int, overridden: bool) -> int:
     """The number of ranks: WORLD_SIZE under a launcher, else devices x num_nodes.
 
-    Raises UserError if the two differ and the user asked for the latter (`overridden`), or if several nodes are asked
-    for without a launcher.
+    Raises UserError if the two differ and the user has set the latter (`overridden`), or for several nodes without a
+    launcher.
     """
-    asked = devices * num_nodes
-    if not launched():
+    configured = devices * num_nodes
+    if not is_rank():
         if num_nodes > 1:
             raise UserError(
                 f"trainer.num_nodes={num_nodes} needs a launcher that starts the other nodes: srun, or torchrun on each"
             )
-        return asked
+        return configured
     try:
         size = int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError) as error:
         raise UserError(
             "RANK is set but WORLD_SIZE is not a number: start with torchrun or srun, or unset RANK"
         ) from error
-    if overridden and size != asked:
+    if overridden and size != configured:
         raise UserError(
-            f"trainer.devices={devices} x trainer.num_nodes={num_nodes} makes {asked} processes, but the launcher "
-            f"started {size} (WORLD_SIZE): leave both out, or make them agree"
+            f"trainer.devices={devices} x trainer.num_nodes={num_nodes} makes {configured} processes, but the launcher "
+            f"started {size} (WORLD_SIZE): leave both settings out, or make them agree"
         )
     return size
 
 
 def spawn(processes: int, command: Sequence[str]) -> int:
-    """Run a command as ranks 0 .. processes - 1 of this machine; the exit code of the run.
+    """Run a command as ranks 0 .. processes - 1 of this machine, wait for them and return an exit code.
 
-    0 if all ranks end with 0; otherwise the code of the rank that failed first (128 + n if signal n killed it).
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP are passed on to every rank.
+    It is 0 if all ranks end with 0, else that of the rank that failed first (128 + n if signal n killed it). SIGINT,
+    SIGTERM, SIGUSR1 and SIGHUP are forwarded to every rank.
     """
     with Scratch() as reports:
         children: list[subprocess.Popen[bytes]] = []
-        with _forwarding(children) as received:
+        with _forward_signals(children) as received:
             try:
                 address = _free_address()
                 for rank in range(processes):
                     environment = os.environ | address | _rank_environment(rank, processes, str(reports))
                     children.append(
-                        # A group of its own: Ctrl-C reaches the ranks once, through us.
+                        # A process group of its own, so that Ctrl-C reaches each rank once: through this process.
                         subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
                     )
-                ended = _watch(children, received, reports)
+                exits = _watch(children, received, reports)
             finally:
                 _kill(children)
-        return _verdict(ended, received, reports)
+        return _exit_code(exits, received, reports)
 
 
-def adopt() -> None:
-    """In a rank that `spawn` started: die when the launcher dies. Call it first."""
+def die_with_launcher() -> None:
+    """In a rank that `spawn` started, make the kernel kill it when the launcher dies. Call this first."""
     launcher = os.environ.pop(_LAUNCHER, None)
     if launcher is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):
-        os._exit(1)  # it died before the request above
+        os._exit(1)  # the launcher died before the call above
 
 
 def report(error: BaseException) -> bool:
-    """In a rank that `spawn` started: leave word of the error for the launcher; False if no launcher will say it.
-    In a task of srun the word is a line of its log.
+    """In a rank that `spawn` started, write the error to a file that the launcher reads; False if no launcher will
+    print it. In a task of srun, print it as a line of the log.
 
-    After a UserError this rank waits for its end by the launcher: were it to end first, its peers would say in
-    tracebacks that they lost it.
+    After a UserError this rank waits for the launcher to end it, or its peers would print that they lost it.
     """
     directory = os.environ.get(_REPORTS)
     if directory is None:
         srun.report(error)
         return False
     kind = "user" if isinstance(error, UserError) else type(error).__name__
-    word = {"time": time.time(), "kind": kind, "message": " ".join(str(error).split())}
+    record = {"time": time.time(), "kind": kind, "message": " ".join(str(error).split())}
     path = Path(directory) / os.environ["RANK"]
     try:
-        path.with_suffix(".part").write_text(json.dumps(word))
+        path.with_suffix(".part").write_text(json.dumps(record))
         path.with_suffix(".part").rename(path)
     except OSError:  # the temporary folder is full, or the launcher is gone
         return False
@@ -139,9 +138,9 @@ def report(error: BaseException) -> bool:
     return True
 
 
-def set_defaults() -> None:
-    """What torch reads from the environment when it is imported, unless the user says otherwise: one thread a process
-    where there is no GPU; on GPUs memory in segments that grow, since micro-batches of ever other sizes fragment it."""
+def set_torch_defaults() -> None:
+    """Set variables that torch reads at import, unless the user has: one thread per process without a GPU; on GPUs
+    memory segments that grow, since micro-batches of varying sizes fragment fixed ones."""
     if not GPU_DRIVER.exists():
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     elif not any(name in os.environ for name in ALLOCATOR_VARIABLES):
@@ -149,12 +148,15 @@ def set_defaults() -> None:
 
 
 def _rank_environment(rank: int, processes: int, reports: str) -> dict[str, str]:
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    environment = {name: str(value) for name, value in here.items()} | {_LAUNCHER: str(os.getpid()), _REPORTS: reports}
-    # As torchrun does; with more than one process, more threads each are slower.
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    environment = {name: str(value) for name, value in ranks.items()} | {
+        _LAUNCHER: str(os.getpid()),
+        _REPORTS: reports,
+    }
+    # As torchrun does: with several processes, more threads in each are slower.
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     if sys.platform == "linux":
-        # All ranks are here; a host name that does not resolve must not stop them.
+        # All ranks are on this machine; they must start even if its host name does not resolve.
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     return environment
 
@@ -166,8 +168,8 @@ def _free_address() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[signal.Signals]]:
-    """While entered, signals go to the children; yields the list of those that came."""
+def _forward_signals(children: list[subprocess.Popen[bytes]]) -> Iterator[list[signal.Signals]]:
+    """Forward signals to the children inside the `with`; yields the list of those received."""
     received: list[signal.Signals] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -185,18 +187,18 @@ def _forwarding(children: list[subprocess.Popen[bytes]]) -> Iterator[list[signal
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signals], reports: Path) -> dict[int, _End]:
-    """Wait until all have ended, or a grace after the first failure or an interrupt; those that ended by then."""
-    ended: dict[int, _End] = {}
+def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signals], reports: Path) -> dict[int, _Exit]:
+    """Exits by rank, once all have ended, a rank reports a UserError, or a grace period follows a failure or Ctrl-C."""
+    exits: dict[int, _Exit] = {}
     deadline: float | None = None
     while True:
         for rank, child in enumerate(children):
-            if rank not in ended and (code := child.poll()) is not None:
-                ended[rank] = _End(code, time.time() - POLL_S)
-        refused = any(word["kind"] == "user" for word in _reports(reports).values())
-        if refused or len(ended) == len(children) or (deadline is not None and time.monotonic() > deadline):
-            return ended
-        if deadline is None and any(end.code for end in ended.values()):
+            if rank not in exits and (code := child.poll()) is not None:
+                exits[rank] = _Exit(code, time.time() - POLL_S)
+        has_user_error = any(report["kind"] == "user" for report in _read_reports(reports).values())
+        if has_user_error or len(exits) == len(children) or (deadline is not None and time.monotonic() > deadline):
+            return exits
+        if deadline is None and any(end.code for end in exits.values()):
             deadline = time.monotonic() + GRACE_S
         if deadline is None and signal.SIGINT in received:
             deadline = time.monotonic() + INTERRUPT_GRACE_S
@@ -204,7 +206,7 @@ def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signal
 
 
 def _kill(children: list[subprocess.Popen[bytes]]) -> None:
-    """End what still runs, with the processes that it started."""
+    """Kill the ranks that still run, with all processes that they started."""
     for child in children:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -212,35 +214,35 @@ def _kill(children: list[subprocess.Popen[bytes]]) -> None:
         child.wait()
 
 
-def _reports(directory: Path) -> dict[int, dict[str, Any]]:
+def _read_reports(directory: Path) -> dict[int, dict[str, Any]]:
     return {int(path.name): json.loads(path.read_text()) for path in directory.iterdir() if path.suffix == ""}
 
 
-def _verdict(ended: dict[int, _End], received: list[signal.Signals], directory: Path) -> int:
-    """Say which rank failed first, and why, in one line; the exit code."""
+def _exit_code(exits: dict[int, _Exit], received: list[signal.Signals], directory: Path) -> int:
+    """The exit code of the run. Prints a line with the rank that failed first, and why."""
     if signal.SIGINT in received:
         return 128 + signal.SIGINT
-    failed = {rank: end for rank, end in ended.items() if end.code}
-    words = _reports(directory)
-    if not failed and not words:
+    failures = {rank: end for rank, end in exits.items() if end.code}
+    reports = _read_reports(directory)
+    if not failures and not reports:
         return 0
 
-    def failed_at(rank: int) -> float:
-        if rank in words:
-            return float(words[rank]["time"])
-        # A crash leaves no word, and what its peers say of closed connections may be there before its end is seen.
-        return 0.0 if -failed[rank].code in CRASHES else failed[rank].seen
+    def failure_time(rank: int) -> float:
+        if rank in reports:
+            return float(reports[rank]["time"])
+        # A crash leaves no report, and its peers may report closed connections before its exit is noticed.
+        return 0.0 if -failures[rank].code in CRASHES else failures[rank].time
 
-    first = min({*failed, *words}, key=failed_at)
-    code, word = failed[first].code if first in failed else 1, words.get(first)
-    if word is not None and word["kind"] == "user":
-        print(f"error: {word['message']}", file=sys.stderr)
+    first = min({*failures, *reports}, key=failure_time)
+    code, report = failures[first].code if first in failures else 1, reports.get(first)
+    if report is not None and report["kind"] == "user":
+        print(f"error: {report['message']}", file=sys.stderr)
         return 2
     if -code in received:
         return 128 - code
     if code < 0:
         why = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
     else:
-        why = f"failed: {word['kind']}: {word['message']}" if word is not None else f"ended with exit code {code}"
+        why = f"failed: {report['kind']}: {report['message']}" if report else f"ended with exit code {code}"
     print(f"error: rank {first} {why}; the other ranks were ended", file=sys.stderr)
     return code if code > 0 else 128 - code

@@ -1,4 +1,4 @@
-"""Logging for a process of the run: rank-prefixed lines on stderr, and quiet third parties.
+"""Logging of a process of the run: lines on stderr with the rank, and fewer messages of libraries.
 
 Touches the root logger, Python's warning filters and transformers' verbosity variable. Must not import torch.
 """
@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import TextIO
 
-# What these say about missing kernels, `nemo-disco doctor` says once and in full.
+# Their warnings about missing kernels are left out, since `nemo-disco doctor` lists these in full.
 NOISY = (
     "apex",
     "datasets",
@@ -26,7 +26,7 @@ LIBRARIES = ("mbridge", "megatron", "torch", "transformer_engine", "transformers
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is now, so that a live display which replaces it is not torn by a log line."""
+    """Writes to the present sys.stderr, so that log lines go through a live display that has replaced it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -37,10 +37,10 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 def setup_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
-    """Call once a process, before the heavy imports (megatron-core warns while it is imported).
+    """Set up the root logger. Call it before the heavy imports: megatron-core warns while it is imported.
 
-    Rank 0 logs from `level`, the others warnings only, so that N ranks do not say everything N times. Warnings of the
-    libraries that we build on are left out, their errors are not.
+    Rank 0 logs from `level` and the other ranks from WARNING, so that a message does not appear once per rank. Of the
+    libraries in NOISY and LIBRARIES only errors are logged.
     """
     handler = _Stderr()
     prefix = f"[rank {rank}] " if world_size > 1 else ""
@@ -54,6 +54,6 @@ def setup_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO)
     logging.captureWarnings(True)
     for name in (*NOISY, *LIBRARIES):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # transformers sets its own logger's level at its first import, over ours.
+    # transformers replaces its logger's level at its first import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=rf"({'|'.join((*NOISY, *LIBRARIES))})(\.|$)")

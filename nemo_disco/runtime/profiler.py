@@ -1,5 +1,5 @@
-"""A torch profiler trace of chosen steps, and the marks by which `nsys profile --capture-range=cudaProfilerApi` records
-the same steps. Touches the run directory's profile/ alone.
+"""Writes a torch profiler trace of chosen steps, and marks them for `nsys profile --capture-range=cudaProfilerApi`.
+Touches the run directory's profile/ alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from nemo_disco.runtime.files import atomic_file
 
 
 @contextmanager
-def profiled(directory: Path, rank: int) -> Iterator[None]:
-    """Write what runs inside to `directory`/rank_R.json (chrome://tracing, Perfetto). nsys is told where it ends also
-    when it raises; then there is no trace. Its CUDA half: not run."""
+def profile_block(directory: Path, rank: int) -> Iterator[None]:
+    """Trace the `with` block into `directory`/rank_R.json (chrome://tracing, Perfetto). If it raises there is no trace,
+    but nsys is told that it ended. Not yet run on a GPU."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,7 +1,7 @@
-"""What a person watches during a run: reward, KL against delta, entropy, length, tokens/s and the time left.
+"""The console display of a run: reward, KL against delta, entropy, response length, tokens/s and the time left.
 
-A live display on a terminal, one plain line a step elsewhere (a SLURM log). Rank 0 only. Reads metrics by their public
-names and writes to the console, nothing else.
+A live display on a terminal, one plain line per step elsewhere (a SLURM log). Rank 0 only. Reads metrics by their
+public names and writes to the console alone.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ METRICS = ("reward", "KL", "entropy", "length", "tokens/s")
 
 
 class Progress:
-    """Enter it around the loop; `update` once a step. delta None: the objective has no KL limit."""
+    """Context manager around the loop; call `update` once per step. delta: the objective's KL limit, None without."""
 
     def __init__(
         self, max_steps: int, start_step: int = 0, delta: float | None = None, console: Console | None = None
     ) -> None:
-        self._max_steps, self._start, self._delta = max_steps, start_step, delta
+        self._max_steps, self._start_step, self._delta = max_steps, start_step, delta
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._step = start_step
-        self._begun = time.monotonic()
+        self._start_time = time.monotonic()
         self._metrics: Mapping[str, object] = {}
         self._rewards: deque[float] = deque(maxlen=HISTORY)
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
-        self._begun = time.monotonic()
+        self._start_time = time.monotonic()
         if self._console.is_terminal:
-            # A second between repaints: the elapsed time ticks, and a slow terminal is not kept busy.
+            # Repaint once a second: the elapsed time advances, and a slow terminal is not kept busy.
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=1)
             self._live.start()
         return self
@@ -51,7 +51,7 @@ class Progress:
             self._live = None
 
     def update(self, metrics: Mapping[str, object]) -> None:
-        """Take one step's metrics (the names of metrics.jsonl); one that is absent or not finite shows as -."""
+        """Show one step's metrics, named as in metrics.jsonl; an absent or non-finite one is shown as "-"."""
         step = _number(metrics, "step")
         self._step = int(step) if step is not None else self._step + 1
         self._metrics = metrics
@@ -65,49 +65,49 @@ class Progress:
             self._console.print(f"step {self._step}/{self._max_steps}  {values}  {self._time_left()} left")
 
     def message(self, text: str) -> None:
-        """A line above the display, or between the plain lines."""
+        """Print a line above the live display, or between the plain lines."""
         self._console.print(Text(text))
 
     def _values(self) -> dict[str, Text]:
-        m = self._metrics
-        tokens, seconds = _number(m, "tokens"), _number(m, "time/step")
+        metrics = self._metrics
+        tokens, seconds = _number(metrics, "tokens"), _number(metrics, "time/step")
         rate = f"{tokens / seconds:,.0f}" if tokens is not None and seconds else "-"
         return {
-            "reward": Text(_show(_number(m, "reward/mean"), ".3f")),
+            "reward": Text(_format(_number(metrics, "reward/mean"), ".3f")),
             "KL": self._kl(),
-            "entropy": Text(_show(_number(m, "policy/entropy"), ".3f")),
-            "length": Text(_show(_number(m, "response/length_mean"), ",.0f")),
+            "entropy": Text(_format(_number(metrics, "policy/entropy"), ".3f")),
+            "length": Text(_format(_number(metrics, "response/length_mean"), ",.0f")),
             "tokens/s": Text(rate),
         }
 
     def _kl(self) -> Text:
         kl = _number(self._metrics, "policy/kl")
-        text = _show(kl, ".2e")
+        text = _format(kl, ".2e")
         if self._delta is None:
             return Text(text)
-        over = kl is not None and kl > self._delta
+        above = kl is not None and kl > self._delta
         return Text(
-            f"{text} {'>' if over else '<=' if kl is not None else '/'} delta {self._delta:.1e}",
-            "yellow" if over else "",
+            f"{text} {'>' if above else '<=' if kl is not None else '/'} delta {self._delta:.1e}",
+            "yellow" if above else "",
         )
 
     def _time_left(self) -> str:
-        done = self._step - self._start
-        if done <= 0:
+        steps = self._step - self._start_step
+        if steps <= 0:
             return "-"
-        return _duration((time.monotonic() - self._begun) / done * max(self._max_steps - self._step, 0))
+        return _duration((time.monotonic() - self._start_time) / steps * max(self._max_steps - self._step, 0))
 
     def _render(self) -> Group:
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
+        header = Table.grid(padding=(0, 2))
+        header.add_row(
             Text(f"step {self._step}/{self._max_steps}", "bold"),
             ProgressBar(total=self._max_steps, completed=self._step, width=HISTORY),
-            Text(f"{_duration(time.monotonic() - self._begun)} gone, {self._time_left()} left", "dim"),
+            Text(f"{_duration(time.monotonic() - self._start_time)} gone, {self._time_left()} left", "dim"),
         )
         body = Table.grid(padding=(0, 3))
         body.add_row(*(Text(name, "dim") for name in METRICS))
         body.add_row(*self._values().values())
-        return Group(head, body, Text(f"reward {_sparkline(self._rewards)}", "dim"))
+        return Group(header, body, Text(f"reward {_sparkline(self._rewards)}", "dim"))
 
 
 def _number(metrics: Mapping[str, object], name: str) -> float | None:
@@ -115,8 +115,8 @@ def _number(metrics: Mapping[str, object], name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _show(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _format(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _duration(seconds: float) -> str:

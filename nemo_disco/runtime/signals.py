@@ -1,7 +1,7 @@
-"""A polite end: SIGTERM, SIGUSR1 and SIGHUP (the terminal is gone) ask the loop to finish its step, save and exit 0.
+"""Requests to stop: on SIGTERM, SIGUSR1 or SIGHUP (the terminal is gone) a run finishes its step, saves and exits 0.
 
-The handler only sets a flag, so a second signal loses nothing. Ranks must agree on the flag before they act on it (the
-loop's business). Must not import torch.
+The handler only sets a flag, so a second signal changes nothing. The training loop makes all ranks agree on the flag
+before they act on it. Must not import torch.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_asked_at: float | None = None  # when the first of them came to a StopRequest that is entered, by the monotonic clock
+_stop_time: float | None = None  # monotonic time of the first of them inside a `with StopRequest()`
 
 
 class StoppedError(Exception):
-    """Work was given up, since this process is asked to stop and the work may take too long."""
+    """Raised in place of work that would take too long after a request to stop."""
 
 
 def seconds_since_stop() -> float | None:
-    """How long ago this process was asked to stop; None where it was not. For any thread."""
-    return None if _asked_at is None else time.monotonic() - _asked_at
+    """Seconds since this process received a request to stop, None without one. Any thread may call this."""
+    return None if _stop_time is None else time.monotonic() - _stop_time
 
 
 def is_ignored(number: signal.Signals) -> bool:
-    """Whether this process was started to outlive its terminal (nohup): then SIGHUP stays ignored."""
+    """True for SIGHUP in a process that was started with nohup: the signal stays ignored."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 class StopRequest:
-    """While it is entered, STOP_SIGNALS set `requested` instead of ending the process.
+    """Context manager in which STOP_SIGNALS set `requested` instead of ending the process.
 
-    Enter it in the main thread (Python installs handlers nowhere else). The earlier handlers come back on exit.
-    number: of the first signal, 0 before it.
+    Enter it in the main thread, the only one in which Python installs handlers; the exit restores the earlier ones.
+    number: of the first signal received, 0 before it.
     """
 
     def __init__(self) -> None:
@@ -52,30 +52,30 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in (n for n in STOP_SIGNALS if not is_ignored(n)):
-            self._earlier[number] = signal.signal(number, self._note)
+            self._earlier[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for number, handler in self._earlier.items():
-            # None: the earlier handler was not installed from Python, so it cannot be put back from Python.
+            # None: the earlier handler was not installed from Python, so Python cannot restore it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier.clear()
-        _note_stop(None)
+        _set_stop_time(None)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         self.number = self.number or number
-        if _asked_at is None:
-            _note_stop(time.monotonic())
+        if _stop_time is None:
+            _set_stop_time(time.monotonic())
 
 
-def _note_stop(now: float | None) -> None:
-    global _asked_at
-    _asked_at = now
+def _set_stop_time(now: float | None) -> None:
+    global _stop_time
+    _stop_time = now
 
 
 @contextlib.contextmanager
-def spared_children() -> Iterator[None]:
-    """Processes that are started in here never get these signals: SLURM sends them to all that a task started."""
+def shield_children() -> Iterator[None]:
+    """Block STOP_SIGNALS in the processes started inside the `with`: SLURM signals all processes of a task."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit the mask, through exec too
     try:
         yield

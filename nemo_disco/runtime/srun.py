@@ -1,7 +1,7 @@
-"""Under srun: which rank this task is, and the file through which the ranks of a step find rank 0.
+"""Ranks under srun: a task's RANK and the like, and the meeting file that tells the other ranks rank 0's address.
 
-Touches environment variables and one file in the run directory; must not import torch. torchrun, and `spawn`, have set
-RANK already: then nothing here applies.
+Touches environment variables and that file, in the run directory; must not import torch. Does nothing where RANK is
+already set, by torchrun or launch.spawn.
 """
 
 from __future__ import annotations
@@ -20,58 +20,57 @@ MEETING = "NEMO_DISCO_MEETING"
 POLL_S = 0.2
 
 
-def adopt(run_directory: Path | str, environment: Mapping[str, str] = os.environ) -> None:
-    """In a task of a step of several: set RANK and its like, and where to meet. A shell under salloc, a batch script
-    and a step of one task are no such thing."""
+def set_rank_variables(run_directory: Path | str, environment: Mapping[str, str] = os.environ) -> None:
+    """In a task of a step with several tasks, set RANK and its like, and MEETING, the path of the meeting file. A shell
+    under salloc, a batch script and a step of one task are left alone."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return
-    os.environ["RANK"] = environment["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-    os.environ["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    rank, size = environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"]
+    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=environment["SLURM_LOCALID"])
     os.environ["LOCAL_WORLD_SIZE"] = str(environment["SLURM_GTIDS"].count(",") + 1)  # the tasks of this node
-    print(f"rank {environment['SLURM_PROCID']} of {environment['SLURM_STEP_NUM_TASKS']} on {node()}", file=sys.stderr)
+    print(f"rank {rank} of {size} on {node_name()}", file=sys.stderr)
     if "MASTER_ADDR" not in environment:
-        # A name of its own for each life of the job: what an earlier one left is never read.
-        life = [environment[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
-        name = ".".join([*life, environment.get("SLURM_RESTART_COUNT", "0")])
+        # Another name after each restart of the job, so that no file of an earlier start is read.
+        ids = [environment[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
+        name = ".".join([*ids, environment.get("SLURM_RESTART_COUNT", "0")])
         os.environ[MEETING] = str(Path(run_directory).resolve() / f".meeting.{name}")
 
 
-def node() -> str:
-    """This node as SLURM calls it, or else its host name."""
+def node_name() -> str:
+    """This node's name in SLURM, or else its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def report(error: BaseException) -> None:
-    """In a task: a line that says when this rank failed and of what, by which slurm/lib.sh finds the first."""
+    """In a task, print when and why this rank failed; slurm/lib.sh finds the first failure by these lines."""
     if "SLURM_STEP_ID" in os.environ:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"FAILED {time.time():.3f} rank {os.environ['SLURM_PROCID']} on {node()}: {what}", file=sys.stderr)
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"FAILED {time.time():.3f} rank {os.environ['SLURM_PROCID']} on {node_name()}: {cause}", file=sys.stderr)
 
 
-def address() -> str:
-    """This node's address, for the others: of its name, or of its route to srun if the name is known to it alone."""
+def node_address() -> str:
+    """This node's IP address: its host name's, or that of its route to srun if the name only resolves to loopback."""
     try:
-        found = socket.gethostbyname(socket.gethostname())
+        address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        found = "127.0.0.1"
+        address = "127.0.0.1"
     srun = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
-    if not found.startswith("127.") or srun is None:
-        return found
+    if not address.startswith("127.") or srun is None:
+        return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
         probe.connect((srun, 9))
         return str(probe.getsockname()[0])
 
 
-def publish(meeting: Path, host: str, port: int) -> None:
-    """Rank 0 says where it listens."""
+def publish_address(meeting: Path, host: str, port: int) -> None:
+    """Write the meeting file: the host and port on which rank 0 listens."""
     write_atomically(meeting, f"{host} {port}")
 
 
-def find(meeting: Path, timeout_s: float) -> tuple[str, int]:
-    """The host and port that rank 0 published. Raises UserError if it does not within the time."""
+def wait_for_address(meeting: Path, timeout_s: float) -> tuple[str, int]:
+    """Wait for the meeting file; return rank 0's host and port. Raises UserError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
-    # Listing the directory, since NFS remembers for a while that a file was not there.
+    # List the directory: NFS caches for a while that a file does not exist.
     while not (meeting.parent.is_dir() and meeting.name in os.listdir(meeting.parent)):
         if time.monotonic() > deadline:
             raise UserError(

@@ -1,7 +1,7 @@
-"""Standard output and error of a command: what happens when nobody reads them any more, or their disk is full.
+"""Standard output and error that fail: the reader has left (`| head`), or the disk is full.
 
-A run goes on in silence; a command whose output is its result ends. Touches sys.stdout, sys.stderr and descriptors 0
-to 2 alone.
+A run goes on without output; a command whose output is its result ends. Touches sys.stdout, sys.stderr and descriptors
+0 to 2 alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nemo_disco.runtime.errors import UserError
 
 
 class ReaderLeftError(Exception):
-    """Whoever read standard output is gone (`| head`); not an OSError, which libraries would take for their own."""
+    """The reader of standard output has left (`| head`). Not an OSError, which libraries would handle as their own."""
 
 
 class _Raw(io.FileIO):
-    """A descriptor that swallows what it cannot write, once said."""
+    """A descriptor that becomes /dev/null at the first failure to write, which stdout reports."""
 
-    tolerant = False  # of all of them: see tolerate
+    tolerant = False  # for all instances: see tolerate
 
     def __init__(self, descriptor: int, name: str) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -33,21 +33,21 @@ class _Raw(io.FileIO):
     def write(self, data: Any, /) -> int:
         size = memoryview(data).nbytes
         try:
-            while (written := super().write(data)) is None:  # the other side made it non-blocking, and it is full
+            while (written := super().write(data)) is None:  # its reader made it non-blocking, and it is full
                 select.select([], [self], [])
             return written
         except OSError as error:
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), self.fileno())
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), self.fileno())
             if self._stream_name == "stdout":
-                self._complain(error)
+                self._report(error)
             return size
 
-    def _complain(self, error: OSError) -> None:
+    def _report(self, error: OSError) -> None:
         if _Raw.tolerant:
-            said = f"warning: standard output cannot be written ({error.strerror}): the run goes on in silence\n"
-            with contextlib.suppress(OSError):  # not by sys.stderr: a live display takes that to standard output
-                os.write(2, said.encode())
+            message = f"warning: standard output cannot be written ({error.strerror}): the run goes on in silence\n"
+            with contextlib.suppress(OSError):  # not through sys.stderr, which a live display redirects to stdout
+                os.write(2, message.encode())
         elif error.errno == errno.EPIPE:
             raise ReaderLeftError
         else:
@@ -55,34 +55,33 @@ class _Raw(io.FileIO):
 
 
 def guard() -> None:
-    """Make standard output and error such that a failure to write them is a UserError or a ReaderLeftError of standard
-    output, and nothing of standard error. Those that are closed become /dev/null, or the next file that is opened would
-    be taken for them."""
+    """From now on a failure to write standard output raises UserError or ReaderLeftError, and one to write standard
+    error is ignored. Closed streams become /dev/null, or the next file that is opened would get their descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - never closed
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 stream.flush()
-            setattr(sys, name, _guarded(stream, name))
+            setattr(sys, name, _guard_stream(stream, name))
 
 
 def tolerate() -> None:
-    """From now on a failure to write standard output is said once, on standard error, and nothing else."""
+    """From now on a failure to write standard output raises nothing; one warning on standard error reports it."""
     _Raw.tolerant = True
 
 
-def _guarded(stream: io.TextIOWrapper, name: str) -> io.TextIOWrapper:
+def _guard_stream(stream: io.TextIOWrapper, name: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(_Raw(stream.fileno(), name)),
         encoding=stream.encoding,
-        errors="backslashreplace",  # a terminal that lacks a letter must not end a run either
+        errors="backslashreplace",  # a character that the terminal's encoding lacks must not end a run either
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

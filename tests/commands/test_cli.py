@@ -55,7 +55,7 @@ def rooms(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(module.__name__, module, raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(launch, "set_defaults", lambda: None)
+    monkeypatch.setattr(launch, "set_torch_defaults", lambda: None)
     return called
 
 

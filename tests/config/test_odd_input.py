@@ -10,7 +10,7 @@ from in_process import ends_well
 from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose, load_run_config, to_yaml
 from nemo_disco.config.keys import known_keys
-from nemo_disco.runtime.errors import LONGEST, UserError
+from nemo_disco.runtime.errors import MAX_MESSAGE, UserError
 
 PREFIXES = ("", "+", "++", "~")
 ODD_KEYS = ("defaults", "hydra", "hydra.searchpath", "", "model.", ".model", "algorithm@x", "/algorithm", "seed.x")
@@ -49,7 +49,7 @@ def assert_obeyed_or_refused(read) -> None:
         line = ""
     except UserError as error:
         line = str(error)
-    assert len(line) < LONGEST + 20
+    assert len(line) < MAX_MESSAGE + 20
     assert not line or line.isprintable()
 
 

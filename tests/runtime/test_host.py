@@ -8,7 +8,7 @@ GB = 1 << 30
 
 
 def test_what_is_left_is_shared_by_the_ranks_of_the_host(monkeypatch):
-    monkeypatch.setattr(host, "_machine", {"MemTotal": 64 * GB, "MemAvailable": 32 * GB}.__getitem__)
+    monkeypatch.setattr(host, "_meminfo", {"MemTotal": 64 * GB, "MemAvailable": 32 * GB}.__getitem__)
     monkeypatch.setattr(host, "CGROUP", host.CGROUP / "nowhere")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert host.total_memory() == 64 * GB
@@ -16,7 +16,7 @@ def test_what_is_left_is_shared_by_the_ranks_of_the_host(monkeypatch):
 
 
 def test_a_control_group_limits_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(host, "_machine", {"MemTotal": 64 * GB, "MemAvailable": 32 * GB}.__getitem__)
+    monkeypatch.setattr(host, "_meminfo", {"MemTotal": 64 * GB, "MemAvailable": 32 * GB}.__getitem__)
     monkeypatch.setattr(host, "CGROUP", tmp_path)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for name, text in (

@@ -19,7 +19,7 @@ import os, signal, sys, time
 from pathlib import Path
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
-launch.adopt()
+launch.die_with_launcher()
 rank, here = int(os.environ["RANK"]), Path(sys.argv[1])
 (here / f"pid{rank}").write_text(str(os.getpid()))
 """
@@ -207,7 +207,7 @@ def test_torch_is_set_for_this_machine_unless_the_user_says_otherwise(
 ) -> None:
     monkeypatch.setattr(launch, "GPU_DRIVER", tmp_path if gpu else tmp_path / "none")
     monkeypatch.setattr(os, "environ", dict(user))
-    launch.set_defaults()
+    launch.set_torch_defaults()
     assert dict(os.environ) == expected
 
 

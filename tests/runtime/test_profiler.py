@@ -11,12 +11,12 @@ import pytest
 import torch
 from fake_cuda import fake_cuda
 
-from nemo_disco.runtime.profiler import profiled
+from nemo_disco.runtime.profiler import profile_block
 from nemo_disco.runtime.timing import SpanTimes, record_spans, recorded_seconds, span
 
 
 def test_a_trace_names_what_ran(tmp_path: Path) -> None:
-    with profiled(tmp_path / "step_3", rank=1):
+    with profile_block(tmp_path / "step_3", rank=1):
         torch.ones(64, 64) @ torch.ones(64, 64)
     events = json.loads((tmp_path / "step_3" / "rank_1.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::mm" for event in events)
@@ -69,13 +69,13 @@ def test_a_span_that_raises_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nsys_is_told_where_a_profiled_step_begins_and_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = fake_cuda(monkeypatch)
-    with profiled(tmp_path / "step_3", rank=1):
+    with profile_block(tmp_path / "step_3", rank=1):
         said.append("work")
     assert said == ["capture", "trace", "work", "wait", "traced", "captured", "written rank_1.json"]
 
 
 def test_nsys_is_told_that_a_step_has_ended_by_raising(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = fake_cuda(monkeypatch)
-    with pytest.raises(RuntimeError, match="in the step"), profiled(tmp_path / "step_3", rank=1):
+    with pytest.raises(RuntimeError, match="in the step"), profile_block(tmp_path / "step_3", rank=1):
         raise RuntimeError("in the step")
     assert said == ["capture", "trace", "traced", "captured"]

@@ -27,7 +27,7 @@ def adopt(monkeypatch, tmp_path):
     def call(variables):
         with monkeypatch.context() as patch:
             patch.setattr(srun.os, "environ", dict(variables))
-            srun.adopt(tmp_path / "run", variables)
+            srun.set_rank_variables(tmp_path / "run", variables)
             return {name: srun.os.environ[name] for name in NAMES if name in srun.os.environ}
 
     return call
@@ -59,9 +59,9 @@ def test_an_address_that_the_user_gave_is_the_meeting(adopt):
 
 def test_the_others_wait_for_rank_0(tmp_path: Path):
     meeting = tmp_path / "run" / ".meeting"
-    threading.Timer(0.5, srun.publish, (meeting, "10.0.0.1", 4321)).start()
+    threading.Timer(0.5, srun.publish_address, (meeting, "10.0.0.1", 4321)).start()
     started = time.monotonic()
-    assert srun.find(meeting, 20) == ("10.0.0.1", 4321)
+    assert srun.wait_for_address(meeting, 20) == ("10.0.0.1", 4321)
     assert time.monotonic() - started < 10
     with pytest.raises(UserError, match=r"rank 0 did not appear within 0 s in .*nowhere: every node must see"):
-        srun.find(tmp_path / "nowhere" / ".meeting", 0)
+        srun.wait_for_address(tmp_path / "nowhere" / ".meeting", 0)

@@ -27,10 +27,10 @@ def run_rank(rank: int, here: Path, sleep: float) -> None:
     os.dup2(sys.stderr.fileno(), 2)
     watchdog.BEAT_S, watchdog.SILENCE_S = 0.1, SILENCE_S
     os.environ["SLURMD_NODENAME"] = f"node{rank}"
-    host, port = ("127.0.0.1", 0) if rank == 0 else srun.find(here / "meeting", 60)
+    host, port = ("127.0.0.1", 0) if rank == 0 else srun.wait_for_address(here / "meeting", 60)
     store = dist.TCPStore(host, port, 3, rank == 0, timeout=datetime.timedelta(seconds=60), wait_for_workers=False)
     if rank == 0:
-        srun.publish(here / "meeting", host, store.port)
+        srun.publish_address(here / "meeting", host, store.port)
     dog = watchdog.Watchdog(store, rank, 3)
     dog.start()
     (here / f"{rank}.ready").touch()

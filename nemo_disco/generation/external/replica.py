@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from nemo_disco.generation.worker.rollout_worker.wire import Channel, RefusedError, WireError
 from nemo_disco.runtime import launch, srun
 from nemo_disco.runtime.files import Scratch, open_regular, writing
-from nemo_disco.runtime.signals import STOP_SIGNALS, spared_children
+from nemo_disco.runtime.signals import STOP_SIGNALS, shield_children
 
 STARTUP_S = 1800.0  # large models compile and capture graphs
 SILENCE_S = 600.0  # a worker at work speaks every few seconds
@@ -87,7 +87,7 @@ class Replica:
         with writing(self.place.log):
             self.place.log.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_regular(self.place.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        with open(descriptor, "ab") as log, spared_children():
+        with open(descriptor, "ab") as log, shield_children():
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.PIPE,
@@ -213,7 +213,7 @@ class Replica:
             self._listener.listen(1)
             return path
         self._listener = socket.create_server(("", 0))
-        return [srun.address(), self._listener.getsockname()[1]]
+        return [srun.node_address(), self._listener.getsockname()[1]]
 
     def _accept(self) -> socket.socket | None:
         """A connection that proved to be the worker's, if there was one; strangers reach a port too."""

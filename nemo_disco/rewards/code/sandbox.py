@@ -21,7 +21,7 @@ from typing import Any
 
 from nemo_disco.rewards.code.seccomp_filter import build_filter
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import spared_children
+from nemo_disco.runtime.signals import shield_children
 
 _SERVER = Path(__file__).with_name("sandbox_server.py")
 _FILES = ("job", "stdin", "stdout", "stderr", "report")  # in memory; the server and its programs inherit them
@@ -137,7 +137,7 @@ class Sandbox:
             return self._channel
         self._stop_server()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, spared_children():
+        with theirs, shield_children():
             settings = {"channel": theirs.fileno(), "files": self._files, "landlock": self._landlock}
             settings["filter"] = build_filter().hex()
             loader = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some clusters' Python needs it

@@ -19,7 +19,7 @@ from typing import Any
 
 import nemo_disco
 from nemo_disco.rewards import verdict
-from nemo_disco.runtime.signals import spared_children
+from nemo_disco.runtime.signals import shield_children
 
 MAX_ATTEMPTS = 2  # an answer that was being judged when the process died is given up the second time
 
@@ -71,7 +71,7 @@ class AlgebraPool:
         root = str(Path(nemo_disco.__file__).parents[1])
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
         # -P: import no sympy.py of the working directory. One hash seed: sympy orders terms the same in every process.
-        with spared_children():  # if a request to stop ended them, their answers would count as wrong
+        with shield_children():  # if a request to stop ended them, their answers would count as wrong
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "nemo_disco.rewards.math.algebra_process", str(self._workers)],
                 stdin=subprocess.PIPE,
