@@ -131,7 +131,7 @@ def read_record(path: Path) -> dict[str, Any]:
             raise DamagedError(f"{RECORD} was altered (its checksum does not match)")
         return cast(dict[str, Any], parse_json(file, content, Record))
     except FileError as fault:
-        raise DamagedError(f"{RECORD} {fault.what}") from None
+        raise DamagedError(f"{RECORD} {fault.problem}") from None
 
 
 def check(path: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -145,7 +145,7 @@ def check(path: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
                     raise DamagedError(f"{name} has {size} bytes, {said['bytes']} were written")
                 checksum = hashlib.file_digest(stream, "sha256").hexdigest()
         except FileError as fault:
-            raise DamagedError(f"{name} {fault.what}") from None
+            raise DamagedError(f"{name} {fault.problem}") from None
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error})") from None
         if checksum != said["sha256"]:

@@ -138,7 +138,7 @@ def _json_lines(path: Path, notes: list[str], shape: type[Any]) -> list[dict[str
                 cause = "" if line.raw.endswith(b"\n") else " (incomplete: the run died, or is still writing it)"
                 notes.append(f"{path.name}: line {line.number} is left out{cause}: {line.fault}.")
     except FileError as fault:
-        notes.append(f"{path.name}: {fault.what}.")
+        notes.append(f"{path.name}: {fault.problem}.")
     if faults > MAX_NOTED:
         notes.append(f"{path.name}: {faults:,} lines in all are left out.")
     return objects

@@ -109,7 +109,9 @@ class SampleFile:
                 try:
                     batches.append([parse_json(self._path, line, EvaluationSample) for line in lines])
                 except FileError as fault:
-                    log.warning("%s: a sample is %s; its batch and later ones are sampled anew", self._path, fault.what)
+                    log.warning(
+                        "%s: a sample is %s; its batch and later ones are sampled anew", self._path, fault.problem
+                    )
                     break
                 end += sum(map(len, lines))
         return batches, end

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, never through a link, and without leaving anything of a killed process for ever.
+"""Writing files: whole or not at all, never through a link; the leftovers of killed processes are removed later.
 
 The one atomic writer of the program. Imports nothing heavy and knows no run; an error of the disk is one line.
 """
@@ -27,7 +27,7 @@ from nemo_disco.runtime.errors import UserError
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 _REPLACED = ".replaced"
 _SCRATCH = "nemo-disco-"
-# A directory of the temporary folder is held from the moment after it was made.
+# A scratch directory is locked a moment after it was made: younger ones are left alone.
 _SETTLED_S = 60.0
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
@@ -36,19 +36,19 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of this block (a full disk, a quota, a read-only or broken one) into a UserError that names
-    `path`, and another file where that is at fault."""
+    """Turn an OSError of this block (a disk that is full, over quota, read-only or broken) into a UserError that names
+    `path`, and another file if that is at fault."""
     try:
         yield
     except OSError as error:
-        why, at_fault = error.strerror or str(error), error.filename
+        reason, at_fault = error.strerror or str(error), error.filename
         if isinstance(at_fault, str) and Path(path).name not in at_fault:  # a temporary file's name has it
-            why = f"{at_fault}: {why}"
-        raise UserError(f"{path} cannot be written: {why}; mend that, then run the same command again") from error
+            reason = f"{at_fault}: {reason}"
+        raise UserError(f"{path} cannot be written: {reason}; mend that, then run the same command again") from error
 
 
 def refusal_of_disk(error: Exception) -> UserError | None:
-    """The line for an error of the disk that names its file; None for any other error, which may be a bug."""
+    """A disk error as a UserError that names its file; None for any other error, which may be a bug."""
     if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
         return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; mend that, then run the same command again")
     return None
@@ -68,7 +68,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         work = _temporary_name(path)
         descriptor = os.open(work, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            _hold(descriptor)
+            _lock(descriptor)
             yield work
             sync(work)
             os.replace(work, path)
@@ -86,19 +86,19 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(target: str | Path) -> Iterator[Path]:
-    """An empty directory to fill, which then takes the place of `target`, as put_in_place says. What killed processes
-    left of earlier ones goes first. Raises UserError if it cannot be written."""
+    """An empty directory to fill, which then takes the place of `target` (put_in_place). Leftovers of killed processes
+    are removed first. Raises UserError if it cannot be written."""
     final = Path(target)
     with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left in final.parent.glob(f".{glob.escape(final.name)}.tmp-*"):
-            if _TEMPORARY.fullmatch(left.name) and not _is_held(left, unknown=True):
-                remove(left)
+        for leftover in final.parent.glob(f".{glob.escape(final.name)}.tmp-*"):
+            if _TEMPORARY.fullmatch(leftover.name) and not _is_locked(leftover, unknown=True):
+                remove(leftover)
         work = _temporary_name(final)
         work.mkdir()
         descriptor = os.open(work, os.O_RDONLY)
         try:
-            _hold(descriptor)
+            _lock(descriptor)
             yield work
             put_in_place(work, final)
         finally:
@@ -107,11 +107,11 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, final: Path) -> None:
-    """Give the directory `work` the name `final`, on the disk, in place of what has that name; a reader finds the one
-    or the other. Raises OSError.
+    """Rename the directory `work` to `final`, on the disk, replacing what has that name: a reader finds the old one or
+    the new. Raises OSError.
 
-    File systems that cannot exchange two names (NFS) need two renames: between them the old one is final.replaced, and
-    after a crash there `sweep` gives it its name again.
+    File systems that cannot exchange two names (NFS) need two renames: in between, the old one is final.replaced, and
+    after a crash there `sweep` renames it back.
     """
     for directory, _, names in os.walk(work):
         for name in names:
@@ -140,14 +140,14 @@ def replaced(final: Path) -> Path:
 
 
 def _put_back(final: Path) -> None:
-    """Finish what a put_in_place that was killed between its renames had in hand."""
+    """Undo or finish a put_in_place that was killed between its two renames."""
     old = replaced(final)
     if old.is_dir():
         remove(old) if os.path.lexists(final) else old.rename(final)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk. Raises OSError."""
+    """Wait until a file's content, or a directory's entries, are on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -158,25 +158,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False if the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
-    raise OSError(number, os.strerror(number), str(other))
+    raise OSError(number, os.strerror(number), str(second))
 
 
-# --- by a known name ---
+# --- files that are written in place ---
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """A descriptor of a regular file that is to be written; no link is followed and no pipe waited for. Raises
-    UserError."""
+    """A descriptor of a regular file, for writing. Raises UserError for a link or a pipe, at once."""
     with writing(path):
         try:
             descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -195,7 +194,7 @@ def _not_regular(path: Path) -> UserError:
 
 
 class AppendedFile:
-    """A regular file that grows, or is cut: it is so on the disk when a method returns. Raises UserError."""
+    """A regular file that is appended to or cut; the change is on the disk when a method returns. Raises UserError."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor = path, open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -208,43 +207,43 @@ class AppendedFile:
             os.fsync(self._descriptor)
 
     def cut(self, size: int) -> None:
-        """Drop what stands behind the first `size` bytes."""
+        """Keep the first `size` bytes."""
         with writing(self._path):
             if os.fstat(self._descriptor).st_size > size:
                 os.ftruncate(self._descriptor, size)
                 os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """A thread that still writes afterwards gets a UserError: the number may be another file's by then."""
+        """Close. A thread that still writes gets a UserError, since the descriptor may soon be another file's."""
         descriptor, self._descriptor = self._descriptor, -1
         with writing(self._path):  # NFS may refuse only now
             os.close(descriptor)
 
 
-# --- what killed processes left ---
+# --- leftovers of killed processes ---
 
 
 def sweep(directory: Path, also: re.Pattern[str] | None = None) -> None:
-    """Remove what dead processes left of atomic writes in a directory, and put back what they had in hand.
+    """Remove the leftovers of atomic writes by dead processes in a directory, and undo their unfinished renames.
 
-    also: further names that are left-overs. Those that a living process holds stay. Raises UserError.
+    also: pattern of further names of leftovers. Those locked by a living process stay. Raises UserError.
     """
     with writing(directory):
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():
             if path.name.endswith(_REPLACED):
                 _put_back(path.with_name(path.name.removesuffix(_REPLACED)))
-            elif (_TEMPORARY.fullmatch(path.name) or (also and also.fullmatch(path.name))) and not _is_held(path):
+            elif (_TEMPORARY.fullmatch(path.name) or (also and also.fullmatch(path.name))) and not _is_locked(path):
                 remove(path)
 
 
 def first_free(places: Iterable[Path]) -> Path:
-    """The first of them where nothing is, not even a link that leads nowhere."""
+    """The first path that does not exist, not even as a broken link."""
     return next(place for place in places if not os.path.lexists(place))
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole directory, if it is there. What of a directory cannot be removed stays, and is
-    said in a warning; a file that cannot be raises OSError."""
+    """Remove a file, a link or a whole directory, if it exists. Parts of a directory that cannot be removed stay, with
+    a warning; a file that cannot be removed raises OSError."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
@@ -255,17 +254,17 @@ def remove(path: Path) -> None:
         except FileNotFoundError:  # another process removes it too
             pass
         except OSError as error:
-            log.warning("%s is of no use any more and cannot be removed: %s; remove it yourself", path, error)
+            log.warning("%s is not needed any more and cannot be removed: %s; remove it yourself", path, error)
 
 
 class Scratch:
-    """A directory of this process alone in the system's temporary folder; `close` removes it. Raises UserError."""
+    """A private directory of this process in the system's temporary folder; `close` removes it. Raises UserError."""
 
     def __init__(self) -> None:
         with writing(tempfile.gettempdir()):
             self.path = Path(tempfile.mkdtemp(prefix=_SCRATCH))  # mode 0700
             self._descriptor = os.open(self.path, os.O_RDONLY)
-        _hold(self._descriptor)
+        _lock(self._descriptor)
 
     def close(self) -> None:
         remove(self.path)
@@ -282,9 +281,9 @@ def sweep_scratch() -> None:
     """Remove the Scratch directories of this user's dead processes."""
     for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError):
-            found = path.lstat()
-            mine = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-            if mine and time.time() - found.st_mtime > _SETTLED_S and not _is_held(path, unknown=True):
+            status = path.lstat()
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            if ours and time.time() - status.st_mtime > _SETTLED_S and not _is_locked(path, unknown=True):
                 remove(path)
 
 
@@ -292,14 +291,14 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
 
 
-def _hold(descriptor: int) -> None:
-    """Mark as in use until the descriptor is closed, by this process's death too."""
+def _lock(descriptor: int) -> None:
+    """Lock until the descriptor is closed, which the death of this process does too."""
     with contextlib.suppress(OSError):  # a file system without flock
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _is_held(path: Path, unknown: bool = False) -> bool:
-    """Whether a living process holds it; `unknown` where the file system cannot say."""
+def _is_locked(path: Path, unknown: bool = False) -> bool:
+    """True if a living process has locked it; `unknown` if the file system cannot tell."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         descriptor = os.open(path, flags)

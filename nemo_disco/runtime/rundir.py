@@ -1,7 +1,7 @@
-"""A run is a directory: its layout, whether it can be written, and the lock that keeps a second job out of it.
+"""The directory of a run: its layout, a test that it can be written, and the lock that keeps a second job out of it.
 
-Rank 0 alone creates and locks it. The lock dies with the process (flock), so a killed run can be resumed at once; what
-such a run left half-written is then removed.
+Rank 0 alone creates and locks it. The lock ends with the process (flock), so a killed run can be resumed at once; its
+half-written files are then removed.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from nemo_disco.runtime.saved_files import FileError, read_json
 
 HOST = socket.gethostname()
 HEARTBEAT_S = 5.0
-# A holder that flock cannot vouch for is believed dead after this long without a heartbeat.
+# Where flock does not work, a holder is taken for dead after this long without a heartbeat.
 SILENCE_S = 60.0
-# A beat that cannot be written, or a lock that cannot be looked at, is tried again (a file server restarts), but not
-# until others believe this process dead.
+# A heartbeat that cannot be written, or a lock that cannot be examined, is tried again (a file server restarts), but
+# for less time than after which others take this process for dead.
 PATIENCE_S = 30.0
 RETRY_S = 0.5
 NO_FLOCK_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
-# What versions before the atomic writer of files.py left of their writes.
+# Leftovers of versions before the atomic writer of files.py.
 _LEFT = re.compile(
     r"\.(config\.yaml|metrics\.jsonl|report\.html|mlflow\.run_id|best|export|step_\d+\.jsonl|.+\.step_\d+\.json)"
     r"\.\d+(\.tmp|\.old)?"
 )
-_MEETING = ".meeting.*"  # srun.py's; a rank that is killed while the others find it leaves one
+_MEETING = ".meeting.*"  # srun.py's; left behind by a rank that is killed while the ranks meet
 _MEETING_S = 24 * 3600.0
 
 log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """The paths of a run, and nothing else until `create` or `lock` is called.
+    """The paths of a run; nothing is created before `create` or `lock`.
 
     config.yaml, metrics.jsonl, tensorboard/, checkpoints/, rollouts/, evaluation/, best/, export/, report.html, and
-    profile/ where steps are profiled.
+    profile/ if steps are profiled.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -67,20 +67,20 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.lock_file = self.path / ".lock"
         self.profile = self.path / "profile"
-        self._descriptor: int | None = None  # of the lock file, while it is held
+        self._descriptor: int | None = None  # of the lock file, while this process has the lock
 
     def rollout_file(self, step: int) -> Path:
-        """Where the saved rollouts of a step are: one JSON object a line."""
+        """File of the saved rollouts of a step: one JSON object per line."""
         return self.rollouts / f"step_{step}.jsonl"
 
     def create(self) -> None:
         """Make the layout. Raises UserError if any of it cannot be made or written."""
-        # best/ and export/ are not among them: they appear whole.
+        # Not best/ and export/: they are renamed into place when complete.
         directories = (self.tensorboard, self.checkpoints, self.rollouts, self.evaluation)
         for directory in (self.path, *directories):
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                # Permission bits do not tell (root, read-only mounts, quotas): write something.
+                # Permission bits do not show everything (root, read-only mounts, quotas): write a file.
                 with tempfile.TemporaryFile(dir=directory) as probe:
                     probe.write(b"0")
             except OSError as error:
@@ -91,10 +91,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self, silence_s: float = SILENCE_S) -> Iterator[None]:
-        """Create the layout and hold it. Raises UserError naming the holder if another live process has it.
+        """Create the layout and lock it. Raises UserError naming the holder if another live process has the lock.
 
-        flock decides on one machine and on file systems that carry it across. Where they do not, the record of a holder
-        on another machine is watched for `silence_s` seconds: with a heartbeat it is alive, without one it died.
+        flock decides on one machine, and on file systems that share it between machines. On others the record of a
+        holder on another machine is watched for `silence_s` seconds: a holder without a heartbeat has died.
         """
         self.create()
         descriptor = open_regular(self.lock_file, os.O_RDWR | os.O_CREAT)
@@ -113,11 +113,10 @@ class RunDirectory:
             os.close(descriptor)
 
     def check_held(self) -> None:
-        """Call before anything is written by its name. Raises UserError if this process had the lock and the directory
-        or its lock file was removed or replaced since: what is there now may be another run's. Without the lock nothing
-        is checked.
+        """Call before any file of the run is written. Raises UserError if this process had the lock, and the directory
+        or the lock file was removed or replaced since: the files there may be another run's.
 
-        A file system that does not answer (NFS: ESTALE, EIO, ETIMEDOUT) has taken nothing away: it is asked again.
+        A file system that does not answer (NFS: ESTALE, EIO, ETIMEDOUT) is tried again: nothing was removed.
         """
         deadline = time.monotonic() + PATIENCE_S
         warned = False
@@ -126,9 +125,9 @@ class RunDirectory:
                 state = self._state_of_lock(self._descriptor)
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise self._lost(f"could not be looked at for {PATIENCE_S:g} s ({error.strerror})") from error
+                    raise self._lost(f"could not be examined for {PATIENCE_S:g} s ({error.strerror})") from error
                 if not warned:
-                    words = "%s cannot be looked at (%s): this is tried again for %g s"
+                    words = "%s cannot be examined (%s): trying again for %g s"
                     log.warning(words, self.lock_file, error.strerror, PATIENCE_S)
                     warned = True
                 time.sleep(RETRY_S)
@@ -138,22 +137,22 @@ class RunDirectory:
             return
 
     def _state_of_lock(self, descriptor: int) -> str:
-        """What befell the lock file; "" if nothing did. Raises OSError where that is not known."""
+        """ "was removed", "was replaced", or "" if the lock file is still ours. Raises OSError if that is not known."""
         try:
-            there = os.stat(self.lock_file, follow_symlinks=False)
+            present = os.stat(self.lock_file, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return "was removed"
         held = os.fstat(descriptor)
-        return "" if (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino) else "was replaced"
+        return "" if (present.st_dev, present.st_ino) == (held.st_dev, held.st_ino) else "was replaced"
 
-    def _lost(self, how: str) -> UserError:
+    def _lost(self, event: str) -> UserError:
         return UserError(
-            f"{self.lock_file}, by which this run holds its directory, {how}: another run may be writing there, and "
+            f"{self.lock_file}, by which this run holds its directory, {event}: another run may be writing there, and "
             "this one ends; start it again to go on from its last checkpoint, if that is still there"
         )
 
     def _sweep(self) -> None:
-        """Remove what killed lives left half-written."""
+        """Remove half-written files of killed processes."""
         for directory in (self.path, self.rollouts, self.evaluation, self.path / "evaluate"):
             sweep(directory, also=_LEFT)
         for path in self.path.glob(_MEETING):
@@ -161,7 +160,7 @@ class RunDirectory:
                 path.unlink(missing_ok=True)
 
     def _flock(self, descriptor: int) -> bool:
-        """Whether flock was granted; False where the file system has none."""
+        """True if flock was granted; False if the file system has none. Raises UserError if it is taken."""
         with writing(self.lock_file):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,8 +198,8 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _heartbeat(self, descriptor: int) -> Iterator[None]:
-        """Write who holds the lock, go on counting while it is held, and empty the record at the end. A lock that is
-        lost ends the process, whatever it is doing."""
+        """Write the holder's record, count it up while the lock is held, empty it at the end. Losing the lock ends the
+        process at once."""
         record: dict[str, Any] = {
             "host": HOST,
             "pid": os.getpid(),
@@ -241,7 +240,7 @@ class RunDirectory:
                 os.ftruncate(descriptor, 0)
 
 
-# Descriptors that a forked worker must not keep, or it would hold the lock of a parent that was killed.
+# Descriptors that a forked worker closes: else it would keep the lock of a parent that was killed.
 _held: set[int] = set()
 
 
@@ -255,7 +254,7 @@ os.register_at_fork(after_in_child=_drop_in_child)
 
 
 def _end(error: UserError) -> None:
-    """End the process, from a thread, as the command line does for bad input."""
+    """End the process from a thread, with the message and exit code of bad input."""
     if not launch.report(error):
         print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)

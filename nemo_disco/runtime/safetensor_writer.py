@@ -1,7 +1,7 @@
-"""Sharded safetensors, written tensor by tensor: memory for one tensor, whatever a shard holds.
+"""Writes sharded safetensors tensor by tensor, with the memory of one tensor.
 
-The shapes are known before the first tensor comes, so every shard's header is written first. Touches files alone; they
-are readable as the umask says (safetensors' own writer makes them readable by their owner alone).
+The shapes are known in advance, so each shard's header is written first. Touches files alone; the umask decides who may
+read them (safetensors' own writer makes them readable by their owner alone).
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ Plan = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
 def write_safetensors(
     directory: Path, plan: Plan, tensors: Iterable[tuple[str, Tensor]], shard: int = SHARD_BYTES
 ) -> None:
-    """Write `tensors`, which come in the order of `plan` (name, shape, dtype), as model*.safetensors, with an index
-    where there is more than one shard of at most `shard` bytes. Raises ValueError for a tensor that is not as planned.
+    """Write `tensors`, in the order of `plan` (name, shape, dtype), as model*.safetensors in shards of at most `shard`
+    bytes, with an index if there are several. Raises ValueError for a tensor that differs from the plan.
     """
     shards: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
-    held = 0
+    shard_size = 0
     for item in plan:
         size = _bytes(item[1], item[2])
-        if shards[-1] and held + size > shard:
+        if shards[-1] and shard_size + size > shard:
             shards.append([])
-            held = 0
+            shard_size = 0
         shards[-1].append(item)
-        held += size
+        shard_size += size
     count = len(shards)
     names = [
         f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
     ]
-    coming = iter(tensors)
+    remaining = iter(tensors)
     for file, items in zip(names, shards, strict=True):
         with (directory / file).open("wb") as stream:
-            _write_shard(stream, items, coming)
+            _write_shard(stream, items, remaining)
     if count > 1:
-        where = {name: file for file, items in zip(names, shards, strict=True) for name, *_ in items}
+        weight_map = {name: file for file, items in zip(names, shards, strict=True) for name, *_ in items}
         total = sum(_bytes(shape, dtype) for _, shape, dtype in plan)
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one file. Memory: none beyond the tensors. Raises OSError."""
+    """Write one file, with no memory beyond the tensors. Raises OSError."""
     # The widest types first: readers want each tensor to begin at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     plan = [(name, tuple(tensors[name].shape), tensors[name].dtype) for name in names]
@@ -62,7 +62,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         _write_shard(stream, plan, ((name, tensors[name].detach().cpu()) for name in names))
 
 
-def _write_shard(stream: BinaryIO, items: Plan, coming: Iterable[tuple[str, Tensor]]) -> None:
+def _write_shard(stream: BinaryIO, items: Plan, tensors: Iterable[tuple[str, Tensor]]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype in items:
@@ -71,10 +71,10 @@ def _write_shard(stream: BinaryIO, items: Plan, coming: Iterable[tuple[str, Tens
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     stream.write(len(text).to_bytes(8, "little") + text)
-    for (name, shape, dtype), (given, tensor) in zip(items, coming, strict=False):
-        if (given, tuple(tensor.shape), tensor.dtype) != (name, shape, dtype):
+    for (name, shape, dtype), (actual, tensor) in zip(items, tensors, strict=False):
+        if (actual, tuple(tensor.shape), tensor.dtype) != (name, shape, dtype):
             raise ValueError(
-                f"{given} {tuple(tensor.shape)} {tensor.dtype} came where {name} {shape} {dtype} was planned"
+                f"{actual} {tuple(tensor.shape)} {tensor.dtype} came where {name} {shape} {dtype} was planned"
             )
         stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     if stream.tell() != 8 + len(text) + end:

@@ -1,6 +1,6 @@
-"""Where a step's metrics go: metrics.jsonl always, TensorBoard by default; other services behind the same protocol.
+"""Sinks of a step's metrics: metrics.jsonl always, TensorBoard by default, other services behind the same protocol.
 
-Only rank 0 opens sinks. Resuming from step n makes the history end at n, so that the curves go on without a fork.
+Only rank 0 opens sinks. Resuming from step n removes the history after n, so that the curves continue without a fork.
 TensorBoard is imported when it is opened, never before.
 """
 
@@ -27,7 +27,7 @@ from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.saved_files import Count, FileError, check_file, read_json_lines, read_text
 
 WANDB_ID, MLFLOW_ID = "wandb.run_id", "mlflow.run_id"
-# A list is of objects with numbers: metrics.jsonl has it, the other sinks do not.
+# A list of objects with numbers goes to metrics.jsonl alone.
 Value = float | int | bool | str | None | Sequence[Mapping[str, Any]]
 
 
@@ -39,30 +39,30 @@ class MetricsLine(TypedDict):
 
 
 class Sink(Protocol):
-    """What takes the metrics of one step at a time. `resume_step` is a matter of its constructor."""
+    """Takes the metrics of one step at a time."""
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Take one step's metrics; when it returns, they survive the death of this process."""
         ...
 
     def close(self) -> None:
-        """Write what is left and let go."""
+        """Write what is buffered, and end."""
         ...
 
 
 class JsonlSink:
-    """metrics.jsonl: one strict JSON object a step; what is not finite is null, floats keep every bit."""
+    """metrics.jsonl: one strict JSON object per step; numbers that are not finite are null, floats keep every bit."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         """Keep the lines up to `resume_step`, drop the later ones; None begins a new file.
 
-        Raises UserError naming a line that is not a metrics line (a last one torn by a crash is just dropped).
+        Raises UserError naming a line that is not a metrics line (a last one cut by a crash is dropped).
         """
-        there = os.path.lexists(path)
-        if there:
+        exists = os.path.lexists(path)
+        if exists:
             check_file(path)
-        kept = _lines_up_to(path, resume_step) if there and resume_step is not None else []
-        write_atomically(path, "".join(kept))
+        lines = _lines_up_to(path, resume_step) if exists and resume_step is not None else []
+        write_atomically(path, "".join(lines))
         self._file = AppendedFile(path)
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
@@ -74,7 +74,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """tensorboard/: every finite number as a scalar, one event a step.
+    """tensorboard/: every finite number as a scalar, one event per step.
 
     Not torch's SummaryWriter: its thread prints a traceback of its own when the disk refuses. Raises UserError if
     TensorBoard is not installed.
@@ -97,7 +97,7 @@ class TensorBoardSink:
             directory.mkdir(parents=True, exist_ok=True)
         self._file = AppendedFile(directory / name)
         self._writer: Any = RecordWriter(self._file)
-        # Everything from that step on, left by an earlier life of the run, disappears from the curves.
+        # TensorBoard hides everything from that step on that an earlier process of the run wrote.
         first = 0 if resume_step is None else resume_step + 1
         self._add(step=first, file_version="brain.Event:2")
         self._add(step=first, session_log=SessionLog(status=SessionLog.START))
@@ -114,10 +114,10 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases, in the mode that its own variables say (WANDB_MODE=offline writes into the run directory).
+    """Weights & Biases, in the mode of its own variables (WANDB_MODE=offline writes into the run directory).
 
-    A resumed run goes on under its id, kept in wandb.run_id; what a lost life logged beyond the checkpoint, W&B keeps
-    and does not take again. Raises UserError if wandb is not installed.
+    A resumed run continues under its id, kept in wandb.run_id; steps beyond the checkpoint that a killed process has
+    logged stay as they are in W&B. Raises UserError if wandb is not installed.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -148,9 +148,9 @@ class WandbSink:
 
 
 class MLflowSink:
-    """MLflow, where MLFLOW_TRACKING_URI says; without it, in mlflow.db of the run directory.
+    """MLflow at MLFLOW_TRACKING_URI; without it, in mlflow.db of the run directory.
 
-    A resumed run goes on under its id, kept in mlflow.run_id. Raises UserError if mlflow is not installed.
+    A resumed run continues under its id, kept in mlflow.run_id. Raises UserError if mlflow is not installed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -212,7 +212,7 @@ def open_sinks(
 ) -> Sinks:
     """The sinks of a run: metrics.jsonl, and those in `also` (tensorboard, wandb, mlflow).
 
-    resume_step: the step of the checkpoint that the run goes on from; None is a new run. settings: its configuration.
+    resume_step: the step of the checkpoint from which the run resumes; None is a new run. settings: its configuration.
     """
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
     makers: dict[str, Callable[[], Sink]] = {
@@ -224,21 +224,21 @@ def open_sinks(
 
 
 def _read_id(path: Path) -> str:
-    """The id under which a service has the run. Raises FileError."""
-    said = read_text(path, 100).strip()
-    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", said):
+    """The id of the run at a service. Raises FileError."""
+    identity = read_text(path, 100).strip()
+    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", identity):
         raise FileError(path, "damaged: not the id of a run; remove it, and the service begins another run")
-    return said
+    return identity
 
 
 def _numbers(metrics: Mapping[str, Value]) -> dict[str, float]:
-    """What is a finite number."""
+    """The metrics that are finite numbers."""
     strict = {name: _strict(value) for name, value in metrics.items() if name != "step"}
     return {name: value for name, value in strict.items() if isinstance(value, (bool, int, float))}
 
 
 def strict_metrics(metrics: Mapping[str, Value]) -> dict[str, Value]:
-    """Metrics as JSON knows them."""
+    """Metrics as strict JSON values: null for a number that is not finite."""
     return {name: _strict(value) for name, value in metrics.items()}
 
 
@@ -251,13 +251,13 @@ def _strict(value: Value) -> Value:
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
     """The complete lines of the file whose step is at most `step`."""
-    kept = []
+    lines = []
     for line in read_json_lines(path, MetricsLine):
         if not line.raw.endswith(b"\n"):
-            break  # torn by a crash
+            break  # cut by a crash
         if line.fault:
-            said = f"line {line.number} is not a metrics line ({line.fault}); mend or move the file before resuming"
-            raise FileError(path, said)
+            problem = f"line {line.number} is not a metrics line ({line.fault}); mend or move the file before resuming"
+            raise FileError(path, problem)
         if line.value["step"] <= step:
-            kept.append(line.raw.decode())
-    return kept
+            lines.append(line.raw.decode())
+    return lines

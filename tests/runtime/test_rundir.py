@@ -223,10 +223,10 @@ def test_a_file_server_that_is_away_for_a_while_ends_nothing(
     with run.lock():
         monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", away)
         run.check_held()
-        assert caplog.text.count("cannot be looked at") == 1 and answers == []
+        assert caplog.text.count("cannot be examined") == 1 and answers == []
         forever, answers[:] = True, [errno.ESTALE]
         monkeypatch.setattr(rundir, "PATIENCE_S", 0.05)
-        with pytest.raises(UserError, match="could not be looked at for"):
+        with pytest.raises(UserError, match="could not be examined for"):
             run.check_held()
         monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", real)
 
