@@ -17,7 +17,7 @@ from nemo_disco.generation.engine import Response, SamplingParams
 from nemo_disco.generation.megatron import engine as megatron_engine
 from nemo_disco.generation.megatron import in_place as in_place_decoding
 from nemo_disco.generation.megatron.engine import MegatronEngine
-from nemo_disco.generation.megatron.in_place import Rows
+from nemo_disco.generation.megatron.wave import Rows
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
@@ -138,7 +138,7 @@ def test_decoding_in_place_gives_the_same_responses(
     """What CUDA replays as a graph, step by step on the CPU: rows end, leave the batch, and the cache grows."""
     asked, seeds = prompts(copies=8), range(48)
     expected = engine.generate(asked, seeds, sampling)
-    monkeypatch.setattr(in_place_decoding, "_LOOK", 7)
+    monkeypatch.setattr(in_place_decoding, "_CHECK_STEPS", 7)
     engine.in_place = True
     selected = []
     select = Rows.select
@@ -164,7 +164,7 @@ def test_each_response_is_handed_over_once_when_its_row_ends(
 ) -> None:
     """... of several waves, too; in place, at the next look at the rows."""
     look, limit, calls = 7, 40, 0
-    monkeypatch.setattr(in_place_decoding, "_LOOK", look)
+    monkeypatch.setattr(in_place_decoding, "_CHECK_STEPS", look)
     forward = engine.decoder.forward
 
     def counted(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One forward pass of the policy's own weights with a KV cache, at any TP x PP: what the megatron engine decodes with.
+"""Forward pass of the policy's own weights with a KV cache, at any TP x PP, for the megatron engine.
 
 Reads megatron's parameters where they lie (no copy, no refit) and does the arithmetic of their modules on a batch of
 rows. Knows nothing of sampling.
@@ -20,71 +20,71 @@ from nemo_disco.generation.megatron.decoder_weights import LayerWeights, decoder
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.policy.parallel import Ranks
 
-# Tokens a row by which a full cache grows (it also at least grows by a half). Capacities are multiples of it: CUDA's
-# attention copies a mask, in every layer, whose rows do not begin at a multiple of 8 numbers.
+# A full cache grows by this many tokens a row, or by half if that is more. Capacities are multiples of GROWTH: in every
+# layer, CUDA's attention copies a mask whose rows do not begin at a multiple of 8 numbers.
 GROWTH = 64
-# Not cuDNN, which SDPA prefers on Hopper: it builds a plan (tens of milliseconds) for each new number of keys, and
-# plain decoding has one more at every token. benchmarks/gpu measures both.
+# Without cuDNN, which SDPA prefers on Hopper: it builds a plan (tens of milliseconds) for each new number of keys, and
+# plain decoding adds one key at every token. benchmarks/gpu measures both.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Cache:
-    """Keys and values of B rows, a [B, groups, capacity, d] pair a layer, grown as the rows do."""
+    """Keys and values of B rows: for each layer a pair of [B, groups, capacity, d], which grow on demand."""
 
     def __init__(self, layers: int, shape: tuple[int, int, int], like: Tensor) -> None:
-        rows, groups, width = shape
-        self.pairs = [[like.new_empty(rows, groups, 0, width) for _ in "kv"] for _ in range(layers)]
+        rows, groups, head_size = shape
+        self.pairs = [[like.new_empty(rows, groups, 0, head_size) for _ in "kv"] for _ in range(layers)]
 
     @property
     def capacity(self) -> int:
         return self.pairs[0][0].shape[2] if self.pairs else 0
 
-    def reserve(self, tokens: int, most: int) -> None:
-        """Room for `tokens` tokens a row, of at most `most` ever."""
+    def reserve(self, tokens: int, max_tokens: int) -> None:
+        """Make room for `tokens` tokens a row. max_tokens: the most that a row will ever have."""
         if tokens <= self.capacity:
             return
-        more = round_up(min(most, max(tokens + GROWTH, self.capacity * 3 // 2)), GROWTH) - self.capacity
+        more = round_up(min(max_tokens, max(tokens + GROWTH, self.capacity * 3 // 2)), GROWTH) - self.capacity
         for pair in self.pairs:
             for i, x in enumerate(pair):
                 pair[i] = torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2)
 
     def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) some rows."""
+        """Keep the rows at these indices, in this order; an index may repeat."""
         for pair in self.pairs:
             for i, x in enumerate(pair):
                 pair[i] = x.index_select(0, rows)
 
 
 class Decoder:
-    """The layers of this rank, in the order in which the whole model runs them."""
+    """Forward pass of the layers of this rank, in the order in which the whole model runs them."""
 
     def __init__(self, chunks: Sequence[PolicyModel], ranks: Ranks, tensor_group: Any, pipeline_group: Any) -> None:
-        """Raises UserError, naming it, for a part of the network that is not computed here."""
+        """Raises UserError that names a part of the network that the decoder does not compute."""
         self.chunks, self.ranks = chunks, ranks
         self.layers = decoder_weights(chunks)
         self.tensor_group = tensor_group if tensor_group.size() > 1 else None
         self.pipeline_group = pipeline_group
         config = chunks[0].config
-        self.eps, self.width = config.layernorm_epsilon, config.kv_channels
+        self.eps, self.head_size = config.layernorm_epsilon, config.kv_channels
         self.groups = config.num_query_groups // ranks.tensor_size
-        self.heads_a_group = config.num_attention_heads // config.num_query_groups
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
         self.hidden = config.hidden_size
-        self.scale = self.width**-0.5
+        self.scale = self.head_size**-0.5
         self.dtype: torch.dtype = config.params_dtype
 
     def new_cache(self, rows: int) -> Cache:
         layers = sum(map(len, self.layers))
         like = next(self.chunks[0].parameters())
-        return Cache(layers, (rows, self.groups, self.width), like)
+        return Cache(layers, (rows, self.groups, self.head_size), like)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, cache: Cache, start: int | Tensor, mask: Tensor | None
     ) -> Tensor | None:
         """Logits [B, V] after the last of tokens [B, t], on the last pipeline stage; None on the others.
 
-        positions [B, t]: rope's. start: where the t tokens go in the cache. mask, additive: [B, 1, t or 1, start + t];
-        None is causal (t > 1) or everything (t = 1). start as a tensor [1], for one token: the mask is as wide as the
-        whole cache, and no shape depends on where the token goes.
+        positions [B, t]: for rope. start: the column of the cache for the first token. mask: additive,
+        [B, 1, t or 1, start + t]; None for a causal mask (t > 1) or none (t = 1). start may be a tensor [1] if t = 1:
+        the mask then has the width of the whole cache, and no shape depends on start.
         """
         with sdpa_kernel(BACKENDS):
             return self._forward(tokens, positions, cache, start, mask)
@@ -131,13 +131,13 @@ class Decoder:
         x = F.rms_norm(x, (self.hidden,), layer.attention_norm, self.eps)
         qkv = F.linear(x, layer.qkv, layer.qkv_bias)
         # megatron keeps each group's queries, then its key, then its value together
-        qkv = qkv.view(rows, t, self.groups, self.heads_a_group + 2, self.width)
+        qkv = qkv.view(rows, t, self.groups, self.heads_per_group + 2, self.head_size)
         qk = _rotate(self._norm_heads(layer, qkv[..., :-1, :]), rope)
         keys, values = _store(pair, qk[..., -1, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2), start)
-        query = qk[..., :-1, :].permute(0, 2, 3, 1, 4)  # [B, groups, heads a group, t, d]
-        if t == 1:  # the group's heads are so many queries of one key head
+        query = qk[..., :-1, :].permute(0, 2, 3, 1, 4)  # [B, groups, heads per group, t, d]
+        if t == 1:  # the heads of a group are queries of one key head
             out = F.scaled_dot_product_attention(
-                query.reshape(rows, self.groups, self.heads_a_group, self.width),
+                query.reshape(rows, self.groups, self.heads_per_group, self.head_size),
                 keys,
                 values,
                 attn_mask=mask,
@@ -145,7 +145,7 @@ class Decoder:
             ).view(rows, 1, -1)
         else:
             out = F.scaled_dot_product_attention(
-                query.reshape(rows, -1, t, self.width),
+                query.reshape(rows, -1, t, self.head_size),
                 keys,
                 values,
                 attn_mask=mask,
@@ -157,11 +157,11 @@ class Decoder:
         return self._reduce(F.linear(out, layer.projection))
 
     def _norm_heads(self, layer: LayerWeights, qk: Tensor) -> Tensor:
-        """Qwen3's norms of each head's query and of each group's key; qk [B, t, groups, heads a group + 1, d]."""
+        """Apply Qwen3's norms to each head's query and each group's key. qk [B, t, groups, heads per group + 1, d]."""
         if layer.query_norm is None and layer.key_norm is None:
             return qk
         parts = ((qk[..., :-1, :], layer.query_norm), (qk[..., -1:, :], layer.key_norm))
-        return torch.cat([x if w is None else F.rms_norm(x, (self.width,), w, self.eps) for x, w in parts], dim=-2)
+        return torch.cat([x if w is None else F.rms_norm(x, (self.head_size,), w, self.eps) for x, w in parts], dim=-2)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         x = F.rms_norm(x, (self.hidden,), layer.mlp_norm, self.eps)
@@ -198,7 +198,7 @@ class Decoder:
         return x
 
     def from_last_stage(self, x: Tensor) -> Tensor:
-        """What the last pipeline stage has in x, on every stage."""
+        """The last pipeline stage's x, on every stage; overwrites x."""
         if self.ranks.pipeline_size > 1:
             source = dist.get_global_rank(self.pipeline_group, self.ranks.pipeline_size - 1)
             dist.broadcast(x, src=source, group=self.pipeline_group)
@@ -206,7 +206,7 @@ class Decoder:
 
 
 def _store(pair: list[Tensor], key: Tensor, value: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Write a layer's new keys and values [B, groups, t, d], and return all that there are to attend to."""
+    """Write a layer's new keys and values [B, groups, t, d] into the cache, and return all keys and values so far."""
     keys, values = pair
     if isinstance(start, Tensor):
         return keys.index_copy_(2, start, key), values.index_copy_(2, start, value)
@@ -216,7 +216,7 @@ def _store(pair: list[Tensor], key: Tensor, value: Tensor, start: int | Tensor) 
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rope on x [B, t, groups, heads, d], by cos and sin [B, t, 1, d]."""
+    """Apply rope to x [B, t, groups, heads, d]. rope: cos and sin [B, t, 1, d]."""
     cos, sin = (r.unsqueeze(2) for r in rope)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,7 +1,7 @@
-"""The tensors of the policy's network that the decoder computes with, and the refusal of everything else in it.
+"""Weights of the policy's network that the decoder computes with, and refusal of a network with other parts.
 
-The decoder does the arithmetic of megatron's modules itself. So that it never leaves one out, each parameter, each
-module and each setting of the network must be one that it knows.
+The decoder does the arithmetic of megatron's modules itself. To make sure that it leaves none out, each parameter,
+module and setting of the network must be in the tables below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_disco.policy.layers import mlp_norm_weight, qkv_norm_weight
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.runtime.errors import UserError
 
-# The modules whose arithmetic decoder.py does, with the modules that they consist of.
+# Modules that decoder.py computes, with their submodules.
 _MODEL: dict[str, Any] = {
     "embedding": {"word_embeddings": None, "embedding_dropout": None},
     "rotary_pos_emb": None,  # unused: the angles are PolicyModel.rope_angles
@@ -32,7 +32,7 @@ _LAYER: dict[str, Any] = {
     "pre_mlp_layernorm": None,
     "mlp": dict.fromkeys(["linear_fc1", "activation_func", "linear_fc2"]),
 }
-# What decoder.py takes for granted, by the names of megatron-core's TransformerConfig.
+# Settings that decoder.py assumes, by their names in megatron-core's TransformerConfig.
 _SETTINGS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
@@ -53,11 +53,11 @@ _SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's parameters as they lie on this rank: h hidden size, d head size, f the MLP's width; the rows of qkv
-    and gate_up and the columns of projection and down are this tensor-parallel rank's share.
+    """One layer's parameters on this rank: h hidden size, d head size, f the MLP's width. The rows of qkv and gate_up
+    and the columns of projection and down are this tensor-parallel rank's share.
 
     attention_norm, mlp_norm [h]; qkv [(heads + 2 groups) d, h], qkv_bias [(heads + 2 groups) d]; query_norm, key_norm
-    [d], of each head; projection [h, heads d]; gate_up [2 f, h]; down [h, f].
+    [d], the same for each head; projection [h, heads d]; gate_up [2 f, h]; down [h, f].
     """
 
     attention_norm: Tensor
@@ -71,8 +71,8 @@ class LayerWeights:
     down: Tensor
 
     @classmethod
-    def of(cls, layer: Any) -> LayerWeights:
-        """Of megatron's TransformerLayer, whichever make its modules are of."""
+    def from_layer(cls, layer: Any) -> LayerWeights:
+        """The weights of a megatron TransformerLayer with local or Transformer Engine modules."""
         attention, mlp = layer.self_attention, layer.mlp
         return cls(
             attention_norm=qkv_norm_weight(layer),
@@ -91,14 +91,14 @@ class LayerWeights:
 
 
 def decoder_weights(chunks: Sequence[PolicyModel]) -> list[list[LayerWeights]]:
-    """Each chunk's layers. Raises UserError, naming it, for a module, parameter or setting that is not decoded."""
+    """The layers' weights of each chunk. Raises UserError that names a module, parameter or setting not decoded."""
     config = chunks[0].config
-    for name, value in _SETTINGS.items():
-        if (found := getattr(config, name, value)) != value:
-            raise _not_decoded(f"{name}={getattr(found, '__name__', found)}")
+    for name, assumed in _SETTINGS.items():
+        if (value := getattr(config, name, assumed)) != assumed:
+            raise _not_decoded(f"{name}={getattr(value, '__name__', value)}")
     if unknown := [name for chunk in chunks for name in _unknown_modules(chunk)]:
         raise _not_decoded(f"the module {unknown[0]}")
-    layers = [[LayerWeights.of(layer) for layer in chunk.decoder.layers] for chunk in chunks]
+    layers = [[LayerWeights.from_layer(layer) for layer in chunk.decoder.layers] for chunk in chunks]
     for chunk, weights in zip(chunks, layers, strict=True):
         known = {id(t) for layer in weights for t in layer.tensors()}
         if chunk.pre_process:
@@ -126,8 +126,8 @@ def _unknown(module: Module, known: dict[str, Any], prefix: str) -> Iterator[str
             yield from _unknown(child, known[name], f"{prefix}{name}.")
 
 
-def _not_decoded(what: str) -> UserError:
+def _not_decoded(part: str) -> UserError:
     return UserError(
-        f"generation.engine=megatron does not compute {what} of this network, so it would sample from another one; "
-        "take generation=vllm"
+        f"generation.engine=megatron does not compute {part} of this network, so it would sample from a different "
+        "network; use generation=vllm"
     )

@@ -1,7 +1,7 @@
-"""Choosing tokens: temperature, top-k, top-p, and one random stream a request.
+"""Sampling of tokens from logits: temperature, top-k, top-p, and a random stream for each request.
 
-The uniform number of a draw is a function of (seed, position) alone, so a request samples the same response in any
-batch, on any rank, on any device. Pure tensors.
+The random number of a draw is a function of (seed, position) alone, so a request samples the same response in any
+batch, on any rank, on any device. Pure functions of tensors.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from nemo_disco.generation.engine import SamplingParams
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) on int64, whose products wrap as uint64's do."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) to int64, whose products wrap like uint64's."""
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift (torch's is arithmetic)."""
+    """Shift right, filling with zeros (torch's shift repeats the sign)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
-    """[B] float64 in [0, 1) for the draw at `position` of each request. seeds [B] int64; position, if a tensor, too."""
+    """Random numbers [B] in float64, uniform in [0, 1), for the draw of each request at a position of its response.
+
+    seeds [B] int64. position: an int, or an int64 tensor [1].
+    """
     if isinstance(position, Tensor):
         step: int | Tensor = (position + 1) * (0x9E3779B97F4A7C15 - 2**64)
     else:
@@ -35,10 +38,10 @@ def uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B] int64 and their log-probs [B] from logits [B, V] (float32 or float64) and uniform [B].
+    """Sample tokens [B] int64 and return them with their log-probs [B]. logits [B, V]: float32 or float64; uniform [B].
 
-    The log-prob is of the whole distribution on logits over the temperature, before top-k and top-p. Temperature 0
-    takes the likeliest token, with its log-prob on the plain logits.
+    The log-prob is that of the whole distribution on logits / temperature, before top-k and top-p. Temperature 0
+    picks the likeliest token, with its log-prob on the plain logits.
     """
     greedy = sampling.temperature == 0.0
     log_probs = (logits if greedy else logits / sampling.temperature).log_softmax(-1)
@@ -48,13 +51,13 @@ def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> tuple[T
         probs = _filter(log_probs.exp(), sampling)
         # float64: at a vocabulary of 152k a float32 running sum loses the tail.
         cumulative = probs.cumsum(-1, dtype=torch.float64)
-        drawn = (uniform * cumulative[:, -1])[:, None]
-        tokens = torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        threshold = (uniform * cumulative[:, -1])[:, None]
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
 
 
 def _filter(probs: Tensor, sampling: SamplingParams) -> Tensor:
-    """Zero what top-k and then top-p leave out; the rest is not renormalised. Ties at top-k's edge are kept."""
+    """Set the tokens outside top-k, then outside top-p, to 0; the rest is not renormalised. Ties at top-k are kept."""
     if 0 < sampling.top_k < probs.shape[-1]:
         edge = probs.topk(sampling.top_k, dim=-1).values[:, -1:]
         probs = probs.masked_fill(probs < edge, 0.0)

@@ -1,27 +1,55 @@
-"""The tokens of one wave of requests of the megatron engine, and the responses that they become.
+"""State of one wave of requests in the megatron engine: the rows of the batch, and the responses they become.
 
-A response is built, and handed to whoever streams, once its row has ended. Knows no model.
+A row is one request; a response is built and passed to the `finished` callback once its row has ended. Knows no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nemo_disco.generation.engine import Finished, Response
 
+# Rows leave the batch only when fewer than this share are still sampling: dropping rows copies the whole cache.
+COMPACT_BELOW = 0.8
+
+
+@dataclass
+class Rows:
+    """The B rows still in the batch. Each [B]: place in the wave, seed, padding before the prompt, last token, and
+    True if the response has ended."""
+
+    request: Tensor
+    seeds: Tensor
+    padding: Tensor
+    token: Tensor
+    done: Tensor
+
+    @classmethod
+    def start(cls, seeds: Sequence[int], padding: Tensor) -> Rows:
+        """All rows of a wave, before their first token."""
+        request = torch.arange(len(seeds), device=padding.device)
+        own_seeds = torch.tensor(seeds, device=padding.device)
+        return cls(request, own_seeds, padding, torch.zeros_like(request), torch.zeros_like(request, dtype=torch.bool))
+
+    def select(self, keep: Tensor) -> Rows:
+        """The rows at indices `keep`."""
+        return Rows(*(x[keep] for x in vars(self).values()))
+
 
 class WaveResponses:
-    """tokens, log_probs [N, limit]; lengths, stopped [N], of the N requests: the decode loop writes them in place.
+    """Responses of a wave's N requests. The decode loop writes tokens, log_probs [N, limit] and lengths, stopped [N].
 
-    lengths is the limit, and stopped False, until a request's stop token is drawn.
+    Until a request's stop token is drawn, its length is the limit and `stopped` is False.
     """
 
     def __init__(
         self, requests: Sequence[int], limit: int, version: int, device: torch.device, finished: Finished | None
     ) -> None:
-        """requests: each row's place in the call to `generate`. finished: is given every response once."""
+        """requests: each row's index in the call to `generate`. finished: called once for every response."""
         self._requests, self._version, self._finished = requests, version, finished
         self._ended: dict[int, Response] = {}  # by row
         count = len(requests)
@@ -30,27 +58,27 @@ class WaveResponses:
         self.lengths = torch.full((count,), limit, dtype=torch.int64, device=device)
         self.stopped = torch.zeros(count, dtype=torch.bool, device=device)
 
-    def hand_over(self, alive: int) -> None:
-        """Give away the responses that stopped since the last call. alive: rows that have not, which the caller has
-        just counted: where it is as before, or nobody streams, nothing is read from the device."""
+    def stream(self, alive: int) -> None:
+        """Call `finished` for the responses that stopped since the last call. alive: number of rows that still sample,
+        which the caller has just counted; if none stopped, or there is no callback, the device is not read."""
         if self._finished is not None and len(self._requests) - alive > len(self._ended):
             stopped = self.stopped.nonzero()[:, 0].tolist()
-            self._take([row for row in stopped if row not in self._ended])
+            self._build([row for row in stopped if row not in self._ended])
 
     def all(self) -> dict[int, Response]:
-        """Every request's response, at the end of the wave; those at the limit are given away now."""
-        self._take([row for row in range(len(self._requests)) if row not in self._ended])
+        """Every request's response by its index, at the end of the wave; calls `finished` for the remaining ones."""
+        self._build([row for row in range(len(self._requests)) if row not in self._ended])
         return {self._requests[row]: response for row, response in self._ended.items()}
 
-    def _take(self, rows: list[int]) -> None:
+    def _build(self, rows: list[int]) -> None:
         if not rows:
             return
         lengths = self.lengths[rows].tolist()
         longest = max(lengths)
         tokens, log_probs = (x[rows, :longest].cpu().numpy() for x in (self.tokens, self.log_probs))
-        for at, (row, n, stopped) in enumerate(zip(rows, lengths, self.stopped[rows].tolist(), strict=True)):
+        for i, (row, n, stopped) in enumerate(zip(rows, lengths, self.stopped[rows].tolist(), strict=True)):
             self._ended[row] = Response(
-                tokens[at, :n].copy(), log_probs[at, :n].copy(), "stop" if stopped else "length", self._version
+                tokens[i, :n].copy(), log_probs[i, :n].copy(), "stop" if stopped else "length", self._version
             )
             if self._finished is not None:
                 self._finished(self._requests[row], self._ended[row])
