@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPO))
 from tools import check_site
 
 PAGES = sorted((REPO / "docs").rglob("*.md"))
-WRITTEN = [*DOCUMENTS, *sorted((REPO / "benchmarks").rglob("*.md"))]
+WRITTEN = [*DOCUMENTS, *sorted(REPO.glob("C*.md")), *sorted((REPO / "benchmarks").rglob("*.md"))]
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 OUTSIDE = ("http://", "https://", "mailto:")
 # A file of the repository in backticks, and a name of the package.
