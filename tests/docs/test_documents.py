@@ -86,6 +86,25 @@ def test_the_records_of_data_md_are_questions(place: Path) -> None:
     ]  # fmt: skip
 
 
+QUOTED = [
+    " Put the final answer in \\boxed{}.",
+    " Let's think step by step.",
+    "\nPut the final answer in a box.",
+    "",
+]
+
+
+def test_a_suffix_quoted_as_model_md_says_arrives_as_it_is() -> None:
+    """Through bash, as typed at a prompt or after the script's name in sbatch, and through Hydra."""
+    cells = re.findall(
+        r"^\| .* \| `(.*data\.prompt_suffix=.*)` \|$", (REPO / "docs/model.md").read_text(), re.MULTILINE
+    )
+    command = ["bash", "-c", f"printf '%s\\0' {' '.join(cells)}"]
+    words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")[:-1]
+    suffixes = [settings(["--config-name", "recipe/disco_logl_1.5b", word]).data.prompt_suffix for word in words]
+    assert suffixes == QUOTED
+
+
 @pytest.mark.slow
 def test_the_converters_of_cluster_md_run(place: Path) -> None:
     shutil.copytree(REPO / "assets/quickstart/model", place / "models/mine")
