@@ -6,7 +6,7 @@ Rows are data, rendered by separate functions (terminal, text, JSON). Only rich_
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,19 +86,6 @@ def rich_table(rows: list[Row], title: str) -> Table:
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row.cells()))
     return table
-
-
-def text_table(rows: list[Row], title: str) -> str:
-    """The rows as text for a log: aligned columns, ASCII only."""
-    lines = [HEADER, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    body = ("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
-    return "\n".join([title, *body])
-
-
-def json_table(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON objects, with estimates as {value, low, high}."""
-    return [asdict(row) for row in rows]
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, str]:
