@@ -1,4 +1,4 @@
-"""A process may take what the machine has left, or its control group if that is less, shared with the other ranks."""
+"""Free memory is the machine's, or its control group's if that is less, shared equally by the ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nemo_disco.runtime import host
 GB = 1 << 30
 
 
-def test_what_is_left_is_shared_by_the_ranks_of_the_host(monkeypatch):
+def test_free_memory_is_shared_by_the_ranks_of_the_host(monkeypatch):
     monkeypatch.setattr(host, "_meminfo", {"MemTotal": 64 * GB, "MemAvailable": 32 * GB}.__getitem__)
     monkeypatch.setattr(host, "CGROUP", host.CGROUP / "nowhere")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -15,7 +15,7 @@ def test_what_is_left_is_shared_by_the_ranks_of_the_host(monkeypatch):
     assert host.free_memory() == 8 * GB
 
 
-def test_a_control_group_limits_it(monkeypatch, tmp_path):
+def test_a_control_group_limits_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(host, "_meminfo", {"MemTotal": 64 * GB, "MemAvailable": 32 * GB}.__getitem__)
     monkeypatch.setattr(host, "CGROUP", tmp_path)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -29,5 +29,5 @@ def test_a_control_group_limits_it(monkeypatch, tmp_path):
     assert host.free_memory() == 7 * GB
 
 
-def test_this_machine_has_some():
+def test_this_machine_has_free_memory():
     assert 0 < host.free_memory() <= host.total_memory()

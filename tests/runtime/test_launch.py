@@ -1,4 +1,4 @@
-"""The launcher with real processes: one exit code, the rank that failed first named, nobody left behind."""
+"""The launcher with real processes: one exit code, the first failing rank is named, no process is left."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ rank, here = int(os.environ["RANK"]), Path(sys.argv[1])
 
 @pytest.fixture
 def ranks(tmp_path):
-    """A command whose ranks run `body`, with `rank` and the directory `here` at hand."""
+    """ranks(body): a command whose ranks run `body`, which may use `rank` and the directory `here`."""
 
     def command(body: str) -> list[str]:
         script = tmp_path / "rank.py"
@@ -114,7 +114,7 @@ def test_a_rank_that_aborts_after_a_peer_failed_is_not_blamed(ranks, capfd):
         sys.exit(1)
     while not os.path.exists(os.environ["NEMO_DISCO_REPORTS"] + "/0"):
         time.sleep(0.01)
-    time.sleep(0.2)  # longer than the launcher takes to look
+    time.sleep(0.2)  # longer than the launcher's polling interval
     os.abort()
     """
     assert launch.spawn(2, ranks(body)) == 1
@@ -131,7 +131,7 @@ def test_bad_input_on_every_rank_is_one_line_and_exit_2(ranks, capfd):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_polite_stop_reaches_every_rank_and_the_run_ends_with_0(ranks, tmp_path, number):
+def test_a_request_to_stop_reaches_every_rank_and_the_run_ends_with_0(ranks, tmp_path, number):
     body = f"""
     stopped = []
     signal.signal({int(number)}, lambda *_: stopped.append(1))

@@ -1,4 +1,4 @@
-"""A log that says our things once and third parties' noise not at all."""
+"""Messages of this package are logged once, and warnings of libraries not at all."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def stderr(rank: int, world: int) -> str:
     return done.stderr
 
 
-def test_rank_zero_says_everything_once() -> None:
-    said = stderr(0, 2)
+def test_rank_zero_logs_each_message_once() -> None:
+    log = stderr(0, 2)
     for part in (
         "[rank 0] INFO an info",
         "[rank 0] WARNING a warning",
@@ -39,14 +39,14 @@ def test_rank_zero_says_everything_once() -> None:
         "not torch's",
         "a megatron error",
     ):
-        assert said.count(part) == 1
-    assert "chatter" not in said and "Apex" not in said
+        assert log.count(part) == 1
+    assert "chatter" not in log and "Apex" not in log
 
 
 def test_other_ranks_only_warn() -> None:
-    said = stderr(1, 2)
-    assert "an info" not in said
-    assert "[rank 1] WARNING a warning" in said
+    log = stderr(1, 2)
+    assert "an info" not in log
+    assert "[rank 1] WARNING a warning" in log
 
 
 def test_one_process_has_no_rank() -> None:

@@ -1,4 +1,4 @@
-"""A trace that a browser can open, and a clock that waits for the device before it reads the time."""
+"""The profiler's trace opens in a browser; spans wait for the device before they read the time."""
 
 from __future__ import annotations
 

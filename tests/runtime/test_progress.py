@@ -1,4 +1,4 @@
-"""What is shown: the same numbers on a terminal and in a log."""
+"""The display shows the same numbers on a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_one_plain_line_a_step_without_a_terminal() -> None:
         progress.update(METRICS)
         progress.message("step 4: the gradient is NaN [skipped]")
         progress.update({**METRICS, "step": 4, "policy/kl": 1e-4})
-    first, said, second = text(out).splitlines()
+    first, message, second = text(out).splitlines()
     assert first.startswith(
         "step 3/10  reward 0.531  KL 2.50e-03 > delta 1.0e-03  entropy 0.410  length 1,312  tokens/s 2,500"
     )
     assert first.endswith(" left")
-    assert said == "step 4: the gradient is NaN [skipped]"
+    assert message == "step 4: the gradient is NaN [skipped]"
     assert "KL 1.00e-04 <= delta 1.0e-03" in second
     assert text(out).isascii()
 

@@ -1,4 +1,4 @@
-"""A stop is asked for, never forced: the step in hand survives any number of signals."""
+"""A request to stop does not interrupt the present step, however many signals arrive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank a task of srun is, without a SLURM: tests/slurm has a real one."""
+"""The rank variables of srun's tasks, without SLURM; tests/slurm has a real one."""
 
 import threading
 import time
@@ -21,8 +21,8 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", srun.MEETING)
 
 
 @pytest.fixture
-def adopt(monkeypatch, tmp_path):
-    """adopt(SLURM's variables): what it set."""
+def set_variables(monkeypatch, tmp_path):
+    """set_variables(SLURM's variables): the rank variables that srun.set_rank_variables then sets."""
 
     def call(variables):
         with monkeypatch.context() as patch:
@@ -33,28 +33,28 @@ def adopt(monkeypatch, tmp_path):
     return call
 
 
-def test_a_task_of_several_is_a_rank(adopt, tmp_path):
+def test_a_task_of_several_is_a_rank(set_variables, tmp_path):
     expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert adopt(TASK) == expected | {srun.MEETING: str(tmp_path / "run/.meeting.7.1.0")}
+    assert set_variables(TASK) == expected | {srun.MEETING: str(tmp_path / "run/.meeting.7.1.0")}
 
 
-def test_a_requeued_job_meets_elsewhere(adopt):
-    assert adopt(TASK | {"SLURM_RESTART_COUNT": "2"})[srun.MEETING].endswith(".meeting.7.1.2")
+def test_a_requeued_job_has_another_meeting_file(set_variables):
+    assert set_variables(TASK | {"SLURM_RESTART_COUNT": "2"})[srun.MEETING].endswith(".meeting.7.1.2")
 
 
 @pytest.mark.parametrize(
     "variables", [{}, BATCH, TASK | {"SLURM_STEP_NUM_TASKS": "1"}], ids=["no SLURM", "batch script", "step of one task"]
 )
-def test_nothing_else_is_a_rank(adopt, variables):
-    assert adopt(variables) == {}
+def test_other_processes_are_no_ranks(set_variables, variables):
+    assert set_variables(variables) == {}
 
 
-def test_what_torchrun_said_stands(adopt):
-    assert adopt(TASK | {"RANK": "0"}) == {"RANK": "0"}
+def test_torchruns_variables_are_not_changed(set_variables):
+    assert set_variables(TASK | {"RANK": "0"}) == {"RANK": "0"}
 
 
-def test_an_address_that_the_user_gave_is_the_meeting(adopt):
-    assert srun.MEETING not in adopt(TASK | {"MASTER_ADDR": "node1", "MASTER_PORT": "2"})
+def test_the_users_master_address_needs_no_meeting_file(set_variables):
+    assert srun.MEETING not in set_variables(TASK | {"MASTER_ADDR": "node1", "MASTER_PORT": "2"})
 
 
 def test_the_others_wait_for_rank_0(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Nobody reads any more, or the disk is full: a run goes on, a command whose output is its result says so."""
+"""The reader has left or the disk is full: a run goes on, a command whose output is its result reports it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ finally:
 
 
 def outcome(kind: str, closes: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """The exit code, what the program said at its end, and its standard error. closes: by a shell; without it
-    nobody reads."""
+    """Exit code of PROGRAM, its last word on descriptor 3, and its stderr. closes: a shell's redirections; with none,
+    nobody reads stdout."""
     read, write = os.pipe()
     left, unread = os.pipe()
     os.close(left)  # before anything can be written
@@ -57,24 +57,24 @@ def test_a_run_goes_on(closes: str) -> None:
     assert err.count("the run goes on in silence") == (closes in ("", ">/dev/full")) and "Traceback" not in err
 
 
-def test_a_command_whose_reader_leaves_ends_without_a_word() -> None:
+def test_a_command_whose_reader_leaves_ends_without_a_message() -> None:
     assert outcome("command", "") == (0, "reader left", "")
 
 
-def test_a_command_whose_output_is_lost_says_so() -> None:
+def test_a_command_whose_output_is_lost_reports_it() -> None:
     assert outcome("command", ">/dev/full") == (0, "standard output cannot be written: No space left on device", "")
 
 
-def test_a_letter_that_the_terminal_lacks_ends_nothing() -> None:
+def test_a_character_outside_the_terminals_encoding_is_no_error() -> None:
     code, end, err = outcome("command", ">/dev/null", {"PYTHONIOENCODING": "ascii"})
     assert (code, end) == (0, "done") and "Error" not in err
 
 
 @pytest.mark.parametrize(("command", "closes", "code"), [("doctor", "| head -1", 0), ("doctor", ">/dev/full", 2)])
 def test_commands(command: str, closes: str, code: int) -> None:
-    """doctor writes by rich, which would exit with 1."""
+    """doctor writes through rich, which would exit with 1."""
     shell = f"set -o pipefail; {sys.executable} -m nemo_disco {command} {closes}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
-    said = "error: standard output cannot be written: No space left on device\n" if code else ""
-    assert done.stderr == said
+    message = "error: standard output cannot be written: No space left on device\n" if code else ""
+    assert done.stderr == message

@@ -22,7 +22,7 @@ Start = Callable[..., list[BaseProcess]]
 
 
 def run_rank(rank: int, here: Path, sleep: float) -> None:
-    """One of three ranks: watched, busy for `sleep` seconds, gone."""
+    """One of three watched ranks, which sleeps for `sleep` seconds and ends."""
     sys.stderr = (here / f"{rank}.log").open("w")
     os.dup2(sys.stderr.fileno(), 2)
     watchdog.BEAT_S, watchdog.SILENCE_S = 0.1, SILENCE_S
@@ -41,7 +41,7 @@ def run_rank(rank: int, here: Path, sleep: float) -> None:
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[Start]:
-    """ranks(seconds of work of each of the three): their processes, once all are watched."""
+    """ranks(seconds of sleep of each of the three): their processes, once all are watched."""
     started: list[BaseProcess] = []
 
     def start(*sleeps: float) -> list[BaseProcess]:
@@ -76,9 +76,9 @@ def test_a_silent_rank_is_named_by_rank_0(ranks: Start, tmp_path: Path, number: 
     processes = ranks(60, 60, 60)
     send(processes[2], number)
     assert exit_code(processes[0]) == 1
-    words = (tmp_path / "0.log").read_text()
-    assert "error: rank 2 on node2 has been silent for 2 s" in words
-    assert "in run_rank" in words  # where rank 0 was
+    log = (tmp_path / "0.log").read_text()
+    assert "error: rank 2 on node2 has been silent for 2 s" in log
+    assert "in run_rank" in log  # the traceback of rank 0
 
 
 def test_a_silent_rank_0_is_named_by_the_others(ranks: Start, tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_a_silent_rank_0_is_named_by_the_others(ranks: Start, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_who_ends_early_or_is_busy_is_not_dead(ranks: Start, first: int) -> None:
+def test_a_rank_that_ends_early_or_is_busy_is_not_dead(ranks: Start, first: int) -> None:
     processes = ranks(*(0 if rank == first else 2 * SILENCE_S for rank in range(3)))
     assert [exit_code(process) for process in processes] == [0, 0, 0]
 
 
-def test_a_rank_0_that_left_without_a_word_holds_nobody_up(ranks: Start) -> None:
-    """Connecting to its store once more, with the patience of a start, would."""
+def test_the_death_of_rank_0_does_not_delay_the_others(ranks: Start) -> None:
+    """A new connection to its store with the timeout of a start would delay them."""
     processes = ranks(60, 1, 1)
     send(processes[0], signal.SIGKILL)
     assert {exit_code(process) for process in processes[1:]} <= {0, 1}

@@ -1,6 +1,6 @@
-"""What a graded program must not be able to do, as a program that tries all of it and prints what it got through.
+"""A program that attempts everything that the sandbox must refuse, and prints the result of each attempt.
 
-Also a script, `attacks.py LANDLOCK`: runs that program in the sandbox as whoever started it, and prints the results.
+Also a script, `attacks.py LANDLOCK`: runs that program in the sandbox as the present user, and prints the outcome.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEWER = {
     "move_mount": 429, "fsopen": 430, "mount_setattr": 442, "memfd_secret": 447, "process_madvise": 440,
 }  # fmt: skip
 
-# name: arguments; {path} is a file of this user, {fd} it, open, {other} a free name, {pid} the grader's process.
+# Arguments by call. {path}: a file of this user; {fd}: its open descriptor; {other}: an unused path; {pid}: the grader.
 CALLS = {
     "chmod": "{path}, 0o777", "fchmod": "{fd}, 0o777", "fchmodat": "AT, {path}, 0o777, 0",
     "fchmodat2": "AT, {path}, 0o777, 0", "chown": "{path}, -1, -1", "fchown": "{fd}, -1, -1",
@@ -139,7 +139,7 @@ print(json.dumps(results))
 
 
 def program(path: Path, victim: int) -> str:
-    """The source; `path` is a file that is there, `victim` the process to attack beside the program's parent."""
+    """The program's source. path: an existing file to attack; victim: a process to attack besides its parent."""
     places = {"path": repr(os.fsencode(path)), "other": repr(os.fsencode(path) + b".new"), "fd": "fd", "pid": "pid"}
     lines = []
     for name, arguments in CALLS.items():
@@ -157,10 +157,10 @@ def run(sandbox: Sandbox, code: str, stdin: bytes = b"") -> Outcome:
 
 
 def attack(landlock: bool) -> dict[str, Any]:
-    """The results, name to error, and `harm`: whether the victim file changed, or a signal came."""
-    came: list[int] = []
+    """Run the program. `results`: error by attempt; `harm`: True if the file changed; `signals`: those received."""
+    received: list[int] = []
     numbers = (signal.SIGIO, signal.SIGUSR1, signal.SIGTERM)
-    earlier = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    earlier = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         path = Path(folder) / "victim"
@@ -173,14 +173,20 @@ def attack(landlock: bool) -> dict[str, Any]:
         finally:
             sandbox.close()
         now = path.stat()
-        same = (now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_size, now.st_ctime_ns) == (
+        unchanged = (now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_size, now.st_ctime_ns) == (
             before.st_mode, before.st_uid, before.st_gid, before.st_mtime_ns, before.st_size, before.st_ctime_ns
         )  # fmt: skip
-        harm = not same or os.listdir(folder) != ["victim"] or os.listxattr(path) != []
+        harm = not unchanged or os.listdir(folder) != ["victim"] or os.listxattr(path) != []
     for number, handler in earlier.items():
         signal.signal(number, handler)
     results = json.loads(outcome.stdout) if outcome.exit_code == 0 else {}
-    return {"results": results, "harm": harm, "signals": came, "exit_code": outcome.exit_code, "stderr": outcome.stderr}
+    return {
+        "results": results,
+        "harm": harm,
+        "signals": received,
+        "exit_code": outcome.exit_code,
+        "stderr": outcome.stderr,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A graded program that tries everything gets nowhere: as root and as a plain user, with Landlock and without."""
+"""Hostile programs in the sandbox are refused every effect: as root or a plain user, with Landlock or without."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_disco.rewards.code.sandbox import Limits, Sandbox
 from nemo_disco.rewards.code.seccomp_filter import build_filter
 from nemo_disco.runtime.errors import UserError
 
-REFUSED = {"EPERM", "ENOSYS", "EACCES", "ENOENT", "ValueError"}  # ValueError: Python's, for a limit that is not raised
+REFUSED = {"EPERM", "ENOSYS", "EACCES", "ENOENT", "ValueError"}  # ValueError: from setrlimit
 NOBODY = 65534
 SYSTEM_PYTHON = Path("/usr/bin/python3")  # one that every user can run, unlike one under /root
 
@@ -38,21 +38,21 @@ def sandbox() -> Iterator[Sandbox]:
     sandbox.close()
 
 
-def check(outcome: dict[str, Any]) -> None:
+def assert_refused(outcome: dict[str, Any]) -> None:
     assert outcome["exit_code"] == 0, outcome["stderr"]
     assert len(outcome["results"]) > 120
     assert {name: r for name, r in outcome["results"].items() if r not in REFUSED} == {}
     calls = {r for name, r in outcome["results"].items() if name in attacks.CALLS}
-    assert calls == {"EPERM", "ENOSYS"}  # by the filter, and not for want of a file or of a right
+    assert calls == {"EPERM", "ENOSYS"}  # from the filter, not from a missing file or right
     assert not outcome["harm"] and outcome["signals"] == []
 
 
 def test_everything_is_refused() -> None:
-    check(attacks.attack(landlock=True))
+    assert_refused(attacks.attack(landlock=True))
 
 
 def _plain_attack(folder: Path, landlock: bool, user: int) -> dict[str, Any]:
-    """The attack as another user, who cannot read this checkout, by the system's Python."""
+    """Outcome of the attack as another user, who cannot read this checkout, with the system's Python."""
     package = folder / "nemo_disco"
     for part in ("rewards", "runtime"):
         shutil.copytree(Path(nemo_disco.__file__).parent / part, package / part)
@@ -76,15 +76,15 @@ def test_as_a_plain_user_and_without_landlock(landlock: bool, user: int) -> None
     folder = Path(f"/tmp/attack-of-nemo-disco-{os.getpid()}")
     folder.mkdir()
     try:
-        check(_plain_attack(folder, landlock, user))
+        assert_refused(_plain_attack(folder, landlock, user))
     finally:
         shutil.rmtree(folder)
 
 
 def test_calls_in_another_numbering_end_the_program(sandbox: Sandbox) -> None:
-    """x86-64's kernel also takes 32-bit calls (int 0x80) and x32's, whose numbers mean something else."""
+    """An x86-64 kernel also accepts 32-bit calls (int 0x80) and x32 calls, which have other numbers."""
     if os.uname().machine != "x86_64":
-        pytest.skip("x86-64 alone has them")
+        pytest.skip("only x86-64 has other numberings")
     x32 = "import ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(0x40000000 + 39))\nprint('on')"
     machine_code = "b8 14 00 00 00 cd 80 c3"  # mov eax, 20 (getpid); int 0x80; ret
     old = (
@@ -97,7 +97,7 @@ def test_calls_in_another_numbering_end_the_program(sandbox: Sandbox) -> None:
         assert (outcome.exit_code, outcome.stdout) == (-31, b"")  # SIGSYS
 
 
-def test_the_filter_exists_for_both_architectures_and_nowhere_is_the_library_missed_silently(
+def test_the_filter_is_built_for_both_architectures_and_a_missing_library_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for architecture in (pyseccomp.Arch.X86_64, pyseccomp.Arch.AARCH64):
@@ -119,8 +119,8 @@ def test_a_kernel_that_does_not_confine_stops_the_run(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root's programs become another user")
-def test_roots_python_that_nobody_can_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Landlock; the message is not that of a kernel without seccomp."""
+def test_a_python_that_the_user_nobody_cannot_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Landlock. The message must not blame seccomp."""
     environment = tmp_path / "root's"
     venv.create(environment, symlinks=True, with_pip=False)
     (environment / "lib").chmod(0o700)
@@ -149,7 +149,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("code", FLOODS.values(), ids=FLOODS.keys())
-def test_floods_end(sandbox: Sandbox, code: str) -> None:
+def test_a_program_that_floods_a_resource_is_ended(sandbox: Sandbox, code: str) -> None:
     limits = Limits(cpu_seconds=1.0, sleep_seconds=1.0, memory_bytes=256 << 20, output_bytes=1 << 20)
     began = time.monotonic()
     outcome = sandbox.run(json.dumps([[code], False]).encode() + b"\n", limits, stdin=b"")
@@ -160,22 +160,22 @@ def test_floods_end(sandbox: Sandbox, code: str) -> None:
     assert attacks.run(sandbox, "print(1)").stdout == b"1\n"
 
 
-def test_this_process_is_closed_to_others_while_a_program_runs(sandbox: Sandbox) -> None:
+def test_other_processes_cannot_read_this_one_while_a_program_runs(sandbox: Sandbox) -> None:
     libc = ctypes.CDLL(None)
-    seen: list[int] = []
+    dumpable: list[int] = []
     thread = threading.Thread(target=lambda: attacks.run(sandbox, "import time\ntime.sleep(0.3)"))
     thread.start()
     while thread.is_alive():
-        seen.append(libc.prctl(3, 0, 0, 0, 0))
+        dumpable.append(libc.prctl(3, 0, 0, 0, 0))
         time.sleep(0.01)
-    assert 0 in seen and libc.prctl(3, 0, 0, 0, 0) == 1
+    assert 0 in dumpable and libc.prctl(3, 0, 0, 0, 0) == 1
 
 
 def test_root_becomes_nobody_and_reads_only_pythons_files(sandbox: Sandbox, tmp_path: Path) -> None:
-    kept = tmp_path / "answers.json"
-    kept.write_text("42")
+    secret = tmp_path / "answers.json"
+    secret.write_text("42")
     code = "import json, os\nfor path in ({paths}):\n    try:\n        open(path).read()\n        print('read', path)\n"
-    code = code.format(paths=[str(kept), "/etc/passwd", "/proc/1/cmdline", "/etc/hostname"])
+    code = code.format(paths=[str(secret), "/etc/passwd", "/proc/1/cmdline", "/etc/hostname"])
     code += "    except OSError:\n        pass\nprint(os.getuid(), os.getgid(), os.getgroups(), sorted(os.environ))"
     outcome = attacks.run(sandbox, code)
     user = NOBODY if os.getuid() == 0 else os.getuid()
@@ -221,20 +221,20 @@ def search(*_):
     ],
     ids=["program", "call", "assertion", "script"],
 )
-def test_expected_outputs_are_not_in_the_process(tests: str) -> None:
+def test_a_program_cannot_find_expected_outputs_in_its_process(tests: str) -> None:
     program = f"{SEARCH}\nif __name__ == '__main__':\n    print(input() and search())"
     with PythonTests(workers=1) as verifier:
         assert verifier.grade([f"```python\n{program}\n```"], [tests]) == [0.0]
 
 
-def test_that_search_finds_what_is_there() -> None:
+def test_the_search_finds_a_secret_that_is_in_the_process() -> None:
     tests = json.dumps({"inputs": [["SECRET-9999"]], "outputs": ["SECRET-9999"], "fn_name": "search"})
     with PythonTests(workers=1) as verifier:
         assert verifier.grade([f"```python\n{SEARCH}\n```"], [tests]) == [1.0]
 
 
-def test_the_attacks_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside the sandbox the same calls change the file and read the memory: refusals above are the sandbox's."""
+def test_the_attacks_succeed_outside_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same calls change the file and read the memory there, so it is the sandbox that refuses them above."""
     path = tmp_path / "victim"
     path.write_text("kept")
     path.chmod(0o600)
@@ -242,13 +242,13 @@ def test_the_attacks_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(attacks, "CALLS", {name: attacks.CALLS[name] for name in mild})
     with subprocess.Popen(["sleep", "60"]) as victim:
         code = attacks.program(path, victim.pid)
-        # Without these the calls that follow find no victim any more, and files are left.
+        # Leave these out: they would end the victim before the later calls, and leave files behind.
         for part in ('os.write(writing, b"x")\n', '"/tmp/x", "/dev/shm/x", '):
             assert part in code
             code = code.replace(part, "")
         command = [sys.executable, "-c", code]
         run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path, check=True)
         assert victim.wait(10) == -9  # by the pipe's signal
-    through = {name for name, result in json.loads(run.stdout).items() if result == "got through"}
-    assert {"kill", "chmod", "utimensat", "F_SETOWN", "F_SETSIG", "O_ASYNC", f"environ of {victim.pid}"} <= through
+    successes = {name for name, result in json.loads(run.stdout).items() if result == "got through"}
+    assert {"kill", "chmod", "utimensat", "F_SETOWN", "F_SETSIG", "O_ASYNC", f"environ of {victim.pid}"} <= successes
     assert path.stat().st_mode & 0o777 == 0o777

@@ -23,8 +23,8 @@ EXPECTED = [1.0 if i % 3 else 0.0 for i in range(24)]
 
 
 def workers_of(parent: int) -> list[int]:
-    """The processes below one process, from /proc."""
-    found = []
+    """Pids of all descendants of a process, from /proc."""
+    pids = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
@@ -32,8 +32,8 @@ def workers_of(parent: int) -> list[int]:
             continue  # it ended meanwhile
         if int(fields[1]) == parent and fields[0] != "Z":
             pid = int(status.parent.name)
-            found += [pid, *workers_of(pid)]
-    return found
+            pids += [pid, *workers_of(pid)]
+    return pids
 
 
 def server_of(grader: MathGrader) -> int:
@@ -80,7 +80,7 @@ def test_a_killed_process_is_replaced_and_its_answers_are_judged_again() -> None
         responses, answers = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^{9^{8}}}}", r"\boxed{2+x}"], ["5", "5", "x+2"]
         thread = threading.Thread(target=lambda: results.append(grader.grade(responses, answers)))
         thread.start()
-        # The towers are being judged, the third waits behind them.
+        # Both children are busy with the power towers; the third answer waits.
         assert until(lambda: [spent > 0.1 for spent in map(processor_time, workers_of(server))] == [True] * 2)
         os.kill(server, signal.SIGKILL)
         thread.join()
@@ -100,7 +100,7 @@ def test_a_child_that_dies_costs_its_answer_only() -> None:
             )
         )
         thread.start()
-        assert until(lambda: processor_time(child) > before + 0.2)  # it is at the tower
+        assert until(lambda: processor_time(child) > before + 0.2)  # it judges the power tower
         os.kill(child, signal.SIGKILL)
         thread.join()
         assert verdicts == [Verdict(0.0, "grader worker died"), Verdict(1.0, "correct")]

@@ -14,7 +14,7 @@ from nemo_disco.rewards.math.algebra_process import refuse_effects
 
 
 def test_sympys_parser_takes_arithmetic_only() -> None:
-    """In a process of its own, since nothing opens the parser again. A bare name, `open`, is named, not called."""
+    """In a process of its own, since `close_eval` cannot be undone. A bare name, `open`, becomes a symbol."""
     code = """
 import sympy
 from nemo_disco.rewards.math.expressions import close_eval
@@ -47,7 +47,7 @@ def test_effects_are_refused(tmp_path: Path) -> None:
     refuse_effects("import", ("sympy",))
 
 
-def test_a_judge_without_a_server_ends_by_itself() -> None:
-    """A server that is killed cannot end its children: their CPU time does."""
+def test_a_child_whose_parent_was_killed_ends_by_itself() -> None:
+    """The kernel ends it when its processor time is used up."""
     code = "from nemo_disco.rewards.math.algebra_process import limit_cpu; limit_cpu(0.1); x = 9 ** 9 ** 9 ** 9"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGXCPU

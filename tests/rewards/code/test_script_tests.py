@@ -1,4 +1,4 @@
-"""Tests that are more than comparisons with literals run apart from the program: honest ones pass, forgeries do not."""
+"""Tests that are scripts run in a process of their own: right programs pass them, forged results do not."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_honest_programs(verifier: PythonTests, code: str, right: str, wrong: st
         assert reason(verifier, code, CHECK.format(wrong)) == verdict.FAILED_TEST
 
 
-def test_tests_are_a_program_of_their_own(verifier: PythonTests) -> None:
-    """So that `__name__` is "__main__" there, and to exit is to end well; not where the program exits."""
+def test_tests_run_as_main(verifier: PythonTests) -> None:
+    """Their `__name__` is "__main__" and their SystemExit is a success; a SystemExit of the program is not."""
     tests = "def test_f():\n    assert f(1) == 1\nif __name__ == '__main__':\n    test_f()\n    raise SystemExit"
     assert reason(verifier, "def f(x): return x", tests) == verdict.CORRECT
     for wrong in ("return x + 1", "raise SystemExit", "raise SystemExit(0)"):
@@ -129,7 +129,7 @@ def test_the_function_may_have_a_builtin_name(verifier: PythonTests) -> None:
     assert reason(verifier, "def gcd(*x): return 0", "for i in (4, 6): assert gcd(i, i) == i") == verdict.FAILED_TEST
 
 
-def test_tests_that_need_more_than_values_are_named(verifier: PythonTests) -> None:
+def test_tests_that_give_the_program_more_than_values_are_unsupported(verifier: PythonTests) -> None:
     tests = CHECK.format("assert candidate(lambda x: x) == 2")
     assert reason(verifier, "def f(x): return 2", tests) == verdict.UNSUPPORTED_TEST
 
@@ -189,20 +189,20 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("code", FORGERIES.values(), ids=FORGERIES.keys())
-def test_forgeries(verifier: PythonTests, code: str) -> None:
+def test_forgeries_fail(verifier: PythonTests, code: str) -> None:
     assert reason(verifier, code, GOLD) in (verdict.FAILED_TEST, verdict.NO_MEMORY)
     assert reason(verifier, "def f(x): return [7919, 104729][x]", GOLD) == verdict.CORRECT
 
 
 @pytest.mark.parametrize("name", ["METADATA", "List", "f"])
 def test_methods_of_a_returned_object_answer_no_test(verifier: PythonTests, name: str) -> None:
-    """A program may claim any name for its class; only one that the tests use as such has methods there."""
+    """A program can name its class anything; the tests see methods only of a class that they use by name."""
     code = "def f(x): pass\n" + ALWAYS.replace("Same", name) + ("" if name == "f" else f"f = lambda x: {name}()")
     for test in ("assert candidate(1).startswith('s')", "assert 's' in candidate(1)", "assert len(candidate(1)) == 1"):
         assert reason(verifier, code, CHECK.format(test)) == verdict.FAILED_TEST
 
 
-def test_no_test_catches_that_the_program_has_ended(verifier: PythonTests) -> None:
+def test_tests_cannot_survive_the_end_of_the_program(verifier: PythonTests) -> None:
     tests = CHECK.format("for _ in range(9):\n        try: candidate(1)\n        except BaseException: pass")
     for code in ("os._exit(0)", "os.closerange(3, 64)", "os.write(next(filter(link, range(3, 64))), b'}')"):
         link = "import stat\nlink = lambda fd: fd != 200 and stat.S_ISSOCK(os.fstat(fd).st_mode) if ok(fd) else False\n"
@@ -210,7 +210,7 @@ def test_no_test_catches_that_the_program_has_ended(verifier: PythonTests) -> No
         assert reason(verifier, f"import os\n{ok}{link}def f(x): {code}", tests) == verdict.FAILED_TEST
 
 
-def test_time_of_both_counts() -> None:
+def test_the_time_limit_covers_program_and_tests() -> None:
     with PythonTests(timeout=1.0, workers=1) as verifier:
         spin = "import time\ndef f(x):\n    while time.process_time() < 0.7: pass\n    return x"
         alone = CHECK.format("assert candidate(1) == 1")

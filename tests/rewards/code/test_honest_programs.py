@@ -1,4 +1,4 @@
-"""Right programs earn their reward however they are written, fenced and tested."""
+"""Right programs earn their reward, whatever their style, their code fence and the form of their tests."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS.keys())
-def test_programs(verifier: PythonTests, program: str) -> None:
+def test_programs_in_many_styles(verifier: PythonTests, program: str) -> None:
     assert reason(verifier, f"<think>hm</think>\n```python\n{program}\n```", SUM) == "correct"
 
 
@@ -108,11 +108,11 @@ RESPONSES = {
 
 
 @pytest.mark.parametrize("response", RESPONSES.values(), ids=RESPONSES.keys())
-def test_fences(verifier: PythonTests, response: str) -> None:
+def test_responses_with_many_kinds_of_fence(verifier: PythonTests, response: str) -> None:
     assert reason(verifier, response.format(ADD), SUM) == "correct"
 
 
-def test_which_block_is_the_program() -> None:
+def test_candidates_are_ordered_by_likelihood() -> None:
     assert find_reading_programs("```c\nint x;\n```") == []
     assert find_reading_programs("```\nx\n```\n```py\ny\n```") == ["y\n"]
     two = "```py\ndef f(x): return x\n```\n```py\nprint(f(input()))\n```"

@@ -1,4 +1,4 @@
-"""Code is rewarded for passing its tests and for nothing else, and can do nothing but compute."""
+"""Programs earn their reward by passing the question's tests alone, and can do nothing but compute."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def block(code: str) -> str:
     ],
 )  # fmt: skip
 def test_verdicts(verifier: PythonTests, code: str, tests: str, reason: str) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     [verdict] = verifier.grade_with_reasons([block(code)], [tests])
     assert (verdict.reason, verdict.reward) == (reason, float(reason == "correct"))
-    assert time.monotonic() - began < 50  # it would sleep for 60; processor time counts, and this machine may be busy
+    assert time.monotonic() - start < 50  # shorter than the sleep of 60 s; only processor time is limited
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("code", FORBIDDEN.values(), ids=FORBIDDEN.keys())
-def test_nothing_but_computing(verifier: PythonTests, tmp_path: Path, code: str) -> None:
-    """Each is refused by the kernel, so that it fails, and nothing of it is seen outside."""
+def test_a_program_can_only_compute(verifier: PythonTests, tmp_path: Path, code: str) -> None:
+    """The kernel refuses each attempt, so the program fails and leaves no trace."""
     kept, mark = tmp_path / "kept", tmp_path / "mark"
     kept.write_text("kept")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -115,14 +115,14 @@ def test_threads_and_the_standard_library_may_be_used(verifier: PythonTests) -> 
     assert verifier.grade([block(code + "\nt.join()")], ["assert math.gcd(4, 6) == 2"]) == [1.0]
 
 
-def test_many_at_once_keep_their_order(verifier: PythonTests) -> None:
+def test_verdicts_of_concurrent_programs_are_in_order(verifier: PythonTests) -> None:
     codes = [f"x = {i}" for i in range(12)]
     assert verifier.grade([block(c) for c in codes], [f"assert x == {i % 3}" for i in range(12)]) == [
         float(i < 3) for i in range(12)
     ]
 
 
-def test_damaged_tests_and_settings_are_refused(verifier: PythonTests) -> None:
+def test_unusable_tests_and_settings_are_refused(verifier: PythonTests) -> None:
     with pytest.raises(UserError, match="`inputs` and `outputs`"):
         verifier.grade([block(PROGRAM)], ['{"inputs": ["1"], "outputs": []}'])
     with pytest.raises(UserError, match="memory_mb=5"):
