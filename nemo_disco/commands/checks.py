@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
 
 def check_objective(config: RunConfig) -> Objective:
     """The configured objective. Raises UserError for settings that it or the reward does not take."""
-    from nemo_disco.algorithms import build_objective
+    from nemo_disco.algorithms.objectives.registry import build_objective, parameter_keys
     from nemo_disco.rewards import Rewards
 
-    objective = build_objective(config.algorithm.objective())
+    mapping = config.algorithm.objective()
+    loop_keys = type(config.algorithm).model_fields
+    for key in sorted(mapping.keys() - {*loop_keys, *parameter_keys(config.algorithm.name)}):
+        if close := get_close_matches(key, loop_keys, n=1, cutoff=0.8):
+            raise UserError(f"unknown key algorithm.{key}; did you mean algorithm.{close[0]}?")
+    objective = build_objective(mapping)
     Rewards(config.reward, objective.reward_terms)
     every = config.algorithm.reference_reset_steps
     if every and "reference_log_probs" not in objective.needs:

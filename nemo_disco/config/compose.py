@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from nemo_disco.config import paths
-from nemo_disco.config.keys import SECTION, known_keys, nearest_known
+from nemo_disco.config.keys import MAPPING, SECTION, known_keys, nearest_known
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.config.yaml_size import check_interpolations, check_yaml_files, read_yaml
 from nemo_disco.runtime.errors import UserError, printable
@@ -33,8 +33,8 @@ SHOWN = 3  # mistakes in one line
 LONGEST_VALUE = 200  # characters of a value in a message
 # A path's ~, which bash expands only at the beginning of a word; texts in quotes are for themselves.
 _HOME = re.compile(r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | (?<=[=\[,])~(?=/) """, re.VERBOSE)
-# Mappings whose keys are the user's own.
-FREE = {"algorithm.parameters", "data.chat_template_kwargs", "generation.options", "reward.parameters"}
+# Mappings whose keys are declared elsewhere: by an objective, a chat template, an engine, a verifier.
+OPEN = ("algorithm.", "data.chat_template_kwargs.", "generation.options.", "reward.parameters.")
 
 
 def compose(name: str = "config", overrides: Sequence[str] = (), config_path: str | None = None) -> RunConfig:
@@ -56,7 +56,7 @@ def compose(name: str = "config", overrides: Sequence[str] = (), config_path: st
 
 def to_yaml(config: RunConfig) -> str:
     """The whole config as YAML that `load_run_config` reads back equal."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="python", by_alias=True)))
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="python")))
 
 
 def load_run_config(path: str | Path) -> RunConfig:
@@ -70,7 +70,7 @@ def load_run_config(path: str | Path) -> RunConfig:
 
 def changes(before: RunConfig, now: RunConfig) -> list[str]:
     """`key: value before -> value now`, for each setting that differs."""
-    old, new = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (before, now))
+    old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}" for key in keys]
 
@@ -86,7 +86,7 @@ def _at_home(override: str) -> str:
 
 
 def _checked(text: str, roots: list[Path]) -> str:
-    """The override as Hydra takes it: keys of a mapping whose names are the user's own need its ++."""
+    """The override as Hydra takes it: ++ sets a key that the composed files need not have."""
     text = _at_home(text)
     try:
         override = OverridesParser.create().parse_override(text)
@@ -105,23 +105,35 @@ def _checked(text: str, roots: list[Path]) -> str:
     if choices:
         if value not in choices and not override.is_delete():
             raise UserError(f"override '{text}': {key} has no choice {value}{paths.nearest(str(value), choices)}")
-    elif {key, key.rpartition(".")[0]} & FREE:
-        return f"++{text.lstrip('+')}"
-    elif key not in known_keys():
-        raise UserError(f"override '{text}': unknown key {key}{paths.nearest(key, known_keys())}")
+    elif known_keys().get(key, MAPPING) == MAPPING:
+        if not f"{key}.".startswith(OPEN):
+            known = [*known_keys(), *_objective_keys(roots)]
+            raise UserError(f"override '{text}': unknown key {key}{paths.nearest(key, known)}")
+        return text if override.is_delete() else f"++{text.lstrip('+')}"
     return text
+
+
+def _objective_keys(roots: list[Path]) -> dict[str, Any]:
+    """The dotted keys of every algorithm/*.yaml, which list the parameters of the objectives."""
+    keys: dict[str, Any] = {}
+    for file in (file for root in roots for file in root.glob("algorithm/*.yaml")):
+        with suppress(UserError):  # a broken file is reported when it is composed
+            keys |= _flat({"algorithm": read_yaml(file)})
+    return keys
 
 
 def _typed(composed: DictConfig) -> RunConfig:
     known, written = known_keys(), OmegaConf.to_container(composed)
     assert isinstance(written, dict)
-    unknown = [key for key in _keys(written) if key not in known]
+    unknown = [key for key in _keys(written) if key not in known and not key.startswith(OPEN)]
     if unknown:
         raise UserError("; ".join(f"unknown key {key}{paths.nearest(key, known)}" for key in unknown))
     check_interpolations(written)  # before anything resolves them, as looking for what is missing does
-    missing = sorted(nearest_known(key) for key in OmegaConf.missing_keys(composed))
+    missing = sorted(key if key.startswith(OPEN) else nearest_known(key) for key in OmegaConf.missing_keys(composed))
     if missing:
-        raise UserError(f"{', '.join(missing)} must be given: add {missing[0]}=... ({known[missing[0]]})")
+        raise UserError(
+            f"{', '.join(missing)} must be given: add {missing[0]}=... ({known.get(missing[0], 'a value')})"
+        )
     container = OmegaConf.to_container(composed, resolve=True)
     _check_plain(container)
     try:

@@ -59,7 +59,7 @@ def _check_asynchronous(config: RunConfig) -> None:
             "generation.asynchronous=true samples while the policy trains, and generation.colocated=true puts the "
             "engine to sleep then; would work: generation.colocated=false, or generation.nodes"
         )
-    if config.algorithm.off_policy.kind is None:
+    if config.algorithm.off_policy.get("kind") is None:
         raise UserError(
             "generation.asynchronous=true samples with the weights before: say what corrects for it, "
             "algorithm.off_policy.kind=truncated_importance_sampling, sequence_mask, or none"

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_disco.config.schema import LARGEST_INT, RunConfig
 
 SECTION = "a section of keys"
+MAPPING = "a mapping, such as {name: 1}"
 
 
 @cache
@@ -54,7 +55,7 @@ def _expectation(field: dict[str, Any]) -> str:
         "null": "null",
         "integer": "an integer",
         "number": "a number",
-        "object": "a mapping, such as {name: 1}",
+        "object": MAPPING,
     }
     words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     # The limit of all integers is said where it is passed (compose.py).

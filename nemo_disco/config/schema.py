@@ -27,7 +27,7 @@ PathText = Annotated[str, BeforeValidator(lambda path: os.path.expanduser(path) 
 class Section(BaseModel):
     """A frozen section that refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TrainerConfig(Section):
@@ -90,54 +90,27 @@ class ModelConfig(Section):
         return {None: 1, "delayed": 16, "current": 16, "blockwise": 128}[self.fp8]
 
 
-class ConstraintConfig(Section):
-    """null means the objective's own default (algorithms.build_objective)."""
-
-    kind: Literal["squared_hinge", "kl_regularization", "none"] | None
-    beta: NonNegativeFloat | None
-    delta: NonNegativeFloat | None
-    convention: Literal["paper", "released_code"] | None
-
-
-class OffPolicyConfig(Section):
-    """null means the default of the kind (algorithms.objectives.off_policy)."""
-
-    kind: Literal["none", "truncated_importance_sampling", "sequence_mask"] | None
-    cap: PositiveFloat | None
-
-
 class AlgorithmConfig(Section):
-    """null means the objective's own default; a parameter that the objective does not take is refused by name."""
+    """The training loop's keys. Any other key is a parameter of the objective, which `build_objective` checks.
 
-    name: str
-    score: Literal["log_likelihood", "likelihood_ratio"] | None
-    tau: float | None
-    lambda_: float | None = Field(alias="lambda")
-    clip_low: float | None
-    clip_high: float | None
-    kl_coefficient: float | None  # of the KL to the reference policy, where an objective has one
-    entropy_coefficient: float | None
-    question_weight: bool | None  # disco_b: weigh questions as GRPO does (the papers' ablation)
-    preference: str | None  # drpo: the reward term by which right answers are weighted, or module:function
-    alpha: float | None  # rloo_lp, grpo_lead: how much length weighs
-    beta: float | None  # alp: the penalty a token; trpa: the scale of a pair's margin
-    length_weight: float | None  # hapo
-    parameters: dict[str, Any]  # of an objective of your own (name: my_module:MyObjective)
-    constraint: ConstraintConfig
-    off_policy: OffPolicyConfig
+    null leaves a parameter at the default that its objective declares.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str  # an objective of nemo_disco.algorithms.objectives, or my_module:MyObjective
+    parameters: dict[str, Any]  # more parameters of the objective; one named here wins over algorithm.NAME
+    constraint: dict[str, Any]  # fields of algorithms.objectives.Constraint
+    off_policy: dict[str, Any]  # fields of algorithms.objectives.off_policy.OffPolicy
     threshold: FiniteFloat  # a response is correct when its reward is above
     mini_batch_questions: PositiveInt  # questions an optimizer step
     dynamic_sampling_rounds: NonNegativeInt  # at most so many times more questions, until enough groups are mixed
     reference_reset_steps: NonNegativeInt  # every so many steps the policy becomes the reference; 0: never
 
     def objective(self) -> dict[str, Any]:
-        """What build_objective takes: the keys that are set."""
-        loops = {"mini_batch_questions", "dynamic_sampling_rounds", "reference_reset_steps", "parameters"}
-        mapping = self.model_dump(by_alias=True, exclude_none=True, exclude=loops)
-        for section in ("constraint", "off_policy"):
-            if not mapping[section]:
-                del mapping[section]
-        return mapping | self.parameters
+        """The mapping that `build_objective` takes: the name and the objective's parameters."""
+        loop_keys = {"mini_batch_questions", "dynamic_sampling_rounds", "reference_reset_steps", "parameters"}
+        return self.model_dump(exclude=loop_keys) | self.parameters
 
 
 class GenerationConfig(Section):

@@ -19,14 +19,14 @@ def test_overrides_and_groups_change_what_they_name():
     assert config.model.optim.lr == 2e-6
     assert config.data.train_files == ["a.json", "b.json"]
     assert config.algorithm.name == "grpo"
-    assert config.algorithm.constraint.delta is None  # quickstart's is the DisCO methods' own
+    assert config.algorithm.constraint["delta"] is None  # quickstart's is the DisCO methods' own
 
 
 @pytest.mark.parametrize(
     ("override", "read"),
     [
         ("trainer.precision=32", lambda c: c.trainer.precision == "32"),
-        ("algorithm.lambda=inf", lambda c: math.isinf(c.algorithm.lambda_)),
+        ("algorithm.lambda=inf", lambda c: math.isinf(c.algorithm.objective()["lambda"])),
         ("++trainer.max_steps=4", lambda c: c.trainer.max_steps == 4),
         ("seed=${trainer.max_steps}", lambda c: c.seed == c.trainer.max_steps),
         ("algorithm.name=my_module:Mine", lambda c: c.algorithm.name == "my_module:Mine"),
@@ -83,7 +83,8 @@ MISTAKES = [
     ("model.sequence_parallel=1", "model.sequence_parallel: expected true or false, got 1"),
     ("model.optim.lr=nan", "model.optim.lr: expected a number of at least 0, got NaN"),
     ("generation.top_p=0", "generation.top_p: expected a number above 0 and at most 1, got 0"),
-    ("algorithm.tau=x", 'algorithm.tau: expected a number or null, got "x"'),
+    ("algorithm.threshold=x", 'algorithm.threshold: expected a number, got "x"'),
+    ("algorithm.off_policy=x", 'algorithm.off_policy: expected a mapping, such as {name: 1}, got "x"'),
     ("model.optim.betas=[0.9]", "model.optim.betas"),
     ("model.optim.betas=[0.9,b]", 'model.optim.betas.1: expected a list of 2 numbers, got "b"'),
     ("data.train_files=a.json", 'data.train_files: expected a list of texts, such as [a,b], got "a.json"'),

@@ -34,19 +34,20 @@ def test_a_group_choice_composes(group, choice):
 
 @pytest.mark.parametrize("size", ["1.5b", "7b", "llama_8b"])
 @pytest.mark.parametrize("score", ["log_likelihood", "likelihood_ratio"])
-@pytest.mark.parametrize("objective", ["disco", "disco_b"])
-def test_the_recipes_have_the_papers_hyperparameters(objective, score, size):
+@pytest.mark.parametrize("name", ["disco", "disco_b"])
+def test_the_recipes_have_the_papers_hyperparameters(name, score, size):
     short = {"log_likelihood": "logl", "likelihood_ratio": "lratio"}[score]
-    config = compose(f"recipe/{objective}_{short}_{size}")
-    algorithm, constraint, optim = config.algorithm, config.algorithm.constraint, config.model.optim
-    assert (algorithm.name, algorithm.score) == (objective, score)
-    assert algorithm.tau == (TAU[score] if objective == "disco" else None)
-    assert (constraint.kind, constraint.beta, constraint.delta) == ("squared_hinge", 1e3, 1e-4)
+    config = compose(f"recipe/{name}_{short}_{size}")
+    objective, optim = check_objective(config), config.model.optim
+    constraint = objective.constraint
+    assert (objective.name, objective.score) == (name, score)
+    assert getattr(objective, "tau", None) == (TAU[score] if name == "disco" else None)
+    assert (constraint.kind, constraint.strength, constraint.delta) == ("squared_hinge", 1e3, 1e-4)
     assert constraint.convention == "paper"
     assert (optim.name, optim.lr, optim.weight_decay) == ("adam", 2e-6 if size == "1.5b" else 1e-6, 0.0)
     assert config.trainer.gradient_clip_val == 1.0
     assert config.trainer.max_steps == (1400 if size == "1.5b" else 1000)
-    assert (config.data.questions_per_step, algorithm.mini_batch_questions) == (128, 32)
+    assert (config.data.questions_per_step, config.algorithm.mini_batch_questions) == (128, 32)
     assert (config.data.max_prompt_length, config.generation.max_response_length) == (1024, 8192)
     sampling = config.generation
     assert (sampling.responses_per_question, sampling.temperature, sampling.top_p) == (8, 0.6, 1.0)

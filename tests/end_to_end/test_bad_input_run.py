@@ -140,7 +140,7 @@ def test_a_run_directory_that_cannot_be_made(refused, tmp_path):
         ("trainer.max_stepz=1", "unknown key trainer.max_stepz; did you mean trainer.max_steps?"),
         ("algorithm=discoo", "algorithm has no choice discoo; did you mean disco?"),
         ("algorithm.tau=0", "objective disco: tau must be above 0; it is 0"),
-        ("algorithm.score=likelihood", "algorithm.score: expected one of log_likelihood, likelihood_ratio or null"),
+        ("algorithm.score=likelihood", "objective disco: score must be one of: l"),
         ("algorithm.preference=length", "objective disco does not take 'preference'"),
         ("reward.function=nowhere:f", "reward.function=nowhere:f: importing nowhere raised ModuleNotFoundError"),
         ("algorithm.reference_reset_steps=3", "objective disco has no reference as it is set"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from difflib import SequenceMatcher
@@ -28,10 +29,12 @@ class Bounds:
         """What is wrong with the value, or None."""
         if self.choices:
             known = ", ".join(nearest(str(value), map(str, self.choices)))
-            return None if value in self.choices else f"must be one of: {known}"
+            allowed = any(type(value) is type(choice) and value == choice for choice in self.choices)
+            return None if allowed else f"must be one of: {known}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "must be a number"
-        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+        largest = math.inf if self.infinite else sys.float_info.max
+        if not abs(value) <= largest:  # nor is nan
             return "must be finite"
         if self.above is not None and value <= self.above:
             return f"must be above {self.above:g}"

@@ -1,48 +1,62 @@
-"""Objectives by name, made from a configuration's mapping. The one place that knows them all.
+"""Build an objective from a configuration's mapping, by the name of its class and the parameters that it declares.
 
-Must not read any other section of a configuration, and leaves bounds to the objectives' own fields.
+Every module beside this one is searched for objectives. Must not read any other section of a configuration.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from nemo_disco.algorithms.objectives.base import Objective
 from nemo_disco.algorithms.objectives.constraint import NONE, Constraint
-from nemo_disco.algorithms.objectives.disco import DRPO, DisCO, DisCOb
-from nemo_disco.algorithms.objectives.length import ALP, GRPOLEAD, HAPO, RLOOLP
-from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy
+from nemo_disco.algorithms.objectives.off_policy import OffPolicy
 from nemo_disco.algorithms.objectives.parameters import Checked, key_of, nearest
-from nemo_disco.algorithms.objectives.policy_gradient import DAPO, GPG, GRPO, GRPOER, GRPORW, RLOO, DrGRPO
-from nemo_disco.algorithms.objectives.preference import TRPA
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.user_code import format_error, is_user_class, load, user_methods
 
-_ALL = (DisCO, DisCOb, DRPO, GRPO, GRPOER, GRPORW, DrGRPO, DAPO, TRPA, GPG, RLOO, RLOOLP, ALP, HAPO, GRPOLEAD)
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in _ALL}
+
+def _shipped_objectives() -> dict[str, type[Objective]]:
+    """Every class of this package that defines an objective, by its name."""
+    modules = [import_module(f"{__package__}.{file.stem}") for file in sorted(Path(__file__).parent.glob("[!_]*.py"))]
+    classes = [cls for module in modules for cls in vars(module).values() if _is_objective(cls)]
+    return {cls.name: cls for cls in classes}
+
+
+def _is_objective(value: Any) -> TypeGuard[type[Objective]]:
+    return inspect.isclass(value) and issubclass(value, Objective) and not inspect.isabstract(value)
+
+
+OBJECTIVES = _shipped_objectives()
+_PARAMETERS = {key_of(f) for cls in OBJECTIVES.values() for f in fields(cls)}
 
 
 def build_objective(mapping: Mapping[str, Any]) -> Objective:
-    """The objective that a mapping describes: `name`, and what that objective takes; None means its default.
+    """The objective that a mapping describes: its `name`, and values of the parameters that it declares.
 
-    name: one of OBJECTIVES, or `module:Class` for a subclass of Objective in a user's own file.
+    name: one of OBJECTIVES, or `module:Class` for a subclass of Objective in a user's own file. None leaves a parameter
+    at its default, and may be given for the parameters of other objectives too.
     Raises UserError for an unknown name, score or kind (listing the known ones, the nearest first), for a parameter
     that the objective does not take, and for a value out of its bounds.
     """
-    given = _set_keys(mapping, "algorithm")
+    given = dict(_mapping(mapping, "algorithm"))
     cls = _objective_class(given.pop("name", None))
-    constraint = given.pop("constraint", None)
-    if constraint is not None and not isinstance(constraint, Constraint):
-        constraint = _constraint(cls, _set_keys(constraint, "constraint"))
-    if constraint is not None:
-        given["constraint"] = constraint
-    if not isinstance(off_policy := given.get("off_policy", UNCORRECTED), OffPolicy):
-        given["off_policy"] = OffPolicy(**_arguments(OffPolicy, _set_keys(off_policy, "off_policy"), "off_policy"))
+    given = {key: value for key, value in given.items() if value is not None or key not in _PARAMETERS}
     arguments = _arguments(cls, given, f"objective {cls.name}")
+    if not isinstance(constraint := arguments.get("constraint", cls.constraint), Constraint):
+        arguments["constraint"] = _constraint(cls, constraint)
+    if not isinstance(off_policy := arguments.get("off_policy", cls.off_policy), OffPolicy):
+        arguments["off_policy"] = replace(cls.off_policy, **_arguments(OffPolicy, off_policy, "off_policy"))
     return _users(cls, arguments) if is_user_class(cls) else cls(**arguments)
+
+
+def parameter_keys(name: str) -> list[str]:
+    """The keys that the objective of that name takes. Raises UserError as `build_objective` does."""
+    return [key_of(f) for f in fields(_objective_class(name))]
 
 
 def _users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
@@ -57,13 +71,14 @@ def _users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
     return objective
 
 
-def _set_keys(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
-    if not isinstance(mapping, Mapping):
-        raise UserError(f"{what} must be a mapping; it is {mapping!r}")
-    return {key: value for key, value in mapping.items() if value is not None}
+def _mapping(value: Any, label: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{label} must be a mapping; it is {value!r}")
+    return value
 
 
 def _objective_class(name: Any) -> type[Objective]:
+    """The class of that name in OBJECTIVES, or a user's `module:Class`. Raises UserError if there is none."""
     known = f"{', '.join(nearest(str(name), OBJECTIVES))}, or module:Class of your own"
     if name is None:
         raise UserError(f"algorithm.name is missing; known: {known}")
@@ -72,26 +87,26 @@ def _objective_class(name: Any) -> type[Objective]:
     if ":" not in str(name):
         raise UserError(f"algorithm.name: there is no objective {name!r}; known: {known}")
     cls = load("algorithm.name", name)
-    if not (inspect.isclass(cls) and issubclass(cls, Objective)) or inspect.isabstract(cls):
+    if not _is_objective(cls):
         raise UserError(
             f"algorithm.name={name} must be a subclass of nemo_disco.algorithms.Objective that defines value"
         )
     return cls
 
 
-def _constraint(cls: type[Objective], given: dict[str, Any]) -> Constraint:
-    if given and "kind" not in given and cls.constraint.kind == NONE:
+def _constraint(cls: type[Objective], given: Any) -> Constraint:
+    arguments = _arguments(Constraint, given, "constraint")
+    if arguments and "kind" not in arguments and cls.constraint.kind == NONE:
         raise UserError(
-            f"constraint.{next(iter(given))}: objective {cls.name} has no constraint unless constraint.kind is set"
+            f"constraint.{next(iter(arguments))}: objective {cls.name} has no constraint unless constraint.kind is set"
         )
-    given = {"kind": cls.constraint.kind} | given
-    return Constraint(**_arguments(Constraint, given, "constraint"))
+    return replace(cls.constraint, **arguments)
 
 
-def _arguments(cls: type[Checked], given: dict[str, Any], what: str) -> dict[str, Any]:
-    """The mapping under the names of the class's fields."""
+def _arguments(cls: type[Checked], given: Any, label: str) -> dict[str, Any]:
+    """The values that are not None, under the names of the class's fields. Raises UserError for an unknown key."""
     names = {key_of(f): f.name for f in fields(cls)}
-    for key in given:
+    for key in _mapping(given, label):
         if key not in names:
-            raise UserError(f"{what} does not take {key!r}; it takes: {', '.join(nearest(str(key), names))}")
-    return {names[key]: value for key, value in given.items()}
+            raise UserError(f"{label} does not take {key!r}; it takes: {', '.join(nearest(str(key), names))}")
+    return {names[key]: value for key, value in given.items() if value is not None}
