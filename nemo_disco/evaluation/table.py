@@ -1,6 +1,6 @@
 """The before/after table: statistics before and after training and their change, with 95% intervals.
 
-Rows are data, rendered by separate functions (terminal, text, JSON). Only rich_table imports Rich.
+Rows are data; only rich_table imports Rich.
 """
 
 from __future__ import annotations
