@@ -23,8 +23,10 @@ from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.requests import ResponseTexts, pack_responses
 from nemo_disco.rollout.rewarding import reward_rollouts
+from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import StoppedError
 from nemo_disco.runtime.timing import span
+from nemo_disco.runtime.user_code import call_guarded, definition_place, is_user_class, user_methods
 
 
 class Signal(Protocol):
@@ -206,7 +208,7 @@ class Collector:
                 rewards=self.rewards,
                 threshold=self.threshold,
             )
-        rollouts = rollouts.with_columns({signal.name: signal.annotate(rollouts) for signal in self.signals})
+        rollouts = rollouts.with_columns({signal.name: _column(signal, rollouts) for signal in self.signals})
         return RolloutBatch(rollouts, request.prompts, texts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,6 +231,19 @@ class Collector:
     def close(self) -> None:
         """End the processes of the user's reward functions."""
         self.rewards.close()
+
+
+def _column(signal: Signal, rollouts: Rollouts) -> Tensor:
+    """The signal's column. Raises UserError, with file and line, if a user wrote the signal and it fails."""
+    if not is_user_class(kind := type(signal)):
+        return signal.annotate(rollouts)
+    column: Any = call_guarded("signal", signal.name, user_methods(kind), lambda: signal.annotate(rollouts))
+    if not (isinstance(column, Tensor) and column.shape == (len(rollouts),) and bool(column.isfinite().all())):
+        raise UserError(
+            f"signal={signal.name}: {definition_place(kind.annotate)} must return a finite tensor of "
+            f"{len(rollouts)} numbers, one per response; it returned {column}"
+        )
+    return column
 
 
 def keep_mixed(batch: RolloutBatch, wanted: int) -> tuple[RolloutBatch, str]:

@@ -10,8 +10,12 @@ import pytest
 import torch
 from user_module import beside_us
 
-from nemo_disco.algorithms import Objective, build_objective
+from nemo_disco.algorithms import MiniBatch, Objective, build_objective
 from nemo_disco.algorithms.objectives import OBJECTIVES
+from nemo_disco.commands.components import build_run_objective
+from nemo_disco.config.compose import compose
+from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.rollout.collector import _column
 from nemo_disco.runtime.errors import UserError
 
 from .cases import batch_of, random_case
@@ -123,7 +127,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_disco.algorithms import Objective
-from nemo_disco.algorithms.objectives import parameter
+from nemo_disco.algorithms.objectives import Signal, parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,33 @@ class Reinforce(Objective):
 
     def value(self, batch):
         return self.scale * (batch.token_mean(batch.log_probs) * batch.rewards).mean()
+
+
+class Repeats(Signal):
+    name = "repeats"
+
+    def __init__(self):
+        self.counts = {}
+
+    def annotate(self, responses):
+        ids = responses.question_ids.tolist()
+        column = torch.tensor([self.counts.get(i, 0) for i in ids])
+        self.counts |= {i: self.counts.get(i, 0) + 1 for i in ids}
+        return column
+
+
+class Fresh(Objective):
+    needs = frozenset({"repeats"})
+
+    def signals(self):
+        return [Repeats()]
+
+    def value(self, batch):
+        return (batch.token_mean(batch.log_probs) / (1 + batch["repeats"])).sum()
+
+
+class Unknown(Fresh):
+    needs = frozenset({"repeats", "weather"})
 
 
 class Raises(Objective):
@@ -194,9 +225,9 @@ def test_a_users_objective_that_exits_before_it_is_called_is_named_too(mine: Pat
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        ("Raises", r"objective Raises raised RuntimeError at {path}:20: "),
-        ("NotANumber", r"objective NotANumber: {path}:24 must return a finite tensor; it returned nan"),
-        ("NanGradient", r"objective NanGradient \({path}:29\): .*gradient is not finite"),
+        ("Raises", r"objective Raises raised RuntimeError at {path}:47: "),
+        ("NotANumber", r"objective NotANumber: {path}:51 must return a finite tensor; it returned nan"),
+        ("NanGradient", r"objective NanGradient \({path}:56\): .*gradient is not finite"),
         ("Vector", r"objective Vector: value must return a 0-d tensor; its shape is \[\d+\]"),
     ],
 )
@@ -204,3 +235,24 @@ def test_a_users_mistake_is_named_with_file_and_line(mine: Path, cls: str, messa
     own = build_objective({"name": f"{mine.stem}:{cls}"})
     with pytest.raises(UserError, match=message.format(path=mine)):
         own(batch_of(random_case(63)))
+
+
+def test_an_objective_in_one_file_brings_its_signal(mine: Path) -> None:
+    """A column of the user's own: computed for each step's rollouts, and read by the objective."""
+    config = compose("quickstart", ["algorithm=base", f"algorithm.name={mine.stem}:Fresh"])
+    own = build_run_objective(config)
+    [signal] = own.signals()
+    rollouts = Rollouts.pack([[1]] * 3, [[2], [3, 4], [5]], [[0.0], [0.0] * 2, [0.0]], [7, 8, 7], [False] * 3)
+    assert [_column(signal, rollouts).tolist() for _ in range(2)] == [[0, 0, 0], [1, 1, 1]]
+    batch = MiniBatch(
+        log_probs=torch.zeros(4),
+        old_log_probs=torch.zeros(4),
+        lengths=torch.tensor([1, 2, 1]),
+        question_ids=torch.tensor([7, 8, 7]),
+        rewards=torch.ones(3),
+        max_response_length=2,
+        columns={"repeats": torch.tensor([0, 1, 3])},
+    )
+    assert own(batch).token_weights.tolist() == [-1.0, -0.25, -0.25, -0.25]
+    with pytest.raises(UserError, match="objective Unknown needs weather, which nothing computes"):
+        build_run_objective(compose("quickstart", ["algorithm=base", f"algorithm.name={mine.stem}:Unknown"]))

@@ -7,6 +7,7 @@ from nemo_disco.algorithms.objectives.base import Objective, ObjectiveOutput, Se
 from nemo_disco.algorithms.objectives.constraint import Constraint
 from nemo_disco.algorithms.objectives.parameters import parameter
 from nemo_disco.algorithms.objectives.registry import OBJECTIVES, build_objective
+from nemo_disco.algorithms.objectives.signals import Signal
 
 __all__ = [
     "OBJECTIVES",
@@ -14,6 +15,7 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "SeparableObjective",
+    "Signal",
     "Tokens",
     "build_objective",
     "parameter",

@@ -63,7 +63,7 @@ def _users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
     """A user's objective, made and asked what it reads. Raises UserError, with file and line, for what it raises."""
     try:
         objective = cls(**arguments)
-        objective.needs, objective.separable  # noqa: B018 - their own code too
+        objective.needs, objective.separable, objective.reward_terms, objective.signals()
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: a user's function does not end the run
