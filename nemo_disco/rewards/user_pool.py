@@ -39,7 +39,7 @@ Idle = queue.SimpleQueue[Process]
 
 
 @dataclass(frozen=True)
-class UserCode:
+class CodeDescription:
     """Description of `module:name` by a process that imported it.
 
     kind: function, class, callable (any other object that can be called), or its type. parameters: names of a class's.
@@ -49,7 +49,7 @@ class UserCode:
     parameters: list[str]
 
 
-def describe(key: str, name: str) -> UserCode:
+def describe(key: str, name: str) -> CodeDescription:
     """Import `module:name`, the value of a configuration's `key`, in a process that then ends, and describe it.
 
     Raises UserError if there is none, if its import raises, or if that takes longer than START_S.
@@ -150,7 +150,7 @@ class UserPool:
             log.warning(message, self._key, self._name, self._timeout, count)
 
 
-def _start_process(key: str, name: str, is_stopped: Callable[[], bool]) -> tuple[Process, UserCode]:
+def _start_process(key: str, name: str, is_stopped: Callable[[], bool]) -> tuple[Process, CodeDescription]:
     """Start a process that imports the user's module. Its first request must be a class's arguments or None."""
     root = str(Path(nemo_disco.__file__).parents[1])
     path = os.pathsep.join([*(entry for entry in sys.path if entry), root])
@@ -165,7 +165,7 @@ def _start_process(key: str, name: str, is_stopped: Callable[[], bool]) -> tuple
     reply = _read_reply(f"{key}={name}", process, START_S, is_stopped)
     if reply is None:
         raise UserError(f"{key}={name}: its import was not done after {START_S:g} s")
-    return process, UserCode(**reply["value"])
+    return process, CodeDescription(**reply["value"])
 
 
 def _read_reply(code: str, process: Process, seconds: float, is_stopped: Callable[[], bool]) -> dict[str, Any] | None:
@@ -196,12 +196,12 @@ def _read_line(process: Process, seconds: float, is_stopped: Callable[[], bool])
     assert process.stdout is not None
     deadline = time.monotonic() + seconds
     while True:
-        left = deadline - time.monotonic()
-        if select.select([process.stdout], [], [], min(POLL_S, max(left, 0)))[0]:
+        remaining = deadline - time.monotonic()
+        if select.select([process.stdout], [], [], min(POLL_S, max(remaining, 0)))[0]:
             return process.stdout.readline()
         if is_stopped():
             raise StoppedError("the run stops: the user's code is not waited for any more")
-        if left <= 0:
+        if remaining <= 0:
             return None
 
 

@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def describe(code: Any) -> dict[str, Any]:
-    """The fields of a user_pool.UserCode."""
+    """The fields of a user_pool.CodeDescription."""
     kind, parameters = type(code).__name__, list[str]()
     if inspect.isclass(code):
         kind = "class"

@@ -56,21 +56,17 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        global _stop_time
         for number, handler in self._earlier.items():
             # None: the earlier handler was not installed from Python, so Python cannot restore it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier.clear()
-        _set_stop_time(None)
+        _stop_time = None
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        global _stop_time
         self.number = self.number or number
-        if _stop_time is None:
-            _set_stop_time(time.monotonic())
-
-
-def _set_stop_time(now: float | None) -> None:
-    global _stop_time
-    _stop_time = now
+        _stop_time = time.monotonic() if _stop_time is None else _stop_time
 
 
 @contextlib.contextmanager

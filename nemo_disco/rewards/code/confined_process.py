@@ -124,17 +124,17 @@ def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, l
     elif "expressions" in test:
         exec(compile(test["setup"], "<tests>", "exec", dont_inherit=True), names)
         values = [eval(compile(text, "<tests>", "eval", dont_inherit=True), names) for text in test["expressions"]]
-        _write(report, json.dumps([encode_plain(value) for value in values]).encode())
+        remote_names.write(report, json.dumps([encode_plain(value) for value in values]).encode())
     else:
         values = [_call(names, test["function"], arguments) for arguments in test["calls"]]
-        _write(report, json.dumps(values).encode())
+        remote_names.write(report, json.dumps(values).encode())
 
 
 def _run_tests(test: dict[str, Any], names: dict[str, Any], report: int, link: int) -> None:
     """Run the tests with the names of the program at the link's other end; write the token if they pass."""
 
     def fail(reason: bytes) -> NoReturn:
-        _write(report, reason)
+        remote_names.write(report, reason)
         _really_exit(1)
 
     names.update(remote_names.ProgramClient(link, fail).fetch_names(test["tests"], dict(names)))
@@ -143,7 +143,7 @@ def _run_tests(test: dict[str, Any], names: dict[str, Any], report: int, link: i
     except SystemExit as error:  # raised by `unittest.main()` too
         if error.code or type(error) is not SystemExit:  # a ProgramExit comes from the program
             raise
-    _write(report, test["token"].encode())
+    remote_names.write(report, test["token"].encode())
 
 
 def _compile(sources: list[str]) -> types.CodeType:
@@ -256,8 +256,3 @@ def _exit_code(error: SystemExit) -> int:
         return error.code & 0xFF
     print(error.code, file=sys.stderr)
     return 1
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]

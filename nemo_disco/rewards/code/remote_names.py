@@ -376,6 +376,10 @@ def _refuse(value: Any) -> dict[str, Any]:
 
 
 def _send(link: int, message: Any) -> None:
-    data = json.dumps(message).encode() + b"\n"
+    write(link, json.dumps(message).encode() + b"\n")
+
+
+def write(descriptor: int, data: bytes) -> None:
+    """Write all data to the descriptor."""
     while data:
-        data = data[os.write(link, data) :]
+        data = data[os.write(descriptor, data) :]

@@ -125,7 +125,7 @@ class Sandbox:
                 with link:
                     socket.send_fds(channel, [message], [link.fileno()])
             if reply := channel.recv(1 << 16):
-                return _load_mapping(reply)
+                return dict(json.loads(reply))
         except OSError:  # a timeout too
             pass
         self._stop_server()
@@ -150,7 +150,7 @@ class Sandbox:
         self._channel = ours
         ours.settimeout(_START_S)
         message = ours.recv(1 << 16)
-        status = _load_mapping(message) if message else {"problem": f"its server ended with {self._process.wait()}"}
+        status = json.loads(message) if message else {"problem": f"its server ended with {self._process.wait()}"}
         if status["problem"]:
             self._stop_server()
             raise _confinement_error(str(status["problem"]), status.get("unreadable") is True)
@@ -205,11 +205,6 @@ def _confinement_error(problem: str, unreadable: bool = False) -> UserError:
             "start the run as another user than root, or use a kernel with Landlock (Linux 5.13)"
         )
     return UserError(f"reward.verifier=python_tests: this machine cannot confine a program ({problem}); {needs}")
-
-
-def _load_mapping(message: bytes) -> dict[str, Any]:
-    mapping: dict[str, Any] = json.loads(message)
-    return mapping
 
 
 def _write(descriptor: int, data: bytes) -> None:

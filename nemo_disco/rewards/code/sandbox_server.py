@@ -182,7 +182,7 @@ def thread_states(pid: int) -> str:
     return "".join(letters)
 
 
-class Server:
+class SandboxServer:
     """Serves one request (JSON) at a time from the channel: runs its job in a fork and sends the outcome back."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -291,7 +291,7 @@ def main() -> None:
     sys.dont_write_bytecode = True
     try:
         prctl(_SET_DUMPABLE, 0)
-        server = Server(settings)
+        server = SandboxServer(settings)
     except Exception as error:
         unreadable = isinstance(error, UnreadablePythonError)
         channel.send(json.dumps({"problem": str(error), "unreadable": unreadable}).encode())

@@ -68,12 +68,12 @@ class Child:
         """True if its answer's time is up; else sets the next check, when its one thread can first have used it up."""
         if now < self.check:
             return False
-        left = self.limit - processor_time(self.pid)
-        self.check = now + max(left, CHECK_S)
-        return left <= 0 or now >= self.deadline
+        remaining = self.limit - processor_time(self.pid)
+        self.check = now + max(remaining, CHECK_S)
+        return remaining <= 0 or now >= self.deadline
 
 
-class Server:
+class ChildPool:
     """Assigns jobs in order to idle children; a job's time is the processor time that its child uses from then on."""
 
     def __init__(self, size: int) -> None:
@@ -140,31 +140,34 @@ class Server:
         child.finish()
 
     def _remove(self, child: Child) -> None:
+        """Kill the child."""
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         child.channel.close()
         self.children.remove(child)
 
     def _fork(self) -> Child:
+        """Start a child and return the parent's side of it."""
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             ours.close()
             for sibling in self.children:  # else a sibling's channel would stay open when the parent dies
                 sibling.channel.close()
-            serve(theirs)
+            run_child(theirs)
         theirs.close()
         child = Child(pid, ours)
         self.children.append(child)
         return child
 
 
-def serve(channel: socket.socket) -> NoReturn:
-    """Run a child: judge one answer after another until the parent ends or kills it."""
+def run_child(channel: socket.socket) -> NoReturn:
+    """Judge one answer after another until the parent ends or kills it."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    limit_resources()
+    for kind, value in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        set_limit(kind, value)
     sys.dont_write_bytecode = True
     sys.addaudithook(refuse_effects)
     try:
@@ -184,12 +187,6 @@ def judge(job: dict[str, Any]) -> str:
         return verdict.NO_MEMORY
     except Exception:  # sympy may raise anything on a hostile answer
         return verdict.UNPARSABLE
-
-
-def limit_resources() -> None:
-    set_limit(resource.RLIMIT_AS, MEMORY_BYTES)
-    set_limit(resource.RLIMIT_FSIZE, 0)
-    set_limit(resource.RLIMIT_CORE, 0)
 
 
 def processor_time(pid: int) -> float:
@@ -234,12 +231,12 @@ def main() -> None:
     symbolic.judge("x^2-1", ["(x-1)(x+1)+y"])  # unequal, so that simplify runs too
     gc.collect()
     gc.freeze()  # keeps memory pages shared with the children
-    server = Server(int(sys.argv[1]))
+    pool = ChildPool(int(sys.argv[1]))
     send({"ready": os.getpid()})
     try:
-        server.run()
+        pool.run()
     finally:
-        server.close()
+        pool.close()
     os._exit(0)  # nothing to clean up, and sympy's own exit is slow
 
 
