@@ -45,8 +45,6 @@ setup(
     install_requires=[
         "torch==2.13.0",  # the version that the others were tested with; a range would install the newest CUDA build
         "megatron-core==0.16.1",  # the newest for Python 3.11; its internals change between minor versions
-        "mbridge==0.15.1",  # nemo_disco subclasses its bridges
-        "einops",  # imported by mbridge, which does not declare it
         "psutil",  # without it megatron-core's dist_checkpointing never returns
         "transformers>=5.16.1,<5.20",  # 5 moved rope_theta; the upper bound is vLLM 0.32's
         "safetensors",

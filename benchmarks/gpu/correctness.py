@@ -29,11 +29,12 @@ from nemo_disco.algorithms import MiniBatch, build_objective
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron.engine import MegatronEngine
+from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.shape import ModelShape
 from nemo_disco.policy import layers
 
 Gradients = dict[str, Tensor]
-MODEL = ModelShape(4, 512, 1408, 8, 2, 64, 8192, tied=False, qkv_bias=True, max_positions=4096)
+MODEL = ModelShape(4, 512, 1408, 8, 2, 64, 8192, tied=False, architecture=ARCHITECTURES["qwen2"], max_positions=4096)
 # What each may be at most. bf16 keeps 8 bits: a log-prob of a few nats is off by some 1e-2, a gradient by 1e-2 of it.
 BOUNDS = {
     "float32_log_probs": 1e-4,

@@ -20,13 +20,16 @@ from torch import Tensor
 
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.shape import KNOWN, ModelShape
 
 TEMPERATURE = 0.6
-TINY = ModelShape(2, 64, 128, 4, 2, 16, 260, tied=False, qkv_bias=True, max_positions=4096)
-TINY_QWEN3 = replace(TINY, tied=True, qkv_bias=False, qk_norm=True)
+TINY = ModelShape(2, 64, 128, 4, 2, 16, 260, tied=False, architecture=ARCHITECTURES["qwen2"], max_positions=4096)
+TINY_QWEN3 = replace(TINY, tied=True, architecture=ARCHITECTURES["qwen3"])
 # Qwen3-0.6B, with room for the longest context that is published for it.
-QWEN3 = ModelShape(28, 1024, 3072, 16, 8, 128, 151936, tied=True, qkv_bias=False, max_positions=131072, qk_norm=True)
+QWEN3 = ModelShape(
+    28, 1024, 3072, 16, 8, 128, 151936, tied=True, architecture=ARCHITECTURES["qwen3"], max_positions=131072
+)
 SHAPES = {"1p5b": KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"], "7b": KNOWN["DeepSeek-R1-Distill-Qwen-7B"]}
 SHAPES |= {"qwen3_0p6b_16k": QWEN3, "qwen3_0p6b_65k": QWEN3}
 CUDA = torch.cuda.is_available()
@@ -155,11 +158,12 @@ def model_directory(shape: ModelShape, seed: int = 0, scale: float = 0.02) -> It
 
 
 def hf_config(shape: ModelShape) -> Any:
-    """Qwen2's, or Qwen3's for a shape with q/k norms, whose heads have a size of their own."""
-    from transformers import Qwen2Config, Qwen3Config
+    """transformers' config of that architecture and those sizes."""
+    from transformers import AutoConfig
 
-    kind, own = (Qwen3Config, {"head_dim": shape.head_dim}) if shape.qk_norm else (Qwen2Config, {})
-    return kind(
+    own = {"head_dim": shape.head_dim} if "head_dim" in shape.architecture.absent else {}
+    return AutoConfig.for_model(
+        shape.architecture.model_type,
         **own,
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,

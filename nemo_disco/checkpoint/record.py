@@ -18,19 +18,6 @@ from nemo_disco.checkpoint import files
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 
-# What makes a checkpoint one of this model: megatron's names, and Hugging Face's.
-_SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "add_qkv_bias",
-    "layernorm_epsilon",
-)
-_KIND = ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
-
 
 def identity(policy: Policy, step: int) -> dict[str, Any]:
     ranks, config = policy.ranks, policy.config
@@ -53,20 +40,17 @@ def identity(policy: Policy, step: int) -> dict[str, Any]:
         },
         "dtype": _dtype(policy),
         "optimizer": {"name": config.optim.name, "steps": policy.optimizer.steps},
-        "model": _architecture(policy),
+        "model": _model(policy),
     }
 
 
-def _architecture(policy: Policy) -> dict[str, Any]:
-    config = policy.model.bridge.config
-    shape = {name: getattr(config, name) for name in _SHAPE}
-    kind = {name: getattr(policy.hf_config, name) for name in _KIND}
-    said: dict[str, Any] = json.loads(json.dumps(kind | shape))
-    return said
+def _model(policy: Policy) -> dict[str, Any]:
+    identity: dict[str, Any] = json.loads(json.dumps(policy.shape.identity(policy.hf_config)))
+    return identity
 
 
 def _dtype(policy: Policy) -> str:
-    return str(policy.model.bridge.config.params_dtype).removeprefix("torch.")
+    return str(policy.model.config.params_dtype).removeprefix("torch.")
 
 
 def check_fits(policy: Policy, path: Path, record: dict[str, Any]) -> None:
@@ -80,7 +64,7 @@ def check_fits(policy: Policy, path: Path, record: dict[str, Any]) -> None:
     there = record["model"]
     differ = [
         f"{name} is {there.get(name)} there and {value} here"
-        for name, value in _architecture(policy).items()
+        for name, value in _model(policy).items()
         if there.get(name) != value
     ]
     if differ:

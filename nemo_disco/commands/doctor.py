@@ -34,8 +34,6 @@ from nemo_disco.runtime.saved_files import read_json_lines, read_text
 PACKAGES: dict[str, tuple[str, str] | None] = {
     "torch": ("2.11", "2.14"),
     "megatron-core": ("0.16.1", "0.17"),
-    "mbridge": ("0.15.1", "0.16"),
-    "einops": None,
     "psutil": None,
     "transformers": ("5.16.1", "5.20"),
     "math-verify": ("0.9", "0.10"),
@@ -50,7 +48,7 @@ PACKAGES: dict[str, tuple[str, str] | None] = {
 TESTED = {"torch": ("2.13", "2.14")}
 # The Python of each engine's own environment, where conf/generation/ looks for it (docs/engines.md).
 ENGINE_PYTHONS = {"vllm": ".venv-vllm/bin/python", "tensorrt_llm": ".venv-trtllm/bin/python"}
-TRAINING = ("torch", "megatron-core", "mbridge", "einops", "psutil", "transformers")
+TRAINING = ("torch", "megatron-core", "psutil", "transformers")
 # Environment variables of a report. No prefix here has secrets; SLURM's have (SLURM_JWT), and names of users and hosts.
 _REPORTED = re.compile(
     r"(CUDA|NVIDIA|NCCL|GLOO|UCX|FI|TORCH|PYTORCH|TRITON|NVTE|OMP|MKL|KMP|MALLOC)_\w+|LD_(PRELOAD|LIBRARY_PATH)"

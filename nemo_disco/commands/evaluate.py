@@ -16,6 +16,7 @@ from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.tokenizer import load_tokenizer
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
 from nemo_disco.evaluation.result import evaluation_file, write_evaluation
+from nemo_disco.models.shape import published_name
 from nemo_disco.models.source import model_source
 from nemo_disco.rollout.evaluation import weights_identity
 from nemo_disco.rollout.response_warnings import ResponseWarnings
@@ -53,6 +54,5 @@ def main(config: RunConfig) -> int:
                     print_estimates(result)
                     print(f"written to {path}; every sample: {samples}")
             if is_first_rank():
-                model = parts.policy.hf_config
-                print_tables(results, reference, (model.model_type, model.hidden_size))
+                print_tables(results, reference, published_name(parts.policy.shape))
     return 0

@@ -15,27 +15,26 @@ from torch import Tensor
 from nemo_disco.conversion.nemo_context import TOKENIZER, write_context
 from nemo_disco.conversion.record import training_dtype, verify_files, write_record
 from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
-from nemo_disco.models.architecture import Architecture, Pairing, read_architecture
+from nemo_disco.models.architecture import EMBEDDING, OUTPUT
+from nemo_disco.models.hf_config import read_hf_config
+from nemo_disco.models.shape import ModelShape, ModelWeight, model_shape
 from nemo_disco.models.source import model_source
 from nemo_disco.models.weight_files import SafetensorReader, check_tensors, copy_companions
+from nemo_disco.models.weight_layout import shard, unshard
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_directory
 from nemo_disco.runtime.safetensor_writer import write_safetensors
 
 CARRIED = "hugging_face"  # in a converted checkpoint: config, tokenizer, chat template, generation config
-_LOCAL_NAMES = {  # of megatron-core's own layers, where norms are not fused into the linear layers that follow
-    "decoder.layers.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.input_layernorm.weight",
-    "decoder.layers.mlp.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight",
-}
 
 
 def hf_to_megatron(source: Path, out: Path) -> Path:
     """A Hugging Face directory -> a checkpoint directory, which loads at any layout. Raises UserError."""
-    architecture = read_architecture(source)
+    config = read_hf_config(source)
     with _new(out) as work:
-        _write_weights(source, work, architecture)
+        _write_weights(source, work, model_shape(config))
         write_record(work, source)
-        copy_companions(source, work / CARRIED, architecture.config)
+        copy_companions(source, work / CARRIED, config)
     return out
 
 
@@ -56,12 +55,12 @@ def hf_to_nemo(source: Path, out: Path) -> Path:
 
     Raises UserError.
     """
-    architecture = read_architecture(source)
+    config = read_hf_config(source)
     with _new(out) as work:
         (work / "weights").mkdir()
-        _write_weights(source, work / "weights", architecture, nemo=True)
-        copy_companions(source, work / "context" / TOKENIZER, architecture.config)
-        write_context(work / "context", architecture)
+        _write_weights(source, work / "weights", model_shape(config), nemo=True)
+        copy_companions(source, work / "context" / TOKENIZER, config)
+        write_context(work / "context", config)
     return out
 
 
@@ -78,67 +77,52 @@ def nemo_to_hf(source: Path, out: Path, model: Path | None = None) -> Path:
     return _to_hf(source / "weights", model or carried, out, None)
 
 
-def _write_weights(source: Path, work: Path, architecture: Architecture, nemo: bool = False) -> None:
+def _write_weights(source: Path, work: Path, shape: ModelShape, nemo: bool = False) -> None:
     """nemo: under NeMo's prefix, and with the empty FP8 states without which NeMo's reader loads nothing."""
-    pairings, prefix = list(architecture.pairings()), "module." if nemo else ""
+    prefix = "module." if nemo else ""
     with SafetensorReader(source) as reader:
-        expected = {name: shape for pairing in pairings for name, shape in pairing.parts}
-        reader.check(expected, architecture.tied)
+        reader.check(shape.tensors(), shape.tied)
         writer = TorchDistWriter(work)
-        for pairing in pairings:
-            parts = [reader.read(name) for name, _ in pairing.parts]
+        for weight in shape.weights():
+            parts = [reader.read(name) for name, _ in weight.parts]
             if len({part.dtype for part in parts}) > 1:
-                raise UserError(f"{source}: {', '.join(n for n, _ in pairing.parts)} are of different types")
-            writer.add(prefix + pairing.key, architecture.join(pairing, parts), pairing.layer, architecture.layers)
+                raise UserError(f"{source}: {', '.join(n for n, _ in weight.parts)} are of different types")
+            writer.add(prefix + weight.key, shard(weight, parts), weight.layer, shape.layers)
             del parts
-        for module, layer, layers in architecture.modules_with_state() if nemo else ():
+        for module, layer, layers in shape.modules_with_state() if nemo else ():
             writer.add_empty_state(prefix + module, layer, layers)
         writer.close()
 
 
 def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> Path:
-    architecture = read_architecture(model)
-    reader = TorchDistReader(weights)
-    stored = {(p.key, p.layer): _stored(reader, p) for p in architecture.pairings()}
-    places = zip(architecture.pairings(), stored.values(), strict=True)
-    shapes = {name: _full_shape(architecture, pairing, layer) for pairing, (name, layer) in places}
-    found = {name: reader.shape(name) for name in reader.names()}
-    for name in {"embedding.word_embeddings.weight", "output_layer.weight"} & found.keys() & shapes.keys():
-        if found[name][0] >= architecture.vocab:  # rows that pad the vocabulary
-            found[name] = (architecture.vocab, *found[name][1:])
-    check_tensors(weights, shapes, found)
-    plan = [
-        (name, shape, dtype or reader.dtype(stored[p.key, p.layer][0]))
-        for p in architecture.pairings()
-        for name, shape in p.parts
-    ]
+    config = read_hf_config(model)
+    shape, reader = model_shape(config), TorchDistReader(weights)
+    places = [(weight, *_place(reader, weight)) for weight in shape.weights()]
+    expected = {key: weight.shape if row is None else (shape.layers, *weight.shape) for weight, key, row in places}
+    stored = {name: reader.shape(name) for name in reader.names()}
+    for name in {EMBEDDING.name, OUTPUT.name} & stored.keys() & expected.keys():
+        if stored[name][0] >= shape.vocab:  # rows that pad the vocabulary
+            stored[name] = (shape.vocab, *stored[name][1:])
+    check_tensors(weights, expected, stored)
+    plan = [(name, part, dtype or reader.dtype(key)) for weight, key, _ in places for name, part in weight.parts]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for pairing in architecture.pairings():
-            whole = reader.read(*stored[pairing.key, pairing.layer])[: pairing.shape[0]]
-            for (name, _), part in zip(pairing.parts, architecture.split(pairing, whole), strict=True):
+        for weight, key, row in places:
+            for name, part in unshard(weight, [reader.read(key, row)]):
                 yield name, part if dtype is None else part.to(dtype)
 
     with _new(out) as work:
         write_safetensors(work, plan, tensors())
-        copy_companions(model, work, architecture.config)
+        copy_companions(model, work, config)
     return out
 
 
-def _stored(reader: TorchDistReader, pairing: Pairing) -> tuple[str, int | None]:
-    """Where a checkpoint has a tensor: (name, row), by the naming that it uses."""
-    name = pairing.key if pairing.key in reader.names() else _LOCAL_NAMES.get(pairing.key, pairing.key)
-    if name in reader.names() or pairing.layer is None:
-        return name, pairing.layer
-    for key in (pairing.key, name):
-        numbered = key.replace("decoder.layers.", f"decoder.layers.{pairing.layer}.")
-        if numbered in reader.names():
-            return numbered, None
-    return pairing.key, pairing.layer
-
-
-def _full_shape(architecture: Architecture, pairing: Pairing, layer: int | None) -> tuple[int, ...]:
-    return pairing.shape if layer is None else (architecture.layers, *pairing.shape)
+def _place(reader: TorchDistReader, weight: ModelWeight) -> tuple[str, int | None]:
+    """Key of a weight in a checkpoint, and its row (None: the whole tensor), by the naming that the checkpoint uses."""
+    keys = (weight.key, weight.local_key)
+    numbered = [(weight.numbered(key), None) for key in keys]
+    places = [*((key, weight.layer) for key in keys), *numbered]
+    return next((place for place in places if place[0] in reader.names()), places[0])
 
 
 @contextmanager

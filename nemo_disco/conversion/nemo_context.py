@@ -6,16 +6,17 @@ Written without NeMo; it names NeMo's classes and what each is given, nothing el
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.models.architecture import Architecture
+from nemo_disco.models.shape import model_shape
 from nemo_disco.runtime.errors import UserError
 
 TOKENIZER = "nemo_tokenizer"  # the directory beside io.json
-_MODELS = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
-_LLAMA3_ROPE = {
+# Fields of a rope in config.json and in NeMo.
+_SCALINGS = {
     "factor": "scale_factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
@@ -33,36 +34,31 @@ class _Call:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def write_context(directory: Path, architecture: Architecture) -> None:
-    """Write io.json into a directory that holds the tokenizer's files in nemo_tokenizer/.
+def write_context(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write io.json into a directory that holds the tokenizer's files in nemo_tokenizer/. config: of read_hf_config.
 
     Raises UserError for a rope that NeMo's classes do not have.
     """
-    config = architecture.config
-    rope = config["rope_parameters"]
-    sizes = architecture.megatron_sizes() | {
-        "vocab_size": architecture.vocab,
-        "seq_length": config["max_position_embeddings"],
-        "layernorm_epsilon": config["rms_norm_eps"],
+    shape, rope = model_shape(config), config["rope_parameters"]
+    name, kinds, scaling = shape.architecture.nemo, shape.architecture.nemo_configs, rope["rope_type"]
+    if scaling not in kinds:
+        raise UserError(f"config.json: NeMo 2.0 has no rope of type {scaling!r} for {name}; its model would be another")
+    sizes = shape.megatron_sizes() | {
+        "vocab_size": shape.vocab,
+        "seq_length": shape.max_positions,
         "rotary_base": rope["rope_theta"],
-        "share_embeddings_and_output_weights": architecture.tied,
+        "share_embeddings_and_output_weights": shape.tied,
         "make_vocab_size_divisible_by": 1,
     }
-    name = _MODELS[config["model_type"]]
+    sizes |= {_SCALINGS[key]: value for key, value in rope.items() if key in _SCALINGS}
     models = f"nemo.collections.llm.gpt.model.{name.lower()}"
-    kind = f"{name}Config7B" if name == "Mistral" else f"{name}Config"  # NeMo has no Mistral without a size
-    scaling = rope["rope_type"]
-    if name == "Llama" and scaling == "llama3":
-        kind = "Llama31Config"
-        sizes |= {theirs: rope[ours] for ours, theirs in _LLAMA3_ROPE.items()}
-    elif scaling != "default":
-        raise UserError(f"config.json: NeMo 2.0 has no rope of type {scaling!r} for {name}; its model would be another")
     tokenizer = _Call(
         "nemo.collections.common.tokenizers.huggingface.auto_tokenizer",
         "AutoTokenizer",
         {"pretrained_model_name": TOKENIZER},
     )
-    model = _Call(models, f"{name}Model", {"config": _Call(models, kind, sizes), "tokenizer": tokenizer})
+    network = _Call(models, kinds[scaling], sizes)
+    model = _Call(models, f"{name}Model", {"config": network, "tokenizer": tokenizer})
     context = _Call("nemo.lightning.io.pl", "TrainerContext", {"model": model, "trainer": None, "extra": {}})
     (directory / "io.json").write_text(json.dumps(_Fiddle().document(context), indent=1) + "\n")
 

@@ -10,25 +10,21 @@ import torch
 
 import nemo_disco
 from nemo_disco.checkpoint import files
-from nemo_disco.models.architecture import read_architecture
-from nemo_disco.policy.hugging_face import load_hf_config
+from nemo_disco.models.hf_config import load_hf_config
+from nemo_disco.models.shape import read_shape
 from nemo_disco.runtime.errors import UserError
 
 
 def write_record(work: Path, source: Path) -> None:
     """Of weights alone: no optimizer, no loop state. `work` must hold every other file."""
     config = load_hf_config(source)
-    kind = {
-        name: getattr(config, name) for name in ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
-    }
-    shape = read_architecture(source).megatron_sizes() | {"layernorm_epsilon": config.rms_norm_eps}
     record: dict[str, Any] = {
         "format": files.FORMAT,
         "step": 0,
         "code": {"nemo_disco": nemo_disco.__version__, "torch": torch.__version__},
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "optimizer": None,
-        "model": kind | shape,
+        "model": read_shape(source).identity(config),
         "loop_state": {},
         "random_state": [],
         "files": files.describe(work, 0),

@@ -28,12 +28,6 @@ DATASHEET = {
 }
 
 
-def matrix_parameters(shape: ModelShape) -> int:
-    """Parameters that multiply every token: the layers' matrices, without biases, norms, embedding and output layer."""
-    attention = shape.hidden * (shape.query_width + 2 * shape.kv_width) + shape.query_width * shape.hidden
-    return shape.layers * (attention + 3 * shape.hidden * shape.ffn)
-
-
 def forward_flops(shape: ModelShape, lengths: Iterable[int], predicted: int) -> int:
     """One forward pass over packed sequences of so many tokens, with the output layer at `predicted` positions.
 
@@ -43,7 +37,8 @@ def forward_flops(shape: ModelShape, lengths: Iterable[int], predicted: int) -> 
     lengths = list(lengths)
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     attention = 4 * shape.layers * shape.query_width * pairs
-    return 2 * matrix_parameters(shape) * sum(lengths) + attention + 2 * shape.vocab * shape.hidden * predicted
+    matrices = shape.layers * shape.matrix_parameters * sum(lengths) + shape.vocab * shape.hidden * predicted
+    return 2 * matrices + attention
 
 
 def peak_flops(device: str) -> float | None:

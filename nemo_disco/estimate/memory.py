@@ -197,7 +197,7 @@ def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> i
     """Bytes a token that the norms of queries and keys keep, where there are any, beside the projections: on CUDA their
     inputs, each in one piece; else the inputs in float32 at least (queries in one piece, keys as they are projected)
     and the normalised inputs."""
-    if not shape.qk_norm:
+    if not shape.architecture.qk_norm:
         return 0
     width = shape.query_width + shape.kv_width
     if cuda:

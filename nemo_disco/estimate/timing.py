@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.estimate.flops import DATASHEET, TRAINING, matrix_parameters
+from nemo_disco.estimate.flops import DATASHEET, TRAINING
 from nemo_disco.estimate.memory import BYTES, Layout, cache_a_response, longest, micro_batches, responses_a_rank
 from nemo_disco.models.shape import ModelShape
 
@@ -94,7 +94,7 @@ def _forward(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float
     """Seconds of a rank's share of a forward pass over all tokens: of matrix products, 2 FLOPs a weight; of causal
     attention, 2 n query widths a layer for each of n tokens."""
     peak = (PEAK if config.trainer.precision == "bf16" else PEAK_32) * layout.replica * layout.data
-    matrices = 2 * tokens * (matrix_parameters(shape) + shape.embedding_parameters)
+    matrices = 2 * tokens * (shape.layers * shape.matrix_parameters + shape.embedding_parameters)
     attention = 2 * tokens * SQUARES * mean * shape.query_width * shape.layers
     return matrices / (MATRICES * peak), attention / (ATTENTION * peak)
 

@@ -23,17 +23,17 @@ SETS = {
     "olympiad_bench": "O-Bench",
 }
 _METHODS = ("base model", "GRPO", "GRPO-ER", "Dr. GRPO", "DAPO", "TRPA", "DisCO (L-ratio)", "DisCO (log-L)")
-# (architecture, hidden size) of the trained model -> its name, and the average score of each of _METHODS.
-REPORTED: dict[tuple[str, int], tuple[str, tuple[float, ...]]] = {
-    ("qwen2", 1536): ("DeepSeek-R1-Distill-Qwen-1.5B", (0.376, 0.457, 0.460, 0.443, 0.473, 0.470, 0.524, 0.533)),
-    ("qwen2", 3584): ("DeepSeek-R1-Distill-Qwen-7B", (0.513, 0.592, 0.593, 0.575, 0.570, 0.578, 0.627, 0.625)),
-    ("llama", 4096): ("DeepSeek-R1-Distill-Llama-8B", (0.462, 0.516, 0.529, 0.526, 0.527, 0.527, 0.579, 0.584)),
+# Trained model -> the average score of each of _METHODS.
+REPORTED: dict[str, tuple[float, ...]] = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": (0.376, 0.457, 0.460, 0.443, 0.473, 0.470, 0.524, 0.533),
+    "DeepSeek-R1-Distill-Qwen-7B": (0.513, 0.592, 0.593, 0.575, 0.570, 0.578, 0.627, 0.625),
+    "DeepSeek-R1-Distill-Llama-8B": (0.462, 0.516, 0.529, 0.526, 0.527, 0.527, 0.579, 0.584),
 }
 
 
-def papers_table(results: Sequence[EvaluationResult], model: tuple[str, int]) -> str:
+def papers_table(results: Sequence[EvaluationResult], model: str | None) -> str:
     """Pass@1 of each set, the papers' sets first and in their order, and the average over their six if all are there;
-    then the papers' rows, if `model` (architecture, hidden size) is one of theirs."""
+    then the papers' rows, if `model` is the name of one of theirs."""
     by_name = {result.name: result for result in results}
     names = [name for name in SETS if name in by_name] + [name for name in by_name if name not in SETS]
     titles = [SETS.get(name, name) for name in names]
@@ -42,8 +42,8 @@ def papers_table(results: Sequence[EvaluationResult], model: tuple[str, int]) ->
     average = f"{np.mean([s for n, s in zip(names, scores, strict=True) if n in SETS]):.3f}" if complete else "-"
     rows = [["Pass@1", *titles, "Avg. of six"], ["this model", *(f"{s:.3f}" for s in scores), average]]
     if model in REPORTED:
-        model_name, reported = REPORTED[model]
-        rows.append([f"reported for {model_name} (arXiv 2505.12366):", *[""] * len(names), ""])
+        reported = REPORTED[model]
+        rows.append([f"reported for {model} (arXiv 2505.12366):", *[""] * len(names), ""])
         rows += [[f"  {m}", *["-"] * len(names), f"{v:.3f}"] for m, v in zip(_METHODS, reported, strict=True)]
     first = max(len(row[0]) for row in rows if row[-1])
     widths = [first, *(max(len(row[i]) for row in rows) for i in range(1, len(rows[0])))]
@@ -55,7 +55,7 @@ def papers_table(results: Sequence[EvaluationResult], model: tuple[str, int]) ->
 
 
 def print_tables(
-    results: Sequence[EvaluationResult], reference: Mapping[str, EvaluationResult], model: tuple[str, int]
+    results: Sequence[EvaluationResult], reference: Mapping[str, EvaluationResult], model: str | None
 ) -> None:
     """Print the papers' table if one of the papers' sets was evaluated, and the AES table if there is a reference."""
     if any(result.name in SETS for result in results):

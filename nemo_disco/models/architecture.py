@@ -1,136 +1,123 @@
-"""The names and layouts of one model in both worlds, as a table: Qwen2, Qwen3, Llama, Mistral.
+"""Description of each architecture (a model_type of Hugging Face), as data: its modules, weights, rope and activation.
 
-Pure: a Hugging Face config.json in, pairings out. Each pairing is one megatron tensor of one layer and the Hugging Face
-tensors that it is made of.
+A new architecture of the same building blocks is one entry of ARCHITECTURES; nothing outside this directory knows a
+model_type. Must not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from nemo_disco.models.hf_config import read_hf_config
-from nemo_disco.models.shape import decoder_sizes
-
-Shape = tuple[int, ...]
+Sizes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Pairing:
-    """key: megatron's, layer: its row where layers are stacked under one key (None: no layer's); shape: of that row.
+class Weight:
+    """One tensor of megatron-core and the Hugging Face tensors that it consists of.
 
-    parts: (Hugging Face name, shape). kind: how the parts make the whole.
+    name: megatron-core's; parts: Hugging Face's names. Those of a layer's weights come after `decoder.layers.N.` and
+    `model.layers.N.`. sizes: the shape of each part, as attributes of ModelShape.
+    split: the dimension that tensor parallelism cuts, in each part; None: every rank holds the whole tensor.
+    groups: an attribute of ModelShape: how many groups of rows the tensor has, each with its rows of every part in
+    turn; None: one group, so that the parts follow one another.
+    local_name: megatron-core's own name where its norms are modules of their own, not fused into the linear layer.
     """
 
-    key: str
-    layer: int | None
-    shape: Shape
-    parts: tuple[tuple[str, Shape], ...]
-    kind: Literal["same", "stacked", "qkv"] = "same"
+    name: str
+    parts: tuple[str, ...]
+    sizes: tuple[Sizes, ...]
+    split: int | None = None
+    groups: str | None = None
+    local_name: str | None = None
+
+
+def _norm(name: str, part: str, size: str = "hidden", local_name: str | None = None) -> Weight:
+    return Weight(name, (part,), ((size,),), local_name=local_name)
+
+
+def _qkv(kind: str, *columns: str) -> Weight:
+    parts = tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv")
+    sizes = tuple((rows, *columns) for rows in ("query_width", "kv_width", "kv_width"))
+    return Weight(f"self_attention.linear_qkv.{kind}", parts, sizes, split=0, groups="kv_heads")
+
+
+EMBEDDING = Weight("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), split=0)
+FINAL_NORM = _norm("decoder.final_layernorm.weight", "model.norm.weight")
+OUTPUT = Weight("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), split=0)
+# The building blocks of a layer, in the order of a forward pass.
+LAYER = {
+    "attention_norm": _norm(
+        "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", local_name="input_layernorm.weight"
+    ),
+    "qkv": _qkv("weight", "hidden"),
+    "qkv_bias": _qkv("bias"),
+    "query_norm": _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head_dim"),
+    "key_norm": _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head_dim"),
+    "projection": Weight(
+        "self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), (("hidden", "query_width"),), split=1
+    ),
+    "mlp_norm": _norm(
+        "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", local_name="pre_mlp_layernorm.weight"
+    ),
+    "gate_up": Weight(
+        "mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), (("ffn", "hidden"),) * 2, split=0
+    ),
+    "down": Weight("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), (("hidden", "ffn"),), split=1),
+}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """config: what read_hf_config returns; its sizes by the names of ModelShape."""
+    """What all networks of one model_type have in common.
 
-    config: dict[str, Any]
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    qkv_bias: bool
-    qk_norm: bool
+    absent: values of the fields that a config.json leaves out; rope_theta: the base of rope's angles there.
+    null_head_dim: a config.json may say `"head_dim": null`, for hidden_size / num_attention_heads. window_switch: its
+    sliding_window counts only where use_sliding_window is true.
+    nemo: NeMo 2.0's name of the model; nemo_configs: its configuration class for each rope that it has.
+    """
 
-    def megatron_sizes(self) -> dict[str, int | bool]:
-        """By the names of megatron-core's TransformerConfig, which NeMo's configurations share."""
-        return {
-            "num_layers": self.layers,
-            "hidden_size": self.hidden,
-            "ffn_hidden_size": self.ffn,
-            "num_attention_heads": self.heads,
-            "num_query_groups": self.kv_heads,
-            "kv_channels": self.head_dim,
-            "add_qkv_bias": self.qkv_bias,
-        }
+    model_type: str
+    nemo: str
+    nemo_configs: Mapping[str, str] = field(hash=False)
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm: str = "RMSNorm"
+    activation: str = "silu"
+    absent: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rope_theta: float = 10000.0
+    null_head_dim: bool = True
+    window_switch: bool = False
 
-    def pairings(self) -> Iterator[Pairing]:
-        """Every tensor of the model, once, in the order of a forward pass."""
-        h, ffn, d = self.hidden, self.ffn, self.head_dim
-        table = (self.vocab, h)
-        yield Pairing("embedding.word_embeddings.weight", None, table, (("model.embed_tokens.weight", table),))
-        for layer in range(self.layers):
-            hf = f"model.layers.{layer}."
-
-            def one(key: str, name: str, shape: Shape, layer: int = layer, hf: str = hf) -> Pairing:
-                return Pairing(f"decoder.layers.{key}", layer, shape, ((hf + name, shape),))
-
-            yield one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", (h,))
-            yield self._qkv(layer, hf, "weight", (h,))
-            if self.qkv_bias:
-                yield self._qkv(layer, hf, "bias", ())
-            if self.qk_norm:
-                yield one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", (d,))
-                yield one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", (d,))
-            yield one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", (h, self.heads * d))
-            yield one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", (h,))
-            gated = tuple((f"{hf}mlp.{name}_proj.weight", (ffn, h)) for name in ("gate", "up"))
-            yield Pairing("decoder.layers.mlp.linear_fc1.weight", layer, (2 * ffn, h), gated, "stacked")
-            yield one("mlp.linear_fc2.weight", "mlp.down_proj.weight", (h, ffn))
-        yield Pairing("decoder.final_layernorm.weight", None, (h,), (("model.norm.weight", (h,)),))
-        if not self.tied:
-            yield Pairing("output_layer.weight", None, table, (("lm_head.weight", table),))
-
-    def modules_with_state(self) -> Iterator[tuple[str, int, int]]:
-        """(name, layer, layers) of what may hold FP8 state: Transformer Engine's linear layers, attention and norms."""
-        names = ["self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"]
-        names += ["mlp.linear_fc1", "mlp.linear_fc2"]
-        if self.qk_norm:
-            names += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
-        yield from ((f"decoder.layers.{name}", i, self.layers) for name in names for i in range(self.layers))
-        yield "decoder.final_layernorm", 0, 1
-
-    def join(self, pairing: Pairing, parts: list[Tensor]) -> Tensor:
-        """The megatron tensor. Its memory, and for more than one part no more than that again."""
-        if pairing.kind == "same":
-            return parts[0]
-        whole = torch.empty(pairing.shape, dtype=parts[0].dtype)
-        for view, part in zip(self._views(pairing, whole), parts, strict=True):
-            view.copy_(part.view(view.shape))
-        return whole
-
-    def split(self, pairing: Pairing, whole: Tensor) -> list[Tensor]:
-        """The Hugging Face tensors, as views where that is possible."""
-        if pairing.kind == "same":
-            return [whole]
-        views = self._views(pairing, whole)
-        return [view.reshape(shape) for view, (_, shape) in zip(views, pairing.parts, strict=True)]
-
-    def _qkv(self, layer: int, hf: str, what: str, columns: Shape) -> Pairing:
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        rows = (("q", queries), ("k", keys), ("v", keys))
-        parts = tuple((f"{hf}self_attn.{name}_proj.{what}", (n, *columns)) for name, n in rows)
-        shape = (queries + 2 * keys, *columns)
-        return Pairing(f"decoder.layers.self_attention.linear_qkv.{what}", layer, shape, parts, "qkv")
-
-    def _views(self, pairing: Pairing, whole: Tensor) -> list[Tensor]:
-        """The parts inside the whole. megatron keeps each group's queries beside its key and its value."""
-        if pairing.kind == "stacked":
-            return list(whole.chunk(2))
-        grouped = whole.view(self.kv_heads, -1, self.head_dim, *whole.shape[1:])
-        share = self.heads // self.kv_heads
-        return [grouped[:, :share], grouped[:, share : share + 1], grouped[:, share + 1 :]]
+    @property
+    def layer(self) -> dict[str, Weight]:
+        """The weights of a layer by their role, in the order of a forward pass."""
+        has = {"qkv_bias": self.qkv_bias, "query_norm": self.qk_norm, "key_norm": self.qk_norm}
+        return {role: weight for role, weight in LAYER.items() if has.get(role, True)}
 
 
-def read_architecture(directory: Path) -> Architecture:
-    """Of a Hugging Face directory. Raises UserError as read_hf_config does."""
-    config = read_hf_config(directory)
-    return Architecture(config=config, **decoder_sizes(config))
+_QWEN: dict[str, Any] = {"null_head_dim": False, "window_switch": True}
+ARCHITECTURES = {
+    a.model_type: a
+    for a in (
+        Architecture("llama", "Llama", {"default": "LlamaConfig", "llama3": "Llama31Config"}),
+        Architecture(
+            "mistral",
+            "Mistral",
+            {"default": "MistralConfig7B"},  # NeMo has no Mistral without a size
+            absent={"num_key_value_heads": 8, "sliding_window": 4096},
+        ),
+        Architecture(
+            "qwen2", "Qwen2", {"default": "Qwen2Config"}, qkv_bias=True, absent={"num_key_value_heads": 32}, **_QWEN
+        ),
+        Architecture(
+            "qwen3",
+            "Qwen3",
+            {"default": "Qwen3Config"},
+            qk_norm=True,
+            absent={"num_key_value_heads": 32, "head_dim": 128},
+            **_QWEN,
+        ),
+    )
+}

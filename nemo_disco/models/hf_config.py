@@ -8,33 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.models.architecture import ARCHITECTURES, Architecture
 from nemo_disco.models.directory import explain
 from nemo_disco.models.rope import read_rope
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.saved_files import FileError, read_json
 
-
-@dataclass(frozen=True)
-class Family:
-    """Properties that all networks of one model_type share, and the values of fields that a config.json leaves out."""
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    absent: dict[str, Any] = field(default_factory=dict)
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(absent={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": Family(qkv_bias=True, absent={"num_key_value_heads": 32}),
-    "qwen3": Family(qk_norm=True, absent={"num_key_value_heads": 32, "head_dim": 128}),
-}
-_ABSENT = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}  # in every family
-
+# Values of fields that a config.json leaves out, whatever its architecture.
+_ABSENT = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -120,18 +104,35 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{file}: {error}") from None
 
 
+def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a local directory.
+
+    Raises UserError as read_hf_config does, and for what transformers itself refuses.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    read_hf_config(path)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}/config.json: transformers refuses it: {' '.join(str(error).split())}") from error
+
+
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the values of absent fields. Raises UserError for a network that is not built."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"model_type {_shown(kind)} is not built; known: {', '.join(sorted(FAMILIES))}")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UserError(f"model_type {_shown(kind)} is not built; known: {', '.join(sorted(ARCHITECTURES))}")
+    architecture = ARCHITECTURES[kind]
     _check_identity(config, kind)
-    _check_known(config, kind)
-    config = _ABSENT | FAMILIES[kind].absent | config
+    _check_known(config, architecture)
+    config = {**_ABSENT, **architecture.absent, **config}
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config.get("num_attention_heads")
-    _check_sizes(config, kind)
-    _check_attention(config, kind)
-    return config | _spellings(config)
+    _check_sizes(config, architecture)
+    _check_attention(config, architecture)
+    return config | _spellings(config, architecture)
 
 
 def _check_identity(config: dict[str, Any], kind: str) -> None:
@@ -150,10 +151,9 @@ def _check_identity(config: dict[str, Any], kind: str) -> None:
         )
 
 
-def _check_known(config: dict[str, Any], kind: str) -> None:
+def _check_known(config: dict[str, Any], architecture: Architecture) -> None:
     """Every field is known, and has a value under which the network is the one that is built."""
-    bias = FAMILIES[kind].qkv_bias
-    only = ONLY | {"attention_bias": ((True,) if bias else (False, None), "")}
+    only = ONLY | {"attention_bias": ((True,) if architecture.qkv_bias else (False, None), "")}
     unknown = [name for name in config if name not in USED and name not in HARMLESS and name not in only]
     if unknown:
         named = ", ".join(f"{_shown(name, quote=False)}={_shown(config[name])}" for name in unknown[:3])
@@ -167,11 +167,10 @@ def _check_known(config: dict[str, Any], kind: str) -> None:
             raise UserError(f"{name}={_shown(config[name])} is not built, only {allowed}" + (f"; {hint}" * bool(hint)))
 
 
-def _check_sizes(config: dict[str, Any], kind: str) -> None:
+def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
     if missing := [name for name in _SIZES if config.get(name) is None]:
         raise UserError(f"{missing[0]} is missing; only decoders such as Qwen2 and Llama are built")
-    # Llama's and Mistral's null is hidden_size / num_attention_heads; transformers knows no null of Qwen's.
-    null = config.get("head_dim") is None and not (kind.startswith("qwen") and "head_dim" in config)
+    null = config.get("head_dim") is None and (architecture.null_head_dim or "head_dim" not in config)
     for name in _SIZES if null else (*_SIZES, "head_dim"):
         most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
         if not _is_size(config[name], most):
@@ -187,7 +186,7 @@ def _check_sizes(config: dict[str, Any], kind: str) -> None:
         raise UserError(f"tie_word_embeddings={_shown(config['tie_word_embeddings'])} is neither true nor false")
 
 
-def _check_attention(config: dict[str, Any], kind: str) -> None:
+def _check_attention(config: dict[str, Any], architecture: Architecture) -> None:
     """Attention sees the whole sequence. Qwen's files name a window that is not used; Mistral's has no such switch."""
     window, uses = config.get("sliding_window"), config.get("use_sliding_window", False)
     layers = config["num_hidden_layers"]
@@ -198,7 +197,7 @@ def _check_attention(config: dict[str, Any], kind: str) -> None:
         raise UserError(
             f"layer_types={_shown(kinds)} is not built, only 'full_attention' for each of num_hidden_layers={layers}"
         )
-    if kind.startswith("qwen") and (not uses or kinds is not None or config.get("max_window_layers", 28) >= layers):
+    if architecture.window_switch and (not uses or kinds is not None or config.get("max_window_layers", 28) >= layers):
         return
     if window is None:
         return
@@ -208,9 +207,9 @@ def _check_attention(config: dict[str, Any], kind: str) -> None:
     )
 
 
-def _spellings(config: dict[str, Any]) -> dict[str, Any]:
+def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The fields whose names differ between transformers 4 and 5, in both."""
-    both: dict[str, Any] = read_rope(config).spellings()
+    both: dict[str, Any] = read_rope(config, architecture.rope_theta).spellings()
     dtypes = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
     for name, value in dtypes.items():
         if value not in _DTYPES:

@@ -1,6 +1,6 @@
-"""Rotary position embeddings as config.json says them, under transformers 4's names, transformers 5's, or both.
+"""Rotary position embeddings of a config.json, under transformers 4's names, transformers 5's, or both.
 
-Pure: fields in, one record out. The angles themselves are computed by transformers (policy/hugging_face.py).
+Fields in, one record out; the angles are transformers' own, so that every scaling is computed as there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 from nemo_disco.runtime.errors import UserError
 
-_DEFAULT_THETA = 10000.0  # transformers', for every family that is built
 # The scalings whose attention factor is 1, so that the angles say everything; and what each is made of.
 SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -38,21 +37,30 @@ class Rope:
         }
 
 
-def read_rope(config: dict[str, Any]) -> Rope:
-    """Of the fields of a config.json. Raises UserError for a scaling that is not built, and for two spellings that
-    contradict each other."""
+def read_rope(config: dict[str, Any], default_theta: float) -> Rope:
+    """The rope of a config.json. default_theta: the base if it names none.
+
+    Raises UserError for a scaling that is not built, and for two spellings that contradict each other.
+    """
     theta = config.get("rope_theta")
     given = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
-    ropes = {name: _read(name, value, theta) for name, value in given.items()}
+    ropes = {name: _read(name, value, theta, default_theta) for name, value in given.items()}
     if len(ropes) == 2 and ropes["rope_parameters"] != ropes["rope_scaling"]:
         raise UserError(
             f"rope_parameters={given['rope_parameters']} and rope_scaling={given['rope_scaling']} (with "
             f"rope_theta={theta}) contradict; remove the one that is wrong"
         )
-    return next(iter(ropes.values()), None) or _read("rope_theta", {}, theta)
+    return next(iter(ropes.values()), None) or _read("rope_theta", {}, theta, default_theta)
 
 
-def _read(name: str, value: Any, theta: float | None) -> Rope:
+def inverse_frequencies(hf_config: Any) -> Any:
+    """[head_dim / 2] angles per position, float32, of a transformers config."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding(hf_config).inv_freq
+
+
+def _read(name: str, value: Any, theta: float | None, default_theta: float) -> Rope:
     if not isinstance(value, dict):
         raise UserError(f"{name}={value!r} is not an object with a rope_type")
     kinds = {value[key] for key in ("rope_type", "type") if isinstance(value.get(key), str)}
@@ -69,7 +77,7 @@ def _read(name: str, value: Any, theta: float | None) -> Rope:
     inner = value.get("rope_theta")
     if inner is not None and theta is not None and inner != theta:
         raise UserError(f"{name}: rope_theta={inner!r} there and {theta!r} beside it contradict")
-    base = inner if inner is not None else theta if theta is not None else _DEFAULT_THETA
+    base = inner if inner is not None else theta if theta is not None else default_theta
     scaling = {key: _positive(f"{name}: {key}", value.get(key)) for key in SCALINGS[kind]}
     return Rope(kind, _positive("rope_theta", base), scaling)
 

@@ -1,21 +1,52 @@
-"""The shape of a model, from its Hugging Face config.json alone, for checks and estimates before anything is built.
+"""The shape of one model: its architecture and sizes, the names and shapes of its weights, and counts of parameters.
 
-Reads one JSON file; must not import torch or transformers. The families of hf_config: grouped-query attention, SwiGLU.
+Reads one JSON file; must not import torch or transformers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.models.architecture import ARCHITECTURES, EMBEDDING, FINAL_NORM, OUTPUT, Architecture, Sizes, Weight
 from nemo_disco.models.directory import explain
-from nemo_disco.models.hf_config import FAMILIES, read_hf_config
+from nemo_disco.models.hf_config import read_hf_config
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelWeight:
+    """A weight of one model, whole: not cut by tensor parallelism.
+
+    layer: from 0; None: the weight is no layer's. key: megatron-core's name in a checkpoint, which stacks the layers;
+    local_key: that of its own layers, where it differs. parts: name and shape of each Hugging Face tensor. split: as in
+    Weight; groups: how many groups of rows alternate between the parts.
+    """
+
+    layer: int | None
+    key: str
+    local_key: str
+    parts: tuple[tuple[str, Shape], ...]
+    split: int | None
+    groups: int
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the megatron-core tensor."""
+        return (sum(shape[0] for _, shape in self.parts), *self.parts[0][1][1:])
+
+    def numbered(self, key: str) -> str:
+        """megatron-core's name of the parameter in the whole model, from `key` or `local_key`."""
+        return key if self.layer is None else key.replace("decoder.layers.", f"decoder.layers.{self.layer}.")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder; head_dim in numbers a head, max_positions in tokens."""
+    """Sizes of a decoder: `head_dim` numbers per head, `max_positions` tokens, `ffn` the width of the MLP."""
 
     layers: int
     hidden: int
@@ -25,9 +56,9 @@ class ModelShape:
     head_dim: int
     vocab: int
     tied: bool
-    qkv_bias: bool
+    architecture: Architecture
     max_positions: int
-    qk_norm: bool = False
+    norm_eps: float = 1e-6
 
     @property
     def query_width(self) -> int:
@@ -35,24 +66,86 @@ class ModelShape:
 
     @property
     def kv_width(self) -> int:
-        """Of keys, and of values."""
+        """Width of the keys, and of the values."""
         return self.kv_heads * self.head_dim
+
+    def weights(self) -> Iterator[ModelWeight]:
+        """Every weight, once, in the order of a forward pass; a tied output layer is the embedding."""
+        yield self._weight(EMBEDDING)
+        for layer in range(self.layers):
+            for weight in self.architecture.layer.values():
+                yield self._weight(weight, layer)
+        yield self._weight(FINAL_NORM)
+        if not self.tied:
+            yield self._weight(OUTPUT)
+
+    def tensors(self) -> dict[str, Shape]:
+        """Name and shape of every Hugging Face tensor, without a tied output layer."""
+        return dict(part for weight in self.weights() for part in weight.parts)
+
+    def modules_with_state(self) -> Iterator[tuple[str, int, int]]:
+        """(name, layer, layers) of what may hold FP8 state: Transformer Engine's linear layers, attention and norms."""
+        modules = [weight.name.rpartition(".")[0] for weight in self.architecture.layer.values()]
+        for module in dict.fromkeys([*modules, "self_attention.core_attention"]):
+            yield from ((f"decoder.layers.{module}", layer, self.layers) for layer in range(self.layers))
+        yield FINAL_NORM.name.rpartition(".")[0], 0, 1
+
+    def megatron_sizes(self) -> dict[str, int | float]:
+        """The sizes by the names of megatron-core's TransformerConfig, which NeMo's configurations share."""
+        return {
+            "num_layers": self.layers,
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.kv_heads,
+            "kv_channels": self.head_dim,
+            "add_qkv_bias": self.architecture.qkv_bias,
+            "layernorm_epsilon": self.norm_eps,
+        }
+
+    def _weight(self, weight: Weight, layer: int | None = None) -> ModelWeight:
+        here, there = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
+        sizes = [self._shape(axes) for axes in weight.sizes]
+        return ModelWeight(
+            layer,
+            key=here + weight.name,
+            local_key=here + (weight.local_name or weight.name),
+            parts=tuple((there + name, shape) for name, shape in zip(weight.parts, sizes, strict=True)),
+            split=weight.split,
+            groups=1 if weight.groups is None else getattr(self, weight.groups),
+        )
+
+    def _shape(self, sizes: Sizes) -> Shape:
+        return tuple(getattr(self, size) for size in sizes)
+
+    def identity(self, hf_config: Any) -> dict[str, Any]:
+        """What a checkpoint's record says of its model, in plain JSON. hf_config: transformers'."""
+        kind = ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
+        return {name: getattr(hf_config, name) for name in kind} | self.megatron_sizes()
+
+    # --- numbers of parameters ---
 
     @property
     def layer_parameters(self) -> int:
         """Parameters of one layer."""
-        qkv = self.query_width + 2 * self.kv_width
-        attention = self.hidden * qkv + self.query_width * self.hidden + (qkv if self.qkv_bias else 0)
-        return attention + 3 * self.hidden * self.ffn + self.norm_parameters
+        return self._count(self.architecture.layer.values())
 
     @property
     def norm_parameters(self) -> int:
-        """Parameters of one layer's norms: of its two inputs, and of a query's and a key's head where they have one."""
-        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        """Parameters of one layer's norms, which every tensor-parallel rank holds whole."""
+        return self._count(weight for weight in self.architecture.layer.values() if weight.split is None)
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters of one layer's matrices, which multiply every token: no biases, no norms."""
+        return self._count(weight for weight in self.architecture.layer.values() if len(weight.sizes[0]) == 2)
+
+    def _count(self, weights: Iterable[Weight]) -> int:
+        return sum(prod(self._shape(sizes)) for weight in weights for sizes in weight.sizes)
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding; the output layer, where it is not tied, has as many."""
+        """Parameters of the embedding; an output layer that is not tied has as many."""
         return self.vocab * self.hidden
 
     @property
@@ -62,22 +155,31 @@ class ModelShape:
         return self.layers * self.layer_parameters + embeddings + self.hidden
 
 
-# The published shapes of the papers' models and their larger kin, so that `plan` can speak of a model that is not on
-# this machine; each also goes by its size.
+# Published shapes of the papers' models and their larger kin, so that `plan` works without their files.
+# SIZES: their names by size (32b).
 _DISTILL: dict[str, Any] = {"tied": False, "max_positions": 131072}
+_QWEN2, _LLAMA = ({**_DISTILL, "architecture": ARCHITECTURES[name]} for name in ("qwen2", "llama"))
 KNOWN = {
-    "DeepSeek-R1-Distill-Qwen-1.5B": ModelShape(28, 1536, 8960, 12, 2, 128, 151936, qkv_bias=True, **_DISTILL),
-    "DeepSeek-R1-Distill-Qwen-7B": ModelShape(28, 3584, 18944, 28, 4, 128, 152064, qkv_bias=True, **_DISTILL),
-    "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, qkv_bias=False, **_DISTILL),
-    "DeepSeek-R1-Distill-Qwen-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064, qkv_bias=True, **_DISTILL),
-    "DeepSeek-R1-Distill-Llama-70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, qkv_bias=False, **_DISTILL),
+    "DeepSeek-R1-Distill-Qwen-1.5B": ModelShape(28, 1536, 8960, 12, 2, 128, 151936, **_QWEN2),
+    "DeepSeek-R1-Distill-Qwen-7B": ModelShape(28, 3584, 18944, 28, 4, 128, 152064, **_QWEN2),
+    "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, **_LLAMA),
+    "DeepSeek-R1-Distill-Qwen-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064, **_QWEN2),
+    "DeepSeek-R1-Distill-Llama-70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, **_LLAMA),
 }
 SIZES = {name.rpartition("-")[2].lower(): name for name in KNOWN}
 
 
+def published_name(shape: ModelShape) -> str | None:
+    """The name in KNOWN of the model that has this architecture, number of layers and hidden size, if any."""
+    sizes = (shape.architecture, shape.layers, shape.hidden)
+    return next((name for name, s in KNOWN.items() if (s.architecture, s.layers, s.hidden) == sizes), None)
+
+
 def find_shape(path: str) -> tuple[ModelShape | None, str]:
-    """The shape of the model at `path`, or the published one of a known name or size (32b), and a line that says which
-    it is. Raises UserError for a damaged directory."""
+    """The shape of the model at `path`, or the published one of a known name or size, and a line that says which it is.
+
+    Raises UserError for a damaged directory.
+    """
     try:
         exists = Path(path).exists()
     except OSError:
@@ -93,27 +195,23 @@ def find_shape(path: str) -> tuple[ModelShape | None, str]:
 
 
 def read_shape(path: str | Path) -> ModelShape:
-    """The shape of the model in a Hugging Face directory.
-
-    Raises UserError as read_hf_config does.
-    """
-    config = read_hf_config(path)
-    return ModelShape(**decoder_sizes(config), max_positions=config["max_position_embeddings"])
+    """The shape of the model in a Hugging Face directory. Raises UserError as read_hf_config does."""
+    return model_shape(read_hf_config(path))
 
 
-def decoder_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelShape but max_positions, of what read_hf_config returns."""
+def model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """The shape of the model that has this config, as read_hf_config returns it."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    family = FAMILIES[config["model_type"]]
-    return {
-        "layers": config["num_hidden_layers"],
-        "hidden": hidden,
-        "ffn": config["intermediate_size"],
-        "heads": heads,
-        "kv_heads": config["num_key_value_heads"],
-        "head_dim": config.get("head_dim") or hidden // heads,
-        "vocab": config["vocab_size"],
-        "tied": config["tie_word_embeddings"],
-        "qkv_bias": family.qkv_bias,
-        "qk_norm": family.qk_norm,
-    }
+    return ModelShape(
+        layers=config["num_hidden_layers"],
+        hidden=hidden,
+        ffn=config["intermediate_size"],
+        heads=heads,
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocab=config["vocab_size"],
+        tied=config["tie_word_embeddings"],
+        architecture=ARCHITECTURES[config["model_type"]],
+        max_positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+    )

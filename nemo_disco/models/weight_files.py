@@ -19,12 +19,13 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from nemo_disco.data.tokenizer import adapt_tokenizer_config
+from nemo_disco.models import architecture
 from nemo_disco.models.directory import safetensor_names
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.safetensor_writer import Plan, write_safetensors
 from nemo_disco.runtime.saved_files import FileError, check_file, read_json
 
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+(EMBEDDING,), (OUTPUT,) = architecture.EMBEDDING.parts, architecture.OUTPUT.parts
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _COMPARED_BYTES = 2**26
 # Angles of rope, which old Llama files hold and every network computes from config.json.
@@ -147,17 +148,6 @@ def check_tensors(place: Path, expected: Mapping[str, tuple[int, ...]], found: M
     ][:3]
     if faults:
         raise UserError(f"{place}: the weights do not fit config.json: {'; '.join(faults)}")
-
-
-def weight_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of transformers' own model of this config, without a tied output layer."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        shapes = {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(hf_config).state_dict().items()}
-    if hf_config.tie_word_embeddings:
-        shapes.pop(OUTPUT, None)
-    return shapes
 
 
 def _weight_files(directory: Path) -> list[Path]:

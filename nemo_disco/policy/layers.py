@@ -130,21 +130,3 @@ def _transformer_engine_attention() -> type:
             return out.reshape(query.shape[0], 1, -1)
 
     return PackedAttention
-
-
-# --- what reads the weights directly ---
-
-
-def qkv_norm_weight(layer: Any) -> Tensor:
-    """[h] of the norm before attention, wherever the make of the layer keeps it."""
-    return _norm_weight(layer.self_attention.linear_qkv, layer.input_layernorm)
-
-
-def mlp_norm_weight(layer: Any) -> Tensor:
-    """[h] of the norm before the MLP."""
-    return _norm_weight(layer.mlp.linear_fc1, layer.pre_mlp_layernorm)
-
-
-def _norm_weight(linear: Any, norm: Any) -> Tensor:
-    fused: Tensor | None = getattr(linear, "layer_norm_weight", None)
-    return norm.weight if fused is None else fused

@@ -1,6 +1,6 @@
-"""What megatron-core is told of a run: its TransformerConfig, data-parallel and optimizer settings, from ours.
+"""megatron-core's settings for a run, from ours: network, data parallelism and optimizer.
 
-Pure: builds nothing. Every fusion or overlap that is left off has its reason beside it.
+Builds nothing. Every fusion or overlap that is left off has its reason beside it.
 """
 
 from __future__ import annotations
@@ -10,49 +10,67 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
 
 from nemo_disco.config.schema import ModelConfig, OptimConfig
+from nemo_disco.models.shape import ModelShape
 
 # Ours -> Transformer Engine's number format and megatron's name of the recipe.
 _FP8 = {"delayed": ("hybrid", "delayed"), "current": ("hybrid", "tensorwise"), "blockwise": ("e4m3", "blockwise")}
 # Delayed scaling looks back over so many steps, as in Transformer Engine's own default.
 _AMAX_HISTORY = 1024
+_ACTIVATIONS = {"silu": F.silu}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_options(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, finalize: Callable[..., None]
-) -> dict[str, Any]:
-    """TransformerConfig fields of this run; the architecture's own come from the Hugging Face config. finalize: what
-    reduces gradients after the last micro-batch."""
+def transformer_config(
+    shape: ModelShape, config: ModelConfig, dtype: torch.dtype, device: torch.device, finalize: Callable[..., None]
+) -> TransformerConfig:
+    """megatron-core's description of the network, this run's parallelism and its kernels.
+
+    finalize: the function that reduces gradients after the last micro-batch.
+    """
     full = config.activations_checkpoint_granularity == "full"
-    return {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "sequence_parallel": config.sequence_parallel,
-        "recompute_granularity": config.activations_checkpoint_granularity,
-        "recompute_method": "uniform" if full else None,
-        "recompute_num_layers": 1 if full else None,
-        "hidden_dropout": 0.0,  # the old and the new log-probs must differ by theta alone
-        "attention_dropout": 0.0,
-        "use_cpu_initialization": device.type == "cpu",
-        "calculate_per_token_loss": True,  # sums, never means: the loss carries its own denominators
-        "finalize_model_grads_func": finalize,
-        "masked_softmax_fusion": False,
-        "bias_dropout_fusion": False,  # there is neither
-        "apply_rope_fusion": config.apply_rope_fusion,
-        "bias_activation_fusion": config.bias_activation_fusion,
+    return TransformerConfig(
+        **shape.megatron_sizes(),
+        normalization=shape.architecture.norm,
+        qk_layernorm=shape.architecture.qk_norm,
+        activation_func=_ACTIVATIONS[shape.architecture.activation],
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,  # the old and the new log-probs must differ by the weights alone
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        sequence_parallel=config.sequence_parallel,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # unused; megatron refuses its default with variable lengths
+        recompute_granularity=config.activations_checkpoint_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        use_cpu_initialization=device.type == "cpu",
+        calculate_per_token_loss=True,  # sums, never means: the loss carries its own denominators
+        finalize_model_grads_func=finalize,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,  # there is neither
+        apply_rope_fusion=config.apply_rope_fusion,
+        bias_activation_fusion=config.bias_activation_fusion,
         # Adds a matrix product straight into main_grad; the kernel is apex's.
-        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         # Interleaved stages send while they compute. Batched, the messages of two stages that are each other's next and
         # previous one are mixed up where micro-batches differ in length.
-        "overlap_p2p_comm": config.virtual_pipeline_model_parallel_size is not None,
-        "batch_p2p_comm": False,
+        overlap_p2p_comm=config.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=False,
         **_fp8_options(config),
-    }
+    )
 
 
 def _fp8_options(config: ModelConfig) -> dict[str, Any]:

@@ -26,15 +26,16 @@ from torch import Tensor
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.packing import plan_micro_batches
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.models.hf_config import read_hf_config
-from nemo_disco.models.weight_files import SafetensorReader, save_hf_directory, weight_shapes
+from nemo_disco.models.hf_config import load_hf_config, read_hf_config
+from nemo_disco.models.shape import read_shape
+from nemo_disco.models.weight_files import SafetensorReader, save_hf_directory
 from nemo_disco.policy import cpu_backend
-from nemo_disco.policy.hugging_face import HuggingFaceModel, load_hf_config
+from nemo_disco.policy.hugging_face import HuggingFaceModel
 from nemo_disco.policy.layers import uses_transformer_engine
 from nemo_disco.policy.micro_batch import MicroBatch, Padding, build_micro_batch, sequence_lengths
 from nemo_disco.policy.model import Targets
 from nemo_disco.policy.optimizer import Optimizer, StepResult
-from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_options
+from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_config
 from nemo_disco.policy.parallel import Ranks, device
 from nemo_disco.runtime.files import atomic_directory
 
@@ -69,13 +70,14 @@ class Policy:
         self.ranks, self.device = Ranks.here(), device()
         self.transformer_engine = uses_transformer_engine(config)
         self.hf_config = load_hf_config(config.path, config.trust_remote_code)
-        self.rows: int = self.hf_config.vocab_size
+        self.shape = read_shape(config.path)
+        self.rows = self.shape.vocab
         self.vocabulary = self.rows if vocabulary is None else min(vocabulary, self.rows)
-        options = transformer_options(config, dtype, self.device, _finalize_sums)
+        network = transformer_config(self.shape, config, dtype, self.device, _finalize_sums)
         with SafetensorReader(config.path) if read_weights else nullcontext() as reader:
             if reader is not None:
-                reader.check(weight_shapes(self.hf_config), self.hf_config.tie_word_embeddings)
-            self.model = HuggingFaceModel(self.hf_config, dtype, options, self.transformer_engine, self.vocabulary)
+                reader.check(self.shape.tensors(), self.shape.tied)
+            self.model = HuggingFaceModel(self.shape, self.hf_config, network, self.transformer_engine, self.vocabulary)
             if reader is not None:
                 self.model.load(reader.read_finite)
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]
@@ -243,7 +245,7 @@ class Policy:
             for _ in self.named_weights():
                 pass
         else:
-            shapes, dtype = weight_shapes(self.hf_config), self.hf_config.dtype or self.dtype
+            shapes, dtype = self.shape.tensors(), self.hf_config.dtype or self.dtype
             plan = [(name, shapes[name], dtype) for name in self.model.names()]
             config = read_hf_config(self.config.path)
             with atomic_directory(directory) as work:
@@ -256,13 +258,13 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.bridge.config.params_dtype
+        dtype: torch.dtype = self.model.config.params_dtype
         return dtype
 
     def plan(self, rollouts: Rollouts) -> list[list[tuple[int, ...]]]:
         """The numbers of the responses in each micro-batch of each data-parallel rank; the same on every rank. Empty
         responses are in none."""
-        config = self.model.bridge.config
+        config = self.model.config
         lengths = sequence_lengths(rollouts)
         read = [i for i, n in enumerate(lengths) if n > 0]
         plan = plan_micro_batches(

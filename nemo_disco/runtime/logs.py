@@ -22,7 +22,7 @@ NOISY = (
     "latex2sympy2_extended",
     "matplotlib",
 )
-LIBRARIES = ("mbridge", "megatron", "torch", "transformer_engine", "transformers")
+LIBRARIES = ("megatron", "torch", "transformer_engine", "transformers")
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

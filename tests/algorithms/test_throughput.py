@@ -7,9 +7,10 @@ from tiny_models import random_rollouts
 
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.estimate.flops import forward_flops
+from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.shape import ModelShape
 
-SHAPE = ModelShape(4, 64, 128, 8, 4, 8, 130, tied=True, qkv_bias=True, max_positions=256)
+SHAPE = ModelShape(4, 64, 128, 8, 4, 8, 130, tied=True, architecture=ARCHITECTURES["qwen2"], max_positions=256)
 
 
 def test_rates_are_per_device_and_of_the_tokens_that_were_read() -> None:

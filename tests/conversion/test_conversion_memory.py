@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_disco.models.architecture import read_architecture
+from nemo_disco.models.shape import read_shape
 
 CONFIG = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 256, "intermediate_size": 2048,
@@ -26,8 +26,8 @@ LARGEST = 20000 * 256 * 4
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    shapes = dict(part for pairing in read_architecture(directory).pairings() for part in pairing.parts)
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
+    tensors = {name: torch.zeros(shape) for name, shape in read_shape(directory).tensors().items()}
+    save_file(tensors, directory / "model.safetensors")
     assert (directory / "model.safetensors").stat().st_size > 9 * LARGEST
     return directory
 

@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nemo_disco.estimate.flops import TRAINING, forward_flops, peak_flops
+from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.shape import KNOWN, ModelShape
 
-SHAPE = ModelShape(3, 64, 96, 8, 2, 8, 130, tied=False, qkv_bias=True, max_positions=256)
+SHAPE = ModelShape(3, 64, 96, 8, 2, 8, 130, tied=False, architecture=ARCHITECTURES["qwen2"], max_positions=256)
 
 
 def test_flops_are_torchs_count_but_for_the_half_of_attention_that_is_masked() -> None:

@@ -14,7 +14,7 @@ from nemo_disco.evaluation.statistics import accuracy_efficiency_score, maj_at_k
 from nemo_disco.rewards.votes import votes
 from nemo_disco.runtime.errors import UserError
 
-QWEN = ("qwen2", 1536)
+QWEN = "DeepSeek-R1-Distill-Qwen-1.5B"
 
 
 def result(name: str, right: int, length: int = 100, step: int = 0) -> EvaluationResult:
@@ -35,9 +35,9 @@ def test_the_papers_sets_and_rows_are_in_the_papers_order() -> None:
 
 
 def test_the_average_needs_all_six_sets_and_the_rows_a_model_of_the_papers() -> None:
-    lines = papers_table([result("math", 5)], ("qwen2", 64)).splitlines()
+    lines = papers_table([result("math", 5)], None).splitlines()
     assert len(lines) == 2 and lines[1].split() == ["this", "model", "0.500", "-"]
-    assert all(len(row) == 8 for _, row in REPORTED.values())
+    assert all(len(row) == 8 for row in REPORTED.values())
 
 
 def test_the_papers_table_is_printed_only_for_the_papers_sets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from real_configs import REAL
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.plan import print_plan
 from nemo_disco.estimate.timing import Needs
-from nemo_disco.models.hf_config import FAMILIES, HARMLESS, ONLY, USED, read_hf_config
+from nemo_disco.models.architecture import ARCHITECTURES
+from nemo_disco.models.hf_config import HARMLESS, ONLY, USED, read_hf_config
 from nemo_disco.runtime.errors import UserError
 
 LLAMA3 = REAL["Llama-3.1-8B-Instruct"]["rope_scaling"]
@@ -63,7 +64,7 @@ def test_published_models_are_read_as_transformers_reads_them(name: str, written
     assert read_hf_config(written(config)) == config
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
 def test_what_transformers_saves_is_accepted(kind: str, written: Callable[..., Path]) -> None:
     """Every field, those with default values too."""
     from transformers import AutoConfig
@@ -72,7 +73,7 @@ def test_what_transformers_saves_is_accepted(kind: str, written: Callable[..., P
     assert_transformers_reads(written(saved.to_dict()), read_hf_config(written(saved.to_dict())))
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
 def test_fields_that_are_left_out_have_transformers_values(kind: str, written: Callable[..., Path]) -> None:
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     config: dict[str, Any] = dict.fromkeys(needed, 64) | {"model_type": kind, "num_attention_heads": 32}

@@ -15,7 +15,7 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from torch import Tensor
 from torch.nn import Module
 
-from nemo_disco.policy.layers import mlp_norm_weight, qkv_norm_weight
+from nemo_disco.models.architecture import LAYER
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.runtime.errors import UserError
 
@@ -72,19 +72,12 @@ class LayerWeights:
 
     @classmethod
     def from_layer(cls, layer: Any) -> LayerWeights:
-        """The weights of a megatron TransformerLayer with local or Transformer Engine modules."""
-        attention, mlp = layer.self_attention, layer.mlp
-        return cls(
-            attention_norm=qkv_norm_weight(layer),
-            qkv=attention.linear_qkv.weight,
-            qkv_bias=attention.linear_qkv.bias,
-            query_norm=getattr(attention.q_layernorm, "weight", None),
-            key_norm=getattr(attention.k_layernorm, "weight", None),
-            projection=attention.linear_proj.weight,
-            mlp_norm=mlp_norm_weight(layer),
-            gate_up=mlp.linear_fc1.weight,
-            down=mlp.linear_fc2.weight,
-        )
+        """The weights of a megatron TransformerLayer, by their role in it, whatever the make of its modules."""
+        parameters: dict[str | None, Any] = dict(layer.named_parameters())
+        tensors: dict[str, Any] = {}
+        for role in (field.name for field in fields(cls)):
+            tensors[role] = parameters.get(LAYER[role].name, parameters.get(LAYER[role].local_name))
+        return cls(**tensors)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for f in fields(self) if (t := getattr(self, f.name)) is not None)
