@@ -27,7 +27,8 @@ from nemo_disco.models.shape import read_shape
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.rewards import Rewards
-from nemo_disco.rewards.registry import Grader, build_verifier
+from nemo_disco.rewards.grader import Grader
+from nemo_disco.rewards.registry import build_verifier
 from nemo_disco.rewards.user_pool import rank_workers
 from nemo_disco.rollout.collector import Collector
 from nemo_disco.rollout.evaluation import Evaluator, identity_settings

@@ -18,7 +18,6 @@ from nemo_disco.rewards.text_graders import ExactMatch, MultipleChoice, NumericM
 from nemo_disco.rewards.user_graders import UserClass, UserFunction
 from nemo_disco.runtime.errors import UserError
 
-__all__ = ["VERIFIERS", "Grader", "build_verifier", "verifier_code"]
 VERIFIERS: dict[str, Callable[..., Any]] = {
     "math": MathGrader,
     "exact": ExactMatch,

@@ -70,7 +70,7 @@ def overlong(r: GradedResponse, buffer: int | None) -> float:
 
 
 class Rewards:
-    """Computes each response's reward, the weighted sum of a run's terms, and its preference for DRPO, one term.
+    """Computes each response's reward, the weighted sum of a run's terms, and the terms that an objective asks for.
 
     A user's functions run in their own processes, which end with `close`.
     """
@@ -83,7 +83,7 @@ class Rewards:
         self._function = None if config.function is None else self._load_function("reward.function", config.function)
         self.columns = {column: self._load_column(column, name) for column, name in columns.items()}
 
-    def judge(self, responses: Sequence[GradedResponse]) -> list[tuple[float, ...]]:
+    def compute(self, responses: Sequence[GradedResponse]) -> list[tuple[float, ...]]:
         """The reward of each response, then its value of each column.
 
         A user's function that takes longer than reward.timeout gives 0, with a warning. Raises UserError, with file and

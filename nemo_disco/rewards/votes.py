@@ -27,8 +27,8 @@ def answer_key(response: str) -> str | None:
     return f"{number.value}{'%' if number.percent else ''} {quantity.unit}"
 
 
-def votes(responses: list[str]) -> list[int]:
-    """The number of each response's answer to one question: equal numbers for equal keys, -1 for no answer."""
+def assign_votes(responses: list[str]) -> list[int]:
+    """Number the answers of responses to one question: equal numbers for equal answers, -1 for no answer."""
     numbers: dict[str, int] = {}
     keys = [answer_key(response) for response in responses]
     return [-1 if key is None else numbers.setdefault(key, len(numbers)) for key in keys]

@@ -18,7 +18,7 @@ from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Engine, EngineApart, Outstanding, Response, SamplingParams
 from nemo_disco.rewards import Rewards
-from nemo_disco.rewards.registry import Grader
+from nemo_disco.rewards.grader import Grader
 from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.requests import ResponseTexts, pack_responses

@@ -22,8 +22,9 @@ from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.evaluation.samples import EvaluationSample, SampleStream
 from nemo_disco.generation.engine import Engine, Response, SamplingParams
 from nemo_disco.models.source import ModelSource
-from nemo_disco.rewards.registry import Grader, verifier_code
-from nemo_disco.rewards.votes import votes
+from nemo_disco.rewards.grader import Grader
+from nemo_disco.rewards.registry import verifier_code
+from nemo_disco.rewards.votes import assign_votes
 from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.response_warnings import ResponseWarnings
@@ -175,7 +176,7 @@ def _result(
         lengths=np.array([[s["length"] for s in problem] for problem in problems]),
         truncated=np.array([[s["truncated"] for s in problem] for problem in problems]),
         greedy_correct=np.array([s["correct"] for s in samples if s["sample"] == "greedy"]),
-        votes=np.array([votes([s["response"] for s in problem]) for problem in problems]),
+        votes=np.array([assign_votes([s["response"] for s in problem]) for problem in problems]),
         identity=identity,
     )
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from nemo_disco.generation.engine import Response
-from nemo_disco.rewards.registry import Grader
+from nemo_disco.rewards.grader import Grader
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.requests import ResponseTexts
 from nemo_disco.runtime.collectives import every, on_shares

@@ -46,7 +46,7 @@ def reward_rollouts(
             metadata=question.metadata,
         )
 
-    numbers = on_shares(len(texts), lambda share: rewards.judge([graded_response(i) for i in share]))
+    numbers = on_shares(len(texts), lambda share: rewards.compute([graded_response(i) for i in share]))
     table = torch.tensor(numbers, dtype=torch.float64).reshape(len(texts), 1 + len(rewards.columns))
     columns = {name: table[:, 1 + i].clone() for i, name in enumerate(rewards.columns)}
     return replace(graded, rewards=table[:, 0].clone()).with_columns(columns)

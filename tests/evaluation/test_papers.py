@@ -11,7 +11,7 @@ import pytest
 from nemo_disco.evaluation.papers import REPORTED, SETS, efficiency_table, papers_table, print_tables, read_reference
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluation, write_evaluation
 from nemo_disco.evaluation.statistics import accuracy_efficiency_score, maj_at_k
-from nemo_disco.rewards.votes import votes
+from nemo_disco.rewards.votes import assign_votes
 from nemo_disco.runtime.errors import UserError
 
 QWEN = "DeepSeek-R1-Distill-Qwen-1.5B"
@@ -88,7 +88,7 @@ def test_equal_answers_in_different_spelling_vote_together() -> None:
         "",
         r"\boxed{x }",
     ]
-    assert votes(texts) == [0, 0, 0, 1, 0, -1, 2]
+    assert assign_votes(texts) == [0, 0, 0, 1, 0, -1, 2]
 
 
 def test_votes_are_saved_and_files_without_them_are_read(

@@ -40,11 +40,11 @@ def rewards(preference: str | None = None, function: str | None = None, **terms:
 
 
 def reward(terms: Rewards, response: GradedResponse) -> float:
-    return terms.judge([response])[0][0]
+    return terms.compute([response])[0][0]
 
 
 def preference(terms: Rewards, response: GradedResponse) -> float:
-    return terms.judge([response])[0][1]
+    return terms.compute([response])[0][1]
 
 
 def test_the_verdict_alone_is_the_reward_by_default() -> None:
@@ -80,7 +80,7 @@ def test_terms_add_up() -> None:
     weighted = rewards(correctness=1.0, format=0.1, length=-0.2)
     assert reward(weighted, RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
     assert reward(weighted, WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
-    assert weighted.judge([RIGHT]) == [(reward(weighted, RIGHT),)]  # no column
+    assert weighted.compute([RIGHT]) == [(reward(weighted, RIGHT),)]  # no column
 
 
 @pytest.mark.parametrize(("name", "expected"), [("correctness", 0.0), ("format", 1.0), ("length", 0.75)])
@@ -136,7 +136,7 @@ def test_a_users_function_gets_the_response_and_its_questions_metadata(module: P
 def test_a_users_function_that_hangs_gives_0_with_a_warning(module: Path, caplog: pytest.LogCaptureFixture) -> None:
     function = f"{module.stem}:hangs_on_wrong"
     weighted = rewards(function, function=function, correctness=1.0)
-    assert weighted.judge([RIGHT, WRONG, RIGHT]) == [(6.0, 5.0), (0.0, 0.0), (6.0, 5.0)]
+    assert weighted.compute([RIGHT, WRONG, RIGHT]) == [(6.0, 5.0), (0.0, 0.0), (6.0, 5.0)]
     for key in ("reward.function", "algorithm.preference"):
         assert f"{key}={function} took longer than reward.timeout" in caplog.text
 
