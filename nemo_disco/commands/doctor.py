@@ -90,20 +90,20 @@ Rows = list[tuple[str, str, str]]  # name, text and colour
 def main(options: argparse.Namespace) -> int:
     """Print the tables, or with --report the report; 1 if this machine lacks a part that every run needs."""
     parts = examine()
-    able = features(parts)
+    all_features = features(parts)
     tables = {
         "this machine": [
             (p.name, f"{p.detail or '-'} {p.problem or p.note}".strip(), p.colour) for p in parts.values()
         ],
         "what it can do": [
-            (f.name, *((f"no: {f.missing}", "yellow") if f.missing else ("yes", "green"))) for f in able
+            (f.name, *((f"no: {f.missing}", "yellow") if f.missing else ("yes", "green"))) for f in all_features
         ],
     }
     if options.report is None:
         print_tables(tables)
     else:
         print(format_report(tables, options.report))
-    return int(any(feature.needed and feature.missing for feature in able))
+    return int(any(feature.needed and feature.missing for feature in all_features))
 
 
 def print_tables(tables: Mapping[str, Rows]) -> None:
