@@ -125,7 +125,7 @@ class UserPool:
     def _start(self) -> Process:
         process, _ = _start_process(self._key, self._name, self._is_stopped)
         if self._request(process, self._settings, START_S) is None:
-            raise UserError(f"{self._key}={self._name}: building it was not done after {START_S:g} s")
+            raise UserError(f"{self._key}={self._name}: it was not built within {START_S:g} s")
         return process
 
     def _request(self, process: Process, request: object, seconds: float) -> dict[str, Any] | None:

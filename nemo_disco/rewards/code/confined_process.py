@@ -105,6 +105,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, link: int) -> None:
+    """Run the program, then use its names as the job's second line requests; or run the tests that are that line."""
     if not as_module:
         file.close()
         exec(_compile(sources), _make_module("__main__"))
