@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_disco.config.engines import check_python
+from nemo_disco.config.consistency import check_python
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.layouts import check_shape
 from nemo_disco.models.directory import safetensor_names

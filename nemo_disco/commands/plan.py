@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 def main(options: argparse.Namespace) -> int:
     """Print the plan of the composed configuration. Raises UserError as the run itself would."""
     from nemo_disco.commands.checks import check_objective
-    from nemo_disco.config.checks import check
     from nemo_disco.config.compose import compose
+    from nemo_disco.config.consistency import check_consistency
     from nemo_disco.estimate.plan import print_plan
 
     config = compose(options.config_name, options.overrides, options.config_path)
     world_size = config.trainer.devices * config.trainer.num_nodes
-    check(config, world_size)
+    check_consistency(config, world_size)
     print_plan(config, world_size, needs_of(check_objective(config)))
     return 0
 

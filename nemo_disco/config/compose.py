@@ -24,9 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from nemo_disco.config import paths
-from nemo_disco.config.keys import MAPPING, SECTION, known_keys, nearest_known
+from nemo_disco.config.known_keys import MAPPING, SECTION, known_keys, nearest_known
+from nemo_disco.config.safe_yaml import check_interpolations, check_yaml_files, read_yaml
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.config.yaml_size import check_interpolations, check_yaml_files, read_yaml
 from nemo_disco.runtime.errors import UserError, printable
 
 SHOWN = 3  # mistakes in one line

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import gcd
 
-from nemo_disco.config.checks import check_layout, divisors, listed, longest_sequence
+from nemo_disco.config.consistency import check_layout, divisors, format_numbers, longest_sequence
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.memory import Layout, Memory, cache_a_response, estimate
 from nemo_disco.estimate.timing import Needs, Seconds, step_seconds
@@ -84,7 +84,7 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         if count % tensor:
             raise UserError(
                 f"model.tensor_model_parallel_size={tensor} does not divide the model's {count} {what}; "
-                f"would work: {listed(divisors(gcd(shape.heads, shape.kv_heads)))}"
+                f"would work: {format_numbers(divisors(gcd(shape.heads, shape.kv_heads)))}"
             )
     stages = pipeline * (model.virtual_pipeline_model_parallel_size or 1)
     if shape.layers % stages:
@@ -92,14 +92,14 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         key += " x virtual_pipeline_model_parallel_size" if stages != pipeline else ""
         raise UserError(
             f"{key}={stages} does not divide the model's {shape.layers} layers; "
-            f"would work: {listed(divisors(shape.layers))}"
+            f"would work: {format_numbers(divisors(shape.layers))}"
         )
     split = config.generation.tensor_parallel_size
     if gcd(shape.heads, shape.kv_heads) % split:
         raise UserError(
             f"generation.tensor_parallel_size={split} does not divide the model's {shape.heads} attention heads and "
             f"{shape.kv_heads} key-value heads; "
-            f"would work: {listed(divisors(gcd(shape.heads, shape.kv_heads)))}"
+            f"would work: {format_numbers(divisors(gcd(shape.heads, shape.kv_heads)))}"
         )
     longest, sum_of = longest_sequence(config)
     if longest > shape.max_positions:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.config.yaml_size import read_yaml
+from nemo_disco.config.safe_yaml import read_yaml
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.rundir import RunDirectory

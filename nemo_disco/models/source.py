@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from typing_extensions import TypedDict
 
-from nemo_disco.config.yaml_size import read_yaml
+from nemo_disco.config.safe_yaml import read_yaml
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.saved_files import Count, check_shape, read_json
 

@@ -22,8 +22,8 @@ from benchmarks.study.objectives import PerMicroBatch
 from benchmarks.study.runs import Runs
 from nemo_disco.algorithms import MiniBatch, build_objective
 from nemo_disco.commands.checks import check_objective
-from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose
+from nemo_disco.config.consistency import check_consistency
 from tools.quickstart import warm_start
 
 REPO = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def test_every_item_of_the_grid_is_a_run_that_the_product_takes(tmp_path: Path) 
     for item in {item.overrides: item for item in items}.values():
         name, config_path, *overrides = item.arguments(tmp_path, 1e-3)[1::2][:2] + item.arguments(tmp_path, 1e-3)[4:]
         config = compose(name, [*overrides, f"exp_manager.explicit_log_dir={tmp_path}"], config_path)
-        check(config, 1)
+        check_consistency(config, 1)
         check_objective(config)
         assert Path(config.evaluation.files[0]).stem == ("development" if item.part == grids.TUNING else "test")
 

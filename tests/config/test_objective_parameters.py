@@ -14,7 +14,7 @@ from nemo_disco.algorithms.objectives.parameters import key_of
 from nemo_disco.commands.checks import check_objective
 from nemo_disco.config import paths
 from nemo_disco.config.compose import changes, compose, load_run_config, to_yaml
-from nemo_disco.config.yaml_size import read_yaml
+from nemo_disco.config.safe_yaml import read_yaml
 from nemo_disco.runtime.errors import UserError
 
 OBJECTIVE = """

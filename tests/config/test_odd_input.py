@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import ends_well
 
-from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose, load_run_config, to_yaml
-from nemo_disco.config.keys import known_keys
+from nemo_disco.config.consistency import check_consistency
+from nemo_disco.config.known_keys import known_keys
 from nemo_disco.runtime.errors import MAX_MESSAGE, UserError
 
 PREFIXES = ("", "+", "++", "~")
@@ -86,14 +86,16 @@ LAUGHS = f"algorithm.parameters={{a0: 0123456789, {REFERRING}}}"
 )
 def test_what_once_ended_in_a_traceback_or_never(override, line):
     with pytest.raises(UserError) as raised:
-        check(compose("quickstart", [override]), 2)
+        check_consistency(compose("quickstart", [override]), 2)
     assert line in str(raised.value)
     assert len(str(raised.value)) < 700  # a section of keys or a long number is not shown whole
 
 
 def test_a_huge_number_of_questions_finds_its_divisors_at_once():
     with pytest.raises(UserError, match=r"would work: 1, 2, 3, 6, 7, 9, 11, [0-9, ]{20,40}$"):
-        check(compose("quickstart", ["data.questions_per_step=2147483646", "algorithm.mini_batch_questions=5"]), 2)
+        check_consistency(
+            compose("quickstart", ["data.questions_per_step=2147483646", "algorithm.mini_batch_questions=5"]), 2
+        )
 
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -4,8 +4,8 @@ import pytest
 
 from nemo_disco.commands.checks import check_objective
 from nemo_disco.config import paths
-from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose
+from nemo_disco.config.consistency import check_consistency
 
 CONF = paths.packaged("conf")
 RUNS = [name for name in paths.config_names(CONF) if name != "config"]
@@ -18,7 +18,7 @@ TAU = {"log_likelihood": 10.0, "likelihood_ratio": 1.0}
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_composes_and_holds_together(name):
     config = compose(name, [] if name != "recipe/authors" else FILLED)
-    check(config, config.trainer.devices * config.trainer.num_nodes)
+    check_consistency(config, config.trainer.devices * config.trainer.num_nodes)
     check_objective(config)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_disco import cli
-from nemo_disco.config import checks
+from nemo_disco.config import consistency
 from nemo_disco.config.compose import compose
 from nemo_disco.config.schema import RunConfig
 
@@ -59,5 +59,5 @@ def settings(arguments: list[str]) -> RunConfig:
     filled = {"model.path": "m", "data.train_files": "[q.json]"}
     more = [f"{k}={v}" for k, v in filled.items() if k not in given] if options.config_name == "config" else []
     config = compose(options.config_name, [*overrides, *more], options.config_path)
-    checks.check(config, config.trainer.devices * config.trainer.num_nodes)
+    consistency.check_consistency(config, config.trainer.devices * config.trainer.num_nodes)
     return config

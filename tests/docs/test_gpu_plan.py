@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose
+from nemo_disco.config.consistency import check_consistency
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
@@ -39,7 +39,7 @@ def runs() -> list[list[str]]:
 def test_the_runs_settings_are_taken(words: list[str]) -> None:
     name = words.pop(words.index("--config-name") + 1)
     overrides = [word for word in words if "=" in word]
-    check(compose(name, overrides), 1)
+    check_consistency(compose(name, overrides), 1)
 
 
 def test_the_sections_and_sets_are_there_and_commands_short_enough() -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from nemo_disco.commands.checks import check_files, check_objective
-from nemo_disco.config.checks import check
 from nemo_disco.config.compose import compose
+from nemo_disco.config.consistency import check_consistency
 from nemo_disco.runtime.errors import UserError
 
 CLASHES = [
@@ -22,16 +22,16 @@ CLASHES = [
     (["model.token_budget=255", "data.max_prompt_length=127", "generation.max_response_length=126",
       "model.context_parallel_size=2"], 2, "= 253", "would work: model.token_budget=256 or more"),
     (["generation.responses_per_question=1"], 2, "disco compares the responses of a question", "would work: 2 or more"),
-    (["generation.quantization=fp8"], 2, "quantization=fp8 is nothing for generation=megatron", "leave it out"),
-    (["generation.replicas=2"], 2, "replicas=2 is nothing for generation=megatron", "leave it out"),
+    (["generation.quantization=fp8"], 2, "quantization=fp8: not for generation=megatron", "leave it out"),
+    (["generation.replicas=2"], 2, "replicas=2: not for generation=megatron", "leave it out"),
     (["generation=vllm", "generation.top_p=0.9"], 2, "generation.top_p=0.9, generation.top_k=0", "top_p=1.0"),
     (["generation=vllm", "generation.python=null"], 2, "generation.python", "docs/engines.md"),
     (["generation=tensorrt_llm", "trainer.precision=64"], 2, "tensorrt_llm has no float64", "32, bf16"),
     (["generation=vllm", "generation.nodes=[a,a]"], 2, "names a host twice", "generation.replicas"),
-    (["generation.asynchronous=true"], 2, "asynchronous=true is nothing for generation=megatron", "generation=vllm or"),
+    (["generation.asynchronous=true"], 2, "=true is not possible with generation=megatron", "generation=vllm or"),
     (["generation=vllm", "generation.asynchronous=true"], 2, "generation.colocated=true puts the engine to sleep",
      "generation.colocated=false, or generation.nodes"),
-    (["generation=vllm", "generation.asynchronous=true", "generation.nodes=[a]"], 2, "say what corrects for it",
+    (["generation=vllm", "generation.asynchronous=true", "generation.nodes=[a]"], 2, "choose the correction for it",
      "algorithm.off_policy.kind=truncated_importance_sampling, sequence_mask, or none"),
     (["model.optim.betas=[0.9,1.0]"], 2, "model.optim.betas=[0.9, 1.0]", "below 1"),
     (["model.optim.lr=1e-6", "model.optim.sched.min_lr=1e-5"], 2, "min_lr=1e-05 is above model.optim.lr=1e-06", ""),
@@ -48,7 +48,7 @@ CLASHES = [
 @pytest.mark.parametrize(("overrides", "world_size", "clash", "remedy"), CLASHES)
 def test_keys_that_contradict_each_other(overrides, world_size, clash, remedy):
     with pytest.raises(UserError) as raised:
-        check(compose("quickstart", overrides), world_size)
+        check_consistency(compose("quickstart", overrides), world_size)
     assert clash in str(raised.value)
     assert remedy in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -75,7 +75,7 @@ def test_keys_that_contradict_each_other(overrides, world_size, clash, remedy):
     ],
 )
 def test_what_does_not_clash_passes(overrides):
-    check(compose("quickstart", overrides), world_size=4)
+    check_consistency(compose("quickstart", overrides), world_size=4)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_a_damaged_model_config(usable, model_directory, text, line):
 @pytest.mark.parametrize("schedule", ["[[5,64]]", "[[5,100],[5,110]]", "[[5,100],[9,90]]"])
 def test_a_response_limit_that_does_not_rise(schedule):
     with pytest.raises(UserError, match=r"generation.response_length_schedule: \[\d+, \d+\] after .* must both rise"):
-        check(compose("quickstart", [f"generation.response_length_schedule={schedule}"]), 2)
+        check_consistency(compose("quickstart", [f"generation.response_length_schedule={schedule}"]), 2)
 
 
 def test_the_last_response_limit_must_fit_the_token_budget():
     overrides = ["generation.response_length_schedule=[[5,5000]]"]
     with pytest.raises(UserError, match=r"generation.response_length_schedule=5000 = 5096; would work"):
-        check(compose("quickstart", overrides), 2)
+        check_consistency(compose("quickstart", overrides), 2)
 
 
 def test_a_reference_reset_needs_a_reference():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_disco.config.yaml_size import read_yaml
+from nemo_disco.config.safe_yaml import read_yaml
 from nemo_disco.runtime.errors import UserError
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
