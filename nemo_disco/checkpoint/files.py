@@ -1,6 +1,6 @@
-"""A checkpoint as files: its record in plain JSON, checksums, appearing whole or not at all, rotation.
+"""The files of a checkpoint: its record in plain JSON, their checksums, atomic replacement and rotation.
 
-Knows nothing of what the files hold and opens none of them but to hash it. One rank writes; any may hash.
+Opens the other files only to hash them. One rank writes; every rank may hash.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from nemo_disco.runtime.files import put_in_place, remove
-from nemo_disco.runtime.saved_files import Count, FileError, open_file, parse_json, read_bytes
+from nemo_disco.runtime.saved_files import Count, FileError, open_file, parse_json, read_bytes, reading
 
 RECORD = "checkpoint.json"
 FORMAT = 1
 
-_FINISHED = re.compile(r"step_(\d+)(?:\.replaced)?")
-_UNFINISHED = re.compile(r"step_\d+\.tmp-.*")
+_COMPLETE = re.compile(r"step_(\d+)(?:\.replaced)?")
+_INCOMPLETE = re.compile(r"step_\d+\.tmp-.*")
 
 
 class DamagedError(Exception):
-    """What is wrong with a checkpoint, and with which of its files."""
+    """A checkpoint is damaged. The message names the file and the problem."""
 
 
 class FileEntry(TypedDict):
-    """One file of a checkpoint."""
+    """Size and checksum of one file."""
 
     bytes: Count
     sha256: str
 
 
 class OptimizerEntry(TypedDict):
-    """steps: how many optimizer steps were taken."""
+    """Name of the optimizer, and the number of steps that it has applied."""
 
     name: str
     steps: Count
@@ -47,7 +47,7 @@ class OptimizerEntry(TypedDict):
 
 @with_config(extra="allow")
 class Record(TypedDict):
-    """checkpoint.json: what is relied on of it; it may hold more."""
+    """The fields of checkpoint.json that loading relies on; others may stand beside them."""
 
     format: Count
     step: Count
@@ -61,68 +61,69 @@ class Record(TypedDict):
     sha256: str
 
 
-def finished(directory: Path) -> dict[int, Path]:
-    """Every checkpoint that was written to its end, by step, oldest first."""
-    found: dict[int, Path] = {}
-    if directory.is_dir():
-        for path in sorted(directory.iterdir()):  # step_N comes before step_N.replaced
-            if (match := _FINISHED.fullmatch(path.name)) and path.is_dir():  # a file of that name is none
-                found.setdefault(int(match[1]), path)
-    return dict(sorted(found.items()))
+def list_checkpoints(directory: Path) -> dict[int, Path]:
+    """The complete checkpoints of a directory by step, oldest first."""
+    paths: dict[int, Path] = {}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():  # step_N comes before step_N.replaced
+        if (match := _COMPLETE.fullmatch(path.name)) and path.is_dir():  # a file with such a name is no checkpoint
+            paths.setdefault(int(match[1]), path)
+    return dict(sorted(paths.items()))
 
 
 def clean(directory: Path) -> None:
-    """Remove what killed processes left: half-written checkpoints, and those whose replacement is there."""
+    """Remove the leftovers of killed processes: incomplete checkpoints, and those that have been replaced."""
     for path in directory.glob("step_*.*"):
         replaced = path.name.endswith(".replaced") and path.with_suffix("").exists()
-        if replaced or _UNFINISHED.fullmatch(path.name):
+        if replaced or _INCOMPLETE.fullmatch(path.name):
             remove(path)
 
 
 def begin(directory: Path, step: int) -> Path:
-    """A new, empty directory to write the checkpoint of a step into."""
+    """Make a new, empty directory to write the checkpoint of a step into, and return it."""
     directory.mkdir(parents=True, exist_ok=True)
     clean(directory)
-    # A name that no straggler of a killed run knows.
-    work = directory / f"step_{step}.tmp-{secrets.token_hex(4)}"
+    work = _temporary(directory, step)
     work.mkdir()
     return work
 
 
 def commit(work: Path, final: Path, record: Mapping[str, Any]) -> None:
-    """Put the record into `work`, sync it, and let it appear as `final`, in place of what was there."""
+    """Write the record into `work`, sync all of it, and rename it to `final`, replacing what stands there."""
     write_record(work, record)
-    put_in_place(work, final)  # what it leaves where it is killed, `finished` and `clean` know
+    put_in_place(work, final)  # killed here, it leaves what `list_checkpoints` and `clean` recognise
     clean(final.parent)
 
 
 def write_record(work: Path, record: Mapping[str, Any]) -> None:
-    """Write checkpoint.json, with a checksum of what it says."""
+    """Write checkpoint.json: the record and a checksum of its content."""
     text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
     (work / RECORD).write_text(text, encoding="utf-8")
 
 
 def rotate(directory: Path, step: int, keep: int) -> None:
-    """Keep the `keep` newest up to `step`, the one just written. Later ones are of a future that this run has left
-    (their checkpoint was damaged, or an earlier one was asked for): resuming must not find them."""
-    found = finished(directory)
-    kept = [s for s in found if s <= step][-keep:]
-    for old in found.keys() - kept:
-        # Renamed first, so that half of it never looks like a checkpoint.
-        gone = directory / f"step_{old}.tmp-{secrets.token_hex(4)}"
-        found[old].rename(gone)
-        remove(gone)
+    """Keep the `keep` newest checkpoints up to `step`, which was just written; remove all others. Later steps belong to
+    a run that this one does not continue (their checkpoint was damaged, or an earlier one was chosen to go on from)."""
+    paths = list_checkpoints(directory)
+    for old in paths.keys() - [s for s in paths if s <= step][-keep:]:
+        work = _temporary(directory, old)  # a half removed directory must not look like a checkpoint
+        paths[old].rename(work)
+        remove(work)
+
+
+def _temporary(directory: Path, step: int) -> Path:
+    """A name that no other process uses, not even one left over from a killed run."""
+    return directory / f"step_{step}.tmp-{secrets.token_hex(4)}"
 
 
 def describe(work: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Size and checksum of the files that this rank wrote (rank 0: and of those that belong to all)."""
-    mine = f"__{rank}_"
-    names = [p.name for p in work.iterdir() if p.name.startswith(mine) or (rank == 0 and not p.name.startswith("__"))]
+    """Size and checksum of the files that this rank wrote; on rank 0 also of the files that belong to no rank."""
+    own = f"__{rank}_"
+    names = [p.name for p in work.iterdir() if p.name.startswith(own) or (rank == 0 and not p.name.startswith("__"))]
     return {name: {"bytes": (work / name).stat().st_size, "sha256": _hash(work / name)} for name in sorted(names)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The checkpoint.json of a checkpoint. Raises DamagedError."""
+    """Read checkpoint.json of the checkpoint at `path`. Raises DamagedError."""
     file = path / RECORD
     try:
         content = read_bytes(file)
@@ -135,20 +136,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check(path: Path, files: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Compare the named files with what the record says of them. Raises DamagedError naming the first that differs."""
+    """Compare files with their size and checksum in the record. Raises DamagedError naming the first that differs."""
     for name in names:
-        said = files[name]
+        expected = files[name]
         try:
-            with open_file(path / name) as stream:
+            with open_file(path / name) as stream, reading(path / name):
                 size = os.fstat(stream.fileno()).st_size
-                if size != said["bytes"]:  # before it is read: it may be endless
-                    raise DamagedError(f"{name} has {size} bytes, {said['bytes']} were written")
+                if size != expected["bytes"]:  # before it is read: it may be endless
+                    raise DamagedError(f"{name} has {size} bytes, {expected['bytes']} were written")
                 checksum = hashlib.file_digest(stream, "sha256").hexdigest()
         except FileError as fault:
             raise DamagedError(f"{name} {fault.problem}") from None
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error})") from None
-        if checksum != said["sha256"]:
+        if checksum != expected["sha256"]:
             raise DamagedError(f"{name} was altered (its checksum does not match)")
 
 
@@ -158,6 +157,6 @@ def _hash(file: Path) -> str:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """Of what the record says, whatever its spelling."""
-    said = {key: value for key, value in record.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    """Checksum of the record's content, whatever the order of its keys and its white space in the file."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,22 +1,20 @@
-"""Checkpoints of a policy: weights, optimizer, schedule, RNG and the loop's own state, in megatron-core's torch_dist
-format beside a plain checkpoint.json. They load at any layout, bit for bit at the one that wrote them.
+"""Loading of checkpoints into a policy, at any layout.
 
-checkpoint_writer writes, this reads. Every function but `latest` is a collective. Checksums are compared before
-anything is opened.
+The checksums of all files are compared before any of them is opened. Every function but `latest` is a collective.
 """
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from nemo_disco.checkpoint import files
 from nemo_disco.checkpoint.record import check_fits, restore_random_state
-from nemo_disco.checkpoint.storage import LoadStrategy, MetadataReader, NothingCommon
+from nemo_disco.checkpoint.storage import LoadStrategy, MetadataReader, NoCommonState
 from nemo_disco.checkpoint.writer import reference_weights, sharded_weights
 from nemo_disco.policy.fp8_scales import load_scales, loadable_scales
 from nemo_disco.policy.policy import Policy
@@ -28,30 +26,30 @@ log = logging.getLogger(__name__)
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end; not a collective, and nothing is checked."""
-    return next(reversed(files.finished(Path(directory)).values()), None)
+    """Path of the newest complete checkpoint, or None. Its files are not checked. Not a collective."""
+    return next(reversed(files.list_checkpoints(Path(directory)).values()), None)
 
 
 def load(policy: Policy, path: str | Path) -> dict[str, Any]:
-    """Take weights, optimizer, schedule and RNG from a checkpoint; the loop_state that was saved with it.
+    """Load weights, optimizer, schedule and RNG from a checkpoint. Returns the loop_state that was saved with it.
 
-    A policy without an optimizer takes the weights alone. Raises UserError if the checkpoint is damaged (the file is
-    named), was not written by this program, is of another model or dtype, or has weights that are not finite.
+    A policy without an optimizer gets the weights alone. Raises UserError if the checkpoint is damaged (the message
+    names the file), was not written by this program, is of another model or dtype, or has weights that are not finite.
     """
     try:
-        record = _intact(Path(path))
+        record = _check_files(Path(path))
     except files.DamagedError as damage:
-        raise UserError(f"checkpoint {path}: {damage}; take another one") from None
+        raise UserError(f"checkpoint {path}: {damage}; choose another one") from None
     return _load(policy, Path(path), record)
 
 
 def load_latest(
     policy: Policy, directory: str | Path, reference: Reference | None = None
 ) -> tuple[int, dict[str, Any]] | None:
-    """`load` the newest intact checkpoint: its step and loop_state, or None if there is none at all.
+    """Load the newest intact checkpoint. Returns its step and loop_state, or None if there is no checkpoint.
 
-    reference: takes the weights of the one that was saved, if one was.
-    Damaged ones are passed over and named in the log. Raises UserError if all are damaged.
+    reference: gets the reference weights of the checkpoint, if it has any. Damaged checkpoints are skipped and named in
+    the log. Raises UserError if all are damaged, or as `load` does.
     """
     first(lambda: files.clean(Path(directory)))
     path, record, damaged = newest_intact(directory)
@@ -62,25 +60,25 @@ def load_latest(
                 "exp_manager.explicit_log_dir to another directory, or remove them"
             )
         return None
-    for said in damaged if policy.ranks.is_first else []:
-        log.warning("damaged checkpoint passed over: %s", said)
+    for problem in damaged if policy.ranks.is_first else []:
+        log.warning("damaged checkpoint skipped: %s", problem)
     return int(record["step"]), _load(policy, path, record, reference)
 
 
 def newest_intact(directory: str | Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint whose files are as they were written, its checkpoint.json, and a line for each damaged
+    """Path and record of the newest intact checkpoint (None and {} if there is none), and a message for each damaged
     newer one. A collective."""
     damaged: list[str] = []
-    for path in reversed(first(lambda: list(files.finished(Path(directory)).values()))):
+    for path in reversed(first(lambda: list(files.list_checkpoints(Path(directory)).values()))):
         try:
-            return path, _intact(path), damaged
+            return path, _check_files(path), damaged
         except files.DamagedError as damage:
             damaged.append(f"{path}: {damage}")
     return None, {}, damaged
 
 
-def _intact(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint, once every file was compared with it, each rank hashing its part.
+def _check_files(path: Path) -> dict[str, Any]:
+    """Compare every file of a checkpoint with its record, each rank hashing a share of them, and return the record.
 
     Raises DamagedError, the same on every rank.
     """
@@ -93,24 +91,24 @@ def _intact(path: Path) -> dict[str, Any]:
 def _load(policy: Policy, path: Path, record: dict[str, Any], reference: Reference | None = None) -> dict[str, Any]:
     check_fits(policy, path, record)
     reader = MetadataReader(path, record["files"])
-    wanted: dict[str, Any] = {"model": sharded_weights(policy)}
-    scaled = policy.config.fp8 == "delayed" and record.get("fp8_scales")
-    if scaled:
-        wanted["scales"] = {str(i): loadable_scales(chunk) for i, chunk in enumerate(policy.model.chunks)}
+    state: dict[str, Any] = {"model": sharded_weights(policy)}
+    with_scales = policy.config.fp8 == "delayed" and record.get("fp8_scales")
+    if with_scales:
+        state["scales"] = {str(i): loadable_scales(chunk) for i, chunk in enumerate(policy.model.chunks)}
     if policy.optimizer is not None:
-        wanted["optimizer"] = policy.optimizer.loadable_state(wanted["model"])
+        state["optimizer"] = policy.optimizer.loadable_state(state["model"])
     if reference is not None and record.get("reference"):
-        wanted["reference"], reference.moved = reference_weights(reference), True
-    state = dist_checkpointing.load(wanted, str(path), LoadStrategy(reader), NothingCommon())
+        state["reference"], reference.moved = reference_weights(reference), True
+    state = dist_checkpointing.load(state, str(path), LoadStrategy(reader), NoCommonState())
     for i, chunk in enumerate(policy.model.chunks):
-        if scaled:  # before the weights, which may be kept in FP8 by them
+        if with_scales:  # before the weights, which may be stored in FP8 under these scales
             load_scales(chunk, state["scales"][str(i)])
             policy.unscaled.clear()
         chunk.load_state_dict(state["model"][str(i)])
     if not policy.has_finite_weights():
         raise UserError(
-            f"checkpoint {path}: some of its weights are NaN or infinite: the run that wrote it had diverged; take an "
-            "earlier one (remove this one, where a run is to go on)"
+            f"checkpoint {path}: some of its weights are NaN or infinite: the run that wrote it had diverged; load an "
+            "earlier one (to resume this run, remove the diverged one)"
         )
     if reference is not None and "reference" in state:
         for i, chunk in enumerate(reference.policy.model.chunks):
@@ -119,5 +117,4 @@ def _load(policy: Policy, path: Path, record: dict[str, Any], reference: Referen
         policy.optimizer.load_sharded_state(state["optimizer"], record["optimizer"]["steps"])
         states = record["random_state"]
         restore_random_state(states[policy.ranks.world if policy.ranks.world < len(states) else 0])
-    loop_state: dict[str, Any] = record["loop_state"]
-    return loop_state
+    return cast(dict[str, Any], record["loop_state"])

@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself in plain JSON: step, code, layout, dtype, model, RNG; and whether it fits a policy.
+"""The record of a checkpoint (checkpoint.json): step, code versions, layout, dtype, model and RNG state.
 
-Reads the policy; touches no file.
+Builds it from a policy and checks that it fits one; touches no file.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import megatron.core
 import torch
@@ -20,6 +20,7 @@ from nemo_disco.runtime.errors import UserError
 
 
 def identity(policy: Policy, step: int) -> dict[str, Any]:
+    """The fields of the record that follow from the policy."""
     ranks, config = policy.ranks, policy.config
     assert policy.optimizer is not None
     return {
@@ -45,15 +46,15 @@ def identity(policy: Policy, step: int) -> dict[str, Any]:
 
 
 def _model(policy: Policy) -> dict[str, Any]:
-    identity: dict[str, Any] = json.loads(json.dumps(policy.shape.identity(policy.hf_config)))
-    return identity
+    return cast(dict[str, Any], json.loads(json.dumps(policy.shape.identity(policy.hf_config))))  # as it is read back
 
 
 def _dtype(policy: Policy) -> str:
-    return str(policy.model.config.params_dtype).removeprefix("torch.")
+    return str(policy.dtype).removeprefix("torch.")
 
 
 def check_fits(policy: Policy, path: Path, record: dict[str, Any]) -> None:
+    """Raises UserError unless the checkpoint at `path` can be loaded into the policy."""
     if record["format"] > files.FORMAT:
         raise UserError(f"checkpoint {path} was written by a newer version: {record['code']}")
     if policy.optimizer is not None and record["optimizer"] is None:
@@ -61,26 +62,27 @@ def check_fits(policy: Policy, path: Path, record: dict[str, Any]) -> None:
             f"checkpoint {path} was converted and holds weights alone; to train from them, turn it into a Hugging Face "
             "directory (megatron_to_hf) and set model.path to that"
         )
-    there = record["model"]
-    differ = [
-        f"{name} is {there.get(name)} there and {value} here"
+    saved = record["model"]
+    differences = [
+        f"{name} is {saved.get(name)} there and {value} here"
         for name, value in _model(policy).items()
-        if there.get(name) != value
+        if saved.get(name) != value
     ]
-    if differ:
+    if differences:
         raise UserError(
-            f"checkpoint {path} is of another model than {policy.config.path}: {'; '.join(differ)}; set model.path to "
-            "that model, or exp_manager.explicit_log_dir to another directory"
+            f"checkpoint {path} is of another model than {policy.config.path}: {'; '.join(differences)}; set "
+            "model.path to that model, or exp_manager.explicit_log_dir to another directory"
         )
-    written, ours = record["dtype"], _dtype(policy)
-    if policy.optimizer is not None and written != ours:
+    saved_dtype, dtype = record["dtype"], _dtype(policy)
+    if policy.optimizer is not None and saved_dtype != dtype:
         raise UserError(
-            f"checkpoint {path} was written with dtype {written}, this run has {ours}: set trainer.precision as it "
-            "was, or start another run from its export"
+            f"checkpoint {path} was written with dtype {saved_dtype}, this run has {dtype}: set trainer.precision as "
+            "it was, or start another run from its export"
         )
 
 
 def random_state() -> dict[str, str]:
+    """torch's RNG state of this process, base64, by device type."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -88,7 +90,8 @@ def random_state() -> dict[str, str]:
 
 
 def restore_random_state(state: dict[str, str]) -> None:
+    """Set torch's RNG to a state that `random_state` returned; CUDA's only where CUDA is."""
     restore = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
-    for device, said in state.items():
+    for device, encoded in state.items():
         if device == "cpu" or torch.cuda.is_available():
-            restore[device](torch.frombuffer(bytearray(base64.b64decode(said)), dtype=torch.uint8))
+            restore[device](torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8))

@@ -1,7 +1,7 @@
-"""megatron's sharded tensors to and from torch's distributed-checkpoint files.
+"""Writing and reading of megatron's sharded tensors as torch's distributed-checkpoint files.
 
-Writes in this process (megatron's own writer forks helpers that outlive a killed rank, and hang without psutil).
-Reads `.metadata`, a pickle, through an unpickler that admits the classes of a checkpoint alone.
+Writes in this process: megatron's own writer forks processes that outlive a killed rank and hang without psutil.
+Reads `.metadata`, a pickle, with an unpickler that admits the classes of a checkpoint alone.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from nemo_disco.runtime.errors import UserError
 def write_shards(
     state: dict[str, Any], directory: Path, group: dist.ProcessGroup, weights_read: Callable[[], None]
 ) -> None:
-    """megatron's torch_dist format: every rank writes its shards to one file and syncs it, rank 0 the metadata. What
-    data-parallel ranks have in common is spread over them. group: of all ranks. A collective; takes `state` apart.
+    """Write sharded tensors in megatron's torch_dist format. A collective of `group`, which has all ranks.
 
-    weights_read is called once this rank has written all but the moments.
+    Every rank writes and syncs one file, rank 0 also the metadata; data-parallel ranks share the tensors that they all
+    have. weights_read is called once this rank has written everything but the moments. `state` is emptied.
 
-    The steps of dist_checkpointing.save under FullyParallelSaveStrategyWrapper, which speak over the default group.
+    The steps are those of dist_checkpointing.save under FullyParallelSaveStrategyWrapper, which uses the default group.
     """
     shards, _ = save_preprocess(state, validate_access_integrity=False)
-    sharers = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
-    shares = determine_main_replica_uniform_distribution(shards, sharers)
-    distribute_main_replicas_with_precomputed_distribution(shards, sharers, shares)
-    places: list[Any] = [None] * group.size()
-    dist.all_gather_object(places, [shard.without_data() for shard in nested_values(shards)], group)
-    validate_sharding_integrity(places)
+    data_parallel = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+    writers = determine_main_replica_uniform_distribution(shards, data_parallel)
+    distribute_main_replicas_with_precomputed_distribution(shards, data_parallel, writers)
+    shapes: list[Any] = [None] * group.size()
+    dist.all_gather_object(shapes, [shard.without_data() for shard in nested_values(shards)], group)
+    validate_sharding_integrity(shapes)
     tensors, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(shards, True)
     save(
         megatron_strategy.mcore_to_pyt_state_dict(tensors),
@@ -63,29 +63,29 @@ def write_shards(
     )
 
 
-def write_marks(directory: Path) -> None:
-    """What megatron's own tools look for: the format's name, and common.pt, empty as checkpoint.json has what ranks
-    have in common. For one rank."""
+def write_format_files(directory: Path) -> None:
+    """Write the files by which megatron's own tools recognise the format: its name, and an empty common.pt (the common
+    state is in checkpoint.json). Call it on one rank."""
     get_default_save_common_strategy().save_common({}, str(directory))
     save_config(CheckpointingConfig("torch_dist"), str(directory))
 
 
 class _Writer(FileSystemWriter):
-    """Writes a tensor at a time: torch's own keeps every copy that it makes until the end of the file."""
+    """Writes one tensor at a time; torch's own writer keeps the copies of all tensors until the file is complete."""
 
     def __init__(self, directory: Path, weights_read: Callable[[], None]) -> None:
         super().__init__(directory)
         self._weights_read = weights_read
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """This rank's file, synced: live weights before the moments, which are copies."""
+        """Write and sync this rank's file: the live weights first, since training waits for them, then the moments."""
         name = f"{plan.storage_data.prefix}0{filesystem.DEFAULT_SUFFIX}"
         results: list[WriteResult] = []
         with (Path(self.path) / name).open("wb") as file:
             for item in sorted(plan.items, key=_is_moment):
                 if _is_moment(item):
                     self._weights_read()
-                results.append(self._written(item, planner.resolve_data(item), file, name))
+                results.append(self._write(item, planner.resolve_data(item), file, name))
             self._weights_read()
             file.flush()
             os.fsync(file.fileno())
@@ -93,8 +93,8 @@ class _Writer(FileSystemWriter):
         future.set_result(results)
         return future
 
-    def _written(self, item: WriteItem, data: Any, file: Any, name: str) -> WriteResult:
-        """Raises what the disk said: torch's zip writer complains of it in words of its own."""
+    def _write(self, item: WriteItem, data: Any, file: Any, name: str) -> WriteResult:
+        """Write one tensor. Raises the OSError of the disk, which torch's zip writer hides in a RuntimeError."""
         if isinstance(data, Tensor):
             data = data.detach().cpu()
             if data.untyped_storage().size() != data.nbytes:
@@ -107,7 +107,7 @@ class _Writer(FileSystemWriter):
             raise
 
     def storage_meta(self) -> None:
-        """Nothing of where and when it was written: a checkpoint may be moved."""
+        """None: a checkpoint may be moved, so that its path and time of writing are not recorded."""
 
 
 def _is_moment(item: WriteItem) -> bool:
@@ -115,23 +115,23 @@ def _is_moment(item: WriteItem) -> bool:
 
 
 class LoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):  # type: ignore[misc]
-    """megatron's own, with MetadataReader in place of the reader that unpickles freely."""
+    """megatron's strategy with MetadataReader in place of a reader that unpickles any class."""
 
     def __init__(self, reader: MetadataReader) -> None:
         super().__init__()
         self._reader = reader
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        theirs = megatron_strategy._get_filesystem_reader
+        original = megatron_strategy._get_filesystem_reader
         megatron_strategy._get_filesystem_reader = lambda *_args, **_kwargs: self._reader
         try:
             return super().load(sharded_state_dict, checkpoint_dir)
         finally:
-            megatron_strategy._get_filesystem_reader = theirs
+            megatron_strategy._get_filesystem_reader = original
 
 
-class NothingCommon(TorchCommonLoadStrategy):  # type: ignore[misc]
-    """Leaves common.pt, a pickle, closed: what ranks have in common is in checkpoint.json."""
+class NoCommonState(TorchCommonLoadStrategy):  # type: ignore[misc]
+    """Does not open common.pt, a pickle: the common state is in checkpoint.json."""
 
     def load_common(self, _checkpoint_dir: str | Path) -> dict[str, Any]:
         return {}
@@ -141,7 +141,7 @@ class MetadataReader(FileSystemReader):
     """Reads tensors (torch opens them with weights_only) of the `files` of one checkpoint, and no other file."""
 
     def __init__(self, path: Path, files: Collection[str]) -> None:
-        """Raises UserError if the metadata holds anything but a checkpoint's own classes, or points elsewhere."""
+        """Raises UserError if the metadata names a class that no checkpoint needs, or a file that is not in `files`."""
         super().__init__(path)
         self._metadata = read_metadata(path / METADATA)
         elsewhere = {info.relative_path for info in self._metadata.storage_data.values()} - set(files)

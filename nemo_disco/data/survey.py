@@ -19,7 +19,7 @@ from nemo_disco.data.question_fields import QUESTION_FIELDS
 from nemo_disco.data.question_keys import question_key, text_key
 from nemo_disco.data.questions import Question, load_questions
 from nemo_disco.data.record_files import read_records
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.files import atomic_file, write_atomically
 
 OUTPUT_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -187,7 +187,7 @@ def _write_parquet(path: Path, records: list[dict[str, Any]]) -> None:
     try:
         table = pa.table(columns)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"--out {path}: Parquet cannot hold these records ({reason}); name it .jsonl") from error
     with atomic_file(path) as work:
         pq.write_table(table, work)

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.signals import shield_children
 
 if TYPE_CHECKING:
@@ -122,11 +122,7 @@ def _render_one(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, s
             return {"error": f"makes {len(text):,} characters of it; {MAX_CHARACTERS:,} are the limit"}
         text.encode()  # fails on half of a surrogate pair, which no tokenizer takes
     except jinja2.TemplateError as error:
-        return {"error": f"refuses it: {_one_line(error)}"}
+        return {"error": f"refuses it: {one_line(error, 300)}"}
     except BaseException as error:  # a template is a program, and may raise anything
-        return {"error": f"fails on it: {type(error).__name__}{': ' if str(error) else ''}{_one_line(error)}"}
+        return {"error": f"fails on it: {type(error).__name__}{': ' if str(error) else ''}{one_line(error, 300)}"}
     return {"text": text}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -22,3 +22,8 @@ def printable(text: str, max_length: int) -> str:
         return shown
     half = max_length // 2
     return f"{shown[:half]} [...] {shown[-half:]}"
+
+
+def one_line(error: BaseException, longest: int | None = None) -> str:
+    """The error's message on one line, cut after `longest` characters."""
+    return " ".join(str(error).split())[:longest]

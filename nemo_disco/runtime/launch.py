@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from nemo_disco.runtime import srun
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.files import Scratch
 from nemo_disco.runtime.signals import STOP_SIGNALS, is_ignored
 
@@ -126,7 +126,7 @@ def report(error: BaseException) -> bool:
         srun.report(error)
         return False
     kind = "user" if isinstance(error, UserError) else type(error).__name__
-    record = {"time": time.time(), "kind": kind, "message": " ".join(str(error).split())}
+    record = {"time": time.time(), "kind": kind, "message": one_line(error)}
     path = Path(directory) / os.environ["RANK"]
     try:
         path.with_suffix(".part").write_text(json.dumps(record))

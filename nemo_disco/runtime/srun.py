@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.files import write_atomically
 
 MEETING = "NEMO_DISCO_MEETING"
@@ -44,7 +44,7 @@ def node_name() -> str:
 def report(error: BaseException) -> None:
     """In a task, print when and why this rank failed; slurm/lib.sh finds the first failure by these lines."""
     if "SLURM_STEP_ID" in os.environ:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        cause = f"{type(error).__name__}: {one_line(error)}"
         print(f"FAILED {time.time():.3f} rank {os.environ['SLURM_PROCID']} on {node_name()}: {cause}", file=sys.stderr)
 
 

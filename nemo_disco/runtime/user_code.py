@@ -16,7 +16,7 @@ from numbers import Real
 from types import CodeType
 from typing import Any
 
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import UserError, one_line
 
 
 def load(key: str, name: str) -> Any:
@@ -74,7 +74,7 @@ def format_error(functions: list[Callable[..., Any]], error: BaseException) -> s
     files = {code.co_filename for code in map(_code_object, functions) if code}
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
-    return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {one_line(error)}"
 
 
 def call_guarded(key: str, name: str, functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Any:

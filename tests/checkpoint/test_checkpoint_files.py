@@ -74,7 +74,7 @@ def test_killed_after_any_file_operation_the_last_complete_one_is_usable(
                 killed = False
             except KilledError:
                 killed = True
-        newest = content(next(reversed(files.finished(directory).values())))
+        newest = content(next(reversed(files.list_checkpoints(directory).values())))
         assert newest in ("two", "new")
         seen.add(newest)
         write(directory, step, "newer")  # the run that comes next
@@ -105,11 +105,11 @@ def test_nothing_of_others_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     write(tmp_path, 5, "5", keep=1)
     assert names(tmp_path) == ["notes", "step_5", "step_5.txt", "step_x"]
-    assert list(files.finished(tmp_path)) == [5]
+    assert list(files.list_checkpoints(tmp_path)) == [5]
 
 
 def test_no_directory_has_no_checkpoints(tmp_path: Path) -> None:
-    assert files.finished(tmp_path / "none") == {}
+    assert files.list_checkpoints(tmp_path / "none") == {}
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_file_or_link_of_a_checkpoints_name_is_in_nobodys_way(tmp_path: Path) 
     runs.mkdir()
     (runs / "step_1").symlink_to(tmp_path / "archive/step_1")
     (runs / "step_2").write_text("no checkpoint")
-    assert list(files.finished(runs)) == [1]
+    assert list(files.list_checkpoints(runs)) == [1]
     for step in (2, 3):
         write(runs, step, str(step), keep=1)
         assert names(runs) == [f"step_{step}"] and content(runs / f"step_{step}") == str(step)

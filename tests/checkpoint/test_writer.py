@@ -42,13 +42,13 @@ def build(path: Path, dtype: torch.dtype = torch.float32) -> Policy:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """A disk that takes the weights and nothing more until this is set."""
     ready = threading.Event()
-    theirs = checkpoint_storage._Writer._written
+    original = checkpoint_storage._Writer._write
 
-    def written(self: Any, item: Any, *rest: Any) -> Any:
+    def write(self: Any, item: Any, *rest: Any) -> Any:
         assert not checkpoint_storage._is_moment(item) or ready.wait(60)
-        return theirs(self, item, *rest)
+        return original(self, item, *rest)
 
-    monkeypatch.setattr(checkpoint_storage._Writer, "_written", written)
+    monkeypatch.setattr(checkpoint_storage._Writer, "_write", write)
     yield ready
     ready.set()
 
@@ -120,9 +120,9 @@ def test_a_reference_that_moved_counts_where_free_memory_decides(model: Path, mo
     assert policy.optimizer is not None
     enough = int(checkpoint_writer.MARGIN * policy.optimizer.state_bytes) + 1
     monkeypatch.setattr(host, "free_memory", lambda: enough)
-    assert checkpoint_writer.Snapshot.of(policy, 1, {}, reference).copied
+    assert checkpoint_writer.Snapshot.take(policy, 1, {}, reference).copied
     reference.become(policy)
-    assert not checkpoint_writer.Snapshot.of(policy, 1, {}, reference).copied
+    assert not checkpoint_writer.Snapshot.take(policy, 1, {}, reference).copied
 
 
 def test_the_optimizer_waits_until_the_weights_are_read(
@@ -171,8 +171,8 @@ def test_the_next_save_waits_for_the_one_before(model: Path, tmp_path: Path, dis
         writer.save(policy, tmp_path, 1, {}, keep=1)
         threading.Timer(0.2, disk.set).start()
         writer.save(policy, tmp_path, 2, {}, keep=1)
-        assert 1 in files.finished(tmp_path)
-    assert list(files.finished(tmp_path)) == [2]
+        assert 1 in files.list_checkpoints(tmp_path)
+    assert list(files.list_checkpoints(tmp_path)) == [2]
 
 
 def test_a_full_disk_is_said_with_the_directory_and_the_one_before_stays(
@@ -207,7 +207,7 @@ def test_a_full_disk_is_said_with_the_directory(model: Path, tmp_path: Path) -> 
     with full_disk.small(place, "512k"):
         with pytest.raises(UserError, match=rf"{place}/c/step_1 was not written: .*No space left on device") as raised:
             checkpoint.save(policy, place / "c", 1, {}, keep=1)
-        assert "\n" not in str(raised.value) and list(files.finished(place / "c")) == []
+        assert "\n" not in str(raised.value) and list(files.list_checkpoints(place / "c")) == []
 
 
 def test_a_defect_keeps_its_traceback(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_a_defect_keeps_its_traceback(model: Path, tmp_path: Path, monkeypatch: 
 def test_a_run_that_fails_still_finishes_its_checkpoint(model: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="training"):
         save_and_fail(build(model), tmp_path)
-    assert list(files.finished(tmp_path)) == [1]
+    assert list(files.list_checkpoints(tmp_path)) == [1]
 
 
 def test_what_ended_the_run_is_raised_before_a_failed_save(

@@ -105,7 +105,7 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(name, finished
     damaged = run / "checkpoints/step_4" / name
     damaged.write_bytes(damaged.read_bytes()[:-100])
     again = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
-    assert f"damaged checkpoint passed over: {damaged.parent}: {name}" in again.err
+    assert f"damaged checkpoint skipped: {damaged.parent}: {name}" in again.err
     assert "resumed from step 2" in again.err
     assert_same(run, finished.path)
 
