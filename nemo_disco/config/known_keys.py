@@ -1,4 +1,4 @@
-"""What the schema knows about each dotted key, for error messages: which keys there are and what each expects.
+"""The dotted keys of the schema, each with a description of the value it expects, for error messages.
 
 Derived from the schema alone; reads no file.
 """
@@ -16,33 +16,33 @@ MAPPING = "a mapping, such as {name: 1}"
 
 @cache
 def known_keys() -> dict[str, str]:
-    """Every dotted key of a run, in order, with what it expects in words."""
+    """Every dotted key of a run in the schema's order, with a description of its value, such as "true or false"."""
     schema = RunConfig.model_json_schema()
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
 
     def walk(node: dict[str, Any], prefix: str) -> None:
         for name, field in node["properties"].items():
             if "$ref" in field:
-                found[prefix + name] = SECTION
+                descriptions[prefix + name] = SECTION
                 walk(schema["$defs"][field["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
             else:
-                found[prefix + name] = _expectation(field)
+                descriptions[prefix + name] = _describe(field)
 
     walk(schema, "")
-    return found
+    return descriptions
 
 
 def nearest_known(key: str) -> str:
-    """The dotted key itself, or the longest known key that contains it (an item of a list, a name in a mapping)."""
+    """The dotted key if it is known, else the known list or mapping that it is inside of."""
     while key and key not in known_keys():
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return key or next(iter(known_keys()))
 
 
-def _expectation(field: dict[str, Any]) -> str:
-    """A JSON schema's leaf in words."""
+def _describe(field: dict[str, Any]) -> str:
+    """A description of the values that a field of the JSON schema accepts."""
     if "anyOf" in field:
-        return " or ".join(_expectation(choice) for choice in field["anyOf"])
+        return " or ".join(_describe(choice) for choice in field["anyOf"])
     if "enum" in field:
         return "one of " + ", ".join(map(str, field["enum"]))
     if field["type"] == "array":
@@ -58,7 +58,7 @@ def _expectation(field: dict[str, Any]) -> str:
         "object": MAPPING,
     }
     words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    # The limit of all integers is said where it is passed (compose.py).
-    given = {bound: field[bound] for bound in words if field.get(bound, LARGEST_INT) != LARGEST_INT}
-    bounds = [f"{words[bound]} {value:g}" for bound, value in given.items()]
+    # The limit of all integers is left out here; compose.py names it when a value exceeds it.
+    limits = {bound: field[bound] for bound in words if field.get(bound, LARGEST_INT) != LARGEST_INT}
+    bounds = [f"{words[bound]} {value:g}" for bound, value in limits.items()]
     return " ".join([plain[field["type"]], " and ".join(bounds)]).strip()

@@ -1,6 +1,6 @@
-"""Where configs and packaged files are: --config-path, ./conf, then the copy that is installed with the package.
+"""Paths of config files: --config-path, then ./conf, then the copy installed with the package; and of packaged assets.
 
-Pure path arithmetic, in a checkout (conf/ beside nemo_disco/) and in a wheel (nemo_disco/conf/) alike.
+Reads no file. Works in a checkout (conf/ beside nemo_disco/) and in a wheel (nemo_disco/conf/).
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def packaged(name: str) -> Path:
-    """The directory `name` (conf, assets) that came with the package; a wheel has it inside, a checkout beside."""
+    """The package's own directory `name` (conf or assets): inside nemo_disco/ in a wheel, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
 
 
 def assets(relative: str) -> str:
-    """What `${assets:quickstart/model}` in a config stands for: the absolute path of a packaged file."""
+    """Absolute path of a file in assets/: the value of `${assets:quickstart/model}` in a config."""
     return str(packaged("assets") / relative)
 
 
 def config_roots(name: str, config_path: str | None) -> list[Path]:
-    """The directories to compose `name` from: first the one that holds it, then the others in their order.
+    """The directories to compose the config `name` from: the one that contains it, then the others in search order.
 
     Raises UserError for a --config-path that is not a directory and for a name that none of them has.
     """
@@ -44,7 +44,7 @@ def config_roots(name: str, config_path: str | None) -> list[Path]:
 
 
 def config_names(root: Path) -> list[str]:
-    """The configs of a directory that name a whole run: its own files, and those of recipe/."""
+    """The configs of whole runs in a directory: its own YAML files, and those of recipe/."""
     files = [*root.glob("*.yaml"), *root.glob("recipe/*.yaml")]
     return sorted(str(path.relative_to(root).with_suffix("")) for path in files)
 
@@ -55,7 +55,7 @@ def options(roots: Iterable[Path], group: str) -> list[str]:
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the closest known name, whole or by its last part; else the top-level ones."""
+    """The end of a message: '; did you mean X?', X similar as a whole or in its last part, else the top-level names."""
     known = list(known)
     tails = {name.rpartition(".")[2].rpartition("/")[2]: name for name in known}
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)

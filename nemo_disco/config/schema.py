@@ -1,7 +1,7 @@
-"""What a run is: one frozen, typed section a concern. conf/ holds the values, this file their types and bounds.
+"""Types and bounds of a run's configuration, one frozen section per concern; conf/ holds the values.
 
-Each room is handed its own section and reads no other. Keys of the layout are Megatron's and NeMo's own.
-Unknown keys are refused. Cross-section contradictions are found in checks.py.
+Each package gets its own section and reads no other. Keys of the parallel layout are Megatron's and NeMo's own.
+Unknown keys are refused. consistency.py checks keys against each other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-LARGEST_INT = 2**31 - 1  # more of anything is a slip of the hand; torch and numpy take seeds up to here on any system
+LARGEST_INT = 2**31 - 1  # a larger value is a typing error; torch and numpy accept seeds up to this on any system
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -20,7 +20,7 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
-# A path, or several: ~ is the home directory.
+# A path; ~ is the home directory.
 PathText = Annotated[str, BeforeValidator(lambda path: os.path.expanduser(path) if type(path) is str else path)]
 
 
@@ -33,7 +33,7 @@ class Section(BaseModel):
 class TrainerConfig(Section):
     max_steps: PositiveInt  # steps of the loop: one generation, several mini-batches
     num_nodes: PositiveInt
-    devices: PositiveInt  # processes a node: GPUs, or CPU processes
+    devices: PositiveInt  # processes per node: one per GPU, or CPU processes
     precision: Annotated[Literal["32", "bf16", "64"], BeforeValidator(lambda p: str(p) if type(p) is int else p)]
     gradient_clip_val: NonNegativeFloat  # global norm; 0 is off
 
@@ -43,11 +43,11 @@ class ExpManagerConfig(Section):
     resume_if_exists: bool
     checkpoint_every_n_steps: PositiveInt
     keep_checkpoints: PositiveInt
-    saved_rollouts: NonNegativeInt  # the last responses of a step, written to rollouts/ to read
+    saved_rollouts: NonNegativeInt  # how many of a step's responses are written to rollouts/
     tensorboard: bool
     wandb: bool
     mlflow: bool
-    profile_steps: list[PositiveInt]  # steps of which a trace is written to profile/
+    profile_steps: list[PositiveInt]  # steps whose trace is written to profile/
 
 
 class SchedConfig(Section):
@@ -57,13 +57,13 @@ class SchedConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adam"]  # what megatron-core's distributed optimizer takes
+    name: Literal["adam"]  # AdamW; the one that megatron-core's distributed optimizer has
     lr: NonNegativeFloat
     weight_decay: NonNegativeFloat
     betas: tuple[float, float]
     eps: PositiveFloat
     moments_dtype: Literal["float32", "bfloat16"]  # bfloat16 needs Transformer Engine
-    offload: bool  # its state waits in host memory while an engine samples
+    offload: bool  # keep its state in host memory while an engine samples
     sched: SchedConfig
 
 
@@ -77,8 +77,8 @@ class ModelConfig(Section):
     activations_checkpoint_granularity: Literal["selective", "full"] | None
     token_budget: PositiveInt  # tokens (prompts, responses and padding) in one micro-batch
     trust_remote_code: bool
-    transformer_engine: bool | None  # the layers' make; null: where it is installed, on CUDA
-    fp8: Literal["delayed", "current", "blockwise"] | None  # how Transformer Engine scales; null is no FP8
+    transformer_engine: bool | None  # layer implementation; null: true on CUDA where it is installed
+    fp8: Literal["delayed", "current", "blockwise"] | None  # Transformer Engine's scaling; null is no FP8
     fp8_param_gather: bool  # keep and gather the weights in FP8 too
     apply_rope_fusion: bool  # Transformer Engine's
     bias_activation_fusion: bool  # megatron-core's
@@ -86,7 +86,7 @@ class ModelConfig(Section):
 
     @property
     def fp8_tokens(self) -> int:
-        """What FP8 matrix products need the tokens of a micro-batch to be a multiple of."""
+        """A micro-batch's tokens must be a multiple of this for FP8 matrix products."""
         return {None: 1, "delayed": 16, "current": 16, "blockwise": 128}[self.fp8]
 
 
@@ -103,8 +103,10 @@ class AlgorithmConfig(Section):
     constraint: dict[str, Any]  # fields of algorithms.objectives.Constraint
     off_policy: dict[str, Any]  # fields of algorithms.objectives.off_policy.OffPolicy
     threshold: FiniteFloat  # a response is correct when its reward is above
-    mini_batch_questions: PositiveInt  # questions an optimizer step
-    dynamic_sampling_rounds: NonNegativeInt  # at most so many times more questions, until enough groups are mixed
+    mini_batch_questions: PositiveInt  # questions per optimizer step
+    dynamic_sampling_rounds: (
+        NonNegativeInt  # sample more questions at most so many times, until enough groups are mixed
+    )
     reference_reset_steps: NonNegativeInt  # every so many steps the policy becomes the reference; 0: never
 
     def objective(self) -> dict[str, Any]:
@@ -121,59 +123,61 @@ class GenerationConfig(Section):
     top_k: NonNegativeInt  # 0 is off
     max_response_length: PositiveInt  # tokens, EOS included
     response_length_schedule: list[tuple[PositiveInt, PositiveInt]]  # [n, tokens]: the limit after n steps
-    # Of the engines that run in processes of their own:
-    python: PathText | None  # the interpreter of the environment that has the engine
-    replicas: PositiveInt  # a node
-    tensor_parallel_size: PositiveInt  # inside a replica
-    colocated: bool  # on the training GPUs, asleep while the policy trains; else on the node's GPUs after them
-    asynchronous: bool  # sample the next step's rollouts, with the weights before, while the policy trains
-    nodes: list[str]  # hosts of their own for the replicas, reached by srun or ssh; empty is the training nodes
-    quantization: str | None  # as the engine names it (fp8, ...); refused by engines that have it not
-    options: dict[str, Any]  # more arguments of the engine's constructor, under its own names
+    # Only for engines that run in processes of their own (vllm, tensorrt_llm):
+    python: PathText | None  # interpreter of the environment that the engine is installed in
+    replicas: PositiveInt  # per node
+    tensor_parallel_size: PositiveInt  # of one replica
+    colocated: bool  # on the training GPUs, asleep while the policy trains; false: on the node's other GPUs
+    asynchronous: bool  # sample the next step's rollouts with the current weights while the policy trains
+    nodes: list[str]  # separate hosts for the replicas, reached by srun or ssh; empty: the training nodes
+    quantization: str | None  # the engine's name for it (fp8, ...); an engine without it refuses
+    options: dict[str, Any]  # more arguments of the engine's constructor, by its own names
 
     def response_limit(self, step: int) -> int:
-        """The limit of the step that follows `step` steps, in tokens."""
+        """Response limit in tokens of the step that comes after `step` finished steps."""
         reached = [limit for after, limit in self.response_length_schedule if after <= step]
         return max([self.max_response_length, *reached])
 
     @property
     def longest_response(self) -> int:
-        """The last limit: what memory and positions must hold, and evaluation allows."""
+        """The last limit, in tokens: memory and positions must hold it, and evaluation uses it."""
         return max([self.max_response_length, *(limit for _, limit in self.response_length_schedule)])
 
 
 class DataConfig(Section):
-    train_files: list[PathText]  # none: evaluate and plan need none
-    train_weights: list[PositiveFloat] | None  # one a file: how often an epoch asks it; null is 1 each
+    train_files: list[PathText]  # may be empty for evaluate and plan
+    train_weights: list[PositiveFloat] | None  # per file: how often an epoch samples its questions; null is 1 each
     questions_per_step: PositiveInt
     max_prompt_length: PositiveInt  # tokens, after the chat template
-    too_long: Literal["error", "drop"]  # a question over the limit: stop, or drop it and say how many
-    max_bad_records: Annotated[float, Field(ge=0, le=1)]  # the share of a file that may be malformed, and is left out
-    if_changed: Literal["error", "restart"]  # other questions than the checkpoint's: stop, or begin the new ones
+    too_long: Literal["error", "drop"]  # a longer question: stop, or drop it and log how many
+    max_bad_records: Annotated[
+        float, Field(ge=0, le=1)
+    ]  # share of a file's records that may be malformed; they are left out
+    if_changed: Literal["error", "restart"]  # questions differ from the checkpoint's: stop, or start over with the new
     prompt_suffix: str  # appended to the question's text
-    system_prompt: str | None  # of questions that bring none
-    chat_template_kwargs: dict[str, Any]  # what the chat template takes beside the conversation
+    system_prompt: str | None  # for questions without one of their own
+    chat_template_kwargs: dict[str, Any]  # arguments of the chat template besides the conversation
     shuffle: bool
 
 
 class RewardTermsConfig(Section):
-    """What each term weighs in the reward, which is their sum."""
+    """Weights of the terms of the reward, which is their weighted sum."""
 
     correctness: FiniteFloat  # the grader's verdict, 0 or 1
-    format: FiniteFloat  # 1 where there is a complete answer, right or wrong
-    length: FiniteFloat  # 1 - |o|/C
+    format: FiniteFloat  # 1 for a complete answer, right or wrong
+    length: FiniteFloat  # 1 - |o|/C, C the response limit
     overlong: FiniteFloat  # DAPO's: down to -1 in the last overlong_buffer tokens
 
 
 class RewardConfig(Section):
     verifier: str  # math, exact, numeric, choice, python_tests, or module:name of your own
-    parameters: dict[str, Any]  # of the verifier, beside those below
+    parameters: dict[str, Any]  # arguments of the verifier besides the keys below
     terms: RewardTermsConfig
     function: str | None  # module:function of your own, added to the terms; it takes a rewards.GradedResponse
     overlong_buffer: PositiveInt | None  # tokens; null is a fifth of the response limit
     require_think: bool  # reward only what comes after </think>
-    timeout: PositiveFloat  # seconds an answer
-    workers: PositiveInt  # grader processes a node
+    timeout: PositiveFloat  # seconds per answer
+    workers: PositiveInt  # grader processes per node
 
 
 class EvaluationConfig(Section):
@@ -189,19 +193,19 @@ class EvaluationConfig(Section):
 
 class VerifyConfig(Section):
     dtype: Literal["float32", "float64", "bfloat16"] | None  # null is trainer.precision
-    rollouts: PathText | None  # read if the file is there, else written
-    save_gradients: PathText | None  # one mini-batch's gradient, Hugging Face names, safetensors
+    rollouts: PathText | None  # read if the file exists, else written
+    save_gradients: PathText | None  # safetensors file for one mini-batch's gradient, by Hugging Face names
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
-    max_mismatch: PositiveFloat  # mean exp|trainer - engine| of the sampled tokens' log-probs; above it commands stop
-    max_kl: PositiveFloat | None  # their KL (k3), nats a token; null: by precision, algorithms/agreement.py
+    max_mismatch: PositiveFloat  # of mean exp|trainer - engine| of the sampled tokens' log-probs
+    max_kl: PositiveFloat | None  # of their KL (k3), nats per token; null: by precision, algorithms/agreement.py
 
 
 class PlanConfig(Section):
-    gpu_memory_gb: PositiveFloat | None  # of the cluster that `nemo-disco plan` speaks of; null: this machine's, or 80
+    gpu_memory_gb: PositiveFloat | None  # of the GPUs to plan for; null: this machine's, or 80
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """All sections of a run."""
 
     seed: NonNegativeInt
     trainer: TrainerConfig

@@ -138,7 +138,7 @@ def test_aliases_that_stand_for_too_much_are_refused_by_file(tmp_path, text):
     bad = tmp_path / "bad.yaml"
     bad.write_text(text)
     for read in (lambda: compose("bad", [], str(tmp_path)), lambda: load_run_config(bad)):
-        with pytest.raises(UserError, match=r"bad\.yaml: its YAML aliases stand for more than 100,000 values"):
+        with pytest.raises(UserError, match=r"bad\.yaml: its YAML aliases expand to more than 100,000 values"):
             read()
 
 
