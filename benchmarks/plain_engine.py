@@ -45,5 +45,5 @@ class PlainEngine:
 if __name__ == "__main__":
     import rollout_worker.__main__ as worker
 
-    worker._engine = PlainEngine
+    worker._build_engine = PlainEngine
     worker.main()

@@ -138,5 +138,5 @@ def fake_python(directory: Path, file: str = __file__) -> str:
 if __name__ == "__main__":
     import rollout_worker.__main__ as worker
 
-    worker._engine = FakeEngine
+    worker._build_engine = FakeEngine
     worker.main()

@@ -30,7 +30,7 @@ class FakeGpuEngine(FakeEngine):
             return [{}] * RANKS
         shared = [SharedMemory.allocate(size, rank) for rank in range(RANKS)]
         self.memories = [memory.tensor for memory in shared]
-        return [memory.described() for memory in shared]
+        return [memory.describe() for memory in shared]
 
     def join(self, unique_id: bytes, size: int) -> None:
         self._fault("join", 0)
@@ -62,7 +62,7 @@ class FakeGpuEngine(FakeEngine):
 if __name__ == "__main__":
     import rollout_worker.__main__ as worker
 
-    worker._engine = FakeGpuEngine
+    worker._build_engine = FakeGpuEngine
     try:
         worker.main()
     finally:

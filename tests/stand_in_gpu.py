@@ -37,13 +37,13 @@ class SharedMemory:
         return cls(map_staging(path, (size,)), path)
 
     @classmethod
-    def open(cls, described: dict[str, Any]) -> SharedMemory:
-        return cls(map_staging(described["path"], (described["size"],)), described["path"])
+    def open(cls, description: dict[str, Any]) -> SharedMemory:
+        return cls(map_staging(description["path"], (description["size"],)), description["path"])
 
     def close(self) -> None:
         self.closed[0] += 1
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {"path": self.path, "size": self.tensor.numel()}
 
 

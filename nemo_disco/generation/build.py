@@ -1,4 +1,4 @@
-"""From the configuration to an engine on this rank: the policy itself, or the replicas that this rank leads."""
+"""Builds the configured engine on this rank: on the policy itself, or as the client of the replicas that it leads."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from nemo_disco.runtime.errors import UserError
 
 
 def leads(config: GenerationConfig) -> bool:
-    """Whether this rank leads replicas: the first of its node, or the first of all where replicas have own hosts."""
+    """True if this rank leads replicas: the first rank of its node, or rank 0 if generation.nodes names other hosts."""
     return dist.get_rank() == 0 if config.nodes else int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def build_engine(
     config: GenerationConfig, policy: Policy, stop_token_ids: Iterable[int], *, max_length: int, logs: Path
 ) -> Engine:
-    """The engine of a run, started; a collective. logs: a directory for what the engine's processes print.
+    """Build and start the engine of a run. A collective.
 
-    max_length: of prompt and response, in tokens. Raises UserError if the engine cannot be built as configured.
+    max_length: of prompt and response together, in tokens. logs: directory for the output of the engine's processes.
+    Raises UserError if the engine cannot be built as configured.
     """
     stop = sorted(set(stop_token_ids))
     if config.engine == "megatron":
         return MegatronEngine(policy, stop)
-    # float64 is the trainer's alone (nemo-disco verify)
+    # only the policy computes in float64 (nemo-disco verify)
     dtype = "bfloat16" if policy.dtype is torch.bfloat16 else "float32"
     settings: dict[str, Any] = {
         "engine": config.engine,
@@ -42,7 +43,7 @@ def build_engine(
         "dtype": dtype,
         "stop_token_ids": stop,
         "vocabulary": policy.vocabulary,
-        "rows": policy.rows,  # of the output; those from `vocabulary` on are no tokens
+        "rows": policy.rows,  # of the output layer; those from `vocabulary` on are padding
         "max_length": max_length,
         "tensor_parallel_size": config.tensor_parallel_size,
         "trust_remote_code": policy.config.trust_remote_code,
@@ -55,7 +56,7 @@ def build_engine(
 
 
 def _places(config: GenerationConfig, logs: Path) -> list[Place]:
-    """Where each replica that this rank leads runs. Raises UserError if its GPUs are not there."""
+    """The place of each replica that this rank leads. Raises UserError if this node has too few GPUs for them."""
     python = config.python
     assert python is not None
     if "/" in python and not config.nodes:
@@ -69,26 +70,26 @@ def _places(config: GenerationConfig, logs: Path) -> list[Place]:
             first = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         for i in range(config.replicas):
             start = first + i * config.tensor_parallel_size
-            gpus = _gpus(range(start, start + config.tensor_parallel_size), here=host is None)
+            gpus = _gpu_names(range(start, start + config.tensor_parallel_size), on_this_node=host is None)
             places.append(Place(python, logs / f"{node}-{i}.log", gpus, host))
     return places
 
 
-def _gpus(numbers: range, here: bool) -> list[str]:
-    """A replica's GPUs under CUDA's names. On this machine the numbers count what this process may use:
-    CUDA_VISIBLE_DEVICES=2,3 makes GPU 0 of a run the machine's third."""
+def _gpu_names(numbers: range, on_this_node: bool) -> list[str]:
+    """A replica's GPUs as CUDA_VISIBLE_DEVICES names them. On this node `numbers` count the GPUs that this process may
+    use: with CUDA_VISIBLE_DEVICES=2,3, number 0 is the machine's third GPU."""
     if not torch.cuda.is_available():
         return []
-    if not here:
+    if not on_this_node:
         return [str(n) for n in numbers]
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()  # of the list, CUDA ignores what follows the first number that is no GPU
-    visible = given.split(",")[:count] if given else [str(n) for n in range(count)]
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()  # CUDA ignores the rest of the list after the first number that is no GPU
+    visible = variable.split(",")[:count] if variable else [str(n) for n in range(count)]
     if numbers.stop > len(visible):
-        wanted = "the training processes' own" if numbers.start == 0 else "those after the training processes'"
+        position = "the training processes' own" if numbers.start == 0 else "those after the training processes'"
         raise UserError(
-            f"a replica of the engine needs GPUs {numbers.start} to {numbers.stop - 1} of this node ({wanted}), and "
-            f"this process sees {len(visible)} (CUDA_VISIBLE_DEVICES={given}): lower generation.replicas or "
+            f"a replica of the engine needs GPUs {numbers.start} to {numbers.stop - 1} of this node ({position}), and "
+            f"this process sees {len(visible)} (CUDA_VISIBLE_DEVICES={variable}): lower generation.replicas or "
             "generation.tensor_parallel_size, or give each process all GPUs of its node"
         )
     return [visible[n].strip() for n in numbers]

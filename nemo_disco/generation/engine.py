@@ -1,7 +1,7 @@
-"""The contract between the loop and a rollout engine, on one screen.
+"""The contract between the trainer and a rollout engine, on one screen.
 
-An engine owns sampling and its copy of the weights. It does not own prompts' text, grading or the objective's old
-log-probs (those come from the training engine). The loop never asks which engine runs.
+An engine owns sampling and its copy of the weights. It does not own the prompts' text, grading or the objective's old
+log-probs (those are the policy's own). The trainer does not depend on which engine runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. temperature 0 is greedy; top_k 0 and top_p 1.0 mean the whole vocabulary."""
+    """Sampling parameters of a request. temperature 0 is greedy; top_k 0 and top_p 1.0 keep the whole vocabulary."""
 
     temperature: float
     max_response_length: int
@@ -39,14 +39,14 @@ class Response:
     weight_version: int
 
 
-# Called with (place in the request, response) when a response is finished, on the one rank that has it.
+# Called with (index of the prompt, response) when a response is finished, on exactly one rank.
 Finished = Callable[[int, Response], None]
-# Waits for the responses to a request, in order; takes the version of the policy's weights at that time. A collective.
-Outstanding = Callable[[int], list[Response]]
+# Waits for the responses and returns them in order. Argument: the version of the policy's weights now. A collective.
+PendingResponses = Callable[[int], list[Response]]
 
 
 class Engine(Protocol):
-    """What samples responses for the loop: megatron (in process), vllm, tensorrt_llm."""
+    """Samples responses for the trainer: megatron (in its processes), vllm, tensorrt_llm."""
 
     def generate(
         self,
@@ -55,41 +55,41 @@ class Engine(Protocol):
         sampling: SamplingParams,
         finished: Finished | None = None,
     ) -> list[Response]:
-        """One response a prompt, in order, all from the weights of the last update. Equal neighbouring prompts share
+        """One response to each prompt, in order, all from the weights of the last update. Equal prompts in a row share
         their prefix. The same (prompt, seed, sampling, weights) gives the same response whatever else is in the call,
         as far as the engine's arithmetic does not depend on the batch. An engine that streams calls `finished` for
-        each response; one that does not never calls it."""
+        each response as it ends; other engines never call it."""
         ...
 
     def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
-        """Take the policy's weights: `weights()` streams them under Hugging Face names, and may be called again while
-        they are the policy's, to give them to a replica that was lost. Nothing is generated from a mixture."""
+        """Refit: put the policy's weights into the engine. `weights()` streams them under Hugging Face names; until the
+        next update it may be called again, for a lost replica. No response comes from a mixture of versions."""
         ...
 
     def sleep(self) -> None:
-        """Give memory back while the policy trains."""
+        """Free GPU memory while the policy trains."""
         ...
 
     def wake(self) -> None:
-        """Be ready for the next update_weights."""
+        """Prepare for the next update_weights."""
         ...
 
     def close(self) -> None:
-        """End, with every process and buffer that the engine started."""
+        """Stop every process and free every buffer of the engine."""
         ...
 
 
-class EngineApart(Engine, Protocol):
+class AsynchronousEngine(Engine, Protocol):
     """An engine in processes of its own, which can sample while the policy trains."""
 
-    def ask(
+    def start_generating(
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
         finished: Finished | None = None,
-    ) -> Outstanding:
-        """`generate` in two halves: returns when sampling has begun, `finished` is called from a thread of its own, and
-        nothing else may be asked of the engine until the result has been waited for. A replica that is lost meanwhile
-        gets the policy's weights of then: what it had not answered is sampled from those, and says so."""
+    ) -> PendingResponses:
+        """Start `generate` and return while it samples; another thread calls `finished`. Before any other request to
+        the engine the returned function must be called. The prompts that a lost replica had not answered are sampled
+        from the policy's weights at that call, and the responses have their version."""
         ...

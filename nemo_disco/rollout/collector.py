@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_disco.config.schema import GenerationConfig
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Engine, EngineApart, Outstanding, Response, SamplingParams
+from nemo_disco.generation.engine import AsynchronousEngine, Engine, PendingResponses, Response, SamplingParams
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.grader import Grader
 from nemo_disco.rollout.grading import EarlyGrading
@@ -86,7 +86,7 @@ class _Ahead:
     indices: list[int]
     state: dict[str, Any]
     request: _Request
-    outstanding: Outstanding
+    pending: PendingResponses
     batch: RolloutBatch | None = None
 
 
@@ -125,9 +125,10 @@ class Collector:
         """
         state, indices = self.state_dict(), self.order.next()
         request = self._request(indices, step, 0)
-        engine = cast(EngineApart, self.engine)
-        outstanding = engine.ask(request.prompts.prompts, request.seeds, request.sampling, request.grading.finished)
-        self._ahead = _Ahead(indices, state, request, outstanding)
+        engine = cast(AsynchronousEngine, self.engine)
+        prompts, finished = request.prompts.prompts, request.grading.finished
+        pending = engine.start_generating(prompts, request.seeds, request.sampling, finished)
+        self._ahead = _Ahead(indices, state, request, pending)
 
     def receive(self, version: int) -> None:
         """Wait for the responses to `request_ahead`, if it was called, and reward them. version: the policy's now.
@@ -135,7 +136,7 @@ class Collector:
         if self._ahead is None:
             return
         with span("generate"):
-            responses = self._ahead.outstanding(version)
+            responses = self._ahead.pending(version)
         state = self._ahead.state
         try:
             self._ahead = replace(self._ahead, batch=self._reward(self._ahead.request, responses))

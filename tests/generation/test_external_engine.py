@@ -17,7 +17,7 @@ from fake_engine import answer
 from response_values import as_tuples
 from torch import Tensor
 
-from nemo_disco.generation.engine import Outstanding, Response
+from nemo_disco.generation.engine import PendingResponses, Response
 from nemo_disco.generation.external import engine as external_engine
 from nemo_disco.generation.external import refit, replica
 from nemo_disco.generation.external.engine import ExternalEngine
@@ -196,8 +196,8 @@ def test_weights_of_another_version_are_not_served(
     assert "sampled with the weights of version 1, not 2" in caplog.text
 
 
-def ask(engine: ExternalEngine, seen: dict[int, Response]) -> Outstanding:
-    return engine.ask(PROMPTS, SEEDS, SAMPLING, seen.__setitem__)
+def start_generating(engine: ExternalEngine, seen: dict[int, Response]) -> PendingResponses:
+    return engine.start_generating(PROMPTS, SEEDS, SAMPLING, seen.__setitem__)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -214,13 +214,13 @@ def test_asked_ahead_it_answers_while_nobody_waits(
     engine.update_weights(tensors.items, 0)
     once = as_tuples(sampled(engine))
     seen: dict[int, Response] = {}
-    outstanding = ask(engine, seen)
+    pending = start_generating(engine, seen)
     wait_for(lambda: len(seen) == len(PROMPTS))
     with pytest.raises(AssertionError, match="before its last responses were waited for"):
         sampled(engine)
     with pytest.raises(AssertionError, match="before its responses were waited for"):
         engine.update_weights(tensors.items, 1)
-    assert as_tuples(outstanding(1)) == once == as_tuples(seen[i] for i in range(len(PROMPTS)))
+    assert as_tuples(pending(1)) == once == as_tuples(seen[i] for i in range(len(PROMPTS)))
     assert right(sampled(engine), tensors, 0)
 
 
@@ -232,11 +232,11 @@ def test_what_is_lost_while_the_policy_trains_is_sampled_from_its_new_weights_an
     engine.update_weights(tensors.items, 3)
     old = {name: checksum(t) for name, t in tensors.items()}
     seen: dict[int, Response] = {}
-    outstanding = ask(engine, seen)
+    pending = start_generating(engine, seen)
     wait_for(lambda: len(seen) >= 5 + len(PROMPTS) // 2)  # one replica has failed at its sixth, the other is done
     for tensor in tensors.values():
         tensor.mul_(1.5)
-    responses = outstanding(4)
+    responses = pending(4)
     new = {name: checksum(t) for name, t in tensors.items()}
     assert sorted({r.weight_version for r in responses}) == [3, 4]
     for prompt, seed, r in zip(PROMPTS, SEEDS, responses, strict=True):
@@ -253,7 +253,7 @@ def test_closed_while_it_samples_it_is_gone_at_once(
     engine = start(slow=60)
     engine.update_weights(tensors.items, 0)
     seen: dict[int, Response] = {}
-    ask(engine, seen)
+    start_generating(engine, seen)
     wait_for(lambda: len(seen) > 0)
     process, (reader,) = engine.replicas[0]._process, [t for t in threading.enumerate() if t.name == "rollouts"]
     engine.close()

@@ -32,7 +32,7 @@ def test_between_sleep_and_the_commit_of_a_refit_nothing_is_sampled(start: Start
     assert refuses(engine)
     engine.wake()
     assert refuses(engine)
-    engine.replicas[0].ask(op="begin", version=1)
+    engine.replicas[0].call(op="begin", version=1)
     assert refuses(engine)
     engine.update_weights(tensors.items, 1)
     assert right(sampled(engine), tensors, 1)

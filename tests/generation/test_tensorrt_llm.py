@@ -13,7 +13,7 @@ from tiny_models import VOCABULARY, save_model
 
 from nemo_disco.generation.worker.rollout_worker import tensorrt_llm as adapter
 from nemo_disco.generation.worker.rollout_worker.tensors import ALIGNMENT, checksum
-from nemo_disco.generation.worker.rollout_worker.weights import Weights
+from nemo_disco.generation.worker.rollout_worker.weights import RefitReceiver
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 
@@ -25,7 +25,7 @@ class OnCpu(adapter.TensorRtLlm):
         self.slots = torch.zeros(shape, dtype=torch.uint8)
         return [{}]
 
-    def shared(self, weights: list[tuple[str, torch.Tensor]]) -> dict[str, list[Any]]:
+    def share(self, weights: list[tuple[str, torch.Tensor]]) -> dict[str, list[Any]]:
         # rebuild_cuda_tensor's seventh argument is the device, and the extension sets it
         return {"GPU-0": [(n, (lambda *args: args[0], (t, 0, 0, 0, 0, 0, "device", 0))) for n, t in weights]}
 
@@ -53,9 +53,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "llama", tied=False)
 
 
-def refit(engine: OnCpu, model: Path, version: int) -> Weights:
+def refit(engine: OnCpu, model: Path, version: int) -> RefitReceiver:
     """All weights, in many buckets, as the worker is sent them."""
-    weights = Weights(engine, str(model), torch.bfloat16, remote=False, bucket_bytes=1)
+    weights = RefitReceiver(engine, str(model), torch.bfloat16, remote=False, bucket_bytes=1)
     weights.begin(version)
     checksums = {}
     for i, (name, tensor) in enumerate(load_file(model / "model.safetensors").items()):

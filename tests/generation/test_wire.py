@@ -74,7 +74,7 @@ def test_an_answer_cannot_be_sent_back_as_ones_own(ends: tuple[Channel, Channel]
 
     def echo() -> None:
         for size in (wire._HELLO.size, 32):
-            thief.socket.sendall(thief._exactly(size))
+            thief.socket.sendall(thief._read(size))
 
     other = threading.Thread(target=echo)
     other.start()

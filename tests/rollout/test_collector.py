@@ -18,7 +18,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Finished, Outstanding, Response, SamplingParams
+from nemo_disco.generation.engine import Finished, PendingResponses, Response, SamplingParams
 from nemo_disco.policy import parallel
 from nemo_disco.rewards import Rewards
 from nemo_disco.rollout.collector import Collector
@@ -57,7 +57,7 @@ class Scripted:
             responses.append(Response(np.array(tokens), -np.ones(len(tokens), np.float32), "length", self.version))
         return responses
 
-    def ask(self, *request: Any) -> Outstanding:
+    def start_generating(self, *request: Any) -> PendingResponses:
         responses = self.generate(*request)
         return lambda _: responses
 

@@ -1,7 +1,7 @@
-"""Engines in processes of their own (vllm, tensorrt_llm) behind the contract: replicas, refit, and recovery.
+"""Client for engines in processes of their own (vllm, tensorrt_llm): requests to the replicas, refit, and recovery.
 
-On each node the first rank leads its replicas; the others take part in the collectives. A replica that is lost is
-started anew and given all weights, and only what it had not answered is sampled again.
+On each node the first rank leads its replicas; the other ranks only take part in the collectives. A lost replica is
+started again and given all weights, and only the prompts that it had not answered are sampled again.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_disco.generation.engine import Finished, Outstanding, Response, SamplingParams
+from nemo_disco.generation.engine import Finished, PendingResponses, Response, SamplingParams
 from nemo_disco.generation.external.refit import refit
 from nemo_disco.generation.external.replica import SILENCE_S, Replica, ReplicaLostError
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 from nemo_disco.runtime.collectives import every
 from nemo_disco.runtime.errors import UserError
 
-# How often one refit or one generation is tried before the run stops.
+# Attempts at one refit or one generation before the run stops.
 ATTEMPTS = 3
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Request:
-    """Prompts to sample from, which replica of this rank has which of them, and what has been answered."""
+    """Prompts to sample from, each of this rank's replicas' share of them (indices), and the responses so far."""
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
     sampling: SamplingParams
     finished: Finished | None
     shares: list[list[int]]
-    found: dict[int, Response] = field(default_factory=dict)
+    responses: dict[int, Response] = field(default_factory=dict)
 
-    def take(self, index: int, response: Response) -> None:
-        self.found[index] = response
+    def add(self, index: int, response: Response) -> None:
+        self.responses[index] = response
         if self.finished is not None:
             self.finished(index, response)
 
 
 class ExternalEngine:
-    """Engine of the replicas that this rank leads (most ranks lead none) and of the other ranks'. All methods but
-    `ask` and `close` are collectives."""
+    """Client for all replicas; each rank drives the ones that it leads (most ranks lead none). All methods except
+    `start_generating` and `close` are collectives."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
-        """Starts the replicas. Raises UserError if one cannot be built."""
+        """Start the replicas. Raises UserError if one cannot be built."""
         self.replicas = list(replicas)
         self.version = 0
-        self._outstanding: Future[dict[int, Exception]] | None = None  # a request that nobody waits for yet
+        self._pending: Future[dict[int, Exception]] | None = None  # of a request that was started and not waited for
         self._weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
         counts = every(lambda: len(self.replicas))
         self._first, self._total = sum(counts[: dist.get_rank()]), sum(counts)
@@ -72,32 +72,32 @@ class ExternalEngine:
     ) -> list[Response]:
         """See Engine.generate."""
         request = self._request(prompts, seeds, sampling, finished)
-        return self._responses(request, self._run(request), self.version)
+        return self._responses(request, self._sample(request), self.version)
 
-    def ask(
+    def start_generating(
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
         finished: Finished | None = None,
-    ) -> Outstanding:
-        """See EngineApart.ask. What it returns is the collective: its thread only reads the wire."""
+    ) -> PendingResponses:
+        """See AsynchronousEngine. Only the returned function is a collective: the thread only reads messages."""
         request = self._request(prompts, seeds, sampling, finished)
-        outstanding: Future[dict[int, Exception]] = Future()
+        pending: Future[dict[int, Exception]] = Future()
 
         def run() -> None:
             try:
-                outstanding.set_result(self._run(request))
-            except BaseException as problem:
-                outstanding.set_exception(problem)
+                pending.set_result(self._sample(request))
+            except BaseException as error:
+                pending.set_exception(error)
 
         def wait(version: int) -> list[Response]:
-            problems = outstanding.result()
-            self._outstanding = None
+            problems = pending.result()
+            self._pending = None
             return self._responses(request, problems, version)
 
-        self._outstanding = outstanding
-        # A daemon: a run that fails does not wait for its engine.
+        self._pending = pending
+        # A daemon thread: a run that fails does not wait for its engine.
         threading.Thread(target=run, name="rollouts", daemon=True).start()
         return wait
 
@@ -107,78 +107,82 @@ class ExternalEngine:
         self._refit(version)
 
     def sleep(self) -> None:
-        """The GPU memory of weights and cache; a no-op where the engine cannot (on a CPU)."""
-        self._everywhere("sleep")
+        """Free the GPU memory of weights and cache; does nothing if the engine cannot sleep (on a CPU)."""
+        self._call_all("sleep")
 
     def wake(self) -> None:
-        """Afterwards the weights are missing: a refit must follow."""
-        self._everywhere("wake")
+        """Wake the engine, which then has no weights: a refit must follow."""
+        self._call_all("wake")
 
     def close(self) -> None:
+        """End the processes of the replicas that this rank leads."""
         for replica in self.replicas:
             replica.end()
 
     # --- refit and recovery ---
 
     def _refit(self, version: int) -> None:
-        assert self._outstanding is None, "the engine was given weights before its responses were waited for"
-        assert self._weights is not None, "no weights were ever given to the engine"
+        assert self._pending is None, "the engine was given weights before its responses were waited for"
+        assert self._weights is not None, "the engine was never given weights"
         self.version = version
         for _ in range(ATTEMPTS):
             behind = [i for i, replica in enumerate(self.replicas) if replica.version != version]
-            found = refit(self._weights(), [self.replicas[i] for i in behind], version)
-            problems = {behind[i]: problem for i, problem in found.items()}
-            if not self._agree("refit", problems):
+            failures = refit(self._weights(), [self.replicas[i] for i in behind], version)
+            problems = {behind[i]: problem for i, problem in failures.items()}
+            if not self._any_problem("refit", problems):
                 return
             self._recover(problems)
         raise self._failure("refit", problems)
 
     def _recover(self, problems: dict[int, Any]) -> None:
-        """Start anew what is not running (all at once). Raises UserError, on every rank, if it cannot be built."""
+        """Start the lost replicas again, all at once. problems: by replica; one that only refused a request still runs.
+        Raises UserError on every rank if a replica cannot be started."""
         lost = [self.replicas[i] for i, problem in problems.items() if not isinstance(problem, RefusedError)]
-        refused = ""
+        failure = ""
         try:
             for replica in lost:
                 replica.start()
             for replica in lost:
                 replica.wait_ready()
         except (ReplicaLostError, RefusedError, OSError) as error:
-            refused = str(error)
-        if said := next(filter(None, every(lambda: refused)), ""):
+            failure = str(error)
+        if message := next(filter(None, every(lambda: failure)), ""):
             self.close()
-            raise UserError(f"generation: the engine cannot be started: {said}")
+            raise UserError(f"generation: the engine cannot be started: {message}")
 
-    def _agree(self, what: str, problems: dict[int, Exception]) -> bool:
-        """Whether any rank had a problem; each is said by the rank that had it."""
+    def _any_problem(self, task: str, problems: dict[int, Exception]) -> bool:
+        """True if any rank had a problem; each rank logs its own."""
         for problem in problems.values():
-            log.warning("%s: %s; trying again with all weights given anew", what, problem)
+            log.warning("%s: %s; trying again with all weights given anew", task, problem)
         return any(every(lambda: bool(problems)))
 
-    def _failure(self, what: str, problems: dict[int, Exception]) -> UserError:
-        said = next(filter(None, every(lambda: "; ".join(map(str, problems.values())))))
+    def _failure(self, task: str, problems: dict[int, Exception]) -> UserError:
+        """Close the engine and return the error that ends the run, the same on every rank."""
+        message = next(filter(None, every(lambda: "; ".join(map(str, problems.values())))))
         self.close()
-        return UserError(f"{what} failed {ATTEMPTS} times in a row: {said}")
+        return UserError(f"{task} failed {ATTEMPTS} times in a row: {message}")
 
-    def _everywhere(self, request: str) -> None:
-        asked = list(range(len(self.replicas)))
+    def _call_all(self, op: str) -> None:
+        """Send a request without arguments to all replicas; those that fail are started again."""
+        remaining = list(range(len(self.replicas)))
         for _ in range(ATTEMPTS):
             problems: dict[int, Exception] = {}
-            for i in asked:
+            for i in remaining:
                 replica = self.replicas[i]
                 try:
-                    replica.version = replica.ask(op=request)["version"]
+                    replica.version = replica.call(op=op)["version"]
                 except ReplicaLostError as problem:
                     problems[i] = problem
                 except RefusedError as problem:
-                    replica.end()  # who knows what memory it holds
+                    replica.end()  # the memory that it holds is unknown
                     problems[i] = ReplicaLostError(f"{replica.name}: {problem}")
-            if not self._agree(request, problems):
+            if not self._any_problem(op, problems):
                 return
             self._recover(problems)
-            if request == "wake":  # what was just started is awake
+            if op == "wake":  # a replica that was just started is awake
                 return
-            asked = list(problems)
-        raise self._failure(request, problems)
+            remaining = list(problems)
+        raise self._failure(op, problems)
 
     # --- generation ---
 
@@ -189,48 +193,47 @@ class ExternalEngine:
         sampling: SamplingParams,
         finished: Finished | None,
     ) -> _Request:
-        """Whole questions are dealt to the replicas, so that a group shares its prompt's prefix."""
-        assert self._outstanding is None, "the engine was asked before its last responses were waited for"
-        questions = [list(rows) for _, rows in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
+        """Divide the prompts among the replicas, by whole questions: a group then shares its prompt's prefix."""
+        assert self._pending is None, "the engine got a request before its last responses were waited for"
+        questions = [list(group) for _, group in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
         shares = [
-            [i for rows in questions[self._first + r :: self._total] for i in rows] for r in range(len(self.replicas))
+            [i for group in questions[self._first + r :: self._total] for i in group] for r in range(len(self.replicas))
         ]
         return _Request(prompts, seeds, sampling, finished, shares)
 
     def _responses(self, request: _Request, problems: dict[int, Exception], version: int) -> list[Response]:
-        """After a first run and its problems, with more of them where replicas were lost. version: of the weights that
-        the policy has now, for those."""
+        """All ranks' responses. problems: of the first attempt; the prompts of failed replicas are sampled again, from
+        the weights that the policy has now, `version`."""
         attempts = 1
-        while self._agree("generate", problems):
+        while self._any_problem("generate", problems):
             if attempts == ATTEMPTS:
                 raise self._failure("generation", problems)
             attempts += 1
             self._recover(problems)
             self._refit(version)
-            problems = self._run(request)
-        everything: dict[int, Response] = {}
-        for share in every(lambda: request.found):
-            everything |= share
-        return [everything[i] for i in range(len(request.prompts))]
+            problems = self._sample(request)
+        responses = {i: response for share in every(lambda: request.responses) for i, response in share.items()}
+        return [responses[i] for i in range(len(request.prompts))]
 
-    def _run(self, request: _Request) -> dict[int, Exception]:
-        """Each replica's share of what is not answered yet, at the same time; problems by replica. No collective."""
-        shares = [[i for i in share if i not in request.found] for share in request.shares]
+    def _sample(self, request: _Request) -> dict[int, Exception]:
+        """Let the replicas sample the unanswered prompts of their shares, all at the same time. Returns problems by
+        replica. No collective."""
+        shares = [[i for i in share if i not in request.responses] for share in request.shares]
         problems: dict[int, Exception] = {}
         with selectors.DefaultSelector() as selector:
             for i, (replica, share) in enumerate(zip(self.replicas, shares, strict=True)):
                 try:
                     if share:
-                        _ask(replica, share, request)
+                        _send_request(replica, share, request)
                         selector.register(replica, selectors.EVENT_READ, i)
                 except ReplicaLostError as problem:
                     problems[i] = problem
             while busy := list(selector.get_map().values()):
-                # after a silence, `receive` says so of each
+                # after SILENCE_S without a message, `receive` raises for each busy replica
                 for key in [key for key, _ in selector.select(SILENCE_S)] or busy:
                     i = key.data
                     try:
-                        done = self._take_one(self.replicas[i], shares[i], request)
+                        done = self._receive_one(self.replicas[i], shares[i], request)
                     except (ReplicaLostError, RefusedError) as problem:
                         self.replicas[i].version = None
                         problems[i] = problem
@@ -239,8 +242,9 @@ class ExternalEngine:
                         selector.unregister(key.fd)
         return problems
 
-    def _take_one(self, replica: Replica, share: Sequence[int], request: _Request) -> bool:
-        """One message of a generating replica; whether it was the last. Raises RefusedError for other weights."""
+    def _receive_one(self, replica: Replica, share: Sequence[int], request: _Request) -> bool:
+        """Handle one message of a replica that samples; True if it was the last one. Raises RefusedError, and
+        ReplicaLostError also for responses from other weights or of another form."""
         message, payload = replica.receive()
         if "alive" in message:
             return False
@@ -252,21 +256,22 @@ class ExternalEngine:
             )
         if "done" in message:
             return True
-        count, place = message["tokens"], message["response"]
-        if not 0 <= place < len(share) or len(payload) != 8 * count:
+        count, index = message["tokens"], message["response"]
+        if not 0 <= index < len(share) or len(payload) != 8 * count:
             raise ReplicaLostError(
-                f"{replica.name} answered request {place} of {len(share)} with {count} tokens in {len(payload)} bytes"
+                f"{replica.name} answered prompt {index} of {len(share)} with {count} tokens in {len(payload)} bytes"
             )
         tokens = np.frombuffer(payload, np.int32, count).astype(np.int64)
-        log_probs = np.frombuffer(payload, np.float32, offset=4 * count).copy()  # else it keeps the tokens' bytes too
+        log_probs = np.frombuffer(payload, np.float32, offset=4 * count).copy()  # a view would keep the payload
         reason: Literal["stop", "length"] = "stop" if message["reason"] == "stop" else "length"
         response = Response(tokens, log_probs, reason, message["version"])
-        request.take(share[place], response)
+        request.add(share[index], response)
         return False
 
 
-def _ask(replica: Replica, share: Sequence[int], request: _Request) -> None:
-    flat, sampling = array("i", [token for i in share for token in request.prompts[i]]), request.sampling
+def _send_request(replica: Replica, share: Sequence[int], request: _Request) -> None:
+    """Send a replica the prompts of its share."""
+    tokens, sampling = array("i", [token for i in share for token in request.prompts[i]]), request.sampling
     message = {
         "op": "generate",
         "lengths": [len(request.prompts[i]) for i in share],
@@ -278,4 +283,4 @@ def _ask(replica: Replica, share: Sequence[int], request: _Request) -> None:
             "max_tokens": sampling.max_response_length,
         },
     }
-    replica.send(message, flat.tobytes())
+    replica.send(message, tokens.tobytes())

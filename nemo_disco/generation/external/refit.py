@@ -1,8 +1,8 @@
-"""The run's side of a refit: the policy's tensors, one after the other, into a replica's staging memory.
+"""The run's side of a refit: copies the policy's tensors, one after another, into a replica's staging memory.
 
-Bounded memory: a tensor is copied once, into one of the replica's slots (in pieces if it is larger), while the
-engine reads another. A sender never raises: it remembers its problem, for the stream of weights is a collective and
-must run to its end.
+Memory is bounded: a tensor is copied once, into one of the replica's slots (in pieces if it is larger), while the
+engine reads another slot. A sender stores its error instead of raising it: the stream of weights is a collective, which
+every rank must read to its end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 
 def refit(weights: Iterable[tuple[str, Tensor]], replicas: Sequence[Replica], version: int) -> dict[int, Exception]:
-    """Give the weights to the replicas; the problems, by the replica's place in the list. Reads all of `weights`."""
+    """Send the weights to the replicas. Returns the failed replicas' errors by index. Reads all of `weights`."""
     senders = [Sender(replica, version) for replica in replicas]
     for name, tensor in weights:
         for sender in senders:
@@ -31,7 +31,7 @@ def refit(weights: Iterable[tuple[str, Tensor]], replicas: Sequence[Replica], ve
 
 
 class Sender:
-    """One refit of one replica."""
+    """Sends the weights of one refit to one replica. problem: its error, after which nothing more is sent."""
 
     def __init__(self, replica: Replica, version: int) -> None:
         self.replica, self.version = replica, version
@@ -39,15 +39,15 @@ class Sender:
         self.dtype: torch.dtype = getattr(torch, replica.settings["dtype"])
         self._checksums: dict[str, str] = {}
         self._entries: list[dict[str, Any]] = []
-        self._buckets = self._used = self._unanswered = 0
+        self._buckets = self._used = self._unanswered = 0  # _used: bytes of the present slot
         self._guarded(self._begin)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """The next tensor. Nothing of it is kept."""
+        """Send the next tensor; no reference to it is kept."""
         self._guarded(self._add, name, tensor)
 
     def commit(self) -> None:
-        """After the last tensor: the weights serve from here on, or `problem` is set."""
+        """Commit after the last tensor: the engine samples from the new weights now, or `problem` is set."""
         self._guarded(self._commit)
 
     def _guarded(self, part: Any, *arguments: Any) -> None:
@@ -62,66 +62,66 @@ class Sender:
 
     def _begin(self) -> None:
         self.replica.version = None
-        self.replica.ask(op="begin", version=self.version)
+        self.replica.call(op="begin", version=self.version)
         if self.replica.staging is None:
             self.replica.staging = Staging(self.replica)
         self.staging: Staging = self.replica.staging
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        raw, seen = as_bytes(tensor.detach().to(self.dtype).contiguous()), Checksum()
-        shape, size, room = list(tensor.shape), raw.numel(), self.staging.slot_bytes
-        if self._used + size > room:
+        raw, checksum = as_bytes(tensor.detach().to(self.dtype).contiguous()), Checksum()
+        shape, size, slot_bytes = list(tensor.shape), raw.numel(), self.staging.slot_bytes
+        if self._used + size > slot_bytes:
             self._flush()
-        for first in range(0, size, room):
-            piece = raw[first : first + room]
-            seen.add(self.staging.write(self._slot, self._used, piece))
-            count = min(size - first, room)
+        for first in range(0, size, slot_bytes):
+            piece = raw[first : first + slot_bytes]
+            checksum.add(self.staging.write(self._slot, self._used, piece))
+            count = min(size - first, slot_bytes)
             entry = {"name": name, "shape": shape, "offset": self._used, "first": first, "bytes": count}
             self._entries.append(entry)
             self._used = -(-(self._used + count) // ALIGNMENT) * ALIGNMENT
-            if count == room:
+            if count == slot_bytes:
                 self._flush()
-        self._checksums[name] = str(seen)
+        self._checksums[name] = str(checksum)
 
     @property
     def _slot(self) -> int:
         return self._buckets % self.staging.slots
 
     def _flush(self) -> None:
-        """Hand the slot over, and wait until the next one has been read."""
+        """Send the slot's bucket, and wait until the engine has read the next slot."""
         if not self._entries:
             return
         slot = self._slot
         payload = self.staging.payload(slot, self._used)
         self.replica.send({"op": "bucket", "slot": slot, "pieces": self._entries}, payload)
-        self.staging.sent(slot)
+        self.staging.transfer(slot)
         self._unanswered += 1
         self._buckets += 1
         self._used, self._entries = 0, []
         while self._unanswered == self.staging.slots:
-            self._answer()
+            self._receive_answer()
 
-    def _answer(self) -> None:
+    def _receive_answer(self) -> None:
         self._unanswered -= 1
         self.replica.receive()
 
     def _commit(self) -> None:
         self._flush()
         while self._unanswered:
-            self._answer()
-        answer = self.replica.ask(op="commit", version=self.version, checksums=self._checksums)
+            self._receive_answer()
+        answer = self.replica.call(op="commit", version=self.version, checksums=self._checksums)
         if answer["version"] != self.version:
-            raise RefusedError(f"refit: committed version {self.version}, the engine says {answer['version']}")
+            raise RefusedError(f"refit: committed version {self.version}, but the engine has {answer['version']}")
         self.replica.version = self.version
 
     def _give_up(self) -> None:
-        """Abort, so that the worker is ready for the next begin; answers under way are read first."""
+        """Abort the refit, so that the worker accepts the next one; first read the answers that are still to come."""
         try:
             while self._unanswered:
                 try:
-                    self._answer()
+                    self._receive_answer()
                 except RefusedError:
                     continue
-            self.replica.ask(op="abort")
+            self.replica.call(op="abort")
         except (ReplicaLostError, RefusedError) as problem:
             self.problem = problem

@@ -1,7 +1,7 @@
-"""One replica of an engine: its process started, watched and ended, and the messages to it.
+"""One replica of an engine: starts, watches and ends its process, and exchanges messages with it.
 
-Knows the wire; not what is generated or trained. A replica that dies, hangs or loses its connection raises
-ReplicaLostError with what its log said last.
+Knows the wire, but not what is generated or trained. A replica that dies, hangs or loses its connection raises
+ReplicaLostError with the last error in its log.
 """
 
 from __future__ import annotations
@@ -31,57 +31,57 @@ from nemo_disco.runtime.files import Scratch, open_regular, writing
 from nemo_disco.runtime.signals import STOP_SIGNALS, shield_children
 
 STARTUP_S = 1800.0  # large models compile and capture graphs
-SILENCE_S = 600.0  # a worker at work speaks every few seconds
+SILENCE_S = 600.0  # without a message, of which a busy worker sends one every few seconds
 _CLOSE_S = 5.0
 _POLL_S = 0.1
-_GREETING_S = 10.0  # until a connection has shown that it knows the secret
+_AUTHENTICATION_S = 10.0
 _WORKER_PATH = Path(__file__).parent.parent / "worker"
-# What a launcher tells its ranks would make the engine join the training's process group; our packages are not its own.
-_NOT_ITS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
-_OF_THE_JOB = ("SLURM_JOB_ID", "SLURM_CONF")
-_SPARED = " ".join(number.name.removeprefix("SIG") for number in STOP_SIGNALS)
-# On a CPU each refit repacks the weights: memory given back to the kernel would come again page by page.
+# Not for an engine: a launcher's variables would make it join the training's process group; it has its own packages.
+_REMOVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+_KEPT_FOR_SRUN = ("SLURM_JOB_ID", "SLURM_CONF")
+_STOP_SIGNALS = " ".join(number.name.removeprefix("SIG") for number in STOP_SIGNALS)
+# On a CPU each refit repacks the weights: memory that malloc returned to the kernel would be faulted in page by page.
 _MALLOC = "glibc.malloc.trim_threshold=0x7fffffffffff:glibc.malloc.mmap_threshold=0x7fffffffffff"
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class ReplicaLostError(Exception):
-    """The replica's process ended, hangs, or cannot be reached; the message says how it ended and what it said last."""
+    """The replica's process ended, hangs, or cannot be reached; the message says how, and its last logged error."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a replica runs: by which Python, on which GPUs of which host (None: this machine), its log."""
+    """Where a replica runs: the engine's Python, the log of its output, its GPUs, and its host (None: this machine)."""
 
     python: str
     log: Path
-    gpus: Sequence[str] = ()  # as CUDA_VISIBLE_DEVICES names them there
+    gpus: Sequence[str] = ()  # as CUDA_VISIBLE_DEVICES names them on that host
     host: str | None = None
 
 
 class Replica:
-    """A worker process and the connection to it. `start`, then `wait_ready`; `end` it in any case."""
+    """A worker process and the connection to it. Call `start`, then `wait_ready`, and `end` in any case."""
 
     def __init__(self, name: str, place: Place, settings: Mapping[str, Any]) -> None:
-        """settings: what the worker's engine is built with, as JSON."""
+        """settings: for the worker's engine, in JSON's types."""
         self.name, self.place, self.settings = name, place, dict(settings)
-        self.ready: dict[str, Any] = {}  # what the worker said of itself
-        self.staging: Any = None  # the refit's, of the present process
-        self.version: int | None = None  # of the weights that it has
+        self.ready: dict[str, Any] = {}  # the worker's message when its engine was built
+        self.staging: Any = None  # Staging of the present process
+        self.version: int | None = None  # of its weights; None without weights
         self.start_seconds: dict[str, float] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._listener: socket.socket | None = None
-        self._scratch: Scratch | None = None  # where its socket is, until it is connected
-        self._began = 0.0
+        self._scratch: Scratch | None = None  # directory of the socket, until the worker has connected
+        self._start_time = 0.0
 
     # --- life ---
 
     def start(self) -> None:
-        """Start the process; it connects back."""
+        """Start the process, which then connects to this one."""
         self.end()
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
         self._secret = secrets.token_bytes(32)
         address = self._listen()
         with writing(self.place.log):
@@ -94,19 +94,19 @@ class Replica:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(),
-                start_new_session=True,  # Ctrl-C reaches the run alone, and all that the engine starts ends together
+                start_new_session=True,  # Ctrl-C reaches only the run; the engine's own processes end with its group
             )
         atexit.register(self.end)
-        # By standard input, not by arguments: those are for everyone to see.
+        # By standard input: every user can read a process's arguments.
         remote = self.place.host is not None
         settings = self.settings | {"address": address, "secret": self._secret.hex(), "remote": remote}
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it ended already: wait_ready says how
+        with contextlib.suppress(OSError):  # the process ended already: wait_ready reports it
             self._process.stdin.write(json.dumps(settings).encode() + b"\n")
             self._process.stdin.flush()
 
     def wait_ready(self) -> None:
-        """Until the engine is built. Raises ReplicaLostError, or RefusedError with what the engine said."""
+        """Wait until the engine is built. Raises ReplicaLostError, or RefusedError with the engine's own message."""
         assert self._listener is not None
         deadline = time.monotonic() + STARTUP_S
         self._listener.settimeout(0.2)
@@ -117,13 +117,13 @@ class Replica:
         self._stop_listening()
         connection.settimeout(SILENCE_S)
         self._channel = Channel(connection)
-        self.start_seconds = {"connected": time.monotonic() - self._began}
+        self.start_seconds = {"connected": time.monotonic() - self._start_time}
         self.ready, _ = self.receive(STARTUP_S)
-        self.start_seconds |= self.ready["seconds"] | {"total": time.monotonic() - self._began}
+        self.start_seconds |= self.ready["seconds"] | {"total": time.monotonic() - self._start_time}
         self.version = None
 
     def end(self) -> None:
-        """End the process and all that it started. Tidily if it can; may be called at any time."""
+        """End the process and all that it started, by force if it does not end itself. May be called at any time."""
         atexit.unregister(self.end)
         self.version = None
         self._stop_listening()
@@ -162,22 +162,22 @@ class Replica:
             raise RefusedError(message["refused"])
         return message, payload
 
-    def ask(self, **message: Any) -> dict[str, Any]:
+    def call(self, **message: Any) -> dict[str, Any]:
         """Send a request and return its answer."""
         self.send(message)
         return self.receive()[0]
 
-    def together(self, part: Callable[[], T]) -> T:
-        """Do what returns only when the replica does its share: a collective. Raises ReplicaLostError when the replica
-        ends or does not come, where NCCL itself may wait for ever (NVIDIA/nccl issue 585), or when `part` fails."""
+    def run_collective(self, part: Callable[[], T]) -> T:
+        """Run this side of a collective with the replica and return its result. Raises ReplicaLostError if `part` fails
+        or the replica ends or does not take part, where NCCL may wait for ever (NVIDIA/nccl issue 585)."""
         assert self._process is not None
         done: Future[T] = Future()
 
         def run() -> None:
             try:
                 done.set_result(part())
-            except BaseException as problem:
-                done.set_exception(problem)
+            except BaseException as error:
+                done.set_exception(error)
 
         threading.Thread(target=run, name="collective", daemon=True).start()
         closed, deadline = select.poll(), time.monotonic() + SILENCE_S
@@ -189,11 +189,11 @@ class Replica:
                 raise self._lost(f"did not come to a collective in {SILENCE_S:.0f} s")
         try:
             return done.result()
-        except RuntimeError as problem:  # what NCCL makes of a lost connection
-            raise self._lost(f"was lost in a collective: {problem}") from problem
+        except RuntimeError as error:  # NCCL's, for a lost connection
+            raise self._lost(f"was lost in a collective: {error}") from error
 
     def fileno(self) -> int:
-        """For a selector: readable when there is a message."""
+        """The connection's file descriptor, for a selector: readable when there is a message."""
         return self._connected().socket.fileno()
 
     def _connected(self) -> Channel:
@@ -204,7 +204,7 @@ class Replica:
     # --- parts ---
 
     def _listen(self) -> str | list[Any]:
-        """Where the worker is to connect: a Unix socket that this user alone can reach, or a port."""
+        """Listen, and return the address for the worker: a Unix socket for this user alone, or host and port."""
         if self.place.host is None:
             self._scratch = Scratch()
             path = str(self._scratch.path / "socket")
@@ -216,13 +216,13 @@ class Replica:
         return [srun.node_address(), self._listener.getsockname()[1]]
 
     def _accept(self) -> socket.socket | None:
-        """A connection that proved to be the worker's, if there was one; strangers reach a port too."""
+        """The connection of a worker that knows the secret (anyone can connect to a port); None if none has come."""
         assert self._listener is not None
         with contextlib.suppress(TimeoutError):
             connection, _ = self._listener.accept()
-            connection.settimeout(_GREETING_S)
+            connection.settimeout(_AUTHENTICATION_S)
             try:
-                Channel(connection).authenticate(self._secret, b"run", _GREETING_S)
+                Channel(connection).authenticate(self._secret, b"run", _AUTHENTICATION_S)
             except OSError as error:
                 connection.close()
                 log.warning("%s: a connection was refused: %s", self.name, error)
@@ -239,25 +239,25 @@ class Replica:
             self._scratch = None
 
     def _command(self) -> list[str]:
-        own = [self.place.python, "-m", "rollout_worker"]
+        worker = [self.place.python, "-m", "rollout_worker"]
         if self.place.host is None:
-            return own
-        there = shlex.join(["env", *(f"{k}={v}" for k, v in self._own_environment().items()), *own])
+            return worker
+        script = shlex.join(["env", *(f"{k}={v}" for k, v in self._engine_variables().items()), *worker])
         if "SLURM_JOB_ID" in os.environ:
-            there = f"trap '' {_SPARED}; exec {there}"  # which srun passes on: the engine outlives a request to stop
-            return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self.place.host}", "sh", "-c", there]
-        return ["ssh", "-o", "BatchMode=yes", self.place.host, there]
+            script = f"trap '' {_STOP_SIGNALS}; exec {script}"  # srun passes them on; the engine outlives such a signal
+            return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self.place.host}", "sh", "-c", script]
+        return ["ssh", "-o", "BatchMode=yes", self.place.host, script]
 
     def _environment(self) -> dict[str, str]:
-        mine = {name: value for name, value in os.environ.items() if name not in _NOT_ITS_OWN}
-        if mine.get(launch.ALLOCATOR_VARIABLES[0]) == launch.GROWING_SEGMENTS:
-            del mine[launch.ALLOCATOR_VARIABLES[0]]  # the run's: an engine that sleeps has an allocator of its own
+        inherited = {name: value for name, value in os.environ.items() if name not in _REMOVED}
+        if inherited.get(launch.ALLOCATOR_VARIABLES[0]) == launch.GROWING_SEGMENTS:
+            del inherited[launch.ALLOCATOR_VARIABLES[0]]  # the run set it; an engine that sleeps has its own allocator
         if self.place.host is None:
-            return mine | self._own_environment()
-        # srun reads its options there: those of the training step, tasks and binding of CPUs and GPUs, are not its own.
-        return {name: value for name, value in mine.items() if not name.startswith("SLURM_") or name in _OF_THE_JOB}
+            return inherited | self._engine_variables()
+        # srun reads options from SLURM_ variables: the training step's tasks and binding are not for the engine's step.
+        return {k: v for k, v in inherited.items() if not k.startswith("SLURM_") or k in _KEPT_FOR_SRUN}
 
-    def _own_environment(self) -> dict[str, str]:
+    def _engine_variables(self) -> dict[str, str]:
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(self.place.gpus)} if self.place.gpus else {}
         return {"PYTHONPATH": str(_WORKER_PATH), "GLIBC_TUNABLES": _MALLOC, **gpus}
 
@@ -267,18 +267,18 @@ class Replica:
             raise self._lost("ended")
 
     def _lost(self, how: str) -> ReplicaLostError:
-        """The error, after ending what is left of the process."""
+        """End the rest of the process and return the error."""
         process = self._process
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1.0)  # its connection closes a moment before it ends
+                process.wait(1.0)  # a process's connection closes a moment before it ends
             code = process.poll()
             if code is not None and code < 0:
                 how = f"was killed by {signal.Signals(-code).name}"
             elif code is not None:
                 how = f"ended with exit code {code}"
         self.end()
-        return ReplicaLostError(f"{self.name} {how}{_last_words(self.place.log)}; its log: {self.place.log}")
+        return ReplicaLostError(f"{self.name} {how}{_last_error(self.place.log)}; its log: {self.place.log}")
 
 
 def _end(process: subprocess.Popen[bytes], remote: bool) -> None:
@@ -288,7 +288,7 @@ def _end(process: subprocess.Popen[bytes], remote: bool) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_CLOSE_S)
     if remote and process.poll() is None:
-        process.terminate()  # srun then kills its step; killed itself it would leave a hanging engine where it is
+        process.terminate()  # srun then kills its step; a killed srun would leave a hanging engine running
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_CLOSE_S)
     with contextlib.suppress(ProcessLookupError):
@@ -296,11 +296,11 @@ def _end(process: subprocess.Popen[bytes], remote: bool) -> None:
     process.wait()
 
 
-def _last_words(log: Path) -> str:
-    """The last line of a log that is an error's."""
+def _last_error(log: Path) -> str:
+    """The last line of a log that reports an error, in parentheses; "" if there is none."""
     try:
         lines = log.read_bytes()[-20_000:].decode(errors="replace").splitlines()
     except OSError:
         return ""
-    said = [line.strip() for line in lines if "Error" in line or "error:" in line]
-    return f" (it said: {said[-1][:300]})" if said else ""
+    errors = [line.strip() for line in lines if "Error" in line or "error:" in line]
+    return f" (it said: {errors[-1][:300]})" if errors else ""

@@ -1,4 +1,4 @@
-"""The worker's process: builds the engine, then serves one run until it closes the connection or dies."""
+"""The worker process: builds the engine, then serves one run until the run closes the connection or dies."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from .weights import Weights
+from .weights import RefitReceiver
 from .wire import PROTOCOL, Channel, RefusedError, WireError
 
-_PULSE_S = 5.0  # a generating engine says this often that it lives
+_HEARTBEAT_S = 5.0  # between the messages of a generating worker that it is alive
 
 
-def _engine(settings: dict[str, Any]) -> Any:
+def _build_engine(settings: dict[str, Any]) -> Any:
     if settings["engine"] == "vllm":
         from .vllm import Vllm
 
@@ -31,17 +31,18 @@ def _engine(settings: dict[str, Any]) -> Any:
         from .tensorrt_llm import TensorRtLlm
 
         return TensorRtLlm(settings)
-    raise RefusedError(f"no such engine: {settings['engine']}")
+    raise RefusedError(f"unknown engine {settings['engine']!r}; known are vllm, tensorrt_llm")
 
 
 class Server:
-    """Serves one run until it closes the connection."""
+    """Answers the run's requests until it closes the connection."""
 
-    def __init__(self, channel: Channel, engine: Any, weights: Weights) -> None:
+    def __init__(self, channel: Channel, engine: Any, weights: RefitReceiver) -> None:
         self.channel, self.engine, self.weights = channel, engine, weights
-        self._pulse = time.monotonic()
+        self._last_heartbeat = time.monotonic()
 
     def run(self) -> None:
+        """Answer requests; an error of the engine is sent as a refusal. Raises WireError when the run has gone."""
         while True:
             message, payload = self.channel.receive()
             try:
@@ -71,7 +72,7 @@ class Server:
             self.weights.abort()
         elif kind == "sleep":
             if self.engine.sleep():
-                self.weights.version = None  # the weights were given back with the rest
+                self.weights.version = None  # the engine has freed its weights
         elif kind == "wake":
             self.engine.wake()
         else:
@@ -80,7 +81,7 @@ class Server:
 
     @staticmethod
     def _collective(part: Callable[..., None], *arguments: Any) -> None:
-        """What the run is in as well: before any refusal, and if it fails only our end takes the run out of it."""
+        """Call this side of a collective with the run. If it fails this process ends, which takes the run out of it."""
         try:
             part(*arguments)
         except BaseException:
@@ -88,6 +89,7 @@ class Server:
             os._exit(1)
 
     def _all_or_nothing(self, part: Callable[..., None], *arguments: Any) -> None:
+        """Call a part of the refit, and abort the refit if it fails."""
         try:
             part(*arguments)
         except BaseException:
@@ -103,21 +105,21 @@ class Server:
         prompts = [tokens[end - length : end] for end, length in zip(ends, message["lengths"], strict=True)]
 
         def deliver(index: int, tokens: Sequence[int], log_probs: Sequence[float], reason: str) -> None:
-            found = {"response": index, "tokens": len(tokens), "reason": reason, "version": version}
-            self.channel.send(found, array("i", tokens).tobytes() + array("f", log_probs).tobytes())
+            header = {"response": index, "tokens": len(tokens), "reason": reason, "version": version}
+            self.channel.send(header, array("i", tokens).tobytes() + array("f", log_probs).tobytes())
 
-        self.engine.generate(prompts, message["seeds"], message["sampling"], deliver, self._live)
+        self.engine.generate(prompts, message["seeds"], message["sampling"], deliver, self._heartbeat)
         return {"done": len(prompts), "version": version}
 
-    def _live(self) -> None:
-        """Between an engine's steps: tell the run that there is progress, and notice that it is gone."""
-        if time.monotonic() - self._pulse > _PULSE_S:
-            self._pulse = time.monotonic()
+    def _heartbeat(self) -> None:
+        """Tell the run, between an engine's steps, that there is progress. Raises WireError if the run has gone."""
+        if time.monotonic() - self._last_heartbeat > _HEARTBEAT_S:
+            self._last_heartbeat = time.monotonic()
             self.channel.send({"alive": True})
 
 
 def connect(address: str | list[Any]) -> socket.socket:
-    """To the run: the path of a Unix socket, or [host, port]."""
+    """A connection to the run. address: the path of a Unix socket, or [host, port]."""
     if isinstance(address, str):
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
@@ -127,8 +129,8 @@ def connect(address: str | list[Any]) -> socket.socket:
     return connection
 
 
-def _end_with_the_run() -> None:
-    """The run holds our standard input open: when it dies, however it dies, so do we."""
+def _exit_with_run() -> None:
+    """End this process when the run ends, however it ends: its end closes our standard input."""
     while sys.stdin.buffer.read(1):
         pass
     os._exit(1)
@@ -136,33 +138,33 @@ def _end_with_the_run() -> None:
 
 def main() -> None:
     settings = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    threading.Thread(target=_exit_with_run, daemon=True).start()
     channel = Channel(connect(settings["address"]))
     channel.authenticate(bytes.fromhex(settings["secret"]), b"worker")
-    began = time.monotonic()
+    start = time.monotonic()
     try:
-        engine = _engine(settings)
+        engine = _build_engine(settings)
         dtype = getattr(torch, settings["dtype"])
-        weights = Weights(engine, settings["model"], dtype, settings["remote"], settings.get("bucket_bytes"))
+        weights = RefitReceiver(engine, settings["model"], dtype, settings["remote"], settings.get("bucket_bytes"))
     except Exception as error:
         traceback.print_exc()
         channel.send({"refused": f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"})
         raise SystemExit(1) from None
-    took = time.monotonic() - began
-    imported = getattr(engine, "import_seconds", 0.0)
+    build_seconds = time.monotonic() - start
+    import_seconds = getattr(engine, "import_seconds", 0.0)
     channel.send(
         {
             "ready": True,
             "protocol": PROTOCOL,
             "torch": torch.__version__,
             "staging": weights.staging,
-            "seconds": {"import": imported, "build": took - imported},
+            "seconds": {"import": import_seconds, "build": build_seconds - import_seconds},
         }
     )
     try:
         Server(channel, engine, weights).run()
     except WireError:
-        os._exit(0)  # the run is gone, or closed us; engines' own threads do not hold this process up
+        os._exit(0)  # the run has closed the connection or died; an engine's own threads would keep this process alive
 
 
 if __name__ == "__main__":

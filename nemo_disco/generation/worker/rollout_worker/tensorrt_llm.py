@@ -1,6 +1,6 @@
-"""TensorRT-LLM 1.2 and 1.3 behind the worker. Not run: written to the published API, tested against a fake of it.
+"""The worker's engine on TensorRT-LLM 1.2 and 1.3. Not run: written to the published API, tested against a fake of it.
 
-The names are of NVIDIA/TensorRT-LLM: tensorrt_llm/llmapi/rlhf_utils.py at 04762f3 (WorkerExtension),
+The names are those of NVIDIA/TensorRT-LLM: tensorrt_llm/llmapi/rlhf_utils.py at 04762f3 (WorkerExtension),
 _torch/async_llm.py at 0acd798 (sleep, wakeup), sampling_params.py at 000a01d (SamplingParams).
 """
 
@@ -20,8 +20,8 @@ from .tensors import Assembly
 from .wire import RefusedError, product
 
 EXTENSION = "tensorrt_llm.llmapi.rlhf_utils.WorkerExtension"
-MEMORY = ["model", "kv_cache"]  # what sleep gives back, by TensorRT-LLM's tags
-_LIVE_S = 2.0
+MEMORY = ["model", "kv_cache"]  # TensorRT-LLM's tags of the memory that `sleep` frees
+_HEARTBEAT_S = 2.0
 
 
 class TensorRtLlm:
@@ -36,13 +36,13 @@ class TensorRtLlm:
 
         version = tensorrt_llm.__version__
         self.sampling_params, self.stop = SamplingParams, settings["stop_token_ids"]
-        # Between 1.2 and 1.3 names moved: ask the installed one.
-        takes = inspect.signature(SamplingParams).parameters
-        if "logprobs_mode" not in takes:
+        # Names changed between 1.2 and 1.3: look them up in the installed version.
+        parameters = inspect.signature(SamplingParams).parameters
+        if "logprobs_mode" not in parameters:
             raise RefusedError(
                 f"TensorRT-LLM {version} has no logprobs_mode: its log-probs ignore the temperature; use 1.2 or later"
             )
-        self.bias = _bias(settings["vocabulary"], settings["rows"], takes)
+        self.bias = _bias(settings["vocabulary"], settings["rows"], parameters)
         fields = llm_args.TorchLlmArgs.model_fields
         lacking = [name for name in ("orchestrator_type", "ray_worker_extension_cls") if name not in fields]
         if lacking:
@@ -65,39 +65,39 @@ class TensorRtLlm:
 
             arguments["quant_config"] = QuantConfig(quant_algo=settings["quantization"].upper())
         self.sleeps = settings["sleeps"]
-        os.environ.setdefault("RAY_ADDRESS", "local")  # never a cluster that happens to be there
+        os.environ.setdefault("RAY_ADDRESS", "local")  # never a Ray cluster that runs on this machine
         self.engine = LLM(
             model=settings["model"],
             backend="pytorch",
             dtype=settings["dtype"],
             orchestrator_type="ray",
             ray_worker_extension_cls=EXTENSION,
-            load_format="dummy",  # the first refit brings the weights
+            load_format="dummy",  # the weights come with the first refit
             skip_tokenizer_init=True,
             max_seq_len=settings["max_length"],
             tensor_parallel_size=settings["tensor_parallel_size"],
             trust_remote_code=settings["trust_remote_code"],
-            kv_cache_config=KvCacheConfig(enable_block_reuse=True),  # a group's responses share their prompt
+            kv_cache_config=KvCacheConfig(enable_block_reuse=True),  # a group shares its prompt's keys and values
             **(arguments | settings["options"]),
         )
         self.devices = range(settings["tensor_parallel_size"])
 
     def open_staging(self, _path: str, shape: tuple[int, int], remote: bool) -> list[dict[str, Any]]:
-        """Slots [slots, bytes], this process's: the ranks are Ray's, and read copies."""
+        """Allocate slots [slots, bytes] in this process (Ray's ranks get copies) and return their description."""
         self.broadcast: Broadcast | None = None
         if remote:
             self.slots = torch.empty(shape, dtype=torch.uint8, device="cuda:0")
             return [{}]
         memory = IpcMemory.allocate(product(shape), device=0)
         self.slots = memory.tensor.view(*shape)
-        return [memory.described()]
+        return [memory.describe()]
 
     def join(self, unique_id: bytes, size: int) -> None:
         """Join the run's NCCL communicator."""
         self.broadcast = Broadcast(unique_id, 1, size, self.slots.device)
 
     def receive(self, slot: int) -> None:
-        """The run's broadcast of a slot."""
+        """Receive the run's broadcast of a slot, if the run is on another machine."""
         if self.broadcast is not None:
             self.broadcast(self.slots[slot])
 
@@ -107,72 +107,75 @@ class TensorRtLlm:
         seeds: Sequence[int],
         sampling: dict[str, Any],
         deliver: Callable[[int, Sequence[int], Sequence[float], str], None],
-        live: Callable[[], None],
+        heartbeat: Callable[[], None],
     ) -> None:
-        async def one(index: int) -> None:
+        """Sample a response to each prompt; calls deliver(index, tokens, log-probs, finish reason) for each."""
+
+        async def generate_one(index: int) -> None:
             output = await self.engine.generate_async(list(prompts[index]), self._parameters(sampling, seeds[index]))
             c = output.outputs[0]
             log_probs = [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)]
             deliver(index, c.token_ids, log_probs, c.finish_reason)
 
-        async def all_of_them() -> None:
-            waiting = {asyncio.ensure_future(one(i)) for i in range(len(prompts))}
+        async def generate_all() -> None:
+            waiting = {asyncio.ensure_future(generate_one(i)) for i in range(len(prompts))}
             while waiting:
-                done, waiting = await asyncio.wait(waiting, timeout=_LIVE_S, return_when=asyncio.FIRST_COMPLETED)
+                done, waiting = await asyncio.wait(waiting, timeout=_HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
-                live()
+                heartbeat()
 
-        asyncio.run(all_of_them())
+        asyncio.run(generate_all())
 
     def _parameters(self, sampling: dict[str, Any], seed: int) -> Any:
         greedy = sampling["temperature"] == 0.0
         return self.sampling_params(
             max_tokens=sampling["max_tokens"],
             temperature=1.0 if greedy else sampling["temperature"],
-            # Both None would be greedy decoding, silently; greedy is asked for by top_k 1 alone.
+            # Both None would silently decode greedily.
             top_k=1 if greedy else sampling["top_k"],
             top_p=None if greedy else sampling["top_p"],
             seed=seed,
-            end_id=-1,  # the stop tokens say it all
+            end_id=-1,  # only stop_token_ids end a response
             pad_id=0,
             stop_token_ids=self.stop,
-            include_stop_str_in_output=True,  # else the token that ended a response is cut off
+            include_stop_str_in_output=True,  # without it the stop token is cut off
             logprobs=1,
-            logprobs_mode="processed",  # of logits over the temperature; raw ones ignore it
+            logprobs_mode="processed",  # of logits / temperature; raw ones ignore the temperature
             detokenize=False,
             **self.bias,
         )
 
     def begin_refit(self) -> None:
-        """The extension prepares itself at the first bucket."""
+        """Begin a refit; the extension itself begins at the first bucket."""
         self.assembly = Assembly()
 
     def load_bucket(self, slot: int, pieces: list[Any]) -> dict[str, str]:
-        whole = list(self.assembly.take(self.slots[slot], pieces))
-        handles = self.shared([(name, tensor) for name, tensor, _ in whole])
+        """Load the tensors that a slot's pieces complete; returns their checksums by name."""
+        complete = list(self.assembly.take(self.slots[slot], pieces))
+        handles = self.share([(name, tensor) for name, tensor, _ in complete])
         self.engine._collective_rpc("update_weights", args=(handles,))
-        return {name: seen for name, _, seen in whole}
+        return {name: checksum for name, _, checksum in complete}
 
-    def shared(self, weights: list[tuple[str, Tensor]]) -> dict[str, list[Any]]:
-        """The weights as the extension takes them: by GPU, name and what torch makes of a shared tensor."""
+    def share(self, weights: list[tuple[str, Tensor]]) -> dict[str, list[Any]]:
+        """The weights in the extension's form: for each GPU, names and torch's handles of shared tensors."""
         from tensorrt_llm._torch.utils import get_device_uuid
         from torch.multiprocessing.reductions import reduce_tensor
 
-        share: Callable[[Any], Any] = reduce_tensor
-        # In memory of torch's own, the only kind that it shares; kept until the next bucket.
+        handle: Callable[[Any], Any] = reduce_tensor
+        # In memory of torch's allocator, the only kind that torch can share; kept until the next bucket.
         self._copies = {i: [(name, t.to(f"cuda:{i}")) for name, t in weights] for i in self.devices}
         torch.cuda.synchronize()
-        return {get_device_uuid(i): [(name, share(t)) for name, t in self._copies[i]] for i in self.devices}
+        return {get_device_uuid(i): [(name, handle(t)) for name, t in self._copies[i]] for i in self.devices}
 
     def finish_refit(self) -> None:
-        self.engine._collective_rpc("update_weights", args=(None,))  # post-processes, and drops the prefix cache
+        self.engine._collective_rpc("update_weights", args=(None,))  # also drops the prefix cache
 
     def abort_refit(self) -> None:
-        """Nothing: the weights are mixed until a full refit has replaced them all."""
+        """Do nothing: the weights stay mixed until a full refit has replaced them all."""
 
     def sleep(self) -> bool:
-        """Whether the weights were given back."""
+        """Free weights and cache if the engine can sleep; True if it can."""
         if self.sleeps:
             self.engine._collective_rpc("sleep", args=(MEMORY,))
         return bool(self.sleeps)
@@ -182,11 +185,11 @@ class TensorRtLlm:
             self.engine._collective_rpc("wakeup", args=(MEMORY,))
 
 
-def _bias(vocabulary: int, rows: int, takes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Arguments of SamplingParams by which rows that are no tokens are neither sampled nor part of log-probs."""
+def _bias(vocabulary: int, rows: int, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Arguments of SamplingParams that keep padding rows of the vocabulary out of samples and log-probs."""
     if vocabulary == rows:
         return {}
-    if "embedding_bias" not in takes:
+    if "embedding_bias" not in parameters:
         raise RefusedError(
             f"the model has {rows} rows for {vocabulary} tokens, and this TensorRT-LLM has no embedding_bias to hide "
             "the others; take another version"

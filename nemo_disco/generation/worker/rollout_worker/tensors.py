@@ -1,7 +1,7 @@
-"""Tensors on their way through staging memory: their checksums, and putting the pieces of large ones together.
+"""Tensors in staging memory: their checksums, and the assembly of large tensors from pieces.
 
-Both sides of the wire import it. Staging memory is small, so that it stays in the processor's cache; what was copied is
-summed while it is there too.
+Both sides of the wire import it. Staging memory is small, so that it stays in the processor's cache; a copy is summed
+while it is still in the cache.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # of a piece in its bucket, in bytes
-ROW = 4096  # bytes; a tensor is cut at multiples of it alone
+ROW = 4096  # bytes; tensors are cut only at multiples of it
 
 
 class Checksum:
-    """Of a tensor's bytes on any device, given in pieces of which all but the last are whole rows.
+    """Checksum of a tensor's bytes on any device, added in pieces of which all but the last are whole rows (ROW bytes).
 
-    The sum of its 64-bit words, which any one changed word changes, and a CRC-32 of the sums of its rows in order and
-    of what is left behind the last row. At the speed of memory; only the order of words inside a row does not count.
+    It is the sum of the 64-bit words, which any one changed word changes, and a CRC-32 of the sums of the rows in order
+    and of the bytes after the last row. Runs at the speed of memory; the order of words inside a row does not count.
     """
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []  # sums, where the tensor is: a GPU is not waited for until the end
+        self._rows: list[Tensor] = []  # sums, on the tensor's device: a GPU is only waited for at the end
         self._rest: Tensor | None = None
 
     def add(self, raw: Tensor) -> None:
-        """raw [bytes] uint8, contiguous: the next piece."""
+        """Add the next piece, raw [bytes] uint8, contiguous."""
         if raw.data_ptr() % 8:
             raw = raw.clone()
         rest = raw.numel() % ROW
@@ -47,10 +47,10 @@ class Checksum:
 
 
 def checksum(tensor: Tensor) -> str:
-    """Of a whole contiguous tensor."""
-    found = Checksum()
-    found.add(as_bytes(tensor))
-    return str(found)
+    """The checksum of a whole contiguous tensor."""
+    total = Checksum()
+    total.add(as_bytes(tensor))
+    return str(total)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -59,28 +59,28 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class Assembly:
-    """The receiving side: tensors put together from the pieces in buckets, in memory of their own."""
+    """Puts tensors together from the pieces in buckets, in memory of their own (the receiving side)."""
 
     def __init__(self, allocate: Callable[[str, Sequence[int], torch.dtype], Tensor] | None = None) -> None:
-        """allocate(name, shape, dtype): the memory for a tensor; without it, new memory on the bucket's device."""
+        """allocate(name, shape, dtype): returns memory for a tensor; None for new memory on the bucket's device."""
         self._allocate = allocate
         self._open: dict[str, tuple[Tensor, Checksum]] = {}
 
     def take(self, bucket: Tensor, pieces: Sequence[Any]) -> Iterator[tuple[str, Tensor, str]]:
-        """The tensors that a bucket completes: name, tensor, checksum. bucket: bytes; pieces: (name, dtype, shape,
-        offset in the bucket, offset in the tensor, bytes) each, of one tensor in order."""
-        for name, kind, shape, offset, first, count in pieces:
+        """Yield name, tensor and checksum of each tensor that a bucket completes. bucket [bytes]; pieces: (name, dtype,
+        shape, offset in the bucket, offset in the tensor, bytes) each, those of one tensor in order."""
+        for name, dtype_name, shape, offset, first, count in pieces:
             if not first:
-                dtype: torch.dtype = getattr(torch, kind)
+                dtype: torch.dtype = getattr(torch, dtype_name)
                 if self._allocate is None:
                     tensor = torch.empty(shape, dtype=dtype, device=bucket.device)
                 else:
                     tensor = self._allocate(name, shape, dtype)
                 self._open[name] = tensor, Checksum()
-            tensor, seen = self._open[name]
-            own = as_bytes(tensor)[first : first + count]
-            own.copy_(bucket[offset : offset + count])
-            seen.add(own)
+            tensor, sums = self._open[name]
+            piece = as_bytes(tensor)[first : first + count]
+            piece.copy_(bucket[offset : offset + count])
+            sums.add(piece)
             if first + count == tensor.nbytes:
                 del self._open[name]
-                yield name, tensor, str(seen)
+                yield name, tensor, str(sums)

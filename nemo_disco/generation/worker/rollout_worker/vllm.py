@@ -1,6 +1,6 @@
-"""vLLM 0.32 behind the worker: generate as a stream, and refit by its layer-wise reload.
+"""The worker's engine on vLLM 0.32: streams responses, and refits by vLLM's layer-wise reload.
 
-What vLLM does silently wrong without help is named where it is helped.
+Comments name each default of vLLM that would be silently wrong here, where it is changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .wire import RefusedError, map_staging, product
 _CPU_CACHE_BYTES = 2 << 30
 _CPU_BATCH_TOKENS = 4096
 _COLOCATED_SHARE = 0.5
-_LOAD_BYTES = 32 << 20  # at each load vLLM looks through all of its parameters
+_LOAD_BYTES = 32 << 20  # loaded together: each load goes through all of vLLM's parameters
 
 
 class Vllm:
@@ -27,13 +27,13 @@ class Vllm:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        # Else a CPU's ranks want a NUMA node each, and one rank takes all cores from the trainer.
+        # By default each rank on a CPU needs a NUMA node, and one rank takes all cores from the trainer.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        began = time.monotonic()
+        start = time.monotonic()
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
-        self.import_seconds = time.monotonic() - began
+        self.import_seconds = time.monotonic() - start
         self.gpu, self.stop = current_platform.is_cuda(), settings["stop_token_ids"]
         self.joined = False
         arguments = {
@@ -44,10 +44,10 @@ class Vllm:
             "tensor_parallel_size": settings["tensor_parallel_size"],
             "trust_remote_code": settings["trust_remote_code"],
         }
-        # vLLM's own default is nine tenths of a memory that the trainer needs too.
+        # vLLM's default is nine tenths of the memory, which the trainer needs too.
         if not self.gpu:
             arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
-            # A prompt in two chunks rewinds its seed's generator, which a CPU's cannot.
+            # A prompt in two chunks rewinds the random generator of its seed, which is impossible on a CPU.
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, settings["max_length"])
         elif settings["sleeps"]:
@@ -56,10 +56,10 @@ class Vllm:
             EngineArgs(
                 model=settings["model"],
                 dtype=settings["dtype"],
-                load_format="dummy",  # the first refit brings the weights
+                load_format="dummy",  # the weights come with the first refit
                 skip_tokenizer_init=True,
-                generation_config="vllm",  # the model's own would change top-k and top-p silently
-                logprobs_mode="processed_logprobs",  # of logits over the temperature; raw ones ignore it
+                generation_config="vllm",  # the model's own would silently change top-k and top-p
+                logprobs_mode="processed_logprobs",  # of logits / temperature; raw ones ignore the temperature
                 disable_log_stats=True,
                 **(arguments | settings["options"]),
             )
@@ -72,8 +72,9 @@ class Vllm:
         seeds: Sequence[int],
         sampling: dict[str, Any],
         deliver: Callable[[int, Sequence[int], Sequence[float], str], None],
-        live: Callable[[], None],
+        heartbeat: Callable[[], None],
     ) -> None:
+        """Sample a response to each prompt; calls deliver(index, tokens, log-probs, finish reason) for each."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -85,8 +86,8 @@ class Vllm:
                     **sampling,
                     seed=seed,
                     stop_token_ids=self.stop,
-                    ignore_eos=True,  # the stop tokens say it all
-                    logprobs=0,  # of the sampled token alone
+                    ignore_eos=True,  # only stop_token_ids end a response
+                    logprobs=0,  # only the sampled token's
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
@@ -99,15 +100,15 @@ class Vllm:
                     c = out.outputs[0]
                     log_probs = [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)]
                     deliver(int(out.request_id), c.token_ids, log_probs, c.finish_reason)
-                live()
+                heartbeat()
         except BaseException:
             self.engine.abort_request(ids, internal=True)
             raise
 
     def open_staging(self, path: str, shape: tuple[int, int], remote: bool) -> list[dict[str, Any]]:
-        """Slots [slots, bytes] on each rank, as the run needs to know them; path: shared memory, without a GPU."""
-        opened: list[dict[str, Any]] = self.engine.collective_rpc(_vllm_open, args=(path, shape, remote))
-        return opened
+        """Open slots [slots, bytes] on each rank and return their descriptions. path: of shared memory, on a CPU."""
+        ranks: list[dict[str, Any]] = self.engine.collective_rpc(_vllm_open, args=(path, shape, remote))
+        return ranks
 
     def join(self, unique_id: bytes, size: int) -> None:
         """Join the run's NCCL communicator. Not run: it needs GPUs."""
@@ -115,7 +116,7 @@ class Vllm:
         self.joined = True
 
     def receive(self, slot: int) -> None:
-        """The run's broadcast of a slot."""
+        """Receive the run's broadcast of a slot, if the run is on another machine."""
         if self.joined:
             self.engine.collective_rpc(_vllm_receive, args=(slot,))
 
@@ -123,22 +124,23 @@ class Vllm:
         self.engine.collective_rpc(_vllm_begin)
 
     def load_bucket(self, slot: int, pieces: list[Any]) -> dict[str, str]:
+        """Load the tensors that a slot's pieces complete; returns their checksums by name."""
         ranks: list[dict[str, str]] = self.engine.collective_rpc(_vllm_load, args=(slot, pieces))
-        if any(found != ranks[0] for found in ranks):
+        if any(checksums != ranks[0] for checksums in ranks):
             raise RefusedError("refit: the engine's ranks read different bytes")
         return ranks[0]
 
     def finish_refit(self) -> None:
         self.engine.collective_rpc(_vllm_load_waiting)
         self.engine.collective_rpc(_vllm_finish)
-        if not self.engine.reset_prefix_cache():  # it holds keys and values of the old weights
+        if not self.engine.reset_prefix_cache():  # it has keys and values of the old weights
             raise RefusedError("refit: the engine did not drop its prefix cache")
 
     def abort_refit(self) -> None:
         self.engine.collective_rpc(_vllm_finish)
 
     def sleep(self) -> bool:
-        """Whether the weights were given back."""
+        """Free weights and cache if the engine can sleep; True if it can."""
         if not self.engine.model_config.enable_sleep_mode:
             return False
         self.engine.sleep(level=2)
@@ -149,12 +151,13 @@ class Vllm:
             self.engine.wake_up()
 
 
-# Each of these runs in every rank of the engine; `worker` is vLLM's.
+# Each of the following functions runs in every rank of the engine; `worker` is vLLM's.
 
 
 def _vllm_hide_rows(worker: Any, vocabulary: int) -> None:
-    """Rows of the output from `vocabulary` on are no tokens: their logits are -inf for sampling and log-probs alike.
-    Once a step for the whole batch; `allowed_token_ids` would cost a list of the vocabulary a request."""
+    """Set the logits of padding rows (from `vocabulary` on) to -inf, for sampling and log-probs alike.
+
+    Once a step for the whole batch; `allowed_token_ids` would need a list of the vocabulary for each request."""
 
     def hide(_layer: Any, _inputs: Any, options: dict[str, Any], logits: torch.Tensor | None) -> None:
         if logits is None:  # a rank that does not sample
@@ -167,16 +170,16 @@ def _vllm_hide_rows(worker: Any, vocabulary: int) -> None:
 
 
 def _vllm_open(worker: Any, path: str, shape: tuple[int, int], remote: bool) -> dict[str, Any]:
-    described = {}
+    description = {}
     if path:
         memory = map_staging(path, shape)
     elif remote:
         memory = torch.empty(shape, dtype=torch.uint8, device=worker.device)
     else:
         shared = IpcMemory.allocate(product(shape), worker.device.index)
-        memory, described = shared.tensor, shared.described()
+        memory, description = shared.tensor, shared.describe()
     worker.refit_slots = memory.view(*shape)
-    return described
+    return description
 
 
 def _vllm_join(worker: Any, unique_id: bytes, size: int) -> None:
@@ -198,22 +201,22 @@ def _vllm_begin(worker: Any) -> None:
 
 def _vllm_load(worker: Any, slot: int, pieces: list[Any]) -> dict[str, str]:
     memory = worker.refit_slots[slot]
-    found = {}
-    for name, tensor, seen in worker.refit_assembly.take(memory, pieces):
+    checksums = {}
+    for name, tensor, checksum in worker.refit_assembly.take(memory, pieces):
         worker.refit_waiting.append((name, tensor))
-        found[name] = seen
+        checksums[name] = checksum
     if sum(tensor.nbytes for _, tensor in worker.refit_waiting) >= _LOAD_BYTES:
         _vllm_load_waiting(worker)
     if memory.is_cuda:
-        torch.cuda.synchronize()  # the slot has been read
-    return found
+        torch.cuda.synchronize()  # until the slot has been read
+    return checksums
 
 
 def _vllm_load_waiting(worker: Any) -> None:
     from vllm.config import set_current_vllm_config
 
     with set_current_vllm_config(worker.vllm_config):
-        worker.get_model().load_weights(worker.refit_waiting)  # which keeps them until a layer is complete
+        worker.get_model().load_weights(worker.refit_waiting)  # vLLM keeps them until a layer is complete
     worker.refit_waiting = []
 
 
@@ -226,5 +229,5 @@ def _vllm_finish(worker: Any) -> None:
         finalize_layerwise_reload(model, worker.vllm_config.model_config)
         head, embeddings = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
         if head is not None and embeddings not in (None, head) and model.config.tie_word_embeddings:
-            head.weight = embeddings.weight  # on a CPU the head keeps its old packed weights, silently
+            head.weight = embeddings.weight  # on a CPU the head would silently keep its old packed weights
             head.quant_method.process_weights_after_loading(head)

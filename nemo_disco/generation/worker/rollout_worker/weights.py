@@ -1,6 +1,6 @@
-"""The refit as a transaction: begin, buckets, commit or abort. Between begin and commit nothing may be generated.
+"""The worker's side of a refit, a transaction: begin, buckets, commit or abort. Nothing is generated during it.
 
-Knows the wire and the model directory's names and shapes; what an engine does with a bucket is the engine's.
+Knows the wire and the names and shapes in the model directory; how a bucket is loaded is the engine's part.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from torch import Tensor
 from .tensors import ALIGNMENT, ROW
 from .wire import RefusedError, map_staging, product
 
-# The run fills one slot while the engine reads another. On a GPU a slot fills the links; on a CPU all of them stay in
-# the processor's cache, and are enough that neither side waits for the other to be woken.
+# Number and bytes of slots: the run fills one while the engine reads another. On a GPU a slot is large enough for the
+# full bandwidth; on a CPU all slots fit the processor's cache, and four spare both sides the wait for a wake-up.
 _GPU_SLOTS, _CPU_SLOTS = (2, 64 << 20), (4, 2 << 20)
 
 
 def expected_weights(directory: str) -> dict[str, list[int]]:
-    """Name and shape of every weight of a Hugging Face directory, from the safetensors headers."""
+    """Name and shape of every weight in a Hugging Face directory, from the safetensors headers."""
     with open(os.path.join(directory, "config.json")) as file:
         tied = json.load(file).get("tie_word_embeddings", False)
-    found: dict[str, list[int]] = {}
+    shapes: dict[str, list[int]] = {}
     for name in sorted(os.listdir(directory)):
         if name.endswith(".safetensors"):
             with open(os.path.join(directory, name), "rb") as weights:
                 header = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
-            found |= {key: value["shape"] for key, value in header.items() if key != "__metadata__"}
+            shapes |= {key: value["shape"] for key, value in header.items() if key != "__metadata__"}
     if tied:
-        found.pop("lm_head.weight", None)
-    return found
+        shapes.pop("lm_head.weight", None)
+    return shapes
 
 
 def check_slots(shape: Sequence[int], directory: str, dtype: torch.dtype) -> None:
-    """Raises RefusedError for slots [slots, bytes] that are more, or larger, than a model's weights can need."""
+    """Raise RefusedError for slots [slots, bytes] that are more, or larger, than a model's weights can need."""
     total = _aligned([product(weight) * dtype.itemsize for weight in expected_weights(directory).values()])
     slots, size = shape
     if not (1 <= slots <= max(_GPU_SLOTS[0], _CPU_SLOTS[0]) and 1 <= size < total + ROW):
@@ -45,24 +45,24 @@ def check_slots(shape: Sequence[int], directory: str, dtype: torch.dtype) -> Non
 
 
 def _aligned(sizes: Sequence[int]) -> int:
-    """Bytes of tensors one after another in a bucket."""
+    """Bytes of tensors one after another in a bucket, each of them aligned."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-class Weights:
-    """The refit's transaction. `version` is None, and nothing may be generated, until a full refit is committed."""
+class RefitReceiver:
+    """Receives refits into an engine. Until a full one is committed `version` is None, and nothing may be generated."""
 
     def __init__(
         self, engine: Any, directory: str, dtype: torch.dtype, remote: bool, bucket_bytes: int | None = None
     ) -> None:
-        """dtype: what the weights come in. remote: the run is on another machine. bucket_bytes: other than usual; on a
-        GPU a bucket has room for the largest tensor in any case, on a CPU a large tensor comes in pieces."""
+        """dtype: of the weights on the wire. remote: the run is on another machine. bucket_bytes: None for the default.
+        On a GPU a bucket has room for the largest tensor in any case; on a CPU a large tensor comes in pieces."""
         self.engine, self.dtype = engine, dtype
         self.expected = expected_weights(directory)
         self.version: int | None = None
         self._target: int | None = None
         self._arrived: dict[str, int] = {}  # bytes
-        self._received: dict[str, str] = {}  # checksums of what is complete
+        self._received: dict[str, str] = {}  # checksums of complete tensors
         sizes = [product(shape) * dtype.itemsize for shape in self.expected.values()]
         total = _aligned(sizes)
         self.slots, usual = _GPU_SLOTS if engine.gpu else _CPU_SLOTS
@@ -70,31 +70,32 @@ class Weights:
         self.slot_bytes = -(-max(wanted, max(sizes) if engine.gpu else 0) // ROW) * ROW
         self._path = ""
         if not engine.gpu:
-            # Unlike a file it is gone with its last user, and a container's small /dev/shm does not bound it.
+            # Unlike a file it disappears with its last user; and a container's small /dev/shm does not limit it.
             self._descriptor = os.memfd_create("nemo-disco-refit")
             os.ftruncate(self._descriptor, self.slots * self.slot_bytes)
             self._path = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        opened = engine.open_staging(self._path, (self.slots, self.slot_bytes), remote)
+        ranks = engine.open_staging(self._path, (self.slots, self.slot_bytes), remote)
         kind = ("nccl" if remote else "ipc") if engine.gpu else ("inline" if remote else "shared")
-        self.staging = {"kind": kind, "path": self._path, "shape": [self.slots, self.slot_bytes], "ranks": opened}
-        self._own: Tensor | None = None
+        self.staging = {"kind": kind, "path": self._path, "shape": [self.slots, self.slot_bytes], "ranks": ranks}
+        self._mapped: Tensor | None = None
 
     def begin(self, version: int) -> None:
+        """Open a refit to a version of the weights; one that is still open is aborted."""
         self.abort()
         self.version, self._target, self._arrived, self._received = None, version, {}, {}
         self.engine.begin_refit()
 
     def bucket(self, slot: int, pieces: Sequence[dict[str, Any]], payload: bytearray) -> None:
-        """Take what lies in a slot (or came as `payload`, from a machine that cannot reach the slot): tensors, and
-        pieces of tensors that are larger than a slot."""
+        """Load a bucket: the tensors in a slot, and pieces of tensors that are larger than a slot. payload: its bytes,
+        from a run on a machine that cannot reach the slot, else empty."""
         if self._target is None:
             raise RefusedError("no refit is open")
         for piece in pieces:
             self._check(piece)
         if payload:
-            if self._own is None:
-                self._own = map_staging(self._path, (self.slots, self.slot_bytes))
-            self._own[slot, : len(payload)] = torch.frombuffer(payload, dtype=torch.uint8)
+            if self._mapped is None:
+                self._mapped = map_staging(self._path, (self.slots, self.slot_bytes))
+            self._mapped[slot, : len(payload)] = torch.frombuffer(payload, dtype=torch.uint8)
         dtype = str(self.dtype)[6:]
         self._received |= self.engine.load_bucket(
             slot, [(p["name"], dtype, p["shape"], p["offset"], p["first"], p["bytes"]) for p in pieces]
@@ -114,21 +115,22 @@ class Weights:
         self._arrived[name] = arrived + piece["bytes"]
 
     def commit(self, version: int, checksums: dict[str, str]) -> None:
+        """Finish the refit. checksums: the run's, by name. Raises RefusedError naming missing or changed tensors."""
         if version != self._target:
             raise RefusedError(f"refit: commit of version {version}, but {self._target} is open")
-        for words, names in (
+        for fault, names in (
             ("were never sent", self.expected.keys() - checksums.keys()),
             ("were sent but did not arrive", checksums.keys() - self._received.keys()),
             ("arrived with other values", [n for n, c in checksums.items() if self._received.get(n, c) != c]),
         ):
             if names:
                 listed = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-                raise RefusedError(f"refit: {len(names)} of {len(self.expected)} tensors {words}: {listed}")
+                raise RefusedError(f"refit: {len(names)} of {len(self.expected)} tensors {fault}: {listed}")
         self.engine.finish_refit()
         self._target, self.version = None, version
 
     def abort(self) -> None:
-        """Leave an open refit; the engine has no usable weights then."""
+        """Abort the refit, if one is open; the engine then has no usable weights."""
         if self._target is not None:
             self._target = None
             self.engine.abort_refit()

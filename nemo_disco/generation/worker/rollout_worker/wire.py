@@ -1,6 +1,6 @@
-"""What both sides of the wire share: messages over a socket, and shared staging memory.
+"""Messages over a socket and shared staging memory, for both sides of the wire (the run imports it from here too).
 
-The run imports it from here too: one definition. A message is a JSON object and raw bytes; nothing is unpickled.
+A message is a JSON object and raw bytes; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,42 +23,43 @@ PROTOCOL = 3
 _MAGIC = b"NDRW"
 _HELLO = struct.Struct(">4sH32s")  # magic, protocol, nonce
 _HEAD = struct.Struct(">IQ")  # bytes of JSON, bytes of payload
-_PIECE = 64 << 20  # bytes that are made room for at a time: memory follows what arrives, not what is announced
-# Bytes of JSON and of a payload: a hundred times what a step of a thousand responses needs.
+_PIECE = 64 << 20  # bytes allocated at a time: memory grows with the bytes that arrive, not with the announced size
+# Limits in bytes on a message's JSON and payload: a hundred times the needs of a step of a thousand responses.
 LARGEST = (256 << 20, 4 << 30)
 
 
 class WireError(ConnectionError):
-    """The peer is gone, or is not what it should be."""
+    """The peer is gone, or is not a peer of this run."""
 
 
 class RefusedError(Exception):
-    """A request that the worker will not serve; the message says why, in one line."""
+    """The worker refused a request; the message says why, in one line."""
 
 
 class Channel:
-    """Messages over a stream socket: a JSON object and raw bytes each. Nothing is unpickled."""
+    """Sends and receives messages over a stream socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
 
     def authenticate(self, secret: bytes, role: bytes, seconds: float | None = None) -> None:
-        """Both sides prove that they know the secret (HMAC-SHA256 over both nonces). role: b"run" or b"worker".
+        """Prove to the peer, and check that it proves, knowledge of the secret (HMAC-SHA256 over both nonces).
 
-        seconds: for all of it, however slowly the peer sends. Raises WireError, TimeoutError.
+        role: b"run" or b"worker". seconds: limit for the whole exchange, however slowly the peer sends.
+        Raises WireError, TimeoutError.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
-        mine = os.urandom(32)
-        self.socket.sendall(_HELLO.pack(_MAGIC, PROTOCOL, mine))
-        magic, protocol, theirs = _HELLO.unpack(self._exactly(_HELLO.size, deadline))
+        own_nonce = os.urandom(32)
+        self.socket.sendall(_HELLO.pack(_MAGIC, PROTOCOL, own_nonce))
+        magic, protocol, peer_nonce = _HELLO.unpack(self._read(_HELLO.size, deadline))
         if magic != _MAGIC:
             raise WireError("the peer does not speak the rollout protocol")
         if protocol != PROTOCOL:
             raise WireError(f"the peer speaks rollout protocol {protocol}, this side {PROTOCOL}")
         peer = b"worker" if role == b"run" else b"run"
-        self.socket.sendall(hmac.digest(secret, role + mine + theirs, hashlib.sha256))
+        self.socket.sendall(hmac.digest(secret, role + own_nonce + peer_nonce, hashlib.sha256))
         if not hmac.compare_digest(
-            self._exactly(32, deadline), hmac.digest(secret, peer + theirs + mine, hashlib.sha256)
+            self._read(32, deadline), hmac.digest(secret, peer + peer_nonce + own_nonce, hashlib.sha256)
         ):
             raise WireError("the peer does not know this run's secret")
 
@@ -69,20 +70,20 @@ class Channel:
             self.socket.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytearray]:
-        """The next message. Raises WireError for what is none, or is announced to be larger than any; TimeoutError."""
-        body, payload = _HEAD.unpack(self._exactly(_HEAD.size))
+        """The next message. Raises WireError if it is malformed or announced as larger than LARGEST; TimeoutError."""
+        body, payload = _HEAD.unpack(self._read(_HEAD.size))
         if body > LARGEST[0] or payload > LARGEST[1]:
-            raise WireError(f"the peer announced a message of {body:,} and {payload:,} bytes, which none has")
+            raise WireError(f"the peer announced a message of {body:,} and {payload:,} bytes, more than any has")
         try:
-            message = json.loads(self._exactly(body))
+            message = json.loads(self._read(body))
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise WireError("the peer sent a message that is no JSON object")
-        return message, self._exactly(payload)
+        return message, self._read(payload)
 
-    def _exactly(self, count: int, deadline: float | None = None) -> bytearray:
-        """The next `count` bytes. deadline: of time.monotonic(), for all of them."""
+    def _read(self, count: int, deadline: float | None = None) -> bytearray:
+        """The next `count` bytes. deadline: of all of them, by time.monotonic()."""
         data, filled = bytearray(min(count, _PIECE)), 0
         while filled < count:
             if filled == len(data):
@@ -90,16 +91,16 @@ class Channel:
             if deadline is not None:
                 self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
             with memoryview(data) as view, view[filled:] as rest:
-                got = self.socket.recv_into(rest)
-            if not got:
+                received = self.socket.recv_into(rest)
+            if not received:
                 raise WireError("the connection was closed")
-            filled += got
+            filled += received
         return data
 
 
 def map_staging(path: str, shape: Sequence[int]) -> Tensor:
-    """The slots [slots, bytes] of shared memory that another process of this machine made. Raises RefusedError if it
-    made less than that."""
+    """Shared memory of another process of this machine, as uint8 [slots, bytes]. Raises RefusedError if it is smaller
+    than that."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         if os.fstat(descriptor).st_size < product(shape):
@@ -111,7 +112,7 @@ def map_staging(path: str, shape: Sequence[int]) -> Tensor:
 
 
 def product(shape: Sequence[int]) -> int:
-    """Elements of a shape."""
+    """The number of elements of a shape."""
     count = 1
     for n in shape:
         count *= n
