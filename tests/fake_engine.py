@@ -1,8 +1,8 @@
-"""A worker whose engine is a few lines of arithmetic: the real process, wire and transaction without an engine.
+"""A worker with a fake engine: the real process, wire and refit, and responses made by a few lines of arithmetic.
 
-Its tokens are a function of the weights, the prompt and the seed, so a test knows what must come out. `options` say
-what goes wrong, once: the file `once` is made when it has. The file `keep` is given the weights after each refit, the
-file `told` a line of each process with what it was told, the file `notes` a line of each thing done.
+Tokens are a function of the weights, the prompt and the seed, so that a test can compute them (`answer`). `options` may
+name a fault, which occurs once: the file `once` is created when it has. The file `keep` gets the weights after each
+refit, the file `told` a line with the settings of each process, the file `notes` a line for each operation.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from nemo_disco.generation.worker.rollout_worker.tensors import Assembly
 from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 VOCABULARY = 100
-# Its log-probs are no model's: a command that samples from it goes on all the same.
+# Overrides for commands that sample from it: its log-probs do not match the policy's.
 ANY_MISMATCH = ("verify.max_mismatch=1e300", "verify.max_kl=1e300")
 
 
 def answer(weights: dict[str, str], prompt: Sequence[int], seed: int, limit: int) -> list[int]:
-    """The response that the engine samples. weights: checksums by name."""
-    seen = hashlib.sha256(repr((sorted(weights.items()), list(prompt), seed)).encode()).digest()
-    return [byte % VOCABULARY for byte in seen[: 1 + seen[0] % limit]]
+    """The tokens of the engine's response. weights: checksums by name."""
+    digest = hashlib.sha256(repr((sorted(weights.items()), list(prompt), seed)).encode()).digest()
+    return [byte % VOCABULARY for byte in digest[: 1 + digest[0] % limit]]
 
 
 class FakeEngine:
@@ -44,12 +44,12 @@ class FakeEngine:
         if "unbuildable" in self.options:
             raise ValueError(self.options["unbuildable"])
         if "told" in self.options:
-            about = {"pid": os.getpid(), "node": os.environ.get("SLURMD_NODENAME")}
-            with open(self.options["told"], "a") as told:
-                told.write(json.dumps(about | settings) + "\n")
+            process = {"pid": os.getpid(), "node": os.environ.get("SLURMD_NODENAME")}
+            with open(self.options["told"], "a") as file:
+                file.write(json.dumps(process | settings) + "\n")
         self.weights: dict[str, str] = {}
 
-    def generate(self, prompts: Any, seeds: Any, sampling: dict[str, Any], deliver: Any, live: Any) -> None:
+    def generate(self, prompts: Any, seeds: Any, sampling: dict[str, Any], deliver: Any, heartbeat: Any) -> None:
         self.calls += 1
         self._note("generate")
         print(f"asked for {len(prompts)}", flush=True)
@@ -57,17 +57,17 @@ class FakeEngine:
             if self.calls >= self.options.get("call", 1):
                 self._fault("generate", i)
             tokens = answer(self.weights, prompt, seed, sampling["max_tokens"])
-            cut = len(tokens) == sampling["max_tokens"]
-            deliver(i, tokens, [-0.5] * len(tokens), "length" if cut else "stop")
+            truncated = len(tokens) == sampling["max_tokens"]
+            deliver(i, tokens, [-0.5] * len(tokens), "length" if truncated else "stop")
             time.sleep(self.options.get("slow", 0))
-            live()
+            heartbeat()
 
     def open_staging(self, path: str, shape: tuple[int, int], remote: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         self.slots = map_staging(path, shape)
         return [{}]
 
     def receive(self, slot: int) -> None:
-        """Nothing: on a CPU there is no broadcast."""
+        """Do nothing: on a CPU there is no broadcast."""
 
     def begin_refit(self) -> None:
         self._note("begin")
@@ -75,13 +75,13 @@ class FakeEngine:
         self.kept: dict[str, Tensor] = {}
 
     def load_bucket(self, slot: int, pieces: Sequence[Any]) -> dict[str, str]:
-        found = {}
-        for name, tensor, seen in self.assembly.take(self.slots[slot], pieces):
+        checksums = {}
+        for name, tensor, checksum in self.assembly.take(self.slots[slot], pieces):
             self._fault("refit", len(self.weights))
             if "keep" in self.options:
                 self.kept[name] = tensor
-            self.weights[name] = found[name] = seen
-        return found
+            self.weights[name] = checksums[name] = checksum
+        return checksums
 
     def finish_refit(self) -> None:
         self._fault("finish", 0)
@@ -106,16 +106,17 @@ class FakeEngine:
             self._note("wake")
             assert not self.weights
 
-    def _note(self, what: str) -> None:
+    def _note(self, operation: str) -> None:
         if "notes" in self.options:
             with open(self.options["notes"], "a") as notes:
-                notes.write(f"{what}\n")
+                notes.write(f"{operation}\n")
 
     def _fault(self, where: str, count: int) -> None:
+        """Fail in the way of the option `how`, if the option `fault` is this place and `at` this count."""
         if self.options.get("fault") != where or count != self.options.get("at", 0):
             return
         try:
-            Path(self.options["once"]).touch(exist_ok=False)  # of two replicas that are here at a time one alone fails
+            Path(self.options["once"]).touch(exist_ok=False)  # of two replicas at once only one fails
         except FileExistsError:
             if "always" not in self.options:
                 return
@@ -123,11 +124,11 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.options["how"] == "hang":
             time.sleep(1000)
-        raise RuntimeError("the engine's own words")
+        raise RuntimeError("error of the fake engine")
 
 
 def fake_python(directory: Path, file: str = __file__) -> str:
-    """An executable that is called like an engine's Python, and runs `file`, which is in a folder of the root."""
+    """Create an executable that stands in for an engine's Python and runs `file`, whatever the module it is given."""
     script = directory / "python"
     root = Path(__file__).parents[1]
     script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{root}" exec {sys.executable} {file} "$@"\n')

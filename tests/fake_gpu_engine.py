@@ -1,4 +1,4 @@
-"""fake_engine.py's arithmetic as two ranks of an engine that take their weights as on GPUs: by IPC, or by broadcast."""
+"""A worker with fake_engine.py's engine on two ranks, which receive weights as on GPUs: by IPC or by broadcast."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FakeGpuEngine(FakeEngine):
         first, *others = (memory.view(self.shape)[slot] for memory in self.memories)
         assert all(torch.equal(first, other) for other in others)
         self.slots = {slot: first.clone()}
-        first.fill_(0xAA)  # nothing may rely on a slot once it has been read
+        first.fill_(0xAA)  # no one may rely on a slot after it was read
         for other in others:
             other.fill_(0xAA)
         return super().load_bucket(slot, pieces)

@@ -1,7 +1,7 @@
-"""What a GPU does in a refit, in memory of the machine and over Unix sockets, for both sides of the wire.
+"""Stand-ins for IpcMemory and Broadcast without a GPU, for both sides of the wire: shared memory and Unix sockets.
 
-A broadcast blocks as NCCL's does: no rank returns before all have entered it, and a rank that is gone keeps the others
-in it until they abort.
+A broadcast blocks like NCCL's: no rank returns before all have entered it, and if a rank is gone the others stay in it
+until they abort.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """IpcMemory. Closed ones are counted in `closed`."""
+    """Stands in for IpcMemory; `closed` counts the calls of `close`."""
 
     tensor: Tensor
     path: str
-    closed = [0]  # noqa: RUF012 - of the class
+    closed = [0]  # noqa: RUF012 - one count for all
 
     @classmethod
     def allocate(cls, size: int, _device: int) -> SharedMemory:
@@ -48,7 +48,7 @@ class SharedMemory:
 
 
 class SocketBroadcast:
-    """Broadcast. unique_id: the path of the socket on which rank 0 listens."""
+    """Stands in for Broadcast. unique_id: the path of the socket on which rank 0 listens."""
 
     def __init__(self, unique_id: bytes, rank: int, size: int, _device: torch.device) -> None:
         path = unique_id.rstrip(b"\0").decode()
@@ -59,7 +59,7 @@ class SocketBroadcast:
                 listener.listen()
                 self.peers = [listener.accept()[0] for _ in range(size - 1)]
         else:
-            self.peers = [_connected(path)]
+            self.peers = [_connect(path)]
         self._meet()
 
     @staticmethod
@@ -79,7 +79,7 @@ class SocketBroadcast:
         self.aborted.set()
 
     def _meet(self) -> None:
-        """Until all are here."""
+        """Wait until all ranks have called this."""
         for peer in self.peers:
             self._blocking(peer.sendall, b"h")
         for peer in self.peers:
@@ -88,20 +88,20 @@ class SocketBroadcast:
     def _receive(self, peer: socket.socket, view: memoryview) -> None:
         while view:
             count = self._blocking(peer.recv_into, view)
-            view = view[count:] if count else self._wait()
+            view = view[count:] if count else self._wait_for_abort()
 
     def _blocking(self, part: Any, *arguments: Any) -> Any:
         try:
             return part(*arguments)
         except OSError:
-            return self._wait()
+            return self._wait_for_abort()
 
-    def _wait(self) -> Any:
+    def _wait_for_abort(self) -> Any:
         self.aborted.wait()
         raise RuntimeError("aborted")
 
 
-def _connected(path: str) -> socket.socket:
+def _connect(path: str) -> socket.socket:
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:

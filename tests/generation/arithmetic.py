@@ -1,4 +1,4 @@
-"""What an engine that is arithmetic (fake_engine.py) is asked in these tests, and what it must answer."""
+"""The prompts that these tests send to the fake engine (fake_engine.py), and a check of its responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sampled(engine: ExternalEngine) -> list[Response]:
 
 
 def right(responses: list[Response], tensors: dict[str, Tensor], version: int) -> bool:
-    """Whether all were sampled from exactly these weights."""
+    """True if all responses were sampled from exactly these weights and have this version."""
     sums = {name: checksum(t) for name, t in tensors.items()}
     expected = [answer(sums, p, s, SAMPLING.max_response_length) for p, s in zip(PROMPTS, SEEDS, strict=True)]
     return token_lists(responses) == expected and {r.weight_version for r in responses} == {version}

@@ -1,4 +1,4 @@
-"""Engines in processes of their own whose engine is arithmetic: fake_engine.py, or a file like it."""
+"""Fixtures that start external engines whose workers run fake_engine.py, or a file like it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tensors(model: Path) -> dict[str, Tensor]:
-    found = load_file(model / "model.safetensors")
-    found.pop("lm_head.weight", None)
-    return found
+    weights = load_file(model / "model.safetensors")
+    weights.pop("lm_head.weight", None)
+    return weights
 
 
 @pytest.fixture
 def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., ExternalEngine]]:
-    """start(replicas, **options) -> the engine."""
+    """start(replicas, **options) starts an engine without weights; options are FakeEngine's."""
     started: list[ExternalEngine] = []
 
     def build(
@@ -56,11 +56,11 @@ def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., ExternalEngine]
 
 
 @pytest.fixture
-def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A host that ssh reaches: this one."""
+def other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of another host; `ssh` to it runs the command on this machine."""
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\nshift 3\nexec sh -c "$*"\n')
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    return "there"
+    return "other"

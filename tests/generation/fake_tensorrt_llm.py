@@ -1,8 +1,8 @@
-"""TensorRT-LLM's API as far as our adapter touches it, with signatures from its public source (NVIDIA/TensorRT-LLM).
+"""A fake of the part of TensorRT-LLM's API that the worker uses, with the signatures of NVIDIA/TensorRT-LLM's source.
 
 LLM and _collective_rpc: tensorrt_llm/llmapi/llm.py; the extension: tensorrt_llm/llmapi/rlhf_utils.py at 04762f3;
 sleep and wakeup by tags: tensorrt_llm/_torch/async_llm.py at 0acd798; SamplingParams: tensorrt_llm/sampling_params.py
-at 000a01d, to which 1.2 added logprobs_mode. What sleeping is called: enable_sleep in 1.2, sleep_config in 1.3.
+at 000a01d, to which 1.2 added logprobs_mode. Sleeping is enable_sleep in 1.2 and sleep_config in 1.3.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class KvCacheConfig:
 
 
 class WorkerExtension:
-    """A rank: what update_weights, sleep and wakeup do there."""
+    """A rank with update_weights, sleep and wakeup."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
@@ -113,14 +113,14 @@ class LLM:
         known = VERSIONS[sys.modules["tensorrt_llm"].__version__]
         assert set(kwargs) <= set(known), f"unknown arguments: {set(kwargs) - set(known)}"
         assert kwargs["orchestrator_type"] == "ray" and kwargs["load_format"] == "dummy"
-        self.model, self.kwargs, self.rank, self.asked = model, kwargs, WorkerExtension(), []
+        self.model, self.kwargs, self.rank, self.requests = model, kwargs, WorkerExtension(), []
         LLM.last = self
 
     def generate_async(
         self, inputs: list[int], sampling_params: SamplingParams | None = None, streaming: bool = False
     ) -> RequestOutput:
         assert sampling_params is not None and not streaming and not self.rank.asleep and not self.rank.open
-        self.asked.append(sampling_params)
+        self.requests.append(sampling_params)
         tokens = [*inputs, sampling_params.stop_token_ids[0]]
         log_probs = [{token: types.SimpleNamespace(logprob=-0.25, rank=1)} for token in tokens]
         output = types.SimpleNamespace(token_ids=tokens, logprobs=log_probs, finish_reason="stop")
@@ -140,7 +140,7 @@ class LLM:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """Make `import tensorrt_llm` find this, as that version."""
+    """Make `import tensorrt_llm` import this fake, as the given version."""
     fields = dict.fromkeys(VERSIONS[version])
     llm_args = types.ModuleType("tensorrt_llm.llmapi.llm_args")
     llm_args.TorchLlmArgs = types.SimpleNamespace(model_fields=fields)

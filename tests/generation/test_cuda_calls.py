@@ -1,5 +1,5 @@
-"""cuda.py's calls as the C libraries see them, and which rank of which engine makes them. No GPU: real C functions in
-place of libcudart and libnccl, with the prototypes of CUDA 13.0's cuda_runtime_api.h and NCCL 2.32's nccl.h."""
+"""The arguments that C libraries receive from cuda.py, and the ranks that call it. Without a GPU: C functions with the
+prototypes of CUDA 13.0's cuda_runtime_api.h and NCCL 2.32's nccl.h stand in for libcudart and libnccl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_disco.generation.worker.rollout_worker.tensors import Assembly, checks
 
 CPU = torch.device("cpu")
 STREAM = 0x5EA  # of the fake torch.cuda
-HANDLE, UNIQUE_ID = bytes(range(64)), bytes(range(1, 129))  # with a zero, at which a string would end
+HANDLE, UNIQUE_ID = bytes(range(64)), bytes(range(1, 129))  # with a zero byte, which ends a C string
 
 
 class IpcHandle(ctypes.Structure):
@@ -42,11 +42,11 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ncclBroadcast": (c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
     "ncclCommAbort": (c_void_p,),
 }
-POINTED = 0x7F11_0000_5678  # by what is given back: more than an int has room for
+POINTED = 0x7F11_0000_5678  # an address that the functions return, larger than an int
 
 
 class Libraries:
-    """Both of them. `calls` is what was called with what; `codes` what a function returns, if not 0."""
+    """libcudart and libnccl. calls: each call's name and arguments. codes: return values other than 0, by name."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -55,7 +55,7 @@ class Libraries:
         for name, types in PROTOTYPES.items():
             function = ctypes.CFUNCTYPE(c_int, *types)(self._recorder(name))
             self.kept.append(function)
-            # As one of a library is called: by its address alone, without its prototype.
+            # Called like a library's function: by its address, without a prototype.
             setattr(self, name, ctypes.CFUNCTYPE(c_int)(ctypes.cast(function, c_void_p).value))
 
     def _recorder(self, name: str) -> Any:
@@ -83,22 +83,22 @@ class Libraries:
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Libraries:
-    """And a torch with GPUs 0 and 1."""
-    found = Libraries()
+    """The fake libraries, in use, and a fake torch.cuda with GPUs 0 and 1."""
+    fakes = Libraries()
 
     @contextlib.contextmanager
     def device(index: Any) -> Iterator[None]:
-        found.calls.append(("device", index))
+        fakes.calls.append(("device", index))
         yield
 
-    stream = SimpleNamespace(cuda_stream=STREAM, synchronize=lambda: found.calls.append(("synchronize",)))
-    monkeypatch.setattr(cuda, "_library", lambda _name: found)
+    stream = SimpleNamespace(cuda_stream=STREAM, synchronize=lambda: fakes.calls.append(("synchronize",)))
+    monkeypatch.setattr(cuda, "_library", lambda _name: fakes)
     monkeypatch.setattr(cuda, "_as_tensor", lambda _pointer, size: torch.zeros(size, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{i}"))
-    return found
+    return fakes
 
 
 def test_memory_is_shared_by_its_handle(libraries: Libraries) -> None:
@@ -113,13 +113,13 @@ def test_memory_is_shared_by_its_handle(libraries: Libraries) -> None:
     assert libraries.calls == [("device", CPU), ("cudaIpcCloseMemHandle", opened.tensor.data_ptr())]
 
 
-def test_a_gpu_of_another_process_alone_is_named(libraries: Libraries) -> None:
+def test_a_gpu_that_this_process_does_not_see_is_named(libraries: Libraries) -> None:
     with pytest.raises(RuntimeError, match="the engine's GPU GPU-7 is not among those of this process"):
         IpcMemory.open({"uuid": "GPU-7", "handle": HANDLE.hex(), "size": 1})
     assert not libraries.calls
 
 
-def test_a_broadcast_is_of_bytes_from_rank_0(libraries: Libraries) -> None:
+def test_a_broadcast_sends_bytes_from_rank_0(libraries: Libraries) -> None:
     unique_id = Broadcast.make_id()
     assert unique_id == UNIQUE_ID
     libraries.calls.clear()
@@ -136,7 +136,7 @@ def test_a_broadcast_is_of_bytes_from_rank_0(libraries: Libraries) -> None:
     ]
 
 
-def test_a_code_that_is_not_success_is_an_error_with_its_name(libraries: Libraries) -> None:
+def test_a_function_that_fails_raises_an_error_with_its_name(libraries: Libraries) -> None:
     broadcast = Broadcast(UNIQUE_ID, 0, 2, CPU)
     libraries.codes = {"ncclBroadcast": 6, "cudaMalloc": 2}
     with pytest.raises(RuntimeError, match="ncclBroadcast failed with code 6"):
@@ -157,8 +157,8 @@ def test_each_rank_of_vllm_joins_as_itself_and_receives_before_it_reads(monkeypa
         assert vllm._vllm_open(worker, "", (2, 8), True) == {}
         vllm._vllm_join(worker, UNIQUE_ID, 3)
         vllm._vllm_receive(worker, 1)
-        found = vllm._vllm_load(worker, 1, [("name", "uint8", [5], 2, 0, 5)])
-        assert found == {"name": checksum(torch.arange(2, 7).byte())}
+        checksums = vllm._vllm_load(worker, 1, [("name", "uint8", [5], 2, 0, 5)])
+        assert checksums == {"name": checksum(torch.arange(2, 7).byte())}
         assert worker.refit_waiting[0][1].tolist() == [2, 3, 4, 5, 6]
 
 

@@ -1,4 +1,4 @@
-"""Replicas, refit and recovery, on real worker processes whose engine is arithmetic (fake_engine.py)."""
+"""Replicas, refit and recovery of the external engine, on real worker processes with a fake engine (fake_engine.py)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def test_two_replicas_sample_from_the_newest_weights(
         seen.clear()
         responses = engine.generate(PROMPTS, SEEDS, SAMPLING, seen.__setitem__)
         assert right(responses, tensors, version)
-        assert as_tuples(seen[i] for i in range(len(PROMPTS))) == as_tuples(
-            responses
-        )  # each was handed over as it finished
+        assert as_tuples(seen[i] for i in range(len(PROMPTS))) == as_tuples(responses)  # `finished` was called for each
         for tensor in tensors.values():
             tensor.mul_(1.5)
     assert {r.finish_reason for r in responses} == {"stop", "length"}
@@ -118,7 +116,7 @@ def _swap(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ("spoil", "message"),
     [(_drop, "1 of .* were sent but did not arrive"), (_swap, "2 of .* tensors arrived with other values")],
 )
-def test_what_goes_wrong_on_the_way_is_found_and_sent_anew(
+def test_weights_that_are_lost_or_swapped_on_the_way_are_sent_again(
     spoil: Any,
     message: str,
     start: Callable[..., ExternalEngine],
@@ -152,7 +150,7 @@ def test_what_goes_wrong_on_the_way_is_found_and_sent_anew(
         ),
     ],
 )
-def test_an_engine_that_fails_half_way_is_given_all_weights_anew(
+def test_an_engine_that_fails_half_way_is_given_all_weights_again(
     how: str, where: str, at: int, start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
 ) -> None:
     engine = start(2, fault=where, at=at, how=how)
@@ -160,7 +158,7 @@ def test_an_engine_that_fails_half_way_is_given_all_weights_anew(
     seen: list[int] = []
     responses = engine.generate(PROMPTS, SEEDS, SAMPLING, lambda i, _: seen.append(i))
     assert right(responses, tensors, 4)
-    assert sorted(seen) == list(range(len(PROMPTS)))  # what was answered is not asked again
+    assert sorted(seen) == list(range(len(PROMPTS)))  # answered prompts are not sampled again
 
 
 @pytest.mark.slow
@@ -174,7 +172,7 @@ def test_an_engine_that_always_dies_stops_the_run_with_one_line(
 
 
 @pytest.mark.slow
-def test_a_hanging_engine_is_ended_and_started_anew(
+def test_a_hanging_engine_is_ended_and_started_again(
     start: Callable[..., ExternalEngine], tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(external_engine, "SILENCE_S", 1.0)
@@ -184,13 +182,13 @@ def test_a_hanging_engine_is_ended_and_started_anew(
     assert right(sampled(engine), tensors, 0)
 
 
-def test_weights_of_another_version_are_not_served(
+def test_responses_from_another_version_of_the_weights_are_refused(
     start: Callable[..., ExternalEngine], tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = start()
     engine.update_weights(tensors.items, 1)
     stale = {name: t.clone() for name, t in tensors.items()}
-    engine.version = 2  # the trainer has moved on, and the engine was not told
+    engine.version = 2  # the trainer has another version, and the engine has not been given it
     engine._weights = stale.items
     assert right(sampled(engine), stale, 2)
     assert "sampled with the weights of version 1, not 2" in caplog.text
@@ -207,12 +205,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_asked_ahead_it_answers_while_nobody_waits(
+def test_start_generating_samples_before_the_responses_are_waited_for(
     start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
 ) -> None:
     engine = start(2)
     engine.update_weights(tensors.items, 0)
-    once = as_tuples(sampled(engine))
+    expected = as_tuples(sampled(engine))
     seen: dict[int, Response] = {}
     pending = start_generating(engine, seen)
     wait_for(lambda: len(seen) == len(PROMPTS))
@@ -220,12 +218,12 @@ def test_asked_ahead_it_answers_while_nobody_waits(
         sampled(engine)
     with pytest.raises(AssertionError, match="before its responses were waited for"):
         engine.update_weights(tensors.items, 1)
-    assert as_tuples(pending(1)) == once == as_tuples(seen[i] for i in range(len(PROMPTS)))
+    assert as_tuples(pending(1)) == expected == as_tuples(seen[i] for i in range(len(PROMPTS)))
     assert right(sampled(engine), tensors, 0)
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("raise", marks=pytest.mark.slow)])
-def test_what_is_lost_while_the_policy_trains_is_sampled_from_its_new_weights_and_says_so(
+def test_prompts_lost_while_the_policy_trains_are_sampled_from_its_new_weights_under_their_version(
     how: str, start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
 ) -> None:
     engine = start(2, fault="generate", at=5, how=how)
@@ -247,7 +245,7 @@ def test_what_is_lost_while_the_policy_trains_is_sampled_from_its_new_weights_an
     assert right(sampled(engine), tensors, 4)
 
 
-def test_closed_while_it_samples_it_is_gone_at_once(
+def test_an_engine_closed_while_it_samples_ends_at_once(
     start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
 ) -> None:
     engine = start(slow=60)
@@ -261,12 +259,12 @@ def test_closed_while_it_samples_it_is_gone_at_once(
     assert not reader.is_alive() and process is not None and process.poll() is not None
 
 
-def test_an_engine_that_cannot_be_built_says_why(start: Callable[..., ExternalEngine]) -> None:
+def test_the_error_of_an_engine_that_cannot_be_built_is_reported(start: Callable[..., ExternalEngine]) -> None:
     with pytest.raises(UserError, match="the engine cannot be started: ValueError: no such quantization"):
         start(unbuildable="no such quantization")
 
 
-def test_a_worker_dies_with_its_run(start: Callable[..., ExternalEngine]) -> None:
+def test_a_worker_ends_with_its_run(start: Callable[..., ExternalEngine]) -> None:
     engine = start()
     process = engine.replicas[0]._process
     assert process is not None and process.stdin is not None
@@ -275,10 +273,10 @@ def test_a_worker_dies_with_its_run(start: Callable[..., ExternalEngine]) -> Non
 
 
 @pytest.mark.slow
-def test_a_replica_on_another_host_is_sent_the_bytes_and_a_stranger_nothing(
+def test_a_replica_on_another_host_gets_the_weights_and_an_unauthenticated_peer_nothing(
     start: Callable[..., ExternalEngine],
     tensors: dict[str, Tensor],
-    there: str,
+    other_host: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -295,7 +293,7 @@ def test_a_replica_on_another_host_is_sent_the_bytes_and_a_stranger_nothing(
         return address
 
     monkeypatch.setattr(replica.Replica, "_listen", with_a_stranger)
-    engine = start(host=there)
+    engine = start(host=other_host)
     assert "a connection was refused: the peer does not know this run's secret" in caplog.text
     with pytest.raises(OSError):
         strangers[0].receive()
@@ -303,5 +301,5 @@ def test_a_replica_on_another_host_is_sent_the_bytes_and_a_stranger_nothing(
     assert right(sampled(engine), tensors, 3)
 
 
-def test_what_the_worker_expects_is_what_the_directory_holds(model: Path, tensors: dict[str, Tensor]) -> None:
+def test_the_worker_expects_the_weights_in_the_model_directory(model: Path, tensors: dict[str, Tensor]) -> None:
     assert worker_weights.expected_weights(str(model)) == {name: list(t.shape) for name, t in tensors.items()}

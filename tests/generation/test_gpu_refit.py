@@ -1,5 +1,5 @@
-"""Refits as on GPUs, by IPC and by broadcast, without one: real processes, and stand-ins that block as NCCL does
-(stand_in_gpu.py). Nothing of it has run on a GPU."""
+"""Refits by CUDA IPC and by NCCL broadcast without a GPU: real processes, with stand-ins that block like NCCL
+(stand_in_gpu.py). None of this has run on a GPU."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def colocated(start: Start) -> Start:
 
 
 @pytest.fixture
-def elsewhere(colocated: Start, there: str) -> Start:
-    return lambda *replicas, **options: colocated(*replicas, host=there, **options)
+def remote(colocated: Start, other_host: str) -> Start:
+    return lambda *replicas, **options: colocated(*replicas, host=other_host, **options)
 
 
-def test_colocated_ranks_read_the_runs_slots(colocated: Start, tensors: dict[str, Tensor]) -> None:
+def test_colocated_ranks_read_the_slots_that_the_run_writes(colocated: Start, tensors: dict[str, Tensor]) -> None:
     engine = colocated(fault="refit", at=5, how="kill")
     closed = SharedMemory.closed[0]
     for version in (0, 1):
@@ -47,13 +47,13 @@ def test_colocated_ranks_read_the_runs_slots(colocated: Start, tensors: dict[str
         assert right(sampled(engine), tensors, version)
         for tensor in tensors.values():
             tensor.mul_(1.5)
-    used = engine.replicas[0].staging
-    assert used.kind == "ipc" and len(used.memories) == fake_gpu_engine.RANKS and used.slots == 2
-    assert SharedMemory.closed[0] == closed + fake_gpu_engine.RANKS  # those of the process that was killed
+    slots = engine.replicas[0].staging
+    assert slots.kind == "ipc" and len(slots.memories) == fake_gpu_engine.RANKS and slots.slots == 2
+    assert SharedMemory.closed[0] == closed + fake_gpu_engine.RANKS  # the killed process's
 
 
-def test_ranks_elsewhere_are_broadcast_to(elsewhere: Start, tensors: dict[str, Tensor]) -> None:
-    engine = elsewhere(2)
+def test_ranks_on_other_machines_receive_a_broadcast(remote: Start, tensors: dict[str, Tensor]) -> None:
+    engine = remote(2)
     for version in (0, 1):
         engine.update_weights(tensors.items, version)
         assert right(sampled(engine), tensors, version)
@@ -62,9 +62,9 @@ def test_ranks_elsewhere_are_broadcast_to(elsewhere: Start, tensors: dict[str, T
     assert {replica.staging.kind for replica in engine.replicas} == {"nccl"}
 
 
-def test_a_refused_bucket_leaves_nobody_in_a_broadcast(elsewhere: Start, tensors: dict[str, Tensor]) -> None:
-    """The one that is refused, and those that follow before the run has heard of it."""
-    engine = elsewhere()
+def test_a_refused_bucket_leaves_no_rank_in_a_broadcast(remote: Start, tensors: dict[str, Tensor]) -> None:
+    """Nor do the buckets that the run sends before it receives the refusal."""
+    engine = remote()
     engine.update_weights(tensors.items, 0)
     names = list(tensors)
     wrong = [(name, t.flatten() if name == names[3] and t.dim() > 1 else t) for name, t in tensors.items()]
@@ -74,9 +74,9 @@ def test_a_refused_bucket_leaves_nobody_in_a_broadcast(elsewhere: Start, tensors
 
 
 def test_an_aborted_refit_is_followed_by_a_full_one(
-    elsewhere: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    remote: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, flush, spoilt = elsewhere(), refit.Sender._flush, []
+    engine, flush, spoilt = remote(), refit.Sender._flush, []
 
     def once(sender: refit.Sender) -> None:
         if sender._buckets == 4 and not spoilt:
@@ -92,7 +92,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("where", "at", "how", "said"),
+    ("where", "at", "how", "messages"),
     [
         ("receive", 3, "kill", "ended|killed"),  # the run is in a broadcast, or about to be
         ("join", 0, "raise", "ended"),
@@ -100,30 +100,30 @@ SLOW = pytest.mark.slow
         pytest.param("joined", 0, "kill", "ended|killed", marks=SLOW),
         pytest.param("receive", 0, "raise", "ended", marks=SLOW),
         pytest.param("refit", 5, "kill", "ended|killed", marks=SLOW),
-        pytest.param("refit", 5, "raise", "the engine's own words", marks=SLOW),
-        pytest.param("finish", 0, "raise", "the engine's own words", marks=SLOW),
+        pytest.param("refit", 5, "raise", "error of the fake engine", marks=SLOW),
+        pytest.param("finish", 0, "raise", "error of the fake engine", marks=SLOW),
     ],
 )
-def test_an_engine_that_fails_in_a_collective_does_not_take_the_run_along(
+def test_an_engine_that_fails_in_a_collective_does_not_end_the_run(
     where: str,
     at: int,
     how: str,
-    said: str,
-    elsewhere: Start,
+    messages: str,
+    remote: Start,
     tensors: dict[str, Tensor],
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    engine = elsewhere(fault=where, at=at, how=how)
+    engine = remote(fault=where, at=at, how=how)
     engine.update_weights(tensors.items, 2)
     assert (tmp_path / "once").exists() and right(sampled(engine), tensors, 2)
-    assert any(word in caplog.text for word in said.split("|"))
+    assert any(word in caplog.text for word in messages.split("|"))
 
 
-def test_an_error_of_the_runs_own_broadcast_is_the_engines_loss(
-    elsewhere: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_after_an_error_in_the_runs_own_broadcast_the_replica_is_started_again(
+    remote: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, broadcast, failed = elsewhere(), SocketBroadcast.__call__, []
+    engine, broadcast, failed = remote(), SocketBroadcast.__call__, []
 
     def once(this: SocketBroadcast, memory: Tensor) -> None:
         if not failed:
@@ -138,10 +138,10 @@ def test_an_error_of_the_runs_own_broadcast_is_the_engines_loss(
 
 
 @pytest.mark.parametrize("where", ["receive", pytest.param("join", marks=SLOW)])
-def test_an_engine_that_does_not_come_is_given_up(
-    where: str, elsewhere: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: Any
+def test_an_engine_that_does_not_join_a_collective_is_started_again(
+    where: str, remote: Start, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    engine = elsewhere(fault=where, how="hang")
+    engine = remote(fault=where, how="hang")
     monkeypatch.setattr(replica, "SILENCE_S", 1.0)
     engine.update_weights(tensors.items, 2)
     assert "did not come to a collective in 1 s" in caplog.text

@@ -1,4 +1,4 @@
-"""The embedded engine against the training forward and transformers' greedy decoding, on ragged prompts."""
+"""The megatron engine against the policy's log-probs and transformers' greedy decoding, on prompts of many lengths."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(model_path: Path, vocabulary: int | None = None) -> MegatronEngine:
     return MegatronEngine(Policy(config, temperature=0.6, vocabulary=vocabulary), STOP)
 
 
-# What does not depend on the network's make.
+# For tests of behaviour that does not depend on the architecture.
 one_family = pytest.mark.parametrize("model_path", ["qwen3-untied"], indirect=True)
 
 
@@ -52,16 +52,14 @@ def prompts(count: int = 6, copies: int = 1) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in place"])
-def test_log_probs_are_transformers_and_the_training_engines(
-    engine: MegatronEngine, model_path: Path, in_place: bool
-) -> None:
+def test_log_probs_equal_transformers_and_the_policys(engine: MegatronEngine, model_path: Path, in_place: bool) -> None:
     engine.in_place = in_place
     check_log_probs(engine, model_path, VOCABULARY)
 
 
 @one_family
 @pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in place"])
-def test_rows_that_are_no_tokens_are_never_sampled(model_path: Path, in_place: bool) -> None:
+def test_padding_rows_of_the_vocabulary_are_never_sampled(model_path: Path, in_place: bool) -> None:
     engine = build(model_path, vocabulary=100)
     engine.in_place = in_place
     assert max(check_log_probs(engine, model_path, 100)) < 100
@@ -69,10 +67,10 @@ def test_rows_that_are_no_tokens_are_never_sampled(model_path: Path, in_place: b
 
 
 def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -> list[int]:
-    """All tokens of some responses, whose log-probs are compared with the trainer's and with transformers'."""
-    asked = [[token % 100 for token in prompt] for prompt in prompts(copies=4)]
-    responses = engine.generate(asked, range(len(asked)), SamplingParams(0.6, 50))
-    rollouts = answered(asked, responses)
+    """Sample responses, compare their log-probs with the policy's and transformers', and return all their tokens."""
+    requests = [[token % 100 for token in prompt] for prompt in prompts(copies=4)]
+    responses = engine.generate(requests, range(len(requests)), SamplingParams(0.6, 50))
+    rollouts = answered(requests, responses)
     log_probs, _ = engine.policy.log_probs(rollouts)
     torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
     with torch.no_grad():
@@ -81,7 +79,7 @@ def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -
     return [token for tokens in token_lists(responses) for token in tokens]
 
 
-def test_greedy_tokens_are_transformers(engine: MegatronEngine, model_path: Path) -> None:
+def test_greedy_tokens_equal_transformers(engine: MegatronEngine, model_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     for prompt, response in zip(prompts(), engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 30)), strict=True):
         ids = reference.generate(
@@ -104,13 +102,13 @@ def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine: MegatronEng
 def test_a_request_samples_the_same_alone_in_a_batch_and_in_waves(
     engine: MegatronEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, seeds, sampling = prompts(copies=4), list(range(24)), SamplingParams(0.8, 30)
-    together = token_lists(engine.generate(asked, seeds, sampling))
-    alone = [engine.generate([p], [s], sampling)[0].tokens.tolist() for p, s in zip(asked, seeds, strict=True)]
+    requests, seeds, sampling = prompts(copies=4), list(range(24)), SamplingParams(0.8, 30)
+    together = token_lists(engine.generate(requests, seeds, sampling))
+    alone = [engine.generate([p], [s], sampling)[0].tokens.tolist() for p, s in zip(requests, seeds, strict=True)]
     assert together == alone
     monkeypatch.setattr(megatron_engine, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
-    assert token_lists(engine.generate(asked, seeds, sampling)) == together
-    assert token_lists(engine.generate(asked, [s + 1 for s in seeds], sampling)) != together
+    assert token_lists(engine.generate(requests, seeds, sampling)) == together
+    assert token_lists(engine.generate(requests, [s + 1 for s in seeds], sampling)) != together
 
 
 @one_family
@@ -120,7 +118,7 @@ def test_responses_carry_the_weight_version(engine: MegatronEngine) -> None:
 
 
 @one_family
-def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
+def test_responses_come_from_changed_weights_at_once(engine: MegatronEngine) -> None:
     before = token_lists(engine.generate(prompts(), [0] * 6, SamplingParams(0.0, 20)))
     with torch.no_grad():
         for p in engine.policy.model.chunks[0].parameters():
@@ -135,36 +133,36 @@ def test_new_weights_are_sampled_from_at_once(engine: MegatronEngine) -> None:
 def test_decoding_in_place_gives_the_same_responses(
     engine: MegatronEngine, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What CUDA replays as a graph, step by step on the CPU: rows end, leave the batch, and the cache grows."""
-    asked, seeds = prompts(copies=8), range(48)
-    expected = engine.generate(asked, seeds, sampling)
+    """The steps that CUDA replays as a graph, run one by one: rows end, leave the batch, and the cache grows."""
+    requests, seeds = prompts(copies=8), range(48)
+    expected = engine.generate(requests, seeds, sampling)
     monkeypatch.setattr(in_place_decoding, "_CHECK_STEPS", 7)
     engine.in_place = True
     selected = []
     select = Rows.select
     monkeypatch.setattr(Rows, "select", lambda rows, keep: selected.append(len(keep)) or select(rows, keep))
-    found = engine.generate(asked, seeds, sampling)
-    assert token_lists(found) == token_lists(expected)
-    assert [r.finish_reason for r in found] == [r.finish_reason for r in expected]
-    for ours, theirs in zip(found, expected, strict=True):
+    in_place = engine.generate(requests, seeds, sampling)
+    assert token_lists(in_place) == token_lists(expected)
+    assert [r.finish_reason for r in in_place] == [r.finish_reason for r in expected]
+    for ours, theirs in zip(in_place, expected, strict=True):
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
     assert selected or sampling.temperature == 0.0, "no row ever left the batch"
 
 
-def in_order(handed: list[tuple[int, Response, int]]) -> list[Any]:
-    """The responses that were handed over, by their place, of which each must occur once."""
-    assert sorted(place for place, _, _ in handed) == list(range(len(handed)))
-    return as_tuples(response for _, response, _ in sorted(handed, key=lambda entry: entry[0]))
+def in_order(streamed: list[tuple[int, Response, int]]) -> list[Any]:
+    """The responses that `finished` was called with, in the order of the prompts; each must occur once."""
+    assert sorted(place for place, _, _ in streamed) == list(range(len(streamed)))
+    return as_tuples(response for _, response, _ in sorted(streamed, key=lambda entry: entry[0]))
 
 
 @one_family
 @pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in place"])
-def test_each_response_is_handed_over_once_when_its_row_ends(
+def test_finished_is_called_once_for_each_response_when_its_row_ends(
     engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """... of several waves, too; in place, at the next look at the rows."""
-    look, limit, calls = 7, 40, 0
-    monkeypatch.setattr(in_place_decoding, "_CHECK_STEPS", look)
+    """Decoding in place calls it at the next check of the rows. The same holds for several waves."""
+    check_steps, limit, calls = 7, 40, 0
+    monkeypatch.setattr(in_place_decoding, "_CHECK_STEPS", check_steps)
     forward = engine.decoder.forward
 
     def counted(*arguments: Any) -> Any:
@@ -174,38 +172,38 @@ def test_each_response_is_handed_over_once_when_its_row_ends(
 
     monkeypatch.setattr(engine.decoder, "forward", counted)
     engine.in_place = in_place
-    asked, seeds, sampling = prompts(copies=8), range(48), SamplingParams(1.0, limit)
-    expected = engine.generate(asked, seeds, sampling)
+    requests, seeds, sampling = prompts(copies=8), range(48), SamplingParams(1.0, limit)
+    expected = engine.generate(requests, seeds, sampling)
     assert {r.finish_reason for r in expected} == {"stop", "length"}
-    handed: list[tuple[int, Response, int]] = []
+    streamed: list[tuple[int, Response, int]] = []
     calls = 0
-    responses = engine.generate(asked, seeds, sampling, lambda i, r: handed.append((i, r, calls)))
+    responses = engine.generate(requests, seeds, sampling, lambda i, r: streamed.append((i, r, calls)))
     assert as_tuples(responses) == as_tuples(expected)
-    assert in_order(handed) == as_tuples(responses)
-    for _, response, steps in handed:
-        assert 0 <= steps - len(response.tokens) < (look if in_place else 1)
+    assert in_order(streamed) == as_tuples(responses)
+    for _, response, steps in streamed:
+        assert 0 <= steps - len(response.tokens) < (check_steps if in_place else 1)
     monkeypatch.setattr(megatron_engine, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
-    handed.clear()
-    responses = engine.generate(asked, seeds, sampling, lambda i, r: handed.append((i, r, calls)))
-    assert in_order(handed) == as_tuples(responses)
+    streamed.clear()
+    responses = engine.generate(requests, seeds, sampling, lambda i, r: streamed.append((i, r, calls)))
+    assert in_order(streamed) == as_tuples(responses)
 
 
 @one_family
 @pytest.mark.parametrize("in_place", [False, True])
-def test_attention_takes_masks_as_they_lie_and_never_cudnn(
+def test_attention_masks_are_aligned_and_cudnn_is_off(
     engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA copies a mask whose rows do not begin at multiples of 8 numbers; cuDNN would plan anew at every token."""
+    """CUDA copies a mask whose rows do not begin at multiples of 8 numbers; cuDNN would make a plan at every token."""
     attention = torch.nn.functional.scaled_dot_product_attention
     strides = set()
 
-    def watched(*args: torch.Tensor, attn_mask: torch.Tensor, **options: object) -> torch.Tensor:
+    def check_mask(*args: torch.Tensor, attn_mask: torch.Tensor, **options: object) -> torch.Tensor:
         strides.update(attn_mask.stride()[:-1])
         assert attn_mask.stride(-1) == 1
         assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
         return attention(*args, attn_mask=attn_mask, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", check_mask)
     engine.in_place = in_place
     engine.generate(prompts(copies=8), range(48), SamplingParams(1.0, 70))
     assert strides and all(stride % 8 == 0 for stride in strides)
@@ -225,16 +223,16 @@ def _setting(model: Any) -> None:
 
 @one_family
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "part"),
     [
         (_bias, r"the parameter decoder\.layers\.2\.self_attention\.linear_proj\.bias"),
         (_module, r"the module decoder\.layers\.1\.mlp\.router"),
         (_setting, r"window_size=\(128, 0\)"),
     ],
 )
-def test_a_part_of_the_network_that_is_not_decoded_is_refused_by_name(
-    engine: MegatronEngine, change: Callable[[Any], None], named: str
+def test_a_network_with_a_part_that_is_not_decoded_is_refused_by_name(
+    engine: MegatronEngine, change: Callable[[Any], None], part: str
 ) -> None:
     change(engine.policy.model.chunks[0])
-    with pytest.raises(UserError, match=f"does not compute {named} of this network"):
+    with pytest.raises(UserError, match=f"does not compute {part} of this network"):
         MegatronEngine(engine.policy, STOP)

@@ -1,4 +1,4 @@
-"""Which GPUs a replica is given: those that this process may use, by CUDA's own names."""
+"""The GPUs of each replica: a share of those that this process may use, by CUDA's own names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_disco.runtime.errors import UserError
 
 @pytest.fixture
 def places(monkeypatch, tmp_path):
-    """The GPUs of each replica, where this process sees the devices that CUDA_VISIBLE_DEVICES names."""
+    """places(visible, *overrides) returns each replica's GPUs; visible: CUDA_VISIBLE_DEVICES of this process."""
 
     def gpus(visible: str | None, *overrides: str, trainers: int = 1, count: int = 0) -> list[list[str]]:
         monkeypatch.setattr(build.torch.cuda, "is_available", lambda: True)
@@ -29,17 +29,17 @@ def places(monkeypatch, tmp_path):
     return gpus
 
 
-def test_a_replicas_number_goes_through_this_processs_list(places):
+def test_gpus_are_counted_in_this_processs_visible_devices(places):
     two = ["generation.replicas=2"]
     assert places("2,3", *two) == [["2"], ["3"]]
     assert places("GPU-a,GPU-b", "generation.tensor_parallel_size=2") == [["GPU-a", "GPU-b"]]
     assert places("4,5,6,7", *two, "generation.colocated=false", trainers=2) == [["6"], ["7"]]
-    assert places("2,-1,3", count=1) == [["2"]]  # CUDA reads no further than the -1
+    assert places("2,-1,3", count=1) == [["2"]]  # CUDA ignores the list from the -1 on
     assert places(None, *two, "generation.colocated=false", trainers=4) == [["4"], ["5"]]
-    assert places("2,3", "generation.nodes=[other]") == [["0"]]  # another machine counts for itself
+    assert places("2,3", "generation.nodes=[other]") == [["0"]]  # on another machine the numbers are its own
 
 
-def test_gpus_that_are_not_there_are_refused_by_number(places):
+def test_a_replica_with_more_gpus_than_the_node_has_is_refused(places):
     with pytest.raises(UserError, match=r"GPUs 1 to 1 .* sees 1 \(CUDA_VISIBLE_DEVICES=3\)"):
         places("3", "generation.replicas=2")
     with pytest.raises(UserError, match=r"sees 1 \(CUDA_VISIBLE_DEVICES=2,-1,3\)"):

@@ -1,4 +1,4 @@
-"""An engine that sleeps while the policy trains: what it refuses until it has weights again, and its death then."""
+"""An external engine that sleeps while the policy trains: it refuses to sample without weights, and may die asleep."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ Start = Callable[..., ExternalEngine]
 
 
 def refuses(engine: ExternalEngine) -> bool:
+    """True if the engine's only replica refuses to sample and is known to have no weights."""
     (replica,) = engine.replicas
     replica.send({"op": "generate", "lengths": [], "seeds": [], "sampling": {}})
     with pytest.raises(RefusedError, match="a full refit must be committed first"):
@@ -38,7 +39,7 @@ def test_between_sleep_and_the_commit_of_a_refit_nothing_is_sampled(start: Start
     assert right(sampled(engine), tensors, 1)
 
 
-def test_lost_in_its_sleep_it_is_started_anew(
+def test_a_replica_lost_while_asleep_is_started_again(
     start: Start, tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = start(2)
@@ -56,7 +57,7 @@ def test_lost_in_its_sleep_it_is_started_anew(
 
 @pytest.mark.parametrize("where", ["sleep", pytest.param("wake", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["raise", pytest.param("kill", marks=pytest.mark.slow)])
-def test_one_that_cannot_is_started_anew_and_put_to_sleep(
+def test_a_replica_that_cannot_sleep_or_wake_is_started_again(
     where: str, how: str, start: Start, tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = start(fault=where, how=how)

@@ -1,4 +1,4 @@
-"""The adapter of TensorRT-LLM against a fake with its published signatures. Nothing of it has run on hardware."""
+"""The worker's TensorRT-LLM engine against a fake with the published signatures. None of this has run on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 
 class OnCpu(adapter.TensorRtLlm):
-    """The adapter with what needs a GPU replaced: staging in plain memory, handles as torch makes them of it."""
+    """The engine with the parts that need a GPU replaced: staging in plain memory, and handles of that memory."""
 
     def open_staging(self, _path: str, shape: tuple[int, int], _remote: bool) -> list[dict[str, Any]]:
         self.broadcast = None
@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refit(engine: OnCpu, model: Path, version: int) -> RefitReceiver:
-    """All weights, in many buckets, as the worker is sent them."""
+    """Put the model's weights into the engine, one tensor in each bucket."""
     weights = RefitReceiver(engine, str(model), torch.bfloat16, remote=False, bucket_bytes=1)
     weights.begin(version)
     checksums = {}
@@ -70,53 +70,55 @@ def refit(engine: OnCpu, model: Path, version: int) -> RefitReceiver:
 
 
 @pytest.mark.parametrize("version", ["1.2.0", "1.3.0rc1"])
-def test_every_bucket_reaches_the_ranks_and_the_last_call_finishes(
+def test_every_bucket_reaches_the_ranks_and_the_commit_finishes_the_refit(
     version: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = build(monkeypatch, version, model)
     rank = fake.LLM.last.rank
     rank.prefix_cache = True
-    # The staging memory's largest tensor must have room before it too.
+    # A bucket must have room for an offset before the largest tensor.
     monkeypatch.setattr("nemo_disco.generation.worker.rollout_worker.weights.ALIGNMENT", 2**16)
     assert refit(engine, model, 3).version == 3
-    wanted = {n: t.bfloat16() for n, t in load_file(model / "model.safetensors").items()}
-    assert rank.weights.keys() == wanted.keys()
-    assert all(torch.equal(rank.weights[name], wanted[name]) for name in wanted)
+    expected = {n: t.bfloat16() for n, t in load_file(model / "model.safetensors").items()}
+    assert rank.weights.keys() == expected.keys()
+    assert all(torch.equal(rank.weights[name], expected[name]) for name in expected)
     assert not rank.open and not rank.prefix_cache
     assert engine.sleep() and rank.asleep
     engine.wake()
     assert not rank.asleep
 
 
-def test_sampling_asks_for_what_reinforcement_learning_needs(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_have_the_sampling_parameters_and_processed_log_probs(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = build(monkeypatch, "1.2.0", model)
-    found: dict[int, tuple[Any, Any, str]] = {}
+    responses: dict[int, tuple[Any, Any, str]] = {}
 
     def deliver(index: int, tokens: Any, log_probs: Any, reason: str) -> None:
-        found[index] = (tokens, log_probs, reason)
+        responses[index] = (tokens, log_probs, reason)
 
     sampling = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_tokens": 9}
     engine.generate([[5, 6], [8]], [11, 12], sampling, deliver, lambda: None)
-    assert found == {0: ([5, 6, 1], [-0.25] * 3, "stop"), 1: ([8, 1], [-0.25] * 2, "stop")}
-    asked = sorted(fake.LLM.last.asked, key=lambda p: p.seed)
-    assert [p.seed for p in asked] == [11, 12]
-    for parameters in asked:
+    assert responses == {0: ([5, 6, 1], [-0.25] * 3, "stop"), 1: ([8, 1], [-0.25] * 2, "stop")}
+    requests = sorted(fake.LLM.last.requests, key=lambda p: p.seed)
+    assert [p.seed for p in requests] == [11, 12]
+    for parameters in requests:
         assert not parameters.greedy  # top_k and top_p both None would be
         assert (parameters.temperature, parameters.max_tokens, parameters.logprobs_mode) == (0.6, 9, "processed")
         assert parameters.include_stop_str_in_output and parameters.stop_token_ids == [1, 7]
     engine.generate([[5]], [0], sampling | {"temperature": 0.0}, deliver, lambda: None)
-    assert fake.LLM.last.asked[-1].greedy
+    assert fake.LLM.last.requests[-1].greedy
 
 
-def test_rows_that_are_no_tokens_are_hidden(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_rows_of_the_vocabulary_are_hidden(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(monkeypatch, "1.2.0", model, vocabulary=VOCABULARY - 3)
     sampling = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_tokens": 9}
     engine.generate([[5, 6]], [11], sampling, lambda *_: None, lambda: None)
-    bias = fake.LLM.last.asked[0].embedding_bias
+    bias = fake.LLM.last.requests[0].embedding_bias
     assert bias.shape == (VOCABULARY,) and not bias[:-3].any() and bool((bias[-3:] == -torch.inf).all())
 
 
-def test_a_version_without_what_is_needed_is_refused_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_without_a_needed_part_is_refused_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RefusedError, match=r"TensorRT-LLM 1.1.0 has no logprobs_mode.*use 1.2 or later"):
         build(monkeypatch, "1.1.0", model)
     monkeypatch.setitem(fake.VERSIONS, "1.2.0", fake.COMMON)
@@ -125,6 +127,6 @@ def test_a_version_without_what_is_needed_is_refused_by_name(model: Path, monkey
     assert build(monkeypatch, "1.2.0", model, sleeps=False).sleep() is False
 
 
-def test_quantised_rollouts_are_passed_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_is_passed_to_the_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(monkeypatch, "1.3.0rc1", model, quantization="fp8")
     assert fake.LLM.last.kwargs["quant_config"] == {"quant_algo": "FP8"}

@@ -1,4 +1,4 @@
-"""Sampling draws from the distribution that it says, and from one stream a request."""
+"""Tokens are sampled from the documented distribution, with a random stream for each request."""
 
 from __future__ import annotations
 

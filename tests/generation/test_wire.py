@@ -1,4 +1,4 @@
-"""The wire between a run and a worker: who may speak on it, and what a checksum finds."""
+"""The wire between a run and a worker: authentication, limits on messages and memory, and checksums."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
     theirs.close()
 
 
-def refused(run: Channel, worker: Channel, secrets: tuple[bytes, bytes] = (SECRET, SECRET)) -> list[str | None]:
-    """The error of each side, None where it let the other in. As in life a side that refuses hangs up."""
-    said: list[str | None] = [None, None]
+def authenticate(run: Channel, worker: Channel, secrets: tuple[bytes, bytes] = (SECRET, SECRET)) -> list[str | None]:
+    """Each side's authentication error, None if it accepted the other."""
+    errors: list[str | None] = [None, None]
 
     def side(index: int, channel: Channel, role: bytes) -> None:
         try:
             channel.authenticate(secrets[index], role)
         except WireError as error:
-            said[index] = str(error)
+            errors[index] = str(error)
 
     other = threading.Thread(target=side, args=(1, worker, b"worker"))
     other.start()
     side(0, run, b"run")
     other.join()
-    return said
+    return errors
 
 
-def test_both_sides_know_the_secret_and_what_is_sent_arrives(ends: tuple[Channel, Channel]) -> None:
+def test_messages_arrive_between_peers_that_know_the_secret(ends: tuple[Channel, Channel]) -> None:
     run, worker = ends
-    assert refused(run, worker) == [None, None]
+    assert authenticate(run, worker) == [None, None]
     run.send({"op": "bucket", "slot": 1}, memoryview(b"\x00\xff" * 1000))
     assert worker.receive() == ({"op": "bucket", "slot": 1}, bytearray(b"\x00\xff" * 1000))
     worker.send({"ok": True})
@@ -63,13 +63,13 @@ def test_both_sides_know_the_secret_and_what_is_sent_arrives(ends: tuple[Channel
 
 
 @pytest.mark.parametrize("secrets", [(SECRET, b"t" * 32), (b"", SECRET)])
-def test_who_does_not_know_the_secret_is_refused_by_both(
+def test_a_peer_with_another_secret_is_refused_by_both_sides(
     secrets: tuple[bytes, bytes], ends: tuple[Channel, Channel]
 ) -> None:
-    assert refused(*ends, secrets) == ["the peer does not know this run's secret"] * 2
+    assert authenticate(*ends, secrets) == ["the peer does not know this run's secret"] * 2
 
 
-def test_an_answer_cannot_be_sent_back_as_ones_own(ends: tuple[Channel, Channel]) -> None:
+def test_a_peer_that_echoes_the_proof_is_refused(ends: tuple[Channel, Channel]) -> None:
     run, thief = ends
 
     def echo() -> None:
@@ -83,7 +83,7 @@ def test_an_answer_cannot_be_sent_back_as_ones_own(ends: tuple[Channel, Channel]
     other.join()
 
 
-def test_another_protocol_and_what_speaks_none_are_refused(ends: tuple[Channel, Channel]) -> None:
+def test_peers_with_another_protocol_version_or_none_are_refused(ends: tuple[Channel, Channel]) -> None:
     run, stranger = ends
     stranger.socket.sendall(wire._HELLO.pack(wire._MAGIC, wire.PROTOCOL + 1, bytes(32)))
     with pytest.raises(WireError, match=rf"speaks rollout protocol {wire.PROTOCOL + 1}, this side {wire.PROTOCOL}"):
@@ -93,7 +93,7 @@ def test_another_protocol_and_what_speaks_none_are_refused(ends: tuple[Channel, 
         run.authenticate(SECRET, b"run")
 
 
-def test_a_stranger_that_sends_a_byte_at_a_time_has_one_deadline_for_all(ends: tuple[Channel, Channel]) -> None:
+def test_authentication_has_one_deadline_however_slowly_the_peer_sends(ends: tuple[Channel, Channel]) -> None:
     run, stranger = ends
     over = threading.Event()
 
@@ -108,12 +108,12 @@ def test_a_stranger_that_sends_a_byte_at_a_time_has_one_deadline_for_all(ends: t
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         run.authenticate(SECRET, b"run", seconds=0.3)
-    assert time.monotonic() - began < 5  # dripped whole it takes over 7 s, and the proof as long again
+    assert time.monotonic() - began < 5  # all bytes at this rate take over 7 s, and the proof as long again
     over.set()
     other.join()
 
 
-def test_memory_follows_what_arrives_and_not_what_is_announced(ends: tuple[Channel, Channel]) -> None:
+def test_memory_grows_with_the_received_bytes_not_with_the_announced_size(ends: tuple[Channel, Channel]) -> None:
     run, worker = ends
     worker.socket.sendall(wire._HEAD.pack(2, 1 << 31) + b"{}" + b"x" * 1000)
     worker.socket.shutdown(socket.SHUT_WR)
@@ -134,14 +134,16 @@ def test_memory_follows_what_arrives_and_not_what_is_announced(ends: tuple[Chann
         (wire._HEAD.pack(50_000, 0) + b"[" * 50_000, "no JSON object"),
     ],
 )
-def test_what_is_no_message_is_refused_at_once(ends: tuple[Channel, Channel], sent: bytes, complaint: str) -> None:
+def test_malformed_or_too_large_messages_are_refused_at_once(
+    ends: tuple[Channel, Channel], sent: bytes, complaint: str
+) -> None:
     run, worker = ends
     worker.socket.sendall(sent)
     with pytest.raises(WireError, match=complaint):
         run.receive()
 
 
-def test_staging_memory_is_not_taken_at_an_engines_word(tmp_path: Path) -> None:
+def test_announced_staging_memory_is_checked_against_the_model_and_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"a": torch.zeros(100, 10)}, tmp_path / "model.safetensors")
     check_slots([4, ROW], str(tmp_path), torch.float32)
@@ -182,12 +184,12 @@ def test_a_checksum_finds_rows_out_of_order_and_a_shift() -> None:
 
 def test_a_tensor_in_pieces_has_the_checksum_of_the_whole() -> None:
     tensor = torch.randn(5, WORDS + 7, generator=torch.Generator().manual_seed(0))
-    raw, seen = as_bytes(tensor), Checksum()
+    raw, whole = as_bytes(tensor), Checksum()
     pieces, assembly = [], Assembly()
     for first in range(0, len(raw), 2 * ROW):
-        seen.add(raw[first : first + 2 * ROW])
+        whole.add(raw[first : first + 2 * ROW])
         pieces.append(("a", "float32", tensor.shape, 0, first, len(raw[first : first + 2 * ROW])))
-    assert str(seen) == checksum(tensor)
-    found = [made for p in pieces for made in assembly.take(raw[p[4] : p[4] + p[5]], [p])]
-    assert [(name, said) for name, _, said in found] == [("a", checksum(tensor))]
-    assert torch.equal(found[0][1], tensor)
+    assert str(whole) == checksum(tensor)
+    complete = [entry for p in pieces for entry in assembly.take(raw[p[4] : p[4] + p[5]], [p])]
+    assert [(name, total) for name, _, total in complete] == [("a", checksum(tensor))]
+    assert torch.equal(complete[0][1], tensor)

@@ -1,4 +1,4 @@
-"""vLLM for real, in the environment that `make vllm` makes. `make test-vllm` alone collects these: pytest -m vllm."""
+"""Tests with a real vLLM, in the environment of `make vllm`. Only `make test-vllm` collects them (pytest -m vllm)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def policy(model_path: Path) -> Policy:
 def start(
     model_path: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., ExternalEngine]]:
-    """start(**settings) -> a vLLM engine on the model, without weights."""
-    assert policy.dtype.is_floating_point  # the process group is there
+    """start(**settings) starts a vLLM engine for the model, without weights."""
+    assert policy.dtype.is_floating_point  # the fixture has started the process group
     started: list[ExternalEngine] = []
 
     def build(**changes: Any) -> ExternalEngine:
@@ -50,5 +50,5 @@ def start(
 
 @pytest.fixture(scope="module")
 def engine(start: Callable[..., ExternalEngine]) -> ExternalEngine:
-    """One engine for the tests that leave it whole."""
+    """One engine, shared by the tests that do not break it."""
     return start()

@@ -1,4 +1,4 @@
-"""vLLM after a refit against transformers and the trainer, and what it does when a refit or the engine fails."""
+"""vLLM's responses after a refit against transformers and the policy, and recovery when a refit or the engine fails."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prompts(count: int = 6, copies: int = 4) -> list[list[int]]:
 
 
 def refit(engine: ExternalEngine, policy: Policy, version: int, scale: float) -> None:
-    """New weights in the policy, then in the engine."""
+    """Multiply the policy's weights by `scale` and put them into the engine."""
     with torch.no_grad():
         for p in policy.model.chunks[0].parameters():
             p.mul_(scale)
@@ -40,35 +40,37 @@ def refit(engine: ExternalEngine, policy: Policy, version: int, scale: float) ->
 
 
 def sampled(engine: ExternalEngine) -> list[Response]:
-    asked = prompts()
-    return engine.generate(asked, range(len(asked)), WARM)
+    requests = prompts()
+    return engine.generate(requests, range(len(requests)), WARM)
 
 
-def worst(policy: Policy, responses: list[Response]) -> float:
-    """The largest difference of a log-prob from the trainer's."""
-    return float(apart(policy, responses).max())
+def max_difference(policy: Policy, responses: list[Response]) -> float:
+    """The largest difference between a log-prob and the policy's."""
+    return float(differences(policy, responses).max())
 
 
-def mean(policy: Policy, responses: list[Response]) -> float:
-    return float(apart(policy, responses).mean())
+def mean_difference(policy: Policy, responses: list[Response]) -> float:
+    return float(differences(policy, responses).mean())
 
 
-def apart(policy: Policy, responses: list[Response]) -> Tensor:
-    """[T] by how much each log-prob differs from the trainer's."""
+def differences(policy: Policy, responses: list[Response]) -> Tensor:
+    """[T] absolute differences between the log-probs and the policy's."""
     rollouts = answered(prompts(), responses)
     return (policy.log_probs(rollouts)[0] - rollouts.generation_log_probs).abs()
 
 
 def check_greedy(engine: ExternalEngine, policy: Policy, model_path: Path) -> None:
-    """The engine's greedy tokens are the likeliest of transformers' model with the policy's weights: equal, or one of
-    two that are a rounding apart."""
+    """Check that the greedy tokens are the likeliest of transformers' model with the policy's weights; where two tokens
+    are equal up to rounding, it may be either."""
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     weights = dict(policy.named_weights())
     missing, unexpected = reference.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     reference.tie_weights()
-    asked = prompts(copies=1)
-    for prompt, response in zip(asked, engine.generate(asked, [0] * len(asked), SamplingParams(0.0, 40)), strict=True):
+    requests = prompts(copies=1)
+    for prompt, response in zip(
+        requests, engine.generate(requests, [0] * len(requests), SamplingParams(0.0, 40)), strict=True
+    ):
         tokens = torch.from_numpy(response.tokens)
         ids = torch.cat([torch.tensor(prompt), tokens])[None]
         logits = reference(ids).logits[0, len(prompt) - 1 : -1]
@@ -80,24 +82,26 @@ def check_greedy(engine: ExternalEngine, policy: Policy, model_path: Path) -> No
         assert float(greedy.abs().max()) < 1e-3
 
 
-def test_every_refit_serves_the_new_weights(engine: ExternalEngine, policy: Policy, model_path: Path) -> None:
+def test_responses_come_from_the_weights_of_the_last_refit(
+    engine: ExternalEngine, policy: Policy, model_path: Path
+) -> None:
     before: list[Response] = []
     for version, scale in ((1, 1.0), (2, 1.2), (3, 0.8)):
         refit(engine, policy, version, scale)
         responses = sampled(engine)
-        assert worst(policy, responses) < 1e-4
+        assert max_difference(policy, responses) < 1e-4
         assert {r.weight_version for r in responses} == {version}
         assert token_lists(responses) != token_lists(before)
         before = responses
         check_greedy(engine, policy, model_path)
 
 
-def test_responses_end_as_the_contract_says(engine: ExternalEngine, policy: Policy) -> None:
+def test_responses_end_with_a_stop_token_or_at_the_limit(engine: ExternalEngine, policy: Policy) -> None:
     refit(engine, policy, 4, 1.0)
     seen: dict[int, Response] = {}
-    asked = prompts(copies=8)
-    responses = engine.generate(asked, range(len(asked)), SamplingParams(1.0, 12), seen.__setitem__)
-    assert as_tuples(seen[i] for i in range(len(asked))) == as_tuples(responses)
+    requests = prompts(copies=8)
+    responses = engine.generate(requests, range(len(requests)), SamplingParams(1.0, 12), seen.__setitem__)
+    assert as_tuples(seen[i] for i in range(len(requests))) == as_tuples(responses)
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     for r in responses:
         assert not set(r.tokens[:-1]) & set(STOP)
@@ -105,21 +109,21 @@ def test_responses_end_as_the_contract_says(engine: ExternalEngine, policy: Poli
         assert len(r.tokens) == 12 or r.finish_reason == "stop"
 
 
-def test_seeds_decide_what_is_sampled(engine: ExternalEngine, policy: Policy) -> None:
+def test_equal_seeds_give_equal_responses(engine: ExternalEngine, policy: Policy) -> None:
     refit(engine, policy, 5, 1.0)
-    asked, seeds = prompts(), list(range(24))
-    first = token_lists(engine.generate(asked, seeds, WARM))
-    assert token_lists(engine.generate(asked, seeds, WARM)) == first
-    alone = [engine.generate([p], [s], WARM)[0].tokens.tolist() for p, s in zip(asked, seeds, strict=True)]
+    requests, seeds = prompts(), list(range(24))
+    first = token_lists(engine.generate(requests, seeds, WARM))
+    assert token_lists(engine.generate(requests, seeds, WARM)) == first
+    alone = [engine.generate([p], [s], WARM)[0].tokens.tolist() for p, s in zip(requests, seeds, strict=True)]
     assert sum(a == b for a, b in zip(alone, first, strict=True)) >= 22  # rounding depends on the batch
-    assert token_lists(engine.generate(asked, [s + 99 for s in seeds], WARM)) != first
+    assert token_lists(engine.generate(requests, [s + 99 for s in seeds], WARM)) != first
 
 
-def test_more_prompts_than_a_step_of_the_engine_holds(engine: ExternalEngine, policy: Policy) -> None:
+def test_more_prompts_than_one_step_of_vllm_can_hold(engine: ExternalEngine, policy: Policy) -> None:
     refit(engine, policy, 6, 1.0)
     generator = torch.Generator().manual_seed(8)
-    asked = torch.randint(2, VOCABULARY, (300, 90), generator=generator).tolist()
-    first, second = (token_lists(engine.generate(asked, range(len(asked)), SamplingParams(1.0, 4))) for _ in "ab")
+    requests = torch.randint(2, VOCABULARY, (300, 90), generator=generator).tolist()
+    first, second = (token_lists(engine.generate(requests, range(len(requests)), SamplingParams(1.0, 4))) for _ in "ab")
     assert first == second
 
 
@@ -132,21 +136,21 @@ def _transposed(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [(_dropped, "never sent: model.layers.2.self_attn.v_proj.weight"), (_transposed, "layers.1.*has shape")],
 )
-def test_a_refused_refit_leaves_an_engine_that_refuses_until_a_full_one(
-    spoil: Callable[..., list[tuple[str, Tensor]]], said: str, start: Callable[..., ExternalEngine], policy: Policy
+def test_a_refused_refit_ends_the_engine(
+    spoil: Callable[..., list[tuple[str, Tensor]]], message: str, start: Callable[..., ExternalEngine], policy: Policy
 ) -> None:
     engine = start()
     engine.update_weights(policy.named_weights, 1)
-    only = engine.replicas[0]
-    with pytest.raises(UserError, match=said):
+    replica = engine.replicas[0]
+    with pytest.raises(UserError, match=message):
         engine.update_weights(lambda: spoil(list(policy.named_weights())), 2)
-    assert only.version is None and only._process is None  # the run stops, and its engine with it
+    assert replica.version is None and replica._process is None
 
 
-def test_a_swapped_pair_is_found_and_sent_anew(
+def test_weights_swapped_on_the_way_are_sent_again(
     engine: ExternalEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from nemo_disco.generation.external.refit import Sender
@@ -164,10 +168,10 @@ def test_a_swapped_pair_is_found_and_sent_anew(
     monkeypatch.setattr(Sender, "_flush", once)
     refit(engine, policy, 7, 1.1)
     assert spoilt and "2 of" in caplog.text and "arrived with other values" in caplog.text
-    assert worst(policy, sampled(engine)) < 1e-4
+    assert max_difference(policy, sampled(engine)) < 1e-4
 
 
-def test_an_engine_that_fails_in_the_middle_of_a_refit_recovers(
+def test_an_engine_recovers_from_an_incomplete_refit(
     engine: ExternalEngine, policy: Policy, caplog: pytest.LogCaptureFixture
 ) -> None:
     def failing_once() -> list[tuple[str, Tensor]]:
@@ -180,11 +184,11 @@ def test_an_engine_that_fails_in_the_middle_of_a_refit_recovers(
     failed: list[bool] = []
     engine.update_weights(failing_once, 8)
     assert "never sent" in caplog.text
-    assert worst(policy, sampled(engine)) < 1e-4
+    assert max_difference(policy, sampled(engine)) < 1e-4
 
 
 @pytest.mark.parametrize("when", ["refit", "generate"])
-def test_a_killed_engine_is_started_anew(when: str, start: Callable[..., ExternalEngine], policy: Policy) -> None:
+def test_a_killed_engine_is_started_again(when: str, start: Callable[..., ExternalEngine], policy: Policy) -> None:
     engine = start()
     process = engine.replicas[0]._process
     assert process is not None
@@ -209,10 +213,10 @@ def test_a_killed_engine_is_started_anew(when: str, start: Callable[..., Externa
         if when == "generate" and count == 3:
             kill()
 
-    asked = prompts()
-    responses = engine.generate(asked, range(len(asked)), WARM, finished)
-    assert count == len(asked)  # each once: what had been answered was kept
-    assert worst(policy, responses) < 1e-4
+    requests = prompts()
+    responses = engine.generate(requests, range(len(requests)), WARM, finished)
+    assert count == len(requests)  # each once: responses before the kill are kept
+    assert max_difference(policy, responses) < 1e-4
     assert engine.replicas[0]._process is not process
 
 
@@ -220,22 +224,22 @@ def test_tensor_parallel_engines_agree(start: Callable[..., ExternalEngine], pol
     engine = start(tensor_parallel_size=2)
     for version in (1, 2):
         refit(engine, policy, version, 1.05)
-        assert worst(policy, sampled(engine)) < 1e-4
+        assert max_difference(policy, sampled(engine)) < 1e-4
 
 
 def test_fp8_rollouts_follow_every_refit(start: Callable[..., ExternalEngine], policy: Policy) -> None:
-    """Weights rounded to FP8 when they arrive, activations as they come: less near the trainer's than bfloat16's, by no
-    more than the bits that FP8 lacks; after two refits the same as in an engine that had one."""
+    """FP8 weights and activations: the log-probs differ more from the policy's than bfloat16's do, by no more than the
+    missing bits explain; and after two refits the engine equals one with a single refit."""
     plain, fp8, fresh = (start(dtype="bfloat16", quantization=q) for q in (None, FP8, FP8))
     for version, scale in ((1, 1.0), (2, 1.05)):
         refit(plain, policy, version, scale)
         refit(fp8, policy, version, 1.0)
-        in_bfloat16 = mean(policy, sampled(plain))
-        assert 2 * in_bfloat16 < mean(policy, sampled(fp8)) < 32 * in_bfloat16
+        in_bfloat16 = mean_difference(policy, sampled(plain))
+        assert 2 * in_bfloat16 < mean_difference(policy, sampled(fp8)) < 32 * in_bfloat16
     refit(fresh, policy, 2, 1.0)
     assert as_tuples(sampled(fp8)) == as_tuples(sampled(fresh))
 
 
-def test_a_quantisation_that_the_engine_has_not_is_refused_by_name(start: Callable[..., ExternalEngine]) -> None:
+def test_an_unknown_quantization_is_refused_by_name(start: Callable[..., ExternalEngine]) -> None:
     with pytest.raises(UserError, match=r"engine cannot be started: .*no_such_kind"):
         start(quantization="no_such_kind")

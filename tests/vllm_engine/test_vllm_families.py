@@ -1,4 +1,4 @@
-"""vLLM on every family of the README against the trainer, with rows of the vocabulary that are no tokens."""
+"""vLLM's log-probs against the policy's, for every family of the README, with padding rows in the vocabulary."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ TOKENS = 100  # of 130 rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_log_probs_are_the_trainers_and_rows_that_are_no_tokens_are_never_sampled(
-    family: str, tmp_path: Path
-) -> None:
+def test_log_probs_equal_the_policys_and_padding_rows_are_never_sampled(family: str, tmp_path: Path) -> None:
     path = save_family(tmp_path / family, family, **SHAPE)
     config = model_config(path)
     parallel.start(config)
     policy = Policy(config, temperature=0.6, vocabulary=TOKENS)
     generator = torch.Generator().manual_seed(5)
-    asked = [p for n in (3, 17, 40) for p in [torch.randint(TOKENS, (n,), generator=generator).tolist()] * 4]
+    requests = [p for n in (3, 17, 40) for p in [torch.randint(TOKENS, (n,), generator=generator).tolist()] * 4]
     engine = start_vllm(path, policy, tmp_path, tensor_parallel_size=2 if family == "qwen3-tied" else 1)
     try:
         engine.update_weights(policy.named_weights, 1)
-        responses = engine.generate(asked, range(len(asked)), SamplingParams(0.6, 60))
-        greedy = engine.generate(asked[::4], [0, 0, 0], SamplingParams(0.0, 20))
+        responses = engine.generate(requests, range(len(requests)), SamplingParams(0.6, 60))
+        greedy = engine.generate(requests[::4], [0, 0, 0], SamplingParams(0.0, 20))
     finally:
         engine.close()
     assert max(token for r in [*responses, *greedy] for token in r.tokens) < TOKENS
-    rollouts = answered(asked, responses)
+    rollouts = answered(requests, responses)
     torch.testing.assert_close(policy.log_probs(rollouts)[0], rollouts.generation_log_probs, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The quickstart's commands with generation=vllm: verify, then training that is killed in its engine and goes on."""
+"""The quickstart's commands with generation=vllm: verify, and training whose engine is killed."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ def steps(run: Path) -> list[dict[str, Any]]:
 
 
 def workers(run: Path) -> list[int]:
-    """Of a run's engines: their pids, by the logs that they write."""
-    found = []
+    """The pids of a run's workers, which are recognised by the logs that they write."""
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             out = os.readlink(process / "fd/1")
             if out.startswith(str(run / "engines")) and "rollout_worker" in (process / "cmdline").read_text():
-                found.append(int(process.name))
+                pids.append(int(process.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
-def test_verify_finds_that_engine_and_trainer_agree() -> None:
+def test_verify_passes() -> None:
     out = finish(start("verify", "trainer.devices=1", "verify.max_mismatch=1.001", "verify.max_kl=1e-6"))
     assert "mismatch mean e^|d| 1.0000" in out
 
 
-def test_fp8_rollouts_are_refused_with_their_name_and_trained_from_with_a_correction(tmp_path: Path) -> None:
+def test_verify_names_fp8_rollouts_and_training_corrects_for_them(tmp_path: Path) -> None:
     fp8 = ("trainer.devices=1", "trainer.precision=bf16", "generation.quantization=fp8_per_channel")
     verify = start("verify", *fp8)
     out, _ = verify.communicate(timeout=400)
@@ -98,7 +98,7 @@ def test_a_run_on_two_ranks_survives_the_death_of_its_engine(overrides: tuple[st
     while len(steps(run)) < 1:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    (engine,) = workers(run)  # the first rank leads it
+    (engine,) = workers(run)  # rank 0 leads it
     os.kill(engine, signal.SIGKILL)
     out = finish(process)
     assert "was killed by SIGKILL" in out and "trying again with all weights given anew" in out
@@ -106,7 +106,7 @@ def test_a_run_on_two_ranks_survives_the_death_of_its_engine(overrides: tuple[st
     for step in steps(run):
         assert step["time/refit"] > 0
         assert step["mismatch/max_abs"] < 1e-3 or step["staleness/max"] == 1
-    if overrides:  # the third step's responses are of the engine that was killed, and of its successor
+    if overrides:  # the third step's responses come from the killed engine and from its successor
         assert [step["staleness/max"] for step in steps(run)[:2]] == [0, 1]
         assert [step["staleness/mean"] for step in steps(run)[:2]] == [0, 1]
         assert 0 <= steps(run)[2]["staleness/mean"] <= 1

@@ -1,4 +1,4 @@
-"""A vLLM engine in a process of its own, in the environment that `make vllm` makes."""
+"""Starts a vLLM engine in a process of its own, in the environment of `make vllm`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nemo_disco.policy.policy import Policy
 
 PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
 STOP = [1, 7]
-# vLLM's attention on a CPU knows heads of 32 and more.
+# vLLM's attention on a CPU needs heads of at least 32.
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
 
 def start_vllm(model: Path, policy: Policy, logs: Path, **changes: Any) -> ExternalEngine:
-    """On the policy's model, without weights."""
+    """A vLLM engine for the policy's model, without weights. changes: of the worker's settings."""
     settings = {
         "engine": "vllm",
         "model": str(model),
