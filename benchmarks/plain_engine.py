@@ -23,7 +23,7 @@ class PlainEngine:
         return [{}]
 
     def receive(self, slot: int) -> None:
-        """Nothing: on a CPU there is no broadcast."""
+        """Do nothing: on a CPU there is no broadcast."""
 
     def begin_refit(self) -> None:
         """The weights stay where they are, as a plain copy's target does."""
@@ -35,7 +35,7 @@ class PlainEngine:
         return self.weights[name]
 
     def load_bucket(self, slot: int, pieces: Sequence[Any]) -> dict[str, str]:
-        return {name: seen for name, _, seen in self.assembly.take(self.slots[slot], pieces)}
+        return {name: checksum for name, _, checksum in self.assembly.take(self.slots[slot], pieces)}
 
     def finish_refit(self) -> None: ...
 

@@ -1,0 +1,1 @@
+"""The trainer's side of vllm and tensorrt_llm: starts their processes, refits them and receives their responses."""

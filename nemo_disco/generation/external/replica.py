@@ -155,7 +155,7 @@ class Replica:
         try:
             message, payload = channel.receive()
         except TimeoutError:
-            raise self._lost(f"said nothing for {silence:.0f} s") from None
+            raise self._lost(f"sent no message for {silence:.0f} s") from None
         except (WireError, OSError) as error:
             raise self._lost(str(error)) from None
         if "refused" in message:
@@ -303,4 +303,4 @@ def _last_error(log: Path) -> str:
     except OSError:
         return ""
     errors = [line.strip() for line in lines if "Error" in line or "error:" in line]
-    return f" (it said: {errors[-1][:300]})" if errors else ""
+    return f" (last error: {errors[-1][:300]})" if errors else ""

@@ -85,8 +85,8 @@ class MegatronEngine:
     def _waves(
         self, requests: list[int], prompts: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> Iterator[list[int]]:
-        """Split requests (indices into prompts) into waves whose cache fits the memory, longest prompts first, so that
-        those of a wave need little padding."""
+        """Split requests (indices into prompts) into waves whose cache fits the memory. Longest prompts first: a wave
+        then needs little padding."""
         requests = sorted(requests, key=lambda i: (-len(prompts[i]), _digest(prompts[i]), i))
         layers, decoder = self.decoder.chunks[0].config.num_layers, self.decoder
         bytes_per_token = 2 * layers * decoder.groups * decoder.head_size * decoder.dtype.itemsize
