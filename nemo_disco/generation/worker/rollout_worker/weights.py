@@ -61,13 +61,13 @@ class RefitReceiver:
         self.expected = expected_weights(directory)
         self.version: int | None = None
         self._target: int | None = None
-        self._arrived: dict[str, int] = {}  # bytes
+        self._arrived: dict[str, int] = {}  # bytes so far, by name
         self._received: dict[str, str] = {}  # checksums of complete tensors
         sizes = [product(shape) * dtype.itemsize for shape in self.expected.values()]
         total = _aligned(sizes)
-        self.slots, usual = _GPU_SLOTS if engine.gpu else _CPU_SLOTS
-        wanted = min(total, bucket_bytes or usual)
-        self.slot_bytes = -(-max(wanted, max(sizes) if engine.gpu else 0) // ROW) * ROW
+        self.slots, default_bytes = _GPU_SLOTS if engine.gpu else _CPU_SLOTS
+        slot_bytes = min(total, bucket_bytes or default_bytes)
+        self.slot_bytes = -(-max(slot_bytes, max(sizes) if engine.gpu else 0) // ROW) * ROW
         self._path = ""
         if not engine.gpu:
             # Unlike a file it disappears with its last user; and a container's small /dev/shm does not limit it.
