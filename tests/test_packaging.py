@@ -133,8 +133,8 @@ def test_the_quickstart_is_planned_in_an_empty_directory(installed, tmp_path):
     where = run(installed / "python", "-c", "import nemo_disco; print(nemo_disco.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
     text = run(installed / "nemo-disco", "plan", "--config-name", "quickstart", cwd=tmp_path)
-    assert "mini-batches a step" in text and "optimizer state" in text
-    assert "mini-batches a step" in run(installed / "nemo-disco", "plan", "-cn", "recipe/disco_logl_7b", cwd=tmp_path)
+    assert "mini-batches per step" in text and "optimizer state" in text
+    assert "mini-batches per step" in run(installed / "nemo-disco", "plan", "-cn", "recipe/disco_logl_7b", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 

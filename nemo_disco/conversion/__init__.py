@@ -1,4 +1,4 @@
-"""Checkpoints from one form to another, tensor by tensor: no model is built, no process group, no GPU.
+"""Conversion of checkpoints between formats, tensor by tensor, without a network, a process group or a GPU.
 
-Used by tools/convert/; touches files alone. Nothing is unpickled but the metadata of torch_dist, by a list of classes.
+Used by tools/convert/; reads and writes files alone. Unpickles only torch_dist's metadata, and only listed classes.
 """

@@ -1,4 +1,4 @@
-"""The command line of a converter: two directories, and sometimes the model whose config is carried over."""
+"""Command line of the converters: two directories, and for some the model whose config and tokenizer are copied."""
 
 from __future__ import annotations
 
@@ -11,20 +11,13 @@ from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.logs import setup_logging
 
 
-def run(
-    name: str,
-    words: str | None,
-    source: str,
-    arguments: Sequence[str] | None,
-    *,
-    model: bool = False,
-) -> int:
-    """Parse, run conversion.convert's function of that name, and say where the result is.
+def run(name: str, docstring: str | None, source: str, arguments: Sequence[str] | None, *, model: bool = False) -> int:
+    """Run the function of conversion.convert that has this name, and print the place of the result.
 
-    The exit code: 0, or 2 for bad input (one line on stderr).
+    docstring: of the converter's script. source: help for the first argument. model: there is a --model option.
+    Returns the exit code: 0, or 2 for bad input (one line on stderr).
     """
-    about = (words or "").split("\n\n", 1)[0]
-    parser = argparse.ArgumentParser(prog=name, description=about)
+    parser = argparse.ArgumentParser(prog=name, description=(docstring or "").split("\n\n", 1)[0])
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("out", type=Path, help="the directory to write")
     if model:

@@ -1,6 +1,6 @@
-"""The four conversions, streamed: Hugging Face <-> torch_dist (megatron-core), <-> NeMo 2.0 directories around it.
+"""The four conversions: Hugging Face <-> torch_dist (megatron-core), and <-> NeMo 2.0 directories, which contain it.
 
-Memory: one tensor and what it is made of. What is missing, unexpected or of another shape is fatal and named.
+Needs the memory of one tensor and its parts. A tensor that is missing, unexpected or of another shape is an error.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def hf_to_megatron(source: Path, out: Path) -> Path:
 def megatron_to_hf(checkpoint: Path, out: Path, model: Path | None = None) -> Path:
     """A checkpoint (of a run, of hf_to_megatron, of megatron-core) -> a Hugging Face directory.
 
-    model: the Hugging Face directory whose config and tokenizer are carried over (default: as the checkpoint or its run
-    says). Tensors keep the type in which they are stored; those of a training run take the type that the config names,
-    as its export does. Raises UserError.
+    model: the Hugging Face directory whose config and tokenizer are copied (default: the one that the checkpoint or its
+    run names). Tensors keep their type; those of a training run get the type in the config, as in its export. Raises
+    UserError.
     """
     model = model or Path(model_source(str(checkpoint)).hugging_face)
     verify_files(checkpoint)
@@ -67,7 +67,7 @@ def hf_to_nemo(source: Path, out: Path) -> Path:
 def nemo_to_hf(source: Path, out: Path, model: Path | None = None) -> Path:
     """A NeMo 2.0 directory -> a Hugging Face directory.
 
-    model: whose config and tokenizer are carried over (default: those in context/). Raises UserError.
+    model: the Hugging Face directory whose config and tokenizer are copied (default: context/). Raises UserError.
     """
     carried = source / "context" / TOKENIZER
     if model is None and not (carried / "config.json").is_file():
@@ -78,7 +78,7 @@ def nemo_to_hf(source: Path, out: Path, model: Path | None = None) -> Path:
 
 
 def _write_weights(source: Path, work: Path, shape: ModelShape, nemo: bool = False) -> None:
-    """nemo: under NeMo's prefix, and with the empty FP8 states without which NeMo's reader loads nothing."""
+    """Write a torch_dist checkpoint. nemo: with NeMo's prefix, and the empty FP8 states that NeMo's reader needs."""
     prefix = "module." if nemo else ""
     with SafetensorReader(source) as reader:
         reader.check(shape.tensors(), shape.tied)
@@ -118,7 +118,7 @@ def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> 
 
 
 def _place(reader: TorchDistReader, weight: ModelWeight) -> tuple[str, int | None]:
-    """Key of a weight in a checkpoint, and its row (None: the whole tensor), by the naming that the checkpoint uses."""
+    """Key and row (None: the whole tensor) of a weight, by the naming that the checkpoint uses."""
     keys = (weight.key, weight.local_key)
     numbered = [(weight.numbered(key), None) for key in keys]
     places = [*((key, weight.layer) for key in keys), *numbered]
@@ -127,7 +127,7 @@ def _place(reader: TorchDistReader, weight: ModelWeight) -> tuple[str, int | Non
 
 @contextmanager
 def _new(out: Path) -> Iterator[Path]:
-    """A directory that appears whole or not at all. Raises UserError if it is there already."""
+    """A new directory that appears once it is complete. Raises UserError if it exists already."""
     if out.exists():
         raise UserError(f"{out} exists already: name a directory that does not")
     with atomic_directory(out) as work:

@@ -1,6 +1,6 @@
-"""context/ of a NeMo 2.0 directory: io.json, by which NeMo builds the model, in fiddle's serialization.
+"""context/io.json of a NeMo 2.0 directory, from which NeMo builds the model, in fiddle's serialization.
 
-Written without NeMo; it names NeMo's classes and what each is given, nothing else.
+Written without NeMo: the names of NeMo's classes and their arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIDDLE = "fiddle._src.config"
 
 @dataclass
 class _Call:
-    """One class and its arguments."""
+    """A class and its arguments."""
 
     module: str
     name: str
@@ -35,7 +35,7 @@ class _Call:
 
 
 def write_context(directory: Path, config: Mapping[str, Any]) -> None:
-    """Write io.json into a directory that holds the tokenizer's files in nemo_tokenizer/. config: of read_hf_config.
+    """Write io.json beside the tokenizer's directory, nemo_tokenizer/. config: as from read_hf_config.
 
     Raises UserError for a rope that NeMo's classes do not have.
     """
@@ -64,7 +64,7 @@ def write_context(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 class _Fiddle:
-    """fiddle.experimental.serialization's JSON, version 0.0.1: objects by key, each with its metadata."""
+    """JSON of fiddle.experimental.serialization, version 0.0.1: objects by key, each with its metadata."""
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
@@ -94,10 +94,8 @@ class _Fiddle:
             ["Attr(name='argument_history')", self._dict()],
         ]
         kind = _reference(_FIDDLE, "BuildableTraverserMetadata")
-        described = self._put(
-            "buildable_traverser_metadata", kind, metadata, _reference(_FIDDLE, "BuildableTraverserMetadata")
-        )
-        return self._put(call.name.lower(), _reference(_FIDDLE, "Config"), items, described, [path])
+        description = self._put("buildable_traverser_metadata", kind, metadata, kind)
+        return self._put(call.name.lower(), _reference(_FIDDLE, "Config"), items, description, [path])
 
     def _dict(self) -> dict[str, Any]:
         empty: dict[str, Any] = {"type": _reference("builtins", "tuple"), "items": [], "metadata": None}

@@ -1,4 +1,4 @@
-"""checkpoint.json of a converted checkpoint, so that policy/checkpoint.py loads it; and checking one that is there."""
+"""checkpoint.json, the record by which a converted checkpoint can be loaded like a run's: written and verified."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_disco.runtime.errors import UserError
 
 
 def write_record(work: Path, source: Path) -> None:
-    """Of weights alone: no optimizer, no loop state. `work` must hold every other file."""
+    """Write the record of weights alone, without optimizer and loop state, once `work` has every other file."""
     config = load_hf_config(source)
     record: dict[str, Any] = {
         "format": files.FORMAT,
@@ -34,7 +34,7 @@ def write_record(work: Path, source: Path) -> None:
 
 
 def verify_files(checkpoint: Path) -> None:
-    """Compare a checkpoint with its record, where it has one. Raises UserError naming the file that is damaged."""
+    """Compare a checkpoint's files with its record, if it has one. Raises UserError that names a damaged file."""
     if not (checkpoint / files.RECORD).is_file():
         return
     try:
@@ -45,7 +45,7 @@ def verify_files(checkpoint: Path) -> None:
 
 
 def training_dtype(checkpoint: Path, model: Path) -> torch.dtype | None:
-    """What a training run's export takes: the config's type; None (as stored) where no run wrote the checkpoint."""
+    """The type of a training run's exported weights, from the config; None (as stored) for any other checkpoint."""
     if not (checkpoint / files.RECORD).is_file() or files.read_record(checkpoint)["optimizer"] is None:
         return None
     dtype: torch.dtype | None = load_hf_config(model).dtype

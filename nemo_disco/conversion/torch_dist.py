@@ -1,7 +1,7 @@
-"""megatron-core's torch_dist format, read and written tensor by tensor, without megatron and without a model.
+"""Reader and writer of megatron-core's torch_dist format, tensor by tensor, without megatron and without a network.
 
-It is torch's distributed checkpoint: pieces of global tensors in files, and `.metadata`, a pickle that says where. The
-pickle is opened by a list of classes, pieces with weights_only; objects (FP8 scales, random states) are never opened.
+The format is torch's distributed checkpoint: pieces of global tensors in files, and `.metadata`, a pickle of their
+places. Only listed classes are unpickled from it, and pieces with weights_only; other objects are never opened.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemo_disco.checkpoint.metadata import METADATA, read_metadata
+from nemo_disco.models.architecture import EMBEDDING
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.saved_files import FileError, open_file
 
-_FIRST = "embedding.word_embeddings.weight"  # what every model has: before it stands the prefix of all names
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -58,10 +58,10 @@ _ADMITTED = {
 
 
 class TorchDistReader:
-    """The tensors of a directory, by key. `names`: those that start with `prefix`, without it, optimizer's left out."""
+    """Reads the tensors of a checkpoint directory by name, without `prefix`, which all names of the model share."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises UserError: no torch_dist checkpoint, a damaged one, or one whose metadata holds anything else."""
+        """Raises UserError for a directory in another format, a damaged one, and metadata with classes not listed."""
         self.directory = directory
         if not (directory / METADATA).exists():
             raise UserError(f"{directory}: not a checkpoint in megatron's torch_dist format: no {METADATA} there")
@@ -78,9 +78,10 @@ class TorchDistReader:
                 if offset not in {tuple(chunk.offsets) for chunk in self._tensors[index.fqn].chunks}:
                     raise FileError(directory / METADATA, f"damaged: a piece of {index.fqn} at {offset} is of no size")
                 self._pieces[index.fqn].append((offset, info))
-        self.prefix = next((k.removesuffix(_FIRST) for k in self._tensors if k.endswith(_FIRST)), "")
+        self.prefix = next((k.removesuffix(EMBEDDING.name) for k in self._tensors if k.endswith(EMBEDDING.name)), "")
 
     def names(self) -> set[str]:
+        """Names of the model's tensors, not of the optimizer's."""
         return {key.removeprefix(self.prefix) for key in self._tensors}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -91,7 +92,7 @@ class TorchDistReader:
         return dtype
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """A whole tensor, or one layer of a stacked one. Memory: the tensor, and one piece of it.
+        """A tensor, or one layer of a stacked tensor. Needs the memory of it and of one piece.
 
         Raises UserError if pieces are missing or damaged.
         """
@@ -125,16 +126,16 @@ class TorchDistReader:
                 tensor = torch.load(piece, weights_only=True, map_location="cpu")
         except UserError:
             raise
-        except Exception as error:  # whatever torch makes of a damaged archive
-            said = " ".join(str(error).split())[:100] or type(error).__name__
-            raise FileError(file, f"damaged ({said})") from error
+        except Exception as error:  # torch raises many kinds for a damaged archive
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise FileError(file, f"damaged ({reason})") from error
         if not isinstance(tensor, Tensor) or tensor.dtype != entry.properties.dtype or tensor.shape != tuple(size):
             raise FileError(file, "damaged: a piece of a tensor is not of the size and type that the metadata says")
         return tensor
 
 
 class TorchDistWriter:
-    """Writes tensors as they come into one file; `close` writes the metadata. Every piece is a layer, or a whole."""
+    """Writes tensors one after another into one file, a piece for each layer; `close` writes the metadata."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._name = directory, "__0_0.distcp"
@@ -144,7 +145,7 @@ class TorchDistWriter:
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, key: str, tensor: Tensor, layer: int | None = None, layers: int = 0) -> None:
-        """layer: the row that this is of a tensor that stacks `layers` of them."""
+        """Write a tensor. layer: it is this row of the tensor that stacks all `layers`."""
         piece = tensor.detach() if layer is None else tensor.detach()[None]
         size = piece.shape if layer is None else torch.Size((layers, *tensor.shape))
         offset = torch.Size([layer or 0, *[0] * (piece.dim() - 1)])
@@ -157,8 +158,7 @@ class TorchDistWriter:
         entry.chunks.append(ChunkStorageMetadata(offset, piece.shape))
 
     def add_empty_state(self, module: str, layer: int = 0, layers: int = 1) -> None:
-        """What Transformer Engine's layers keep of FP8, as they write it where there is none: megatron-core's readers
-        ask for it."""
+        """Write an empty FP8 state, as Transformer Engine's layers do without FP8: megatron-core's readers need it."""
         key = f"{module}._extra_state/shard_{layer}_{layers}"
         self._states[key] = BytesStorageMetadata()
         self._places[MetadataIndex(key)] = self._save([torch.empty(0, dtype=torch.uint8)])
@@ -169,7 +169,7 @@ class TorchDistWriter:
         return _StorageInfo(self._name, begin, self._stream.tell() - begin)
 
     def close(self) -> None:
-        """Sync, and make the checkpoint complete for megatron-core's readers."""
+        """Flush to disk, and write the metadata that megatron-core's readers need."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()

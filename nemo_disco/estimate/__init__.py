@@ -1,4 +1,4 @@
-"""What a run would need, computed from its configuration and the model's sizes: memory, time, FLOPs, layouts.
+"""Estimates for a run from its configuration and the model's sizes: memory, time, FLOPs, layouts.
 
 Arithmetic only: nothing is built, sampled or measured here.
 """

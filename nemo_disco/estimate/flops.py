@@ -1,6 +1,6 @@
-"""Model FLOPs of sequences, exactly, and what a GPU's datasheet promises: MFU's numerator and denominator.
+"""FLOPs of the model for given sequences, exact, and peak FLOP/s of GPUs: numerator and denominator of MFU.
 
-Pure arithmetic; must not import torch. A multiply-add is two. Recomputation is not counted (that is what makes it MFU).
+Pure arithmetic; must not import torch. A multiply-add is two FLOPs. As MFU is defined, recomputation does not count.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 from nemo_disco.models.shape import ModelShape
 
-# A backward pass multiplies each matrix twice: for the gradient of its input and of itself.
+# FLOPs of forward and backward per forward: backward has two products per matrix, for its input's gradient and its own.
 TRAINING = 3
 
-# Dense BF16 FLOP/s of the datasheets (SXM boards; PCIe where named). The first name that a device's contains counts.
+# Dense BF16 FLOP/s of the datasheets (SXM boards; PCIe where named), by a part of the device's name.
 DATASHEET = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -29,10 +29,10 @@ DATASHEET = {
 
 
 def forward_flops(shape: ModelShape, lengths: Iterable[int], predicted: int) -> int:
-    """One forward pass over packed sequences of so many tokens, with the output layer at `predicted` positions.
+    """FLOPs of a forward pass over packed sequences of these lengths, with the output layer at `predicted` positions.
 
-    Attention is causal: token i attends to i tokens, so a sequence of n takes n (n + 1) / 2 pairs, each of which
-    costs a multiply-add in q k^T and one in p v for every number of a query. Padding is not work.
+    Attention is causal: token i attends to i tokens, so a sequence of n has n (n + 1) / 2 pairs, each with a
+    multiply-add in q k^T and one in p v for every element of a query. Padding does not count.
     """
     lengths = list(lengths)
     pairs = sum(n * (n + 1) // 2 for n in lengths)
@@ -42,6 +42,6 @@ def forward_flops(shape: ModelShape, lengths: Iterable[int], predicted: int) -> 
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense BF16 FLOP/s of a device by the name that CUDA gives it; None for one that is not known."""
+    """Dense BF16 FLOP/s of a device by its CUDA name; None for an unknown one."""
     # The longest name first: H200 is not an H20.
     return next((DATASHEET[name] for name in sorted(DATASHEET, key=len, reverse=True) if name in device), None)

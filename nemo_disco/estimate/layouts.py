@@ -1,6 +1,6 @@
-"""Which layouts a cluster could run a configuration in, what each needs, and the one to take. Pure arithmetic.
+"""Layouts in which a cluster can run a configuration, the memory and time of each, and the recommended one.
 
-Knows memory.py's and timing.py's estimates; prints nothing.
+Pure arithmetic on the estimates of memory.py and timing.py; prints nothing.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from math import gcd
 
 from nemo_disco.config.consistency import check_layout, divisors, format_numbers, longest_sequence
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.estimate.memory import Layout, Memory, cache_a_response, estimate
+from nemo_disco.estimate.memory import Layout, Memory, cache_per_response, estimate
 from nemo_disco.estimate.timing import Needs, Seconds, step_seconds
 from nemo_disco.models.shape import ModelShape
 from nemo_disco.runtime.errors import UserError
 
 USABLE = 0.9  # of a GPU's memory: the rest goes to the context, NCCL and the allocator
-CACHE = 0.6  # of what is free, for keys and values (generation/megatron/engine.py)
-_NEAR = 1.05  # a layout this much slower than the fastest is as good, if it cuts the model less
+CACHE = 0.6  # of the free memory, for keys and values (generation/megatron/engine.py)
+_NEAR = 1.05  # a layout up to this much slower than the fastest is preferred if it cuts the model less
 _RECOMPUTE = (None, "selective", "full")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout on GPUs of `gpu_bytes`: what it needs, and the seconds of a step."""
+    """A layout on GPUs of `gpu_bytes`, with its memory and the seconds of a step."""
 
     layout: Layout
     memory: Memory
     seconds: Seconds
     gpu_bytes: float
-    cache_bytes: float  # what is free for keys and values
-    longest_cache: int  # bytes of one longest sequence's keys and values
+    cache_bytes: float  # memory for keys and values
+    longest_cache: int  # bytes of the keys and values of one sequence of full length
 
     @property
     def waves(self) -> int:
-        """Rounds in which a step's responses are sampled; 0 if not even one fits."""
+        """Rounds in which a step's responses are sampled; 0 if not even one response fits."""
         rows = self.memory.kv_cache // self.longest_cache
         at_once = int(max(0.0, self.cache_bytes) // self.longest_cache)
         return -(-rows // at_once) if at_once else 0
@@ -53,23 +53,23 @@ def assess(
     memory = estimate(config, shape, layout, reference=needs.reference)
     cache_bytes = CACHE * (USABLE * gpu_bytes - memory.sampling(offload=config.model.optim.offload))
     seconds = step_seconds(config, shape, layout, needs, cache_bytes, node)
-    return Candidate(layout, memory, seconds, gpu_bytes, cache_bytes, cache_a_response(config, shape, layout))
+    return Candidate(layout, memory, seconds, gpu_bytes, cache_bytes, cache_per_response(config, shape, layout))
 
 
 def candidates(config: RunConfig, shape: ModelShape, needs: Needs, gpu_bytes: float) -> list[Candidate]:
-    """Every legal layout of the configuration's processes, with the least recomputation that fits (full, if none
-    does); the fastest first, those that do not fit last."""
+    """Every legal layout of the configuration's processes, each with the least recomputation that fits, else full;
+    the fastest first, those that do not fit last."""
     node, world_size = config.trainer.devices, config.trainer.devices * config.trainer.num_nodes
-    found = []
+    layouts = []
     for layout in _legal(config, shape, world_size, node):
-        tried = [assess(config, shape, replace(layout, recompute=r), needs, gpu_bytes, node) for r in _RECOMPUTE]
-        found.append(next((c for c in tried if c.fits), tried[-1]))
-    return sorted(found, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))
+        options = [assess(config, shape, replace(layout, recompute=r), needs, gpu_bytes, node) for r in _RECOMPUTE]
+        layouts.append(next((c for c in options if c.fits), options[-1]))
+    return sorted(layouts, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))
 
 
-def recommend(found: list[Candidate]) -> Candidate | None:
-    """The fitting layout that cuts the model least of those near the fastest; None if none fits."""
-    fitting = [c for c in found if c.fits]
+def recommend(layouts: list[Candidate]) -> Candidate | None:
+    """Of the fitting layouts near the fastest, the one that cuts the model least; None if none fits."""
+    fitting = [c for c in layouts if c.fits]
     if not fitting:
         return None
     near = [c for c in fitting if c.seconds.step <= _NEAR * fitting[0].seconds.step]
@@ -80,10 +80,10 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
     """Raises UserError if the layout does not divide the model, or the lengths exceed its positions."""
     model = config.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    for what, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
+    for heads, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
         if count % tensor:
             raise UserError(
-                f"model.tensor_model_parallel_size={tensor} does not divide the model's {count} {what}; "
+                f"model.tensor_model_parallel_size={tensor} does not divide the model's {count} {heads}; "
                 f"would work: {format_numbers(divisors(gcd(shape.heads, shape.kv_heads)))}"
             )
     stages = pipeline * (model.virtual_pipeline_model_parallel_size or 1)
@@ -107,21 +107,21 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
 
 
 def _legal(config: RunConfig, shape: ModelShape, world_size: int, node: int) -> Iterator[Layout]:
-    """Layouts that pass the checks of a run: TP within a node and with SP; virtual stages of a pipeline or none."""
+    """Layouts that pass a run's checks, with TP within a node and with SP, and up to 4 virtual stages."""
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
     for tensor, pipeline, context, virtual in product(sizes, sizes, sizes, (1, 2, 4)):
         if tensor > node or world_size % (tensor * pipeline * context) or context > 8:
             continue
-        tried = _with(config, tensor, pipeline, context, virtual)
+        changed = _with_layout(config, tensor, pipeline, context, virtual)
         try:
-            check_layout(tried, world_size)
-            check_shape(tried, shape)
+            check_layout(changed, world_size)
+            check_shape(changed, shape)
         except UserError:
             continue
-        yield Layout.of(tried.model, world_size)
+        yield Layout.from_config(changed.model, world_size)
 
 
-def _with(config: RunConfig, tensor: int, pipeline: int, context: int, virtual: int) -> RunConfig:
+def _with_layout(config: RunConfig, tensor: int, pipeline: int, context: int, virtual: int) -> RunConfig:
     changes = {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,

@@ -1,7 +1,7 @@
-"""An estimate of one rank's memory, by part, from the configuration and the model's shape. Pure arithmetic.
+"""Estimate of one rank's memory, by part, from the configuration and the model's shape. Pure arithmetic.
 
-Counts what is large, for the local layers; tests/distributed/test_memory.py holds it to real processes' peaks. Left
-out: libraries, the allocator's slack, NCCL's buffers (layouts.USABLE), FP8. `cuda=True`: not run.
+Counts the large parts, for the local layers; tests/distributed/test_memory.py compares it with real processes' peaks.
+Not counted: libraries, the allocator's slack, NCCL's buffers (layouts.USABLE), FP8. `cuda=True`: not run.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from nemo_disco.config.schema import ModelConfig, RunConfig
 from nemo_disco.models.shape import ModelShape
 
-# Bytes a number: of weights and activations, of megatron's gradient buffer, and of the optimizer's state with Adam
-# (two moments, and under bf16 an fp32 copy of the weights).
+# Bytes per number, by precision: weights and activations, megatron's gradient buffer, and Adam's state (two moments,
+# and under bf16 an fp32 copy of the weights).
 BYTES = {"bf16": (2, 4, 12), "32": (4, 4, 8), "64": (8, 8, 16)}
-_TILES = {True: 4096 * 8192, False: 512 * 1024}  # logits of a tile of the log-probs (policy/log_probs.py), CUDA or not
-LIBRARIES = {True: 4 << 30, False: 1 << 29}  # host memory of a process before its policy: on CUDA (assumed), on a CPU
-_VECTORS = 4 * 8  # old, new and generation log-probs and token weights of a step, 8 bytes each at most
+_TILES = {True: 4096 * 8192, False: 512 * 1024}  # logits per tile of the log-probs (policy/log_probs.py), by CUDA
+LIBRARIES = {True: 4 << 30, False: 1 << 29}  # host memory of a process without its policy, by CUDA (assumed there)
+_VECTORS = 4 * 8  # old, new and generation log-probs and token weights of a step, at most 8 bytes each
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the processes are cut, and what is computed anew in backward (None, selective, full)."""
+    """Sizes of the parallel groups, and the recomputation in backward (None, selective, full)."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -32,7 +32,7 @@ class Layout:
     recompute: str | None = None
 
     @classmethod
-    def of(cls, model: ModelConfig, world_size: int) -> Layout:
+    def from_config(cls, model: ModelConfig, world_size: int) -> Layout:
         tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
         context = model.context_parallel_size
         return cls(
@@ -47,20 +47,20 @@ class Layout:
 
     @property
     def replica(self) -> int:
-        """Ranks that hold one copy of the weights, the context-parallel ones counted."""
+        """Ranks of one model replica, context-parallel ranks included."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def shares(self) -> int:
-        """Ranks over which the distributed optimizer cuts its state, and which sample different questions."""
+        """Ranks that share the distributed optimizer's state, and that sample different questions."""
         return self.data * self.context
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. activations: kept for backward. log_probs: with the final norm, whose backward comes next.
-    layer: what one layer's backward works with, when those are gone; all that it keeps too, if it is recomputed.
-    kv_cache: all of the rank's responses at full length, at once."""
+    """Bytes of one rank. activations: kept for backward. log_probs: buffers of log-probs and final norm. layer: of one
+    layer's backward, once those are freed, with its recomputed activations if any. kv_cache: of all the rank's
+    responses at once, at full length."""
 
     weights: int
     gradients: int
@@ -78,16 +78,16 @@ class Memory:
         return standing + self.activations + max(self.log_probs, self.layer)
 
     def sampling(self, *, offload: bool) -> int:
-        """What is there while an engine samples, besides its cache: no gradients, with `offload` no optimizer state."""
+        """Bytes in use while an engine samples, without its cache: no gradients, with `offload` no optimizer state."""
         return self.weights + self.reference + (0 if offload else self.optimizer)
 
 
 def host_memory(memory: Memory, *, offload: bool, cuda: bool) -> int:
-    """Bytes of host memory that one rank takes at its peak: its libraries, a checkpoint's copy of the optimizer's state
-    while it is written and, without CUDA, training itself.
+    """Peak bytes of host memory of one rank: its libraries, a checkpoint's copy of the optimizer's state while it is
+    written and, without CUDA, training itself.
 
-    offload: the optimizer's state waits on the host too while an engine samples. A resume reads as much as the copy
-    takes, before there are activations.
+    offload: the optimizer's state is on the host while an engine samples. A resume reads as many bytes as the copy has,
+    before there are activations.
     """
     on_host = memory.optimizer * (2 if offload and cuda else 1)
     return LIBRARIES[cuda] + on_host + (0 if cuda else memory.training)
@@ -101,39 +101,41 @@ def estimate(
     reference: the objective needs a second, frozen policy.
     """
     stages = {0, layout.pipeline - 1}
-    return max((_of_stage(config, shape, layout, s, reference, cuda) for s in stages), key=lambda m: m.training)
+    return max((_stage_memory(config, shape, layout, s, reference, cuda) for s in stages), key=lambda m: m.training)
 
 
 def longest(config: RunConfig) -> int:
-    """Tokens of the longest sequence."""
+    """Tokens of a sequence of full length."""
     return config.data.max_prompt_length + config.generation.longest_response
 
 
-def cache_a_response(config: RunConfig, shape: ModelShape, layout: Layout) -> int:
-    """Bytes of a longest sequence's keys and values on one rank."""
+def cache_per_response(config: RunConfig, shape: ModelShape, layout: Layout) -> int:
+    """Bytes of the keys and values of a sequence of full length on one rank."""
     layers = shape.layers // layout.pipeline
     return 2 * BYTES[config.trainer.precision][0] * layers * shape.kv_width // layout.tensor * longest(config)
 
 
-def responses_a_rank(config: RunConfig, layout: Layout) -> int:
-    """Responses that a rank samples in a step: whole questions."""
+def responses_per_rank(config: RunConfig, layout: Layout) -> int:
+    """Responses that a rank samples in a step; a question's responses stay together."""
     return -(-config.data.questions_per_step // layout.shares) * config.generation.responses_per_question
 
 
 def micro_batches(config: RunConfig, layout: Layout, tokens: float) -> int:
-    """Micro-batches a rank that so many tokens of all ranks take; under VPP a multiple of PP."""
+    """Micro-batches per rank for so many tokens on all ranks; under VPP a multiple of PP."""
     multiple = layout.pipeline if layout.virtual > 1 else 1
     count = max(1, -(-int(tokens) // (layout.data * config.model.token_budget)))
     return -(-count // multiple) * multiple
 
 
-def _of_stage(config: RunConfig, shape: ModelShape, layout: Layout, stage: int, reference: bool, cuda: bool) -> Memory:
+def _stage_memory(
+    config: RunConfig, shape: ModelShape, layout: Layout, stage: int, reference: bool, cuda: bool
+) -> Memory:
     weight, gradient, optimizer = BYTES[config.trainer.precision]
     if config.model.optim.moments_dtype == "bfloat16":
         optimizer -= 4
     parameters = _stage_parameters(shape, layout)
     tokens = config.model.token_budget // layout.context
-    # Without CUDA's kernels torch writes the mask of context parallelism out: over half of the sequence a query.
+    # Without CUDA's kernels torch materializes the mask of context parallelism: over half of the sequence per query.
     mask = 0 if cuda or layout.context == 1 else longest(config) * (2 * layout.context + 1) // (4 * layout.context)
     layer = _saved_by_layer(shape, layout, weight, cuda, mask)
     kept = weight * shape.hidden // _shards(layout) if layout.recompute == "full" else layer  # its input alone, or all
@@ -155,12 +157,12 @@ def _of_stage(config: RunConfig, shape: ModelShape, layout: Layout, stage: int, 
         # The gradients of SwiGLU's two inputs, and of the layer's input, which is gathered anew under SP.
         layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden)
         + (tokens * layer if layout.recompute == "full" else 0),
-        kv_cache=responses_a_rank(config, layout) * cache_a_response(config, shape, layout),
+        kv_cache=responses_per_rank(config, layout) * cache_per_response(config, shape, layout),
     )
 
 
 def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
-    """Of either end of the pipeline on one tensor-parallel rank; norms are whole on each."""
+    """Parameters of the first or last stage on one tensor-parallel rank, which has whole norms."""
     layers = shape.layers // layout.pipeline
     # One stage: embedding and output layer, which may be one. Several: either end has one of the two, or its copy.
     embeddings = shape.embedding_parameters * (2 if layout.pipeline == 1 and not shape.tied else 1)
@@ -169,7 +171,7 @@ def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
 
 
 def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations a stage keeps at once: 1F1B, and with virtual stages (arXiv 2104.04473, 2.2)."""
+    """Micro-batches whose activations a stage keeps at once: 1F1B or interleaved (arXiv 2104.04473, 2.2)."""
     mini_batch = config.algorithm.mini_batch_questions * config.generation.responses_per_question * longest(config)
     behind = layout.pipeline - stage
     if layout.virtual > 1:
@@ -179,9 +181,9 @@ def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
 
 
 def _saved_by_layer(shape: ModelShape, layout: Layout, number: int, cuda: bool, mask: int) -> int:
-    """Bytes a token that autograd keeps for one layer; mask: numbers a token of attention's mask."""
+    """Bytes per token that autograd keeps for one layer. mask: elements of attention's mask per token."""
     query, kv, tensor = shape.query_width, shape.kv_width, layout.tensor
-    # Queries, keys and values as projected and with rope, attention's output as it came and packed, its log-sum-exp.
+    # Queries, keys and values before and after rope, attention's output before and after packing, its log-sum-exp.
     attention = number * (4 * query + 3 * kv) + 4 * shape.heads
     if layout.context > 1:  # the projections go; what each of a sequence's two pieces attends to, on all ranks, stays
         attention = number * (3 * query + (2 * layout.context + 1) * kv + mask * tensor) + 4 * shape.heads
@@ -194,9 +196,9 @@ def _saved_by_layer(shape: ModelShape, layout: Layout, number: int, cuda: bool, 
 
 
 def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
-    """Bytes a token that the norms of queries and keys keep, where there are any, beside the projections: on CUDA their
-    inputs, each in one piece; else the inputs in float32 at least (queries in one piece, keys as they are projected)
-    and the normalised inputs."""
+    """Bytes per token that the norms of queries and keys, if any, keep besides the projections: on CUDA contiguous
+    copies of their inputs; else the inputs in float32 at least (queries copied, keys as projected) and the normalised
+    inputs."""
     if not shape.architecture.qk_norm:
         return 0
     width = shape.query_width + shape.kv_width
@@ -209,12 +211,12 @@ def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> i
 
 
 def _norm(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
-    """Bytes a token that a norm keeps: input and output; without the fused CUDA kernel torch computes in float32 at
+    """Bytes per token that a norm keeps: input and output; without the fused CUDA kernel torch computes in float32 at
     least, and keeps the normalised input too."""
     kept = 2 * number if cuda else 2 * max(number, 4) + number
     return kept * shape.hidden // _shards(layout)
 
 
 def _shards(layout: Layout) -> int:
-    """Ranks that share the tokens between a layer's tensor-parallel parts."""
+    """Ranks that share the tokens outside a layer's tensor-parallel parts."""
     return layout.tensor if layout.sequence_parallel else 1

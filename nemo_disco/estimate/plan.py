@@ -1,6 +1,6 @@
-"""`nemo-disco plan`: what a run will do and need, from its configuration alone. Nothing is built or sampled.
+"""`nemo-disco plan`: sizes, memory and time of a run, from its configuration alone. Nothing is built or sampled.
 
-Prints the batch vocabulary, a rank's memory by part, and the layouts that this cluster allows with the one to take.
+Prints the batch vocabulary, a rank's memory by part, and the layouts that this cluster allows, one recommended.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ _GIB = 2**30
 
 
 def print_plan(config: RunConfig, world_size: int, needs: Needs, console: Console | None = None) -> None:
-    """needs: of the configured objective. Raises UserError if the model directory is there and damaged, or does not fit
-    the layout. Imports torch."""
+    """Print the plan of a run. needs: of its objective. Imports torch.
+
+    Raises UserError for a damaged model directory, and for a model that does not fit the layout.
+    """
     console = console or Console()
     if not console.is_terminal:
-        console = Console(file=console.file, width=WIDTH)  # a file has no width of its own, and no cell may be cut
+        console = Console(file=console.file, width=WIDTH)  # a file has no width, and no cell may be cut
     console.print(_vocabulary_table(config, world_size))
     shape, note = find_shape(config.model.path)
     if shape is not None:
         check_shape(config, shape)
-        gigabytes, whose = _gpu_memory(config)
-        here = Layout.of(config.model, world_size)
+        gigabytes, source = _gpu_memory(config)
+        here = Layout.from_config(config.model, world_size)
         configured = assess(config, shape, here, needs, gigabytes * _GIB, config.trainer.devices)
-        found = candidates(config, shape, needs, gigabytes * _GIB)
-        best = recommend(found)
+        layouts = candidates(config, shape, needs, gigabytes * _GIB)
+        best = recommend(layouts)
         console.print(_memory_table(config, shape, configured.memory))
-        console.print(_layout_table(found, configured, best, gigabytes))
+        console.print(_layout_table(layouts, configured, best, gigabytes))
         for line in (
-            _advice(config, shape, needs, found, configured, best),
-            f"Memory: GPUs of {gigabytes:g} GB ({whose}), {USABLE:.0%} of which is taken to be usable; keys and values "
+            _advice(config, shape, needs, layouts, configured, best),
+            f"Memory: GPUs of {gigabytes:g} GB ({source}), of which {USABLE:.0%} is assumed usable; keys and values "
             f"get {CACHE:.0%} of what weights and optimizer state leave (model.optim.offload moves the latter away).",
             _host_line(config, configured.memory),
             f"Time: estimated, not measured. Assumed: {ASSUMED}.",
@@ -49,13 +51,13 @@ def print_plan(config: RunConfig, world_size: int, needs: Needs, console: Consol
 
 
 def _host_line(config: RunConfig, memory: Memory) -> str:
-    """Host memory beside a GPU and without one, and what this host has."""
+    """A line on the host memory needed with GPUs and without, and this host's."""
     devices, offload = config.trainer.devices, config.model.optim.offload
     beside, alone = (host_memory(memory, offload=offload, cuda=cuda) / _GIB for cuda in (True, False))
     have = total_memory() / _GIB
     line = (
-        f"Host memory: {beside:.1f} GiB a process beside a GPU (libraries, and a checkpoint's copy of the optimizer's "
-        f"state), {alone:.1f} GiB without one (training too); {devices} processes on a host take "
+        f"Host memory: {beside:.1f} GiB per process beside a GPU (libraries, and a checkpoint's copy of the "
+        f"optimizer's state), {alone:.1f} GiB without one (training too); {devices} processes on a host take "
         f"{devices * beside:.0f} or {devices * alone:.0f} GiB, and this one has {have:.0f}."
     )
     short = " Where that is too little, checkpoints are not copied: training waits until they are written."
@@ -63,7 +65,7 @@ def _host_line(config: RunConfig, memory: Memory) -> str:
 
 
 def _gpu_memory(config: RunConfig) -> tuple[float, str]:
-    """GB of a GPU, and where the figure comes from."""
+    """GB of a GPU, and the source of the figure."""
     import torch
 
     if config.plan.gpu_memory_gb is not None:
@@ -74,7 +76,7 @@ def _gpu_memory(config: RunConfig) -> tuple[float, str]:
 
 
 def vocabulary(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
-    """The batch's terms and this run's numbers for them, largest first; tokens are at most so many."""
+    """(term, this run's number) for the sizes of a batch, largest first; numbers of tokens are limits."""
     model, group = config.model, config.generation.responses_per_question
     questions, mini = config.data.questions_per_step, config.algorithm.mini_batch_questions
     ranks = world_size // (
@@ -94,15 +96,15 @@ def vocabulary(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
     return [
         ("steps", f"{steps:,}"),
         ("processes", f"{world_size:,} = " + " x ".join(f"{name} {size}" for name, size in layout.items())),
-        ("questions a step", f"{questions:,}"),
-        ("responses a step", f"{questions * group:,} = {questions:,} questions x {group} responses"),
-        ("mini-batches a step", f"{questions // mini:,} of {mini} questions, {mini * group:,} responses each"),
+        ("questions per step", f"{questions:,}"),
+        ("responses per step", f"{questions * group:,} = {questions:,} questions x {group} responses"),
+        ("mini-batches per step", f"{questions // mini:,} of {mini} questions, {mini * group:,} responses each"),
         ("optimizer steps in the run", f"{steps * (questions // mini):,}"),
-        ("tokens a response", f"<= {longest:,} = {prompt:,} prompt + {response:,} response"),
-        ("tokens a step", f"<= {questions * group * longest:,}"),
-        ("tokens a rank a step", f"<= {-(-questions * group // ranks) * longest:,}"),
+        ("tokens per response", f"<= {longest:,} = {prompt:,} prompt + {response:,} response"),
+        ("tokens per step", f"<= {questions * group * longest:,}"),
+        ("tokens per rank and step", f"<= {-(-questions * group // ranks) * longest:,}"),
         ("token budget of a micro-batch", f"{model.token_budget:,}: {a_micro_batch:,} full-length responses"),
-        ("micro-batches a mini-batch a rank", f"<= {micro_batches:,}"),
+        ("micro-batches per mini-batch and rank", f"<= {micro_batches:,}"),
     ]  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def _vocabulary_table(config: RunConfig, world_size: int) -> Table:
 
 
 def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table:
-    table = Table("memory a rank (estimate)", "GiB", title=f"{shape.parameters:,} parameters", title_justify="left")
+    table = Table("memory per rank (estimate)", "GiB", title=f"{shape.parameters:,} parameters", title_justify="left")
     table.columns[1].justify = "right"
     recomputed = config.model.activations_checkpoint_granularity
     for name, size, ends in (
@@ -135,18 +137,18 @@ def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table
     return table
 
 
-def _layout_table(found: list[Candidate], configured: Candidate, best: Candidate | None, gigabytes: float) -> Table:
-    """The best layouts, the configured one among them."""
+def _layout_table(layouts: list[Candidate], configured: Candidate, best: Candidate | None, gigabytes: float) -> Table:
+    """The fastest layouts, with the recommended and the configured one."""
     layout = configured.layout
-    cluster = f"{layout.replica * layout.data} GPUs of {gigabytes:g} GB"
-    table = Table(title=f"layouts on {cluster}; seconds a step, estimated", title_justify="left", padding=(0, 1, 0, 0))
+    title = f"layouts on {layout.replica * layout.data} GPUs of {gigabytes:g} GB; seconds per step, estimated"
+    table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0))
     for name in ("TP", "PP", "VPP", "CP", "DP"):
         table.add_column(name, justify="right")
     table.add_column("recompute")
     for name in ("GiB", "waves", "generate", "old lp", "pass 1", "train", "refit", "step", "comm."):
         table.add_column(name, justify="right")
     table.add_column("")
-    shown = [c for c in found if c.fits or best is None][:SHOWN]
+    shown = [c for c in layouts if c.fits or best is None][:SHOWN]
     shown += [c for c in (best,) if c is not None and c not in shown]
     shown += [configured] if configured not in shown else []
     for c in shown:
@@ -170,14 +172,14 @@ def _advice(
     config: RunConfig,
     shape: ModelShape,
     needs: Needs,
-    found: list[Candidate],
+    layouts: list[Candidate],
     configured: Candidate,
     best: Candidate | None,
 ) -> str:
-    """Which layout to take and why, and by which keys; or on how many nodes one would fit."""
+    """The recommended layout, its keys and the reason for it; or the number of nodes on which one would fit."""
     gpu = configured.gpu_bytes
     if best is None:
-        least = min(found, key=lambda c: c.memory.training)
+        least = min(layouts, key=lambda c: c.memory.training)
         need = f"{_name(least.layout)} needs least: {least.memory.training / _GIB:.1f} GiB of {USABLE * gpu / _GIB:.1f}"
         nodes = config.trainer.num_nodes
         while (nodes := 2 * nodes) <= _MOST_NODES:
@@ -186,20 +188,20 @@ def _advice(
                 return f"No layout fits: {need}. Would work: trainer.num_nodes={nodes} with {_keys(fits.layout)}."
         return f"No layout fits: {need}. Would work: GPUs with more memory, shorter responses or a lower token budget."
     if best == configured:
-        return f"Recommended: the configured layout. {_why(found, best)}"
-    return f"Recommended: {_keys(best.layout)}. {_why(found, best)}"
+        return f"Recommended: the configured layout. {_why(layouts, best)}"
+    return f"Recommended: {_keys(best.layout)}. {_why(layouts, best)}"
 
 
-def _why(found: list[Candidate], best: Candidate) -> str:
-    fastest = found[0]
+def _why(layouts: list[Candidate], best: Candidate) -> str:
+    fastest = layouts[0]
     speed = "It is the fastest that fits"
     if fastest != best:
         speed = f"It is within 5% of the fastest, {_name(fastest.layout)}, and cuts the model less"
-    less = [c for c in found if c.layout.replica < best.layout.replica]
+    less = [c for c in layouts if c.layout.replica < best.layout.replica]
     if not less:
         return f"{speed}."
     if (other := min(less, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))).fits:
-        return f"{speed}; {_name(other.layout)}, which cuts the model less, takes {other.seconds.step:.0f} s a step."
+        return f"{speed}; {_name(other.layout)}, which cuts the model less, takes {other.seconds.step:.0f} s per step."
     need = f"{other.memory.training / _GIB:.1f} GiB" if other.waves else "more than all memory at rest"
     return f"{speed}; no layout that cuts the model less fits: {_name(other.layout)} would need {need}."
 

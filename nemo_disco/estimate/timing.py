@@ -1,6 +1,6 @@
-"""An estimate of a step's seconds, by part: FLOPs with attention, decoding bound by memory bandwidth, communication.
+"""Estimate of a step's seconds, by part: FLOPs with attention, decoding bound by memory bandwidth, communication.
 
-Pure arithmetic on assumptions, which `ASSUMED` says in words; no figure here was measured on a GPU.
+Pure arithmetic on the assumptions that `ASSUMED` states; no figure here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from dataclasses import dataclass
 
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.flops import DATASHEET, TRAINING
-from nemo_disco.estimate.memory import BYTES, Layout, cache_a_response, longest, micro_batches, responses_a_rank
+from nemo_disco.estimate.memory import BYTES, Layout, cache_per_response, longest, micro_batches, responses_per_rank
 from nemo_disco.models.shape import ModelShape
 
-# An H100 SXM by its data sheet: dense FLOP/s at bf16 and TF32; bytes/s of memory, NVLink one way, a 400 Gb/s card.
+# H100 SXM by its data sheet: dense FLOP/s at bf16 and TF32; bytes/s of memory, NVLink one way, a 400 Gb/s card.
 PEAK, PEAK_32 = DATASHEET["H100"], DATASHEET["H100"] / 2
 HBM, NVLINK, NETWORK = 3.35e12, 450e9, 50e9
-# Shares of those that are taken to be reached.
+# Assumed shares of these peaks that are reached.
 MATRICES, ATTENTION, BANDWIDTH, LINKS = 0.4, 0.25, 0.6, 0.7
-LAUNCH = 100e-6  # seconds a layer and decoded token that the embedded engine's kernels take to start
-ALL_REDUCE = 20e-6  # seconds a small all-reduce within a node
+LAUNCH = 100e-6  # seconds per layer and decoded token to launch the embedded engine's kernels
+ALL_REDUCE = 20e-6  # seconds per small all-reduce within a node
 MEAN_LENGTH = 1 / 3  # of the longest prompt and response
-SQUARES = 1.6  # mean square of lengths over their squared mean: exponential, cut at three times the mean
+SQUARES = 1.6  # mean of squared lengths over the squared mean: exponential, cut at three times the mean
 
 ASSUMED = (
-    f"an H100 SXM a rank, {MATRICES:.0%} of its peak in matrix products, {ATTENTION:.0%} in attention, "
+    f"an H100 SXM per rank, {MATRICES:.0%} of its peak in matrix products, {ATTENTION:.0%} in attention, "
     f"{BANDWIDTH:.0%} of its memory's bandwidth in decoding, {LINKS:.0%} of NVLink (450 GB/s) within a node and of "
-    f"400 Gb/s a GPU between nodes, no communication hidden, {1e6 * LAUNCH:.0f} us a layer and token to start the "
+    f"400 Gb/s per GPU between nodes, no communication hidden, {1e6 * LAUNCH:.0f} us per layer and token to launch the "
     f"embedded engine's kernels; responses of a third of the limit in mean, spread exponentially, one at the limit"
 )
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks of a step. two_passes: it is not separable, so that every mini-batch but the first takes
-    a forward pass for its scores."""
+    """Needs of an objective. two_passes: it is not separable, so every mini-batch but the first takes a forward pass
+    for its scores. reference: a reference policy."""
 
     two_passes: bool = True
     reference: bool = False
@@ -41,7 +41,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one step. communication is contained in the others."""
+    """Seconds of one step by part; `communication` is contained in the others."""
 
     generate: float
     log_probs: float
@@ -58,16 +58,16 @@ class Seconds:
 def step_seconds(
     config: RunConfig, shape: ModelShape, layout: Layout, needs: Needs, cache_bytes: float, node: int
 ) -> Seconds:
-    """cache_bytes: what a rank has for keys and values. node: GPUs a node.
+    """Seconds of one step. cache_bytes: a rank's memory for keys and values. node: GPUs per node.
 
-    Ranks of TP are neighbours, then those of CP, DP and PP, as megatron numbers them.
+    As megatron numbers ranks, those of a TP group are neighbours, then those of CP, DP and PP.
     """
     mini_batches = config.data.questions_per_step // config.algorithm.mini_batch_questions
     mean = MEAN_LENGTH * longest(config)
     tokens = config.data.questions_per_step * config.generation.responses_per_question * mean
     matrices, attention = _forward(config, shape, layout, tokens, mean)
     exchange = _exchange(config, shape, layout, tokens, node)
-    # The pipeline fills and drains once a mini-batch.
+    # The pipeline fills and drains once per mini-batch.
     count = micro_batches(config, layout, tokens / mini_batches)
     bubble = 1 + (layout.pipeline - 1) / (layout.virtual * count)
     one_pass = (matrices + attention + exchange) * bubble
@@ -91,8 +91,8 @@ def step_seconds(
 
 
 def _forward(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float, mean: float) -> tuple[float, float]:
-    """Seconds of a rank's share of a forward pass over all tokens: of matrix products, 2 FLOPs a weight; of causal
-    attention, 2 n query widths a layer for each of n tokens."""
+    """Seconds of a rank's share of a forward pass over all tokens: matrix products, with 2 FLOPs per weight, and causal
+    attention, with 2 n query_width FLOPs per layer for each of n tokens."""
     peak = (PEAK if config.trainer.precision == "bf16" else PEAK_32) * layout.replica * layout.data
     matrices = 2 * tokens * (shape.layers * shape.matrix_parameters + shape.embedding_parameters)
     attention = 2 * tokens * SQUARES * mean * shape.query_width * shape.layers
@@ -100,10 +100,10 @@ def _forward(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float
 
 
 def _exchange(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float, node: int) -> float:
-    """Seconds a rank's forward pass over all its tokens spends on TP and CP."""
+    """Seconds of TP and CP communication in a rank's forward pass over all its tokens."""
     number, layers = BYTES[config.trainer.precision][0], shape.layers // layout.pipeline
     local = tokens / layout.data / layout.context
-    # Attention and MLP: an all-reduce each (under SP a gather and a scatter, as much), twice the hidden states.
+    # Attention and MLP: an all-reduce each (under SP a gather and a scatter), twice the hidden states.
     tensor = 4 * shape.hidden * (layout.tensor - 1) / layout.tensor / _link(layout.tensor, node)
     # The keys and values of the other context-parallel ranks.
     context = 2 * shape.kv_width / layout.tensor * (layout.context - 1) / _link(layout.tensor * layout.context, node)
@@ -111,7 +111,7 @@ def _exchange(config: RunConfig, shape: ModelShape, layout: Layout, tokens: floa
 
 
 def _gradients(config: RunConfig, shape: ModelShape, layout: Layout, node: int) -> float:
-    """Seconds of a mini-batch to sum the gradients and to gather the new weights."""
+    """Seconds per mini-batch to reduce the gradients and to gather the new weights."""
     weight, gradient, _ = BYTES[config.trainer.precision]
     parameters = shape.parameters / layout.tensor / layout.pipeline
     moved = parameters * (weight + gradient) * (layout.shares - 1) / layout.shares
@@ -121,36 +121,36 @@ def _gradients(config: RunConfig, shape: ModelShape, layout: Layout, node: int) 
 def _generate(
     config: RunConfig, shape: ModelShape, layout: Layout, mean: float, cache_bytes: float
 ) -> tuple[float, float]:
-    """Seconds to sample a rank's responses, in as many waves as the cache allows, and those of its all-reduces.
+    """Seconds to sample a rank's responses, in as many waves as the cache needs, and those of its all-reduces.
 
-    A decoded token reads the stage's weights once for all rows and each row's keys and values; the stages of a
-    pipeline take turns. Prefill is a forward pass.
+    Decoding a token reads the stage's weights once for all rows, and each row's keys and values; pipeline stages take
+    turns. Prefill is a forward pass.
     """
     number = BYTES[config.trainer.precision][0]
-    rows = responses_a_rank(config, layout)
-    waves = -(-rows // max(1, int(cache_bytes // cache_a_response(config, shape, layout))))
+    rows = responses_per_rank(config, layout)
+    waves = -(-rows // max(1, int(cache_bytes // cache_per_response(config, shape, layout))))
     limit, prompt = config.generation.longest_response, config.data.max_prompt_length * MEAN_LENGTH
     weights = number * shape.parameters / layout.tensor / (HBM * BANDWIDTH)
-    # Over a response's life its cache is read at every length from the prompt's to its own.
+    # A response's cache is read once at every length from the prompt's to its own.
     read = rows * SQUARES * mean**2 / 2
-    cache = read * cache_a_response(config, shape, layout) * layout.pipeline / longest(config) / (HBM * BANDWIDTH)
+    cache = read * cache_per_response(config, shape, layout) * layout.pipeline / longest(config) / (HBM * BANDWIDTH)
     decoded = 2 * rows * mean * shape.parameters / layout.tensor / (PEAK * MATRICES)
     start = shape.layers * LAUNCH if config.generation.engine == "megatron" else 0.0
     reduces = 2 * shape.layers * ALL_REDUCE if layout.tensor > 1 else 0.0
     prefill = 2 * rows * prompt * shape.parameters / layout.tensor / (PEAK * MATRICES)
     steps = waves * limit
-    # Bandwidth or arithmetic, whichever is more.
+    # Bound by bandwidth or by arithmetic.
     reading = max(steps * weights + cache, decoded)
     return reading + prefill + steps * (start + reduces), steps * reduces
 
 
 def _refit(config: RunConfig, shape: ModelShape, layout: Layout, node: int) -> float:
-    """Seconds to give an engine of its own the weights; the embedded one reads the policy's."""
+    """Seconds to send the weights to an external engine; the embedded one reads the policy's."""
     if config.generation.engine == "megatron":
         return 0.0
     return BYTES[config.trainer.precision][0] * shape.parameters / _link(layout.replica * layout.data, node)
 
 
 def _link(ranks: int, node: int) -> float:
-    """Bytes/s between so many neighbouring ranks."""
+    """Bytes/s among so many neighbouring ranks."""
     return LINKS * (NVLINK if ranks <= node else NETWORK)

@@ -1,6 +1,6 @@
-"""What a path is that is not a Hugging Face model directory, and what to do about it.
+"""Hints for a path that is not a Hugging Face model directory: what is there instead, and what to do about it.
 
-Looks at names and at no content; used where a config.json or weights are looked for.
+Looks at the names of files, never at their content.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import replaced
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_OTHER_FORMATS = ("consolidated", "adapter_model")  # Mistral's and Meta's own, and LoRA's
-_MODELS = Path("models")  # where the recipes expect a model, so no owner on the Hub
+# Starts of the names of safetensors files in other formats: Mistral's and Meta's own, and LoRA's.
+_OTHER_FORMATS = ("consolidated", "adapter_model")
+_MODELS = Path("models")  # where the recipes expect a model; not an owner on the Hub
 
 
 def explain(directory: Path) -> str | None:
-    """One line about a path that has no config.json of a whole model; None where it has one."""
+    """A line on what to do about a path without the config.json of a whole model; None if it has one."""
     if not directory.exists():
         return _explain_missing(directory)
     if not directory.is_dir():
@@ -33,7 +34,7 @@ def explain(directory: Path) -> str | None:
 
 
 def safetensor_names(directory: Path) -> list[str]:
-    """The *.safetensors files of the model. Raises UserError if there are none, saying what there is instead."""
+    """Names of the model's *.safetensors files. Raises UserError if there are none, with a hint on what is there."""
     names = sorted(p.name for p in directory.glob("*.safetensors"))
     names = [name for name in names if not name.startswith(_OTHER_FORMATS)]
     if not names:
@@ -42,7 +43,7 @@ def safetensor_names(directory: Path) -> list[str]:
 
 
 def _explain_weights(directory: Path) -> str:
-    """A line: which weights a directory without safetensors has, and what to do."""
+    """A line on the weights of a directory without safetensors, and what to do about them."""
     names = sorted(p.name for p in directory.iterdir())
     if any(name.startswith("consolidated") for name in names):
         return "consolidated.* is the format of its maker's own code: fetch the model-*.safetensors files beside it"
@@ -79,15 +80,15 @@ def _explain_file(path: Path) -> str:
 
 
 def _without_config(directory: Path) -> str:
-    """Why there is no config.json: what else the directory is."""
+    """A line on what a directory without config.json is."""
     if snapshots := sorted(directory.glob("snapshots/*/config.json")):
         newest = max(snapshots, key=lambda p: p.stat().st_mtime).parent
         return f"it is a model's place in the Hugging Face cache; give the snapshot in it: {newest}"
     cached = sorted(p for p in directory.glob("models--*") or [] if p.is_dir())
     cached = cached or sorted(p for p in directory.glob("hub/models--*") if p.is_dir())
     if cached:
-        found = next((s for p in cached for s in sorted(p.glob("snapshots/*/config.json"))), None)
-        example = f", such as {found.parent}" if found else ""
+        config = next((s for p in cached for s in sorted(p.glob("snapshots/*/config.json"))), None)
+        example = f", such as {config.parent}" if config else ""
         return f"it is the Hugging Face cache, with {len(cached)} models in it; give the snapshot of one{example}"
     if (directory / "checkpoint.json").is_file():
         return "it is a checkpoint, which `evaluate` reads; to go on from its weights, convert it with megatron_to_hf"

@@ -1,7 +1,7 @@
-"""The network that a config.json describes: one reader for every command, and the list of the fields it may hold.
+"""Reader of config.json for every command, and the list of the fields that it may have.
 
-Each field is one that the network is built from, or one that is known to change nothing (the reason stands here once);
-any other is refused by name, since it may be another network. Reads one JSON file; must not import torch.
+A field is one that the network is built from, or one that does not change the network (with the reason, here); any
+other is refused by name, since it may change the network. Reads one JSON file; must not import torch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,10 @@ from nemo_disco.runtime.saved_files import FileError, read_json
 # Values of fields that a config.json leaves out, whatever its architecture.
 _ABSENT = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond these transformers takes all memory, or for ever
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond these transformers runs out of memory or never returns
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 USED = frozenset(_SIZES) | {
     "model_type", "architectures", "auto_map", "head_dim", "rms_norm_eps", "tie_word_embeddings", "dtype",
@@ -37,28 +32,28 @@ USED = frozenset(_SIZES) | {
 }  # fmt: skip
 
 _HARMLESS = {
-    "who wrote the file, and what for": """_name_or_path name_or_path _commit_hash transformers_version tokenizer_class
+    "writer and purpose of the file": """_name_or_path name_or_path _commit_hash transformers_version tokenizer_class
         prefix model_max_length max_sequence_length is_llama_config is_qwen2_config is_decoder transformers.js_config
         unsloth_version unsloth_fixed""",
-    "tokens by their use: the tokenizer and the engine read them": """bos_token_id eos_token_id pad_token_id
+    "ids of special tokens: the tokenizer and the engine read them": """bos_token_id eos_token_id pad_token_id
         sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id""",
-    "how text is sampled: generation.* says that here": """max_length min_length max_new_tokens min_new_tokens do_sample
+    "sampling: set by generation.* here": """max_length min_length max_new_tokens min_new_tokens do_sample
         early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
         repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
         num_return_sequences output_scores return_dict_in_generate remove_invalid_values
         exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""",
-    "how new weights are drawn, and losses and labels of other tasks": """initializer_range neftune_noise_alpha
+    "initialization of new weights; losses and labels of other tasks": """initializer_range neftune_noise_alpha
         finetuning_task task_specific_params problem_type id2label label2id num_labels""",
-    "what a forward pass returns or by which kernel, not its function": """use_cache return_dict output_hidden_states
+    "outputs and kernels of a forward pass, which change no value": """use_cache return_dict output_hidden_states
         output_attentions tie_last_hidden_states torchscript use_bfloat16 tf_legacy_loss pretraining_tp
         attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
         _experts_implementation_internal experts_implementation _flash_attn_2_enabled gradient_checkpointing""",
-    "layers from which a window slides; sliding_window is looked at": "max_window_layers",
+    "first layer with a sliding window; sliding_window itself is checked": "max_window_layers",
 }
 HARMLESS = {name: reason for reason, names in _HARMLESS.items() for name in names.split()}
 
 _UNQUANTIZED = "quantized weights are not read here: give the directory of the unquantized model (bf16)"
-# Values of a field under which the network is the one that is built, and what to do about any other.
+# Values of a field with which the network is the one built here, and a hint for any other value.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), ""),
     "attention_dropout": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
@@ -79,11 +74,11 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """The fields of a Hugging Face directory's config.json, checked, in every spelling that transformers 4 and 5 read.
+    """The checked fields of a Hugging Face directory's config.json, under the names of both transformers 4 and 5.
 
-    Fields that the network is built from and the file leaves out have transformers' values; rope stands in `rope_theta`
-    and `rope_scaling` as well as in `rope_parameters`, the type of the weights in `torch_dtype` as well as in `dtype`.
-    Raises UserError naming the field or what the directory is instead.
+    Fields that the network is built from and the file leaves out get transformers' values. Rope is in `rope_theta` and
+    `rope_scaling` as well as in `rope_parameters`, the type of the weights in `torch_dtype` as well as in `dtype`.
+    Raises UserError that names the field, or says what the directory is instead.
     """
     file = Path(directory) / "config.json"
     try:
@@ -136,7 +131,7 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_identity(config: dict[str, Any], kind: str) -> None:
-    """Of a decoder with a language-model head, and of no code but transformers'."""
+    """Raises UserError unless it is transformers' own decoder with a language-model head."""
     names = config.get("architectures") or [f"{kind}ForCausalLM"]
     if not isinstance(names, list) or not all(str(name).lower() == f"{kind}forcausallm" for name in names):
         raise UserError(
@@ -152,7 +147,7 @@ def _check_identity(config: dict[str, Any], kind: str) -> None:
 
 
 def _check_known(config: dict[str, Any], architecture: Architecture) -> None:
-    """Every field is known, and has a value under which the network is the one that is built."""
+    """Raises UserError for an unknown field, and for a value that makes another network than the one built here."""
     only = ONLY | {"attention_bias": ((True,) if architecture.qkv_bias else (False, None), "")}
     unknown = [name for name in config if name not in USED and name not in HARMLESS and name not in only]
     if unknown:
@@ -168,6 +163,7 @@ def _check_known(config: dict[str, Any], architecture: Architecture) -> None:
 
 
 def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
+    """Raises UserError for sizes that are missing, not whole numbers or do not divide one another."""
     if missing := [name for name in _SIZES if config.get(name) is None]:
         raise UserError(f"{missing[0]} is missing; only decoders such as Qwen2 and Llama are built")
     null = config.get("head_dim") is None and (architecture.null_head_dim or "head_dim" not in config)
@@ -187,7 +183,7 @@ def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
 
 
 def _check_attention(config: dict[str, Any], architecture: Architecture) -> None:
-    """Attention sees the whole sequence. Qwen's files name a window that is not used; Mistral's has no such switch."""
+    """Raises UserError if attention has a sliding window. With the architecture's switch off, the window is ignored."""
     window, uses = config.get("sliding_window"), config.get("use_sliding_window", False)
     layers = config["num_hidden_layers"]
     if uses not in (True, False, None):
@@ -208,7 +204,7 @@ def _check_attention(config: dict[str, Any], architecture: Architecture) -> None
 
 
 def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The fields whose names differ between transformers 4 and 5, in both."""
+    """The fields whose names differ between transformers 4 and 5, under both names."""
     both: dict[str, Any] = read_rope(config, architecture.rope_theta).spellings()
     dtypes = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
     for name, value in dtypes.items():
@@ -224,7 +220,7 @@ def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, 
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Equal, with true and false apart from 1 and 0 (which configs write for numbers)."""
+    """True if the values are equal, where true and false differ from 1 and 0."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
@@ -237,6 +233,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any, quote: bool = True) -> str:
-    """A value as JSON writes it, in one line and cut where it is long."""
+    """A value as JSON, on one line, cut to 60 characters."""
     text = json.dumps(value) if quote or not isinstance(value, str) else json.dumps(value)[1:-1]
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,6 @@
-"""Rotary position embeddings of a config.json, under transformers 4's names, transformers 5's, or both.
+"""Reader of the rotary position embedding (rope) of a config.json, under transformers 4's names, 5's, or both.
 
-Fields in, one record out; the angles are transformers' own, so that every scaling is computed as there.
+The angles are computed by transformers, so that a scaling is the same as there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_disco.runtime.errors import UserError
 
-# The scalings whose attention factor is 1, so that the angles say everything; and what each is made of.
+# The kinds of rope that are built, each with its parameters: those that change the angles alone (attention factor 1).
 SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -21,14 +21,14 @@ SCALINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """kind: a key of SCALINGS; theta: the base of the angles; scaling: the values of what the kind is made of."""
+    """kind: a key of SCALINGS; theta: the base of the angles; scaling: the parameters of the kind."""
 
     kind: str
     theta: float
     scaling: dict[str, float]
 
     def spellings(self) -> dict[str, Any]:
-        """The fields of config.json that transformers 4 reads (rope_theta, rope_scaling), and the one of 5."""
+        """The fields of config.json: rope_theta and rope_scaling of transformers 4, rope_parameters of 5."""
         scaling = {"rope_type": self.kind, **self.scaling}
         return {
             "rope_theta": self.theta,
@@ -61,6 +61,7 @@ def inverse_frequencies(hf_config: Any) -> Any:
 
 
 def _read(name: str, value: Any, theta: float | None, default_theta: float) -> Rope:
+    """The rope of one field. theta: the rope_theta beside it, if any. Raises UserError."""
     if not isinstance(value, dict):
         raise UserError(f"{name}={value!r} is not an object with a rope_type")
     kinds = {value[key] for key in ("rope_type", "type") if isinstance(value.get(key), str)}
@@ -83,7 +84,7 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
 
 
 def _positive(name: str, value: Any) -> float:
-    """The number itself. Raises UserError if it is none, or not above 0."""
+    """The value, which must be a number above 0. Raises UserError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{name}={value!r} is not a number above 0")
     return value

@@ -1,6 +1,6 @@
-"""What `model.path` may name: a Hugging Face directory, a checkpoint (RUN/checkpoints/step_N), or a run directory.
+"""The model at `model.path`: a Hugging Face directory, a checkpoint (RUN/checkpoints/step_N) or a run directory.
 
-Path and JSON work; opens no weights.
+Reads paths and JSON; opens no weights.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ class _Model(TypedDict):
 
 
 class _Config(TypedDict):
-    """One key of what may be another version's configuration."""
+    """The one key that is read of a run's configuration, which another version may have written."""
 
     model: _Model
 
 
 class ModelSource(NamedTuple):
-    """hugging_face: the directory of config and tokenizer, and of the weights where `checkpoint` is None.
+    """Places of a model's files.
 
-    step: the training step of the weights; 0 for a Hugging Face directory.
+    hugging_face: the directory of the config, the tokenizer and, if `checkpoint` is None, the weights. step: the
+    training step of the weights; 0 for a Hugging Face directory.
     """
 
     hugging_face: str
@@ -44,22 +45,25 @@ class ModelSource(NamedTuple):
 
 
 def model_source(path: str) -> ModelSource:
-    """Raises UserError for a run without a checkpoint, and for a checkpoint whose model is not known."""
+    """The files of the model at `path`; of a run, its latest checkpoint.
+
+    Raises UserError for a run without a checkpoint, and for a checkpoint whose model is not known.
+    """
     directory = Path(path)
     if (directory / "checkpoint.json").is_file():
-        return _of_checkpoint(directory)
+        return _checkpoint_source(directory)
     if (directory / "config.yaml").is_file() and not (directory / "config.json").is_file():
-        found = directory.glob("checkpoints/step_*")
-        # Backwards, since step_N.replaced counts only where a kill left no step_N.
-        steps = {int(m[1]): p for p in sorted(found)[::-1] if (m := _STEP.fullmatch(p.name)) and p.is_dir()}
+        directories = directory.glob("checkpoints/step_*")
+        # Backwards, since step_N.replaced counts only where a killed run left no step_N.
+        steps = {int(m[1]): p for p in sorted(directories)[::-1] if (m := _STEP.fullmatch(p.name)) and p.is_dir()}
         if not steps:
             raise UserError(f"model.path={path}: a run directory without a checkpoint; name a Hugging Face directory")
-        return _of_checkpoint(steps[max(steps)])
+        return _checkpoint_source(steps[max(steps)])
     return ModelSource(path, None, 0)
 
 
-def _of_checkpoint(checkpoint: Path) -> ModelSource:
-    """A converted checkpoint carries its Hugging Face files along; a run's config.yaml names the directory."""
+def _checkpoint_source(checkpoint: Path) -> ModelSource:
+    """A converted checkpoint has its model's Hugging Face files inside; a run's config.yaml names their directory."""
     step = read_json(checkpoint / "checkpoint.json", _Step)["step"]
     carried = checkpoint / "hugging_face"
     if carried.is_dir():

@@ -1,7 +1,4 @@
-"""Safetensors directories: checked before anything is built, read tensor by tensor, written atomically.
-
-Knows files and names, nothing of megatron.
-"""
+"""Safetensors files of a Hugging Face directory: checked before a network is built, read and written by tensor."""
 
 from __future__ import annotations
 
@@ -28,40 +25,30 @@ from nemo_disco.runtime.saved_files import FileError, check_file, read_json
 (EMBEDDING,), (OUTPUT,) = architecture.EMBEDDING.parts, architecture.OUTPUT.parts
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _COMPARED_BYTES = 2**26
-# Angles of rope, which old Llama files hold and every network computes from config.json.
+# Rope's angles, which old Llama files have too; networks compute them from config.json.
 _COMPUTED_BUFFER = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _NUMBERED = re.compile(r"(.+-)\d{5}-of-(\d{5})\.safetensors")
 _LFS = b"version https://git-lfs"
-# What belongs to a model besides its weights and config.json.
+# Files of a model besides its weights and config.json.
 COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model*",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    "*.py",  # a tokenizer's own code
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model*", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "generation_config.json", "*.py",  # *.py: a tokenizer's own code
+)  # fmt: skip
 
 
 class SafetensorReader:
-    """The tensors of a Hugging Face directory's weights, by name, read when asked for.
+    """Reads the tensors of a Hugging Face directory by name, one at a time.
 
-    Which files hold them is transformers' rule: model.safetensors, else those that the index names, else every
-    *.safetensors there but those of other formats. Buffers of old files that a network computes anew are left out.
+    Their files, as in transformers: model.safetensors, else those that the index names, else every *.safetensors that
+    is not of another format. Buffers in old files that networks compute themselves are left out.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Raises UserError: no safetensors there, a file missing or damaged (named), or one tensor in two files."""
+        """Raises UserError if a file is missing or damaged, there is none, or two have the same tensor."""
         self.directory = Path(directory)
         self._stack = ExitStack()
-        self._where: dict[str, Any] = {}
+        self._handles: dict[str, Any] = {}
         files: dict[str, Path] = {}
         for file in _weight_files(self.directory):
             check_file(file, links=True)
@@ -76,7 +63,7 @@ class SafetensorReader:
                         "the model's"
                     )
                 if not _COMPUTED_BUFFER.fullmatch(name):
-                    self._where[name] = handle
+                    self._handles[name] = handle
 
     def __enter__(self) -> SafetensorReader:
         return self
@@ -84,14 +71,11 @@ class SafetensorReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def names(self) -> set[str]:
-        return set(self._where)
-
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return tuple(self._handles[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._where[name].get_tensor(name)
+        tensor: Tensor = self._handles[name].get_tensor(name)
         return tensor
 
     def read_finite(self, name: str) -> Tensor:
@@ -106,52 +90,52 @@ class SafetensorReader:
         return tensor
 
     def check(self, expected: Mapping[str, tuple[int, ...]], tied: bool) -> None:
-        """Every tensor of the network is there with its shape, as plain numbers, and nothing else.
+        """Raise UserError, naming the tensor, unless there are exactly the expected ones, unquantized.
 
-        tied: the output layer is the embedding; a file that holds it once more must say the same. Raises UserError, by
-        name.
+        tied: the output layer is the embedding; a file may have it too, with equal numbers.
         """
-        found = {name: self.shape(name) for name in self._where}
-        repeated = found.pop(OUTPUT, None) if tied else None
-        check_tensors(self.directory, expected, found)
+        shapes = {name: self.shape(name) for name in self._handles}
+        repeated = shapes.pop(OUTPUT, None) if tied else None
+        check_tensors(self.directory, expected, shapes)
         for name in expected:
-            if (kind := self._where[name].get_slice(name).get_dtype()) not in _PLAIN:
+            if (kind := self._handles[name].get_slice(name).get_dtype()) not in _PLAIN:
                 raise UserError(
                     f"{self.directory}: {name} is of type {kind}, so its numbers are quantized: give the directory "
                     "of the unquantized model"
                 )
-        if repeated is not None and (repeated != found[EMBEDDING] or not self._equal(OUTPUT, EMBEDDING)):
+        if repeated is not None and (repeated != shapes[EMBEDDING] or not self._equal(OUTPUT, EMBEDDING)):
             raise UserError(
                 f"{self.directory}: {OUTPUT} differs from {EMBEDDING}, and config.json says that they are one "
                 "(tie_word_embeddings): set that to false if the model has an output layer of its own"
             )
 
     def _equal(self, one: str, other: str) -> bool:
-        """Whether two tensors of one shape are equal, read by and by."""
-        left, right = (self._where[name].get_slice(name) for name in (one, other))
+        """True if two tensors of the same shape are equal; reads a few rows at a time."""
+        left, right = (self._handles[name].get_slice(name) for name in (one, other))
         rows, width = self.shape(one)
         step = max(1, _COMPARED_BYTES // (8 * width))
         return all(torch.equal(left[i : i + step].double(), right[i : i + step].double()) for i in range(0, rows, step))
 
 
-def check_tensors(place: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError naming what is missing in `found`, unexpected there, or of another shape than config.json's."""
+def check_tensors(place: Path, expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError naming the tensors of `shapes` that are missing, unexpected or of another shape than expected."""
+    differences = {"missing": expected.keys() - shapes.keys(), "unexpected": shapes.keys() - expected.keys()}
     faults = [
-        f"{what} {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
-        for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys()))
+        f"{fault} {', '.join(sorted(names)[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
+        for fault, names in differences.items()
         if names
     ]
     faults += [
-        f"{name} has shape {found[name]}, config.json says {shape}"
+        f"{name} has shape {shapes[name]}, config.json says {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in shapes and shapes[name] != shape
     ][:3]
     if faults:
         raise UserError(f"{place}: the weights do not fit config.json: {'; '.join(faults)}")
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights. Raises UserError if there are none, or one of them is missing."""
+    """The files of the weights. Raises UserError if there are none, or one of them is missing."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -169,7 +153,7 @@ class _Index(TypedDict):
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """Raises UserError for an index that is none, or names a file that is missing or elsewhere."""
+    """The files that an index names. Raises UserError if it is damaged or a file is missing or elsewhere."""
     try:
         names = sorted(set(read_json(index, _Index, links=True)["weight_map"].values()))
     except FileError as fault:
@@ -190,6 +174,7 @@ def _require(directory: Path, names: list[str]) -> None:
 
 
 def _damage(file: Path, error: Exception) -> str:
+    """What is wrong with a file that does not open, and what to do."""
     try:
         with file.open("rb") as stream:
             pointer = stream.read(len(_LFS)) == _LFS
@@ -203,10 +188,10 @@ def _damage(file: Path, error: Exception) -> str:
 def save_hf_directory(
     directory: Path, plan: Plan, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any], source: Path
 ) -> None:
-    """Write a model: weights with an index where there are several files, config.json, and the companions of `source`.
+    """Write a model: its weights (with an index if in several files), config.json, and the other files of `source`.
 
-    plan: name, shape and type of each tensor, in the order in which `tensors` has them, which are cast. config: what
-    read_hf_config returned. Memory: one tensor.
+    plan: name, shape and type of each tensor, in the order of `tensors`, which are cast to that type. config: as from
+    read_hf_config. Needs the memory of one tensor.
     """
     dtypes = {name: dtype for name, _, dtype in plan}
     write_safetensors(directory, plan, ((name, t.detach().to("cpu", dtypes[name])) for name, t in tensors))
@@ -214,8 +199,10 @@ def save_hf_directory(
 
 
 def copy_companions(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json, and copy what else belongs to a model besides its weights. Modes are as the umask says, not
-    as the source's were. A tokenizer that transformers misreads there is one that it reads right here."""
+    """Write config.json, and copy a model's other files besides its weights, with the permissions of new files.
+
+    A tokenizer's configuration that transformers would misread is corrected in the copy.
+    """
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for pattern in COMPANIONS:

@@ -41,7 +41,7 @@ class _Entry:
 
 
 def _plain(p: Tensor) -> Tensor:
-    """A parameter as an ordinary tensor: under model.fp8_param_gather it is one of Transformer Engine's own kinds."""
+    """A parameter as an ordinary tensor: under model.fp8_param_gather it is of a type of Transformer Engine's."""
     tensor: Tensor = dequantize_fp8_tensor(p) if is_float8tensor(p) else p
     return tensor.detach()
 
@@ -149,6 +149,7 @@ def _gather(weight: ModelWeight, tensor: Tensor) -> list[Tensor]:
 
 
 def _broadcast(tensor: Tensor | None, entry: _Entry, group: Any) -> Tensor:
+    """The tensor of the entry's pipeline stage (None on the others), on every stage."""
     source = dist.get_global_rank(group, entry.stage)
     kind: list[Any] = [None if tensor is None else tensor.dtype]
     dist.broadcast_object_list(kind, src=source, group=group)

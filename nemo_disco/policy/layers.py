@@ -1,7 +1,7 @@
-"""The policy's layers in two makes: `local`, from modules that run on any device, and `transformer_engine`, on CUDA.
+"""The policy's layers, in two implementations: local modules for any device, and Transformer Engine's on CUDA.
 
-Touches megatron-core alone. Both hold the same tensors under the same names in a checkpoint. What is of CUDA or of
-Transformer Engine here: not run.
+Uses megatron-core alone. Both have the same tensors under the same names in a checkpoint. The parts for CUDA and for
+Transformer Engine: not run.
 """
 
 from __future__ import annotations
@@ -11,10 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -27,26 +23,26 @@ from nemo_disco.runtime.errors import UserError
 
 
 def uses_transformer_engine(config: ModelConfig) -> bool:
-    """Whether the layers are Transformer Engine's. Raises UserError if a setting needs it and it is not there."""
-    there = bool(gpt_layer_specs.HAVE_TE) and torch.cuda.is_available()
+    """True if the layers are Transformer Engine's. Raises UserError if a setting needs it and it is missing."""
+    available = bool(gpt_layer_specs.HAVE_TE) and torch.cuda.is_available()
     needs = {
         "transformer_engine=true": config.transformer_engine,
         f"fp8={config.fp8}": config.fp8,
         "apply_rope_fusion=true": config.apply_rope_fusion,
         f"optim.moments_dtype={config.optim.moments_dtype}": config.optim.moments_dtype != "float32",
     }
-    for setting in (key for key, needed in needs.items() if needed and not there):
+    for setting in (key for key, needed in needs.items() if needed and not available):
         raise UserError(f"model.{setting} needs Transformer Engine and CUDA, which are not here: see nemo-disco doctor")
-    return there if config.transformer_engine is None else config.transformer_engine
+    return available if config.transformer_engine is None else config.transformer_engine
 
 
 def layer_spec(config: Any, transformer_engine: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage."""
+    """The specification of this pipeline stage's layers."""
     layer, norm = _transformer_engine_layer(config) if transformer_engine else _local_layer(config)
-    # Dropout is 0, and megatron's own would still launch it.
+    # megatron's own would launch dropout, which is 0.
     layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
     if not config.bias_activation_fusion:
-        # The one place where megatron's MLP lets an activation be given to it, whoever made it.
+        # Despite its name, this is how megatron's MLP takes any module as its activation.
         config.use_te_activation_func = True
         layer.submodules.mlp.submodules.activation_func = SwiGLU
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -54,7 +50,7 @@ def layer_spec(config: Any, transformer_engine: bool, vp_stage: int | None = Non
 
 
 def residual_add(training: bool, fused: bool) -> Any:  # noqa: ARG001 - megatron's signature
-    """What stands for megatron's bias-dropout-add: there is neither bias nor dropout."""
+    """megatron's bias-dropout-add without bias and dropout."""
     return lambda x_with_bias, residual, _: residual + x_with_bias[0]
 
 
@@ -66,7 +62,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 class SwiGLU(torch.nn.Module):
-    """Between the MLP's two matrices: one kernel on CUDA, which keeps no more than its input for backward."""
+    """The MLP's activation, as one kernel on CUDA that keeps only its input for backward."""
 
     def __init__(self, config: Any) -> None:  # noqa: ARG002 - megatron's signature
         super().__init__()
@@ -75,7 +71,7 @@ class SwiGLU(torch.nn.Module):
         return swiglu(x)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """There is no state."""
+        """Empty: there is no state."""
         return {}
 
 
@@ -83,8 +79,8 @@ class SwiGLU(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's, with what megatron asks of a norm: its constructor, and the mark by which gradients are summed under
-    sequence parallelism (the stock local norm refuses it)."""
+    """torch's RMSNorm with megatron's constructor and its mark for summing gradients under sequence parallelism, which
+    megatron's own local norm does not support."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -93,7 +89,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
     compile_rope()
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedCausalAttention
@@ -108,15 +104,15 @@ def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
 def _transformer_engine_layer(config: Any) -> tuple[ModuleSpec, type]:
     from megatron.core.extensions.transformer_engine import TENorm
 
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer.submodules.self_attention.submodules.core_attention = _transformer_engine_attention()
     return layer, TENorm
 
 
 def _transformer_engine_attention() -> type:
-    """Transformer Engine's attention on packed sequences ("thd"), its context parallelism included.
+    """Transformer Engine's attention on packed sequences ("thd"), with context parallelism.
 
-    Outwards the micro-batch stays [S, 1, ...]: megatron applies rope to it as a whole, with each token's own angle.
+    Inputs and output stay [S, 1, ...]: megatron applies rope to the micro-batch as a whole, by each token's position.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

@@ -1,6 +1,6 @@
-"""The policy's network: megatron-core's GPTModel, ending in log-probs of chosen tokens instead of logits.
+"""The policy's network: megatron-core's GPTModel with log-probs of given tokens as its output instead of logits.
 
-Touches megatron-core alone. Its layers are layers.py's.
+Uses megatron-core alone; its layers are those of layers.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from nemo_disco.policy.log_probs import token_log_probs
@@ -22,10 +19,10 @@ from nemo_disco.policy.log_probs import token_log_probs
 
 @dataclass(frozen=True)
 class Targets:
-    """Which log-probs a forward pass returns.
+    """The log-probs that a forward pass returns.
 
     rows [n]: positions in the micro-batch whose next token is a response token; tokens [n]: that next token.
-    temperature: what the logits are divided by. entropies: also return the entropy at each row.
+    temperature: the divisor of the logits. entropies: also return the entropy at each row.
     """
 
     rows: Tensor
@@ -42,9 +39,8 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
     """
 
     def __init__(self, *, true_vocab_size: int, inv_freq: Tensor, **kwargs: Any) -> None:
-        """true_vocab_size: without the rows that are no tokens (the model's own padding, and what makes the vocabulary
-        a multiple of the TP size). inv_freq [d/2]: rope's angles a position, float32, as transformers computes them (so
-        that every scaling that it knows is the same here)."""
+        """true_vocab_size: rows of the output that are tokens, not padding. inv_freq [d/2]: rope's angles per position,
+        float32, as transformers computes them."""
         super().__init__(position_embedding_type="rope", **kwargs)
         self.true_vocab_size = true_vocab_size
         self.inv_freq = inv_freq.to(torch.cuda.current_device())
@@ -62,7 +58,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
-        """megatron's, but that Transformer Engine's own state (FP8 scales, found anew in a step) may be missing: a
+        """As in megatron, but Transformer Engine's own state (FP8 scales, computed anew in a step) may be missing: a
         checkpoint of the local layers has none."""
         own = {name: value for name, value in self.state_dict().items() if name.endswith("._extra_state")}
         return super().load_state_dict({**own, **state}, strict=strict, **kwargs)
@@ -80,7 +76,7 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             logits: Tensor = super()._postprocess(hidden_states, labels=None, **kwargs)
             return logits
         group = self.pg_collection.tp
-        # token_log_probs gives each TP rank its own share of d hidden; these two sum the shares in backward.
+        # token_log_probs gives each TP rank a share of the gradient of `hidden`; these two sum the shares in backward.
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:

@@ -20,7 +20,7 @@ from nemo_disco.models.shape import ModelShape
 
 # Ours -> Transformer Engine's number format and megatron's name of the recipe.
 _FP8 = {"delayed": ("hybrid", "delayed"), "current": ("hybrid", "tensorwise"), "blockwise": ("e4m3", "blockwise")}
-# Delayed scaling looks back over so many steps, as in Transformer Engine's own default.
+# Steps over which delayed scaling takes the maximum: Transformer Engine's own default.
 _AMAX_HISTORY = 1024
 _ACTIVATIONS = {"silu": F.silu}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,8 +87,11 @@ def _fp8_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def data_parallel_config(config: ModelConfig, dtype: torch.dtype, overlap: bool) -> DistributedDataParallelConfig:
-    """BF16 weights get float32 main gradients. overlap: gradients are reduced during the backward pass, and weights
-    gathered during the forward pass that follows a step (what reads them before calls Policy.gather_weights)."""
+    """megatron-core's settings of data parallelism: BF16 weights have float32 main gradients.
+
+    overlap: gradients are reduced during the backward pass, and weights gathered during the forward pass after a step
+    (to read them earlier, call Policy.gather_weights).
+    """
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
@@ -101,7 +104,8 @@ def data_parallel_config(config: ModelConfig, dtype: torch.dtype, overlap: bool)
 def optimizer_config(
     config: OptimConfig, dtype: torch.dtype, clip_grad: float, fp8: str | None = None
 ) -> OptimizerConfig:
-    """Float32 main weights; the moments in config.moments_dtype (bfloat16 needs Transformer Engine's Adam)."""
+    """megatron-core's settings of the optimizer: float32 main weights, moments in config.moments_dtype (bfloat16 needs
+    Transformer Engine's Adam)."""
     moments = _DTYPES[config.moments_dtype]
     return OptimizerConfig(
         optimizer=config.name,
@@ -117,7 +121,7 @@ def optimizer_config(
         use_distributed_optimizer=True,
         clip_grad=clip_grad,
         use_precision_aware_optimizer=moments is not torch.float32,
-        # The 16 bits that BF16 weights lack say nothing without them: a checkpoint holds float32 weights.
+        # Remainders are of no use without their BF16 weights, and a checkpoint has float32 weights.
         store_param_remainders=False,
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,

@@ -1,5 +1,5 @@
 """Converts directories, as `python peak_memory.py CONVERSION SOURCE OUT [MODEL] / CONVERSION ...`, and prints for each
-by how many bytes the process's own memory (page cache apart) grew at most. Each has a process that has done nothing."""
+by how many bytes the process's own memory (without page cache) grew at most. Each runs in a fresh process."""
 
 from __future__ import annotations
 

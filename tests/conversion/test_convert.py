@@ -110,14 +110,14 @@ def test_megatron_cores_own_reader_opens_it(model: Path, tmp_path: Path) -> None
     assert torch.equal(tensors["decoder.layers.mlp.linear_fc1.weight"][2, :128], gate)
 
 
-def test_a_megatron_model_finds_all_that_it_asks_for_in_a_nemo_directory(model: Path, tmp_path: Path) -> None:
-    """... as NeMo's MegatronCheckpointIO asks: weights, and the layers' FP8 states, which are empty."""
+def test_a_nemo_directory_has_all_that_a_megatron_model_loads(model: Path, tmp_path: Path) -> None:
+    """NeMo's MegatronCheckpointIO asks for the weights and for the layers' FP8 states, which are empty."""
     nemo = convert.hf_to_nemo(model, tmp_path / "nemo")
     parallel.start(model_config(model))
     policy = Policy(model_config(model), trainable=False, read_weights=False)
-    asked = policy.model.chunks[0].sharded_state_dict(prefix="module.")
-    assert any(name.endswith("._extra_state") for name in asked)
-    loaded = dist_checkpointing.load(asked, str(nemo / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
+    state = policy.model.chunks[0].sharded_state_dict(prefix="module.")
+    assert any(name.endswith("._extra_state") for name in state)
+    loaded = dist_checkpointing.load(state, str(nemo / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
     policy.model.chunks[0].load_state_dict({name.removeprefix("module."): value for name, value in loaded.items()})
     expected = weights(model)
     found = dict(policy.named_weights())
@@ -148,7 +148,7 @@ def test_a_rope_that_nemo_does_not_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_policy_loads_it_and_what_the_policy_writes_is_read(model: Path, tmp_path: Path) -> None:
-    """The policy's names and layouts are megatron's own: the independent witness of the table here."""
+    """... by megatron-core's own names and layouts."""
     megatron = convert.hf_to_megatron(model, tmp_path / "megatron")
     config = model_config(megatron / convert.CARRIED)
     parallel.start(config)
@@ -195,7 +195,7 @@ def test_padded_rows_of_the_vocabulary_are_left_out(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_fatal_and_named(change, complaint, tmp_path, capsys):  # type: ignore[no-untyped-def]
+def test_weights_that_do_not_fit_are_refused_by_name(change, complaint, tmp_path, capsys):  # type: ignore[no-untyped-def]
     source = save_model(tmp_path / "model", "qwen2", tied=False)
     capsys.readouterr()
     tensors = load_file(source / "model.safetensors")

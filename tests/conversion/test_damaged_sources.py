@@ -1,4 +1,4 @@
-"""However a checkpoint or a model directory is damaged, loading or converting it works or ends in one line."""
+"""Loading or converting a damaged checkpoint or model directory works, or ends in an error of one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ends() -> Iterator[None]:
 
 
 def damaged(sound: Path, copy: Path, use: Callable[[Path], object], examples: int) -> None:
-    """Use copies of a directory with one or two of its files spoiled; nothing but UserError may come of it."""
+    """Use copies of a directory with one or two of its files damaged; only UserError may be raised."""
     names = sorted(str(path.relative_to(sound)) for path in sound.rglob("*") if path.is_file())
 
     @settings(max_examples=examples, derandomize=True, deadline=20_000, suppress_health_check=list(HealthCheck))

@@ -88,7 +88,7 @@ def estimated(model: str, changes: dict[str, Any], world_size: int, precision: s
         *(f"model.{key}={value}" for key, value in changes.items()),
     ]
     config = compose(overrides=overrides)
-    return estimate(config, read_shape(model), Layout.of(config.model, world_size), cuda=False)
+    return estimate(config, read_shape(model), Layout.from_config(config.model, world_size), cuda=False)
 
 
 def check(

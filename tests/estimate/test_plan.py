@@ -1,4 +1,4 @@
-"""The plan: published parameter counts, and arithmetic that can be done by hand."""
+"""The plan: published parameter counts, and memory computed by hand."""
 
 import io
 
@@ -20,8 +20,8 @@ def printed(config, world_size):
     return console.file.getvalue()
 
 
-def of_a_rank(config, shape, world_size=8, **options):
-    return estimate(config, shape, Layout.of(config.model, world_size), **options)
+def rank_memory(config, shape, world_size=8, **options):
+    return estimate(config, shape, Layout.from_config(config.model, world_size), **options)
 
 
 @pytest.mark.parametrize(
@@ -54,22 +54,22 @@ def test_a_shape_counts_what_transformers_builds(model_directory):
 
 def test_the_batch_vocabulary_of_the_papers():
     terms = dict(vocabulary(compose("recipe/disco_logl_1.5b"), world_size=8))
-    assert terms["responses a step"] == "1,024 = 128 questions x 8 responses"
-    assert terms["mini-batches a step"] == "4 of 32 questions, 256 responses each"
+    assert terms["responses per step"] == "1,024 = 128 questions x 8 responses"
+    assert terms["mini-batches per step"] == "4 of 32 questions, 256 responses each"
     assert terms["optimizer steps in the run"] == "5,600"
-    assert terms["tokens a response"] == "<= 9,216 = 1,024 prompt + 8,192 response"
-    assert terms["tokens a rank a step"] == "<= 1,179,648"  # 128 responses of 9,216
-    assert terms["micro-batches a mini-batch a rank"] == "<= 8"  # 256 responses, 4 a micro-batch, 8 ranks
+    assert terms["tokens per response"] == "<= 9,216 = 1,024 prompt + 8,192 response"
+    assert terms["tokens per rank and step"] == "<= 1,179,648"  # 128 responses of 9,216
+    assert terms["micro-batches per mini-batch and rank"] == "<= 8"  # 256 responses, 4 a micro-batch, 8 ranks
 
 
 def test_weights_gradients_and_optimizer_state_by_hand():
     config = compose("recipe/disco_logl_1.5b")
     shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
-    memory = of_a_rank(config, shape)
+    memory = rank_memory(config, shape)
     assert memory.weights == 2 * shape.parameters
     assert memory.gradients == 4 * shape.parameters
     assert memory.optimizer == 12 * shape.parameters // 8
-    assert memory.reference == 0 and of_a_rank(config, shape, reference=True).reference == memory.weights
+    assert memory.reference == 0 and rank_memory(config, shape, reference=True).reference == memory.weights
     assert memory.kv_cache == 128 * 9216 * 28 * 2 * 256 * 2  # responses, tokens, layers, K and V, width, bytes
 
 
@@ -87,44 +87,45 @@ def test_weights_gradients_and_optimizer_state_by_hand():
 )
 def test_a_layout_shrinks_what_it_splits(overrides, part, least, most):
     shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
-    before = of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
-    after = of_a_rank(compose("recipe/disco_logl_1.5b", overrides), shape)
-    assert least <= getattr(after, part) / getattr(before, part) <= most
+    whole = rank_memory(compose("recipe/disco_logl_1.5b"), shape)
+    split = rank_memory(compose("recipe/disco_logl_1.5b", overrides), shape)
+    assert least <= getattr(split, part) / getattr(whole, part) <= most
 
 
 def test_every_recipe_fits_an_80_gb_gpu_by_its_own_estimate():
     for size in ("1.5b", "7b", "llama_8b"):
         config = compose(f"recipe/disco_logl_{size}")
         shape, _ = find_shape(config.model.path)
-        assert of_a_rank(config, shape).training < 60 * 2**30  # with room for the KV cache
+        assert rank_memory(config, shape).training < 60 * 2**30  # with room for the KV cache
 
 
 def test_activations_of_a_layer_by_hand():
-    """bf16 on CUDA, a token: two norms' inputs and outputs; projected and rotated queries, keys, values and attention's
-    two outputs; its log-sum-exp; SwiGLU's three; sines and cosines. One layer's stay under full recomputation."""
+    """bf16 on CUDA, per token: inputs and outputs of two norms; queries, keys and values before and after rope;
+    attention's output twice and its log-sum-exp; SwiGLU's inputs and product; sines and cosines. Full recomputation
+    keeps those of one layer."""
     shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
     layer = 2 * (4 * 1536 + 4 * 1536 + 3 * 256 + 3 * 8960 + 4 * 128) + 4 * 12
     config = compose("recipe/disco_logl_1.5b", ["model.activations_checkpoint_granularity=null"])
-    kept, full = of_a_rank(config, shape), of_a_rank(compose("recipe/disco_logl_1.5b"), shape)
+    kept, full = rank_memory(config, shape), rank_memory(compose("recipe/disco_logl_1.5b"), shape)
     assert kept.activations == 36864 * 28 * layer
     assert full.activations == 36864 * 28 * 2 * 1536
     assert full.layer == kept.layer + 36864 * layer
 
 
 def test_the_first_stage_of_a_pipeline_is_the_fullest():
-    """It keeps a micro-batch for each stage behind it, so as many layers' activations as without a pipeline; and more
-    with virtual stages, of which PP - 1 micro-batches are under way besides (arXiv 2104.04473)."""
+    """It keeps a micro-batch for itself and each later stage, so the activations of as many layers as without a
+    pipeline; virtual stages keep PP - 1 more micro-batches of a virtual stage (arXiv 2104.04473)."""
     plain = ["model.activations_checkpoint_granularity=null", "model.pipeline_model_parallel_size=4"]
     shape = KNOWN["DeepSeek-R1-Distill-Llama-8B"]
     name, virtual = "recipe/disco_logl_llama_8b", "model.virtual_pipeline_model_parallel_size=2"
-    alone = of_a_rank(compose(name, plain[:1]), shape, world_size=32)
-    piped = of_a_rank(compose(name, plain), shape, world_size=32)
-    interleaved = of_a_rank(compose(name, [*plain, virtual]), shape, world_size=32)
+    alone = rank_memory(compose(name, plain[:1]), shape, world_size=32)
+    piped = rank_memory(compose(name, plain), shape, world_size=32)
+    interleaved = rank_memory(compose(name, [*plain, virtual]), shape, world_size=32)
     assert piped.activations == pytest.approx(alone.activations, rel=0.01)
     assert interleaved.activations == pytest.approx(piped.activations * (1 + 3 / 8), rel=0.01)
 
 
-def test_the_plan_says_which_model_it_speaks_of(model_directory):
+def test_the_plan_names_its_model(model_directory):
     text = printed(compose("recipe/disco_logl_7b"), 8)
     assert "7,615,616,512 parameters" in text
     assert "the published shape of DeepSeek-R1-Distill-Qwen-7B" in text and "no such directory" in text
@@ -148,7 +149,7 @@ def test_a_path_that_cannot_be_looked_up_is_one_line():
         find_shape("x" * 300)
 
 
-def test_the_plan_recommends_a_layout_and_says_what_it_assumed():
+def test_the_plan_recommends_a_layout_and_states_its_assumptions():
     text = printed(compose("recipe/disco_logl_7b", ["trainer.num_nodes=4"]), 32)
     assert "layouts on 32 GPUs of 80 GB" in text and "configured" in text and "recommended" in text
     assert "Recommended: model.tensor_model_parallel_size=" in text
@@ -170,9 +171,9 @@ def test_a_reference_policy_is_counted():
     assert "reference policy" not in printed(compose(overrides=overrides), 1)
 
 
-def test_host_memory_is_what_training_and_a_checkpoint_take_there(monkeypatch):
+def test_host_memory_counts_training_and_a_checkpoints_copy(monkeypatch):
     config = compose("recipe/disco_logl_7b", ["model.path=7b", "data.train_files=[q.json]"])
-    memory = of_a_rank(config, KNOWN["DeepSeek-R1-Distill-Qwen-7B"])
+    memory = rank_memory(config, KNOWN["DeepSeek-R1-Distill-Qwen-7B"])
     beside = host_memory(memory, offload=False, cuda=True)
     assert beside == LIBRARIES[True] + memory.optimizer
     assert host_memory(memory, offload=True, cuda=True) == beside + memory.optimizer
@@ -180,5 +181,5 @@ def test_host_memory_is_what_training_and_a_checkpoint_take_there(monkeypatch):
     for have, short in ((2000, False), (64, True)):
         monkeypatch.setattr("nemo_disco.estimate.plan.total_memory", lambda have=have: have << 30)
         text = printed(config, 8)
-        assert f"Host memory: {beside / 2**30:.1f} GiB a process" in text and f"this one has {have}." in text
+        assert f"Host memory: {beside / 2**30:.1f} GiB per process" in text and f"this one has {have}." in text
         assert ("training waits until they are written" in text) == short

@@ -1,4 +1,4 @@
-"""config.json of published models, field by field as their makers uploaded them, and as transformers 5 saves one."""
+"""config.json of published models, as their makers uploaded them, and one as transformers 5 saves it."""
 
 from __future__ import annotations
 

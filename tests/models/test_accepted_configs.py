@@ -1,4 +1,4 @@
-"""Every variation of config.json that is accepted is computed: the logits are transformers' of the same directory."""
+"""Each accepted variation of config.json changes the network as in transformers: the logits are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is given as a model and is none: each gets the hint that helps."""
+"""Paths that are not a Hugging Face model: the error says what they are and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json: what published models hold is accepted and read as transformers reads it; anything else is named."""
+"""config.json: those of published models are read as transformers reads them; other networks are refused by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def written(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
 
 
 def assert_transformers_reads(directory: Path, config: dict[str, Any]) -> None:
-    """... the same network out of `directory` as `config` says."""
+    """transformers reads the network of `config` from `directory`."""
     from transformers import AutoConfig
 
     theirs = AutoConfig.from_pretrained(directory)
@@ -66,7 +66,7 @@ def test_published_models_are_read_as_transformers_reads_them(name: str, written
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
 def test_what_transformers_saves_is_accepted(kind: str, written: Callable[..., Path]) -> None:
-    """Every field, those with default values too."""
+    """With every field, also those with default values."""
     from transformers import AutoConfig
 
     saved = AutoConfig.for_model(kind, **({"sliding_window": None} if kind == "mistral" else {}))

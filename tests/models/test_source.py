@@ -1,4 +1,4 @@
-"""What model.path may name when a model is evaluated."""
+"""The models that model.path may name when it is evaluated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_run_is_its_newest_checkpoint_and_a_checkpoint_itself(run: Path) -> No
     assert model_source(str(run / "checkpoints/step_2")) == ("some/model", run / "checkpoints/step_2", 2)
 
 
-def test_a_checkpoint_that_a_kill_left_under_its_other_name_is_found(run: Path) -> None:
+def test_a_checkpoint_that_a_killed_run_left_under_another_name_counts(run: Path) -> None:
     newest = run / "checkpoints/step_10"
     newest.rename(f"{newest}.replaced")
     assert model_source(str(run)).checkpoint == Path(f"{newest}.replaced")
@@ -45,7 +45,7 @@ def test_a_converted_checkpoint_carries_its_model_along(run: Path) -> None:
     assert model_source(str(run / "checkpoints/step_2")).hugging_face == f"{run}/checkpoints/step_2/hugging_face"
 
 
-def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
+def test_paths_that_cannot_be_evaluated_are_refused(run: Path, tmp_path: Path) -> None:
     lonely = tmp_path / "lonely"
     (run / "checkpoints/step_2").rename(lonely)
     with pytest.raises(UserError, match="says which model"):

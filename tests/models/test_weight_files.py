@@ -1,4 +1,4 @@
-"""Weights as people have them: the files that the index names, and each fault by the name of its tensor or file."""
+"""Files of weights: the ones that are read, and the tensor or file that each error names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model(whole: Path, tmp_path: Path) -> Path:
 
 
 def shard(directory: Path) -> list[str]:
-    """Into several files with an index; their names."""
+    """Split the weights into several files with an index; returns their names."""
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     plan = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
@@ -99,7 +99,7 @@ def test_a_tensor_in_two_files_is_refused_with_their_names(indexed: bool, model:
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}'])
-def test_an_index_that_is_none_is_named(index: str, model: Path) -> None:
+def test_a_damaged_index_is_named(index: str, model: Path) -> None:
     shard(model)
     (model / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match=r"safetensors\.index\.json: .*fetch it again$"):
@@ -158,7 +158,7 @@ def _float8(_: Path, tensors: dict[str, torch.Tensor]) -> None:
         (_float8, r"up_proj\.weight is of type F8_E4M3.*unquantized"),
     ],
 )
-def test_weights_that_are_not_the_networks_are_refused_by_name(
+def test_weights_of_another_network_are_refused_by_name(
     change: Change, complaint: str, model: Path, tmp_path: Path
 ) -> None:
     tensors = load_file(model / "model.safetensors")
@@ -207,7 +207,7 @@ def assert_modes(root: Path, umask: int) -> None:
         assert oct(mode) == oct((0o777 if path.is_dir() else 0o666) & ~umask), path
 
 
-def test_what_is_written_is_readable_as_the_umask_says(model: Path, umask: int, tmp_path: Path) -> None:
+def test_written_files_have_the_permissions_of_the_umask(model: Path, umask: int, tmp_path: Path) -> None:
     (model / "additional_chat_templates").mkdir(mode=0o700)
     for name in ("tokenizer.json", "tokenization_own.py", "additional_chat_templates/tools.jinja"):
         (model / name).write_text(name)
