@@ -1,6 +1,6 @@
 """Decides whether an answer equals a gold answer in mathematics. Runs in a killable process only: it may never end.
 
-Their trees (structure.py) are compared node by node, expressions by their values (values.py).
+The answers' trees (structure.py) are compared node by node, expressions by their values (values.py).
 """
 
 from __future__ import annotations
@@ -28,17 +28,30 @@ _FLIPPED = {"<": ">", r"\le": r"\ge", ">": "<", r"\ge": r"\le"}
 def judge(answer: str, golds: Sequence[str]) -> str:
     """The verdict's reason: CORRECT if the answer equals any of the gold ones (all canonical, without units).
 
-    Deterministic: sympy's random numbers are seeded and its cache is cleared each time.
+    An error on one gold answer hides no other. Deterministic: sympy's random numbers are seeded, its cache is cleared.
     """
     sympy.core.random.seed(0)
     sympy.core.cache.clear_cache()
-    tree = _parse(answer)
-    if tree is None:
+    reasons: list[str] = []
+    for gold in golds:
+        reasons.append(_compare(answer, gold))
+        if reasons[-1] == verdict.CORRECT:
+            break
+    order = (verdict.CORRECT, verdict.NO_MEMORY, verdict.UNPARSABLE, verdict.WRONG, verdict.UNPARSABLE_GOLD)
+    return min(reasons, key=order.index)
+
+
+def _compare(answer: str, gold: str) -> str:
+    """The verdict's reason for one gold answer."""
+    try:
+        tree, gold_tree = _parse(answer), _parse(gold)
+        if tree is None or gold_tree is None:
+            return verdict.UNPARSABLE if tree is None else verdict.UNPARSABLE_GOLD
+        return verdict.CORRECT if equal(gold_tree, tree) else verdict.WRONG
+    except MemoryError:
+        return verdict.NO_MEMORY
+    except Exception:  # sympy may raise anything on a hostile answer
         return verdict.UNPARSABLE
-    gold_trees = [gold_tree for gold_tree in map(_parse, golds) if gold_tree is not None]
-    if any(equal(gold_tree, tree) for gold_tree in gold_trees):
-        return verdict.CORRECT
-    return verdict.WRONG if gold_trees else verdict.UNPARSABLE_GOLD
 
 
 def equal(gold: Node, answer: Node) -> bool:

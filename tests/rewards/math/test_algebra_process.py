@@ -1,4 +1,4 @@
-"""The two guards of a judge, each tested alone: the restricted string parser of sympy, and the audit hook."""
+"""The guards of a judge, each tested alone: sympy's restricted string parser, its errors, and the audit hook."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sympy  # type: ignore[import-untyped]
 
+from nemo_disco.rewards import verdict
+from nemo_disco.rewards.math import symbolic
 from nemo_disco.rewards.math.algebra_process import refuse_effects
 
 
@@ -30,6 +34,21 @@ for text in ["__import__('os')", "x.__class__", "f(1)", "x+1", "'a'", "[1]", "la
     raise AssertionError(text)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError])
+def test_an_error_on_one_gold_answer_hides_no_other(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    compare = symbolic.same_value
+
+    def fail_on_y(gold: Any, answer: Any, digits: int) -> bool:
+        if gold.has(sympy.Symbol("y", real=True)):
+            raise error
+        return compare(gold, answer, digits)
+
+    monkeypatch.setattr(symbolic, "same_value", fail_on_y)
+    reason = verdict.NO_MEMORY if error is MemoryError else verdict.UNPARSABLE
+    assert symbolic.judge("x+1", ["y+1", "1+x"]) == verdict.CORRECT
+    assert symbolic.judge("x+1", ["y+1", "2+x"]) == symbolic.judge("x+1", ["2+x", "y+1"]) == reason
 
 
 def test_effects_are_refused(tmp_path: Path) -> None:
