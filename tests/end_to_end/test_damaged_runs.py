@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_process import ends_well
 
+from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.commands import components, evaluate, train
 from nemo_disco.config.compose import load_run_config
@@ -37,7 +38,7 @@ def _built(monkeypatch, finished):
     for command in (train, evaluate):
         monkeypatch.setattr(command, "process_groups", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(components, "build_policy", lambda *_, **__: policy)
-    monkeypatch.setattr(evaluate, "check_engine", stop)  # `evaluate`, once the weights are there
+    monkeypatch.setattr(Agreement, "check_engine", stop)  # `evaluate`, once the weights are there
     monkeypatch.setattr(Trainer, "train_step", stop)
     yield
     if dist.is_initialized():
