@@ -1,6 +1,7 @@
-"""The objectives of the papers, each beside its equation, as plain functions of one mini-batch's log-probs.
+"""The papers' objectives, each with its equation, as pure functions of one mini-batch's log-probs.
 
-Imports torch alone. Must not know a policy, an engine, a packing plan or a configuration's other sections.
+To add one: a module here whose class declares its parameters (`parameter`), and conf/algorithm/NAME.yaml. Imports torch
+alone; must not know a policy, an engine, a packing plan or other sections of the configuration.
 """
 
 from nemo_disco.algorithms.objectives.base import Objective, ObjectiveOutput, SeparableObjective, Tokens

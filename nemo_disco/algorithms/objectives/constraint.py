@@ -1,7 +1,7 @@
-"""What keeps the policy near the one that sampled: a penalty on the mini-batch's KL_hat. Pure; one number in, one out.
+"""The KL constraint: a penalty on KL_hat that keeps the policy near the one that sampled the responses.
 
-KL_hat = (1/T) sum over all tokens of the mini-batch of (old - lp), the k1 estimate of KL(old || policy); it may be
-negative. It is of the whole mini-batch, never of a micro-batch: evaluated on parts, the hinge fires on their noise.
+KL_hat = (1/T) sum over all T tokens of the mini-batch of (old - lp), the k1 estimate of KL(old || policy); it may be
+negative. Always over the whole mini-batch: on a micro-batch, noise alone would exceed the hinge's threshold.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Constraint(Checked):
     kl_regularization   beta KL_hat, the ablation; beta 1e-3
     none                0
 
-    convention: "paper" is that. "released_code" is the authors' `relu(beta (KL - delta)).detach() * KL`, whose gradient
-    is half the paper's; it changes squared_hinge alone. What a kind does not use is left alone, so that an ablation
-    changes the kind and nothing else.
+    convention: "paper" is the above. "released_code" is the authors' `relu(beta (KL - delta)).detach() * KL`, whose
+    gradient is half the paper's; it affects squared_hinge only. Parameters that a kind does not use are accepted, so
+    that an ablation changes `kind` and nothing else.
     """
 
     kind: str = parameter(NONE, choices=(SQUARED_HINGE, KL_REGULARIZATION, NONE))
@@ -42,16 +42,16 @@ class Constraint(Checked):
 
     @property
     def linear(self) -> bool:
-        """Whether the penalty of a sum is the sum of the penalties, so that no part must be known first."""
+        """True if the penalty is linear in KL_hat, so that it is a sum over tokens and needs no first pass."""
         return self.kind != SQUARED_HINGE
 
     @property
     def strength(self) -> float:
-        """beta, or its default for the kind."""
+        """beta; if None, the default of the kind."""
         return _DEFAULT_BETA[self.kind] if self.beta is None else self.beta
 
     def penalty(self, kl: Tensor) -> Tensor:
-        """The penalty of KL_hat, 0-d; where it is linear, also of each token's share of KL_hat, elementwise."""
+        """The penalty of KL_hat, 0-d. If `linear`, also elementwise: the penalties of the tokens' shares of KL_hat."""
         if self.kind == NONE:
             return kl * 0.0
         if self.kind == KL_REGULARIZATION:
@@ -62,7 +62,7 @@ class Constraint(Checked):
         return self.strength * excess**2
 
     def active(self, kl: float) -> bool:
-        """Whether the penalty has a gradient."""
+        """True if the penalty has a gradient at this KL_hat."""
         if self.kind == NONE or self.strength == 0:
             return False
         return self.linear or kl > self.delta

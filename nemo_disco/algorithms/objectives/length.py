@@ -1,7 +1,7 @@
-"""Methods that shorten reasoning: transforms of the step's rewards (GRPO-LEAD's: and advantages), then GRPO or RLOO.
+"""Methods for shorter reasoning: GRPO or RLOO on rewards with a length term (GRPO-LEAD also reweights advantages).
 
-Each adds its length term to the reward, so that it is the paper's where the reward is the verdict, 0 or 1. A question's
-statistics are over its responses, all of which a mini-batch has; HAPO's h comes from earlier steps.
+The length term is added to the reward, which gives the paper's formula where the reward is the verdict, 0 or 1. A
+question's statistics are over its responses in the mini-batch, which are all; HAPO's h comes from earlier steps.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class RLOOLP(RLOO):
 
 @dataclass(frozen=True, kw_only=True)
 class ALP(GRPO):
-    """ALP: GRPO on r = 1[right] - beta |o| max(p, 1/K): what is easy must be short (arXiv 2506.05256).
+    """ALP: GRPO on r = 1[right] - beta |o| max(p, 1/K), a larger penalty on easy questions (arXiv 2506.05256).
 
-    p: the question's solve rate, over its K responses. beta is per token: 1e-9 to 1e-7 at responses of thousands.
+    p: the question's solve rate over its K responses. beta is per token: 1e-9 to 1e-7 for thousands of tokens.
     """
 
     name: ClassVar[str] = "alp"
@@ -122,7 +122,7 @@ class GRPOLEAD(GRPO):
     """GRPO-LEAD: r = exp(-alpha z) for a right answer, z the relative length, else -1 (arXiv 2504.09696).
 
     Then GRPO's A, times w(p) where it is positive and w(1 - p) where it is negative: w(p) = weight_low +
-    (weight_high - weight_low) / (1 + exp(slope (p - midpoint))), p the question's solve rate: hard ones weigh more.
+    (weight_high - weight_low) / (1 + exp(slope (p - midpoint))), p the solve rate: hard questions weigh more.
     """
 
     name: ClassVar[str] = "grpo_lead"
@@ -142,5 +142,5 @@ class GRPOLEAD(GRPO):
         return weights * self.difficulty(torch.where(weights > 0, p, 1 - p))
 
     def difficulty(self, p: Tensor) -> Tensor:
-        """w(p)."""
+        """The weight w(p) of a question with solve rate p, elementwise."""
         return self.weight_low + (self.weight_high - self.weight_low) * (self.slope * (self.midpoint - p)).sigmoid()

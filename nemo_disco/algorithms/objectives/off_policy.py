@@ -1,7 +1,7 @@
-"""What corrects for rollouts that another policy sampled: an engine that computes otherwise, or that lags behind.
+"""Off-policy correction, for rollouts from an engine that rounds differently or has older weights.
 
-Touches old_log_probs (the training engine's) and generation_log_probs (the rollout engine's) alone. A correction scales
-what J pulls at each token's log-prob; J's value, the constraint and the entropies stay as they are.
+Reads old_log_probs (the trainer's) and generation_log_probs (the rollout engine's) only. It scales the gradient of J
+with respect to each token's log-prob; the value of J, the constraint and the entropies are unchanged.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _DEFAULT_CAP = {NONE: math.inf, TRUNCATED_IS: 2.0, SEQUENCE_MASK: 1.01}
 
 @dataclass(frozen=True, kw_only=True)
 class OffPolicy(Checked):
-    """Factors c_t of the gradient of J at token t, from delta_t = old_t - generation_t; themselves without a gradient.
+    """Factors c_t of the gradient of J at token t, constants computed from delta_t = old_t - generation_t.
 
     truncated_importance_sampling   c_t = min(exp(delta_t), cap), cap 2 (as IMPALA's rho, arXiv 1802.01561)
     sequence_mask                   c_t = 1 where 1/cap <= exp(mean delta over the response) <= cap, else 0; cap 1.01
     none                            c_t = 1
 
-    The mask is by the geometric mean of a response's ratios, so that long responses are not masked for their length. A
-    masked response adds no gradient and still counts in every mean: as a sample that weighs nothing.
+    sequence_mask uses the geometric mean of a response's ratios, so that a long response is not masked for its length.
+    A masked response adds no gradient and still counts in every mean.
     """
 
     kind: str = parameter(NONE, choices=(NONE, TRUNCATED_IS, SEQUENCE_MASK))
@@ -47,11 +47,11 @@ class OffPolicy(Checked):
 
     @property
     def limit(self) -> float:
-        """cap, or its default for the kind."""
+        """cap; if None, the default of the kind."""
         return _DEFAULT_CAP[self.kind] if self.cap is None else self.cap
 
     def factors(self, batch: MiniBatch) -> Tensor:
-        """c [T]."""
+        """c [T], float64; ones if there is no correction."""
         if self.kind == NONE or batch.generation_log_probs is None:
             return torch.ones_like(batch.old_log_probs)
         delta = batch.old_log_probs - batch.generation_log_probs
@@ -60,20 +60,20 @@ class OffPolicy(Checked):
         return batch.spread((batch.token_mean(delta).abs() <= abs(math.log(self.limit))).double())
 
     def corrected(self, batch: MiniBatch) -> MiniBatch:
-        """The batch with log-probs of the same values, whose gradients are scaled by c."""
+        """The batch with the same log-probs, whose gradients are scaled by c in backward."""
         return batch if self.kind == NONE else replace(batch, log_probs=scaled(batch.log_probs, self.factors(batch)))
 
     def metrics(self, batch: MiniBatch) -> dict[str, float]:
-        """How much is corrected: the mean factor, and the share of tokens that are cut or masked."""
+        """The mean factor, and the share of tokens that are capped or masked; empty without a correction."""
         if self.kind == NONE or not batch.n_tokens:
             return {}
         factors = self.factors(batch)
-        touched = factors == (self.limit if self.kind == TRUNCATED_IS else 0)
-        return {"off_policy/factor_mean": float(factors.mean()), "off_policy/cut": float(touched.double().mean())}
+        changed = factors == (self.limit if self.kind == TRUNCATED_IS else 0)
+        return {"off_policy/factor_mean": float(factors.mean()), "off_policy/cut": float(changed.double().mean())}
 
 
 def scaled(log_probs: Tensor, factors: Tensor) -> Tensor:
-    """log_probs in value; in backward, factors times their gradient."""
+    """log_probs unchanged in forward; in backward their gradient is multiplied by the factors."""
     fixed = log_probs.detach()
     return fixed + factors * (log_probs - fixed)
 

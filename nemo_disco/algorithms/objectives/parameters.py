@@ -1,6 +1,6 @@
-"""Parameters of objectives: declared beside their bounds, and checked when the objective is made.
+"""Parameters of objectives: dataclass fields declared with their bounds, which are checked when an object is created.
 
-`tau: float = parameter(10.0, above=0)` says all that there is to say. Imports no torch.
+`tau: float = parameter(10.0, above=0)` is the whole declaration: name, type, default, bounds. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_disco.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a parameter may be: one of `choices`, or a number within the bounds, finite unless said otherwise."""
+    """Allowed values of a parameter: one of `choices`, else a number within the bounds, finite unless `infinite`."""
 
     above: float | None = None
     at_least: float | None = None
@@ -25,8 +25,8 @@ class Bounds:
     infinite: bool = False
     choices: tuple[Any, ...] = ()
 
-    def complaint(self, value: Any) -> str | None:
-        """What is wrong with the value, or None."""
+    def violation(self, value: Any) -> str | None:
+        """The rule that the value breaks, such as "must be above 0"; None if it is allowed."""
         if self.choices:
             known = ", ".join(nearest(str(value), map(str, self.choices)))
             allowed = any(type(value) is type(choice) and value == choice for choice in self.choices)
@@ -46,32 +46,32 @@ class Bounds:
 
 
 def parameter(default: Any, **bounds: Any) -> Any:
-    """A field of an objective, with its default and its bounds; a default of None may be given as None."""
+    """A dataclass field with a default and the keyword arguments of `Bounds`; None is allowed if it is the default."""
     return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A frozen value whose fields made by `parameter` are checked. Raises UserError naming the field."""
+    """A frozen dataclass that checks its fields made by `parameter`. Raises UserError naming the field."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, bounds = getattr(self, f.name), f.metadata.get("bounds")
             if bounds is None or (value is None and f.default is None):
                 continue
-            if complaint := bounds.complaint(value):
-                raise UserError(f"{self.label()}{key_of(f)} {complaint}; it is {value!r}")
+            if violation := bounds.violation(value):
+                raise UserError(f"{self.label()}{key_of(f)} {violation}; it is {value!r}")
 
     def label(self) -> str:
-        """What comes before a field's name in a message."""
+        """Prefix of a field's name in messages, such as "constraint."."""
         return ""
 
 
 def key_of(f: Field[Any]) -> str:
-    """The field's key in a configuration: `lambda` is a keyword of Python, so its field is `lambda_`."""
+    """The field's key in a configuration: its name, without the underscore that `lambda_` needs in Python."""
     return f.name.rstrip("_")
 
 
 def nearest(given: str, known: Iterable[str]) -> list[str]:
-    """The known names, those most like the given one first."""
+    """The known names, sorted by similarity to the given one, most similar first."""
     return sorted(known, key=lambda name: -SequenceMatcher(None, given.lower(), name.lower()).ratio())

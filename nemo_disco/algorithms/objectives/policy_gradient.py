@@ -1,6 +1,6 @@
 """Policy gradients with a group's advantages: GRPO and its relatives, GPG, RLOO.
 
-J = sum_o w_o sum_t g(lp_t): an advantage over a reduction's divisor, times a token's term; so all are separable.
+All are separable: J = sum_o w_o sum_t g(lp_t), with w_o the response's advantage divided by the reduction's size.
 Advantages come from rewards; an empty response counts in its group's mean and in N, and adds no token.
 """
 
@@ -18,31 +18,31 @@ from nemo_disco.algorithms.objectives.parameters import parameter
 from nemo_disco.algorithms.objectives.scores import clipped_ratios, k3
 
 
-def centred(batch: MiniBatch) -> tuple[Tensor, Tensor]:
-    """([Q, G] r - mean over the group, 0 in empty places; [Q, 1] the group's size)."""
+def subtract_mean(batch: MiniBatch) -> tuple[Tensor, Tensor]:
+    """([Q, G] reward minus the group's mean, 0 in empty places; [Q, 1] the group's size)."""
     present = batch.groups.present
     sizes = present.sum(1, keepdim=True)
     rewards = batch.groups.table(batch.rewards).masked_fill(~present, torch.inf)
-    # From the group's minimum up: equal rewards then centre to 0 and not to a rounding error, which Adam would blow up.
+    # Subtract the group's minimum first: equal rewards then give exactly 0, not noise that Adam would scale up.
     rewards = (rewards - rewards.amin(1, keepdim=True)).masked_fill(~present, 0.0)
     return (rewards - rewards.sum(1, keepdim=True) / sizes).masked_fill(~present, 0.0), sizes
 
 
-def standardised(batch: MiniBatch) -> Tensor:
-    """[N] (r - mean) / (std + 1e-6), std unbiased and 0 for a group of one."""
-    centre, sizes = centred(batch)
+def standardize(batch: MiniBatch) -> Tensor:
+    """[N] (r - mean) / (std + 1e-6) within each group, std unbiased and 0 for a group of one."""
+    centre, sizes = subtract_mean(batch)
     std = (centre.square().sum(1, keepdim=True) / (sizes - 1).clamp(min=1)).sqrt()
     return batch.groups.flat(centre / (std + 1e-6))
 
 
 def per_response_mean(batch: MiniBatch, advantages: Tensor) -> Tensor:
-    """The reduction (1/N) sum_o (1/|o|) sum_t, as a weight [N] of each response's tokens."""
+    """[N] the advantages over N |o|: the token weights of the reduction (1/N) sum_o (1/|o|) sum_t."""
     return advantages / len(batch.lengths) / batch.lengths.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ClippedObjective(SeparableObjective):
-    """PPO's surrogate min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), its A over the divisor in the weights."""
+    """PPO's surrogate min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); A is in `response_weights`."""
 
     clip_low: float = parameter(0.2, at_least=0, below=1)
     clip_high: float = parameter(0.2, at_least=0)
@@ -56,8 +56,8 @@ class _ClippedObjective(SeparableObjective):
 class GRPO(_ClippedObjective):
     """J = (1/N) sum_o (1/|o|) sum_t min(rho A, clip(rho) A), A = (r - mean) / (std + 1e-6) (arXiv 2402.03300).
 
-    kl_coefficient: beta of - beta KL(policy || reference), k3, token mean; 0 needs no reference (the paper's is 0.001
-    where it is used at all).
+    kl_coefficient: beta in - beta KL(policy || reference), the token mean of k3; 0 needs no reference. 0.001 in the
+    paper, where it is used at all.
     """
 
     name: ClassVar[str] = "grpo"
@@ -68,7 +68,7 @@ class GRPO(_ClippedObjective):
         return frozenset({"reference_log_probs"} if self.kl_coefficient else ())
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        return per_response_mean(batch, standardised(batch))
+        return per_response_mean(batch, standardize(batch))
 
     def token_values(self, tokens: Tokens) -> Tensor:
         values = super().token_values(tokens)
@@ -99,7 +99,7 @@ class GRPOER(GRPO):
 class GRPORW(GRPO):
     """GRPO_RW: GRPO with its difficulty weight sqrt(p (1 - p)) divided out of A (ablation of arXiv 2505.12366).
 
-    p is the share judged correct of all the question's responses; where it is 0 or 1 there is nothing to divide: A = 0.
+    p is the share of the question's responses that are correct; A = 0 where p is 0 or 1.
     """
 
     name: ClassVar[str] = "grpo_rw"
@@ -119,34 +119,34 @@ class DrGRPO(_ClippedObjective):
     name: ClassVar[str] = "dr_grpo"
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        return batch.groups.flat(centred(batch)[0]) / len(batch.lengths) / batch.max_response_length
+        return batch.groups.flat(subtract_mean(batch)[0]) / len(batch.lengths) / batch.max_response_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class DAPO(_ClippedObjective):
     """DAPO: GRPO's A, decoupled clips, J = (1/T) sum over all tokens (arXiv 2503.14476).
 
-    Its overlong shaping is a reward and its dynamic sampling a sampler's option: neither is here.
+    Its overlong shaping is a reward term (reward=overlong), its dynamic sampling is algorithm.dynamic_sampling_rounds.
     """
 
     name: ClassVar[str] = "dapo"
     clip_high: float = parameter(0.28, at_least=0)
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        return standardised(batch) / max(batch.n_tokens, 1)
+        return standardize(batch) / max(batch.n_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPG(SeparableObjective):
     """GPG: J = (1/N) sum_o (1/|o|) sum_t lp A, A = alpha (r - mean), no clip, no KL (arXiv 2504.02546).
 
-    alpha = N / (N - the responses of degenerate groups, those whose rewards are all equal).
+    alpha = N / (N - number of responses in degenerate groups, those whose rewards are all equal).
     """
 
     name: ClassVar[str] = "gpg"
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        centre = centred(batch)[0]
+        centre = subtract_mean(batch)[0]
         useful = batch.groups.present & centre.any(1, keepdim=True)
         alpha = len(batch.lengths) / useful.sum().clamp(min=1).double()
         return per_response_mean(batch, alpha * batch.groups.flat(centre))
@@ -159,12 +159,12 @@ class GPG(SeparableObjective):
 class RLOO(_ClippedObjective):
     """RLOO: GRPO's J with A = r - mean of the group's others, 0 for a group of one (arXiv 2402.14740).
 
-    r_i - mean of the others = (r_i - mean) G / (G - 1). The ratio is clipped, as where the length methods use this
-    advantage (arXiv 2502.04463); on the mini-batch right after a rollout it is the plain policy gradient.
+    r_i - mean of the others = (r_i - mean) G / (G - 1). The ratio is clipped, as in the length method that uses this
+    advantage (arXiv 2502.04463); on the first mini-batch after a rollout it is the plain policy gradient.
     """
 
     name: ClassVar[str] = "rloo"
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        centre, sizes = centred(batch)
+        centre, sizes = subtract_mean(batch)
         return per_response_mean(batch, batch.groups.flat(centre * sizes / (sizes - 1).clamp(min=1)))

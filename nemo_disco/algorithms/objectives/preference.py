@@ -1,7 +1,4 @@
-"""TRPA (arXiv 2504.04524): preferences among a question's responses, near the policy that sampled.
-
-Touches MiniBatch alone.
-"""
+"""TRPA (arXiv 2504.04524): pairwise preferences among a question's responses, with a KL to the policy that sampled."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ from nemo_disco.algorithms.objectives.scores import k3
 class TRPA(Objective):
     """J = mean over pairs of log sigmoid(beta [(s - s_old)(better) - (s - s_old)(worse)]) - kl_coefficient KL.
 
-    s is the token mean of lp; KL of the policy to the one that sampled, k3, token mean. Pairs: all of the mini-batch,
-    of two responses to one question of which one has the higher reward; an empty response is in none. The released code
-    scales pairs with the top level by 2.5; not done here.
+    s is the token mean of lp; KL is the token mean of k3, of the policy to the one that sampled. Pairs are all pairs
+    of non-empty responses to the same question with different rewards. The released code scales pairs with the top
+    reward level by 2.5; that is not done here.
     """
 
     name: ClassVar[str] = "trpa"
@@ -34,7 +31,7 @@ class TRPA(Objective):
         rises = batch.groups.table(batch.token_mean(batch.log_probs - batch.old_log_probs))
         rewards = batch.groups.table(batch.rewards)
         scored = batch.groups.table(batch.lengths > 0)
-        # [Q, G, G]: the better response in the middle, the worse one last.
+        # [question, better response, worse response]
         pairs = (rewards[:, :, None] > rewards[:, None, :]) & scored[:, :, None] & scored[:, None, :]
         margins = (rises[:, :, None] - rises[:, None, :])[pairs]
         preference = logsigmoid(self.beta * margins).sum() / max(len(margins), 1)

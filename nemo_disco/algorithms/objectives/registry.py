@@ -21,7 +21,7 @@ from nemo_disco.runtime.user_code import format_error, is_user_class, load, user
 
 
 def _shipped_objectives() -> dict[str, type[Objective]]:
-    """Every class of this package that defines an objective, by its name."""
+    """The concrete Objective classes of all modules in this directory, by name."""
     modules = [import_module(f"{__package__}.{file.stem}") for file in sorted(Path(__file__).parent.glob("[!_]*.py"))]
     classes = [cls for module in modules for cls in vars(module).values() if _is_objective(cls)]
     return {cls.name: cls for cls in classes}
@@ -51,7 +51,7 @@ def build_objective(mapping: Mapping[str, Any]) -> Objective:
         arguments["constraint"] = _constraint(cls, constraint)
     if not isinstance(off_policy := arguments.get("off_policy", cls.off_policy), OffPolicy):
         arguments["off_policy"] = replace(cls.off_policy, **_arguments(OffPolicy, off_policy, "off_policy"))
-    return _users(cls, arguments) if is_user_class(cls) else cls(**arguments)
+    return _build_users(cls, arguments) if is_user_class(cls) else cls(**arguments)
 
 
 def parameter_keys(name: str) -> list[str]:
@@ -59,8 +59,8 @@ def parameter_keys(name: str) -> list[str]:
     return [key_of(f) for f in fields(_objective_class(name))]
 
 
-def _users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
-    """A user's objective, made and asked what it reads. Raises UserError, with file and line, for what it raises."""
+def _build_users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
+    """Build a user's objective and read its properties once. Raises UserError with file and line if its code raises."""
     try:
         objective = cls(**arguments)
         objective.needs, objective.separable, objective.reward_terms, objective.signals()

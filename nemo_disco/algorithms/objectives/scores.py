@@ -1,6 +1,6 @@
-"""What a token adds to an objective, as functions of log-probs. Elementwise torch; knows no response, group or reward.
+"""Per-token terms of the objectives, as elementwise functions of log-probs: scores, clipped ratios, the k3 estimate.
 
-Notation: lp under the current policy, old under the one that sampled; rho = exp(lp - old).
+Notation: lp is a log-prob under the current policy, old under the one that sampled; rho = exp(lp - old).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ LOG_LIKELIHOOD = "log_likelihood"
 LIKELIHOOD_RATIO = "likelihood_ratio"
 SCORES = (LOG_LIKELIHOOD, LIKELIHOOD_RATIO)
 
-# The authors' temperature of the distributionally robust mean for each score (arXiv 2505.12366, experiments).
+# The paper's temperature of the distributionally robust mean, by score (arXiv 2505.12366, experiments).
 DEFAULT_TAU = {LOG_LIKELIHOOD: 10.0, LIKELIHOOD_RATIO: 1.0}
 
 
 def token_scores(score: str, log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
-    """lp or rho: their mean over a response is its score s(o, q) (arXiv 2505.12366, section 4.1)."""
+    """lp or rho of each token; the mean over a response is its score s(o, q) (arXiv 2505.12366, section 4.1)."""
     return log_probs if score == LOG_LIKELIHOOD else (log_probs - old_log_probs).exp()
 
 
@@ -28,8 +28,8 @@ def clipped_ratios(
 ) -> Tensor:
     """f+(rho) = min(rho, 1 + clip_high) where the sign is positive, else f-(rho) = max(rho, 1 - clip_low).
 
-    Times an advantage of that sign it is PPO's min(rho A, clip(rho) A): arXiv 2505.12366, Proposition 1. Clipping
-    the logarithm keeps a ratio that is clipped anyway from overflowing. None does not clip.
+    Multiplied by an advantage of that sign it is PPO's min(rho A, clip(rho) A): arXiv 2505.12366, Proposition 1. None
+    does not clip. The logarithm is clipped, so that a ratio above the clip cannot overflow.
     """
     log_ratios = log_probs - old_log_probs
     above = log_ratios.clamp(max=math.inf if clip_high is None else math.log1p(clip_high))
