@@ -57,10 +57,7 @@ def test_the_runs_of_a_document_go_one_after_another(document: Path, place: Path
     """In one directory, as a reader would: a run may be of what an earlier one left there."""
     snippets = [block.text for block in blocks(REPO / "docs/extending.md") if block.language == "python"]
     (place / "my_objective.py").write_text(next(text for text in snippets if "class Reinforce" in text))
-    imports = (
-        "from dataclasses import dataclass\nimport torch\nfrom nemo_disco.algorithms import MiniBatch, Objective\n"
-    )
-    (place / "my_signal.py").write_text(imports + next(text for text in snippets if "class SolveRate" in text))
+    (place / "my_signal.py").write_text(next(text for text in snippets if "class Visits" in text))
     (place / "my_rewards.py").write_text(next(text for text in snippets if "def brief" in text))
     for command in SESSIONS[document]:
         arguments = words(command)[1:]
