@@ -103,12 +103,12 @@ class HuggingFaceModel:
         size = parallel_state.get_tensor_model_parallel_world_size()
         for _, name, parameter in (entry for chunk in self.chunks for entry in _parameters(chunk)):
             weight = self._weights[name]
-            tensor = shard(weight, [read(part) for part, _ in weight.parts], rank, size)
+            tensor = shard(weight, [read(part) for part, _ in weight.parts], rank, size).to(self.config.params_dtype)
             with torch.no_grad():
                 parameter.copy_(tensor)
             if hasattr(parameter, "_high_precision_init_val"):
                 # Transformer Engine keeps the value an FP8 parameter began with; the optimizer starts from that.
-                parameter._high_precision_init_val = tensor.to(dtype=torch.bfloat16, device="cpu")
+                parameter._high_precision_init_val = tensor.to("cpu", torch.bfloat16)
 
     def names(self) -> list[str]:
         """The Hugging Face names of all tensors, in the order of named_tensors."""

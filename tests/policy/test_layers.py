@@ -109,6 +109,20 @@ def test_the_activation_is_one_function_of_the_first_matrix(model_path: Path) ->
     torch.testing.assert_close(mlp(x)[0], expected)
 
 
+def test_weights_are_rounded_to_the_models_type_before_they_are_stored(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter in FP8 quantizes what is copied into it: the same numbers, whatever the type of the file."""
+    config = model_config(model_path)
+    parallel.start(config)
+    policy = Policy(config, dtype=torch.bfloat16, trainable=False)
+    weights = {name: w.double() for name, w in policy.named_weights()}
+    types, copy = [], torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, source: types.append(source.dtype) or copy(to, source))
+    policy.load(weights.__getitem__)
+    assert len(types) > 20 and set(types) == {torch.bfloat16}
+
+
 def test_weights_in_fp8_leave_as_ordinary_numbers(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under model.fp8_param_gather; "in FP8" is here every matrix, kept at half its value."""
     config = model_config(model_path)
