@@ -1,4 +1,4 @@
-"""The commands and snippets of README and docs/, as their readers would copy them, and the settings of a command."""
+"""Commands and snippets of README and docs/, as a reader would copy them, and the settings of a command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, or lines indented by four spaces ("" is their language)."""
+    """A fenced block, or a block of lines indented by four spaces, whose language is ""."""
 
     document: Path
     language: str

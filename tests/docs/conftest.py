@@ -1,4 +1,4 @@
-"""A directory with what the documents name."""
+"""A working directory with the files that the documents' commands name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def runs(place: Path) -> None:
-    """Two runs that are there already."""
+    """The run directories of two finished runs, quickstart and grpo."""
     for name in ("quickstart", "grpo"):
         run = place / "runs" / name
         (run / "rollouts").mkdir(parents=True)

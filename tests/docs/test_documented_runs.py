@@ -1,4 +1,4 @@
-"""The documents' train, evaluate and verify commands are run as they stand, but for fewer and shorter responses."""
+"""Run the documents' train, evaluate and verify commands as they stand, with fewer and shorter responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from blocks import DOCUMENTS, REPO, blocks, commands, settings, words
 from preloaded_server import Done, Server
 
-# What is only composed and checked (test_documents.py), and why.
+# Parts of commands that test_documents.py only composes and checks, and the reason.
 NOT_RUN = {
     "recipe/": "a model of 1.5B parameters or more, and eight GPUs",
     "generation=vllm": "vLLM's environment; tests/vllm_engine trains the quickstart with it",
@@ -32,7 +32,7 @@ SHORT = {
 
 
 def reason(command: str) -> str:
-    """Why a command is not run here, or ""."""
+    """The reason why a command is not run here, or ""."""
     return next((why for part, why in NOT_RUN.items() if part in command), "")
 
 
@@ -54,7 +54,7 @@ def server() -> Iterator[Server]:
 
 @pytest.mark.parametrize("document", SESSIONS, ids=[d.stem for d in SESSIONS])
 def test_the_runs_of_a_document_go_one_after_another(document: Path, place: Path, server: Server) -> None:
-    """In one directory, as a reader would: a run may be of what an earlier one left there."""
+    """In one directory, as a reader would run them: a command may use the run of an earlier one."""
     snippets = [block.text for block in blocks(REPO / "docs/extending.md") if block.language == "python"]
     (place / "my_objective.py").write_text(next(text for text in snippets if "class Reinforce" in text))
     (place / "my_signal.py").write_text(next(text for text in snippets if "class Visits" in text))
@@ -82,7 +82,7 @@ def run(server: Server, arguments: list[str], ranks: int, place: Path) -> Done:
 
 
 def test_no_two_documented_trainings_share_a_directory() -> None:
-    """The second would go on from the first, which is done."""
+    """The second would resume the first, which is finished."""
     where: dict[str, str] = {}
     for command in (c for d in DOCUMENTS for c in commands(d) if trains(c) and "train" in words(c)):
         arguments = words(command)

@@ -1,5 +1,5 @@
-"""Every command of README and docs/ is one that works: run where that is quick, composed and checked where it trains,
-read by bash in any case. Every Python snippet runs."""
+"""Every command of README and docs/ works: quick ones run, those that train are composed and checked, and bash reads
+all of them. Every Python snippet runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from blocks import DOCUMENTS, REPO, blocks, commands, settings, words
 
 from nemo_disco import cli
+from nemo_disco.algorithms.objectives.registry import OBJECTIVES
 
 ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]
 IDS = [f"{document.stem}-{i}" for i, (document, _) in enumerate(ALL)]
@@ -84,6 +86,14 @@ def test_the_records_of_data_md_are_questions(place: Path) -> None:
     assert [q.answers for q in load_questions([place / "records.jsonl"]).questions] == [
         ("42",), ("2", "-2"), ("42",), ("42",), ("42",), ("42",)
     ]  # fmt: skip
+
+
+def test_the_tables_of_algorithms_md_name_every_objective_and_parameters_that_it_has() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|(?:.*) \|(.*) \|$", (REPO / "docs/algorithms.md").read_text(), re.MULTILINE)
+    tables = {name: re.findall(r"`(\w+)`", last) for name, last in rows if name in OBJECTIVES}
+    assert set(tables) == set(OBJECTIVES)
+    for name, parameters in tables.items():
+        assert set(parameters) <= {field.name.rstrip("_") for field in fields(OBJECTIVES[name])}, name
 
 
 QUOTED = [

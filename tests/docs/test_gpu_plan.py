@@ -20,19 +20,19 @@ import section  # noqa: E402
 
 TEXT = (ROOT / "benchmarks" / "gpu" / "thirty_minutes.md").read_text()
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"(?:^    .*\n)+", TEXT, re.M)]
-LONGEST = 2000  # characters that a command on the machine may have
+LONGEST = 2000  # characters of a command that the machine takes
 
 
 def runs() -> list[list[str]]:
-    """The words after `python3 -m nemo_disco train` or `verify`, with the shell's variables filled in."""
-    found = []
+    """The arguments of each `python3 -m nemo_disco train` and `verify`, with the shell's variables filled in."""
+    commands = []
     for block in BLOCKS:
         shared = re.search(r'Q="([^"]*)"', block)
         for words in re.findall(r"python3 -m nemo_disco (?:train|verify) (.*?) 2>&1", block, re.S):
-            for one, two in (("disco", "algorithm.score=log_likelihood"), ("grpo", "")):
-                line = words.replace("$Q", shared.group(1) if shared else "").replace("${2:-}", two)
-                found.append(shlex.split(line.replace("$1", one)))
-    return found
+            for name, setting in (("disco", "algorithm.score=log_likelihood"), ("grpo", "")):
+                line = words.replace("$Q", shared.group(1) if shared else "").replace("${2:-}", setting)
+                commands.append(shlex.split(line.replace("$1", name)))
+    return commands
 
 
 @pytest.mark.parametrize("words", runs(), ids=lambda words: " ".join(words)[-40:])
