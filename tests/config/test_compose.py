@@ -1,4 +1,4 @@
-"""Composition: what overrides do, where configs are found, and one clear line for each mistake."""
+"""Composition of a config: effects of overrides, the search path of configs, one clear line for each mistake."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from nemo_disco.config.compose import compose, load_run_config, overridden, to_y
 from nemo_disco.runtime.errors import UserError
 
 
-def test_overrides_and_groups_change_what_they_name():
+def test_overrides_and_groups_set_their_keys():
     config = compose(
         "quickstart",
         ["trainer.max_steps=3", "model.optim.lr=2e-6", "algorithm=grpo", "data.train_files=[a.json,b.json]"],
@@ -55,8 +55,8 @@ def test_a_tilde_is_the_home_directory_wherever_a_path_begins(monkeypatch):
         ("exp_manager.explicit_log_dir=2024", 'exp_manager.explicit_log_dir="2024"'),
     ],
 )
-def test_the_quotes_that_a_hint_advises_help(override, mended):
-    """A list's stand around each item, not around the whole."""
+def test_quoting_as_the_message_advises_works(override, mended):
+    """For a list the quotes go around each item, not around the whole list."""
     with pytest.raises(UserError, match="quotes") as raised:
         compose("quickstart", [override])
     advice = {"[": """key=["a, b","c"]""", "2": """='"2024"'""", "r": """key='"runs/a (1)"'"""}[
@@ -121,7 +121,7 @@ def test_an_unknown_config_names_the_nearest():
         compose("recipe/disco_logl_7")
 
 
-def test_the_default_config_asks_for_what_has_no_default():
+def test_the_default_config_requires_the_keys_without_default():
     with pytest.raises(UserError, match=r"model.path must be given: add model.path=\.\.\."):
         compose()
     assert compose(overrides=["model.path=m", "data.train_files=[q.json]"]).model.path == "m"
@@ -212,13 +212,13 @@ def test_overridden_keys():
     assert overridden(["trainer.devices=2", "+seed=1", "algorithm=grpo"]) == {"trainer.devices", "seed", "algorithm"}
 
 
-def test_assets_are_the_packaged_ones_wherever_one_stands(tmp_path, monkeypatch):
+def test_assets_are_the_packaged_ones_in_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert compose("quickstart").model.path == str(paths.packaged("assets") / "quickstart" / "model")
 
 
 @pytest.mark.parametrize("override", ["algorithm.parameters.scale=2", "algorithm.parameters={scale: 2}"])
-def test_the_parameters_of_an_objective_of_ones_own_have_any_name(override, tmp_path):
+def test_parameters_of_a_users_objective_have_any_name(override, tmp_path):
     config = compose("quickstart", [override])
     assert config.algorithm.objective()["scale"] == 2
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -226,5 +226,5 @@ def test_the_parameters_of_an_objective_of_ones_own_have_any_name(override, tmp_
 
 
 @pytest.mark.parametrize("override", ["generation.options.block_size=16", "generation.options={block_size: 16}"])
-def test_an_engines_own_arguments_are_its_own_keys(override):
+def test_generation_options_have_any_name(override):
     assert compose("quickstart", ["generation=vllm", override]).generation.options == {"block_size": 16}

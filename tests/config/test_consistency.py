@@ -1,4 +1,4 @@
-"""Contradictions are found before anything is built, and each says which numbers clash and which would work."""
+"""Keys that contradict each other are refused before anything is built; the message names values that would work."""
 
 import pytest
 
@@ -74,7 +74,7 @@ def test_keys_that_contradict_each_other(overrides, world_size, clash, remedy):
         ],
     ],
 )
-def test_what_does_not_clash_passes(overrides):
+def test_consistent_keys_pass(overrides):
     check_consistency(compose("quickstart", overrides), world_size=4)
 
 
@@ -104,7 +104,7 @@ def test_the_objective_is_made_before_the_model(overrides, line):
         (["generation.max_response_length=400"], "data.max_prompt_length=128 .* = 528 tokens, but .* 512 positions"),
     ],
 )
-def test_a_layout_or_a_length_that_the_model_does_not_have(overrides, line, model_directory):
+def test_a_layout_or_length_that_the_model_cannot_have(overrides, line, model_directory):
     config = compose("quickstart", [f"model.path={model_directory()}", "data.max_prompt_length=128", *overrides])
     with pytest.raises(UserError, match=line):
         check_files(config, "verify")
@@ -112,7 +112,7 @@ def test_a_layout_or_a_length_that_the_model_does_not_have(overrides, line, mode
 
 @pytest.fixture
 def usable(model_directory, tmp_path):
-    """Overrides with which every file is there."""
+    """Overrides under which every file exists."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"problem": "1+1", "answer": "2"}\n')
     return [
@@ -145,18 +145,18 @@ def test_usable_files_pass_and_only_the_first_rank_makes_the_run_directory(usabl
         ("train", "exp_manager.explicit_log_dir=/dev/null/run", "run directory /dev/null/run cannot be written"),
     ],
 )
-def test_a_file_that_is_not_there(usable, command, override, line):
+def test_a_missing_file_is_named(usable, command, override, line):
     with pytest.raises(UserError, match=line):
         check_files(compose("quickstart", [*usable, override]), command)
 
 
-def test_what_a_command_does_not_read_need_not_be_there(usable):
+def test_files_that_a_command_does_not_read_may_be_missing(usable):
     check_files(compose("quickstart", [*usable, "data.train_files=[nowhere.json]"]), "evaluate")
     check_files(compose("quickstart", [*usable, "evaluation.files=[x.json]", "evaluation.enabled=false"]), "train")
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "verify"])
-def test_a_model_without_safetensors_says_what_it_has(usable, model_directory, tmp_path, command):
+def test_a_model_without_safetensors_is_refused_naming_the_file_it_has(usable, model_directory, tmp_path, command):
     (model_directory() / "model.safetensors").rename(tmp_path / "model/model-Q8_0.gguf")
     with pytest.raises(UserError, match=r"no \*\.safetensors file of the model there: model-Q8_0\.gguf is a GGUF file"):
         check_files(compose("quickstart", usable), command)

@@ -1,4 +1,4 @@
-"""An objective with a parameter of its own is one Python file and one YAML: its keys are set, bounded and refused."""
+"""A new objective with a new parameter takes one Python file and one YAML file, and nothing else is edited."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ YAML = "defaults: [base, _self_]\nname: scaled_by_a_user:Scaled\nscale: 2.0\nfla
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The --config-path that holds algorithm/scaled.yaml, beside the module with its objective."""
+    """A --config-path with algorithm/scaled.yaml; the module of its objective is in the working directory."""
     beside_us(tmp_path / "scaled_by_a_user.py", OBJECTIVE, monkeypatch)
     (tmp_path / "mine" / "algorithm").mkdir(parents=True)
     (tmp_path / "mine" / "algorithm" / "scaled.yaml").write_text(YAML)
@@ -113,8 +113,8 @@ def test_a_mistake_in_a_yaml_file_is_refused_too(own):
         check_objective(compose("quickstart", ["algorithm=scaled"], own))
 
 
-def test_a_run_written_when_every_objective_had_every_key_loads(tmp_path):
-    """Such a config.yaml names the parameters of all objectives: null is not set, and is no change on resuming."""
+def test_the_config_of_an_older_run_loads(tmp_path):
+    """An older config.yaml has a null for each parameter of the other objectives; null is not a change on resuming."""
     config = compose("quickstart")
     lines = to_yaml(config).splitlines()
     others = ("lambda", "clip_low", "kl_coefficient", "question_weight", "preference", "alpha", "length_weight")

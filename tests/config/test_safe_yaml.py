@@ -1,4 +1,4 @@
-"""A run's config.yaml, whatever stands in it: read as OmegaConf does, or one line."""
+"""Any config.yaml of a run is read as OmegaConf reads it, or refused with UserError."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]
 
 
 @pytest.mark.parametrize("text", [BOMB, "[" * 10_000, "a: [unclosed", "a: !!python/object:os.system {}", "a: ${", "\t"])
-def test_a_yaml_that_is_odd_or_a_bomb_is_refused(tmp_path: Path, text: str) -> None:
+def test_malformed_yaml_and_alias_bombs_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
     with pytest.raises(UserError):
         read_yaml(tmp_path / "f")

@@ -1,4 +1,4 @@
-"""Every config that the project ships composes, holds together and describes an objective that exists."""
+"""Every shipped config composes, is consistent and names an existing objective."""
 
 import pytest
 
@@ -16,7 +16,7 @@ TAU = {"log_likelihood": 10.0, "likelihood_ratio": 1.0}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_composes_and_holds_together(name):
+def test_a_run_composes_and_is_consistent(name):
     config = compose(name, [] if name != "recipe/authors" else FILLED)
     check_consistency(config, config.trainer.devices * config.trainer.num_nodes)
     check_objective(config)
@@ -28,7 +28,7 @@ def test_a_group_choice_composes(group, choice):
     check_objective(config)
     if group == "algorithm":
         assert config.algorithm.name == choice
-        # What is written for DisCO in the quickstart does not stand in the way of the other objectives.
+        # The quickstart's settings for DisCO do not break the other objectives.
         check_objective(compose("quickstart", [f"algorithm={choice}"]))
 
 
