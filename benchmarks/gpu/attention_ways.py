@@ -84,6 +84,6 @@ def reference(qkv: list[Tensor], grad: Tensor, rows: slice, dtype: torch.dtype) 
 
 
 def _on_device(packed: PackedSequences) -> PackedSequences:
-    from nemo_disco.policy.micro_batch import _sent
+    from nemo_disco.policy.micro_batch import _send
 
-    return packed if DEVICE.type == "cpu" else _sent(packed, DEVICE)
+    return packed if DEVICE.type == "cpu" else _send(packed, DEVICE)

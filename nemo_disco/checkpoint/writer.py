@@ -88,7 +88,7 @@ class Snapshot:
         """Write the checkpoint as directory/step_N, atomically. A collective of the background groups."""
         group = parallel.background_group()
         work = first(lambda: files.begin(directory, self.step), group)
-        moments = self.optimizer.saved_state(self.model, self.moments)
+        moments = self.optimizer.sharded_state(self.model, self.moments)
         model = _map(self.model, lambda t: replace(t, data=_detach(t.data)))
         state = {"model": model, "scales": self.scales, "reference": self.reference, "optimizer": moments}
         write_shards(state, work, group, self.optimizer.weights_read.set)

@@ -1,7 +1,7 @@
 """Core attention for megatron-core's local layer spec: causal attention inside each sequence of a packed micro-batch.
 
-Without Transformer Engine: torch's flash kernel in half precision on CUDA (not run), else SDPA. Knows nothing of the
-model around it: the model has applied rope.
+For models without Transformer Engine: torch's flash kernel in half precision on CUDA (not run), else SDPA. Rope has
+been applied before.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from torch.nn.attention.varlen import varlen_attn
 
 from nemo_disco.data.packing import round_up
 
-# torch 2.11's flash kernel takes grouped queries as they are; later ones want to be told.
+# Grouped queries need no argument in torch 2.11's flash kernel; later versions have one.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-# Where there is a flash kernel: sequences of at least so many tokens are computed one by one by SDPA, which has cuDNN's
-# kernel on Hopper (published as faster than FlashAttention 2, torch's for packed sequences). None: all are packed.
-# Not run on a GPU; benchmarks/gpu measures both.
+# Where the flash kernel can be used, sequences of at least this many tokens are computed one by one by SDPA, which has
+# cuDNN's kernel on Hopper (published as faster than FlashAttention 2, torch's kernel for packed sequences). None: all
+# are packed. Not run on a GPU; benchmarks/gpu measures both.
 LONG_FROM: int | None = None
-# cuDNN builds a plan for each new length (tens of milliseconds): these are padded on the right to a multiple of it.
+# They are padded on the right to a multiple of this many tokens: cuDNN needs tens of milliseconds for each new length.
 LONG_MULTIPLE = 512
 LONG_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-# Under causal attention right-padding needs no mask (no real token attends to what follows it), so neighbours of
-# similar length share one call. Past this share of padding, a call of its own is cheaper on a CPU.
+# Under causal attention right-padding needs no mask (no real token attends to what follows it), so that neighbours of
+# similar length share one call. Beyond this share of padding, a separate call is cheaper on a CPU.
 _MAX_PADDING = 0.2
 
 
@@ -44,9 +44,9 @@ _MAX_PADDING = 0.2
 class Bucket:
     """Neighbouring sequences computed in one call, right-padded to `width` tokens.
 
-    gather [count * width]: which token of the micro-batch stands where (padding repeats the first one).
-    scatter [stop - start]: where each token's output is found among count * width.
-    Both are None when nothing is padded.
+    start, stop: the bucket's tokens in the micro-batch; count: its number of sequences.
+    gather [count * width]: index, in the bucket, of the token at each padded place (padding repeats the first token).
+    scatter [stop - start]: padded place of each token of the bucket. Both are None when nothing is padded.
     """
 
     start: int
@@ -59,19 +59,19 @@ class Bucket:
 
 @dataclass
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]
-    """The sequences of one micro-batch, back to back; order them by length, so that neighbours share a bucket.
+    """The sequences of one micro-batch, back to back, ordered by length so that neighbours share a bucket.
 
     The format stays "sbhd" with a batch of one: megatron then applies rope to the micro-batch as a whole (the model
     passes each token's own angle) instead of slicing it sequence by sequence.
 
-    cu_seqlens_q, cu_seqlens_kv [pieces + 1] int32, max_seqlen_q, max_seqlen_kv: as the flash kernels take them.
-    starts [sequences + 1] int32: of the whole sequences; without context parallelism the same.
+    cu_seqlens_q, cu_seqlens_kv [pieces + 1] int32, max_seqlen_q, max_seqlen_kv: offsets and longest length of the
+    pieces (without context parallelism: the sequences), in the form of the flash kernels' arguments.
+    starts [sequences + 1] int32: offsets of the whole sequences. buckets: for SDPA, without context parallelism.
 
-    Under context parallelism each sequence is a multiple of 2 CP long and cut in 2 CP chunks, of which rank r has the
-    r-th and the r-th from the end (equal work under causal attention). local [S / CP]: which tokens of the whole
-    micro-batch those are; keys: for each piece of this rank's tokens in turn, where the keys that it attends to stand
-    among the gathered shares of all ranks; stretches: how many queries and keys a piece has. Its queries are the last
-    of its keys. buckets: for SDPA, without context parallelism.
+    Under context parallelism each sequence is a multiple of 2 CP long and cut into 2 CP pieces, of which rank r has the
+    r-th and the r-th from the end (equal work under causal attention). local [S / CP]: index of this rank's tokens in
+    the whole micro-batch. keys: for each piece in turn, index of the keys that it attends to in the concatenated shares
+    of all ranks; the last of them are the piece's own. stretches: number of queries and of keys of each piece.
     """
 
     qkv_format: str = "sbhd"
@@ -84,7 +84,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], context_rank: int = 0, context_size: int = 1) -> PackedSequences:
-        """On the host."""
+        """The layout of sequences with these lengths, as tensors on the host."""
         starts = _starts(lengths)
         if context_size > 1:
             return cls(lengths=tuple(lengths), starts=starts, **_cut(lengths, context_rank, context_size))
@@ -101,51 +101,56 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
 
     @cached_property
     def whole(self) -> PackedSeqParams:
-        """The sequences as Transformer Engine takes them ("thd"): whole ones, also under context parallelism."""
-        starts, longest = self.starts, max(self.lengths)
-        # No cu_seqlens_padded: Transformer Engine would compare it with this on the host, in every layer.
-        return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
+        """The uncut sequences in Transformer Engine's format ("thd"), also under context parallelism."""
+        return _thd(self.starts, max(self.lengths))
+
+
+def _thd(starts: Tensor | None, longest: int) -> PackedSeqParams:
+    # Without cu_seqlens_padded, which Transformer Engine would compare with cu_seqlens on the host, in every layer.
+    return PackedSeqParams("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:
-    """[n + 1] where each starts, and the end."""
+    """[n + 1] the start of each sequence, and the end of the last."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _cut(lengths: Sequence[int], rank: int, size: int) -> dict[str, Any]:
+    """The fields of PackedSequences that describe one rank's share under context parallelism."""
     shares: list[list[Tensor]] = [[] for _ in range(size)]
-    reach, start = [], 0
+    ranges, start = [], 0
     for length in lengths:
-        chunks = torch.arange(start, start + length).chunk(2 * size)
+        pieces = torch.arange(start, start + length).chunk(2 * size)
         for r, share in enumerate(shares):
-            share += [chunks[r], chunks[2 * size - 1 - r]]
-        reach += [torch.arange(start, int(chunk[-1]) + 1) for chunk in shares[rank][-2:]]
+            share += [pieces[r], pieces[2 * size - 1 - r]]
+        ranges += [torch.arange(start, int(piece[-1]) + 1) for piece in shares[rank][-2:]]
         start += length
-    standing = torch.cat([chunk for share in shares for chunk in share]).argsort()
-    queries, keys = ([len(x) for x in pieces] for pieces in (shares[rank], reach))
+    places = torch.cat([piece for share in shares for piece in share]).argsort()
+    queries, keys = ([len(x) for x in parts] for parts in (shares[rank], ranges))
     return {
         "cu_seqlens_q": _starts(queries),
         "cu_seqlens_kv": _starts(keys),
         "max_seqlen_q": max(queries),
         "max_seqlen_kv": max(keys),
         "local": torch.cat(shares[rank]),
-        "keys": standing[torch.cat(reach)],
+        "keys": places[torch.cat(ranges)],
         "stretches": tuple(zip(queries, keys, strict=True)),
     }
 
 
 def _buckets(lengths: Sequence[int]) -> tuple[Bucket, ...]:
+    """Cut the sequences into buckets, each as long as its padding allows."""
     buckets, first, start = [], 0, 0
     while first < len(lengths):
-        last, total, width = first, 0, 0
-        while last < len(lengths):
-            grown = max(width, lengths[last])
-            padding = grown * (last - first + 1) - total - lengths[last]
-            if padding > _MAX_PADDING * (total + lengths[last]):
+        end, total, width = first, 0, 0
+        while end < len(lengths):
+            wider = max(width, lengths[end])
+            padding = wider * (end - first + 1) - total - lengths[end]
+            if padding > _MAX_PADDING * (total + lengths[end]):
                 break
-            last, total, width = last + 1, total + lengths[last], grown
-        buckets.append(_bucket(start, lengths[first:last], width))
-        first, start = last, start + total
+            end, total, width = end + 1, total + lengths[end], wider
+        buckets.append(_bucket(start, lengths[first:end], width))
+        first, start = end, start + total
     return tuple(buckets)
 
 
@@ -162,7 +167,7 @@ def _bucket(start: int, lengths: Sequence[int], width: int) -> Bucket:
 
 
 def has_flash_kernel(query: Tensor) -> bool:
-    """Whether torch's flash attention takes these: half precision on CUDA, heads of a width that it has. Not run."""
+    """True if torch's flash attention supports these tensors' type, device and width of a head. Not run."""
     width = query.shape[-1]
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
 
@@ -184,11 +189,11 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedSequences,
         **__: Any,
     ) -> Tensor:
-        """[S, 1, heads * d]; masks that megatron passes are not read: the packing says who attends to whom."""
+        """[S, 1, heads * d]. The mask that megatron passes is ignored: packed_seq_params implies it."""
         packed = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         if packed.keys is not None:
-            # Every rank's keys and values are gathered (grouped queries keep them small), the queries stay.
+            # The keys and values of all ranks are gathered (grouped queries keep them small), the queries are not.
             k, v = (
                 gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group).index_select(
                     0, packed.keys
@@ -203,24 +208,14 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
             out = self._attend_in_stretches(q, k, v, packed)
         return out.reshape(query.shape[0], 1, -1)
 
-    def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """torch's flash kernel for ragged sequences, whose causal mask is aligned to the last query and key."""
-        out = varlen_attn(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            scale=self.scale,
-            window_size=(-1, 0),
-            **_GROUPED,
-        )
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """torch's flash kernel for ragged sequences; its causal mask is aligned to the last query and the last key."""
+        sizes = packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
+        out = varlen_attn(query, key, value, *sizes, scale=self.scale, window_size=(-1, 0), **_GROUPED)
         return cast(Tensor, out)
 
     def _by_length(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, long_from: int) -> Tensor:
-        """The shorter sequences, which come first, packed; the others one by one."""
+        """Attention of the shorter sequences, which come first, in one packed call, and of the others one by one."""
         lengths = packed.lengths
         count = next((i for i, n in enumerate(lengths) if n >= long_from), len(lengths))
         if packed.keys is not None or count == len(lengths):
@@ -230,54 +225,45 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
         pieces = [self._attend_alone(*qkv) for qkv in parts[1:]]
         if count:
             assert packed.starts is not None
-            starts, longest = packed.starts[: count + 1], max(lengths[:count])
-            packing = PackedSequences(
-                cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
-            )
             q, k, v = parts[0]
-            pieces.insert(0, self._flash(q, k, v, packing))
+            pieces.insert(0, self._flash(q, k, v, _thd(packed.starts[: count + 1], max(lengths[:count]))))
         return torch.cat(pieces)
 
     def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One sequence, padded where under a causal mask no real token sees it."""
+        """Attention of one sequence, padded on the right, which no real token sees under a causal mask."""
         tokens = len(query)
         extra = round_up(tokens, LONG_MULTIPLE) - tokens
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1)[None] for x in (query, key, value))
         with sdpa_kernel(LONG_BACKENDS, set_priority=True):
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-        return out[0].transpose(0, 1)[:tokens]
+            return self._sdpa(*(F.pad(x, (0, 0, 0, 0, 0, extra))[None] for x in (query, key, value)))[0, :tokens]
 
     def _attend_in_stretches(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        queries, counts = (list(sizes) for sizes in zip(*packed.stretches, strict=True))
-        parts = (torch.split(x, sizes) for x, sizes in ((query, queries), (key, counts), (value, counts)))
-        pieces = []
-        for stretch in zip(*parts, strict=True):
-            q, k, v = (x.transpose(0, 1)[None] for x in stretch)
-            mask = causal_lower_right(q.shape[2], k.shape[2])
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
-            pieces.append(out[0].transpose(0, 1))
-        return torch.cat(pieces)
+        """Attention of this rank's pieces, one by one, to the gathered keys and values."""
+        queries, keys = (list(sizes) for sizes in zip(*packed.stretches, strict=True))
+        parts = (torch.split(x, sizes) for x, sizes in ((query, queries), (key, keys), (value, keys)))
+        return torch.cat([self._sdpa(*(x[None] for x in piece))[0] for piece in zip(*parts, strict=True)])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
-        def batched(x: Tensor) -> Tensor:  # [S, h, d] -> [count, h, width, d]
+        """Attention of one bucket's sequences in one call."""
+
+        def batch(x: Tensor) -> Tensor:  # [S, h, d] -> [count, width, h, d]
             x = x[bucket.start : bucket.stop]
             if bucket.gather is not None:
                 x = x.index_select(0, bucket.gather)
-            return x.view(bucket.count, bucket.width, *x.shape[1:]).transpose(1, 2)
+            return x.view(bucket.count, bucket.width, *x.shape[1:])
 
-        out = F.scaled_dot_product_attention(
-            batched(query),
-            batched(key),
-            batched(value),
-            is_causal=True,
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        out = out.transpose(1, 2).reshape(bucket.count * bucket.width, *query.shape[1:])
+        out = self._sdpa(batch(query), batch(key), batch(value)).reshape(-1, *query.shape[1:])
         return out if bucket.scatter is None else out.index_select(0, bucket.scatter)
 
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of [batch, length, heads, d] by SDPA; its causal mask is aligned to the last query and key."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        mask = None if q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """There is no state."""
+        """Empty: attention has no weights."""
         return {}

@@ -1,7 +1,7 @@
-"""torch.compile for the element-wise parts of the local layers, on CUDA (not run). On a CPU they stay as they are.
+"""torch.compile for the element-wise parts of the local layers on CUDA (not run); on a CPU they run as they are.
 
-Compiled code is asked to round where plain code does, so that the policy stays the model that was read: fused
-activations and rope that do not are known to disturb DeepSeek-R1-Distill-Qwen.
+Compiled code rounds where plain code does, so that the policy computes what the model on disk does: fused activations
+and rope with other rounding are known to disturb DeepSeek-R1-Distill-Qwen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """`function`, compiled at its first call where CUDA is."""
+    """`function`, compiled at its first call if CUDA is available."""
 
     @cache
     def best() -> Callable[..., Any]:
@@ -34,6 +34,6 @@ def compiled(function: Function) -> Function:
 
 @cache
 def compile_rope() -> None:
-    """megatron's rope as one kernel, on CUDA."""
+    """Make megatron's rope one kernel on CUDA."""
     if torch.cuda.is_available():
         rope_utils._apply_rotary_pos_emb_bshd = compiled(rope_utils._apply_rotary_pos_emb_bshd)

@@ -1,7 +1,7 @@
-"""megatron-core 0.16 without CUDA, over gloo: the one place that knows. Inert where CUDA exists.
+"""Makes megatron-core 0.16 run without CUDA, over gloo. Does nothing where CUDA is available.
 
 megatron-core names the GPU in a few dozen places (tensor factories, streams, RNG state, a type string). `enable`
-answers each with its CPU counterpart; nothing numerical is replaced. Call it once, before a model is built.
+replaces each by its CPU counterpart; nothing numerical is replaced. Call it once, before a model is built.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# The modules whose tensor factories say device="cuda" or pin_memory=True.
+# The modules whose calls of tensor factories pass device="cuda" or pin_memory=True.
 _CUDA_LITERALS = (
     "utils",
     "transformer.utils",
@@ -26,14 +26,14 @@ _CUDA_LITERALS = (
     "optimizer.distrib_optimizer",
 )
 _FACTORIES = frozenset({"zeros", "ones", "empty", "tensor", "full", "arange", "empty_like"})
-# mallopt's numbers, and bytes: larger blocks are mapped by themselves; more free memory at the heap's end goes back.
+# Option number of mallopt, and bytes: larger blocks are mapped separately; more free memory at the heap's end is freed.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": (-3, 1 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 8 << 20)}
 _LARGE = 256 << 20  # bytes of weights
 _enabled = False
 
 
 class _CpuTorch:
-    """Stands for the name `torch` inside one megatron module: the same torch, whose factories build on the CPU."""
+    """Replacement of the name `torch` in a megatron module: the same torch, whose factories make tensors on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -55,19 +55,20 @@ def enable() -> None:
     if _enabled or torch.cuda.is_available():
         return
     _enabled = True
-    _answer_device_questions()
+    _replace_cuda_calls()
     for module in _CUDA_LITERALS:
         importlib.import_module(f"megatron.core.{module}").torch = _CpuTorch()  # type: ignore[attr-defined]
     _use_cpu_random_state()
 
 
 def return_freed_memory(weights: int) -> None:
-    """Let freed tensors of 1 MiB and more go back to the system at once, on a CPU with at least 256 MiB of weights.
+    """Make the allocator return freed tensors of 1 MiB and more to the system at once, on a CPU with at least 256 MiB
+    of weights.
 
     By default glibc keeps freed blocks below 32 MiB wherever something newer lies above them: about a fifth of the
-    plan's figure (tests/policy/test_cpu_memory.py holds a run to it). Mapping blocks costs time, about a tenth at 135M
-    parameters and twice as much at 4M (benchmarks/train_step.py, with _LARGE = 0), so that small models do without.
-    Does nothing with another C library, or where MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set.
+    memory that `plan` reports (tests/policy/test_cpu_memory.py compares a run with it). Mapping costs about a tenth of
+    the time at 135M parameters and twice as much at 4M (benchmarks/train_step.py, with _LARGE = 0), so that small
+    models go without. Does nothing with another C library, or if one of _ALLOCATOR's variables is set.
     """
     if not _enabled or weights < _LARGE or any(name in os.environ for name in _ALLOCATOR):
         return
@@ -77,7 +78,8 @@ def return_freed_memory(weights: int) -> None:
             mallopt(option, size)
 
 
-def _answer_device_questions() -> None:
+def _replace_cuda_calls() -> None:
+    """Give torch.cuda's queries, Tensor.cuda and Tensor.type what megatron-core expects, with the CPU as the device."""
     cuda: Any = torch.cuda
     cpu = torch.device("cpu")
     cuda.current_device = lambda: cpu
@@ -89,17 +91,17 @@ def _answer_device_questions() -> None:
 
     type_of = torch.Tensor.type
 
-    def cuda_spelling(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # The optimizers accept a parameter when its type() is spelt 'torch.cuda.FloatTensor'.
+    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers accept only parameters whose type() is a CUDA type, such as 'torch.cuda.FloatTensor'.
         if dtype is None:
             return str(type_of(self)).replace("torch.", "torch.cuda.", 1)
         return type_of(self, dtype, *args, **kwargs)
 
-    tensor.type = cuda_spelling
+    tensor.type = cuda_type
 
 
 def _use_cpu_random_state() -> None:
-    """Activation recomputation saves and restores the RNG; dropout is 0 here, so one CPU state is enough."""
+    """Let activation recomputation save and restore the CPU's RNG state; as dropout is 0, one state is enough."""
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()

@@ -1,12 +1,13 @@
 """Log-probs and entropies of tokens from hidden states, tile by tile over tokens and vocabulary.
 
-Touches tensors and the tensor-parallel group that it is given, nothing else: no megatron, no configuration.
-It must never hold the logits of more than one tile: backward computes them again. In half precision on CUDA the Triton
-kernels of log_probs_kernel hold none at all.
+Touches tensors and a tensor-parallel group alone: no megatron, no configuration. At no time do the logits of more than
+one tile exist: backward computes them again. In half precision on CUDA the Triton kernels of log_probs_kernel never
+write any to memory.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,29 +32,29 @@ def token_log_probs(
     vocab_size: int | None = None,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ weight.T / temperature) at the targets, [n], and on request the entropies [n].
+    """log softmax(hidden @ weight.T / temperature) at the targets, [n], and with `entropies` the entropies [n].
 
     hidden [n, h] and weight [v_local, h] (rows `vocab_start` and on of the whole output weight; no bias) share one
     floating dtype; targets [n] int64 are ids of the whole vocabulary. Rows from `vocab_size` on (default: none) are
     padding: their probability is 0, as is their gradient. Results are in nats, float32, or float64 for float64 inputs.
 
-    Under tensor parallelism each rank of `tp_group` holds equally many rows; all pass the same hidden and targets and
-    get the same results, by one collective in forward and none in backward, where all must bring the same incoming
-    gradients. The gradient of `weight` is whole, but that of `hidden` is THIS RANK'S PARTIAL SUM: the mapping through
-    which hidden came (megatron's gather from the sequence-parallel region, or copy to the tensor-parallel region) adds
-    it up over the group.
+    Under tensor parallelism each rank of `tp_group` holds the same number of rows. All ranks pass the same hidden and
+    targets and get the same results, by one collective in forward and none in backward, where the incoming gradients
+    must be the same on all ranks. The gradient of `weight` is whole, but that of `hidden` is THIS RANK'S PARTIAL SUM:
+    the mapping that hidden went through (megatron's gather from the sequence-parallel region, or copy to the
+    tensor-parallel region) adds it up over the group.
 
     With x = logits / temperature, p = softmax(x) and entropy H: d log p_t / dx_v = [v = t] - p_v and
     dH / dx_v = -p_v (log p_v + H). Only per-token statistics are kept for backward; without gradients nothing is.
 
     Raises ValueError for a temperature that is not positive, shapes, dtypes or a shard that do not fit, and targets
-    outside the vocabulary; on CUDA, where a look at them would be a synchronisation, these get NaN instead.
+    outside the vocabulary; on CUDA, where checking them would be a synchronisation, their log-probs are NaN instead.
     """
     ranks, rank = (dist.get_world_size(tp_group), dist.get_rank(tp_group)) if tp_group is not None else (1, 0)
     size = weight.size(0) * ranks if vocab_size is None else vocab_size
     if vocab_start != rank * weight.size(0) or not 0 < size <= ranks * weight.size(0):
-        held = f"row {vocab_start} and {weight.size(0)} rows a rank, on rank {rank} of {ranks}"
-        raise ValueError(f"this shard of the output weight does not fit a vocabulary of {size}: {held}")
+        shard = f"row {vocab_start} and {weight.size(0)} rows per rank, on rank {rank} of {ranks}"
+        raise ValueError(f"this shard of the output weight does not fit a vocabulary of {size}: {shard}")
     _check(hidden, weight, targets, temperature, size)
     head = _Head(
         scale=1.0 / temperature,
@@ -69,12 +70,12 @@ def token_log_probs(
 
 @dataclass(frozen=True)
 class _Head:
-    """What turns hidden states into logits, besides the weight; `rows` of the local weight are not padding."""
+    """Settings of the output layer, on this rank."""
 
-    scale: float
+    scale: float  # 1 / temperature
     group: dist.ProcessGroup | None
-    start: int
-    rows: int
+    start: int  # the token id of the local weight's first row
+    rows: int  # of the local weight, without padding
     vocab_size: int
     entropies: bool
 
@@ -84,13 +85,13 @@ class _Tile(NamedTuple):
     vocab: int
 
 
-# CPU: the fastest of those tried with one thread at vocabularies of 512 and 152k; a tile of logits stays in the cache.
+# CPU: the fastest tile of several, with one thread at vocabularies of 512 and 152k; its logits stay in the cache.
 # CUDA (not measured): matrix products large enough to fill the device, 128 MB of float32 logits. With the sums for the
 # gradients, and 32k tokens of 3584 numbers, that stays under 1 GB.
 _CPU_TILE = _Tile(512, 1024)
 _CUDA_TILE = _Tile(4096, 8192)
-# Whether a product in half precision is added to its float32 sum by the matrix multiplication itself, without a
-# temporary and an addition. Not run on a GPU; benchmarks/gpu measures both.
+# True: the matrix multiplication itself adds a product in half precision to its float32 sum, without a temporary and an
+# addition. Not run on a GPU; benchmarks/gpu measures both.
 FUSED_SUM = False
 
 
@@ -119,11 +120,11 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, targets, log_norm, entropy = ctx.saved_tensors
         head: _Head = ctx.head
-        # From here on gradients are with respect to the logits before the temperature.
+        # From here on, gradients are those of the logits before the temperature.
         grad_log_probs = torch.zeros_like(log_norm) if grad_log_probs is None else grad_log_probs * head.scale
         grad_entropy = None if grad_entropy is None else grad_entropy * head.scale
         active = _active_rows(grad_log_probs, grad_entropy)
-        tokens = _Tokens(hidden, targets - head.start, log_norm, grad_log_probs, grad_entropy, entropy).pick(active)
+        tokens = _Tokens(hidden, targets - head.start, log_norm, grad_log_probs, grad_entropy, entropy).select(active)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(tokens.hidden, dtype=log_norm.dtype) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
@@ -136,14 +137,15 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _local_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head) -> Tensor:
-    """[4, n] of one vocabulary shard, x being its logits over the temperature and m their maximum:
-    m, sum exp(x - m), x at the target (0 if it is elsewhere), sum exp(x - m) (x - m) (0 unless entropies are wanted).
+    """[4, n] statistics of one vocabulary shard. With x = logits / temperature and m their maximum:
+    m, sum exp(x - m), x at the target (0 if in another shard), sum exp(x - m) (x - m) (0 without head.entropies).
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
     if (kernel := _kernel(hidden, weight)) is not None and len(weight) and len(hidden):
         return _merge(kernel.statistics(hidden, weight, targets, head.scale, head.entropies))
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     stats = torch.zeros(4, len(hidden), dtype=dtype, device=hidden.device)
-    # A shard of padding alone: half of the lowest number, so that differences from it are finite and exp makes them 0.
+    # The maximum of a shard of padding alone: half of the lowest number, so that differences from it are finite and
+    # their exp is 0.
     stats[0] = torch.finfo(dtype).min / 2
     scratch = _Scratch(hidden, weight, 2 if head.entropies else 1)
     for rows in _spans(len(hidden), scratch.tile.tokens):
@@ -163,7 +165,7 @@ def _local_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _He
 
 
 def _merge(parts: Tensor) -> Tensor:
-    """The statistics [4, n] of a vocabulary from those of its parts [k, 4, n]."""
+    """[4, n] statistics of a vocabulary from those of its parts, [k, 4, n]."""
     maximum, total, chosen, weighted = parts.unbind(1)
     top = maximum.amax(0)
     shift = maximum - top
@@ -174,7 +176,7 @@ def _merge(parts: Tensor) -> Tensor:
 
 
 class _Tokens(NamedTuple):
-    """What backward needs of each token; grad_entropy and entropy are None where no gradient came through H."""
+    """Inputs of the backward pass per token; grad_entropy and entropy are None without a gradient of the entropy."""
 
     hidden: Tensor
     targets: Tensor
@@ -183,13 +185,15 @@ class _Tokens(NamedTuple):
     grad_entropy: Tensor | None
     entropy: Tensor | None
 
-    def pick(self, rows: Tensor | slice | None) -> _Tokens:
+    def select(self, rows: Tensor | slice | None) -> _Tokens:
+        """The tokens at these indices; None: all."""
         return self if rows is None else _Tokens._make(None if x is None else x[rows] for x in self)
 
 
 def _active_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
-    """The tokens with a non-zero gradient, None for all: unmixed groups have weight 0 and need no recomputation."""
-    if not _may_look(grad_log_probs):
+    """Indices of the tokens with a non-zero gradient, None for all. Unmixed groups have weight 0, so that their logits
+    need not be computed again."""
+    if not _is_on_host(grad_log_probs):
         return None
     active = grad_log_probs != 0
     if grad_entropy is not None:
@@ -198,60 +202,53 @@ def _active_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor 
 
 
 def _kernel(hidden: Tensor, weight: Tensor) -> ModuleType | None:
-    """The Triton kernels, where they can run; rows of hidden and weight must lie one after another."""
-    if not (hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and _has_triton()):
-        return None
-    return _triton_kernels() if hidden.is_contiguous() and weight.is_contiguous() else None
+    """The module of Triton kernels if they can compute these, else None."""
+    half = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
+    return _triton_kernels() if half and hidden.is_contiguous() and weight.is_contiguous() else None
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_kernels() -> ModuleType | None:
+    """None without Triton."""
+    return importlib.import_module("nemo_disco.policy.log_probs_kernel") if importlib.util.find_spec("triton") else None
 
 
-def _triton_kernels() -> ModuleType:
-    from nemo_disco.policy import log_probs_kernel
-
-    return log_probs_kernel
-
-
-def _may_look(tensor: Tensor) -> bool:
-    """Whether its values are at hand. A GPU's would have to be waited for, in the middle of the micro-batches."""
+def _is_on_host(tensor: Tensor) -> bool:
+    """True if the values can be read without waiting for a GPU, which would be in the middle of the micro-batches."""
     return tensor.is_cpu
 
 
 def _accumulate_gradients(
     tokens: _Tokens, weight: Tensor, scale: float, grad_hidden: Tensor | None, grad_weight: Tensor | None
 ) -> None:
-    """Add to grad_hidden [n, h] (float32 or float64) and write grad_weight (its first rows, in the weight's dtype).
+    """Add to grad_hidden [n, h] (float32 or float64) and write the first rows of grad_weight (in the weight's dtype).
 
-    Vocabulary outside, tokens inside: a float32 sum for a bf16 weight is then needed for one tile of it at a time.
+    The outer loop is over the vocabulary: the float32 sum for a bf16 weight is then needed for one tile at a time.
     """
     kernel = _kernel(tokens.hidden, weight)
     scratch = _Scratch(tokens.hidden, weight, 0 if kernel else 1 if tokens.grad_entropy is None else 2)
     for columns in _spans(len(weight), scratch.tile.vocab):
-        grad_columns = (
-            torch.zeros_like(weight[columns], dtype=tokens.log_norm.dtype) if grad_weight is not None else None
-        )
+        part = weight[columns]
+        grad_part = torch.zeros_like(part, dtype=tokens.log_norm.dtype) if grad_weight is not None else None
         for rows in _spans(len(tokens.hidden), scratch.tile.tokens):
-            block = tokens.pick(rows)
+            block = tokens.select(rows)
             if kernel is None:
-                logits, spare = scratch.logits(block.hidden, weight[columns], scale)
+                logits, spare = scratch.logits(block.hidden, part, scale)
                 grad = _logit_gradients(logits, spare, block, columns.start).to(weight.dtype)
             else:
-                here = block._replace(targets=block.targets - columns.start)
-                grad = weight.new_empty(len(here.hidden), columns.stop - columns.start)
-                kernel.logit_gradients(here.hidden, weight[columns], *here[1:], scale=scale, out=grad)
+                grad = part.new_empty(len(block.hidden), len(part))
+                targets = block.targets - columns.start
+                kernel.logit_gradients(block.hidden, part, targets, *block[2:], scale=scale, out=grad)
             if grad_hidden is not None:
-                _add_product(grad_hidden[rows], grad, weight[columns])
-            if grad_columns is not None:
-                _add_product(grad_columns, grad.T, block.hidden)
-        if grad_weight is not None and grad_columns is not None:
-            grad_weight[columns] = grad_columns
+                _add_product(grad_hidden[rows], grad, part)
+            if grad_part is not None:
+                _add_product(grad_part, grad.T, block.hidden)
+        if grad_weight is not None and grad_part is not None:
+            grad_weight[columns] = grad_part
 
 
 def _logit_gradients(logits: Tensor, spare: Tensor | None, tokens: _Tokens, first: int) -> Tensor:
-    """Turn a tile of logits, in place, into the gradient with respect to them; `first` is its first vocabulary row."""
+    """Turn a tile of logits, in place, into the gradient with respect to them; `first`: its first vocabulary row."""
     index, inside = _locate(tokens.targets - first, logits.size(1))
     log_p = logits.sub_(tokens.log_norm.unsqueeze(1))
     outer = tokens.grad_log_probs.unsqueeze(1)
@@ -264,7 +261,7 @@ def _logit_gradients(logits: Tensor, spare: Tensor | None, tokens: _Tokens, firs
 
 
 class _Scratch:
-    """The buffers of one tile, made once: every tile's logits lie in the same memory."""
+    """Buffers for one tile of logits, which all tiles use in turn."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, buffers: int) -> None:
         self.tile = _CUDA_TILE if hidden.is_cuda else _CPU_TILE
@@ -273,12 +270,12 @@ class _Scratch:
         self.buffers = [torch.empty(size, dtype=dtype, device=hidden.device) for _ in range(buffers)]
 
     def logits(self, hidden: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-        """hidden @ weight.T * scale, and a second buffer of its shape if there is one."""
+        """hidden @ weight.T * scale in the first buffer, and the second buffer (if any) in the same shape."""
         shape = len(hidden), len(weight)
         logits, *spare = (b[: shape[0] * shape[1]].view(shape) for b in self.buffers)
         if hidden.dtype == logits.dtype:
             logits.addmm_(hidden, weight.T, beta=0, alpha=scale)
-        elif hidden.is_cuda:  # in half precision alone the product would be rounded to it: 0.03 in a logit of 16
+        elif hidden.is_cuda:  # without out_dtype a logit of 16 would be rounded to half precision: by 0.03
             torch.mm(hidden, weight.T, out_dtype=logits.dtype, out=logits).mul_(scale)
         else:
             logits.copy_(hidden @ weight.T).mul_(scale)
@@ -286,11 +283,12 @@ class _Scratch:
 
 
 def _locate(targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """[r, 1] column indices that are safe for gather and scatter, and [r] whether the target is among the columns."""
+    """[r, 1] column indices within the tile, for gather and scatter, and [r] True where the target is in the tile."""
     return targets.clamp(0, size - 1).unsqueeze(1), (targets >= 0) & (targets < size)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the type of `total`."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and FUSED_SUM:
@@ -314,6 +312,6 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, 
     if hidden.dtype != weight.dtype or not hidden.is_floating_point() or targets.dtype != torch.int64:
         dtypes = f"{hidden.dtype}, {weight.dtype}, {targets.dtype}"
         raise ValueError(f"log-probs need hidden and weight of one floating dtype and int64 targets, not {dtypes}")
-    if _may_look(targets) and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
-        found = f"{int(targets.min())} to {int(targets.max())}"
-        raise ValueError(f"targets must be token ids below the vocabulary size {vocab_size}, found {found}")
+    if _is_on_host(targets) and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
+        span = f"{int(targets.min())} to {int(targets.max())}"
+        raise ValueError(f"targets must be token ids below the vocabulary size {vocab_size}, not {span}")

@@ -1,7 +1,7 @@
-"""Triton kernels of the log-probs: logits live in registers and are never written to memory. Not run on a GPU.
+"""Triton kernels of the log-probs: logits stay in registers and are never written to memory. Not run on a GPU.
 
-Forward: per-token statistics of a vocabulary shard. Backward: a tile of the gradient with respect to the logits, made
-from recomputed logits, for cuBLAS to multiply. `make test-triton` runs them in Triton's interpreter and compiles them.
+Forward: per-token statistics of a vocabulary shard. Backward: a tile of the gradient with respect to the logits, which
+are computed again; cuBLAS multiplies it. `make test-triton` runs them in Triton's interpreter and compiles them.
 """
 
 from __future__ import annotations
@@ -11,35 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# One program's tile (tokens, vocabulary rows, hidden numbers) and launch: the largest that ptxas fits into Hopper's
-# registers (sm_90: no spills worth the name, loads pipelined, wgmma). Speed: not measured; benchmarks/gpu compares.
+# Tile of a program (tokens, vocabulary rows, hidden numbers) and its launch: the largest that ptxas fits into Hopper's
+# registers (sm_90: hardly any spills, loads pipelined, wgmma). Speed: not measured; benchmarks/gpu compares.
 FORWARD = {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 BACKWARD = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 4}
-# The gradient's tile as large as the forward one's: fits as well, and reads a third fewer bytes for the same products.
+# A gradient tile as large as the forward one: it fits as well, and reads a third fewer bytes for the same products.
 WIDE_BACKWARD = FORWARD
-# Half of the lowest float32: differences from it are finite, and exp makes them 0.
+# Half of the lowest float32: differences from it are finite, and their exp is 0.
 _FLOOR = tl.constexpr(-1.7e38)
-# Programs a multiprocessor that a launch should have, so that the last ones to end leave little idle.
+# Programs per multiprocessor in a launch, so that little is idle while the last ones run.
 _WAVES = 4
-# Programs start in the order of the first axis. With the splits of the vocabulary there, at least so many, those
-# that run together share few token blocks, which stay in the L2 cache, and read each weight at about one time. With
-# token blocks first (False) each holds another block: more than the L2 cache, read anew for every tile of weights.
+# Programs start in the order of the first grid axis. True: it is the splits of the vocabulary, at least _LEAST_SPLITS;
+# programs that run together then share few token blocks, which stay in the L2 cache, and read each weight at about one
+# time. False: it is the token blocks, which exceed the L2 cache and are read again for every tile of weights.
 SPLITS_FIRST = True
 _LEAST_SPLITS = 12
 
 
 @triton.jit
-def _logits(
-    hidden,
-    weight,
-    rows,
-    columns,
-    n,
-    size,
-    WIDTH: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """hidden[rows] @ weight[columns].T in float32; what is beyond n and size is 0."""
+def _logits(hidden, weight, rows, columns, n, size, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr):
+    """hidden[rows] @ weight[columns].T in float32; 0 for rows from n and columns from size on."""
     total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for start in range(0, WIDTH, BLOCK_H):
         inner = start + tl.arange(0, BLOCK_H)
@@ -57,14 +48,14 @@ def _logits(
     return total
 
 
-# Neither n nor share is a constant, nor specialised by its divisors: each new value would be a compilation.
+# n and share are neither constants nor specialised by their divisors: each new value would need a compilation.
 @triton.jit(do_not_specialize=["n", "share"])
 def _statistics(
     hidden, weight, targets, out, n, size, share, scale,
     WIDTH: tl.constexpr, ENTROPIES: tl.constexpr, SPLITS_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, 4, n] float32: of each `share` vocabulary rows, what log_probs._local_statistics says."""
+    """out [splits, 4, n] float32: the statistics of log_probs._local_statistics for each `share` vocabulary rows."""
     split, block = tl.program_id(0 if SPLITS_FIRST else 1), tl.program_id(1 if SPLITS_FIRST else 0)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     first = split * share
@@ -121,10 +112,10 @@ def _gradients(
 
 
 def statistics(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, entropies: bool) -> Tensor:
-    """[splits, 4, n] float32: of parts of the vocabulary rows [v, h] in turn: the maximum m of the logits over the
-    temperature x, sum exp(x - m), x at the target (0 where it is elsewhere), sum exp(x - m) (x - m).
+    """[splits, 4, n] float32 statistics, one split per part of the vocabulary. With x = logits * scale of the part:
+    the maximum m of x, sum exp(x - m), x at the target (0 if in another part), sum exp(x - m) (x - m).
 
-    hidden [n, h] and weight are contiguous; targets [n] int64 count from the weight's first row.
+    hidden [n, h] and weight [v, h] are contiguous; targets [n] int64 count from the weight's first row.
     """
     n, size = len(hidden), len(weight)
     blocks, tiles = triton.cdiv(n, FORWARD["BLOCK_N"]), triton.cdiv(size, FORWARD["BLOCK_V"])
@@ -151,10 +142,10 @@ def logit_gradients(
     scale: float,
     out: Tensor,
 ) -> Tensor:
-    """Write to out [n, v] the gradient with respect to the logits of this tile, and return it. All are contiguous.
+    """Write to out [n, v] the gradient with respect to the logits of a tile, and return it. All are contiguous.
 
-    grad_log_probs and grad_entropy [n] float32 are with respect to the logits before the temperature, log_norm [n] is
-    log sum exp of those after it."""
+    grad_log_probs and grad_entropy [n] float32 already contain the factor `scale` = 1 / temperature; log_norm [n] is
+    log sum exp of the logits times `scale`."""
     n, size = out.shape
     grid = (triton.cdiv(n, BACKWARD["BLOCK_N"]), triton.cdiv(size, BACKWARD["BLOCK_V"]))
     with_entropy = grad_entropy is not None

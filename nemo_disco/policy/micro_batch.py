@@ -1,4 +1,4 @@
-"""Micro-batches: which tokens go through the model together, as the tensors that the model takes.
+"""Micro-batches: the tokens that go through the model together, as the model's input tensors.
 
 Built from the step's Rollouts and the packing plan, both of which every rank has; nothing is communicated.
 """
@@ -24,7 +24,7 @@ class MicroBatch:
     """S tokens of packed sequences, n of which predict a response token.
 
     input_ids, position_ids [1, S]; rows [n]: positions whose next token is a response token; targets [n]: that token;
-    index [n]: where it stands in a vector over the T response tokens of the rollouts.
+    index [n]: its index among the T response tokens of the rollouts.
     """
 
     input_ids: Tensor
@@ -37,23 +37,23 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Padding:
-    """What token counts must be multiples of: each sequence's, and each micro-batch's."""
+    """Numbers of which the token counts of a sequence and of a micro-batch must be multiples."""
 
     sequence: int = 1
     micro_batch: int = 1
 
     @classmethod
-    def of(cls, ranks: Ranks, sequence_parallel: bool, fp8_tokens: int = 1) -> Padding:
-        """CP cuts each sequence in 2 CP chunks; under SP the TP ranks share a micro-batch's tokens (of a CP rank).
-        fp8_tokens: what the tokens of a share must be a multiple of."""
+    def for_layout(cls, ranks: Ranks, sequence_parallel: bool, fp8_tokens: int) -> Padding:
+        """CP cuts each sequence into 2 CP pieces; under SP the TP ranks share the tokens of a CP rank.
+        fp8_tokens: number of which each rank's share must be a multiple."""
         sequence = 2 * ranks.context_size if ranks.context_size > 1 else 1
         shares = ranks.context_size * (ranks.tensor_size if sequence_parallel else 1)
         return cls(sequence, math.lcm(sequence, shares * fp8_tokens))
 
 
 def sequence_lengths(rollouts: Rollouts) -> list[int]:
-    """[N] tokens that each response needs the model to read: all but the last, which predicts nothing; 0 for an empty
-    response, which has no log-prob and is left out of the micro-batches."""
+    """[N] tokens that the model reads for each response: all but the last, which predicts nothing. 0 for an empty
+    response, which has no log-prob and is in no micro-batch."""
     lengths = torch.where(rollouts.response_lengths > 0, rollouts.total_lengths - 1, 0)
     return [int(n) for n in lengths]
 
@@ -67,13 +67,13 @@ def build_micro_batch(
     context_rank: int = 0,
     context_size: int = 1,
 ) -> MicroBatch:
-    """Pack `responses`, shortest first (neighbours share an attention call), padded as the layout needs.
+    """Pack the responses with these indices, shortest first (neighbours share an attention call), with padding.
 
-    Under context parallelism: this rank's share of the tokens. Nothing waits for what the device is doing.
+    Under context parallelism: this rank's share of the tokens. Does not wait for the device.
     """
-    needed = sequence_lengths(rollouts)
-    order = sorted(responses, key=lambda i: (needed[i], i))
-    lengths = [round_up(needed[i], layout.sequence) for i in order]
+    unpadded = sequence_lengths(rollouts)
+    order = sorted(responses, key=lambda i: (unpadded[i], i))
+    lengths = [round_up(unpadded[i], layout.sequence) for i in order]
     total = max(round_up(sum(lengths), layout.micro_batch), layout.micro_batch)
     if total > sum(lengths):
         lengths.append(total - sum(lengths))  # one more sequence, which predicts nothing
@@ -81,11 +81,11 @@ def build_micro_batch(
     index -= 1
     start = 0
     for i, length in zip(order, lengths, strict=False):
-        first, n = int(rollouts.token_offsets[i]), needed[i]
+        first, n = int(rollouts.token_offsets[i]), unpadded[i]
         ids[start : start + n] = rollouts.tokens[first : first + n]
-        answer = slice(start + int(rollouts.prompt_lengths[i]) - 1, start + n)
-        targets[answer] = rollouts.response(i)
-        index[answer] = torch.arange(int(rollouts.response_offsets[i]), int(rollouts.response_offsets[i + 1]))
+        response = slice(start + int(rollouts.prompt_lengths[i]) - 1, start + n)
+        targets[response] = rollouts.response(i)
+        index[response] = torch.arange(int(rollouts.response_offsets[i]), int(rollouts.response_offsets[i + 1]))
         start += length
     positions = torch.cat([torch.arange(n) for n in lengths])
     sequences = PackedSequences.from_lengths(lengths, context_rank, context_size)
@@ -94,16 +94,16 @@ def build_micro_batch(
         ids, positions, targets, index = ids[local], positions[local], targets[local], index[local]
     rows = (index >= 0).nonzero()[:, 0]
     batch = MicroBatch(ids[None], positions[None], sequences, rows, targets[rows], index[rows])
-    return batch if device.type == "cpu" else _sent(batch, device)
+    return batch if device.type == "cpu" else _send(batch, device)
 
 
-def _sent(value: Any, device: torch.device) -> Any:
-    """The same with every tensor on its way to the device, from page-locked memory, which CUDA does not wait for. Not
+def _send(value: Any, device: torch.device) -> Any:
+    """Copy every tensor in a dataclass or tuple to the device, from page-locked memory so that CUDA does not wait. Not
     run."""
     if isinstance(value, Tensor):
         return value.pin_memory().to(device, non_blocking=True)
     if isinstance(value, tuple):
-        return tuple(_sent(item, device) for item in value)
+        return tuple(_send(item, device) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _sent(getattr(value, field.name), device) for field in fields(value)})
+        return replace(value, **{field.name: _send(getattr(value, field.name), device) for field in fields(value)})
     return value

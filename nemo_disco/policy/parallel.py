@@ -1,4 +1,4 @@
-"""The process groups: start torch.distributed and megatron-core's layout, answer who this rank is.
+"""The process groups: starts torch.distributed and megatron-core's layout, and gives this process's ranks in it.
 
 The only place that initialises megatron's parallel state. gloo on CPU, NCCL on CUDA.
 """
@@ -21,7 +21,7 @@ from nemo_disco.policy import cpu_backend
 from nemo_disco.runtime import srun, watchdog
 from nemo_disco.runtime.watchdog import Watchdog
 
-# A rank that waits longer than this for another is waiting for a dead one.
+# A rank that has waited this long for another takes it for dead.
 _TIMEOUT = datetime.timedelta(minutes=30)
 _MEETING_TIMEOUT = datetime.timedelta(minutes=10)
 _watchdog: Watchdog | None = None
@@ -30,21 +30,22 @@ _layout: dict[str, int | None] | None = None
 
 
 def start(model: ModelConfig, seed: int = 0) -> None:
-    """Join the process group (RANK, WORLD_SIZE, ... in the environment; alone without them) and cut it as `model` says.
+    """Join the process group that RANK, WORLD_SIZE, ... in the environment define (without them: one process), split it
+    by the layout of `model`, and seed torch.
 
-    May be called again in the same processes: another layout ends the groups of the one before, the same keeps them.
+    May be called again in the same processes: another layout ends the previous groups, the same one keeps them.
     """
     global _background, _layout
     cpu_backend.enable()
     cuda = torch.cuda.is_available()
     if cuda:
         if model.tensor_model_parallel_size > 1:
-            # Kernels then start in the order of their launch: communication before what is to hide it (not run).
+            # Kernels then start in launch order: communication before the computation that hides it (not run).
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        # Where the launcher shows each process its own GPU alone, that is number 0.
+        # If the launcher shows each process only its own GPU, that GPU is number 0.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if not dist.is_initialized():
-        parallel_state.destroy_model_parallel()  # what stood on an earlier process group
+        parallel_state.destroy_model_parallel()  # groups of an earlier process group
         _background = None
         _join("nccl" if cuda else "gloo")
     if _background is None:
@@ -66,13 +67,13 @@ def start(model: ModelConfig, seed: int = 0) -> None:
 
 
 def stop(*, failed: bool = False) -> None:
-    """Leave the process group. A rank that failed leaves it by its end: taking it down would wait for its peers."""
+    """Leave the process group. A failed rank does so only when its process ends: destroying it would wait for peers."""
     global _watchdog
     if failed and "RANK" in os.environ:
         watchdog.limit_clean_up()
         return
     if _watchdog is not None:
-        dist.barrier()  # until the last one is done they are watched
+        dist.barrier()  # the ranks are watched until the last one is done
         _watchdog.stop()
         _watchdog = None
     if dist.is_initialized():
@@ -80,20 +81,20 @@ def stop(*, failed: bool = False) -> None:
 
 
 def _end_groups() -> None:
-    """megatron-core forgets its groups without ending them, and each of gloo's keeps threads that wake all the time."""
-    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first stands for all ranks
+    """End megatron-core's groups. It would only forget them, and each of gloo's has threads that wake all the time."""
+    for group in (parallel_state._global_process_group_list or [])[1:]:  # the first is the default group
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
 def background_group() -> dist.ProcessGroup:
-    """All ranks, over gloo, for one thread beside the main one: a group takes collectives in one order alone."""
+    """All ranks over gloo, for one background thread: collectives of two threads must not mix in one group."""
     assert _background is not None, "parallel.start has not run"
     return _background
 
 
 def _join(backend: str) -> None:
-    """Meet the other ranks, and watch over them from then on."""
+    """Join the default process group, and start the watchdog over its ranks."""
     global _watchdog
     if "RANK" not in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT, store=HashStore(), rank=0, world_size=1)
@@ -113,7 +114,7 @@ def _join(backend: str) -> None:
 
 
 def _meet(meeting: Path, rank: int, world_size: int) -> TCPStore:
-    """A store that rank 0 serves on whatever port is free, and the others find through a file."""
+    """A store that rank 0 serves on a free port; the other ranks read its address from the file `meeting`."""
     seconds = _MEETING_TIMEOUT.total_seconds()
     host, port = (srun.node_address(), 0) if rank == 0 else srun.wait_for_address(meeting, seconds)
     store = TCPStore(host, port, world_size, rank == 0, timeout=_MEETING_TIMEOUT, wait_for_workers=False)
@@ -123,12 +124,15 @@ def _meet(meeting: Path, rank: int, world_size: int) -> TCPStore:
 
 
 def device() -> torch.device:
+    """This process's device."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. Data-parallel ranks read different responses; context-parallel ones share them."""
+    """This process's rank and the number of ranks, overall and in each kind of parallelism.
+
+    Data-parallel ranks read different responses; context-parallel ones share the tokens of the same responses."""
 
     world: int
     world_size: int
@@ -159,10 +163,10 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """The one that writes files and talks to the user."""
+        """True on the rank that writes files and prints."""
         return self.world == 0
 
     @property
-    def speaks_for_log_probs(self) -> bool:
-        """Whether this rank contributes log-probs to a sum over all ranks (its TP peers hold the same ones)."""
+    def contributes_log_probs(self) -> bool:
+        """True if this rank adds its log-probs to a sum over all ranks (its TP peers have the same ones)."""
         return self.pipeline == self.pipeline_size - 1 and self.tensor == 0

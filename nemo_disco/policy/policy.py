@@ -1,7 +1,7 @@
-"""The trained policy: a sharded megatron model with its optimizer, as three verbs: log_probs, accumulate, step.
+"""The trained policy: a sharded megatron model and its optimizer. Its three main methods: log_probs, accumulate, step.
 
 Log-probs and gradients are the same, to rounding, at every layout and token budget. Knows no objective: `accumulate`
-takes a loss of per-token log-probs that is a sum over tokens.
+is given a loss of per-token log-probs that is a sum over tokens.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -44,7 +41,7 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Policy:
-    """The policy of a run, on this rank."""
+    """This rank's part of a policy."""
 
     def __init__(
         self,
@@ -59,15 +56,16 @@ class Policy:
         read_weights: bool = True,
         vocabulary: int | None = None,
     ) -> None:
-        """parallel.start must have run. temperature: what log-probs divide the logits by; clip_grad: 0 is off.
-        trainable, with_optimizer: without the optimizer there are gradients and no `step`; without either, log-probs.
-        read_weights: whether the directory's are read (else a checkpoint must be loaded). vocabulary: how many ids are
-        tokens; rows of the output weight beyond them have probability 0 and no gradient (null: there are none).
+        """parallel.start must have run. temperature: log-probs are those of the logits divided by it. clip_grad: the
+        largest gradient norm, 0 for any. trainable: with gradients; with_optimizer: with `step` too.
+        read_weights: read them from config.path (if False, a checkpoint must be loaded). vocabulary: number of token
+        ids; rows of the output weight beyond them have probability 0 and no gradient (None: all rows are tokens).
 
-        Raises UserError for a missing, damaged or unfitting model directory.
+        Raises UserError for a missing or damaged model directory, or one that does not fit.
         """
         self.config, self.temperature = config, temperature
         self.ranks, self.device = Ranks.here(), device()
+        self._padding = Padding.for_layout(self.ranks, config.sequence_parallel, config.fp8_tokens)
         self.transformer_engine = uses_transformer_engine(config)
         self.hf_config = load_hf_config(config.path, config.trust_remote_code)
         self.shape = read_shape(config.path)
@@ -84,7 +82,7 @@ class Policy:
         cpu_backend.return_freed_memory(sum(p.nbytes for chunk in self.network for p in chunk.parameters()))
         if dtype is torch.bfloat16:
             self.network = [Float16Module(chunk.config, chunk) for chunk in self.network]
-        # Passes in which delayed scaling has yet to see what it scales (fp8_scales.py).
+        # Passes for which FP8 delayed scaling has no history of maxima yet (fp8_scales.py).
         self.unscaled = {"forward", "backward"} if config.fp8 == "delayed" else set()
         self.optimizer: Optimizer | None = None
         if trainable:
@@ -95,7 +93,7 @@ class Policy:
 
     @property
     def device_name(self) -> str:
-        """As CUDA names it; "cpu" without CUDA."""
+        """CUDA's name of the device; "cpu" without CUDA."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def _data_parallel(self, index: int, chunk: Any, dtype: torch.dtype) -> DistributedDataParallel:
@@ -115,11 +113,11 @@ class Policy:
             )
         return ddp
 
-    # --- the three verbs ---
+    # --- log-probs, gradients, steps ---
 
     def log_probs(self, rollouts: Rollouts, *, entropies: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[T] log-probs of every response token under the present weights, on every rank, and on request the [T]
-        entropies. float32, or float64 for a float64 model."""
+        """[T] log-probs of every response token under the present weights, on every rank, and with `entropies` the [T]
+        entropies. float32, or float64 for a float64 model. A collective."""
         rows = 2 if entropies else 1
         total = int(rollouts.response_lengths.sum())
         precision = torch.float64 if self.dtype is torch.float64 else torch.float32
@@ -128,7 +126,7 @@ class Policy:
         def collect(batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> None:  # noqa: ARG001
             out[:, batch.index] = output.reshape(rows, -1).to(precision)
 
-        if "forward" in self.unscaled:  # scales follow passes that may have a gradient alone
+        if "forward" in self.unscaled:  # Transformer Engine updates its scales only in passes with gradients enabled
             self.unscaled.remove("forward")
             self._schedule(rollouts, lambda *_, **__: None, entropies, forward_only=True)
         with torch.no_grad():
@@ -137,9 +135,9 @@ class Policy:
         return out[0], out[1] if entropies else None
 
     def share(self, values: Tensor) -> Tensor:
-        """Sum over ranks of values that each rank's last pipeline stage wrote for its own tokens into zeros. Exact: one
-        rank writes an element, the others add zero."""
-        if not self.ranks.speaks_for_log_probs:
+        """Sum over all ranks of vectors in which each last pipeline stage has written the elements of its own tokens.
+        Exact: the other elements are zero, and of TP peers with the same values one is counted. A collective."""
+        if not self.ranks.contributes_log_probs:
             values = torch.zeros_like(values)
         dist.all_reduce(values)
         return values
@@ -158,14 +156,14 @@ class Policy:
             total = token_loss(batch.index, log_probs, entropy).sum()
             return total, torch.zeros((), dtype=torch.int, device=output.device), {}
 
-        # Under a scale of 1, where delayed scaling starts, FP8 has no number as small as most gradients: the first pass
-        # is for the scales alone.
+        # Delayed scaling starts with a scale of 1, under which most gradients are too small for FP8: a first pass sets
+        # the scales.
         for _ in range(1 + ("backward" in self.unscaled)):
             for chunk in self.network:
                 chunk.zero_grad_buffer()
                 chunk.force_all_reduce = everywhere
             if self.optimizer is not None:
-                self.optimizer.zero_grad()
+                self.optimizer.megatron.zero_grad()
             self._schedule(rollouts, loss, entropies, forward_only=False, force_all_reduce=everywhere)
         self.unscaled.clear()
 
@@ -175,8 +173,8 @@ class Policy:
         return self.optimizer.step()
 
     def gradient_norm(self, rollouts: Rollouts) -> float:
-        """Of the mean log-prob of the response tokens, before clipping: finite where the weights can be trained. The
-        gradient is replaced, and nothing moves. A collective."""
+        """Gradient norm of the mean log-prob of the response tokens, before clipping; finite if the weights can be
+        trained. Replaces the gradient and changes no weight. A collective."""
         assert self.optimizer is not None, "this policy was built without an optimizer"
         total = max(1, int(rollouts.response_lengths.sum()))
         self.accumulate(rollouts, lambda _index, log_probs, _entropies: log_probs / total)
@@ -184,8 +182,8 @@ class Policy:
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """While an engine samples: the gradient's memory goes back to the device, and with model.optim.offload the
-        optimizer's state waits in the host's. Afterwards the gradient is zero."""
+        """Context in which an engine samples: the gradient's memory on the device is free, and with model.optim.offload
+        also that of the optimizer's state, which is on the host. Afterwards the gradient is zero."""
         if self.optimizer is None:
             yield
             return
@@ -205,23 +203,22 @@ class Policy:
     # --- weights in and out ---
 
     def load(self, read: Callable[[str], Tensor]) -> None:
-        """Take the weights `read(name)` of every Hugging Face name; the optimizer's state stays."""
+        """Set every weight to `read(its Hugging Face name)`; the optimizer's moments stay."""
         self.model.load(read)
         if self.optimizer is not None:
             self.optimizer.reload_weights()
 
     def gather_weights(self) -> None:
-        """Wait for the last step's weights from the ranks that computed them. A collective.
+        """Gather the last step's weights from the ranks that computed them. A collective.
 
-        Forward passes gather what they are about to read, while they compute; whoever reads weights otherwise calls
-        this first.
+        Forward passes gather weights while they compute. Call this before the weights are read in any other way.
         """
         for ddp in self.network if self.optimizer is not None else ():
             for buckets in ddp.bucket_groups if ddp.use_forward_hook else ():
                 buckets.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def has_finite_weights(self) -> bool:
-        """Whether every weight is a finite number, on every rank; what is kept in FP8 always is. A collective."""
+        """True on every rank if all weights are finite; weights in FP8 always are. A collective."""
         self.gather_weights()
         plain = (p.detach() for chunk in self.model.chunks for p in chunk.parameters())
         finite = all(bool(p.isfinite().all()) for p in plain if type(p) is Tensor)
@@ -230,17 +227,17 @@ class Policy:
         return bool(votes)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, under its Hugging Face name. A collective: run it to its end on every rank."""
+        """Iterate over all weights, whole, by Hugging Face name. A collective: every rank must iterate to the end."""
         self.gather_weights()
         return self.model.named_tensors()
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The gradient after accumulate(everywhere=True), under Hugging Face names. A collective."""
+        """Iterate over the gradient after accumulate(everywhere=True), with Hugging Face names. A collective."""
         return self.model.named_tensors(lambda p: p.main_grad)  # type: ignore[attr-defined]
 
     def export(self, directory: str | Path, also: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Write the policy as a Hugging Face directory, in the type that config.json names, with the tokenizer of the
-        directory it came from. also: texts of further files in it, by name. A collective."""
+        """Write the policy as a Hugging Face directory, in the dtype of its config.json, with the tokenizer from
+        config.path. also: texts of further files, by name. A collective."""
         if not self.ranks.is_first:
             for _ in self.named_weights():
                 pass
@@ -258,53 +255,42 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.config.params_dtype
-        return dtype
+        """Type of the weights."""
+        return cast(torch.dtype, self.model.config.params_dtype)
 
     def plan(self, rollouts: Rollouts) -> list[list[tuple[int, ...]]]:
-        """The numbers of the responses in each micro-batch of each data-parallel rank; the same on every rank. Empty
-        responses are in none."""
+        """Indices of the responses in each micro-batch of each data-parallel rank; the same on every rank. Empty
+        responses are in no micro-batch."""
         config = self.model.config
         lengths = sequence_lengths(rollouts)
-        read = [i for i, n in enumerate(lengths) if n > 0]
+        responses = [i for i, n in enumerate(lengths) if n > 0]
         plan = plan_micro_batches(
-            [lengths[i] for i in read],
+            [lengths[i] for i in responses],
             token_budget=self.config.token_budget,
             data_parallel_size=self.ranks.data_size,
             sequence_multiple=self._padding.sequence,
             micro_batch_multiple=self._padding.micro_batch,
             count_multiple=self.ranks.pipeline_size if config.virtual_pipeline_model_parallel_size else 1,
-            attention_span=12 * config.hidden_size,
+            attention_span=12 * config.hidden_size,  # GPT's: a layer has 12 hidden_size^2 parameters
         )
-        return [[tuple(read[i] for i in batch) for batch in rank] for rank in plan.micro_batches]
-
-    @property
-    def _padding(self) -> Padding:
-        return Padding.of(self.ranks, self.config.sequence_parallel, self.config.fp8_tokens)
+        return [[tuple(responses[i] for i in batch) for batch in rank] for rank in plan]
 
     def _schedule(
         self, rollouts: Rollouts, use: Callable[..., Any], entropies: bool, *, forward_only: bool, **options: Any
     ) -> None:
-        """Run megatron's pipeline schedule over this rank's micro-batches; `use(batch, output)` on the last stage."""
+        """Run megatron's pipeline schedule on this rank's micro-batches; the last stage calls `use(batch, output)`."""
+        ranks = self.ranks
+        build = partial(build_micro_batch, rollouts, layout=self._padding, device=self.device)
         batches = [
-            build_micro_batch(
-                rollouts,
-                responses,
-                layout=self._padding,
-                device=self.device,
-                context_rank=self.ranks.context,
-                context_size=self.ranks.context_size,
-            )
-            for responses in self.plan(rollouts)[self.ranks.data]
+            build(responses, context_rank=ranks.context, context_size=ranks.context_size)
+            for responses in self.plan(rollouts)[ranks.data]
         ]
 
         def forward(batches: Iterator[MicroBatch], network: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
             targets = Targets(batch.rows, batch.targets, self.temperature, entropies)
-            output = network(
-                batch.input_ids, batch.position_ids, None, packed_seq_params=batch.sequences, labels=targets
-            )
-            return output, partial(use, batch)
+            inputs = batch.input_ids, batch.position_ids, None
+            return network(*inputs, packed_seq_params=batch.sequences, labels=targets), partial(use, batch)
 
         get_forward_backward_func()(
             forward_step_func=forward,
@@ -320,5 +306,5 @@ class Policy:
 
 
 def _finalize_sums(model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """megatron's own reduction over DP, SP and tied embeddings, without its division by the number of tokens."""
+    """megatron's gradient reduction over DP, SP and tied embeddings, without its division by the number of tokens."""
     finalize_model_grads(model, None, **kwargs)

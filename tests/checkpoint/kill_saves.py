@@ -1,7 +1,7 @@
-"""Trains, and saves in the background, in a loop in a child that is killed at a random moment; the next child resumes
-and checks what was left. The last child saves once and ends by itself.
+"""Trains and saves in the background, in a loop, in a child process that is killed at a random moment; the next child
+resumes and checks what it finds. The last child saves once and ends by itself.
 
-Run by test_checkpoint.py: kill_saves.py MODEL CHECKPOINTS. Forks, so that the imports are paid once.
+Run by test_checkpoint.py: kill_saves.py MODEL CHECKPOINTS. The children are forks, which need not import again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ ROUNDS = 6
 sys.modules["psutil"] = None  # type: ignore[assignment]  # without it megatron's own writer waits for ever
 
 
-def resume_and_save(model: Path, directory: Path, tell: int, *, saves: int | None) -> None:
-    """`saves` None: until killed."""
+def resume_and_save(model: Path, directory: Path, reports: int, *, saves: int | None) -> None:
+    """Resume, then train and save `saves` times (None: until killed). reports: a pipe, which gets a line of JSON after
+    resuming and a dot for each complete save."""
     torch.set_num_threads(1)
     unfinished = len(list(directory.glob("*.tmp-*"))) if directory.exists() else 0
     config = model_config(model)
@@ -37,36 +38,36 @@ def resume_and_save(model: Path, directory: Path, tell: int, *, saves: int | Non
     start, state = checkpoint.load_latest(policy, directory) or (0, {})
     step = start
     assert step == 0 or state["fingerprint"] == fingerprint(policy), "not the weights that were saved"
-    os.write(tell, json.dumps({"resumed_from": step, "left_unfinished": unfinished}).encode() + b"\n")
+    os.write(reports, json.dumps({"resumed_from": step, "left_unfinished": unfinished}).encode() + b"\n")
     writer = CheckpointWriter()
     while saves is None or step < start + saves:
         train(policy, [step])
         step += 1
         writer.save(policy, directory, step, {"fingerprint": fingerprint(policy)}, keep=2)
         if step > start + 1:  # the one before is complete
-            os.write(tell, b".")
+            os.write(reports, b".")
     writer.wait()
 
 
 def main() -> None:
     model, directory = Path(sys.argv[1]), Path(sys.argv[2])
-    luck = random.Random(0)
+    rng = random.Random(0)
     for attempt in range(ROUNDS + 1):
-        hear, tell = os.pipe()
+        read_end, write_end = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                resume_and_save(model, directory, tell, saves=None if attempt < ROUNDS else 1)
+                resume_and_save(model, directory, write_end, saves=None if attempt < ROUNDS else 1)
             except BaseException as error:
                 print(repr(error), file=sys.stderr)
                 os._exit(1)
             os._exit(0)
-        os.close(tell)
-        with os.fdopen(hear, "rb", buffering=0) as ear:
-            sys.stdout.write(ear.readline().decode())
+        os.close(write_end)
+        with os.fdopen(read_end, "rb", buffering=0) as reports:
+            sys.stdout.write(reports.readline().decode())
             if attempt < ROUNDS:
-                assert ear.read(1) == b"."  # one save was finished
-                time.sleep(luck.uniform(0, 0.4))
+                assert reports.read(1) == b"."  # one save is complete
+                time.sleep(rng.uniform(0, 0.4))
                 os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert status == (signal.SIGKILL if attempt < ROUNDS else 0), status

@@ -1,4 +1,4 @@
-"""Saving and loading a policy on one rank: bit-exact, damage is found and named, nothing planted is executed."""
+"""Saving and loading a policy on one rank: bit-exact; damaged files are named; no planted code is executed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def saved(written: Path, tmp_path: Path) -> Path:
-    """checkpoints/ with step_1 and step_2, to be spoiled."""
+    """A copy of checkpoints/ with step_1 and step_2, for a test to damage."""
     return shutil.copytree(written, tmp_path / "checkpoints")
 
 
@@ -95,7 +95,7 @@ def test_resuming_is_bit_exact(model: Path, tmp_path: Path, dtype: torch.dtype) 
 
     torch.manual_seed(1)
     resumed = build(model, dtype, optim=SCHEDULE)
-    train(resumed, [77])  # nothing of what was there before may stay
+    train(resumed, [77])  # loading must replace all of this
     assert checkpoint.load_latest(resumed, tmp_path) == (3, {"step": 3})
     assert torch.equal(torch.rand(5), draws)
     assert resumed.optimizer is not None and resumed.optimizer.steps == 3
@@ -122,7 +122,7 @@ def test_a_policy_without_an_optimizer_takes_the_weights(model: Path, saved: Pat
     torch.testing.assert_close(reader.log_probs(rollouts)[0], expected.double(), rtol=0, atol=1e-5)
 
 
-def test_what_the_record_says(saved: Path) -> None:
+def test_the_record_names_step_dtype_layout_optimizer_model_code_and_files(saved: Path) -> None:
     record = json.loads((saved / "step_2" / "checkpoint.json").read_text())
     assert record["step"] == 2
     assert record["dtype"] == "float32"
@@ -134,7 +134,7 @@ def test_what_the_record_says(saved: Path) -> None:
     assert checkpoint.latest(saved) == saved / "step_2"
 
 
-def test_a_state_that_json_cannot_say_is_refused_before_writing(model: Path, tmp_path: Path) -> None:
+def test_a_loop_state_that_is_not_json_is_refused_before_writing(model: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         checkpoint.save(build(model), tmp_path / "checkpoints", 1, {"x": torch.zeros(1)}, keep=1)
     assert not (tmp_path / "checkpoints").exists()
@@ -160,7 +160,7 @@ def flip_a_bit(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("name", ["__0_0.distcp", METADATA, "checkpoint.json"])
-def test_the_previous_one_is_taken_and_the_damaged_file_named(
+def test_a_damaged_checkpoint_is_skipped_and_its_file_named(
     model: Path, saved: Path, damage: Callable[[Path], None], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(saved / "step_2" / name)
@@ -171,14 +171,14 @@ def test_the_previous_one_is_taken_and_the_damaged_file_named(
         checkpoint.load(build(model), saved / "step_2")
 
 
-def test_all_damaged_is_an_error_that_names_each(model: Path, saved: Path) -> None:
+def test_if_all_are_damaged_the_error_names_each(model: Path, saved: Path) -> None:
     for step in (1, 2):
         truncate(saved / f"step_{step}" / "__0_0.distcp")
     with pytest.raises(UserError, match=r"no intact checkpoint .*step_2: __0_0.distcp .*step_1: __0_0.distcp"):
         checkpoint.load_latest(build(model), saved)
 
 
-def test_going_on_from_the_previous_one_replaces_the_damaged_one(model: Path, saved: Path) -> None:
+def test_a_run_resumed_from_the_previous_checkpoint_replaces_the_damaged_one(model: Path, saved: Path) -> None:
     truncate(saved / "step_2" / "__0_0.distcp")
     policy = build(model)
     checkpoint.load_latest(policy, saved)
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_dtype_is_refused(model: Path, saved: Path) -> N
         checkpoint.load_latest(build(model, torch.bfloat16), saved)
 
 
-# --- what comes from outside ---
+# --- malicious files ---
 
 
 def test_a_planted_command_in_the_metadata_is_refused(model: Path, saved: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_planted_command_in_the_metadata_is_refused(model: Path, saved: Path, 
         checkpoint.load_latest(build(model), saved)
     assert not (tmp_path / "executed").exists()
     pickle.loads((saved / "step_2" / METADATA).read_bytes())
-    assert (tmp_path / "executed").exists()  # so the trap was armed
+    assert (tmp_path / "executed").exists()  # an ordinary unpickler would have run the command
 
 
 def test_byte_objects_which_torch_unpickles_freely_are_refused(model: Path, saved: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_planted_command_in_place_of_a_tensor_is_refused(model: Path, saved: P
 
 
 def test_killed_at_any_moment_the_last_complete_one_is_usable(model: Path, tmp_path: Path) -> None:
-    """kill_saves.py kills itself while it saves, again and again; each start checks what the last one left."""
+    """kill_saves.py kills its own processes while they save; each new process checks what the last one left."""
     script = Path(__file__).with_name("kill_saves.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

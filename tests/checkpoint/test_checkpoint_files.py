@@ -1,4 +1,4 @@
-"""A checkpoint appears whole or not at all: killed after any file operation, the last complete one is there."""
+"""A checkpoint is written whole or not at all: after a kill at any file operation, the last complete one is usable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECORD = {"format": 1, "code": {}, "dtype": "float32", "optimizer": None, "model
 
 
 class KilledError(BaseException):
-    """Stands for kill -9: no handler runs that catches Exception."""
+    """Simulates kill -9: not caught by handlers of Exception."""
 
 
 def write(directory: Path, step: int, content: str, keep: int = 2) -> None:
@@ -93,14 +93,14 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_100", "step_15"]
 
 
-def test_rotation_removes_the_future_that_was_left(tmp_path: Path) -> None:
+def test_rotation_removes_later_steps_of_an_abandoned_run(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, step, str(step), keep=3)
     write(tmp_path, 6, "6", keep=1)
     assert names(tmp_path) == ["step_6"]
 
 
-def test_nothing_of_others_is_removed(tmp_path: Path) -> None:
+def test_other_files_are_not_removed(tmp_path: Path) -> None:
     for name in ("notes", "step_5.txt", "step_x"):
         (tmp_path / name).mkdir()
     write(tmp_path, 5, "5", keep=1)
@@ -156,7 +156,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, spoil, message: str) -> None:
 
 
 def test_the_record_is_plain_json_and_exact(tmp_path: Path) -> None:
-    said = RECORD | {
+    record = RECORD | {
         "step": 3,
         "files": {},
         "x": 0.1 + 0.2,
@@ -166,12 +166,12 @@ def test_the_record_is_plain_json_and_exact(tmp_path: Path) -> None:
         "list": [1, True],
     }
     work = files.begin(tmp_path, 3)
-    files.commit(work, tmp_path / "step_3", said)
-    assert {key: value for key, value in files.read_record(tmp_path / "step_3").items() if key != "sha256"} == said
+    files.commit(work, tmp_path / "step_3", record)
+    assert {key: value for key, value in files.read_record(tmp_path / "step_3").items() if key != "sha256"} == record
     assert json.loads((tmp_path / "step_3" / files.RECORD).read_text())["x"] == 0.1 + 0.2
 
 
-def test_a_record_without_what_is_relied_on_is_damaged(tmp_path: Path) -> None:
+def test_a_record_without_a_required_field_is_damaged(tmp_path: Path) -> None:
     """... though its checksum is right."""
     for number, name in enumerate(RECORD.keys() | {"files", "step"}):
         work = files.begin(tmp_path, number)
@@ -181,8 +181,8 @@ def test_a_record_without_what_is_relied_on_is_damaged(tmp_path: Path) -> None:
             files.read_record(tmp_path / f"step_{number}")
 
 
-def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
-    """A FIFO would be waited for, a device read for ever."""
+def test_an_entry_that_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    """Opening a FIFO would block, and a device could be read for ever."""
     write(tmp_path, 1, "content")
     shard = tmp_path / "step_1/__0_0.distcp"
     for spoil in (lambda: os.mkfifo(shard), lambda: shard.symlink_to("/dev/zero"), shard.mkdir):
@@ -194,7 +194,7 @@ def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
         shard.touch()
 
 
-def test_a_file_or_link_of_a_checkpoints_name_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_a_file_or_link_with_a_checkpoints_name_is_no_checkpoint_and_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "archive", 1, "one")
     runs = tmp_path / "run"
     runs.mkdir()

@@ -1,4 +1,4 @@
-"""A damaged or foreign `.metadata`: a line, and little memory."""
+"""A damaged or foreign `.metadata` is refused with a one-line message and without taking much memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nemo_disco.conversion.torch_dist import _ADMITTED
 from nemo_disco.runtime.errors import UserError
 
 
-def sound(protocol: int) -> bytes:
+def intact(protocol: int) -> bytes:
     size = torch.Size([4, 3])
     chunks = [ChunkStorageMetadata(torch.Size([2 * i, 0]), torch.Size([2, 3])) for i in range(2)]
     tensors = {f"t{i}": TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, chunks) for i in range(40)}
@@ -37,7 +37,7 @@ def sound(protocol: int) -> bytes:
     return pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places), protocol)
 
 
-SOUND = {protocol: sound(protocol) for protocol in (2, 4)}
+INTACT = {protocol: intact(protocol) for protocol in (2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("metadata") / ".metadata"
 
 
-@pytest.mark.parametrize("protocol", SOUND)
-def test_a_sound_one_is_read(file: Path, protocol: int) -> None:
-    file.write_bytes(SOUND[protocol])
+@pytest.mark.parametrize("protocol", INTACT)
+def test_intact_metadata_is_read(file: Path, protocol: int) -> None:
+    file.write_bytes(INTACT[protocol])
     assert len(read_metadata(file).state_dict_metadata) == 40
 
 
@@ -61,7 +61,7 @@ def test_a_sound_one_is_read(file: Path, protocol: int) -> None:
         b"\x80\x04\x95\xff\xff\xff\xff\xff\x00\x00\x00K\x01.",  # FRAME
     ],
 )
-def test_what_it_announces_is_compared_with_its_size_first(file: Path, pickled: bytes) -> None:
+def test_a_length_beyond_the_files_size_is_refused_before_allocating(file: Path, pickled: bytes) -> None:
     file.write_bytes(pickled)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="damaged"):
@@ -77,7 +77,7 @@ def test_what_it_announces_is_compared_with_its_size_first(file: Path, pickled: 
         b"\x80\x02}K\x01" + b"".join(b"\x85q\x000h\x00" for _ in range(1000)) + b"K\x02s.",  # through the memo
     ],
 )
-def test_tuples_in_one_another_are_bounded(file: Path, pickled: bytes) -> None:
+def test_deeply_nested_tuples_are_refused(file: Path, pickled: bytes) -> None:
     file.write_bytes(pickled)
     with pytest.raises(UserError, match=r"damaged.*nested more than 100 deep"):
         read_metadata(file)
@@ -85,8 +85,8 @@ def test_tuples_in_one_another_are_bounded(file: Path, pickled: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_however_it_is_altered_it_is_read_or_refused(file: Path, data: st.DataObject) -> None:
-    content = bytearray(SOUND[data.draw(st.sampled_from([2, 4]))])
+def test_altered_bytes_are_read_or_refused(file: Path, data: st.DataObject) -> None:
+    content = bytearray(INTACT[data.draw(st.sampled_from([2, 4]))])
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])

@@ -1,4 +1,4 @@
-"""Saving in the background: what is written is the step's own, training goes on, and no failure goes unsaid."""
+"""Saving in the background: the checkpoint is of its own step while training goes on, and every failure is raised."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build(path: Path, dtype: torch.dtype = torch.float32) -> Policy:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A disk that takes the weights and nothing more until this is set."""
+    """Lets the weights be written, and the moments only once this event is set."""
     ready = threading.Event()
     original = checkpoint_storage._Writer._write
 
@@ -67,7 +67,7 @@ def save_and_fail(policy: Policy, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_checkpoint_is_of_its_step_whatever_training_does_meanwhile(
+def test_training_during_a_save_does_not_change_the_checkpoint(
     model: Path, tmp_path: Path, disk: threading.Event, dtype: torch.dtype
 ) -> None:
     policy = build(model, dtype)
@@ -88,7 +88,7 @@ def test_the_checkpoint_is_of_its_step_whatever_training_does_meanwhile(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_the_host_is_short_nothing_is_copied_and_the_next_step_waits(
+def test_with_too_little_host_memory_nothing_is_copied_and_the_next_step_waits(
     model: Path,
     tmp_path: Path,
     disk: threading.Event,
@@ -96,7 +96,7 @@ def test_where_the_host_is_short_nothing_is_copied_and_the_next_step_waits(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """... and this is said once."""
+    """A warning says so, once."""
     monkeypatch.setattr(host, "free_memory", lambda: 0)
     policy = build(model, dtype)
     train(policy, range(2))
@@ -105,7 +105,7 @@ def test_where_the_host_is_short_nothing_is_copied_and_the_next_step_waits(
         writer.save(policy, tmp_path, 2, {}, keep=1)
         threading.Timer(0.3, disk.set).start()
         train(policy, range(2, 3))
-        assert disk.is_set(), "the optimizer changed what was still to be written"
+        assert disk.is_set(), "the optimizer changed moments that had not been written yet"
         writer.save(policy, tmp_path / "next", 3, {}, keep=1)
     assert len([line for line in caplog.messages if "too little free memory" in line]) == 1
     resumed = build(model, dtype)
@@ -113,8 +113,8 @@ def test_where_the_host_is_short_nothing_is_copied_and_the_next_step_waits(
     assert fingerprint(resumed) == bits
 
 
-def test_a_reference_that_moved_counts_where_free_memory_decides(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the moments need is free, but the copy of the reference's weights comes first."""
+def test_the_copy_of_a_moved_reference_counts_against_free_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is memory for the moments alone, and the copy of the reference's weights comes first."""
     policy = build(model)
     reference = Reference(Policy(policy.config, dtype=torch.float32, trainable=False))
     assert policy.optimizer is not None
@@ -137,7 +137,7 @@ def test_the_optimizer_waits_until_the_weights_are_read(
         writer.save(policy, tmp_path, 1, {}, keep=1)
         threading.Timer(0.3, ready.set).start()
         train(policy, [1])
-        assert ready.is_set(), "the optimizer changed what was still to be written"
+        assert ready.is_set(), "the optimizer changed weights that had not been written yet"
     resumed = build(model)
     checkpoint.load_latest(resumed, tmp_path)
     assert fingerprint(resumed) == bits
@@ -145,13 +145,13 @@ def test_the_optimizer_waits_until_the_weights_are_read(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_save_takes_less_memory_than_a_copy_of_the_state(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Weights, moments and, under bf16, the float32 weights: 12 or 14 bytes a parameter. Measured: 0.77 and 0.90."""
+    """Weights, moments and, under bf16, the float32 weights: 12 or 14 bytes per parameter. Measured: 0.77 and 0.90."""
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 20_000}
     policy = build(save_model(tmp_path / "model", "qwen2", tied=True, **wide), dtype)
     assert policy.optimizer is not None
     parameters = sum(p.numel() for chunk in policy.model.chunks for p in chunk.parameters())
     state = parameters * (12 if dtype is torch.float32 else 14)
-    policy.optimizer.state_bytes  # noqa: B018 - makes the state
+    policy.optimizer.state_bytes  # noqa: B018 - allocates the state
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
@@ -160,7 +160,7 @@ def test_a_save_takes_less_memory_than_a_copy_of_the_state(tmp_path: Path, dtype
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at the peak."""
+    """Resident bytes of this process: VmRSS now, VmHWM at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -175,7 +175,7 @@ def test_the_next_save_waits_for_the_one_before(model: Path, tmp_path: Path, dis
     assert list(files.list_checkpoints(tmp_path)) == [2]
 
 
-def test_a_full_disk_is_said_with_the_directory_and_the_one_before_stays(
+def test_after_an_error_of_the_disk_the_previous_checkpoint_stays_and_the_message_names_the_directory(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = build(model)
@@ -188,12 +188,12 @@ def test_a_full_disk_is_said_with_the_directory_and_the_one_before_stays(
     assert writer.failed
     with pytest.raises(UserError, match=rf"{tmp_path}/step_2 was not written: No space left on device"):
         writer.save(policy, tmp_path, 3, {}, keep=1)
-    assert not writer.failed, "said once"
+    assert not writer.failed, "the error is raised once"
     assert checkpoint.load_latest(policy, tmp_path) == (1, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
 
 
-def test_a_shard_that_cannot_be_written_is_said_with_the_directory(
+def test_the_message_names_the_directory_if_a_shard_cannot_be_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nemo_disco.checkpoint.storage._Writer.write_data", fails(OSError("read-only")))
@@ -201,8 +201,8 @@ def test_a_shard_that_cannot_be_written_is_said_with_the_directory(
         checkpoint.save(build(model), tmp_path, 1, {}, keep=1)
 
 
-def test_a_full_disk_is_said_with_the_directory(model: Path, tmp_path: Path) -> None:
-    """A real one: what torch's writer makes of it is no OSError."""
+def test_the_message_names_the_directory_if_a_real_disk_is_full(model: Path, tmp_path: Path) -> None:
+    """torch's writer turns its error into one that is not an OSError."""
     policy, place = build(model), tmp_path / "disk"
     with full_disk.small(place, "512k"):
         with pytest.raises(UserError, match=rf"{place}/c/step_1 was not written: .*No space left on device") as raised:
@@ -210,10 +210,10 @@ def test_a_full_disk_is_said_with_the_directory(model: Path, tmp_path: Path) -> 
         assert "\n" not in str(raised.value) and list(files.list_checkpoints(place / "c")) == []
 
 
-def test_a_defect_keeps_its_traceback(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cause = ZeroDivisionError("a defect")
+def test_an_unexpected_error_keeps_its_traceback(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = ZeroDivisionError("a bug")
     monkeypatch.setattr(files, "describe", fails(cause))
-    with pytest.raises(RuntimeError, match=rf"{tmp_path}/step_1 was not written: a defect") as raised:
+    with pytest.raises(RuntimeError, match=rf"{tmp_path}/step_1 was not written: a bug") as raised:
         checkpoint.save(build(model), tmp_path, 1, {}, keep=1)
     assert raised.value.__cause__ is cause
 
@@ -224,7 +224,7 @@ def test_a_run_that_fails_still_finishes_its_checkpoint(model: Path, tmp_path: P
     assert list(files.list_checkpoints(tmp_path)) == [1]
 
 
-def test_what_ended_the_run_is_raised_before_a_failed_save(
+def test_the_error_that_ended_the_run_is_raised_and_that_of_the_save_logged(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(files, "commit", fails(OSError("No space left on device")))

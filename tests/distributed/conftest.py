@@ -13,8 +13,8 @@ import pytest
 import torch
 from ranks import run_rank
 
-TIMEOUT_S = 1800  # a hang, and not a busy machine
-# Imported once, by the process that the ranks are forked from: an import takes longer than most tests.
+TIMEOUT_S = 1800  # long enough that only a hang reaches it, even on a busy machine
+# Imported once, in the process that the ranks are forked from: importing takes longer than most tests.
 HEAVY = [
     "nemo_disco.commands.train",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3", "llama", "mistral")),
@@ -24,17 +24,17 @@ multiprocessing.set_forkserver_preload(HEAVY)  # the process starts with the fir
 
 @pytest.fixture
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """on_ranks(world_size, function, *arguments) -> what the function returned on each rank.
+    """on_ranks(world_size, function, *arguments) -> the function's results by rank.
 
-    The function is of a module's top level (it is imported anew in processes that know libraries alone); the process
-    group stands when it is called. A rank that raises, or a silence of TIMEOUT_S, ends all of them and fails the test.
+    The function is at the top level of a module (it is imported again in processes that have imported libraries alone)
+    and is called within a process group. If a rank raises, or after TIMEOUT_S, all are ended and the test fails.
     """
     return _runner(tmp_path, "forkserver")
 
 
 @pytest.fixture
 def on_new_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """As on_ranks, in processes of their own from the start, with this process's environment."""
+    """As on_ranks, in processes that are started anew and not forked, with this process's environment."""
     return _runner(tmp_path, "spawn")
 
 

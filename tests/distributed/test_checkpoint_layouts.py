@@ -1,6 +1,6 @@
-"""A checkpoint written at one layout goes on at any other; at its own, bit for bit. Real processes over gloo.
+"""A checkpoint of any layout can be resumed at any other; at its own, bit for bit. Real processes over gloo.
 
-One launch writes at every layout of a world size, a second one, of new processes, reads each at every layout.
+One launch writes at every layout of a world size; a second one, with new processes, reads each at every layout.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def name(world_size: int, layout: Layout) -> str:
 
 
 def write(model: str, root: str, world_size: int, layouts: list[Layout], dtype: torch.dtype) -> dict[str, Any]:
-    """Train 2 steps and save; then go on: the next loss, and what 2 more steps come to on this rank."""
+    """Train 2 steps, save, and train 2 more. Returns for each layout the loss after 2 steps, and the loss and this
+    rank's fingerprint after 4."""
     outcome = {}
     for layout in layouts:
         policy = build(model, layout, dtype)
@@ -60,15 +61,15 @@ def write(model: str, root: str, world_size: int, layouts: list[Layout], dtype: 
 
 
 def write_and_fill_the_disk(model: str, root: str, *rest: Any) -> dict[str, Any]:
-    """`write`; then a save that fails on the last rank, which must end it on all of them and leave nothing."""
+    """`write`; then a save that fails on the other ranks than the first: it must fail on all and leave no files."""
     outcome = write(model, root, *rest)
     policy = build(model, ONE[0], torch.float32)
-    theirs = files.describe
+    original = files.describe
 
     def describe(work: Path, rank: int) -> dict[str, Any]:
         if rank > 0:
             raise OSError("no space left")
-        return theirs(work, rank)
+        return original(work, rank)
 
     files.describe = describe
     directory = Path(root).parent / "full"
@@ -80,7 +81,7 @@ def write_and_fill_the_disk(model: str, root: str, *rest: Any) -> dict[str, Any]
 
 
 def read(model: str, root: str, world_size: int, layouts: list[Layout], dtype: torch.dtype) -> dict[str, Any]:
-    """The same of every checkpoint in `root`, at every layout."""
+    """Resume every checkpoint in `root` at every layout and train 2 steps. Returns the same figures as `write`."""
     outcome = {}
     for layout in layouts:
         for directory in sorted(Path(root).iterdir()):
@@ -92,9 +93,10 @@ def read(model: str, root: str, world_size: int, layouts: list[Layout], dtype: t
     return outcome
 
 
-def compare(written: list[dict[str, Any]], found: list[dict[str, Any]], least: int) -> None:
+def compare(written: list[dict[str, Any]], resumed: list[dict[str, Any]], least: int) -> None:
+    """Compare the figures of `read` with those of `write`. least: number per rank that must agree bit for bit."""
     exact = 0
-    for rank, outcome in enumerate(found):
+    for rank, outcome in enumerate(resumed):
         for (source, here), (next_loss, later_loss, bits) in outcome.items():
             expected, expected_later, expected_bits = written[rank if source == here else 0][source]
             assert next_loss == pytest.approx(expected, abs=TOLERANCE), (source, here)
@@ -102,12 +104,12 @@ def compare(written: list[dict[str, Any]], found: list[dict[str, Any]], least: i
             if source == here:
                 assert bits == expected_bits, f"{source} is not bit-exact on rank {rank}"
                 exact += 1
-    assert exact == least * len(found)
+    assert exact == least * len(resumed)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    # The odd vocabulary makes megatron pad the bucket of the tied embedding, which it once forgot when saving.
+    # The odd vocabulary makes megatron pad the bucket of the tied embedding.
     return str(save_model(tmp_path / "model", "qwen2", tied=True, vocab_size=131))
 
 
@@ -132,9 +134,8 @@ def test_four_processes(on_ranks: Callable[..., list[Any]], model: str, root: st
     if dtype is torch.float32:
         compare(written, on_ranks(4, read, model, root, 4, FOUR, dtype), least=len(FOUR))
         compare([written[0]], [read(model, root, 1, ONE, dtype)], least=0)
-    else:  # in bf16 the losses differ by its rounding from layout to layout
-        found = on_ranks(4, read, model, root, 4, FOUR, dtype)
-        for rank, outcome in enumerate(found):
+    else:  # in bf16 the losses of different layouts differ by its rounding
+        for rank, outcome in enumerate(on_ranks(4, read, model, root, 4, FOUR, dtype)):
             for layout in FOUR:
                 here = name(4, layout)
                 assert outcome[here, here] == written[rank][here]

@@ -1,4 +1,4 @@
-"""A converted checkpoint loads at any layout, and what any layout wrote converts: bit for bit."""
+"""A converted checkpoint loads at any layout, and a checkpoint of any layout converts, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ LAYOUTS = [
 
 
 def through(source: Path, megatron: Path, run: Path, layout: dict[str, int]) -> bool:
-    """Whether the weights loaded from `megatron` are the source's; the same written into `run`, and exported."""
+    """True if the weights loaded from `megatron` equal the source's. Also saves a policy of the source's weights into
+    `run`, and exports the loaded one."""
     config = model_config(source, **layout)
     parallel.start(config)
     policy = Policy(model_config(megatron / convert.CARRIED, **layout), trainable=False, read_weights=False)
@@ -36,12 +37,14 @@ def through(source: Path, megatron: Path, run: Path, layout: dict[str, int]) -> 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["TP2xPP2", "TP4"])
-def test_any_layout_on_either_side(layout: dict[str, int], tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+def test_conversion_at_any_layout(layout: dict[str, int], tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     source = save_model(tmp_path / "model", "qwen2", tied=False)
     megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
     assert on_ranks(4, through, source, megatron, tmp_path / "checkpoints", layout) == [True] * 4
     back = convert.megatron_to_hf(tmp_path / "checkpoints/step_1", tmp_path / "back", source)
-    theirs = load_file(source / "model.safetensors")
+    expected = load_file(source / "model.safetensors")
     for directory in (back, tmp_path / "export"):
-        ours = load_file(directory / "model.safetensors")
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        weights = load_file(directory / "model.safetensors")
+        assert weights.keys() == expected.keys() and all(
+            torch.equal(weights[name], expected[name]) for name in expected
+        )

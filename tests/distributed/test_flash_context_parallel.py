@@ -1,4 +1,4 @@
-"""The flash path of attention under context parallelism: each rank's pieces end with the keys that they attend to."""
+"""The flash path of attention under context parallelism gives the log-probs and gradient of SDPA on one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(path: Path, context_size: int, use_flash: bool) -> tuple[torch.Tensor, d
 def test_flash_equals_sdpa_across_ranks(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     path = save_model(tmp_path / "model", "qwen2", tied=True)
     expected, gradients = run(path, 1, False)
-    for log_probs, found in on_ranks(2, run, path, 2, True):
+    for log_probs, rank_gradients in on_ranks(2, run, path, 2, True):
         torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-12)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(rank_gradients[name], gradient, rtol=1e-10, atol=1e-12)

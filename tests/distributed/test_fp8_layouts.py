@@ -1,6 +1,5 @@
-"""Delayed scaling's state belongs to a layer and not to a rank, so that a checkpoint's goes on at any layout: the
-largest number of a pass is taken over all ranks that hold a piece of the layer. Real processes over gloo; the scaling
-is a stand-in's (fused_layers.py)."""
+"""The state of FP8 delayed scaling is the same on all ranks with a piece of a layer (they reduce their maxima), so that
+a checkpoint can be resumed at any layout. Real processes over gloo, with stand-ins of the layers (fused_layers.py)."""
 
 from __future__ import annotations
 
@@ -42,16 +41,17 @@ def build(model: str, layout: Layout) -> Policy:
 
 
 def scales(policy: Policy) -> dict[str, dict[str, Tensor]]:
-    """Of this rank's layers."""
-    found = {}
-    for chunk in policy.model.chunks:
-        for key, layer in fp8_scales._layers(chunk):
-            found[key] = {name: tensor.clone() for name, tensor in fp8_scales._state(layer).items()}
-    return found
+    """The scaling state of this rank's layers, by layer and name."""
+    return {
+        key: {name: tensor.clone() for name, tensor in fp8_scales._state(layer).items()}
+        for chunk in policy.model.chunks
+        for key, layer in fp8_scales._layers(chunk)
+    }
 
 
 def write(model: str, root: str, layouts: list[Layout]) -> dict[str, Any]:
-    """Train 2 steps and save; the scales, the next loss, and what a step more comes to on this rank."""
+    """Train 2 steps, save, and train 1 more. Returns for each layout the saved scales, the loss after 2 steps and this
+    rank's fingerprint after 3."""
     outcome = {}
     for layout in layouts:
         policy = build(model, layout)
@@ -65,13 +65,13 @@ def write(model: str, root: str, layouts: list[Layout]) -> dict[str, Any]:
 
 
 def read(model: str, root: str, layouts: list[Layout]) -> dict[tuple[str, str], Any]:
-    """The same of every checkpoint, at every layout."""
+    """Resume every checkpoint at every layout and train 1 step. Returns the same figures as `write`."""
     outcome = {}
     for layout in layouts:
         for directory in sorted(Path(root).iterdir()):
             policy = build(model, layout)
             checkpoint.load_latest(policy, directory)
-            assert not policy.unscaled, "there is nothing left to see before the first pass"
+            assert not policy.unscaled, "the loaded scales serve the first pass"
             loaded = scales(policy)
             next_loss = loss(policy, 2)
             train(policy, [2])
@@ -79,9 +79,9 @@ def read(model: str, root: str, layouts: list[Layout]) -> dict[tuple[str, str], 
     return outcome
 
 
-def compare(written: list[dict[str, Any]], found: list[dict[tuple[str, str], Any]]) -> None:
+def compare(written: list[dict[str, Any]], resumed: list[dict[tuple[str, str], Any]]) -> None:
     exact = 0
-    for rank, outcome in enumerate(found):
+    for rank, outcome in enumerate(resumed):
         for (source, here), (loaded, next_loss, bits) in outcome.items():
             saved = {key: tensors for ranks in written for key, tensors in ranks[source][0].items()}
             assert saved.keys() == LAYERS and loaded.keys() <= LAYERS and loaded
@@ -89,14 +89,14 @@ def compare(written: list[dict[str, Any]], found: list[dict[tuple[str, str], Any
                 assert tensors.keys() == saved[key].keys()
                 assert all(torch.equal(tensors[name], saved[key][name]) for name in tensors), (source, here, key)
             assert next_loss == pytest.approx(written[0][source][1], abs=2e-3), (source, here)
-            if source == here and len(found) == len(written):
+            if source == here and len(resumed) == len(written):
                 assert bits == written[rank][source][2], f"{source} is not bit-exact on rank {rank}"
                 exact += 1
-    assert exact == (len(TWO) * len(found) if len(found) == len(written) else 0)
+    assert exact == (len(TWO) * len(resumed) if len(resumed) == len(written) else 0)
 
 
 @pytest.mark.slow
-def test_scales_go_on_at_any_layout(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_scales_can_be_loaded_at_any_layout(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     model = str(save_model(tmp_path / "model", "qwen2", tied=True))
     root = str(tmp_path / "checkpoints")
     written = on_ranks(2, write, model, root, TWO)

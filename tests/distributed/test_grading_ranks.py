@@ -1,4 +1,4 @@
-"""A user's reward that breaks while responses come in, on the one rank that leads the engine, is every rank's error."""
+"""An error in a user's reward during sampling, on the one rank that drives the engine, is raised on every rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Broken:
 SEVEN = Response(np.array([7]), np.zeros(1, np.float32), "length", 0)
 
 
-def said() -> str:
+def message() -> str:
+    """The message of the error that this rank gets."""
     prompts = PromptSet("q", [Question(0, "0?", ("1",), "s")] * 2, [[0]] * 2, Words())
     early = EarlyGrading(Broken(), prompts)  # type: ignore[arg-type]
     if dist.get_rank() == 0:
@@ -40,5 +41,5 @@ def said() -> str:
     return ""
 
 
-def test_it_is_raised_on_every_rank(on_ranks: Callable[..., list[Any]]) -> None:
-    assert on_ranks(2, said) == ["my_rewards.py line 3: 7 is none of 1"] * 2
+def test_an_error_of_early_grading_is_raised_on_every_rank(on_ranks: Callable[..., list[Any]]) -> None:
+    assert on_ranks(2, message) == ["my_rewards.py line 3: 7 is none of 1"] * 2

@@ -1,7 +1,7 @@
-"""The promise: gradient, log-probs and responses do not depend on how the machine is cut.
+"""The project's promise: gradient, log-probs and responses do not depend on the layout.
 
-One launch a world size; inside it the layout is set up anew for each case. The hinge is active (theta is moved after
-the old log-probs), so that an error in KL would show, amplified.
+One launch per world size, in which each case sets up its layout. The hinge is active (the weights are changed after the
+old log-probs are computed), so that an error in the KL would be amplified.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
 Layout = dict[str, Any]
-TOKENS = 100  # of the vocabulary's rows, where not all are tokens
+TOKENS = 100  # size of the vocabulary in the cases where the output weight has more rows
 OBJECTIVE = {"name": "disco", "tau": 1.0, "constraint": {"beta": 1e3, "delta": 1e-4}}
 
 
@@ -76,7 +76,7 @@ REPRESENTATIVE = {
 
 
 class Recording(MegatronEngine):
-    """Remembers which requests this rank sampled, and what it handed over."""
+    """Records the requests that this rank samples, and the responses that it hands over."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy, [1])
@@ -91,16 +91,16 @@ class Recording(MegatronEngine):
         self.handed.append((index, response.tokens.tolist()))
 
 
-def everywhere(mine: list[Any]) -> list[Any]:
-    """The entries of all ranks."""
+def gathered(entries: list[Any]) -> list[Any]:
+    """The entries of all ranks, sorted."""
     shares: list[list[Any]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
+    dist.all_gather_object(shares, entries)
     return sorted(chain(*shares))
 
 
 def both_ways(model: str) -> list[dict[str, torch.Tensor]]:
-    """The weights moved a little, in a direction and against it: in one of them the estimate of KL is above 0. First
-    where it is far above: near 0 it is a small difference, and float32's error in it would be amplified."""
+    """The weights with a small change, and with the opposite one: for one of them the estimate of the KL is positive.
+    The first is that where it is far above 0; near 0, float32's error in it would be amplified."""
     weights, scale = load_file(f"{model}/model.safetensors"), 5e-3 if "llama" in model else -5e-3
     generator = torch.Generator().manual_seed(14)
     noise = {name: torch.randn(w.shape, generator=generator).double() for name, w in weights.items()}
@@ -111,11 +111,11 @@ def measure(
     model: str, layouts: list[Layout], dtypes: list[torch.dtype], vocabulary: int | None = None
 ) -> dict[torch.dtype, list[dict[str, Any]]]:
     """For each dtype and layout: log-probs, whole gradient, its norm after megatron's own reduction, sampled responses,
-    and by how much the engine's log-probs of those differ from the policy's. Rank 0's word."""
+    and the largest difference of the engine's log-probs from the policy's. Empty on all ranks but the first."""
     moves = both_ways(model)
     rollouts = below(random_rollouts(questions=8, group=4), vocabulary or VOCABULARY)
     prompts = [rollouts.prompt(i).tolist() for i in range(len(rollouts))]
-    found: dict[torch.dtype, list[dict[str, Any]]] = {dtype: [] for dtype in dtypes}
+    results: dict[torch.dtype, list[dict[str, Any]]] = {dtype: [] for dtype in dtypes}
     for dtype, changes in product(dtypes, layouts):
         config = model_config(Path(model), **changes)
         parallel.start(config)
@@ -126,30 +126,30 @@ def measure(
         sampled = answered(prompts, responses)
         mismatch = policy.log_probs(sampled)[0] - sampled.generation_log_probs
         objective, old = build_objective(OBJECTIVE), OldPolicy(log_probs)
-        for moved in moves:
-            policy.load(moved.__getitem__)
-            taken = accumulate_gradient(policy, objective, rollouts, old, everywhere=True)
-            if taken.metrics["constraint/active"]:
+        for weights in moves:
+            policy.load(weights.__getitem__)
+            result = accumulate_gradient(policy, objective, rollouts, old, everywhere=True)
+            if result.metrics["constraint/active"]:
                 break
         else:
             raise AssertionError("the hinge is active in neither direction")
-        found[dtype].append(
+        results[dtype].append(
             {
                 "log_probs": log_probs,
                 "entropies": entropies,
                 "responses": [r.tokens.tolist() for r in responses],
-                "sampled": everywhere(engine.sampled),
-                "handed": everywhere(engine.handed),
+                "sampled": gathered(engine.sampled),
+                "handed": gathered(engine.handed),
                 "mismatch": float(mismatch.abs().max()),
                 "gradients": {n: g.clone() for n, g in policy.named_gradients()},
                 "norm": policy.step().grad_norm if policy.optimizer is not None else None,
             }
         )
-    return found if parallel.Ranks.here().is_first else {}
+    return results if parallel.Ranks.here().is_first else {}
 
 
 def measure_models(models: list[str], layouts: list[Layout]) -> list[list[dict[str, Any]]]:
-    """`measure` in float64 for each model, of whose rows TOKENS are tokens."""
+    """`measure` in float64 for each model, with a vocabulary of TOKENS."""
     return [measure(model, layouts, [torch.float64], TOKENS).get(torch.float64, []) for model in models]
 
 
@@ -163,7 +163,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Of two whole gradients."""
+    """Cosine similarity of two whole gradients."""
     flat = [torch.cat([gradients[name].double().flatten() for name in sorted(a)]) for gradients in (a, b)]
     return float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0))
 
@@ -182,8 +182,8 @@ def same(found: dict[str, Any], reference: dict[str, Any], tolerance: float, whe
 def check(
     on_ranks: Callable[..., list[Any]], model: str, cases: dict[int, list[Layout]], dtypes: dict[int, list[torch.dtype]]
 ) -> None:
-    """One launch a world size, of its dtypes. float64 and float32 agree with themselves at the first layout, bf16 with
-    float32."""
+    """Launch each world size with its dtypes, and compare float64 and float32 with the first layout in the same dtype,
+    and bf16 with the first layout in float32."""
     references: dict[torch.dtype, dict[str, Any]] = {}
     for world_size, layouts in cases.items():
         for dtype, results in on_ranks(world_size, measure, model, layouts, dtypes[world_size])[0].items():
@@ -206,8 +206,8 @@ def test_a_representative_set(on_ranks: Callable[..., list[Any]], model: str) ->
 
 
 def test_every_family(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    """Those that the representative set leaves out, in one launch, with rows that are no tokens; anchored at
-    transformers."""
+    """The families that the representative set leaves out, in one launch, with a vocabulary smaller than the output
+    weight; compared with transformers."""
     rest = [family for family in FAMILIES if family not in ("qwen2-tied", "llama-untied")]
     models = [str(save_family(tmp_path / family, family)) for family in rest]
     layouts = [layout(), layout(tp=2, sp=True), layout(pp=2)]

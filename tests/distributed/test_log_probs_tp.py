@@ -1,4 +1,4 @@
-"""token_log_probs over real tensor-parallel processes: the same numbers as one process, whatever TP is."""
+"""token_log_probs on real tensor-parallel processes gives the same numbers as on one process, at every TP size."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def worker(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four processes, once: TP 4 of all of them, then TP 2 in each half (where group ranks are not global ranks)."""
+    """Directory of the results of four processes: with TP 4, then with TP 2 in each half (where group ranks differ from
+    global ranks)."""
     folder = tmp_path_factory.mktemp("tp")
     mp.start_processes(worker, args=(4, str(folder)), nprocs=4, start_method="forkserver")
     return folder
@@ -75,10 +76,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("tp", "first"), [(2, 0), (2, 2), (4, 0)])
 def test_equals_one_process(tp: int, first: int, case: int, results: Path) -> None:
     expected = values_and_gradients(*VOCABULARIES[case], None)
-    found = [torch.load(results / f"tp{tp}_{case}_{rank}.pt") for rank in range(first, first + tp)]
-    for mine in found:
-        for value, right in zip(mine[:3], expected[:3], strict=True):
-            assert (value - right).abs().max() < 1e-12 * right.abs().max()
-        assert torch.equal(mine[0], found[0][0])  # to the bit, so that all ranks take the same decisions
-    whole = torch.cat([mine[3] for mine in found])
+    ranks = [torch.load(results / f"tp{tp}_{case}_{rank}.pt") for rank in range(first, first + tp)]
+    for rank in ranks:
+        for value, expected_value in zip(rank[:3], expected[:3], strict=True):
+            assert (value - expected_value).abs().max() < 1e-12 * expected_value.abs().max()
+        assert torch.equal(rank[0], ranks[0][0])  # bit for bit, so that all ranks decide alike
+    whole = torch.cat([rank[3] for rank in ranks])
     assert (whole - expected[3]).abs().max() < 1e-12 * expected[3].abs().max()

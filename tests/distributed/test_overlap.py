@@ -1,5 +1,5 @@
-"""Communication beside computation changes nothing: gradients reduced during the backward pass and weights gathered
-during the forward pass come to the same weights, bit for bit, as waiting for each."""
+"""Overlapping communication with computation changes nothing: reducing gradients during the backward pass and gathering
+weights during the forward pass gives the same weights, bit for bit, as waiting for each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy import options, parallel
 from nemo_disco.policy.policy import Policy
 
-# A tiny model has one bucket at megatron's own size; an embedding, or two matrices, fill one of these.
+# With megatron's own size, a tiny model has one bucket; one of this size is filled by an embedding, or by two matrices.
 BUCKET_SIZE = 8000
 TWO: list[dict[str, Any]] = [{}]
 FOUR: list[dict[str, Any]] = [
@@ -33,10 +33,11 @@ FOUR: list[dict[str, Any]] = [
 
 
 def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: bool) -> tuple[Any, ...]:
-    """What three steps come to, read in every way: by a forward pass, the optimizer's end, decoding, names."""
-    theirs = DistributedDataParallelConfig
+    """Train four steps. Returns the number of buckets and the weights as seen by the optimizer (fingerprint), a forward
+    pass, decoding, and the export."""
+    original = DistributedDataParallelConfig
     changes = {"bucket_size": BUCKET_SIZE} | ({} if overlap else {"overlap_param_gather": False})
-    options.DistributedDataParallelConfig = lambda **chosen: theirs(**chosen | changes)
+    options.DistributedDataParallelConfig = lambda **settings: original(**settings | changes)
     config = model_config(Path(model), **layout)
     parallel.start(config)
     policy = Policy(config, dtype=dtype, total_optimizer_steps=10)
@@ -56,7 +57,7 @@ def compare(models: list[str], layouts: list[dict[str, Any]], dtype: torch.dtype
     for model, layout in product(models, layouts):
         buckets, bits, log_probs, responses, named = outcome(model, layout, dtype, overlap=True)
         waited = outcome(model, layout, dtype, overlap=False)
-        # Later stages have one bucket each in megatron: their communication is not what a step waits for.
+        # megatron gives later pipeline stages one bucket each, since a step does not wait for their communication.
         later = parallel_state.get_pipeline_model_parallel_rank() > 0
         assert buckets > 1 or later, "one bucket overlaps with nothing"
         assert (bits, responses) == (waited[1], waited[3]), layout

@@ -1,4 +1,4 @@
-"""A refit from any training layout: what arrives in an engine's process is the policy, bit for bit."""
+"""A refit from any training layout: the engine's process receives the policy's weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from nemo_disco.generation.external.replica import Place, Replica
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
-BUCKET_BYTES = 1  # the smallest bucket that there is: most tensors come in pieces
+BUCKET_BYTES = 1  # gives the smallest possible bucket, so that most tensors come in pieces
 
 
 def refit_twice(source: Path, work: Path, layout: dict[str, int]) -> None:
-    """Two refits of an engine that the first rank leads; the last weights stay in the files `kept` and `export`."""
+    """Refit an engine of the first rank twice. The engine's last weights are saved in work/kept, the policy's in
+    work/export."""
     config = model_config(source, **layout)
     parallel.start(config)
     policy = Policy(config)
@@ -47,17 +48,17 @@ def check(tensor: int, pipeline: int, tied: bool, work: Path, on_ranks: Callable
     source = save_model(work / "model", "qwen2", tied=tied)
     layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
     on_ranks(tensor * pipeline, refit_twice, source, work, layout)
-    arrived, exported = load_file(work / "kept"), load_file(work / "export/model.safetensors")
-    wanted = {name: 1.5 * weight for name, weight in load_file(source / "model.safetensors").items()}
+    received, exported = load_file(work / "kept"), load_file(work / "export/model.safetensors")
+    expected = {name: 1.5 * weight for name, weight in load_file(source / "model.safetensors").items()}
     if tied:
-        wanted.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight", None)
         exported.pop("lm_head.weight", None)
-    assert arrived.keys() == wanted.keys() == exported.keys()
-    for name, weight in arrived.items():
-        assert torch.equal(weight, wanted[name]) and torch.equal(weight, exported[name]), name
+    assert received.keys() == expected.keys() == exported.keys()
+    for name, weight in received.items():
+        assert torch.equal(weight, expected[name]) and torch.equal(weight, exported[name]), name
 
 
-def test_what_arrives_is_the_policy(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+def test_the_engine_receives_the_policys_weights(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     check(2, 2, True, tmp_path, on_ranks)
 
 
@@ -65,7 +66,7 @@ def test_what_arrives_is_the_policy(tmp_path: Path, on_ranks: Callable[..., list
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "tied"), [(2, 2, False), (2, 1, True), (2, 1, False), (1, 2, True), (1, 2, False)]
 )
-def test_what_arrives_is_the_policy_at_every_layout(
+def test_the_engine_receives_the_policys_weights_at_every_layout(
     tensor: int, pipeline: int, tied: bool, tmp_path: Path, on_ranks: Callable[..., list[Any]]
 ) -> None:
     check(tensor, pipeline, tied, tmp_path, on_ranks)

@@ -1,4 +1,4 @@
-"""Memory of a process on a CPU: freed tensors go back to the system, and a run's peak is near the plan's figure."""
+"""Memory of a process on a CPU: freed tensors return to the system, and a run's peak is near the plan's figure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tiny_models import save_model
 
 from nemo_disco.config.paths import packaged
 
-# Every second block of 4 MiB is freed, after one that is larger (which raises glibc's threshold for what is mapped by
-# itself): prints the MiB that stay of the 128 freed.
+# Frees every second block of 4 MiB, after a larger one (which raises glibc's threshold for mapping a block separately),
+# and prints how many of the 128 MiB freed were not returned.
 HOLES = """
 import torch
 from nemo_disco.policy import cpu_backend
@@ -50,15 +50,15 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "nemo_disco", *arguments]
 
 
-def test_freed_tensors_go_back_to_the_system() -> None:
+def test_freed_tensors_are_returned_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, env=own_environment())
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 16
 
 
 @pytest.mark.slow
-def test_a_run_takes_at_most_a_fifth_more_than_the_plan_says(tmp_path: Path) -> None:
-    """135M parameters in float32, two steps with saves; the plan's figure counts no libraries and no checkpoint."""
+def test_a_runs_peak_is_at_most_a_fifth_above_the_plans_figure(tmp_path: Path) -> None:
+    """135M parameters in float32, two steps with saves; the plan's figure excludes libraries and checkpoints."""
     quickstart = packaged("assets") / "quickstart"
     model = save_model(tmp_path / "model", "llama", tied=True, **OF_135M)
     for file in (quickstart / "model").iterdir():

@@ -1,4 +1,4 @@
-"""The flash path of attention on packed sequences: what it hands to the kernel. The kernel itself needs a GPU."""
+"""The flash path of attention on packed sequences, with a stand-in of the kernel, which needs a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_disco.policy.policy import Policy
 def test_the_flash_path_gives_the_same_log_probs_and_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_from: int | None
 ) -> None:
-    """long_from: the longer sequences of a micro-batch go one by one."""
+    """long_from: longer sequences of a micro-batch are computed one by one."""
     monkeypatch.setattr(attention, "LONG_FROM", long_from)
     alone = []
     attend = attention.PackedCausalAttention._attend_alone
@@ -37,15 +37,15 @@ def test_the_flash_path_gives_the_same_log_probs_and_gradient(
         log_probs, _ = policy.log_probs(rollouts)
         policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
         results.append((log_probs, dict(policy.named_gradients())))
-    (expected, gradients), (found, found_gradients) = results
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    (expected, gradients), (flash_log_probs, flash_gradients) = results
+    torch.testing.assert_close(flash_log_probs, expected, rtol=0, atol=1e-12)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(flash_gradients[name], gradient, rtol=1e-10, atol=1e-12)
     longer = set(alone)
     assert not longer if long_from is None else len(longer) > 1 and min(longer) >= long_from
 
 
-def test_transformer_engine_gets_whole_sequences_whatever_the_rank() -> None:
+def test_transformer_engine_gets_whole_sequences_on_every_rank() -> None:
     for context_size in (1, 2):
         packed = PackedSequences.from_lengths([4, 8], context_rank=context_size - 1, context_size=context_size)
         assert packed.whole.qkv_format == "thd"
@@ -54,8 +54,8 @@ def test_transformer_engine_gets_whole_sequences_whatever_the_rank() -> None:
         assert packed.whole.cu_seqlens_q_padded is None
 
 
-def test_what_the_layers_are_handed_is_on_the_device_before_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy to a GPU from ordinary memory would be a wait, in the middle of the micro-batches."""
+def test_the_layers_move_no_tensor_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to a GPU from ordinary memory would wait for the GPU, in the middle of the micro-batches."""
     for context_size in (1, 2):
         packed = PackedSequences.from_lengths([4, 8], context_size=context_size)
         with monkeypatch.context() as patch:
@@ -63,13 +63,13 @@ def test_what_the_layers_are_handed_is_on_the_device_before_the_first_of_them(mo
             assert packed.whole.cu_seqlens_q is packed.starts
 
 
-@pytest.mark.parametrize(("width", "taken"), [(64, True), (128, True), (256, True), (100, False), (264, False)])
-def test_the_kernel_has_heads_of_multiples_of_eight(width: int, taken: bool) -> None:
+@pytest.mark.parametrize(("width", "supported"), [(64, True), (128, True), (256, True), (100, False), (264, False)])
+def test_the_kernel_supports_head_widths_that_are_multiples_of_eight(width: int, supported: bool) -> None:
     query = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(5, 4, width))
-    assert attention.has_flash_kernel(query) == taken  # type: ignore[arg-type]
+    assert attention.has_flash_kernel(query) == supported  # type: ignore[arg-type]
 
 
-def test_varlen_attention_takes_what_it_is_called_with() -> None:
+def test_torchs_varlen_attention_has_the_parameters_that_are_passed() -> None:
     """torch 2.11 (torch/nn/attention/varlen.py): return_aux, scale, window_size; 2.13 has enable_gqa beside them."""
     q, k, starts = torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
     call = (q, k, k, starts, starts, 3, 3)

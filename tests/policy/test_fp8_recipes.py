@@ -1,5 +1,6 @@
-"""FP8 by each recipe: what megatron-core and Transformer Engine are told, and, on layers that round numbers as its do
-(stand-ins in plain torch), that training is float32's to FP8's error. Delayed scaling's state: test_fp8_scales.py."""
+"""FP8 with each recipe: the settings that megatron-core and Transformer Engine get, and training on stand-ins of its
+layers (plain torch that rounds as they do), which is that of float32 up to FP8's error. The state of delayed scaling:
+test_fp8_scales.py."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ STATELESS = RECIPES[1:]
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wider than a block of 128."""
+    """A model wider than a block of 128."""
     shape = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 192}
     return save_model(tmp_path_factory.mktemp("qwen2"), "qwen2", tied=False, **shape)
 
@@ -52,7 +53,7 @@ def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Po
     return make
 
 
-# --- what they are told ---
+# --- settings ---
 
 
 @pytest.mark.parametrize("gather", [False, True])
@@ -60,10 +61,10 @@ def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Po
     ("fp8", "number_format", "recipe"),
     [("delayed", "hybrid", "delayed"), ("current", "hybrid", "tensorwise"), ("blockwise", "e4m3", "blockwise")],
 )
-def test_megatron_is_told_the_recipe_wherever_it_asks(
+def test_all_parts_of_megatron_get_the_recipe(
     build: Callable[..., Policy], fp8: str, number_format: str, recipe: str, gather: bool
 ) -> None:
-    """Layers, communication and optimizer each have settings of their own."""
+    """Layers, communication and optimizer have separate settings."""
     policy = build(fp8, fp8_param_gather=gather)
     config = policy.model.chunks[0].config
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == (number_format, recipe, gather)
@@ -73,7 +74,7 @@ def test_megatron_is_told_the_recipe_wherever_it_asks(
     assert [part.config.fp8_recipe for part in policy.optimizer._parts] == [recipe]
 
 
-def test_without_fp8_megatron_is_told_of_none(build: Callable[..., Policy]) -> None:
+def test_without_fp8_megatron_gets_no_recipe(build: Callable[..., Policy]) -> None:
     policy = build(None)
     config = policy.model.chunks[0].config
     assert (config.fp8, config.fp8_param, policy.network[0].ddp_config.fp8_param_gather) == (None, False, False)
@@ -81,19 +82,19 @@ def test_without_fp8_megatron_is_told_of_none(build: Callable[..., Policy]) -> N
     assert [part.config.fp8_recipe for part in policy.optimizer._parts] == [None]
 
 
-def recipe_class(name: str, *takes: str) -> type:
-    """A stand-in of Transformer Engine 2.11's, which takes what that takes."""
+def recipe_class(name: str, *parameters: str) -> type:
+    """A stand-in of a recipe of Transformer Engine 2.11, with its parameters."""
 
-    def init(self: Any, **given: Any) -> None:
-        assert given.keys() <= set(takes), f"{name} takes {takes}, not {sorted(given)}"
-        self.__dict__ |= given
+    def init(self: Any, **arguments: Any) -> None:
+        assert arguments.keys() <= set(parameters), f"{name} has {parameters}, not {sorted(arguments)}"
+        self.__dict__ |= arguments
 
     return type(name, (), {"__init__": init})
 
 
 @dataclass
 class Engine:
-    """What megatron asked of Transformer Engine's two contexts."""
+    """The arguments with which megatron entered Transformer Engine's two contexts."""
 
     computing: dict[str, Any]
     building: dict[str, Any]
@@ -102,17 +103,17 @@ class Engine:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """megatron's own fp8_utils, read anew beside a Transformer Engine that is names alone."""
-    asked = Engine({}, {}, None)
+    """megatron's own fp8_utils, imported again with a stand-in of Transformer Engine that records its calls."""
+    calls = Engine({}, {}, None)
 
     @contextmanager
-    def fp8_autocast(**given: Any) -> Any:
-        asked.computing = given
+    def fp8_autocast(**arguments: Any) -> Any:
+        calls.computing = arguments
         yield
 
     @contextmanager
     def fp8_model_init(enabled: bool, recipe: Any, preserve_high_precision_init_val: bool) -> Any:
-        asked.building = {"enabled": enabled, "recipe": recipe, "kept": preserve_high_precision_init_val}
+        calls.building = {"enabled": enabled, "recipe": recipe, "kept": preserve_high_precision_init_val}
         yield
 
     recipes = SimpleNamespace(
@@ -136,11 +137,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(megatron_utils, "_te_version", Version("2.11.0"))
     delayed = recipe_class("TEDelayedScaling", "config", "fp8_format", "override_linear_precision")
     monkeypatch.setattr(extensions, "TEDelayedScaling", delayed)
-    found = importlib.util.spec_from_file_location("fp8_utils_beside_an_engine", fp8_utils.__file__)
-    assert found is not None and found.loader is not None
-    asked.megatron = importlib.util.module_from_spec(found)
-    found.loader.exec_module(asked.megatron)
-    return asked
+    spec = importlib.util.spec_from_file_location("fp8_utils_beside_an_engine", fp8_utils.__file__)
+    assert spec is not None and spec.loader is not None
+    calls.megatron = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(calls.megatron)
+    return calls
 
 
 @pytest.mark.parametrize("gather", [False, True])
@@ -152,7 +153,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
         ("blockwise", "Float8BlockScaling", "e4m3"),
     ],
 )
-def test_megatron_makes_transformer_engines_recipe_of_it(
+def test_megatron_builds_transformer_engines_recipe_from_the_settings(
     build: Callable[..., Policy], engine: Engine, fp8: str, expected: str, numbers: str, gather: bool
 ) -> None:
     config = build(fp8, fp8_param_gather=gather).model.chunks[0].config
@@ -167,11 +168,11 @@ def test_megatron_makes_transformer_engines_recipe_of_it(
         assert not engine.building
 
 
-# --- what the layers are given ---
+# --- micro-batches ---
 
 
 @pytest.mark.parametrize(("fp8", "multiple"), [("delayed", 16), ("current", 16), ("blockwise", 128)])
-def test_micro_batches_have_the_tokens_that_the_products_need(
+def test_micro_batches_are_padded_to_the_multiple_that_the_recipe_needs(
     build: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, fp8: str, multiple: int
 ) -> None:
     sizes, make = [], policy_module.build_micro_batch
@@ -194,7 +195,7 @@ def test_micro_batches_have_the_tokens_that_the_products_need(
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12])
 def test_the_stand_ins_round_as_fp8_does(scale: float) -> None:
-    """e4m3 has 3 bits after the first. In blocks, a large number takes the bits of its own block alone."""
+    """e4m3 has 3 bits after the first. With block scaling, a large number costs precision only in its own block."""
     x = torch.randn(130, 300, generator=torch.Generator().manual_seed(0)) * scale
     large = x.clone()
     large[0, 0] = 1e7 * scale
@@ -214,24 +215,26 @@ def gradient(policy: Policy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fp8", STATELESS)
-def test_the_gradient_is_float32s_to_the_error_of_fp8(build: Callable[..., Policy], fp8: str) -> None:
-    """From the first pass on, however small the gradient: nothing is learnt of the passes before."""
+def test_the_gradient_is_that_of_float32_up_to_the_error_of_fp8(build: Callable[..., Policy], fp8: str) -> None:
+    """From the first pass on, however small the gradient: no pass depends on those before."""
     plain = build(None)
     expected, expected_log_probs = gradient(plain), plain.log_probs(random_rollouts())[0]
     policy = build(fp8)
     assert not policy.unscaled
     log_probs, again = (policy.log_probs(random_rollouts())[0] for _ in "ab")
     assert torch.equal(log_probs, again)
-    found, again = gradient(policy), gradient(policy)
-    assert torch.equal(found, again)
+    actual, again = gradient(policy), gradient(policy)
+    assert torch.equal(actual, again)
     # The bounds of benchmarks/gpu/correctness.py.
-    for value, wanted, bound in ((log_probs, expected_log_probs, 0.1), (found, expected, 0.3)):
-        error = float((value - wanted).norm() / wanted.norm())
+    for value, reference, bound in ((log_probs, expected_log_probs, 0.1), (actual, expected, 0.3)):
+        error = float((value - reference).norm() / reference.norm())
         assert 1e-3 < error < bound, error
 
 
 @pytest.mark.parametrize("fp8", STATELESS)
-def test_a_resumed_run_goes_on_bit_for_bit(build: Callable[..., Policy], tmp_path: Path, fp8: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    build: Callable[..., Policy], tmp_path: Path, fp8: str
+) -> None:
     policy = build(fp8)
     train(policy, [1, 2])
     path = checkpoint.save(policy, tmp_path, 2, {}, keep=1)
@@ -245,7 +248,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(build: Callable[..., Policy], tmp_pat
 
 
 @pytest.mark.parametrize(("before", "after"), [("delayed", "blockwise"), ("current", "delayed"), (None, "current")])
-def test_a_checkpoint_of_one_recipe_goes_on_under_another(
+def test_a_checkpoint_of_one_recipe_can_be_resumed_with_another(
     build: Callable[..., Policy], tmp_path: Path, before: str | None, after: str
 ) -> None:
     policy = build(before)
@@ -254,7 +257,7 @@ def test_a_checkpoint_of_one_recipe_goes_on_under_another(
     expected = policy.log_probs(random_rollouts())[0]
     other = build(after)
     checkpoint.load_latest(other, tmp_path)
-    assert bool(other.unscaled) == (after == "delayed"), "delayed scaling has seen nothing yet"
-    found = other.log_probs(random_rollouts())[0]
-    assert float((found - expected).norm() / expected.norm()) < 0.1
+    assert bool(other.unscaled) == (after == "delayed"), "delayed scaling has no history yet"
+    actual = other.log_probs(random_rollouts())[0]
+    assert float((actual - expected).norm() / expected.norm()) < 0.1
     train(other, [3])

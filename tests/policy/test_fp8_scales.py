@@ -1,5 +1,5 @@
-"""FP8 with delayed scaling, on layers that scale as Transformer Engine's do: its state is in checkpoints, and the first
-pass is like those that follow. The scaling is a stand-in's, in plain torch."""
+"""FP8 with delayed scaling, on stand-ins of Transformer Engine's layers in plain torch: its state is in checkpoints,
+and the first pass is as precise as the following ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Pol
     return make
 
 
-def test_a_resumed_run_scales_as_the_one_that_was_saved(build: Callable[[], Policy], tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_scales_of_the_saved_one(build: Callable[[], Policy], tmp_path: Path) -> None:
     policy = build()
     train(policy, [1, 2])
     checkpoint.save(policy, tmp_path, 2, {}, keep=1)
@@ -60,8 +60,9 @@ def test_a_checkpoint_before_the_first_pass_has_no_scales(build: Callable[[], Po
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_the_first_pass_is_like_the_second(build: Callable[[], Policy], prepared: bool) -> None:
-    """Under the scale that delayed scaling starts from, gradients as small as these are all 0."""
+def test_the_first_pass_is_as_precise_as_the_second(build: Callable[[], Policy], prepared: bool) -> None:
+    """With delayed scaling's initial scale, all gradients as small as these would be 0. prepared: a first pass sets the
+    scales, as in a run."""
     policy, rollouts = build(), random_rollouts()
     assert policy.unscaled
     if not prepared:

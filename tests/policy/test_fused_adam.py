@@ -1,4 +1,4 @@
-"""Transformer Engine's Adam in place of torch's: its states in checkpoints, moments in bfloat16, weights reloaded."""
+"""Transformer Engine's Adam (a stand-in) instead of torch's: checkpoints, bfloat16 moments, reloaded weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(path: Path, patch: pytest.MonkeyPatch, moments: str | None) -> Policy:
-    """moments: the dtype of those of Transformer Engine's Adam; None is torch's AdamW."""
+    """moments: their dtype in Transformer Engine's Adam; None: torch's AdamW."""
     config = model_config(path)
     optim = config.optim.model_copy(update={"moments_dtype": moments or "float32"})
     config = config.model_copy(update={"optim": optim})
@@ -38,21 +38,18 @@ def build(path: Path, patch: pytest.MonkeyPatch, moments: str | None) -> Policy:
 def state(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
     """Float32 weights and moments of every parameter."""
     assert policy.optimizer is not None
-    found: dict[str, dict[str, torch.Tensor]] = {}
     names = {p: name for name, p in policy.model.chunks[0].named_parameters()}
-    for copies in policy.optimizer.shards(copied=True):
-        found |= {names[p]: tensors for p, tensors in copies.items()}
-    return found
+    return {names[p]: tensors for part in policy.optimizer.shards(copied=True) for p, tensors in part.items()}
 
 
-def assert_same(found: Policy, expected: Policy) -> None:
-    torch.testing.assert_close(state(found), state(expected), rtol=0, atol=0)
-    for (_, ours), (_, theirs) in zip(found.named_weights(), expected.named_weights(), strict=True):
-        assert torch.equal(ours, theirs)
+def assert_same(actual: Policy, expected: Policy) -> None:
+    torch.testing.assert_close(state(actual), state(expected), rtol=0, atol=0)
+    for (_, weight), (_, expected_weight) in zip(actual.named_weights(), expected.named_weights(), strict=True):
+        assert torch.equal(weight, expected_weight)
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_a_checkpoint_goes_on_bit_for_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str
 ) -> None:
     fused_adam.pretend(monkeypatch)
@@ -68,7 +65,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_nothing_was_applied_yet_is_a_state_too(
+def test_a_checkpoint_before_the_first_step_can_be_resumed(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str
 ) -> None:
     fused_adam.pretend(monkeypatch)
@@ -81,7 +78,7 @@ def test_nothing_was_applied_yet_is_a_state_too(
     assert_same(resumed, policy)
 
 
-def test_a_checkpoint_goes_on_with_the_other_adam(
+def test_a_checkpoint_of_torchs_adam_loads_into_transformer_engines(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = build(model_path, monkeypatch, None)
@@ -95,7 +92,7 @@ def test_a_checkpoint_goes_on_with_the_other_adam(
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("trained", [False, True])
-def test_weights_from_outside_are_what_the_next_step_moves(
+def test_the_next_step_starts_from_weights_that_were_loaded(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str, trained: bool
 ) -> None:
     fused_adam.pretend(monkeypatch)

@@ -1,4 +1,4 @@
-"""Two makes of layers, one model: names in checkpoints and in Hugging Face files, and which make is taken."""
+"""Local layers and (stand-ins of) Transformer Engine's: the same model, the same names in checkpoints and HF files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """build(fused) -> a policy of plain or of fused layers, the latter by the way that Transformer Engine's go."""
+    """build(fused) -> a policy of local layers, or of fused ones in place of Transformer Engine's."""
     monkeypatch.setattr(layers, "_transformer_engine_layer", fused_layers.fused_layer)
 
     def make(fused: bool) -> Policy:
@@ -42,25 +42,25 @@ def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_megatron_fuses_norm_and_linear_in_transformer_engines_layers() -> None:
-    """What the fused layers of these tests are modelled on."""
+    """The fused layers of these tests assume it."""
     assert TESpecProvider().fuse_layernorm_and_linear()
 
 
-def test_both_makes_are_the_same_function_of_the_same_files(build: Any) -> None:
-    rollouts, found = random_rollouts(), []
+def test_both_kinds_of_layers_compute_the_same_from_the_same_files(build: Any) -> None:
+    rollouts, results = random_rollouts(), []
     for fused in (False, True):
         policy = build(fused)
         weights = {name: w.clone() for name, w in policy.named_weights()}
         responses = MegatronEngine(policy, [1]).generate([[5, 9, 3]] * 2, [1, 2], SamplingParams(1.0, 10))
-        found.append((policy.log_probs(rollouts)[0], weights, [r.tokens.tolist() for r in responses]))
-    (log_probs, weights, tokens), (fused_log_probs, fused_weights, fused_tokens) = found
+        results.append((policy.log_probs(rollouts)[0], weights, [r.tokens.tolist() for r in responses]))
+    (log_probs, weights, tokens), (fused_log_probs, fused_weights, fused_tokens) = results
     torch.testing.assert_close(fused_log_probs, log_probs, rtol=0, atol=1e-5)
     assert weights.keys() == fused_weights.keys()
     assert all(torch.equal(weights[name], fused_weights[name]) for name in weights)
     assert tokens == fused_tokens
 
 
-def test_both_makes_have_the_same_names_in_a_checkpoint(build: Any) -> None:
+def test_both_kinds_of_layers_have_the_same_names_in_a_checkpoint(build: Any) -> None:
     keys = []
     for fused in (False, True):
         state = build(fused).model.chunks[0].sharded_state_dict()
@@ -70,7 +70,7 @@ def test_both_makes_have_the_same_names_in_a_checkpoint(build: Any) -> None:
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_checkpoint_of_one_make_goes_on_in_the_other(build: Any, tmp_path: Path, first: bool) -> None:
+def test_a_run_can_be_resumed_with_the_other_kind_of_layers(build: Any, tmp_path: Path, first: bool) -> None:
     policy = build(first)
     train(policy, [1, 2])
     checkpoint.save(policy, tmp_path, 2, {}, keep=1)
@@ -90,7 +90,9 @@ def test_a_checkpoint_of_one_make_goes_on_in_the_other(build: Any, tmp_path: Pat
         ({"apply_rope_fusion": True}, "apply_rope_fusion=true"),
     ],
 )
-def test_what_needs_transformer_engine_says_so(model_path: Path, changes: dict[str, Any], setting: str) -> None:
+def test_settings_of_transformer_engine_are_refused_without_it(
+    model_path: Path, changes: dict[str, Any], setting: str
+) -> None:
     config = model_config(model_path, **changes)
     parallel.start(config)
     with pytest.raises(UserError, match=f"model.{setting} needs Transformer Engine and CUDA"):
@@ -98,7 +100,7 @@ def test_what_needs_transformer_engine_says_so(model_path: Path, changes: dict[s
 
 
 def test_the_activation_is_one_function_of_the_first_matrix(model_path: Path) -> None:
-    """What is compiled on CUDA: megatron calls it with gate and up side by side."""
+    """megatron calls it with gate and up side by side; on CUDA it is compiled."""
     config = model_config(model_path)
     parallel.start(config)
     mlp = Policy(config).model.chunks[0].decoder.layers[0].mlp
@@ -123,8 +125,8 @@ def test_weights_are_rounded_to_the_models_type_before_they_are_stored(
     assert len(types) > 20 and set(types) == {torch.bfloat16}
 
 
-def test_weights_in_fp8_leave_as_ordinary_numbers(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under model.fp8_param_gather; "in FP8" is here every matrix, kept at half its value."""
+def test_weights_in_fp8_are_exported_as_ordinary_numbers(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With model.fp8_param_gather. The test's "FP8" is every matrix, stored at half its value."""
     config = model_config(model_path)
     parallel.start(config)
     policy = Policy(config, trainable=False)

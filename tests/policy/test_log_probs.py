@@ -23,7 +23,7 @@ DTYPES = pytest.mark.parametrize(
 
 
 def problem(n: int, vocab: int, h: int, dtype: torch.dtype, spread: float = 6.0) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight (logits of standard deviation `spread`) and targets, half of them likely ones."""
+    """hidden, weight (logits have a standard deviation of `spread`) and targets, half of them the likeliest token."""
     generator = torch.Generator().manual_seed(n + vocab + h)
     hidden = torch.randn(n, h, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocab, h, generator=generator, dtype=torch.float64) * spread / h**0.5
@@ -33,7 +33,7 @@ def problem(n: int, vocab: int, h: int, dtype: torch.dtype, spread: float = 6.0)
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The definition, in float64 and with everything in memory."""
+    """Log-probs and entropies by their definition, in float64, with all logits in memory."""
     log_p = (hidden.double() @ weight.double().T / temperature).log_softmax(1)
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
@@ -98,8 +98,8 @@ def test_gradient_of_entropy_alone() -> None:
         assert error(found, grad) < 1e-12
 
 
-def test_on_a_gpu_products_of_half_precision_are_not_rounded_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiled path on CUDA: within 2e-3 of float32. torch.mm's out_dtype is CUDA's; here it is its definition."""
+def test_on_a_gpu_logits_are_not_rounded_to_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiled path on CUDA, within 2e-3 of float32. torch.mm has out_dtype on CUDA alone: a stand-in is used here."""
     calls = []
 
     def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -113,11 +113,12 @@ def test_on_a_gpu_products_of_half_precision_are_not_rounded_to_it(monkeypatch: 
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(module, "_CUDA_TILE", module._Tile(128, 1024))
-    found = token_log_probs(hidden, weight, targets, temperature=0.6, entropies=True)
-    ours = torch.autograd.grad(sum(x.sum() for x in found), (hidden, weight))  # type: ignore[arg-type, misc]
-    for value, wanted, bound in zip((*found, *ours), (*expected, *gradients), (2e-3, 2e-3, 1e-2, 1e-2), strict=True):
+    outputs = token_log_probs(hidden, weight, targets, temperature=0.6, entropies=True)
+    grads = torch.autograd.grad(sum(x.sum() for x in outputs), (hidden, weight))  # type: ignore[arg-type, misc]
+    bounds = (2e-3, 2e-3, 1e-2, 1e-2)
+    for value, reference_value, bound in zip((*outputs, *grads), (*expected, *gradients), bounds, strict=True):
         assert value is not None
-        assert float((value.double() - wanted.double()).norm() / wanted.double().norm()) < bound
+        assert float((value.double() - reference_value.double()).norm() / reference_value.double().norm()) < bound
     assert calls and set(calls) == {torch.float32}
 
 
@@ -136,7 +137,7 @@ def test_bf16_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("offset", [-2000.0, 2000.0])
 def test_extreme_logits_stay_finite(offset: float) -> None:
-    """All logits shifted far away change nothing: the last column of hidden adds `offset` to each."""
+    """A large offset to all logits changes nothing; the last column of hidden adds `offset` to each."""
     hidden, weight, targets = problem(20, 1500, 4, torch.float32, spread=3.0)
     column = torch.ones(20, 1)
     shifted = torch.cat([hidden, column], 1).detach().requires_grad_()
@@ -144,7 +145,7 @@ def test_extreme_logits_stay_finite(offset: float) -> None:
     log_probs, entropy = token_log_probs(shifted, shifted_weight, targets, temperature=1.0, entropies=True)
     expected = reference(hidden, weight, targets, 1.0)
     assert entropy is not None
-    torch.testing.assert_close(log_probs.double(), expected[0], rtol=0, atol=2e-3)  # float32 at 2000: 1.2e-4 a logit
+    torch.testing.assert_close(log_probs.double(), expected[0], rtol=0, atol=2e-3)  # float32 at 2000: 1.2e-4 per logit
     torch.testing.assert_close(entropy.double(), expected[1], rtol=0, atol=2e-3)
     (log_probs.sum() + entropy.sum()).backward()
     assert shifted.grad is not None and shifted.grad.isfinite().all()
@@ -185,7 +186,7 @@ def test_tokens_of_weight_zero_are_not_recomputed(monkeypatch: pytest.MonkeyPatc
     assert error(found[0], grads[0]) < 1e-12 and error(found[1], grads[1]) < 1e-12
 
 
-def test_only_what_is_asked_for_is_differentiated_and_kept() -> None:
+def test_frozen_inputs_get_no_gradient_and_nothing_is_kept_without_gradients() -> None:
     hidden, weight, targets = problem(30, 40, 5, torch.float64)
     expected = torch.autograd.grad(reference(hidden, weight, targets, 1.0)[0].sum(), [hidden, weight])
     frozen, _ = token_log_probs(hidden, weight.detach(), targets, temperature=1.0)
@@ -201,7 +202,7 @@ def test_only_what_is_asked_for_is_differentiated_and_kept() -> None:
 
 
 @pytest.mark.parametrize("loss_of", [lambda x: x.sum(), lambda x: (x * 0).sum()], ids=["no tokens", "no weights"])
-def test_nothing_to_do_gives_zero_gradients(loss_of: Callable[[Tensor], Tensor]) -> None:
+def test_no_tokens_or_zero_weights_give_zero_gradients(loss_of: Callable[[Tensor], Tensor]) -> None:
     n = 0 if loss_of(torch.ones(1)) else 9
     hidden, weight = torch.ones(n, 4, requires_grad=True), torch.ones(6, 4, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.int64)
@@ -216,24 +217,24 @@ def test_nothing_to_do_gives_zero_gradients(loss_of: Callable[[Tensor], Tensor])
     ("change", "message"),
     [
         ({"temperature": 0.0}, "temperature of log-probs must be positive"),
-        ({"targets": torch.tensor([0, 5, 2])}, "below the vocabulary size 5, found 0 to 5"),
-        ({"targets": torch.tensor([0, -1, 2])}, "found -1 to 2"),
+        ({"targets": torch.tensor([0, 5, 2])}, "below the vocabulary size 5, not 0 to 5"),
+        ({"targets": torch.tensor([0, -1, 2])}, "not -1 to 2"),
         ({"targets": torch.tensor([0, 1])}, r"not \(3, 4\), \(6, 4\), \(2,\)"),
         ({"targets": torch.zeros(3)}, "int64 targets, not torch.float32"),
         ({"hidden": torch.zeros(3, 5)}, r"not \(3, 5\), \(6, 4\)"),
         ({"hidden": torch.zeros(3, 4, dtype=torch.bfloat16)}, "one floating dtype"),
-        ({"vocab_start": 6}, "does not fit a vocabulary of 5: row 6 and 6 rows a rank, on rank 0 of 1"),
+        ({"vocab_start": 6}, "does not fit a vocabulary of 5: row 6 and 6 rows per rank, on rank 0 of 1"),
         ({"vocab_size": 7}, "does not fit a vocabulary of 7"),
     ],
 )
-def test_refusals(change: dict[str, object], message: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
     inputs = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(6, 4), "targets": torch.tensor([0, 4, 2])}
     with pytest.raises(ValueError, match=message):
         token_log_probs(**{**inputs, "temperature": 1.0, "vocab_size": 5, **change})  # type: ignore[arg-type]
 
 
 def measure(variant: str, tokens: int) -> dict[str, float]:
-    """One process of its own: only then is the peak resident memory this variant's."""
+    """Results of one variant of the benchmark, in its own process, so that the peak memory is this variant's."""
     sizes = ["--tokens", str(tokens), "--vocab", "151936", "--hidden", "32"]
     command = [sys.executable, str(BENCHMARK), "--one", variant, *sizes]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -243,5 +244,5 @@ def test_peak_memory_is_under_a_tenth_of_the_logits() -> None:
     """Vocabulary 151,936 and 8,192 tokens, forward and backward through log-probs and entropies."""
     logits = 8192 * 151_936 * 4
     assert measure("tiled_entropies", 8192)["extra_bytes"] < logits / 10
-    # That the meter works: plain PyTorch at a thirty-second of the tokens needs at least its logits and their gradient.
+    # The measurement works: plain PyTorch with 1/32 of the tokens needs at least its logits and their gradient.
     assert measure("plain", 256)["extra_bytes"] > 2 * logits / 32

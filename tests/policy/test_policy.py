@@ -1,4 +1,4 @@
-"""The policy against transformers: the same log-probs, the same gradient, the same weights back."""
+"""The policy against transformers: the same logits, log-probs and gradient, and the same weights when exported."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_gradient_does_not_depend_on_the_token_budget(model_path: Path, budget: 
         assert (gradients[name] - gradient).norm() <= 1e-12 * gradient.norm(), name
 
 
-def test_accumulate_replaces_the_gradient_of_before(qwen2: Path) -> None:
+def test_accumulate_replaces_the_previous_gradient(qwen2: Path) -> None:
     rollouts, policy = random_rollouts(), build(qwen2, torch.float64)
     policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
     once = {name: g.clone() for name, g in policy.named_gradients()}
@@ -108,7 +108,7 @@ def test_recomputation_changes_nothing(qwen2: Path, granularity: str) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-14)
 
 
-def test_only_empty_responses_have_no_log_probs_and_no_gradient(qwen2: Path) -> None:
+def test_rollouts_of_empty_responses_have_no_log_probs_and_no_gradient(qwen2: Path) -> None:
     rollouts, policy = random_rollouts(questions=1, longest=1), build(qwen2)
     log_probs, _ = policy.log_probs(rollouts)
     assert len(log_probs) == 0
@@ -116,7 +116,7 @@ def test_only_empty_responses_have_no_log_probs_and_no_gradient(qwen2: Path) -> 
     assert all(float(g.abs().max()) == 0.0 for _, g in policy.named_gradients())
 
 
-def test_export_gives_the_weights_back_bit_for_bit(model_path: Path, tmp_path: Path) -> None:
+def test_exported_weights_equal_the_loaded_ones_bit_for_bit(model_path: Path, tmp_path: Path) -> None:
     build(model_path).export(tmp_path / "export")
     before, after = load_file(model_path / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -129,14 +129,14 @@ def test_export_gives_the_weights_back_bit_for_bit(model_path: Path, tmp_path: P
     )
 
 
-def test_a_bfloat16_directory_comes_back_as_bfloat16(qwen2: Path, tmp_path: Path) -> None:
+def test_a_bfloat16_directory_is_exported_as_bfloat16(qwen2: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(qwen2, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
     build(tmp_path / "bf16").export(tmp_path / "export")
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("bf16", "export"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_step_moves_the_weights_and_a_bad_gradient_does_not(qwen2: Path) -> None:
+def test_a_step_changes_the_weights_unless_the_gradient_is_not_finite(qwen2: Path) -> None:
     rollouts, policy = random_rollouts(), build(qwen2)
     weights = {name: w.clone() for name, w in policy.named_weights()}
     policy.accumulate(rollouts, lambda _, log_probs, __: log_probs * float("inf"))
@@ -185,7 +185,7 @@ def broken(directory: Path, source: Path, edit: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "message"),
     [
         ("no weights", "no *.safetensors file of the model"),
         ("truncated", "damaged safetensors file"),
@@ -197,14 +197,14 @@ def broken(directory: Path, source: Path, edit: str) -> Path:
         ("rope", "rope_type 'yarn' is not built"),
     ],
 )
-def test_a_broken_model_directory_is_named(qwen2: Path, tmp_path: Path, edit: str, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)) as raised:
+def test_a_broken_model_directory_is_refused(qwen2: Path, tmp_path: Path, edit: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
         build(broken(tmp_path, qwen2, edit))
     assert "\n" not in str(raised.value)
 
 
-def test_a_weight_that_is_not_finite_is_seen_though_no_log_prob_shows_it(qwen2: Path) -> None:
-    """That of a token which no response has; nothing else of an update that overflows may be in sight."""
+def test_a_weight_that_is_not_finite_is_detected_even_if_no_log_prob_depends_on_it(qwen2: Path) -> None:
+    """A weight of a token that is in no response; it may be the only sign that an update overflowed."""
     policy = build(qwen2)
     assert policy.has_finite_weights()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""While an engine samples, the gradient's and the optimizer's memory is free; nothing of the training changes."""
+"""While an engine samples, the memory of gradient and optimizer is free; training is not changed by it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def build(path: Path, dtype: torch.dtype, offload: bool) -> Policy:
     return Policy(config, dtype=dtype)
 
 
-def held(policy: Policy) -> tuple[int, int]:
-    """Bytes of gradients and of the optimizer's state."""
+def memory(policy: Policy) -> tuple[int, int]:
+    """Bytes on the device of the gradients and of the optimizer's state."""
     assert policy.optimizer is not None
     gradients = [buffer.grad_data for chunk in policy.network for buffer in chunk.buffers]
     state = policy.optimizer._state_tensors()
@@ -39,7 +39,7 @@ def test_resting_frees_memory_and_changes_nothing(model_path: Path, dtype: torch
     policy = build(model_path, dtype, offload)
     for seed in (1, 2, 3):
         with policy.resting():
-            gradients, state = held(policy)
+            gradients, state = memory(policy)
             assert gradients == 0
             assert (state == 0) == (offload or (seed == 1 and dtype is torch.float32))
             weights = [w.clone() for _, w in policy.named_weights()]
@@ -50,7 +50,7 @@ def test_resting_frees_memory_and_changes_nothing(model_path: Path, dtype: torch
     assert fingerprint(policy) == fingerprint(undisturbed)
 
 
-def test_a_policy_that_does_not_train_rests_too(model_path: Path) -> None:
+def test_a_policy_without_an_optimizer_can_rest(model_path: Path) -> None:
     config = model_config(model_path)
     parallel.start(config)
     with Policy(config, trainable=False).resting():

@@ -1,6 +1,6 @@
-"""Between a step's micro-batches the program never asks for a value: on a GPU each would be a wait for all its work.
+"""Between a step's micro-batches the program never reads a value of a tensor: on a GPU it would wait for all its work.
 
-On a CPU nothing waits, so what would is forbidden while megatron's schedule runs.
+As nothing waits on a CPU, the tests forbid the calls that would wait on a GPU while megatron's schedule runs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.micro_batch import MicroBatch, Padding, build_micro_batch
 from nemo_disco.policy.policy import Policy
 
-# Operators whose result, or its shape, the host has to know.
-ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero", "repeat_interleave")
+# Operators that copy their result, or its shape, to the host.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero", "repeat_interleave")
 
 
 class NoWaiting(TorchDispatchMode):
@@ -31,7 +31,7 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in ASKING, f"{func} would wait for the device"
+        assert name not in WAITING, f"{func} would wait for the device"
         if name in ("index", "index_put_"):
             assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{func} with a mask would wait"
         NoWaiting.calls += 1
@@ -39,8 +39,8 @@ class NoWaiting(TorchDispatchMode):
 
 
 class NothingFromTheHost(TorchFunctionMode):
-    """No tensor is copied from the host: CUDA waits where its memory is not page-locked. A CPU's tensors are all on one
-    device, so what would copy one is refused by its name. A single number that stays on the host is none."""
+    """Forbids copies of tensors from the host, for which CUDA waits if memory is not page-locked. As a CPU's tensors
+    are all on one device, the functions that would copy are refused by name; a single number on the host is allowed."""
 
     MAKERS = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange)
     COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.cuda)
@@ -71,7 +71,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Policy:
-    """Whose schedule runs without waiting, and whose log-probs behave as on a GPU."""
+    """A policy whose schedule runs under no_waiting, and whose log-probs take the path of a GPU."""
     config = model_config(save_model(tmp_path, "qwen2", tied=True), token_budget=64)
     parallel.start(config)
     schedule: Callable[..., Any] = policy_module.get_forward_backward_func()
@@ -82,7 +82,7 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Policy:
             return schedule(**arguments)
 
     monkeypatch.setattr(policy_module, "get_forward_backward_func", lambda: guarded)
-    monkeypatch.setattr(log_probs, "_may_look", lambda _: False)
+    monkeypatch.setattr(log_probs, "_is_on_host", lambda _: False)
     return Policy(config)
 
 
@@ -106,13 +106,13 @@ def test_log_probs_and_gradients_never_wait(policy: Policy) -> None:
         lambda x: x.to("cpu"),
     ],
 )
-def test_the_guard_sees_what_waits(ask: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_detects_calls_that_wait(ask: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError), no_waiting(monkeypatch):
         ask(torch.ones(1))
 
 
 class Copies(TorchFunctionMode):
-    """Every copy to another device is from page-locked memory (a stand-in's), and not waited for."""
+    """Asserts that every copy to another device is from page-locked memory (a stand-in) and non-blocking."""
 
     def __init__(self, pinned: list[torch.Tensor]) -> None:
         super().__init__()
@@ -135,8 +135,10 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("context_size", [1, 2])
-def test_a_micro_batch_goes_to_the_device_as_a_whole(monkeypatch: pytest.MonkeyPatch, context_size: int) -> None:
-    """With what attention by SDPA reads. The device is torch's "meta": there, but without numbers."""
+def test_all_tensors_of_a_micro_batch_are_copied_to_the_device(
+    monkeypatch: pytest.MonkeyPatch, context_size: int
+) -> None:
+    """Those that attention by SDPA reads too. The device is torch's "meta", which has shapes and no numbers."""
     pinned: list[torch.Tensor] = []
 
     def pin(x: torch.Tensor) -> torch.Tensor:
@@ -151,11 +153,11 @@ def test_a_micro_batch_goes_to_the_device_as_a_whole(monkeypatch: pytest.MonkeyP
         return build_micro_batch(rollouts, range(8), layout=layout, **of)  # type: ignore[arg-type]
 
     with Copies(pinned) as copies:
-        there, here = build("meta"), build("cpu")
-    found, expected = list(tensors(there)), list(tensors(here))
-    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
-    assert all(x.device.type == "meta" for x in found) and copies.count == len(pinned) == len(found)
+        on_device, on_host = build("meta"), build("cpu")
+    copied, expected = list(tensors(on_device)), list(tensors(on_host))
+    assert [(x.shape, x.dtype) for x in copied] == [(x.shape, x.dtype) for x in expected]
+    assert all(x.device.type == "meta" for x in copied) and copies.count == len(pinned) == len(copied)
     assert all(torch.equal(x, y) for x, y in zip(pinned, expected, strict=True))
-    assert (there.sequences.keys is not None) == (context_size > 1)
-    assert any(bucket.gather is not None for bucket in there.sequences.buckets) == (context_size == 1)
-    assert there.sequences.lengths == here.sequences.lengths
+    assert (on_device.sequences.keys is not None) == (context_size > 1)
+    assert any(bucket.gather is not None for bucket in on_device.sequences.buckets) == (context_size == 1)
+    assert on_device.sequences.lengths == on_host.sequences.lengths

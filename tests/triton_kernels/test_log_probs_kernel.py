@@ -101,7 +101,7 @@ def test_padding_rows_and_foreign_targets() -> None:
     """Rows of padding have no probability; a target outside gets NaN (a look at it would be a wait)."""
     hidden, weight, targets = inputs(torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_probs_module, "_may_look", lambda _: False)
+        patch.setattr(log_probs_module, "_is_on_host", lambda _: False)
         targets[3] = VOCABULARY - 1
         found, _ = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCABULARY - 5)
     targets[3] = 0
