@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from nemo_disco.runtime.errors import UserError
 
+Plan = tuple[tuple[tuple[int, ...], ...], ...]  # plan[rank][k]: indices of the responses in the rank's k-th micro-batch
 Bin = list[int]  # a micro-batch in the making: positions in the list of padded sizes, which is descending
 Ints = npt.NDArray[np.int64]
 
@@ -29,43 +30,14 @@ _REPAIRED, _REPAIRS = 8, 250  # bins that are emptied and refilled in one repair
 _SPLITS = 24  # random splits that are tried of the sequences of two bins
 
 
-@dataclass(frozen=True)
-class PackingPlan:
-    """Micro-batches of every rank. micro_batches[rank][k]: response indices, ascending; costliest micro-batch first.
-
-    An empty micro-batch is run on a dummy sequence of weight 0, so that every rank takes part in every collective.
-    padded_tokens: tokens of all micro-batches, padding included. fill: the responses' tokens over the tokens that all
-    micro-batches could hold. imbalance: cost of the most loaded rank over the mean.
-    """
-
-    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
-    padded_tokens: int
-    fill: float
-    imbalance: float
-
-    @property
-    def count(self) -> int:
-        """Number of micro-batches on each rank."""
-        return len(self.micro_batches[0])
-
-
 def round_up(length: int, multiple: int) -> int:
     """`length` rounded up to a multiple."""
     return -(-length // multiple) * multiple
 
 
-def causal_attention_span(parameters: int, layers: int, attention_width: int) -> float:
-    """The sequence length, in tokens, at which causal attention costs as much as the matrix products.
-
-    The forward pass of n tokens takes 2 n parameters FLOPs in the matrix products (with the output layer, without the
-    embedding) and 4 width n (n / 2) FLOPs a layer in causal attention: the cost is proportional to n + n^2 / span with
-    span = parameters / (layers * width), 12 hidden sizes for GPT. attention_width: heads times head dimension.
-    """
-    return parameters / (layers * attention_width)
-
-
 def possible_fill(tokens: int, token_budget: int, data_parallel_size: int) -> float:
-    """Upper bound of the fill, reached if responses could be cut: total / (DP ceil(total / (DP budget)) budget)."""
+    """Upper bound of the fill (tokens over micro-batches times budget), reached if responses could be cut:
+    total / (DP ceil(total / (DP budget)) budget)."""
     step = data_parallel_size * token_budget
     return tokens / round_up(tokens, step)
 
@@ -79,13 +51,16 @@ def plan_micro_batches(
     micro_batch_multiple: int = 1,
     count_multiple: int = 1,
     attention_span: float | None = None,
-) -> PackingPlan:
-    """Pack responses into micro-batches of at most `token_budget` tokens, equally many on every rank.
+) -> Plan:
+    """Pack responses into micro-batches of at most `token_budget` tokens, equally many on every rank. Returns the
+    responses of each, ascending; a rank's costliest micro-batch comes first. An empty micro-batch is run on a dummy
+    sequence of weight 0, so that every rank takes part in every collective.
 
     lengths [N]: prompt and response, in tokens. sequence_multiple: every sequence is padded to a multiple of it (2 CP);
     micro_batch_multiple: every micro-batch is (TP under SP, 16 to 128 under FP8). count_multiple: micro-batches of a
-    rank are a multiple of it (PP under virtual pipeline stages). attention_span: causal_attention_span's; None counts
-    tokens alone as cost. Raises UserError naming length and budget if a sequence does not fit.
+    rank are a multiple of it (PP under virtual pipeline stages). attention_span: length in tokens at which causal
+    attention costs as much as the matrix products, parameters / (layers * heads * head dimension); None counts tokens
+    alone as cost. Raises UserError naming length and budget if a sequence does not fit.
     """
     if min(token_budget, data_parallel_size, sequence_multiple, micro_batch_multiple, count_multiple) < 1:
         raise ValueError("plan_micro_batches: the budget, the DP size and the multiples are at least 1")
@@ -103,15 +78,9 @@ def plan_micro_batches(
     bins = _pack(sizes, costs, capacity, data_parallel_size, count_multiple)
     ranks = _assign(bins, costs, data_parallel_size)
     _balance(ranks, sizes, costs, capacity)
-    loads = [_load(rank, costs) for rank in ranks]
     for rank in ranks:
         rank.sort(key=lambda b: (-_load([b], costs), b))
-    return PackingPlan(
-        micro_batches=tuple(tuple(tuple(sorted(order[i] for i in b)) for b in rank) for rank in ranks),
-        padded_tokens=sum(round_up(sum(sizes[i] for i in b), micro_batch_multiple) for b in bins),
-        fill=sum(lengths) / (len(bins) * token_budget),
-        imbalance=max(loads) * len(loads) / sum(loads) if sizes else 1.0,
-    )
+    return tuple(tuple(tuple(sorted(order[i] for i in b)) for b in rank) for rank in ranks)
 
 
 def _over_budget(length: int, size: int, token_budget: int, multiple: int) -> str:
@@ -307,7 +276,7 @@ def _resplit(heavy: list[Bin], light: list[Bin], gap: int, sizes: list[int], cos
         return False
     _, h, k, stay = best
     moved = set(heavy[h] + light[k]) - set(stay)
-    heavy[h][:], light[k][:] = sorted(stay), sorted(moved)  # in place: plan_micro_batches also holds these lists
+    heavy[h], light[k] = sorted(stay), sorted(moved)
     return True
 
 
