@@ -19,7 +19,7 @@ def loss(policy: Policy, seed: int) -> float:
 
 
 def train(policy: Policy, seeds: Iterable[int]) -> None:
-    """An optimizer step a seed."""
+    """Take one optimizer step per seed."""
     for seed in seeds:
         rollouts = random_rollouts(seed=seed)
         total = int(rollouts.response_lengths.sum())
@@ -29,7 +29,7 @@ def train(policy: Policy, seeds: Iterable[int]) -> None:
 
 
 def fingerprint(policy: Policy) -> str:
-    """Of every bit of the weights and of the optimizer's state on this rank. A collective."""
+    """Checksum of every bit of the weights and the optimizer's state on this rank. A collective."""
     policy.gather_weights()
     digest = hashlib.sha256()
     for chunk in policy.model.chunks:

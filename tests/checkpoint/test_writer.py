@@ -128,8 +128,8 @@ def test_the_copy_of_a_moved_reference_counts_against_free_memory(model: Path, m
 def test_the_optimizer_waits_until_the_weights_are_read(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready, theirs = threading.Event(), files.begin
-    monkeypatch.setattr(files, "begin", lambda *args: ready.wait(60) and theirs(*args))
+    ready, original = threading.Event(), files.begin
+    monkeypatch.setattr(files, "begin", lambda *args: ready.wait(60) and original(*args))
     policy = build(model)
     train(policy, [0])
     bits = fingerprint(policy)

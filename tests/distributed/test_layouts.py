@@ -168,15 +168,15 @@ def cosine(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0))
 
 
-def same(found: dict[str, Any], reference: dict[str, Any], tolerance: float, where: str) -> None:
-    assert found["responses"] == reference["responses"], where
-    assert found["mismatch"] < 1e-4, where
-    torch.testing.assert_close(found["log_probs"], reference["log_probs"], rtol=0, atol=10 * tolerance)
-    torch.testing.assert_close(found["entropies"], reference["entropies"], rtol=0, atol=10 * tolerance)
+def same(result: dict[str, Any], reference: dict[str, Any], tolerance: float, where: str) -> None:
+    assert result["responses"] == reference["responses"], where
+    assert result["mismatch"] < 1e-4, where
+    torch.testing.assert_close(result["log_probs"], reference["log_probs"], rtol=0, atol=10 * tolerance)
+    torch.testing.assert_close(result["entropies"], reference["entropies"], rtol=0, atol=10 * tolerance)
     for name, gradient in reference["gradients"].items():
-        assert relative(found["gradients"][name], gradient) <= tolerance, (where, name)
+        assert relative(result["gradients"][name], gradient) <= tolerance, (where, name)
     if reference["norm"] is not None:
-        assert found["norm"] == pytest.approx(reference["norm"], rel=tolerance), where
+        assert result["norm"] == pytest.approx(reference["norm"], rel=tolerance), where
 
 
 def check(
@@ -188,16 +188,16 @@ def check(
     for world_size, layouts in cases.items():
         for dtype, results in on_ranks(world_size, measure, model, layouts, dtypes[world_size])[0].items():
             references.setdefault(dtype, results[0])
-            for changes, found in zip(layouts, results, strict=True):
+            for changes, result in zip(layouts, results, strict=True):
                 where = f"{world_size} processes, {dtype}, {changes}"
                 together = changes["tensor_model_parallel_size"] * changes["pipeline_model_parallel_size"]
-                requests = range(len(found["responses"]))
-                assert found["sampled"] == sorted([*requests] * together), f"not once: {where}"
-                assert found["handed"] == [*enumerate(found["responses"])], f"not handed over once: {where}"
+                requests = range(len(result["responses"]))
+                assert result["sampled"] == sorted([*requests] * together), f"not once: {where}"
+                assert result["handed"] == [*enumerate(result["responses"])], f"not handed over once: {where}"
                 if dtype is torch.bfloat16:
-                    assert cosine(found["gradients"], references[torch.float32]["gradients"]) >= 0.999, where
+                    assert cosine(result["gradients"], references[torch.float32]["gradients"]) >= 0.999, where
                 else:
-                    same(found, references[dtype], 1e-9 if dtype is torch.float64 else 1e-5, where)
+                    same(result, references[dtype], 1e-9 if dtype is torch.float64 else 1e-5, where)
 
 
 def test_a_representative_set(on_ranks: Callable[..., list[Any]], model: str) -> None:
@@ -216,9 +216,9 @@ def test_every_family(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> Non
         with torch.no_grad():
             expected = reference_log_probs(reference_model(Path(path)), rollouts, 0.6, TOKENS)
         torch.testing.assert_close(results[0]["log_probs"], expected, rtol=0, atol=1e-5)
-        for changes, found in zip(layouts, results, strict=True):
-            same(found, results[0], 1e-9, f"{family}, {changes}")
-            assert max(token for response in found["responses"] for token in response) < TOKENS
+        for changes, result in zip(layouts, results, strict=True):
+            same(result, results[0], 1e-9, f"{family}, {changes}")
+            assert max(token for response in result["responses"] for token in response) < TOKENS
 
 
 @pytest.mark.slow

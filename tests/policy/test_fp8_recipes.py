@@ -113,7 +113,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
     @contextmanager
     def fp8_model_init(enabled: bool, recipe: Any, preserve_high_precision_init_val: bool) -> Any:
-        calls.building = {"enabled": enabled, "recipe": recipe, "kept": preserve_high_precision_init_val}
+        calls.building = {"enabled": enabled, "recipe": recipe, "preserves": preserve_high_precision_init_val}
         yield
 
     recipes = SimpleNamespace(
@@ -162,8 +162,8 @@ def test_megatron_builds_transformer_engines_recipe_from_the_settings(
     recipe = engine.computing["fp8_recipe"]
     assert (type(recipe).__name__, recipe.fp8_format, engine.computing["enabled"]) == (expected, numbers, True)
     assert not getattr(recipe, "fp8_dpa", False), "attention stays in bf16"
-    if gather:  # the optimizer starts from what the weights were before they were rounded
-        assert type(engine.building["recipe"]).__name__ == expected and engine.building["kept"]
+    if gather:  # the optimizer starts from the weights before rounding
+        assert type(engine.building["recipe"]).__name__ == expected and engine.building["preserves"]
     else:
         assert not engine.building
 

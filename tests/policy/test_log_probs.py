@@ -38,9 +38,9 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: floa
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def error(actual: Tensor, expected: Tensor) -> float:
     """The largest error relative to the largest entry."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def upstream(n: int) -> tuple[Tensor, Tensor]:
@@ -75,8 +75,8 @@ def test_values_and_gradients(
             loss = loss + (entropy * v).sum()
         else:
             assert entropy is None
-        for found, grad in zip(torch.autograd.grad(loss, [hidden, weight]), expected_grads, strict=True):
-            assert found.dtype == dtype and error(found, grad) < grad_tol
+        for actual, grad in zip(torch.autograd.grad(loss, [hidden, weight]), expected_grads, strict=True):
+            assert actual.dtype == dtype and error(actual, grad) < grad_tol
 
 
 def test_gradcheck_through_both_outputs() -> None:
@@ -94,8 +94,8 @@ def test_gradient_of_entropy_alone() -> None:
     expected = torch.autograd.grad((reference(hidden, weight, targets, 1.0)[1] * v).sum(), [hidden, weight])
     _, entropy = token_log_probs(hidden, weight, targets, temperature=1.0, entropies=True)
     assert entropy is not None
-    for found, grad in zip(torch.autograd.grad((entropy * v).sum(), [hidden, weight]), expected, strict=True):
-        assert error(found, grad) < 1e-12
+    for actual, grad in zip(torch.autograd.grad((entropy * v).sum(), [hidden, weight]), expected, strict=True):
+        assert error(actual, grad) < 1e-12
 
 
 def test_on_a_gpu_logits_are_not_rounded_to_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +131,8 @@ def test_bf16_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -
     log_probs, _ = token_log_probs(hidden, weight, targets, temperature=1.0)
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.double(), expected[0], rtol=0, atol=3e-2)
-    for found, grad in zip(torch.autograd.grad(log_probs.sum(), [hidden, weight]), grads, strict=True):
-        assert found.dtype == torch.bfloat16 and error(found, grad) < 1e-2
+    for actual, grad in zip(torch.autograd.grad(log_probs.sum(), [hidden, weight]), grads, strict=True):
+        assert actual.dtype == torch.bfloat16 and error(actual, grad) < 1e-2
 
 
 @pytest.mark.parametrize("offset", [-2000.0, 2000.0])
@@ -160,9 +160,9 @@ def test_padding_rows_have_no_probability_and_no_gradient() -> None:
     grads = torch.autograd.grad((expected[0] * w).sum(), [hidden, weight])
     log_probs, _ = token_log_probs(hidden, padded, targets, temperature=1.0, vocab_size=1100)
     torch.testing.assert_close(log_probs, expected[0], rtol=1e-12, atol=1e-12)
-    found = torch.autograd.grad((log_probs * w).sum(), [hidden, padded])
-    assert error(found[0], grads[0]) < 1e-12 and error(found[1][:1100], grads[1]) < 1e-12
-    assert not found[1][1100:].any()
+    actual = torch.autograd.grad((log_probs * w).sum(), [hidden, padded])
+    assert error(actual[0], grads[0]) < 1e-12 and error(actual[1][:1100], grads[1]) < 1e-12
+    assert not actual[1][1100:].any()
 
 
 def test_tokens_of_weight_zero_are_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +181,9 @@ def test_tokens_of_weight_zero_are_not_recomputed(monkeypatch: pytest.MonkeyPatc
         return logits(self, hidden, weight, scale)
 
     monkeypatch.setattr(module._Scratch, "logits", count)
-    found = torch.autograd.grad((log_probs * w + entropy * v).sum(), [hidden, weight])
+    actual = torch.autograd.grad((log_probs * w + entropy * v).sum(), [hidden, weight])
     assert sum(seen) == 800
-    assert error(found[0], grads[0]) < 1e-12 and error(found[1], grads[1]) < 1e-12
+    assert error(actual[0], grads[0]) < 1e-12 and error(actual[1], grads[1]) < 1e-12
 
 
 def test_frozen_inputs_get_no_gradient_and_nothing_is_kept_without_gradients() -> None:
@@ -195,10 +195,10 @@ def test_frozen_inputs_get_no_gradient_and_nothing_is_kept_without_gradients() -
     assert error(torch.autograd.grad(frozen.sum(), weight)[0], expected[1]) < 1e-12
     with torch.no_grad():
         states = hidden * 2
-        gone = weakref.ref(states)
+        reference_to_states = weakref.ref(states)
         log_probs, _ = token_log_probs(states, weight, targets, temperature=1.0)
         del states
-    assert not log_probs.requires_grad and gone() is None
+    assert not log_probs.requires_grad and reference_to_states() is None
 
 
 @pytest.mark.parametrize("loss_of", [lambda x: x.sum(), lambda x: (x * 0).sum()], ids=["no tokens", "no weights"])

@@ -51,11 +51,11 @@ def test_logits_equal_transformers(model_path: Path) -> None:
     policy = build(model_path)
     ids = torch.randint(0, 130, (1, 200), generator=torch.Generator().manual_seed(1))  # beyond llama3's original 64
     with torch.no_grad():
-        ours = policy.model.chunks[0](
+        logits = policy.model.chunks[0](
             ids, torch.arange(200)[None], None, packed_seq_params=PackedSequences.from_lengths([200])
         )
-        theirs = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)(ids).logits
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        expected = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
