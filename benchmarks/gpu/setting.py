@@ -21,7 +21,7 @@ from torch import Tensor
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.models.architecture import ARCHITECTURES
-from nemo_disco.models.shape import KNOWN, ModelShape
+from nemo_disco.models.shape import PUBLISHED, ModelShape
 
 TEMPERATURE = 0.6
 TINY = ModelShape(2, 64, 128, 4, 2, 16, 260, tied=False, architecture=ARCHITECTURES["qwen2"], max_positions=4096)
@@ -30,7 +30,7 @@ TINY_QWEN3 = replace(TINY, tied=True, architecture=ARCHITECTURES["qwen3"])
 QWEN3 = ModelShape(
     28, 1024, 3072, 16, 8, 128, 151936, tied=True, architecture=ARCHITECTURES["qwen3"], max_positions=131072
 )
-SHAPES = {"1p5b": KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"], "7b": KNOWN["DeepSeek-R1-Distill-Qwen-7B"]}
+SHAPES = {"1p5b": PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"], "7b": PUBLISHED["DeepSeek-R1-Distill-Qwen-7B"]}
 SHAPES |= {"qwen3_0p6b_16k": QWEN3, "qwen3_0p6b_65k": QWEN3}
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

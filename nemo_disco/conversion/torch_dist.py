@@ -92,7 +92,7 @@ class TorchDistReader:
         return dtype
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """A tensor, or one layer of a stacked tensor. Needs the memory of it and of one piece.
+        """A tensor, or one layer of a stacked tensor. Needs the memory of the result and of one piece.
 
         Raises UserError if pieces are missing or damaged.
         """

@@ -68,7 +68,7 @@ def candidates(config: RunConfig, shape: ModelShape, needs: Needs, gpu_bytes: fl
 
 
 def recommend(layouts: list[Candidate]) -> Candidate | None:
-    """Of the fitting layouts near the fastest, the one that cuts the model least; None if none fits."""
+    """The fitting layout that cuts the model least among those near the fastest; None if none fits."""
     fitting = [c for c in layouts if c.fits]
     if not fitting:
         return None

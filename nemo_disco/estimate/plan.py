@@ -152,7 +152,7 @@ def _layout_table(layouts: list[Candidate], configured: Candidate, best: Candida
     shown += [c for c in (best,) if c is not None and c not in shown]
     shown += [configured] if configured not in shown else []
     for c in shown:
-        notes = [word for word, holds in (("configured", c == configured), ("recommended", c == best)) if holds]
+        notes = [note for note, applies in (("configured", c == configured), ("recommended", c == best)) if applies]
         table.add_row(*_cells(c), ", ".join([*notes, *([] if c.fits else ["does not fit"])]))
     return table
 

@@ -19,7 +19,7 @@ class Weight:
 
     name: megatron-core's; parts: Hugging Face's names. Those of a layer's weights come after `decoder.layers.N.` and
     `model.layers.N.`. sizes: the shape of each part, as attributes of ModelShape.
-    split: the dimension that tensor parallelism cuts, in each part; None: every rank holds the whole tensor.
+    split: the dimension of each part that tensor parallelism splits; None: every rank has the whole tensor.
     groups: an attribute of ModelShape: how many groups of rows the tensor has, each with its rows of every part in
     turn; None: one group, so that the parts follow one another.
     local_name: megatron-core's own name where its norms are modules of their own, not fused into the linear layer.
@@ -70,7 +70,7 @@ LAYER = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What all networks of one model_type have in common.
+    """Properties that all networks of one model_type share.
 
     absent: values of the fields that a config.json leaves out; rope_theta: the base of rope's angles there.
     null_head_dim: a config.json may say `"head_dim": null`, for hidden_size / num_attention_heads. window_switch: its

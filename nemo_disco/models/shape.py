@@ -119,7 +119,7 @@ class ModelShape:
         return tuple(getattr(self, size) for size in sizes)
 
     def identity(self, hf_config: Any) -> dict[str, Any]:
-        """What a checkpoint's record says of its model, in plain JSON. hf_config: transformers'."""
+        """The model in a checkpoint's record, as plain JSON. hf_config: transformers' config."""
         kind = ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
         return {name: getattr(hf_config, name) for name in kind} | self.megatron_sizes()
 
@@ -132,7 +132,7 @@ class ModelShape:
 
     @property
     def norm_parameters(self) -> int:
-        """Parameters of one layer's norms, which every tensor-parallel rank holds whole."""
+        """Parameters of one layer's norms, which are whole on every tensor-parallel rank."""
         return self._count(weight for weight in self.architecture.layer.values() if weight.split is None)
 
     @property
@@ -156,23 +156,23 @@ class ModelShape:
 
 
 # Published shapes of the papers' models and their larger kin, so that `plan` works without their files.
-# SIZES: their names by size (32b).
+# NAMES_BY_SIZE: their names by size (32b).
 _DISTILL: dict[str, Any] = {"tied": False, "max_positions": 131072}
 _QWEN2, _LLAMA = ({**_DISTILL, "architecture": ARCHITECTURES[name]} for name in ("qwen2", "llama"))
-KNOWN = {
+PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-1.5B": ModelShape(28, 1536, 8960, 12, 2, 128, 151936, **_QWEN2),
     "DeepSeek-R1-Distill-Qwen-7B": ModelShape(28, 3584, 18944, 28, 4, 128, 152064, **_QWEN2),
     "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, **_LLAMA),
     "DeepSeek-R1-Distill-Qwen-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064, **_QWEN2),
     "DeepSeek-R1-Distill-Llama-70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, **_LLAMA),
 }
-SIZES = {name.rpartition("-")[2].lower(): name for name in KNOWN}
+NAMES_BY_SIZE = {name.rpartition("-")[2].lower(): name for name in PUBLISHED}
 
 
 def published_name(shape: ModelShape) -> str | None:
-    """The name in KNOWN of the model that has this architecture, number of layers and hidden size, if any."""
+    """The name in PUBLISHED of the model that has this architecture, number of layers and hidden size, if any."""
     sizes = (shape.architecture, shape.layers, shape.hidden)
-    return next((name for name, s in KNOWN.items() if (s.architecture, s.layers, s.hidden) == sizes), None)
+    return next((name for name, s in PUBLISHED.items() if (s.architecture, s.layers, s.hidden) == sizes), None)
 
 
 def find_shape(path: str) -> tuple[ModelShape | None, str]:
@@ -187,10 +187,10 @@ def find_shape(path: str) -> tuple[ModelShape | None, str]:
     if exists:
         return read_shape(path), f"Model: {path}."
     missing = explain(Path(path))
-    name = SIZES.get(path.lower(), Path(path).name)
-    if (known := KNOWN.get(name)) is not None:
+    name = NAMES_BY_SIZE.get(path.lower(), Path(path).name)
+    if (known := PUBLISHED.get(name)) is not None:
         return known, f"Model: the published shape of {name}; {missing}."
-    sizes = ", ".join(SIZES)
+    sizes = ", ".join(NAMES_BY_SIZE)
     return None, f"Model: {missing}. So there is no estimate; known without files: model.path={sizes}."
 
 

@@ -79,7 +79,7 @@ class SafetensorReader:
         return tensor
 
     def read_finite(self, name: str) -> Tensor:
-        """As `read`. Raises UserError, by the tensor's name, if a value is NaN or infinite."""
+        """The tensor of that name. Raises UserError if a value is NaN or infinite."""
         tensor = self.read(name)
         if not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
@@ -174,7 +174,7 @@ def _require(directory: Path, names: list[str]) -> None:
 
 
 def _damage(file: Path, error: Exception) -> str:
-    """What is wrong with a file that does not open, and what to do."""
+    """The fault of a file that does not open, and what to do about it."""
     try:
         with file.open("rb") as stream:
             pointer = stream.read(len(_LFS)) == _LFS

@@ -1,7 +1,7 @@
 """This rank's part of the megatron network of a Hugging Face model, and its tensors under their Hugging Face names.
 
-Names and layouts are those of nemo_disco.models; opens no files. Each rank holds some layers (pipeline stage, virtual
-stage) and a shard of each weight (tensor parallelism).
+Names and layouts are those of nemo_disco.models; opens no files. A rank has some of the layers (pipeline stage,
+virtual stage) and a shard of each weight (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _parameters(chunk: PolicyModel) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _gather(weight: ModelWeight, tensor: Tensor) -> list[Tensor]:
-    """The shards of all tensor-parallel ranks; the tensor alone where every rank holds the whole of it."""
+    """The shards of all tensor-parallel ranks, or the tensor alone if it is whole on each rank."""
     group = parallel_state.get_tensor_model_parallel_group()
     if weight.split is None or group.size() == 1:
         return [tensor]

@@ -9,7 +9,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.estimate.layouts import USABLE, assess, candidates, recommend
 from nemo_disco.estimate.memory import Layout
 from nemo_disco.estimate.timing import Needs
-from nemo_disco.models.shape import KNOWN, SIZES
+from nemo_disco.models.shape import NAMES_BY_SIZE, PUBLISHED
 
 GIB = 2**30
 DISCO = Needs()
@@ -21,7 +21,7 @@ def recipe(nodes=1):
 
 
 def known_shape(size):
-    return KNOWN[SIZES[size]]
+    return PUBLISHED[NAMES_BY_SIZE[size]]
 
 
 def seconds(layout, needs=DISCO, gpu=80):
@@ -30,7 +30,7 @@ def seconds(layout, needs=DISCO, gpu=80):
     return assess(recipe(nodes=4), known_shape("7b"), layout, needs, gpu * GIB, 8).seconds
 
 
-@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("size", list(NAMES_BY_SIZE))
 def test_every_layout_listed_is_legal_and_the_fitting_come_first(size):
     shape = known_shape(size)
     layouts = candidates(recipe(nodes=4), shape, DISCO, 80 * GIB)

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nemo_disco.estimate.flops import TRAINING, forward_flops, peak_flops
 from nemo_disco.models.architecture import ARCHITECTURES
-from nemo_disco.models.shape import KNOWN, ModelShape
+from nemo_disco.models.shape import PUBLISHED, ModelShape
 
 SHAPE = ModelShape(3, 64, 96, 8, 2, 8, 130, tied=False, architecture=ARCHITECTURES["qwen2"], max_positions=256)
 
@@ -47,7 +47,7 @@ def test_packed_sequences_cost_what_each_costs_alone() -> None:
 
 def test_flops_are_six_n_and_attention() -> None:
     """The rule of thumb, on a published shape: 6 N D for what multiplies every token, plus 6 L d n^2 of attention."""
-    shape, n = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"], 8192
+    shape, n = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"], 8192
     parameters = shape.parameters - shape.embedding_parameters
     expected = 6 * parameters * n + 6 * shape.layers * shape.query_width * n**2
     assert TRAINING * forward_flops(shape, [n], predicted=n) == pytest.approx(expected, rel=1e-3)

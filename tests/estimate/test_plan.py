@@ -10,7 +10,7 @@ from nemo_disco.commands.plan import needs_of
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate, host_memory
 from nemo_disco.estimate.plan import print_plan, vocabulary
-from nemo_disco.models.shape import KNOWN, find_shape, read_shape
+from nemo_disco.models.shape import PUBLISHED, find_shape, read_shape
 from nemo_disco.runtime.errors import UserError
 
 
@@ -35,7 +35,7 @@ def rank_memory(config, shape, world_size=8, **options):
     ],
 )
 def test_the_papers_models_have_their_published_sizes(name, published):
-    assert KNOWN[name].parameters == published
+    assert PUBLISHED[name].parameters == published
 
 
 def test_a_shape_counts_what_transformers_builds(model_directory):
@@ -64,7 +64,7 @@ def test_the_batch_vocabulary_of_the_papers():
 
 def test_weights_gradients_and_optimizer_state_by_hand():
     config = compose("recipe/disco_logl_1.5b")
-    shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
+    shape = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"]
     memory = rank_memory(config, shape)
     assert memory.weights == 2 * shape.parameters
     assert memory.gradients == 4 * shape.parameters
@@ -86,7 +86,7 @@ def test_weights_gradients_and_optimizer_state_by_hand():
     ],
 )
 def test_a_layout_shrinks_what_it_splits(overrides, part, least, most):
-    shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
+    shape = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"]
     whole = rank_memory(compose("recipe/disco_logl_1.5b"), shape)
     split = rank_memory(compose("recipe/disco_logl_1.5b", overrides), shape)
     assert least <= getattr(split, part) / getattr(whole, part) <= most
@@ -103,7 +103,7 @@ def test_activations_of_a_layer_by_hand():
     """bf16 on CUDA, per token: inputs and outputs of two norms; queries, keys and values before and after rope;
     attention's output twice and its log-sum-exp; SwiGLU's inputs and product; sines and cosines. Full recomputation
     keeps those of one layer."""
-    shape = KNOWN["DeepSeek-R1-Distill-Qwen-1.5B"]
+    shape = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"]
     layer = 2 * (4 * 1536 + 4 * 1536 + 3 * 256 + 3 * 8960 + 4 * 128) + 4 * 12
     config = compose("recipe/disco_logl_1.5b", ["model.activations_checkpoint_granularity=null"])
     kept, full = rank_memory(config, shape), rank_memory(compose("recipe/disco_logl_1.5b"), shape)
@@ -116,7 +116,7 @@ def test_the_first_stage_of_a_pipeline_is_the_fullest():
     """It keeps a micro-batch for itself and each later stage, so the activations of as many layers as without a
     pipeline; virtual stages keep PP - 1 more micro-batches of a virtual stage (arXiv 2104.04473)."""
     plain = ["model.activations_checkpoint_granularity=null", "model.pipeline_model_parallel_size=4"]
-    shape = KNOWN["DeepSeek-R1-Distill-Llama-8B"]
+    shape = PUBLISHED["DeepSeek-R1-Distill-Llama-8B"]
     name, virtual = "recipe/disco_logl_llama_8b", "model.virtual_pipeline_model_parallel_size=2"
     alone = rank_memory(compose(name, plain[:1]), shape, world_size=32)
     piped = rank_memory(compose(name, plain), shape, world_size=32)
@@ -173,7 +173,7 @@ def test_a_reference_policy_is_counted():
 
 def test_host_memory_counts_training_and_a_checkpoints_copy(monkeypatch):
     config = compose("recipe/disco_logl_7b", ["model.path=7b", "data.train_files=[q.json]"])
-    memory = rank_memory(config, KNOWN["DeepSeek-R1-Distill-Qwen-7B"])
+    memory = rank_memory(config, PUBLISHED["DeepSeek-R1-Distill-Qwen-7B"])
     beside = host_memory(memory, offload=False, cuda=True)
     assert beside == LIBRARIES[True] + memory.optimizer
     assert host_memory(memory, offload=True, cuda=True) == beside + memory.optimizer
