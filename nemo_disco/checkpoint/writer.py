@@ -37,14 +37,14 @@ from nemo_disco.runtime import host
 from nemo_disco.runtime.collectives import every, first
 from nemo_disco.runtime.errors import UserError
 
-MARGIN = 2.0  # the moments are copied if free host memory is at least this multiple of their size
+MARGIN = 2.0  # the moments are copied if more than this multiple of their size is free on the host
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a policy at one step, and its checkpoint's record. Training may go on up to the next optimizer step,
-    which waits for this snapshot to be written as far as it would change it."""
+    """The state of a policy at one step, and its checkpoint's record. Training may go on: the next optimizer step waits
+    until all that it would change has been written."""
 
     step: int
     model: dict[str, Any]  # megatron's sharded tensors of the live weights, by chunk
