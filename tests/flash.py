@@ -1,4 +1,4 @@
-"""What torch's varlen flash kernel computes, by its definition, for a machine that has no such kernel."""
+"""A stand-in of torch's varlen flash kernel in plain torch, for a machine without it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def varlen_attn(
 
 
 def pretend(patch: pytest.MonkeyPatch | Any) -> None:
-    """Send attention through the flash path, with the kernel above in place of CUDA's."""
+    """Make attention take the flash path, with the stand-in instead of CUDA's kernel."""
     patch.setattr(attention, "has_flash_kernel", lambda _: True)
     patch.setattr(attention, "varlen_attn", varlen_attn)

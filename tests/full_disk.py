@@ -1,4 +1,4 @@
-"""A file system that is soon full."""
+"""A small file system, for tests of full disks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small(place: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of that size at `place`, which is made. Skips the test where mounting is not allowed."""
+    """Mount a tmpfs of that size at the new directory `place`. Skips the test where mounting is not allowed."""
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:

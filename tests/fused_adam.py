@@ -1,8 +1,8 @@
-"""Transformer Engine's FusedAdam as megatron-core 0.16 uses it, in plain torch, for a machine that has none.
+"""A stand-in in plain torch of Transformer Engine's FusedAdam, as megatron-core 0.16 uses it, for a machine without it.
 
-The interface and what it refuses are those of transformer_engine/pytorch/optimizers/fused_adam.py at v2.11: states are
-made at the first step, the step is counted by group, gradients may be another attribute, and states are kept in other
-dtypes than they are spoken of.
+Interface and refusals are those of transformer_engine/pytorch/optimizers/fused_adam.py at v2.11: states are allocated
+at the first step, steps are counted per group, gradients may be in another attribute, and states may be stored in other
+dtypes than those in which they are read and set.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ class FusedAdam(torch.optim.Optimizer):
         self.state[param].setdefault(name, torch.empty(param.shape, dtype=self.dtypes[name])).copy_(unscaled)
 
     def state_dict(self) -> dict[str, Any]:
-        found = super().state_dict()
+        content = super().state_dict()
         params = [p for group in self.param_groups for p in group["params"]]
-        found["state"] = {
-            i: {name: self.get_unscaled_state(params[i], name) for name in state} for i, state in found["state"].items()
+        content["state"] = {
+            i: {name: self.get_unscaled_state(params[i], name) for name in state}
+            for i, state in content["state"].items()
         }
-        return found
+        return content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -106,7 +107,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def pretend(patch: pytest.MonkeyPatch) -> None:
-    """Let megatron-core find it, as it does where Transformer Engine is installed."""
+    """Make megatron-core use the stand-in as it would use an installed Transformer Engine."""
     module = ModuleType("transformer_engine.pytorch.optimizers")
     module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))

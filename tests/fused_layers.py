@@ -1,7 +1,7 @@
-"""Layers that hold their tensors as Transformer Engine's do (norm and linear are one module), from modules of a CPU.
+"""Stand-ins of Transformer Engine's layers on a CPU: norm and linear are one module with the same parameters.
 
-What depends on the shape of the module tree and on names (loading, export, checkpoints, decoding) can be tested with
-them where Transformer Engine is not.
+They serve to test all that depends on the module tree and on names (loading, export, checkpoints, decoding) without
+Transformer Engine.
 """
 
 from __future__ import annotations
@@ -23,57 +23,58 @@ from nemo_disco.policy import layers
 
 
 class Scaling:
-    """One direction's scales and the maxima that they come from, newest first; the same on all ranks of a stage."""
+    """Scales of one pass and the history of maxima behind them, newest first; the same on all ranks of a stage."""
 
     def __init__(self, numbers: int, history: int) -> None:
         self.scale, self.amax_history = torch.ones(numbers), torch.zeros(history, numbers)
 
-    def seen(self, x: Tensor, largest: float) -> None:
+    def update(self, x: Tensor, largest: float) -> None:
+        """Add the maximum of x to the history, and scale to the format's largest number."""
         self.amax_history = self.amax_history.roll(1, 0)
-        seen = x.detach().abs().max()
-        dist.all_reduce(seen, dist.ReduceOp.MAX, parallel_state.get_amax_reduction_group(with_context_parallel=True))
-        self.amax_history[0] = seen
+        maximum = x.detach().abs().max()
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, parallel_state.get_amax_reduction_group(with_context_parallel=True))
+        self.amax_history[0] = maximum
         most = self.amax_history.amax(0)
         self.scale = torch.where(most > 0, largest / most, self.scale)
 
-    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def round(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         most = torch.finfo(dtype).max
         return (x * self.scale[0]).clamp(-most, most).to(dtype).to(x.dtype) / self.scale[0]
 
 
 class Quantized(torch.autograd.Function):
-    """What delayed scaling does to a number and to its gradient: rounded under the scale of the passes before."""
+    """Rounding of a tensor and of its gradient with delayed scaling: under the scales of earlier passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, meta: dict[str, Scaling], learns: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, meta: dict[str, Scaling], update: bool) -> Tensor:
         ctx.meta = meta
-        rounded = meta["scaling_fwd"].rounded(x, torch.float8_e4m3fn)
-        if learns:
-            meta["scaling_fwd"].seen(x, 448.0)
+        rounded = meta["scaling_fwd"].round(x, torch.float8_e4m3fn)
+        if update:
+            meta["scaling_fwd"].update(x, 448.0)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         scaling = ctx.meta["scaling_bwd"]
-        rounded: Tensor = scaling.rounded(gradient, torch.float8_e5m2)
-        scaling.seen(gradient, 57344.0)
+        rounded: Tensor = scaling.round(gradient, torch.float8_e5m2)
+        scaling.update(gradient, 57344.0)
         return rounded, None, None
 
 
-# --- scaling that looks at nothing but the numbers at hand ---
+# --- scaling without state ---
 
 Rounding = Callable[[Tensor], Tensor]
 
 
-def rounded_as_one(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Current scaling: by one number a tensor, its largest one's."""
+def round_tensorwise(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Current scaling: one scale per tensor, from its largest number."""
     most = torch.finfo(dtype).max
     scale = most / x.abs().max().clamp(min=1e-30)
     return (x * scale).to(dtype).to(x.dtype) / scale
 
 
-def rounded_in_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Blockwise scaling: by a power of 2 a block of the matrix, and e4m3."""
+def round_blockwise(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Blockwise scaling to e4m3: one power of 2 per block of the matrix."""
     flat = x.reshape(-1, x.shape[-1])
     tall, wide = (-(-size // block) * block for size, block in zip(flat.shape, (rows, columns), strict=True))
     whole = F.pad(flat, (0, wide - flat.shape[1], 0, tall - flat.shape[0]))
@@ -83,20 +84,20 @@ def rounded_in_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
     return rounded[: flat.shape[0], : flat.shape[1]].reshape(x.shape)
 
 
-# Of each recipe that keeps no state: how it rounds a layer's input, its weight, and the gradient of its output.
+# For each recipe without state: the rounding of a layer's input, its weight, and the gradient of its output.
 ROUNDED: dict[str, tuple[Rounding, Rounding, Rounding]] = {
     "tensorwise": (
-        partial(rounded_as_one, dtype=torch.float8_e4m3fn),
-        partial(rounded_as_one, dtype=torch.float8_e4m3fn),
-        partial(rounded_as_one, dtype=torch.float8_e5m2),
+        partial(round_tensorwise, dtype=torch.float8_e4m3fn),
+        partial(round_tensorwise, dtype=torch.float8_e4m3fn),
+        partial(round_tensorwise, dtype=torch.float8_e5m2),
     ),
     "blockwise": (
-        partial(rounded_in_blocks, rows=1, columns=128),
-        partial(rounded_in_blocks, rows=128, columns=128),
-        partial(rounded_in_blocks, rows=1, columns=128),
+        partial(round_blockwise, rows=1, columns=128),
+        partial(round_blockwise, rows=128, columns=128),
+        partial(round_blockwise, rows=1, columns=128),
     ),
 }
-# What the tokens of a product must be a multiple of.
+# The number of tokens must be a multiple of these.
 TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
 
 
@@ -137,7 +138,7 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
             self.fp8_meta |= {"scaling_fwd": Scaling(3, self.history), "scaling_bwd": Scaling(2, self.history)}
 
     def get_extra_state(self) -> Tensor:
-        """As transformer_engine/pytorch/module/base.py at v2.11 packs it: empty before the first FP8 pass."""
+        """The state as transformer_engine/pytorch/module/base.py at v2.11 packs it; empty before the first FP8 pass."""
         if not self.fp8_meta:
             return torch.empty(0, dtype=torch.uint8)
         tensors = {
@@ -152,13 +153,13 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
     def set_extra_state(self, state: Tensor) -> None:
         if state.numel() == 0:
             return
-        said = pickle.loads(state.numpy().tobytes())
-        assert said["extra_fp8_variables"]["num_gemms"] == 1 and "recipe" in said
+        content = pickle.loads(state.numpy().tobytes())
+        assert content["extra_fp8_variables"]["num_gemms"] == 1 and "recipe" in content
         self.init_fp8_meta_tensors()
         for key in ("fwd", "bwd"):
             scaling = self.fp8_meta[f"scaling_{key}"]
-            scaling.scale.copy_(said[f"scale_{key}"])
-            scaling.amax_history.copy_(said[f"amax_history_{key}"])
+            scaling.scale.copy_(content[f"scale_{key}"])
+            scaling.amax_history.copy_(content[f"amax_history_{key}"])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         x = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
@@ -177,7 +178,7 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
 
 
 def fused_layer(config: Any) -> tuple[Any, type]:
-    """In place of layers._transformer_engine_layer: there the norms' own places are empty."""
+    """Replacement of layers._transformer_engine_layer: a layer whose separate norms do nothing."""
     layer, norm = layers._local_layer(config)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     layer.submodules.self_attention.submodules.linear_qkv = NormLinear

@@ -1,4 +1,4 @@
-"""A few optimizer steps of a policy on made-up rollouts, and what they came to, bit for bit."""
+"""Optimizer steps of a policy on random rollouts, and a checksum of the resulting state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_disco.policy.policy import Policy
 
 
 def loss(policy: Policy, seed: int) -> float:
-    """A weighted sum of log-probs, before a step on it."""
+    """The mean of randomly weighted log-probs of random rollouts."""
     rollouts = random_rollouts(seed=seed)
     weights = torch.randn(int(rollouts.response_lengths.sum()), generator=torch.Generator().manual_seed(seed)).double()
     return float((weights * policy.log_probs(rollouts)[0].double()).sum() / len(weights))
