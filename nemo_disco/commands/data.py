@@ -27,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
             against=options.against,
             rollouts=options.rollouts,
             count_tokens=count_tokens,
-            find_unparsable=grader.unread,
+            find_unparsable=grader.find_unparsable,
         )
     print(describe(survey))
     if options.out is not None:

@@ -21,7 +21,7 @@ class NoAnswerError(ValueError):
 def extract_answer(response: str, require_think: bool) -> str:
     """Extract the content of the last \\boxed{}; a response with `</think>` is searched after its last one only.
 
-    The last box counts even if it is empty or cut off: the response took an earlier one back.
+    The last box counts even if it is empty or cut off, since it replaces earlier ones.
     Raises NoAnswerError if that box is missing, unclosed or empty, or if `require_think` and there is no `</think>`.
     """
     _, tag, rest = response.rpartition(END_OF_THINKING)

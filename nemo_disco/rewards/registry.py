@@ -61,9 +61,9 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
     return grader
 
 
-def verifier_code(config: RewardConfig) -> str:
-    """SHA-256 of the grading code: of the user's file, or of this package."""
+def hash_verifier(config: RewardConfig) -> str:
+    """SHA-256 of the verifier's code: of the user's file, or of this package."""
     if config.verifier not in VERIFIERS:
-        return user_pool.source_hash(config.verifier)
+        return user_pool.hash_file(config.verifier)
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -45,7 +45,7 @@ Term = Callable[[GradedResponse], float]
 
 
 def correctness(r: GradedResponse) -> float:
-    """The grader's reward, 0 or 1."""
+    """The grader's reward: 0 or 1, or any number of a user's grader."""
     return r.verdict
 
 
@@ -64,7 +64,7 @@ def length(r: GradedResponse) -> float:
 
 
 def overlong(r: GradedResponse, buffer: int | None) -> float:
-    """0 up to C - Lc tokens, then down to -1 at C: ((C - Lc) - |o|) / Lc, Lc the buffer (arXiv 2503.14476, eq. 13)."""
+    """0 up to C - Lc tokens, then falling to -1 at C; Lc is the buffer, C/5 for None (arXiv 2503.14476, eq. 13)."""
     buffer = buffer or max(1, r.max_response_length // 5)
     return max(-1.0, min(0.0, (r.max_response_length - buffer - r.length) / buffer))
 

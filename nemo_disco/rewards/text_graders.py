@@ -12,7 +12,7 @@ from nemo_disco.rewards.extract import END_OF_THINKING, NoAnswerError, extract_b
 from nemo_disco.rewards.grader import GoldAnswers, Grader, pair
 from nemo_disco.rewards.math.fast_path import parse_numeral
 from nemo_disco.rewards.math.units import strip_unit
-from nemo_disco.rewards.math.words import LETTERS_ALONE, names_another
+from nemo_disco.rewards.math.words import LETTERS_ALONE, names_second_choice
 from nemo_disco.rewards.verdict import Verdict
 from nemo_disco.runtime.errors import UserError
 
@@ -55,7 +55,7 @@ class NumericMatch(TextGrader):
     def __init__(self, require_think: bool = False, tolerance: float = 1e-6) -> None:
         super().__init__(require_think)
         if not 0 <= tolerance < 1:
-            raise UserError(f"reward.parameters.tolerance={tolerance} is a share of the answer: at least 0, below 1")
+            raise UserError(f"reward.parameters.tolerance={tolerance} must be a share of the answer, >= 0 and < 1")
         self._tolerance = tolerance
 
     def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
@@ -125,7 +125,7 @@ class MultipleChoice(TextGrader):
         """
         match = self._LETTER.fullmatch(text)
         rest = match[2] or "" if match else ""
-        several = self._ANOTHER.match(rest) or self._OPTION_LINE.search(rest) or (alone and names_another(rest))
+        several = self._ANOTHER.match(rest) or self._OPTION_LINE.search(rest) or (alone and names_second_choice(rest))
         return None if match is None or several else match[1].upper()
 
 

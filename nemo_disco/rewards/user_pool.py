@@ -59,7 +59,7 @@ def describe(key: str, name: str) -> CodeDescription:
     return code
 
 
-def source_hash(name: str) -> str:
+def hash_file(name: str) -> str:
     """SHA-256 of the file that holds `module:name`, without the files that it imports; "" if there is none."""
     file = module_file(name)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
@@ -125,7 +125,7 @@ class UserPool:
     def _start(self) -> Process:
         process, _ = _start_process(self._key, self._name, self._is_stopped)
         if self._request(process, self._settings, START_S) is None:
-            raise UserError(f"{self._key}={self._name}: it was not built within {START_S:g} s")
+            raise UserError(f"{self._key}={self._name}: its class was not built within {START_S:g} s")
         return process
 
     def _request(self, process: Process, request: object, seconds: float) -> dict[str, Any] | None:
@@ -164,7 +164,7 @@ def _start_process(key: str, name: str, is_stopped: Callable[[], bool]) -> tuple
         )
     reply = _read_reply(f"{key}={name}", process, START_S, is_stopped)
     if reply is None:
-        raise UserError(f"{key}={name}: its import was not done after {START_S:g} s")
+        raise UserError(f"{key}={name}: its import took longer than {START_S:g} s")
     return process, CodeDescription(**reply["value"])
 
 
@@ -183,7 +183,7 @@ def _read_reply(code: str, process: Process, seconds: float, is_stopped: Callabl
     if line is None:
         return None
     if line == b"":
-        raise UserError(f"{code} ended its process with {process.returncode}, without a result")
+        raise UserError(f"{code} ended its process with exit code {process.returncode}, without a result")
     reply: dict[str, Any] = json.loads(line)
     if "error" in reply:
         _kill(process)

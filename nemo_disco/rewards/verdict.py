@@ -25,8 +25,8 @@ UNSUPPORTED_TEST: Final = "test gives the program more than values"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """reward: 1.0 or 0.0, any number from a user's function. reason: one of the constants above, or "reward X" for a
-    user's reward X; CORRECT exactly where the reward is 1."""
+    """A response's reward, 1.0 or 0.0 or any number from a user's function, and the reason: one of the constants above,
+    or "reward X" for a user's reward X; CORRECT exactly where the reward is 1."""
 
     reward: float
     reason: str

@@ -23,7 +23,7 @@ from nemo_disco.evaluation.samples import EvaluationSample, SampleStream
 from nemo_disco.generation.engine import Engine, Response, SamplingParams
 from nemo_disco.models.source import ModelSource
 from nemo_disco.rewards.grader import Grader
-from nemo_disco.rewards.registry import verifier_code
+from nemo_disco.rewards.registry import hash_verifier
 from nemo_disco.rewards.votes import assign_votes
 from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
@@ -188,7 +188,7 @@ def identity_settings(config: RunConfig) -> dict[str, Any]:
         "precision": config.trainer.precision,
         "model": config.model.model_dump(include=set(_MODEL)),
         "reward": config.reward.model_dump(include={"verifier", "parameters", "require_think", "timeout"}),
-        "verifier_code": verifier_code(config.reward),
+        "verifier_code": hash_verifier(config.reward),
     }
 
 

@@ -17,7 +17,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.questions import Question
 from nemo_disco.generation.engine import Finished, Response, SamplingParams
-from nemo_disco.rewards.registry import verifier_code
+from nemo_disco.rewards.registry import hash_verifier
 from nemo_disco.rewards.text_graders import NumericMatch
 from nemo_disco.rollout import evaluation as evaluation_module
 from nemo_disco.rollout.evaluation import Evaluator
@@ -154,5 +154,5 @@ def test_an_edited_verifier_is_another(tmp_path: Path, monkeypatch: pytest.Monke
     for number in (0, 1):
         beside_us(tmp_path / "my_judge.py", f"def judge(response, answers):\n    return {number}.0\n", monkeypatch)
         config = compose("quickstart", ["reward.verifier=my_judge:judge", "reward.require_think=false"]).reward
-        codes.append(verifier_code(config))
+        codes.append(hash_verifier(config))
     assert len({"", *codes}) == 3

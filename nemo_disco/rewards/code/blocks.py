@@ -20,7 +20,7 @@ class _Block:
     indent: int
     lines: list[str] = field(default_factory=list)
 
-    def split_closing(self, line: str) -> str | None:
+    def code_before_fence(self, line: str) -> str | None:
         """The code before the closing fence if the line closes this block, else None."""
         before, fence, after = line.rpartition(self.fence)
         if line.lstrip().startswith(self.fence):
@@ -70,7 +70,7 @@ def _split_blocks(response: str) -> list[_Block]:
         opening = _OPENING.search(line) if "```" in line or "~~~" in line else None
         language = opening["language"].lower() if opening else ""
         if block is not None:
-            code = block.split_closing(line)
+            code = block.code_before_fence(line)
             if code is None:
                 block.lines.append(line)
                 continue

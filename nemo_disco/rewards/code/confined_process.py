@@ -90,7 +90,7 @@ def run(job: int, report: int, link: int) -> int:
             return 1
 
 
-def exit_now(code: int) -> NoReturn:
+def exit_as_python(code: int) -> NoReturn:
     """End the process as Python does: wait for threads, run exit functions, release the program's objects, flush."""
     try:
         with contextlib.suppress(BaseException):
@@ -105,7 +105,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 def _run_job(sources: list[str], as_module: bool, file: BinaryIO, report: int, link: int) -> None:
-    """Run the program, then use its names as the job's second line requests; or run the tests that are that line."""
+    """Run the program, then use its names as the job's second line requests; a job of tests runs them instead."""
     if not as_module:
         file.close()
         exec(_compile(sources), _make_module("__main__"))

@@ -56,9 +56,9 @@ def returns_node(function: Callable[..., Any]) -> bool:
 def as_list(value: Any) -> list[Any] | None:
     """The list that a node stands for, as tests write it; None for any other value."""
     if hasattr(value, "val") and hasattr(value, "next"):
-        return list(_values(value))
+        return list(_read_list(value))
     if hasattr(value, "val") and hasattr(value, "left") and hasattr(value, "right"):
-        return _levels(value)
+        return _read_tree(value)
     return None
 
 
@@ -90,7 +90,7 @@ def _build_tree_node(values: Iterator[Any], node: type[Any]) -> Any:
     return None if value is None else node(value)
 
 
-def _values(node: Any) -> Iterator[Any]:
+def _read_list(node: Any) -> Iterator[Any]:
     for _ in range(MAX_NODES):
         if node is None:
             return
@@ -99,7 +99,7 @@ def _values(node: Any) -> Iterator[Any]:
     raise ValueError("a linked list has no end")
 
 
-def _levels(root: Any) -> list[Any]:
+def _read_tree(root: Any) -> list[Any]:
     values: list[Any] = []
     nodes = [root]
     for node in nodes:

@@ -31,7 +31,7 @@ from nemo_disco.runtime.errors import UserError
 EXTRA_OUTPUT = 1 << 20  # bytes that a program may print, beyond twice its expected output
 _NUMPY = re.compile(r"\bnumpy\b")
 _SIGXCPU = -24
-# How often its time limit a program may wait for its tests, and these for it: on a busy machine either is slow.
+# Multiples of its time limit that a program may wait for its tests, and they for it: on a busy machine either is slow.
 _PROGRAM_WAITS, _TESTS_WAIT = 3, 10
 _Sandboxes = tuple[Sandbox, Sandbox]  # for programs, for tests that run beside a program
 # Each of these attempts must be refused, or no program is run at all.
@@ -222,7 +222,7 @@ def _check_confinement(sandbox: Sandbox) -> None:
     if outcome.stdout != b"confined\n":
         problem = (outcome.stderr.strip().splitlines() or [f"the probe ended with {outcome.exit_code}"])[-1]
         raise UserError(
-            f"reward.verifier=python_tests: this machine's kernel does not hold programs back ({problem}); the sandbox "
+            f"reward.verifier=python_tests: this machine's kernel does not confine programs ({problem}); the sandbox "
             "needs Linux with seccomp on x86_64 or aarch64"
         )
 

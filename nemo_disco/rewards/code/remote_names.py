@@ -90,14 +90,14 @@ def decode(encoded: Any, decode_object: Callable[[dict[str, Any]], Any]) -> Any:
     return kinds[kind](decode(item, decode_object) for item in content)
 
 
-def update(old: Any, new: Any) -> None:
+def update_in_place(old: Any, new: Any) -> None:
     """Make a list, dictionary, set or array equal to the new one in place; inside lists of equal length too."""
     if type(old) is not type(new):
         return
     if isinstance(old, list):
         same_length = len(old) == len(new)
         for old_item, new_item in zip(old if same_length else (), new, strict=False):
-            update(old_item, new_item)
+            update_in_place(old_item, new_item)
         old[:] = [
             mine if type(mine) is type(other) and isinstance(mine, (list, dict, set)) else other
             for mine, other in zip(old, new, strict=True)
@@ -221,7 +221,7 @@ class ProgramClient:
             error = self._decode_error(reply) if "error" in reply else None
             value = None if error else decode(reply["value"], self._decode_object)
             for old, new in zip((*arguments, *named.values()), changed, strict=True):
-                update(old, new)
+                update_in_place(old, new)
         except Exception:
             self._fail(b"")
         if error:

@@ -33,7 +33,7 @@ PATIENCE = 10  # a program is killed after this many times its processor limit o
 MAX_THREADS = 64  # a program with more at once is killed
 MAX_DESCRIPTORS = 64  # that a program may have open
 STACK_BYTES = 100 << 20  # of the first thread, for deep recursion; the kernel leaves 128 MB free below it
-FIRST_LIBRARY = 200  # descriptors from here on are Python's directories, see `open_library`
+FIRST_LIBRARY = 200  # descriptors from here on are Python's directories, see `keep_python_readable`
 # What Python's modules read besides Python's own directories.
 SYSTEM_PATHS = (
     "/lib /lib64 /usr/lib /usr/lib64 /usr/share/zoneinfo /etc/ld.so.cache /etc/localtime "
@@ -110,7 +110,7 @@ def run_forked(function: Callable[[], list[str]]) -> list[str]:
     return result
 
 
-def open_library(paths: list[str], landlock: bool) -> None:
+def keep_python_readable(paths: list[str], landlock: bool) -> None:
     """Keep Python's directories readable for a program whose user may not enter a directory above them (/root).
 
     Such a directory is opened here, and its path through that descriptor replaces it in sys.path and in the packages
@@ -198,7 +198,7 @@ class SandboxServer:
         loader = os.environ.get("LD_LIBRARY_PATH", "").split(":")
         paths = [*sys.path, *roots, *SYSTEM_PATHS.split(), *filter(None, loader)]
         self._landlock = build_landlock_ruleset(paths) if settings["landlock"] else None
-        open_library(list(sys.path), self._landlock is not None)
+        keep_python_readable(list(sys.path), self._landlock is not None)
         self._null = os.open(os.devnull, os.O_RDWR)
 
     def serve(self, channel: socket.socket) -> None:
@@ -226,7 +226,7 @@ class SandboxServer:
     def _become_program(self, request: dict[str, Any], problem: int, links: list[int]) -> NoReturn:
         """Confine this forked process, run the job and exit. If it cannot be confined, report why and run nothing.
 
-        problem: descriptor of the report. links: at most one, the socket between a program and its tests.
+        problem: descriptor to report to. links: at most one, the socket between a program and its tests.
         """
         code = 1
         try:
@@ -239,8 +239,8 @@ class SandboxServer:
             code = confined_process.run(self._files["job"], self._files["report"], links[0] if links else -1)
         except BaseException:
             code = 1
-        confined_process.exit_now(code)
-        raise AssertionError("exit_now does not return")
+        confined_process.exit_as_python(code)
+        raise AssertionError("exit_as_python does not return")
 
     def _confine(self, request: dict[str, Any], keep_open: list[int]) -> None:
         """Confine this process and close all but its own descriptors. Raises OSError if the kernel refuses a step."""

@@ -117,7 +117,8 @@ class AlgebraPool:
                 future.set_exception(outcome)
 
     def _retry(self, was_ready: bool) -> list[tuple[Future[str], str | RuntimeError]]:
-        """Restart after a death and return the answers given up: all unless `was_ready`. The caller holds the lock."""
+        """Restart the dead process and return the answers that it must not get again: those with MAX_ATTEMPTS, and all
+        if it was never ready. The caller holds the lock."""
         failures: list[tuple[Future[str], str | RuntimeError]] = []
         for key, (future, job) in list(self._waiting.items()):
             job["attempts"] += 1

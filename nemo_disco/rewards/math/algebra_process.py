@@ -61,11 +61,11 @@ class Child:
         self.job, self.limit = job, processor_time(self.pid) + timeout
         self.deadline, self.check = now + PATIENCE * timeout, now + timeout
 
-    def finish(self) -> None:
+    def reset(self) -> None:
         self.job, self.limit, self.deadline, self.check, self.reply = None, NEVER, NEVER, NEVER, b""
 
     def is_late(self, now: float) -> bool:
-        """True if its answer's time is up; else sets the next check, when its one thread can first have used it up."""
+        """True if the answer's time is up; else set the next check to when the child's thread can have used it up."""
         if now < self.check:
             return False
         remaining = self.limit - processor_time(self.pid)
@@ -94,12 +94,12 @@ class ChildPool:
             for child in [c for c in self.children if c.channel in ready]:
                 self._read_reply(child)
             for child in [c for c in self.children if c.is_late(time.monotonic())]:
-                self._finish(child, verdict.TIMEOUT)
-                self._remove(child)
+                self._report(child, verdict.TIMEOUT)
+                self._kill(child)
 
     def close(self) -> None:
         for child in list(self.children):
-            self._remove(child)
+            self._kill(child)
 
     def _read_jobs(self) -> bool:
         """Queue the jobs that the trainer sent; False once it has closed its end or died."""
@@ -119,8 +119,8 @@ class ChildPool:
             try:
                 child.channel.sendall(json.dumps(job).encode() + b"\n")
             except OSError:  # it died while idle
-                self._finish(child, verdict.DIED)
-                self._remove(child)
+                self._report(child, verdict.DIED)
+                self._kill(child)
 
     def _read_reply(self, child: Child) -> None:
         try:
@@ -129,18 +129,18 @@ class ChildPool:
             data = b""
         child.reply += data
         if not data:  # it died: of SIGXCPU if its time ran out before this process checked it
-            self._finish(child, verdict.TIMEOUT if processor_time(child.pid) >= child.limit else verdict.DIED)
-            self._remove(child)
+            self._report(child, verdict.TIMEOUT if processor_time(child.pid) >= child.limit else verdict.DIED)
+            self._kill(child)
         elif child.reply.endswith(b"\n"):
-            self._finish(child, child.reply.decode().strip())
+            self._report(child, child.reply.decode().strip())
 
-    def _finish(self, child: Child, reason: str) -> None:
+    def _report(self, child: Child, reason: str) -> None:
+        """Send the child's verdict, if it has a job, to the trainer; the child is idle from then on."""
         if child.job is not None:
             send({"id": child.job, "reason": reason})
-        child.finish()
+        child.reset()
 
-    def _remove(self, child: Child) -> None:
-        """Kill the child."""
+    def _kill(self, child: Child) -> None:
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
         child.channel.close()
@@ -215,7 +215,7 @@ def send(message: dict[str, Any]) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the trainer, which ends this process
-    expressions.close_eval()
+    expressions.restrict_string_parser()
     for latex in WARM_UP:
         assert symbolic.judge(latex, [latex]) == verdict.CORRECT, latex
     symbolic.judge("x^2-1", ["(x-1)(x+1)+y"])  # unequal, so that simplify runs too

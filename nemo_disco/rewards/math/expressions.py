@@ -1,7 +1,7 @@
 """Parses a LaTeX expression to sympy, with latex2sympy's grammar. Runs in a killable process only: it may never end.
 
 Input that the grammar would silently misread (case, powers of i, primes, transposes, adjacent numbers) is rewritten or
-refused. No input may reach `eval`: `close_eval` restricts sympy's string parser, the only way there.
+refused. No input may reach `eval`: `restrict_string_parser` restricts sympy's string parser, the only way there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _MISREAD = re.compile(
 )
 
 
-def close_eval() -> None:
+def restrict_string_parser() -> None:
     """Make sympy's string parser, which evaluates Python, accept only arithmetic and single names from now on.
 
     latex2sympy's grammar needs it for numerals, nsimplify for arithmetic, sympy's lazy imports for names.
@@ -75,7 +75,7 @@ def read_expression(latex: str) -> Any:
     Raises ValueError or latex2sympy's Exception for LaTeX that it cannot parse.
     """
     marks: dict[Any, Any] = {sympy.Symbol("varsigma_{9i}", real=True): sympy.I}
-    text = _for_grammar(latex, marks)
+    text = _rewrite_for_grammar(latex, marks)
     parsed = latex2sympy(text, is_real=True, normalization_config=None, conversion_config=_KEEP_CASE)
     if isinstance(parsed, sympy.MatrixExpr):
         parsed = parsed.doit()
@@ -94,7 +94,7 @@ def count_significant_digits(latex: str) -> int:
     return max((len(number.replace(".", "").lstrip("0")) for number in _DECIMAL.findall(latex)), default=0)
 
 
-def _for_grammar(latex: str, marks: dict[Any, Any]) -> str:
+def _rewrite_for_grammar(latex: str, marks: dict[Any, Any]) -> str:
     """Rewrite LaTeX for the grammar. Placeholder symbols and the values that replace them are added to `marks`."""
     text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", latex)
     text = text.replace(r"\text{ degrees}", r"\times\frac{\pi}{180}" if _TRIGONOMETRY.search(text) else "")

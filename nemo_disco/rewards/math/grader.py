@@ -50,9 +50,9 @@ class MathGrader(Grader):
             reasons.append(comparisons[comparison])
         return [Verdict.from_reason(r if isinstance(r, str) else r.result()) for r in reasons]
 
-    def unread(self, answers: Sequence[str]) -> list[str]:
-        """For each gold answer, the reason why algebra cannot read it, "" if it can. A response to an unread one is
-        right only if it repeats its text. Raises as `grade_with_reasons`."""
+    def find_unparsable(self, answers: Sequence[str]) -> list[str]:
+        """For each gold answer, the reason why algebra cannot parse it, "" if it can: a response to an unparsable one
+        is right only if it repeats its text. Raises as `grade_with_reasons`."""
         outcomes: dict[str, str | Future[str]] = {}
         for answer in dict.fromkeys(answers):
             gold = extract_box_or(answer, answer)

@@ -63,7 +63,7 @@ class Combined:
 Node = Leaf | Items | Relation | Combined
 
 
-def split_answer(text: str, depth: int = 0) -> Node:
+def parse_answer(text: str, depth: int = 0) -> Node:
     """Parse a canonical answer to a tree. Raises ValueError for an empty item or brackets deeper than MAX_DEPTH."""
     text = text.strip()
     if depth > MAX_DEPTH:
@@ -73,21 +73,21 @@ def split_answer(text: str, depth: int = 0) -> Node:
         raise ValueError("nothing follows the last or")
     if len(parts) > 1 and any(ORDER.keys() & set(_split(part, _RELATIONS)[1]) for part in parts):
         operator = r"\lor" if r"\lor" in operators else ","
-        return Combined(operator, tuple(split_answer(part, depth + 1) for part in parts))
+        return Combined(operator, tuple(parse_answer(part, depth + 1) for part in parts))
     items = [item for part in _join_thousands(parts, text) for item in _expand_signs(part)]
     if len(items) > 1:
-        return Items(tuple(split_answer(item, depth + 1) for item in items))
+        return Items(tuple(parse_answer(item, depth + 1) for item in items))
     return _parse_relation(text, depth)
 
 
 def _parse_relation(text: str, depth: int) -> Node:
     sides, operators = _split(text, _RELATIONS)
     if operators:
-        return Relation(tuple(split_answer(side, depth + 1) for side in sides), tuple(operators))
+        return Relation(tuple(parse_answer(side, depth + 1) for side in sides), tuple(operators))
     for operator in (r"\setminus", r"\cup", r"\cap"):
         parts, operators = _split(text, {operator})
         if operators:
-            return Combined(operator, tuple(split_answer(part, depth + 1) for part in parts))
+            return Combined(operator, tuple(parse_answer(part, depth + 1) for part in parts))
     return _parse_brackets(text, depth)
 
 
@@ -98,16 +98,16 @@ def _parse_brackets(text: str, depth: int) -> Node:
         inner = text[len(opening) : len(text) - len(closing)].strip()
         parts, _ = _split(inner, {",", ";"})
         if opening == r"\{":
-            content = split_answer(inner, depth + 1)
+            content = parse_answer(inner, depth + 1)
             items = content.items if isinstance(content, Items) and not content.opening else (content,)
             return Items(items, opening, closing)
         if len(parts) > 1:
-            return Items(tuple(split_answer(part, depth + 1) for part in parts), opening, closing)
+            return Items(tuple(parse_answer(part, depth + 1) for part in parts), opening, closing)
         if _PAIRS[opening] == closing:
-            return split_answer(inner, depth + 1)
+            return parse_answer(inner, depth + 1)
     ratio, colons = _split(text, {":"})
     if len(colons) > 1:
-        return Items(tuple(split_answer(part, depth + 1) for part in ratio), ":", ":")
+        return Items(tuple(parse_answer(part, depth + 1) for part in ratio), ":", ":")
     if not text:
         raise ValueError("an item is empty")
     return Leaf(text)

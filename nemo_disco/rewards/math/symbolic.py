@@ -16,7 +16,7 @@ from nemo_disco.rewards import verdict
 from nemo_disco.rewards.math.expressions import count_significant_digits, read_expression
 from nemo_disco.rewards.math.fast_path import required_digits
 from nemo_disco.rewards.math.sets import same_set
-from nemo_disco.rewards.math.structure import Combined, Items, Leaf, Node, Relation, split_answer
+from nemo_disco.rewards.math.structure import Combined, Items, Leaf, Node, Relation, parse_answer
 from nemo_disco.rewards.math.units import split_unit
 from nemo_disco.rewards.math.values import same_value
 from nemo_disco.rewards.math.words import is_word, same_text
@@ -43,15 +43,17 @@ def judge(answer: str, golds: Sequence[str]) -> str:
 
 def _compare(answer: str, gold: str) -> str:
     """The verdict's reason for one gold answer."""
+    reason_of_error: str = verdict.UNPARSABLE
     try:
-        tree, gold_tree = _parse(answer), _parse(gold)
-        if tree is None or gold_tree is None:
-            return verdict.UNPARSABLE if tree is None else verdict.UNPARSABLE_GOLD
+        tree = _parse(answer)
+        reason_of_error = verdict.UNPARSABLE_GOLD
+        gold_tree = _parse(gold)
+        reason_of_error = verdict.UNPARSABLE
         return verdict.CORRECT if equal(gold_tree, tree) else verdict.WRONG
     except MemoryError:
         return verdict.NO_MEMORY
-    except Exception:  # sympy may raise anything on a hostile answer
-        return verdict.UNPARSABLE
+    except Exception:  # latex2sympy raises Exception itself, and sympy anything on a hostile answer
+        return reason_of_error
 
 
 def equal(gold: Node, answer: Node) -> bool:
@@ -70,16 +72,11 @@ def equal(gold: Node, answer: Node) -> bool:
     return same_set(gold, answer) or _equal_singletons(gold, answer)
 
 
-def _parse(text: str) -> Node | None:
-    """The tree of an answer; None if it, or an expression in it, cannot be parsed."""
-    try:
-        node = split_answer(text)
-        for leaf in _leaves(node):
-            _value(leaf)
-    except MemoryError:
-        raise
-    except Exception:  # latex2sympy raises Exception itself, and any error of the conversion
-        return None
+def _parse(text: str) -> Node:
+    """The tree of an answer. Raises an Exception of any kind if it, or an expression in it, cannot be parsed."""
+    node = parse_answer(text)
+    for leaf in _leaves(node):
+        _value(leaf)
     return node
 
 
@@ -110,7 +107,7 @@ def _equal_leaves(gold: Leaf, answer: Leaf) -> bool:
 
 
 def _is_inequality(node: Node) -> bool:
-    """True for an inequality, and for several."""
+    """True for an inequality, and for several that are joined."""
     if isinstance(node, Relation):
         return not node.is_equation
     return isinstance(node, Combined) and node.operator in (r"\lor", ",")

@@ -60,14 +60,14 @@ def same_choice(answer: str, gold: str) -> bool | None:
     return None
 
 
-def names_another(rest: str) -> bool:
+def names_second_choice(rest: str) -> bool:
     """True if the text behind a choice's letter names a second choice: "or B", "Paris or (B) London", "B. C. D"."""
     return bool(_SECOND.match(rest) or _OR_LETTER.match(rest) or _LETTERS_ALONE.match(rest))
 
 
 def _is_marked(text: str, choice: re.Match[str]) -> bool:
     """True if the letter marks a choice: before words, a space and a number, or with a dot; (C)x is a product."""
-    if choice[3][0] in "+-*/=^_<>," or names_another(choice[3]) or _REFUSED.match(choice[3]):
+    if choice[3][0] in "+-*/=^_<>," or names_second_choice(choice[3]) or _REFUSED.match(choice[3]):
         return False
     number = re.search(r"\)\s+(?:\d|\\frac|\\sqrt)", text)
     return r"\text" in text or bool(choice[2] or number or re.search(r"[a-z]{3}", choice[3]))

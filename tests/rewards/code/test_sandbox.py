@@ -114,7 +114,7 @@ def test_a_kernel_that_does_not_confine_stops_the_run(monkeypatch: pytest.Monkey
         PythonTests()
     allow_all = b"\x06\0\0\0\0\0\xff\x7f"
     monkeypatch.setattr("nemo_disco.rewards.code.sandbox.build_filter", lambda: allow_all)
-    with pytest.raises(UserError, match="does not hold programs back"):
+    with pytest.raises(UserError, match="does not confine programs"):
         PythonTests()
 
 

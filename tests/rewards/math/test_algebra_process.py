@@ -18,12 +18,12 @@ from nemo_disco.rewards.math.algebra_process import refuse_effects
 
 
 def test_sympys_parser_takes_arithmetic_only() -> None:
-    """In a process of its own, since `close_eval` cannot be undone. A bare name, `open`, becomes a symbol."""
+    """In its own process, since `restrict_string_parser` cannot be undone. A bare name, `open`, becomes a symbol."""
     code = """
 import sympy
-from nemo_disco.rewards.math.expressions import close_eval
+from nemo_disco.rewards.math.expressions import restrict_string_parser
 
-close_eval()
+restrict_string_parser()
 for text in ["12", "1.5e-3", "(14+sqrt(196))/50", "open"]:
     sympy.sympify(text)
 for text in ["__import__('os')", "x.__class__", "f(1)", "x+1", "'a'", "[1]", "lambda: 0", "(1).real", "sqrt.x", "é(1)"]:
