@@ -168,7 +168,8 @@ def _system_turn(source: str, name: str, fields: Mapping[str, Any], turns: Seque
 
 
 def read_answers(source: str, fields: Mapping[str, Any], question: RecordQuestion) -> RecordAnswers:
-    """The gold answers in the first of ANSWER_FIELDS that holds some, else in the reference turn. Raises UserError."""
+    """The gold answers in the first of ANSWER_FIELDS that holds some, else in the reference turn. Raises UserError for
+    a malformed answer, and a solution that ends before it."""
     candidates = [(f, fields[f]) for f in ANSWER_FIELDS if f in fields]
     candidates += [(question.field, question.reference)] if question.reference is not None else []
     missing = "no answer field"

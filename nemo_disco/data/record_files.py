@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.saved_files import check_file, open_file, reading
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def scan_records(path: Path) -> list[Record]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not records:
-        raise UserError(f"{path}: there are no questions in it: the file is empty")
+        raise UserError(f"{path}: the file holds no records; give one that does")
     return records
 
 
@@ -135,7 +135,7 @@ def _arrow_faults(path: Path, kind: str) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a readable {kind} file: {_first_line(error)}") from error
+        raise UserError(f"{path}: not a readable {kind} file: {one_line(error, 200)}") from error
 
 
 def _rows(path: Path, table: pa.Table, begin: int = 0) -> list[Record]:
@@ -151,7 +151,7 @@ def _rows(path: Path, table: pa.Table, begin: int = 0) -> list[Record]:
     except (ValueError, OverflowError) as error:  # UnicodeDecodeError and ArrowInvalid are ValueErrors
         if table.num_rows == 1:
             place = f"record {begin + 1}"
-            fault = UserError(f"{path}, {place}: `{_unreadable_column(table)}` cannot be read: {_first_line(error)}")
+            fault = UserError(f"{path}, {place}: `{_unreadable_column(table)}` cannot be read: {one_line(error, 200)}")
             return [Record(place, {}, fault)]
     half = table.num_rows // 2
     return _rows(path, table.slice(0, half), begin) + _rows(path, table.slice(half), begin + half)
@@ -231,7 +231,3 @@ def _record(path: Path, place: str, value: Any) -> Record:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -117,10 +117,10 @@ def describe(survey: Survey) -> str:
         low, middle, high, most = np.percentile(survey.lengths, [0, 50, 95, 100])
         lines.append(f"prompt tokens: min {low:.0f}, median {middle:.0f}, 95% up to {high:.0f}, max {most:.0f}")
     duplicates = [f"{questions[i].source} = {questions[j].source}" for i, j in survey.duplicates.items()]
-    lines.append(_finding("asked before", total, duplicates))
+    lines.append(_finding("repeating an earlier question", total, duplicates))
     if survey.conflicting:
         conflicts = [questions[i].source for i in survey.conflicting]
-        lines.append(_finding("asked before with another answer", total, conflicts))
+        lines.append(_finding("repeating one with another answer", total, conflicts))
     contaminated = [f"{questions[i].source} = {other.source}" for i, other in survey.contaminated.items()]
     lines.append(_finding("also in an evaluation file", total, contaminated))
     unparsable = [

@@ -71,7 +71,7 @@ def _receive_text(receiver: Connection, child: ForkProcess, source: str) -> str:
     where = f"{source}: the tokenizer's chat template"
     try:
         if not receiver.poll(WALL_SECONDS):
-            raise UserError(f"{where} gives no answer in {WALL_SECONDS} s; look at what it does with this question")
+            raise UserError(f"{where} did not finish in {WALL_SECONDS} s; look at what it does with this question")
         answer: dict[str, str] = json.loads(receiver.recv_bytes())
     except EOFError:
         child.join()
@@ -105,7 +105,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _render_one(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, str]:
-    """`{"text": prompt}`, or `{"error": the end of a message that begins with the template}`."""
+    """`{"text": prompt}`, or `{"error": predicate of a sentence whose subject is the template}`."""
     import jinja2
 
     try:
@@ -117,12 +117,12 @@ def _render_one(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, s
             **conversation.arguments,
         )
         if not isinstance(text, str) or not text:
-            return {"error": "makes an empty prompt of it"}
+            return {"error": "returns no text"}
         if len(text) > MAX_CHARACTERS:
-            return {"error": f"makes {len(text):,} characters of it; {MAX_CHARACTERS:,} are the limit"}
+            return {"error": f"returns {len(text):,} characters; the limit is {MAX_CHARACTERS:,}"}
         text.encode()  # fails on half of a surrogate pair, which no tokenizer takes
     except jinja2.TemplateError as error:
-        return {"error": f"refuses it: {one_line(error, 300)}"}
+        return {"error": f"refuses this question: {one_line(error, 300)}"}
     except BaseException as error:  # a template is a program, and may raise anything
-        return {"error": f"fails on it: {type(error).__name__}{': ' if str(error) else ''}{one_line(error, 300)}"}
+        return {"error": f"fails with {type(error).__name__}{': ' if str(error) else ''}{one_line(error, 300)}"}
     return {"text": text}

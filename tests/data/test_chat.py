@@ -84,13 +84,13 @@ def test_no_questions_make_no_prompts(tokenizer):
 
 def test_a_conversation_refused_by_the_template_is_named(tokenizer):
     turns = (Message("user", "a"), Message("system", "b"), Message("user", "c"))
-    with pytest.raises(UserError, match="record 7: the tokenizer's chat template refuses it: system first"):
+    with pytest.raises(UserError, match="record 7: the tokenizer's chat template refuses this question: system first"):
         encode(tokenizer, Question(7, turns, ("2",), "q.json, record 7"))
 
 
 def test_an_empty_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{{ '' }}"
-    with pytest.raises(UserError, match=r"q\.json, record 1: the tokenizer's chat template makes an empty prompt"):
+    with pytest.raises(UserError, match=r"q\.json, record 1: the tokenizer's chat template returns no text"):
         encode(tokenizer, ask("?"))
 
 

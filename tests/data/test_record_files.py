@@ -55,9 +55,9 @@ def test_places_count_from_one_and_lines_include_blank_ones(write):
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("q.json", "", ": there are no questions in it"),
-        ("q.json", "[]", ": there are no questions in it"),
-        ("q.jsonl", "\n\n", ": there are no questions in it"),
+        ("q.json", "", ": the file holds no records"),
+        ("q.json", "[]", ": the file holds no records"),
+        ("q.jsonl", "\n\n", ": the file holds no records"),
         ("q.json", '[{"a": 1},\n {"a": }]', ", line 2, column 8: not valid JSON: Expecting value"),
         ("q.jsonl", '{"a": 1}\n{"a": 2', ", line 2, column 8: not valid JSON"),
         ("q.json", '{"a": 1}\n{"a": 2}', "if it holds one record a line, name it .jsonl"),

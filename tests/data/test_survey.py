@@ -42,7 +42,7 @@ def test_the_survey_has_every_fault(findings):
 def test_the_description_names_records(findings):
     text = describe(findings)
     assert "5 questions" in text and "max 312" in text
-    assert "asked before: 2 of 5" in text and "line 3 = " in text
+    assert "repeating an earlier question: 2 of 5" in text and "line 3 = " in text
     assert "x^{" in text and "also in an evaluation file: 1 of 5" in text
 
 

@@ -22,15 +22,15 @@ def prompts(tokenizer, question="1+1?", **settings):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{{ 1 + 'a' }}", "fails on it: TypeError"),
-        ("{{ 1 // 0 }}", "fails on it: ZeroDivisionError"),
-        ("{{ 'a' * 10 ** 15 }}", "fails on it: MemoryError"),
-        ("{{ 'a' * 10 ** 10 }}", "fails on it: MemoryError"),  # within the memory of many a machine
-        ("{{ 'a' * 10 ** 8 }}", "characters of it"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on it: RecursionError"),
-        ("{{ messages[7].content.x }}", "refuses it: "),
-        ("{% for", "refuses it: "),
-        ("{{ '\\ud800' }}", "fails on it: UnicodeEncodeError"),
+        ("{{ 1 + 'a' }}", "fails with TypeError"),
+        ("{{ 1 // 0 }}", "fails with ZeroDivisionError"),
+        ("{{ 'a' * 10 ** 15 }}", "fails with MemoryError"),
+        ("{{ 'a' * 10 ** 10 }}", "fails with MemoryError"),  # within the memory of many a machine
+        ("{{ 'a' * 10 ** 8 }}", "100,000,000 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails with RecursionError"),
+        ("{{ messages[7].content.x }}", "refuses this question: "),
+        ("{% for", "refuses this question: "),
+        ("{{ '\\ud800' }}", "fails with UnicodeEncodeError"),
     ],
 )  # fmt: skip
 def test_a_failing_template_is_reported_in_one_line(tokenizer, text, complaint):
