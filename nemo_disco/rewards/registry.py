@@ -39,7 +39,7 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
         make = VERIFIERS[name]
         known = list(inspect.signature(make).parameters)
     elif ":" in name:
-        code = user_pool.describe("reward.verifier", name)
+        code = user_pool.describe_code("reward.verifier", name)
         if code.kind not in ("class", "function", "callable"):
             raise UserError(f"reward.verifier={name} is of type {code.kind}, neither function nor class")
         is_users_class = code.kind == "class"

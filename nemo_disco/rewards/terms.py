@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nemo_disco.rewards.extract import NoAnswerError, extract_answer
-from nemo_disco.rewards.user_pool import UserPool, describe, rank_workers
+from nemo_disco.rewards.user_pool import UserPool, describe_code, rank_workers
 from nemo_disco.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Rewards:
 
     def _load_function(self, key: str, name: str) -> UserPool:
         """The user's function, which the setting `key` names. Raises UserError if there is no such function."""
-        if ":" not in name or describe(key, name).kind != "function":
+        if ":" not in name or describe_code(key, name).kind != "function":
             raise UserError(f"{key}={name} must be module:function, and the function must take a GradedResponse")
         return UserPool(key, name, rank_workers(self._config.workers), self._config.timeout)
 

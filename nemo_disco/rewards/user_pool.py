@@ -49,7 +49,7 @@ class CodeDescription:
     parameters: list[str]
 
 
-def describe(key: str, name: str) -> CodeDescription:
+def describe_code(key: str, name: str) -> CodeDescription:
     """Import `module:name`, the value of a configuration's `key`, in a process that then ends, and describe it.
 
     Raises UserError if there is none, if its import raises, or if that takes longer than START_S.

@@ -92,7 +92,7 @@ def _read_mapping(content: dict[str, Any], tests: str) -> Cases:
 
 def _read_list(content: list[dict[str, Any]], tests: str) -> Cases:
     if not all({"input", "output"} <= item.keys() for item in content):
-        raise _unusable("each needs `input` and `output`", tests)
+        raise _unusable("each case needs `input` and `output`", tests)
     kinds = {str(item.get("testtype", item.get("type", ""))) for item in content}
     functions = {_function_name(item) for item in content}
     if len(kinds) > 1 or len(functions) > 1:
