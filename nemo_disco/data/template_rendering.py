@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError, one_line
+from nemo_disco.runtime.host import set_limit
 from nemo_disco.runtime.signals import shield_children
 
 if TYPE_CHECKING:
@@ -89,19 +90,14 @@ def _serve(channel: Connection, tokenizer: Tokenizer, conversations: Sequence[Co
     try:
         with contextlib.suppress(OSError):  # without /proc there is no memory limit
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            _limit(resource.RLIMIT_AS, size + EXTRA_MEMORY)
-        _limit(resource.RLIMIT_CORE, 0)
+            set_limit(resource.RLIMIT_AS, size + EXTRA_MEMORY)
+        set_limit(resource.RLIMIT_CORE, 0)
         for conversation in conversations:
             used = resource.getrusage(resource.RUSAGE_SELF)
-            _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + CPU_SECONDS)
+            set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + CPU_SECONDS)
             channel.send_bytes(json.dumps(_render_one(tokenizer, conversation)).encode())
     finally:
         os._exit(0)  # skips the closing and flushing of files that belong to the parent
-
-
-def _limit(kind: int, value: int) -> None:
-    _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _render_one(tokenizer: Tokenizer, conversation: Conversation) -> dict[str, str]:

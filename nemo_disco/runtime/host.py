@@ -1,8 +1,9 @@
-"""Total and free memory of this host, within the job's limits. Reads /proc and the files of the control groups."""
+"""Memory of this host, within the job's limits (from /proc and the control groups), and limits of this process."""
 
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -17,6 +18,12 @@ def free_memory() -> int:
     """Bytes that this process may still allocate, its equal share among the ranks of this host."""
     free = [_meminfo("MemAvailable"), *(limit - used for limit, used in _group_limits())]
     return max(min(free), 0) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def set_limit(kind: int, value: int) -> None:
+    """Set this process's soft limit of a resource (resource.RLIMIT_*), at most its hard limit."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def _meminfo(field: str) -> int:

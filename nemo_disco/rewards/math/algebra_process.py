@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from nemo_disco.rewards import verdict
 from nemo_disco.rewards.math import expressions, symbolic
+from nemo_disco.runtime.host import set_limit
 
 MEMORY_BYTES = 4 << 30  # address space of a child
 READ_BYTES = 1 << 16
@@ -193,11 +194,6 @@ def limit_cpu(timeout: float) -> None:
     """Let the kernel end this child 2 s after its answer's processor time, in case the parent was killed."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     set_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 2)
-
-
-def set_limit(kind: int, value: int) -> None:
-    _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def refuse_effects(event: str, arguments: tuple[Any, ...]) -> None:
