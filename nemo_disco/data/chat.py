@@ -89,7 +89,7 @@ def _encode(
     arguments: Mapping[str, Any],
 ) -> tuple[list[list[int]], list[str]]:
     """The token ids of each prompt, and a note for each part of the questions that the template leaves out."""
-    conversations = [_conversation(question, suffix, system, arguments) for question in questions]
+    conversations = [_as_conversation(question, suffix, system, arguments) for question in questions]
     for conversation in conversations:
         own = {name: value for name, value in conversation.arguments.items() if name not in arguments}
         check_arguments(tokenizer, own, f"{conversation.source}: chat_template_kwargs", known_only=False)
@@ -99,7 +99,7 @@ def _encode(
     return tokens, unused_parts(tokenizer, conversations, texts)
 
 
-def _conversation(question: Question, suffix: str, system: str | None, arguments: Mapping[str, Any]) -> Conversation:
+def _as_conversation(question: Question, suffix: str, system: str | None, arguments: Mapping[str, Any]) -> Conversation:
     turns = list(question.messages)
     last = max(i for i, turn in enumerate(turns) if turn.role == "user")
     turns[last] = turns[last]._replace(content=_append_suffix(turns[last].content, suffix))

@@ -32,7 +32,7 @@ def read_template_fields(source: str, fields: Mapping[str, Any]) -> dict[str, An
     for name, value in fields.items():
         if _MEDIA.fullmatch(name) and not _is_empty(value):
             raise UserError(f"{source}: `{name}` is part of the question, and only text is read; leave the record out")
-    values = {TOOLS: _tools(source, fields.get(TOOLS)), ARGUMENTS: _arguments(source, fields)}
+    values = {TOOLS: _read_tools(source, fields.get(TOOLS)), ARGUMENTS: _read_arguments(source, fields)}
     return {name: value for name, value in values.items() if value or name in fields}
 
 
@@ -56,7 +56,7 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def _tools(source: str, value: Any) -> list[dict[str, Any]]:
+def _read_tools(source: str, value: Any) -> list[dict[str, Any]]:
     items = _parse_json(source, TOOLS, value)
     if _is_empty(items):
         return []
@@ -67,7 +67,7 @@ def _tools(source: str, value: Any) -> list[dict[str, Any]]:
     return tools
 
 
-def _arguments(source: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _read_arguments(source: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     arguments = _parse_json(source, ARGUMENTS, fields.get(ARGUMENTS))
     if not _is_empty(arguments) and not isinstance(arguments, dict):
         raise UserError(f"{source}: `{ARGUMENTS}` is {arguments!r:.80}; give a mapping, such as {{{THINKING}: false}}")

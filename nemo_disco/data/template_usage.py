@@ -69,10 +69,10 @@ def _reads(tokenizer: Tokenizer, name: str) -> bool:
     """True if the chat template reads the name, as a variable or, for tool_calls, as a field of a turn."""
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
-    return any(name in _names(text, turn_fields=name == "tool_calls") for text in texts)
+    return any(name in _find_names(text, turn_fields=name == "tool_calls") for text in texts)
 
 
-def _names(template: str, turn_fields: bool) -> Container[str]:
+def _find_names(template: str, turn_fields: bool) -> Container[str]:
     """Names of the variables that a template reads; with turn_fields, of all fields that it may read of a turn."""
     import jinja2
     from jinja2 import nodes

@@ -77,7 +77,7 @@ def adapt_tokenizer_config(directory: Path) -> None:
 
     file, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
     try:
-        settings = _json_object(config)
+        settings = _read_object(config)
         if not file.exists() or "auto_map" in settings:
             return
         with _loading_errors(directory):
@@ -102,9 +102,9 @@ def stop_token_ids(tokenizer: Tokenizer, model_dir: str | Path) -> tuple[int, ..
     model's id there. Raises UserError for an id that is not a token, or that has no row in the model's embedding.
     """
     directory = Path(model_dir)
-    config = _json_object(directory / "config.json")
-    generation_ids = _eos_ids(directory / "generation_config.json", tokenizer)
-    model_ids = _eos_ids(directory / "config.json", tokenizer)
+    config = _read_object(directory / "config.json")
+    generation_ids = _read_eos_ids(directory / "generation_config.json", tokenizer)
+    model_ids = _read_eos_ids(directory / "config.json", tokenizer)
     if generation_ids:
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         model_ids = [i for i in model_ids if i in special]
@@ -219,7 +219,7 @@ def _check_complete(tokenizer: Tokenizer, path: str | Path) -> None:
         )
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """The file's JSON object; empty if there is no such file."""
     try:
         return read_json(path, dict[str, Any], links=True) if path.exists() else {}
@@ -227,8 +227,8 @@ def _json_object(path: Path) -> dict[str, Any]:
         raise UserError(f"{fault}; the model directory is damaged") from None
 
 
-def _eos_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
-    value = _json_object(path).get("eos_token_id")
+def _read_eos_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
+    value = _read_object(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < len(tokenizer) for i in ids):
         raise UserError(f"{path}: `eos_token_id` is {value}; the tokenizer has ids from 0 to {len(tokenizer) - 1}")
