@@ -64,7 +64,7 @@ def length(r: GradedResponse) -> float:
 
 
 def overlong(r: GradedResponse, buffer: int | None) -> float:
-    """0 up to C - Lc tokens, then falling to -1 at C; Lc is the buffer, C/5 for None (arXiv 2503.14476, eq. 13)."""
+    """((C - Lc) - |o|) / Lc, within -1 and 0; Lc is the buffer, C/5 for None (arXiv 2503.14476, eq. 13)."""
     buffer = buffer or max(1, r.max_response_length // 5)
     return max(-1.0, min(0.0, (r.max_response_length - buffer - r.length) / buffer))
 

@@ -51,7 +51,7 @@ _read_cases = lru_cache(maxsize=64)(gold_tests.read_cases)  # the responses of a
 
 
 class _Budget:
-    """Processor seconds and seconds asleep that one response's programs have left; each starts at `timeout`."""
+    """Processor seconds and seconds asleep that are left for one gold answer's tests; each starts at `timeout`."""
 
     def __init__(self, timeout: float, memory_bytes: int) -> None:
         self._cpu_seconds = self._sleep_seconds = timeout
@@ -81,7 +81,7 @@ class PythonTests(TextGrader):
     tests of one is enough.
 
     The kernel confines a program to computing (seccomp_filter.py): `timeout` processor seconds for all tests of a
-    response and as many asleep, `memory_mb` of address space beyond Python's own, output a megabyte beyond twice the
+    gold answer and as many asleep, `memory_mb` of address space beyond Python's own, output a megabyte beyond twice the
     expected one. docs/rewards.md lists what this guarantees and what it does not.
     """
 
