@@ -92,9 +92,11 @@ def _check_override(text: str, roots: list[Path]) -> str:
         override = OverridesParser.create().parse_override(text)
         key, value = str(override.key_or_group), override.value()
     except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-        given = printable(text.partition("=")[2], MAX_VALUE)
-        quoting = f"""special characters in quotes: key='"{given}"'"""
-        if given.startswith("["):  # quotes around the whole would make it a text
+        name, equals, given = printable(text, MAX_VALUE).partition("=")
+        quoting = f"""special characters in quotes: {name}='"{given.strip("'" + '"')}"'"""
+        if not equals:
+            quoting = f"""such as 'data.prompt_suffix=" two words"'; a config is chosen by --config-name {name}"""
+        elif given.startswith("["):  # quotes around the whole would make it a text
             quoting = """each item with special characters in quotes: 'key=["a, b","c"]'"""
         raise UserError(
             f"override '{printable(text, MAX_VALUE)}': expected key=value, {quoting} ({_message(error)})"

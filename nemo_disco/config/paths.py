@@ -55,12 +55,16 @@ def options(roots: Iterable[Path], group: str) -> list[str]:
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """The end of a message: '; did you mean X?', X similar as a whole or in its last part, else the top-level names."""
+    """The end of a message: '; did you mean X?' for the most similar name, in the same section if that is known."""
     known = list(known)
-    tails = {name.rpartition(".")[2].rpartition("/")[2]: name for name in known}
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    close = close or [tails[t] for t in difflib.get_close_matches(given.rpartition(".")[2], tails, n=1, cutoff=0.6)]
-    if close:
-        return f"; did you mean {close[0]}?"
-    top = [name for name in known if "." not in name] or known
-    return f"; known: {', '.join(top)}" if known else ""
+    section, _, last = given.rpartition(".")
+    peers = [name for name in known if name.rpartition(".")[0] == section]
+    tails, own = ({name.rpartition(".")[2].rpartition("/")[2]: name for name in names} for names in (known, peers))
+    attempts = [(last, own, 0.6), (last, tails, 0.9)]
+    if not (section and own):
+        section, own = "", {name: name for name in known if "." not in name} or dict(zip(known, known, strict=True))
+        attempts = [(given, dict(zip(known, known, strict=True)), 0.6), (last, tails, 0.6)]
+    for text, names, cutoff in attempts:
+        if close := difflib.get_close_matches(text, names, n=1, cutoff=cutoff):
+            return f"; did you mean {names[close[0]]}?"
+    return f"; known{section and f' in {section}'}: {', '.join(own)}" if known else ""
