@@ -22,8 +22,8 @@ from nemo_disco.runtime.files import refusal_of_disk
 CONFIG_COMMANDS = {
     "train": "train a policy",
     "evaluate": "score a policy on question files",
-    "verify": "one mini-batch: is the gradient of this layout right, and do engine and trainer agree",
-    "plan": "the batch vocabulary and the memory of a run, without running it",
+    "verify": "sample one mini-batch, compare the engine with the trainer, compute the gradient on this layout",
+    "plan": "print batches, memory, layouts and estimated time of a run, without running it",
 }
 CONFIG_HELP = """Settings are Hydra's: key=value sets a key (trainer.max_steps=10), group=choice takes another file of a
 group (algorithm=grpo), --config-name recipe/NAME starts from a recipe of the papers."""
@@ -99,37 +99,30 @@ def _parser() -> argparse.ArgumentParser:
     for name, words in CONFIG_COMMANDS.items():
         command = commands.add_parser(name, help=words, description=f"{words}.", epilog=CONFIG_HELP)
         command.add_argument("--config-name", "-cn", default="config", metavar="NAME", help="default: config")
-        command.add_argument(
-            "--config-path",
-            "-cp",
-            type=os.path.expanduser,
-            metavar="DIR",
-            help="looked in before ./conf and the packaged one",
-        )
+        words = "directory searched before ./conf and the packaged conf/"
+        command.add_argument("--config-path", "-cp", type=os.path.expanduser, metavar="DIR", help=words)
         command.add_argument("overrides", nargs="*", metavar="key=value")
-    grade = commands.add_parser("grade", help="reward and reason of each answer in a file")
+    grade = commands.add_parser("grade", help="print the reward of each response in a file, and the reason")
     grade.add_argument("file", type=_path, metavar="FILE.jsonl", help="`response` and `answer` a line")
     grade.add_argument("--out", type=_path, metavar="FILE", help="write the lines there instead of to the screen")
     grade.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
     grade.add_argument("--workers", type=_count, default=2, metavar="N", help="processes (default 2)")
     grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
-    data = commands.add_parser("data", help="what is in question files; filter and convert them")
+    data = commands.add_parser("data", help="survey question files; filter and convert them")
     data.add_argument("files", type=_path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
     data.add_argument("--model", type=_path, metavar="DIR", help="count prompt tokens with this directory's tokenizer")
-    data.add_argument("--against", type=_path, nargs="+", default=[], metavar="FILE", help="evaluation files: overlap")
-    data.add_argument(
-        "--rollouts", type=_path, nargs="+", default=[], metavar="FILE", help="pass rates: rollouts/*.jsonl"
-    )
-    data.add_argument("--out", type=_path, metavar="FILE", help="write what is left as .jsonl, .json or .parquet")
+    data.add_argument("--against", type=_path, nargs="+", default=[], metavar="FILE", help="files to compare with")
+    words = "a run's rollouts/*.jsonl: print pass rates; with --out: leave questions always or never solved out"
+    data.add_argument("--rollouts", type=_path, nargs="+", default=[], metavar="FILE", help=words)
+    data.add_argument("--out", type=_path, metavar="FILE", help="write the questions as .jsonl, .json or .parquet")
     data.add_argument("--max-tokens", type=_count, metavar="N", help="with --out: leave longer prompts out")
     drop = ("duplicates", "contaminated", "unparsable")
-    data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave these out as well")
-    doctor = commands.add_parser("doctor", help="this machine's parts, and the features that lack some")
-    words = "print Markdown for an issue, with each RUN's config.yaml and last metrics"
-    doctor.add_argument("--report", type=_path, nargs="*", metavar="RUN", help=words)
-    report = commands.add_parser("report", help="one HTML page about one or several runs")
+    data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave such questions out")
+    doctor = commands.add_parser("doctor", help="list what this machine has, and what each feature lacks")
+    doctor.add_argument("--report", type=_path, nargs="*", metavar="RUN", help="Markdown for an issue, also on runs")
+    report = commands.add_parser("report", help="write one HTML page about one or several runs")
     report.add_argument("runs", type=_path, nargs="+", metavar="RUN", help="a run directory")
     report.add_argument("--out", type=_path, metavar="FILE", help="default: report.html in the first run directory")
     report.add_argument("--plots", type=_path, metavar="DIR", help="also write PNG plots and metrics.csv there")
-    report.add_argument("--watch", action="store_true", help="write it anew whenever a run does, until Ctrl-C")
+    report.add_argument("--watch", action="store_true", help="write it anew whenever a run makes a step, until Ctrl-C")
     return parser

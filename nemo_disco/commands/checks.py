@@ -65,4 +65,4 @@ def check_files(config: RunConfig, command: str, first_rank: bool = True) -> Non
 def _check_question_files(files: list[str], key: str) -> None:
     for file in files:
         if not Path(file).exists():
-            raise UserError(f"{key}: there is no {file}")
+            raise UserError(f"{key}: there is no {file}{'' if Path(file).is_absolute() else f' in {Path.cwd()}'}")

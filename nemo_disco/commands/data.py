@@ -13,6 +13,10 @@ def main(options: argparse.Namespace) -> int:
     from nemo_disco.data.survey import describe, filter_questions, survey_questions, write_questions
     from nemo_disco.rewards import MathGrader
 
+    if options.out is None and (options.drop or options.max_tokens):
+        raise UserError("--drop and --max-tokens choose the questions to write: name the file with --out")
+    if "contaminated" in options.drop and not options.against:
+        raise UserError("--drop contaminated compares with evaluation files: name them with --against")
     count_tokens = None
     if options.model is not None:
         from nemo_disco.data.chat import prompt_lengths

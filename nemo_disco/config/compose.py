@@ -95,7 +95,7 @@ def _check_override(text: str, roots: list[Path]) -> str:
         name, equals, given = printable(text, MAX_VALUE).partition("=")
         quoting = f"""special characters in quotes: {name}='"{given.strip("'" + '"')}"'"""
         if not equals:
-            quoting = f"""such as 'data.prompt_suffix=" two words"'; a config is chosen by --config-name {name}"""
+            quoting = """such as 'data.prompt_suffix=" two words"'; a config is chosen by --config-name NAME"""
         elif given.startswith("["):  # quotes around the whole would make it a text
             quoting = """each item with special characters in quotes: 'key=["a, b","c"]'"""
         raise UserError(

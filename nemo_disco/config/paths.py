@@ -56,15 +56,14 @@ def options(roots: Iterable[Path], group: str) -> list[str]:
 
 def nearest(given: str, known: Iterable[str]) -> str:
     """The end of a message: '; did you mean X?' for the most similar name, in the same section if that is known."""
-    known = list(known)
+    known = {name: name for name in known}
     section, _, last = given.rpartition(".")
     peers = [name for name in known if name.rpartition(".")[0] == section]
     tails, own = ({name.rpartition(".")[2].rpartition("/")[2]: name for name in names} for names in (known, peers))
     attempts = [(last, own, 0.6), (last, tails, 0.9)]
-    if not (section and own):
-        section, own = "", {name: name for name in known if "." not in name} or dict(zip(known, known, strict=True))
-        attempts = [(given, dict(zip(known, known, strict=True)), 0.6), (last, tails, 0.6)]
+    if not section or not own:
+        section, own, attempts = "", {n: n for n in known if "." not in n}, [(given, known, 0.6), (last, tails, 0.6)]
     for text, names, cutoff in attempts:
         if close := difflib.get_close_matches(text, names, n=1, cutoff=cutoff):
             return f"; did you mean {names[close[0]]}?"
-    return f"; known{section and f' in {section}'}: {', '.join(own)}" if known else ""
+    return f"; known{section and f' in {section}'}: {', '.join(own or known)}" if known else ""

@@ -32,8 +32,8 @@ class Survey:
     """Findings about the questions of some files; a question is named by its position in `questions`.
 
     lengths [N]: prompt tokens (None without a tokenizer). duplicates: question -> the first one with the same text;
-    conflicting: the duplicates with other answers. contaminated: question -> the same one in an evaluation file.
-    unparsable: question -> why the grader can compare its answer as text only. pass_rates: of the measured questions.
+    conflicting: the duplicates with other answers. contaminated: question -> the same one in an evaluation file, or
+    None without such files. unparsable: question -> why the grader can compare its answer as text only.
     """
 
     questions: Sequence[Question]
@@ -41,7 +41,7 @@ class Survey:
     lengths: list[int] | None = None
     duplicates: dict[int, int] = field(default_factory=dict)
     conflicting: list[int] = field(default_factory=list)
-    contaminated: dict[int, Question] = field(default_factory=dict)
+    contaminated: dict[int, Question] | None = None
     unparsable: dict[int, str] = field(default_factory=dict)
     pass_rates: dict[int, float] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ def survey_questions(
         other = load_questions([path], max_bad_records=1.0)
         held_out |= {question_key(q): q for q in other.questions}
         survey.notes += other.notes
-    survey.contaminated = {i: held_out[key] for i, key in enumerate(keys) if key in held_out}
+    survey.contaminated = {i: held_out[key] for i, key in enumerate(keys) if key in held_out} if against else None
     if count_tokens is not None:
         survey.lengths = count_tokens(survey.questions)
     if find_unparsable is not None:
@@ -94,6 +94,7 @@ def survey_questions(
     if rollouts:
         rates = pass_rates(rollouts)
         survey.pass_rates = {i: rates[key] for i, key in enumerate(keys) if key in rates}
+        survey.notes += [] if survey.pass_rates else [f"none of the {len(rates):,} questions in the rollouts is here"]
     return survey
 
 
@@ -117,16 +118,16 @@ def describe(survey: Survey) -> str:
         low, middle, high, most = np.percentile(survey.lengths, [0, 50, 95, 100])
         lines.append(f"prompt tokens: min {low:.0f}, median {middle:.0f}, 95% up to {high:.0f}, max {most:.0f}")
     duplicates = [f"{questions[i].source} = {questions[j].source}" for i, j in survey.duplicates.items()]
-    lines.append(_finding("repeating an earlier question", total, duplicates))
+    lines.append(_finding("duplicates (repeating an earlier question)", total, duplicates))
     if survey.conflicting:
         conflicts = [questions[i].source for i in survey.conflicting]
-        lines.append(_finding("repeating one with another answer", total, conflicts))
-    contaminated = [f"{questions[i].source} = {other.source}" for i, other in survey.contaminated.items()]
-    lines.append(_finding("also in an evaluation file", total, contaminated))
-    unparsable = [
-        f"{questions[i].source} ({why}): {questions[i].answers[0]:.60}" for i, why in survey.unparsable.items()
-    ]
-    lines.append(_finding("with an answer that is compared as text only", total, unparsable))
+        lines.append(_finding("duplicates with another answer", total, conflicts))
+    if survey.contaminated is not None:
+        contaminated = [f"{questions[i].source} = {other.source}" for i, other in survey.contaminated.items()]
+        lines.append(_finding("contaminated (also in an evaluation file)", total, contaminated))
+    faults = [(questions[i], reason) for i, reason in survey.unparsable.items()]
+    unparsable = [f"{question.source} ({reason}): {question.answers[0]:.60}" for question, reason in faults]
+    lines.append(_finding("unparsable answers (compared as text only)", total, unparsable))
     if survey.pass_rates:
         rates = np.array(list(survey.pass_rates.values()))
         lines.append(
@@ -142,14 +143,10 @@ def filter_questions(survey: Survey, drop: Iterable[str], max_tokens: int | None
     Removed are those with a fault named in `drop` (duplicates, contaminated, unparsable), with prompts over max_tokens,
     and those that earlier rollouts always, or never, answered right.
     """
-    removed = {
-        "duplicates": set(survey.duplicates) if "duplicates" in drop else set(),
-        "contaminated": set(survey.contaminated) if "contaminated" in drop else set(),
-        "unparsable": set(survey.unparsable) if "unparsable" in drop else set(),
-        f"over {max_tokens} tokens": set(survey.longer_than(max_tokens)) if max_tokens else set(),
-        "always right or always wrong": set(survey.never_mixed),
-    }
-    any_reason = set().union(*removed.values())
+    removed: dict[str, set[int]] = {fault: set(getattr(survey, fault) or ()) for fault in drop}
+    removed[f"over {max_tokens} tokens"] = set(survey.longer_than(max_tokens)) if max_tokens else set()
+    removed["always right or always wrong"] = set(survey.never_mixed)
+    any_reason: set[int] = set().union(*removed.values())
     remaining = [q for i, q in enumerate(survey.questions) if i not in any_reason]
     return remaining, [f"left out, {why}: {len(indices):,}" for why, indices in removed.items() if indices]
 

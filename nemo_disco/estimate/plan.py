@@ -58,7 +58,7 @@ def _host_line(config: RunConfig, memory: Memory) -> str:
     line = (
         f"Host memory: {beside:.1f} GiB per process beside a GPU (libraries, and a checkpoint's copy of the "
         f"optimizer's state), {alone:.1f} GiB without one (training too); {devices} processes on a host take "
-        f"{devices * beside:.0f} or {devices * alone:.0f} GiB, and this one has {have:.0f}."
+        f"{devices * beside:.0f} or {devices * alone:.0f} GiB, and this host has {have:.0f}."
     )
     short = " Where that is too little, checkpoints are not copied: training waits until they are written."
     return line + (short if devices * beside > have else "")

@@ -189,7 +189,7 @@ def find_shape(path: str) -> tuple[ModelShape | None, str]:
     missing = explain(Path(path))
     name = NAMES_BY_SIZE.get(path.lower(), Path(path).name)
     if (known := PUBLISHED.get(name)) is not None:
-        return known, f"Model: the published shape of {name}; {missing}."
+        return known, f"Model: the published shape of {name}{'' if path.lower() in NAMES_BY_SIZE else f'; {missing}'}."
     sizes = ", ".join(NAMES_BY_SIZE)
     return None, f"Model: {missing}. So there is no estimate; known without files: model.path={sizes}."
 

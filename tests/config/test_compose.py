@@ -95,7 +95,10 @@ MISTAKES = [
     ("trainer.max_steps", "expected key=value"),
     ("model.path=a=b", """special characters in quotes: model.path='"a=b"'"""),
     ('data.prompt_suffix="a b', """special characters in quotes: data.prompt_suffix='"a b"'"""),
-    ("quickstart", "expected key=value, such as 'data.prompt_suffix=\" two words\"'; a config is chosen by --config-name quickstart"),
+    (
+        "quickstart",
+        "expected key=value, such as 'data.prompt_suffix=\" two words\"'; a config is chosen by --config-name",
+    ),
     ("model.optim.learning_rate=1", "; known in model.optim: name, lr, weight_decay,"),
     ("model.micro_batch_size=1", "; known in model: path, tensor_model_parallel_size,"),
     ("trainer.learning_rate=1", "; known in trainer: max_steps,"),

@@ -42,8 +42,8 @@ def test_the_survey_has_every_fault(findings):
 def test_the_description_names_records(findings):
     text = describe(findings)
     assert "5 questions" in text and "max 312" in text
-    assert "repeating an earlier question: 2 of 5" in text and "line 3 = " in text
-    assert "x^{" in text and "also in an evaluation file: 1 of 5" in text
+    assert "duplicates (repeating an earlier question): 2 of 5" in text and "line 3 = " in text
+    assert "x^{" in text and "contaminated (also in an evaluation file): 1 of 5" in text
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,25 @@ def test_the_command_prints_and_writes(write, tokenizer_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "prompt tokens: min" in printed and "(unparsable answer): x^{" in printed
     assert f"{out}: 4 questions" in printed and len(json.loads(out.read_text())) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--drop", "duplicates"], "name the file with --out"),
+        (["--drop", "contaminated", "--out", "clean.jsonl"], "name them with --against"),
+    ],
+)
+def test_a_filter_that_could_do_nothing_is_refused(write, capsys, more, line):
+    file = write("q.jsonl", RECORDS[:1])
+    assert cli.main(["data", str(file), *more]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_rollouts_of_other_questions_are_noted(write, tmp_path, capsys):
+    file = write("q.jsonl", RECORDS[:1])
+    rollouts = tmp_path / "step_1.jsonl"
+    rollouts.write_text('{"question": "What is 2 + 2?", "correct": true}\n')
+    assert cli.main(["data", str(file), "--rollouts", str(rollouts)]) == 0
+    out = capsys.readouterr().out
+    assert "none of the 1 questions in the rollouts" in out and "contaminated" not in out

@@ -129,6 +129,7 @@ def test_the_plan_names_its_model(model_directory):
     text = printed(compose("recipe/disco_logl_7b"), 8)
     assert "7,615,616,512 parameters" in text
     assert "the published shape of DeepSeek-R1-Distill-Qwen-7B" in text and "no such directory" in text
+    assert "DeepSeek-R1-Distill-Qwen-7B." in printed(compose("recipe/disco_logl_7b", ["model.path=7b"]), 8)
     lengths = ["data.max_prompt_length=64", "generation.max_response_length=64"]
     text = printed(compose("quickstart", [f"model.path={model_directory()}", *lengths]), 2)
     assert "optimizer state" in text and f"Model: {model_directory()}" in text
