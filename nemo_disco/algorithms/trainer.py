@@ -314,7 +314,7 @@ class Trainer:
         done = f"saved step {self.saved}" if self.saved else "nothing is saved yet"
         done = done if self.step else "before the first step"
         done += ", whose evaluation has not finished" if self.step and self.unfinished is not None else ""
-        self.journal.log(f"asked to stop by {self.stop.signal_name}: {done}; start again to go on")
+        self.journal.log(f"asked to stop by {self.stop.signal_name}: {done}; the same command continues the run")
 
     def _refuse_unsound(self) -> None:
         """Raises UserError if the weights, which are about to be kept, are of no use. A collective."""

@@ -55,7 +55,7 @@ def check_files(config: RunConfig, command: str, first_rank: bool = True) -> Non
             raise UserError(f"data.train_files must be given to {command}: add 'data.train_files=[questions.jsonl]'")
         _check_question_files(config.data.train_files, "data.train_files")
     if command == "evaluate" and not config.evaluation.files:
-        raise UserError("evaluation.files is empty: name the question files to evaluate on")
+        raise UserError("evaluation.files is empty: add 'evaluation.files=[heldout.jsonl]'")
     if command == "evaluate" or (command == "train" and config.evaluation.enabled):
         _check_question_files(config.evaluation.files, "evaluation.files")
     if command != "verify" and first_rank:

@@ -64,7 +64,7 @@ class TorchDistReader:
         """Raises UserError for a directory in another format, a damaged one, and metadata with classes not listed."""
         self.directory = directory
         if not (directory / METADATA).exists():
-            raise UserError(f"{directory}: not a checkpoint in megatron's torch_dist format: no {METADATA} there")
+            raise UserError(f"{directory}: no torch_dist checkpoint (no {METADATA}); give RUN/checkpoints/step_N")
         metadata = read_metadata(directory / METADATA, _ADMITTED, "which no checkpoint needs; it is not opened")
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry

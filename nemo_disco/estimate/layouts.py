@@ -103,7 +103,7 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         )
     longest, sum_of = longest_sequence(config)
     if longest > shape.max_positions:
-        raise UserError(f"{sum_of} tokens, but the model has {shape.max_positions} positions")
+        raise UserError(f"{sum_of} tokens, but the model has {shape.max_positions} positions; lower one of them")
 
 
 def _legal(config: RunConfig, shape: ModelShape, world_size: int, node: int) -> Iterator[Layout]:
