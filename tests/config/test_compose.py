@@ -59,7 +59,7 @@ def test_quoting_as_the_message_advises_works(override, mended):
     """For a list the quotes go around each item, not around the whole list."""
     with pytest.raises(UserError, match="quotes") as raised:
         compose("quickstart", [override])
-    advice = {"[": """key=["a, b","c"]""", "2": """='"2024"'""", "r": """key='"runs/a (1)"'"""}[
+    advice = {"[": """key=["a, b","c"]""", "2": """='"2024"'""", "r": """='"runs/a (1)"'"""}[
         override.partition("=")[2][0]
     ]
     assert advice in str(raised.value)
