@@ -70,7 +70,7 @@ def _explain_missing(path: Path) -> str:
             f"{path}: no such directory, but {replaced(path)} is there: a run is replacing it, or was killed while it "
             "did; try again in a moment, or start that run again, which puts it back"
         )
-    return f"{path}: no such directory; give a Hugging Face directory (docs/model.md says how to get one)"
+    return f"{path}: no Hugging Face model there: no such directory; docs/model.md says how to get one"
 
 
 def _explain_file(path: Path) -> str:

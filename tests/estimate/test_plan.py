@@ -182,5 +182,5 @@ def test_host_memory_counts_training_and_a_checkpoints_copy(monkeypatch):
     for have, short in ((2000, False), (64, True)):
         monkeypatch.setattr("nemo_disco.estimate.plan.total_memory", lambda have=have: have << 30)
         text = printed(config, 8)
-        assert f"Host memory: {beside / 2**30:.1f} GiB per process" in text and f"this one has {have}." in text
+        assert f"Host memory: {beside / 2**30:.1f} GiB per process" in text and f"this host has {have}." in text
         assert ("training waits until they are written" in text) == short

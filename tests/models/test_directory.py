@@ -44,7 +44,7 @@ def test_a_directory_without_a_model(files: Iterable[str], hint: str, tmp_path: 
 
 def test_the_place_for_models_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"Qwen3-0.6B: no such directory; give"):
+    with pytest.raises(UserError, match=r"Qwen3-0.6B: no Hugging Face model there: no such directory"):
         read_hf_config("models/Qwen3-0.6B")
 
 
@@ -53,8 +53,8 @@ def test_a_path_that_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     make(tmp_path, "models/x.gguf", "models/model.safetensors")
     for path, hint in {
         "Qwen/Qwen3-0.6B": "nothing is downloaded here, so `hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B`",
-        "models/typo": "no such directory; give a Hugging Face directory",
-        "nowhere": "no such directory; give a Hugging Face directory",
+        "models/typo": "no such directory; docs/model.md says how to get one",
+        "nowhere": "no such directory; docs/model.md says how to get one",
         "models/x.gguf": "a GGUF file",
         "models/model.safetensors": r"a file; give the Hugging Face directory that it is in \(models\)",
         "x" * 300: "cannot be read",
