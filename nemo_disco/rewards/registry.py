@@ -17,6 +17,7 @@ from nemo_disco.rewards.math.grader import MathGrader
 from nemo_disco.rewards.text_graders import ExactMatch, MultipleChoice, NumericMatch
 from nemo_disco.rewards.user_graders import UserClass, UserFunction
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.user_code import module_file
 
 VERIFIERS: dict[str, Callable[..., Any]] = {
     "math": MathGrader,
@@ -62,8 +63,11 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
 
 
 def hash_verifier(config: RewardConfig) -> str:
-    """SHA-256 of the verifier's code: of the user's file, or of this package."""
-    if config.verifier not in VERIFIERS:
-        return user_pool.hash_file(config.verifier)
+    """SHA-256 of the verifier's code: of this package, or of the user's file without the files that it imports; "" if
+    there is none."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
+    if config.verifier not in VERIFIERS:
+        if not (file := module_file(config.verifier)):
+            return ""
+        files = [Path(file)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

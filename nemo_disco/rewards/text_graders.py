@@ -27,19 +27,19 @@ class TextGrader(Grader):
         _, tag, text = response.rpartition(END_OF_THINKING)
         if self._require_think and not tag:
             return Verdict.from_reason(verdict.NO_THINK)
-        return self._judge(text, golds)
+        return Verdict.from_reason(self._judge(text, golds))
 
     @abstractmethod
-    def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
-        """The verdict on a text: the response after its thinking."""
+    def _judge(self, text: str, golds: tuple[str, ...]) -> str:
+        """The verdict's reason. text: the response after its thinking."""
 
 
 class ExactMatch(TextGrader):
     """Right if the last box, or the whole text without one, equals a gold answer; runs of spaces count as one."""
 
-    def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
+    def _judge(self, text: str, golds: tuple[str, ...]) -> str:
         answer = _one_spaced(extract_box_or(text, text))
-        return Verdict.from_reason(verdict.CORRECT if answer in map(_one_spaced, golds) else verdict.WRONG)
+        return verdict.CORRECT if answer in map(_one_spaced, golds) else verdict.WRONG
 
 
 class NumericMatch(TextGrader):
@@ -58,19 +58,19 @@ class NumericMatch(TextGrader):
             raise UserError(f"reward.parameters.tolerance={tolerance} must be a share of the answer, >= 0 and < 1")
         self._tolerance = tolerance
 
-    def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
+    def _judge(self, text: str, golds: tuple[str, ...]) -> str:
         numbers = [n for n in self._NUMBER.findall(text.replace("\N{MINUS SIGN}", "-")) if n.strip()]
         answer = extract_box_or(text, numbers[-1] if numbers else "")
         if not answer.strip():
-            return Verdict.from_reason(verdict.NO_BOX)
+            return verdict.NO_BOX
         value = _number(answer)
         if value is None:
-            return Verdict.from_reason(verdict.UNPARSABLE)
+            return verdict.UNPARSABLE
         gold_values = [number for gold in golds if (number := _number(gold)) is not None]
         if not gold_values:
-            return Verdict.from_reason(verdict.UNPARSABLE_GOLD)
+            return verdict.UNPARSABLE_GOLD
         right = any(abs(value - gold) <= abs(gold) * self._tolerance for gold in gold_values)
-        return Verdict.from_reason(verdict.CORRECT if right else verdict.WRONG)
+        return verdict.CORRECT if right else verdict.WRONG
 
 
 class MultipleChoice(TextGrader):
@@ -97,17 +97,17 @@ class MultipleChoice(TextGrader):
         re.DOTALL,
     )
 
-    def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
+    def _judge(self, text: str, golds: tuple[str, ...]) -> str:
         try:
             choice = self._letter(extract_box(text))
         except NoAnswerError:  # without a box the text may discuss other options: "C. Since (A) and (B) are too small"
             choice = self._letter(self._last_statement(text), alone=False)
         if choice is None:
-            return Verdict.from_reason(verdict.NO_CHOICE)
+            return verdict.NO_CHOICE
         letters = {letter for gold in golds if (letter := self._letter(gold))}
         if not letters:
-            return Verdict.from_reason(verdict.UNPARSABLE_GOLD)
-        return Verdict.from_reason(verdict.CORRECT if choice in letters else verdict.WRONG)
+            return verdict.UNPARSABLE_GOLD
+        return verdict.CORRECT if choice in letters else verdict.WRONG
 
     def _last_statement(self, text: str) -> str:
         """The letter in the last "answer is C", with a letter joined to it, if any; else the whole text."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -29,7 +28,6 @@ from typing import Any
 import nemo_disco
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import StoppedError, seconds_since_stop, shield_children
-from nemo_disco.runtime.user_code import module_file
 
 START_S = 600.0  # limit for importing the module, and again for building the class
 POLL_S = 0.1
@@ -57,12 +55,6 @@ def describe_code(key: str, name: str) -> CodeDescription:
     process, code = _start_process(key, name, lambda: False)
     _kill(process)
     return code
-
-
-def hash_file(name: str) -> str:
-    """SHA-256 of the file that holds `module:name`, without the files that it imports; "" if there is none."""
-    file = module_file(name)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def rank_workers(workers: int) -> int:

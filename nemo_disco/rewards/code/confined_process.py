@@ -56,17 +56,11 @@ _NAMES = (
 )
 
 
-def _leetcode_names() -> dict[str, Any]:
-    """The names that LeetCode imports before an answer runs; none of them hides a built-in name."""
-    names: dict[str, Any] = {name: getattr(typing, name) for name in typing.__all__}
-    names |= {"ListNode": nodes.ListNode, "TreeNode": nodes.TreeNode}
-    names |= {module.__name__: module for module in (*_MODULES, statistics)}
-    for module, listing in _NAMES:
-        names |= {name: getattr(module, name) for name in listing.split()}
-    return names
-
-
-LEETCODE = _leetcode_names()
+# The names that LeetCode imports before an answer runs; none of them hides a built-in name.
+LEETCODE: dict[str, Any] = {name: getattr(typing, name) for name in typing.__all__}
+LEETCODE |= {"ListNode": nodes.ListNode, "TreeNode": nodes.TreeNode}
+LEETCODE |= {module.__name__: module for module in (*_MODULES, statistics)}
+LEETCODE |= {name: getattr(module, name) for module, listing in _NAMES for name in listing.split()}
 
 
 def run(job: int, report: int, link: int) -> int:
@@ -171,10 +165,8 @@ def _make_module(module_name: str) -> dict[str, Any]:
 def _find_function(names: dict[str, Any], name: str) -> Callable[..., Any]:
     """The function of that name, or the method of a new `Solution()`."""
     solution = names.get("Solution")
-    if isinstance(solution, type) and hasattr(solution, name):
-        method: Callable[..., Any] = getattr(solution(), name)
-        return method
-    function: Callable[..., Any] = names[name]
+    is_method = isinstance(solution, type) and hasattr(solution, name)
+    function: Callable[..., Any] = getattr(names["Solution"](), name) if is_method else names[name]
     return function
 
 

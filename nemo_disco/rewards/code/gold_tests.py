@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -235,10 +234,6 @@ def _words_match(word: str, expected: str) -> bool:
     if not (_NUMBER.fullmatch(word) and _NUMBER.fullmatch(expected) and "." in expected):
         return False
     return Decimal(word) == Decimal(expected)
-
-
-def matches_any(value: Any, alternatives: Iterable[Any]) -> bool:
-    return any(as_json(value) == alternative for alternative in alternatives)
 
 
 def _unusable(problem: str, tests: str) -> UserError:

@@ -13,7 +13,7 @@ import secrets
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -50,23 +50,20 @@ print("confined")
 _read_cases = lru_cache(maxsize=64)(gold_tests.read_cases)  # the responses of a group share their tests
 
 
+@dataclass
 class _Budget:
-    """Processor seconds and seconds asleep that are left for one gold answer's tests; each starts at `timeout`."""
+    """Processor seconds and seconds asleep that are left for one gold answer's tests; each starts at the time limit."""
 
-    def __init__(self, timeout: float, memory_bytes: int) -> None:
-        self._cpu_seconds = self._sleep_seconds = timeout
-        self._memory_bytes = memory_bytes
-
-    @property
-    def exhausted(self) -> bool:
-        return self._cpu_seconds <= 0 or self._sleep_seconds <= 0
+    cpu_seconds: float
+    sleep_seconds: float
+    memory_bytes: int
 
     def limits(self, output_bytes: int) -> Limits:
-        return Limits(self._cpu_seconds, self._sleep_seconds, self._memory_bytes, output_bytes)
+        return Limits(self.cpu_seconds, self.sleep_seconds, self.memory_bytes, output_bytes)
 
     def charge(self, outcome: Outcome) -> None:
-        self._cpu_seconds -= outcome.cpu_seconds
-        self._sleep_seconds -= outcome.sleep_seconds
+        self.cpu_seconds -= outcome.cpu_seconds
+        self.sleep_seconds -= outcome.sleep_seconds
 
 
 class PythonTests(TextGrader):
@@ -118,17 +115,17 @@ class PythonTests(TextGrader):
             for sandbox in sandboxes:
                 sandbox.close()
 
-    def _judge(self, text: str, golds: tuple[str, ...]) -> Verdict:
+    def _judge(self, text: str, golds: tuple[str, ...]) -> str:
         sandboxes = self._idle.get()
         try:
             reasons = [self._test(sandboxes, text, gold) for gold in golds] or [verdict.UNPARSABLE_GOLD]
         finally:
             self._idle.put(sandboxes)
-        return Verdict.from_reason(verdict.CORRECT if verdict.CORRECT in reasons else reasons[0])
+        return verdict.CORRECT if verdict.CORRECT in reasons else reasons[0]
 
     def _test(self, sandboxes: _Sandboxes, text: str, gold: str) -> str:
         """The verdict's reason for one gold answer. text: the response without its thinking."""
-        cases, budget = _read_cases(gold), _Budget(self._timeout, self._memory_bytes)
+        cases, budget = _read_cases(gold), _Budget(self._timeout, self._timeout, self._memory_bytes)
         if isinstance(cases, ProgramCases):
             programs = find_reading_programs(text)
             return _test_outputs(sandboxes[0], programs, cases, budget) if programs else verdict.NO_CODE
@@ -143,7 +140,7 @@ class PythonTests(TextGrader):
 def _test_outputs(sandbox: Sandbox, programs: list[str], cases: ProgramCases, budget: _Budget) -> str:
     job, preload = _encode_job(programs, as_module=False), _preload(programs)
     for stdin, expected in cases.pairs:
-        if budget.exhausted:
+        if min(budget.cpu_seconds, budget.sleep_seconds) <= 0:
             return verdict.TIMEOUT
         limits = budget.limits(EXTRA_OUTPUT + 2 * len(expected.encode(errors="replace")))
         outcome = sandbox.run(job, limits, stdin=stdin.encode(errors="replace"), preload=preload)
@@ -209,7 +206,7 @@ def _values_match(report: bytes, cases: CallCases | ExpressionCases) -> bool:
         if len(values) != len(cases.expected):
             return False
         if isinstance(cases, CallCases):
-            return all(map(gold_tests.matches_any, values, cases.expected))
+            return all(gold_tests.as_json(v) in passing for v, passing in zip(values, cases.expected, strict=True))
         return all(value == expected for value, expected in zip(values, cases.expected, strict=True))
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return False

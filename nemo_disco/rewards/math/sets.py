@@ -28,7 +28,8 @@ def same_set(gold: Node, answer: Node) -> bool:
 def to_set(node: Node) -> Any:
     """The set of real numbers that the node describes. Raises ValueError where it describes none."""
     if isinstance(node, Leaf):
-        return _set_of_leaf(node)
+        value = read_expression(node.text)
+        return value if isinstance(value, sympy.Set) else sympy.FiniteSet(value)  # \mathbb{R}, or a number
     if isinstance(node, Relation):
         return _solutions(node)
     if isinstance(node, Combined):
@@ -58,12 +59,6 @@ def _is_word(node: Node) -> bool:
     return isinstance(node, Leaf) and is_word(node.text)
 
 
-def _set_of_leaf(leaf: Leaf) -> Any:
-    """A leaf's set, such as \\mathbb{R}; a number becomes a set of one element."""
-    value = read_expression(leaf.text)
-    return value if isinstance(value, sympy.Set) else sympy.FiniteSet(value)
-
-
 def _number(node: Node) -> Any:
     """A leaf's sympy expression. Raises ValueError for other nodes and for words."""
     value = read_expression(node.text) if isinstance(node, Leaf) and not is_word(node.text) else None
@@ -78,13 +73,8 @@ def _unknowns(node: Node) -> set[Any]:
         return set().union(*map(_unknowns, node.parts))
     if not isinstance(node, Relation):
         return set()
-    return set().union(*(_free_symbols(side) for side in node.sides))
-
-
-def _free_symbols(node: Node) -> set[Any]:
-    if isinstance(node, Leaf) and not is_word(node.text):
-        return set(read_expression(node.text).free_symbols)
-    return set()
+    texts = [side.text for side in node.sides if isinstance(side, Leaf) and not is_word(side.text)]
+    return set().union(*(read_expression(text).free_symbols for text in texts))
 
 
 def _solutions(chain: Relation) -> Any:

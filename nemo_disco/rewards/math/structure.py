@@ -17,6 +17,7 @@ _OPEN = {"(", "[", "{", r"\{", r"\langle", r"\begin", r"\lfloor", r"\lceil"}
 _CLOSE = {")", "]", "}", r"\}", r"\rangle", r"\end", r"\rfloor", r"\rceil"}
 ORDER = {"<": "<", r"\le": "<=", ">": ">", r"\ge": ">=", r"\ne": "!="}
 _RELATIONS = {"=", ":=", r"\equiv", r"\approx", r"\in", *ORDER}
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _SIGN = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 
 
@@ -47,10 +48,6 @@ class Relation:
     sides: tuple[Node, ...]
     operators: tuple[str, ...]
 
-    @property
-    def is_equation(self) -> bool:
-        return not ORDER.keys() & set(self.operators)
-
 
 @dataclass(frozen=True)
 class Combined:
@@ -74,7 +71,9 @@ def parse_answer(text: str, depth: int = 0) -> Node:
     if len(parts) > 1 and any(ORDER.keys() & set(_split(part, _RELATIONS)[1]) for part in parts):
         operator = r"\lor" if r"\lor" in operators else ","
         return Combined(operator, tuple(parse_answer(part, depth + 1) for part in parts))
-    items = [item for part in _join_thousands(parts, text) for item in _expand_signs(part)]
+    if _THOUSANDS.fullmatch(text):  # 12,345; but 1, 234 and 12,345,x are lists
+        parts = [text.replace(",", "")]
+    items = [item for part in parts for item in _expand_signs(part)]
     if len(items) > 1:
         return Items(tuple(parse_answer(item, depth + 1) for item in items))
     return _parse_relation(text, depth)
@@ -136,13 +135,6 @@ def _is_one_group(tokens: list[str]) -> bool:
         if depth == 0:
             return index == len(tokens) - 1
     return False
-
-
-def _join_thousands(parts: list[str], text: str) -> list[str]:
-    """The parts, or the one number that the text is, as in 12,345; but 1, 234 and 12,345,x are lists."""
-    if re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
-        return [text.replace(",", "")]
-    return parts
 
 
 def _expand_signs(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from nemo_disco.rewards import verdict
 from nemo_disco.rewards.math.expressions import count_significant_digits, read_expression
 from nemo_disco.rewards.math.fast_path import required_digits
 from nemo_disco.rewards.math.sets import same_set
-from nemo_disco.rewards.math.structure import Combined, Items, Leaf, Node, Relation, parse_answer
+from nemo_disco.rewards.math.structure import ORDER, Combined, Items, Leaf, Node, Relation, parse_answer
 from nemo_disco.rewards.math.units import split_unit
 from nemo_disco.rewards.math.values import same_value
 from nemo_disco.rewards.math.words import is_word, same_text
@@ -109,7 +109,7 @@ def _equal_leaves(gold: Leaf, answer: Leaf) -> bool:
 def _is_inequality(node: Node) -> bool:
     """True for an inequality, and for several that are joined."""
     if isinstance(node, Relation):
-        return not node.is_equation
+        return not ORDER.keys().isdisjoint(node.operators)
     return isinstance(node, Combined) and node.operator in (r"\lor", ",")
 
 
