@@ -26,7 +26,7 @@ from ours import build_algorithm, settings
 from train_step import GROUP, LONGEST_PROMPT, made_up_rollouts
 
 from nemo_disco.algorithms.trainer import Trainer
-from nemo_disco.data.packing import possible_fill
+from nemo_disco.data.packing import round_up
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.micro_batch import sequence_lengths
 from nemo_disco.runtime.timing import record_spans
@@ -129,7 +129,7 @@ def packing(algorithm: Trainer, rollouts: Rollouts, args: argparse.Namespace) ->
         plan, tokens = algorithm.policy.plan(part), sum(sequence_lengths(part))
         budget = algorithm.policy.config.token_budget
         fills.append(tokens / (len(plan) * len(plan[0]) * budget))
-        shares.append(fills[-1] / possible_fill(tokens, budget, len(plan)))
+        shares.append(fills[-1] / (tokens / round_up(tokens, len(plan) * budget)))
         counts.append(len(plan[0]))
     return {"fill": min(fills), "fill_of_possible": min(shares), "micro_batches": max(counts)}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_disco.data.question_fields import answer_text, final_answer, lacks_final_answer
-from nemo_disco.data.record_files import read_lines
+from nemo_disco.data.record_files import kind_of, read_lines
 from nemo_disco.rewards.math.grader import MathGrader
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_file
@@ -59,35 +59,23 @@ def _lines(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     for place, record, fault in read_lines(Path(path)):
         if fault is not None:
             raise UserError(f"{fault}; each line is an object with `response` and `answer`") from fault
-        yield _record(record, f"{path}, {place}")
-
-
-def _record(record: dict[str, Any], where: str) -> tuple[str, list[str]]:
-    for field in ("response", "answer"):
-        if field not in record:
-            raise UserError(f"{where}: the field `{field}` is missing")
-    if not isinstance(record["response"], str):
-        raise UserError(f"{where}: `response` must be a string, not {_kind(record['response'])}")
-    return record["response"], _alternatives(record["answer"], where)
+        where = f"{path}, {place}"
+        for field in ("response", "answer"):
+            if field not in record:
+                raise UserError(f"{where}: the field `{field}` is missing")
+        if not isinstance(record["response"], str):
+            raise UserError(f"{where}: `response` must be a string, not {kind_of(record['response'])}")
+        yield record["response"], _alternatives(record["answer"], where)
 
 
 def _alternatives(answer: Any, where: str) -> list[str]:
     """The gold answers as strings, as a question file's are."""
-    answers = answer if isinstance(answer, list) else [answer]
-    if not answers:
+    values = answer if isinstance(answer, list) else [answer]
+    if not values:
         raise UserError(f"{where}: `answer` is an empty list; give at least one answer")
-    for value in answers:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UserError(f"{where}: `answer` must be a string, a number, or a list of them, not {_kind(value)}")
-        if not answer_text(where, "answer", value):
-            raise UserError(f"{where}: `answer` is empty")
-        if isinstance(value, str) and lacks_final_answer(value):
-            raise UserError(f"{where}: `answer` ends in `####`, and no answer follows it")
-    return [answer_text(where, "answer", value) for value in answers]
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    kinds = {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return kinds[type(value)]
+    answers = [answer_text(where, "answer", value) for value in values]
+    if "" in answers:
+        raise UserError(f"{where}: `answer` is {'null' if None in values else 'empty'}; give a string or a number")
+    if any(map(lacks_final_answer, answers)):
+        raise UserError(f"{where}: `answer` ends in `####`, and no answer follows it")
+    return answers

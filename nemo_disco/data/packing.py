@@ -1,8 +1,8 @@
 """Packing of a mini-batch's responses into micro-batches: pure and in integers, so that every rank computes the same.
 Invariants: (1) all ranks have equally many micro-batches, a multiple of count_multiple; (2) each response is in exactly
 one; (3) none exceeds the token budget, padding included; (4) one is empty only if there are fewer responses than
-micro-batches; (5) the lengths in each do not depend on the responses' order. Aims: 0.97 of `possible_fill` where whole
-sequences allow it, and equal attention-aware cost on all ranks (max/mean <= 1.05).
+micro-batches; (5) the lengths in each do not depend on the responses' order. Aims: where whole sequences allow it, 0.97
+of the fill that sequences which could be cut would give; equal attention-aware cost on all ranks (max/mean <= 1.05).
 """
 
 from __future__ import annotations
@@ -33,13 +33,6 @@ _SPLITS = 24  # random splits that are tried of the sequences of two bins
 def round_up(length: int, multiple: int) -> int:
     """`length` rounded up to a multiple."""
     return -(-length // multiple) * multiple
-
-
-def possible_fill(tokens: int, token_budget: int, data_parallel_size: int) -> float:
-    """Upper bound of the fill (tokens over micro-batches times budget), reached if responses could be cut:
-    total / (DP ceil(total / (DP budget)) budget)."""
-    step = data_parallel_size * token_budget
-    return tokens / round_up(tokens, step)
 
 
 def plan_micro_batches(
@@ -142,7 +135,10 @@ def _fill(sizes: list[int], capacity: int, count: int) -> list[Bin]:
         first = remaining.pop(0)
         room = capacity - sizes[first]
         slack = max(0, spare) // max(1, count - len(bins))
-        subset, total = _best_subset([sizes[i] for i in remaining], room, slack)
+        rest = [sizes[i] for i in remaining]
+        fitting = range(bisect_left(rest, -room, key=neg), len(rest))
+        candidates = fitting[:: max(1, -(-len(fitting) // _CANDIDATES))]  # evenly spaced, longest first
+        subset, total = _subset_sum(rest, candidates, room, slack)
         bins.append([first, *(remaining[k] for k in subset)])
         for k in reversed(subset):
             del remaining[k]
@@ -175,17 +171,11 @@ def _squares(numbers: Iterable[int]) -> int:
     return sum(n * n for n in numbers)
 
 
-def _best_subset(sizes: list[int], room: int, slack: int) -> tuple[list[int], int]:
-    """A subset of sizes, as ascending positions, and its sum: within `slack` below `room`, or as close as was found.
-
-    sizes: descending. At most _CANDIDATES of them are considered, evenly spaced, longest first.
-    """
-    fitting = range(bisect_left(sizes, -room, key=neg), len(sizes))
-    return _subset_sum(sizes, fitting[:: max(1, -(-len(fitting) // _CANDIDATES))], room, slack)
-
-
 def _subset_sum(sizes: list[int], candidates: Sequence[int], room: int, slack: int) -> tuple[list[int], int]:
-    """See _best_subset; bit s of reach[k] is set if s is the sum of a subset of the first k candidates."""
+    """Some of the candidates, positions in `sizes`, and their sum: within `slack` below `room`, or the closest below.
+
+    Bit s of reach[k] is set if s is the sum of a subset of the first k candidates.
+    """
     reach, keep = [1], (1 << (room + 1)) - 1
     for k in candidates:
         reach.append((reach[-1] | reach[-1] << sizes[k]) & keep)

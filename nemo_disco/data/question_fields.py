@@ -80,18 +80,18 @@ def lowercase_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def split_columns(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The records that one record holds column by column (lists of n questions, n answers, ...); else the record."""
-    texts = fields.get(_question_field(fields))
+    texts = fields.get(_first_filled(fields, QUESTION_FIELDS))
     if texts is None or not _is_column(texts):
         return [fields]
     columns = {k for k, v in fields.items() if isinstance(v, list) and len(v) == len(texts)}
-    if _answer_field(fields) not in columns:
+    if _first_filled(fields, ANSWER_FIELDS) not in columns:
         return [fields]
     return [{k: v[i] if k in columns else v for k, v in fields.items()} for i in range(len(texts))]
 
 
 def read_question(source: str, fields: Mapping[str, Any]) -> RecordQuestion:
     """The record's question: turns that end with a user's or a tool's. Raises UserError if there is none."""
-    name = _question_field(fields)
+    name = _first_filled(fields, QUESTION_FIELDS)
     if not name:
         raise UserError(
             f"{source}: no question; expected one of the fields {', '.join(QUESTION_FIELDS)}, and there are "
@@ -101,7 +101,7 @@ def read_question(source: str, fields: Mapping[str, Any]) -> RecordQuestion:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
     if _is_column(value):
-        answers = fields.get(_answer_field(fields))
+        answers = fields.get(_first_filled(fields, ANSWER_FIELDS))
         count = len(answers) if isinstance(answers, list) else 0 if answers is None else 1
         raise UserError(
             f"{source}: `{name}` lists {len(value)} questions, and there are answers to {count} of them; give a list "
@@ -116,12 +116,8 @@ def read_question(source: str, fields: Mapping[str, Any]) -> RecordQuestion:
     return RecordQuestion(name, (*_system_turn(source, name, fields, turns), *turns), reference)
 
 
-def _question_field(fields: Mapping[str, Any]) -> str:
-    return next((f for f in QUESTION_FIELDS if fields.get(f) is not None), "")
-
-
-def _answer_field(fields: Mapping[str, Any]) -> str:
-    return next((f for f in ANSWER_FIELDS if fields.get(f) is not None), "")
+def _first_filled(fields: Mapping[str, Any], names: Sequence[str]) -> str:
+    return next((name for name in names if fields.get(name) is not None), "")
 
 
 def _is_column(value: Any) -> bool:
@@ -175,7 +171,10 @@ def read_answers(source: str, fields: Mapping[str, Any], question: RecordQuestio
     missing = "no answer field"
     for name, value in candidates:
         if name == "reward_model":
-            name, value = "reward_model.ground_truth", _ground_truth(source, value)
+            if not isinstance(value, dict | None):
+                kind = type(value).__name__
+                raise UserError(f"{source}: `reward_model` is of type {kind}, not an object with `ground_truth`")
+            name, value = "reward_model.ground_truth", (value or {}).get("ground_truth")
         answers = _extract_final(source, name, _alternatives(source, name, value), name == question.field)
         if answers.answers:
             return answers
@@ -289,16 +288,6 @@ def _part_text(source: str, name: str, part: Any) -> str:
     if (kind := part.get("type", "text")) not in ("text", "input_text", "output_text", None):
         raise UserError(f"{source}: `{name}` is a part of type {kind!r:.40}; only those of type 'text' are read")
     return str(part["text"])
-
-
-def _ground_truth(source: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{source}: `reward_model` is of type {type(value).__name__}, not an object with `ground_truth`"
-        )
-    return value.get("ground_truth")
 
 
 def _alternatives(source: str, name: str, value: Any) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Pure: the seed and the number of steps decide everything, so that a resumed run 
 from __future__ import annotations
 
 import random
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -57,28 +58,24 @@ class QuestionOrder:
         self._size = sum(pool.per_epoch for pool in self._pools)
         self._check_weights()
         self._epoch, self._taken = 0, 0
-        self._queue = self._order(0)
+        self._queue = deque(self._order(0))
 
     def next(self) -> list[int]:
         """The indices of the next step."""
         step: dict[int, None] = {}
-        while True:
-            deferred: list[int] = []
-            for position, index in enumerate(self._queue):
-                if len(step) == self._per_step:
-                    self._queue = deferred + self._queue[position:]
-                    break
-                if index in step:
-                    deferred.append(index)
-                else:
-                    step[index] = None
+        deferred: list[int] = []
+        while len(step) < self._per_step:
+            if not self._queue:
+                self._epoch += 1
+                self._queue, deferred = deque([*deferred, *self._order(self._epoch)]), []
+            index = self._queue.popleft()
+            if index in step:
+                deferred.append(index)
             else:
-                self._queue = deferred
-            if len(step) == self._per_step:
-                self._taken += self._per_step
-                return list(step)
-            self._epoch += 1
-            self._queue += self._order(self._epoch)
+                step[index] = None
+        self._queue.extendleft(reversed(deferred))
+        self._taken += self._per_step
+        return list(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON: the epoch, the number of its questions that were given, and the settings of the order."""
@@ -101,7 +98,7 @@ class QuestionOrder:
                 f"the checkpoint's data position (epoch {state['epoch']}, question {state['position']}) is not the "
                 "end of a step; the checkpoint is damaged"
             )
-        self._epoch, self._taken, self._queue = 0, 0, self._order(0)
+        self._epoch, self._taken, self._queue = 0, 0, deque(self._order(0))
         for _ in range(taken // self._per_step):
             self.next()
 
@@ -116,12 +113,8 @@ class QuestionOrder:
         return changed
 
     def _identity(self) -> dict[str, int]:
-        identity = {
-            "questions": self._n,
-            "questions_per_step": self._per_step,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-        }
+        identity = {"questions": self._n, "questions_per_step": self._per_step}
+        identity |= {"seed": self._seed, "shuffle": self._shuffle}
         return identity | ({"questions_per_epoch": self._size} if self._weighted else {})
 
     def _check_weights(self) -> None:
@@ -159,7 +152,7 @@ class QuestionOrder:
 
 def _pools(weights: Sequence[float]) -> list[_Pool]:
     """Pools by falling weight, so that the order of the files does not change their shares."""
-    by_weight: dict[float, list[int]] = {}
+    by_weight: dict[float, list[int]] = defaultdict(list)
     for index, weight in enumerate(weights):
-        by_weight.setdefault(weight, []).append(index)
-    return [_Pool(weight, by_weight[weight]) for weight in sorted(by_weight, reverse=True)]
+        by_weight[weight].append(index)
+    return [_Pool(*pool) for pool in sorted(by_weight.items(), reverse=True)]

@@ -5,6 +5,7 @@ Turns records into Questions and notes those that it leaves out. Uses no tokeniz
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,9 +109,9 @@ class _QuestionFile:
         self.questions: list[Question] = []
         self.first_fields: Sequence[str] = ()
         self.malformed: list[tuple[str, UserError]] = []  # place and fault of each
-        self.unanswered: dict[str, list[str]] = {}  # why there is no answer -> places
-        self.answer_forms: dict[str, int] = {}  # RecordAnswers.form -> number of records
-        self.unread: dict[str, int] = {}  # name of a field that is not part of the prompt -> number of records
+        self.unanswered: dict[str, list[str]] = defaultdict(list)  # why there is no answer -> places
+        self.answer_forms: Counter[str] = Counter()  # RecordAnswers.form -> number of records
+        self.unread: Counter[str] = Counter()  # name of a field that is not part of the prompt -> number of records
 
     def read(self) -> None:
         for record in scan_records(self.path):
@@ -172,12 +173,11 @@ class _QuestionFile:
         template = read_template_fields(source, fields)
         answers = read_answers(source, fields, question)
         if answers.missing:
-            self.unanswered.setdefault(answers.missing, []).append(place)
+            self.unanswered[answers.missing].append(place)
             return
         if answers.form:
-            self.answer_forms[answers.form] = self.answer_forms.get(answers.form, 0) + 1
-        for name in unread_fields(source, fields, question):
-            self.unread[name] = self.unread.get(name, 0) + 1
+            self.answer_forms[answers.form] += 1
+        self.unread.update(unread_fields(source, fields, question))
         turns = question.turns
         text = turns[0].content if len(turns) == 1 and not turns[0].more else turns
         used = {question.field, *ANSWER_FIELDS[:2], *SYSTEM_FIELDS}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -88,8 +88,8 @@ def _json(path: Path) -> Iterator[Record]:
     if isinstance(data, dict) and any(isinstance(column, list) for column in data.values()) and "data" not in data:
         data = [data]  # a table, column by column
     if not isinstance(data, list):
-        raise UserError(f"{path}: the top level is {_kind(data)}, not a list of records{hint}")
-    yield from _numbered(path, data)
+        raise UserError(f"{path}: the top level is {kind_of(data)}, not a list of records{hint}")
+    yield from (_record(path, f"record {number}", value) for number, value in enumerate(data, 1))
 
 
 def _decode(path: Path, content: bytes, place: str = "", hint: str = "") -> Any:
@@ -214,20 +214,13 @@ def _leaf_types(kind: pa.DataType) -> Iterator[pa.DataType]:
         yield from _leaf_types(kind.field(child).type)
 
 
-def _numbered(path: Path, values: Iterable[Any]) -> Iterator[Record]:
-    for number, value in enumerate(values, 1):
-        try:
-            yield _record(path, f"record {number}", value)
-        except UserError as error:
-            yield Record(f"record {number}", {}, error)
-
-
 def _record(path: Path, place: str, value: Any) -> Record:
-    if not isinstance(value, dict):
-        raise UserError(f"{path}, {place}: {_kind(value)}, not an object with fields")
-    return Record(place, value)
+    if isinstance(value, dict):
+        return Record(place, value)
+    return Record(place, {}, UserError(f"{path}, {place}: {kind_of(value)}, not an object with fields"))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The name of a JSON value's type, for a message."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

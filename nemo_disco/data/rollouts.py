@@ -68,10 +68,8 @@ class Rollouts:
         if len(self.tokens) != total:
             raise ValueError(f"rollouts: {len(self.tokens)} tokens, but the lengths add up to {total}")
         if len(self.generation_log_probs) != int(self.response_lengths.sum()):
-            raise ValueError(
-                f"rollouts: {len(self.generation_log_probs)} log-probs "
-                f"for {int(self.response_lengths.sum())} response tokens"
-            )
+            tokens = int(self.response_lengths.sum())
+            raise ValueError(f"rollouts: {len(self.generation_log_probs)} log-probs for {tokens} response tokens")
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from nemo_disco.data.question_fields import QUESTION_FIELDS
-from nemo_disco.data.question_keys import question_key, text_key
 from nemo_disco.data.questions import Question, load_questions
 from nemo_disco.data.record_files import read_records
 from nemo_disco.runtime.errors import UserError, one_line
@@ -25,6 +25,10 @@ from nemo_disco.runtime.files import atomic_file, write_atomically
 OUTPUT_SUFFIXES = (".jsonl", ".json", ".parquet")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_EXAMPLES = 5  # questions named for each finding
+# The instruction that some question files append to the text (verl's Parquet files do, the JSON files do not).
+_INSTRUCTION = re.compile(r"\s*(?:let'?s think step by step|please reason step by step)\b[^\n]*\Z", re.IGNORECASE)
+_COMMANDS = re.compile(r"\\(?:left|right|displaystyle|[dt]?frac|text|mathrm|[,;!]|\s)(?![a-zA-Z])")
+_PUNCTUATION = re.compile(r"(?<!\d)\.|\.(?!\d)|[^\w<>=+*/^!.-]|_")
 
 
 @dataclass
@@ -45,14 +49,6 @@ class Survey:
     unparsable: dict[int, str] = field(default_factory=dict)
     pass_rates: dict[int, float] = field(default_factory=dict)
 
-    @property
-    def never_mixed(self) -> list[int]:
-        """Questions that earlier rollouts always, or never, answered right: their groups have no contrast."""
-        return [i for i, rate in self.pass_rates.items() if rate in (0.0, 1.0)]
-
-    def longer_than(self, tokens: int) -> list[int]:
-        return [i for i, length in enumerate(self.lengths or []) if length > tokens]
-
 
 def survey_questions(
     files: Sequence[Path],
@@ -71,7 +67,7 @@ def survey_questions(
     """
     loaded = load_questions(files, max_bad_records=1.0)  # a survey reports faulty files rather than refusing them
     survey = Survey(loaded.questions, list(loaded.notes))
-    keys = [question_key(q) for q in survey.questions]
+    keys = [text_key(q.user_text) for q in survey.questions]
     first: dict[str, int] = {}
     for i, key in enumerate(keys):
         if first.setdefault(key, i) != i:
@@ -81,7 +77,7 @@ def survey_questions(
     held_out: dict[str, Question] = {}
     for path in against:
         other = load_questions([path], max_bad_records=1.0)
-        held_out |= {question_key(q): q for q in other.questions}
+        held_out |= {text_key(q.user_text): q for q in other.questions}
         survey.notes += other.notes
     survey.contaminated = {i: held_out[key] for i, key in enumerate(keys) if key in held_out} if against else None
     if count_tokens is not None:
@@ -96,6 +92,13 @@ def survey_questions(
         survey.pass_rates = {i: rates[key] for i, key in enumerate(keys) if key in rates}
         survey.notes += [] if survey.pass_rates else [f"none of the {len(rates):,} questions in the rollouts is here"]
     return survey
+
+
+def text_key(text: str) -> str:
+    """The key by which a question is found in two files: its text without case, spaces, punctuation, LaTeX sizing
+    commands and a trailing instruction to think."""
+    plain = unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
+    return _PUNCTUATION.sub("", _COMMANDS.sub("", _INSTRUCTION.sub("", plain))).casefold()
 
 
 def pass_rates(files: Iterable[Path]) -> dict[str, float]:
@@ -141,11 +144,12 @@ def filter_questions(survey: Survey, drop: Iterable[str], max_tokens: int | None
     """The questions that remain, and a line for each reason with the number of questions that it removed.
 
     Removed are those with a fault named in `drop` (duplicates, contaminated, unparsable), with prompts over max_tokens,
-    and those that earlier rollouts always, or never, answered right.
+    and those that earlier rollouts always, or never, answered right: their groups have no contrast.
     """
     removed: dict[str, set[int]] = {fault: set(getattr(survey, fault) or ()) for fault in drop}
-    removed[f"over {max_tokens} tokens"] = set(survey.longer_than(max_tokens)) if max_tokens else set()
-    removed["always right or always wrong"] = set(survey.never_mixed)
+    too_long = {i for i, length in enumerate(survey.lengths or []) if max_tokens and length > max_tokens}
+    removed[f"over {max_tokens} tokens"] = too_long
+    removed["always right or always wrong"] = {i for i, rate in survey.pass_rates.items() if rate in (0.0, 1.0)}
     any_reason: set[int] = set().union(*removed.values())
     remaining = [q for i, q in enumerate(survey.questions) if i not in any_reason]
     return remaining, [f"left out, {why}: {len(indices):,}" for why, indices in removed.items() if indices]

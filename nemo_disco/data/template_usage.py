@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,11 @@ def check_arguments(tokenizer: Tokenizer, arguments: Mapping[str, Any], key: str
 
 def unused_parts(tokenizer: Tokenizer, conversations: Sequence[Conversation], texts: Sequence[str]) -> list[str]:
     """A line for each kind of part (an argument, the tools, a turn's text) that rendered prompts `texts` lack."""
-    missing: dict[str, list[str]] = {}  # part -> sources
+    missing: dict[str, list[str]] = defaultdict(list)  # part -> sources
     cache: dict[str, bool] = {}  # name -> True if the template reads it
     for conversation, text in zip(conversations, texts, strict=True):
         for part in dict.fromkeys(_find_unused(tokenizer, conversation, text, cache)):
-            missing.setdefault(part, []).append(conversation.source)
+            missing[part].append(conversation.source)
     return [
         f"{len(sources)} of {len(texts)} prompts are without {part}, which the tokenizer's chat template does not use: "
         f"{join_names(sources, limit=3)}"
