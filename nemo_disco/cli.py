@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,14 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _count(text: str) -> int:
+def _positive(text: str, number: type[int] | type[float] = int, words: str = "an integer of at least 1") -> float:
     with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+        if number(text) > 0:  # false for nan
+            return number(text)
+    raise argparse.ArgumentTypeError(f"expected {words}, got {text}")
 
 
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if float(text) > 0:  # false for nan
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text}")
+_seconds = partial(_positive, number=float, words="seconds above 0")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("file", type=_path, metavar="FILE.jsonl", help="`response` and `answer` a line")
     grade.add_argument("--out", type=_path, metavar="FILE", help="write the lines there instead of to the screen")
     grade.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
-    grade.add_argument("--workers", type=_count, default=2, metavar="N", help="processes (default 2)")
+    grade.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (default 2)")
     grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
     data = commands.add_parser("data", help="survey question files; filter and convert them")
     data.add_argument("files", type=_path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
@@ -115,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     words = "a run's rollouts/*.jsonl: print pass rates; with --out: leave questions always or never solved out"
     data.add_argument("--rollouts", type=_path, nargs="+", default=[], metavar="FILE", help=words)
     data.add_argument("--out", type=_path, metavar="FILE", help="write the questions as .jsonl, .json or .parquet")
-    data.add_argument("--max-tokens", type=_count, metavar="N", help="with --out: leave longer prompts out")
+    data.add_argument("--max-tokens", type=_positive, metavar="N", help="with --out: leave longer prompts out")
     drop = ("duplicates", "contaminated", "unparsable")
     data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave such questions out")
     doctor = commands.add_parser("doctor", help="list what this machine has, and what each feature lacks")

@@ -8,6 +8,7 @@ contracts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,21 +29,19 @@ _MAX_KL, _MAX_KL_BF16 = 1e-3, 1e-2
 _PROBE_PROMPTS, _PROBE_TOKENS = 16, 256
 
 
+@dataclass(frozen=True, eq=False)
 class Agreement:
-    """Compares the log-probs of engine and policy for the same tokens, by verify.max_mismatch and verify.max_kl."""
+    """Compares the log-probs of engine and policy for the same tokens, by verify.max_mismatch and verify.max_kl.
 
-    def __init__(
-        self,
-        verify: VerifyConfig,
-        generation: GenerationConfig,
-        policy: Policy,
-        tokenizer: Any,
-        log: Callable[[str], None],
-        dtype_setting: str = "trainer.precision",
-    ) -> None:
-        """log: takes lines for the person. dtype_setting: the key that decided the type of the policy's weights."""
-        self.verify, self.generation, self.policy, self.tokenizer = verify, generation, policy, tokenizer
-        self.log, self.dtype_setting = log, dtype_setting
+    log: takes lines for the person. dtype_setting: the key that decided the type of the policy's weights.
+    """
+
+    verify: VerifyConfig
+    generation: GenerationConfig
+    policy: Policy
+    tokenizer: Any
+    log: Callable[[str], None]
+    dtype_setting: str = "trainer.precision"
 
     def check_step(self, step: int, rollouts: Rollouts, old_log_probs: Tensor) -> None:
         """Compare the rollouts that the step after `step` steps trains on. old_log_probs [T]: the policy's.

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.collectives import first
 from nemo_disco.runtime.files import atomic_directory, first_free, put_in_place, remove, writing
-from nemo_disco.runtime.model_record import ModelRecord, as_files, read_record
-from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_record
 
 
+@dataclass(eq=False)
 class BestWeights:
-    """Chooses and keeps the best weights.
+    """Chooses and keeps the best weights. log: takes lines for the person.
 
     chosen: the highest mean Pass@1 so far (score), its step, and a hash of the sets and of how they are sampled and
     graded (of): scores on other sets are not compared with it. The RUN/best of the last checkpoint is kept as
@@ -34,10 +35,9 @@ class BestWeights:
     collective.
     """
 
-    def __init__(self, run: RunDirectory, log: Callable[[str], None]) -> None:
-        """log: takes lines for the person."""
-        self.run, self.log = run, log
-        self.chosen: ModelRecord | None = None
+    run: RunDirectory
+    log: Callable[[str], None]
+    chosen: ModelRecord | None = None
 
     @property
     def before(self) -> Path:

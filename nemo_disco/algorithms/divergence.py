@@ -6,6 +6,7 @@ Reads the policy; writes no file.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from nemo_disco.policy.policy import Policy
 MAX_SKIPPED = 3
 
 
+@dataclass(eq=False)
 class Divergence:
     """Follows the mini-batches of a run: call `begin` before each, then `applied` or `skip`.
 
@@ -26,13 +28,12 @@ class Divergence:
     detected here: the metrics and the evaluations show them.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.skipped = 0  # mini-batches of the whole run that were not applied
-        self.in_a_row = 0
-        self.moved = False  # True if a mini-batch was applied since the last checkpoint
-        self._last: tuple[Rollouts, Tensor] | None = None
-        self._fault: str | None = None
+    policy: Policy
+    skipped: int = 0  # mini-batches of the whole run that were not applied
+    in_a_row: int = 0
+    moved: bool = False  # True if a mini-batch was applied since the last checkpoint
+    _last: tuple[Rollouts, Tensor] | None = None
+    _fault: str | None = None
 
     def begin(self, mini_batch: Rollouts, old_log_probs: Tensor) -> None:
         """Start on a mini-batch. old_log_probs [T]: the policy's, before the step."""
@@ -60,7 +61,7 @@ class Divergence:
         return self._fault
 
     def _find_fault(self, mini_batch: Rollouts, old_log_probs: Tensor) -> str:
-        policy = self._policy
+        policy = self.policy
         log_probs = policy.log_probs(mini_batch)[0]
         if not bool(log_probs.isfinite().all()) or not policy.has_finite_weights():
             return "its update left weights or log-probs that are not finite"

@@ -54,13 +54,15 @@ def verify_mini_batch(
     if config.save_gradients and is_first_rank():
         with atomic_file(Path(config.save_gradients)) as work:
             save_tensors(gradients, work)
+    warning = noise_warning(noise, objective.constraint)
     norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
     lines = [
         f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "
         f"{int(rollouts.response_lengths.sum())} response tokens",
         f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
         *_mismatch_lines(agreement.tokenizer, rollouts, old_log_probs, difference),
-        *_noise_lines(noise, objective),
+        f"noise floor         {noise:.3e}  (KL_hat at theta = theta_old)",
+        *([f"warning             {warning}"] if warning else []),
         *(f"{name:<19} {value:.6g}" for name, value in sorted(result.metrics.items())),
         f"gradient norm       {norm:.9g} over {len(gradients)} tensors",
     ]
@@ -116,13 +118,6 @@ def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> f
         if len(rows):
             again[rollouts.token_index(rows).to(again.device)] = policy.log_probs(rollouts.select(rows))[0]
     return abs(mismatch(again, old_log_probs)["mismatch/kl_k1"])
-
-
-def _noise_lines(noise: float, objective: Objective) -> list[str]:
-    """The noise floor, and a warning where the constraint would act on it."""
-    lines = [f"noise floor         {noise:.3e}  (KL_hat at theta = theta_old)"]
-    warning = noise_warning(noise, objective.constraint)
-    return [*lines, f"warning             {warning}"] if warning else lines
 
 
 def _perturbed(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_disco.algorithms.token_values import ResponseValues, TokenValues
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemo_disco.algorithms.step import MiniBatchResult
 from nemo_disco.config.schema import ExpManagerConfig
 from nemo_disco.data.chat import token_widths
+from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.evaluation.result import EvaluationResult, write_evaluation
 from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
 from nemo_disco.rollout.collector import RolloutBatch
@@ -22,28 +27,64 @@ from nemo_disco.runtime.files import write_atomically
 from nemo_disco.runtime.progress import Progress
 from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.saved_files import read_json_lines
-from nemo_disco.runtime.sinks import MetricsLine, Sinks, open_sinks
+from nemo_disco.runtime.sinks import MetricsLine, Sink, open_sinks
 
 log = logging.getLogger(__name__)
 
 
-class Journal:
-    """Writes the run directory, and the progress on the screen."""
+@dataclass(frozen=True)
+class ResponseValues:
+    """Values of one response's tokens, one each.
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        config: ExpManagerConfig,
-        *,
-        writes: bool,
-        delta: float | None,
-        settings: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        """writes: True on rank 0. delta: the constraint's, which the progress compares KL with. settings: the whole
-        configuration, for the services that show it."""
-        self.run, self.config, self.writes, self.delta, self.settings = run, config, writes, delta, settings
-        self._sinks: Sinks | None = None
-        self._progress: Progress | None = None
+    weights: - T d loss / d log-prob, T the mini-batch's tokens: above 0 a token becomes likelier, and the size does not
+    depend on T. log_ratios: log policy - log old policy, as the objective saw it (0 in a step's first mini-batch).
+    """
+
+    weights: NDArray[np.float64]
+    log_ratios: NDArray[np.float64]
+
+
+@dataclass
+class TokenValues:
+    """Values of the tokens of the responses that are saved to read, which the trainer adds mini-batch by mini-batch.
+
+    rows: the step's responses to save. by_response: values of those that were in an applied mini-batch.
+    """
+
+    rows: Container[int]
+    by_response: dict[int, ResponseValues] = field(default_factory=dict)
+
+    def add(self, responses: Tensor, rollouts: Rollouts, result: MiniBatchResult, old_log_probs: Tensor) -> None:
+        """Add the values of a mini-batch.
+
+        responses: indices in the step of the mini-batch's responses; rollouts: of these; old_log_probs [T]: of theirs.
+        """
+        wanted = [(place, row) for place, row in enumerate(responses.tolist()) if row in self.rows]
+        if not wanted:
+            return
+        weights = (-len(result.token_weights) * result.token_weights).cpu().numpy()
+        log_ratios = (result.log_probs.double() - old_log_probs.double()).cpu().numpy()
+        offsets = rollouts.response_offsets.tolist()
+        for place, row in wanted:
+            tokens = slice(offsets[place], offsets[place + 1])
+            self.by_response[row] = ResponseValues(weights[tokens], log_ratios[tokens])
+
+
+@dataclass(eq=False)
+class Journal:
+    """Writes the run directory, and the progress on the screen.
+
+    writes: True on rank 0. delta: the constraint's, which the progress compares KL with. settings: the whole
+    configuration, for the services that show it.
+    """
+
+    run: RunDirectory
+    config: ExpManagerConfig
+    writes: bool
+    delta: float | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    _sinks: Sequence[Sink] = ()
+    _progress: Progress | None = None
 
     @contextmanager
     def watch(self, max_steps: int, start_step: int) -> Iterator[None]:
@@ -58,13 +99,14 @@ class Journal:
             Progress(max_steps, start_step, self.delta) as self._progress,
         ):
             yield
-        self._sinks = self._progress = None
+        self._sinks, self._progress = (), None
 
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of a step to every sink, and show them."""
-        if self._sinks is not None and self._progress is not None:
+        if self._progress is not None:
             self.run.check_held()
-            self._sinks.write(step, metrics)
+            for sink in self._sinks:
+                sink.write(step, metrics)
             self._progress.update({"step": step, **metrics})
 
     def has(self, step: int) -> bool:

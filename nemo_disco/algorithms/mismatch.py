@@ -56,16 +56,9 @@ def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> l
 def tokens_at(old_log_probs: Tensor, rollouts: Rollouts, indices: Sequence[int]) -> list[Token]:
     """The tokens at `indices` of the packed T response tokens."""
     responses, places = (values[list(indices)].tolist() for values in _places(rollouts))
-    return [
-        Token(
-            response,
-            place,
-            int(rollouts.response(response)[place]),
-            float(old_log_probs[i]),
-            float(rollouts.generation_log_probs[i]),
-        )
-        for i, response, place in zip(indices, responses, places, strict=True)
-    ]
+    tokens = [int(rollouts.response(r)[place]) for r, place in zip(responses, places, strict=True)]
+    log_probs = (values[list(indices)].tolist() for values in (old_log_probs, rollouts.generation_log_probs))
+    return [Token(*values) for values in zip(responses, places, tokens, *log_probs, strict=True)]
 
 
 def likely_cause(
@@ -96,7 +89,7 @@ def likely_cause(
             f"generation.quantization={quantization}: the engine samples from rounded weights; algorithm.off_policy "
             "corrects for that, then raise verify.max_kl and verify.max_mismatch"
         )
-    tokens = _response_tokens(rollouts)
+    tokens = torch.cat([rollouts.response(i) for i in range(len(rollouts))])
     shares = torch.zeros(int(tokens.max()) + 1, dtype=torch.float64).index_add(0, tokens, delta)
     top = shares.topk(min(3, len(shares)))
     if float(top.values.sum()) > 0.5 * float(shares.sum()) and bool(
@@ -129,7 +122,3 @@ def _places(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     lengths = rollouts.response_lengths
     response = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     return response, torch.arange(int(lengths.sum())) - rollouts.response_offsets[response]
-
-
-def _response_tokens(rollouts: Rollouts) -> Tensor:
-    return torch.cat([rollouts.response(i) for i in range(len(rollouts))])

@@ -35,14 +35,12 @@ def summary(
     metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
     assert old.entropies is not None
     staleness = step - rollouts.weight_versions
-    lengths = rollouts.response_lengths.double()
-    correct = rollouts.correct
-    ids = rollouts.question_ids
-    mixed = np.intersect1d(ids[correct].numpy(), ids[~correct].numpy()).size / len(np.unique(ids.numpy()))
+    ids, correct = rollouts.question_ids.numpy(), rollouts.correct.numpy()
+    mixed = np.intersect1d(ids[correct], ids[~correct]).size / len(np.unique(ids))
     return metrics | {
         "reward/mean": float(rollouts.rewards.mean()),
-        "reward/correct": float(correct.double().mean()),
-        "response/length_mean": float(lengths.mean()),
+        "reward/correct": float(correct.mean()),
+        "response/length_mean": float(rollouts.response_lengths.double().mean()),
         "response/limit": rollouts.max_response_length,
         "response/truncated": float(rollouts.truncated.double().mean()),
         "policy/entropy": float(old.entropies.mean()) if len(old.entropies) else 0.0,

@@ -6,19 +6,25 @@ Counts the FLOPs that the lengths of the responses need, whatever a layout or re
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.estimate.flops import TRAINING, forward_flops
 from nemo_disco.models.shape import ModelShape
 
 
+@dataclass(eq=False)
 class Throughput:
-    """Adds up the mini-batches of a step that went through a forward and a backward pass."""
+    """Adds up the mini-batches of a step that went through a forward and a backward pass.
 
-    def __init__(self, shape: ModelShape, devices: int, peak_flops: float | None) -> None:
-        """peak_flops: of one device; None (a CPU, an unknown GPU) leaves MFU out."""
-        self.shape, self.devices, self.peak_flops = shape, devices, peak_flops
-        self.tokens = self.flops = 0
+    peak_flops: of one device; None (a CPU, an unknown GPU) leaves MFU out.
+    """
+
+    shape: ModelShape
+    devices: int
+    peak_flops: float | None
+    tokens: int = 0
+    flops: int = 0
 
     def add(self, rollouts: Rollouts) -> None:
         """Count a mini-batch. A response's last token predicts nothing and is not read; an empty one is not run."""

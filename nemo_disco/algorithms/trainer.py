@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,13 @@ from nemo_disco import checkpoint
 from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.best_weights import BestWeights
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
-from nemo_disco.algorithms.journal import Journal
+from nemo_disco.algorithms.journal import Journal, TokenValues
 from nemo_disco.algorithms.mismatch import noise_warning
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.objectives.mini_batch import NonFiniteError
 from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
 from nemo_disco.algorithms.step_metrics import summary
 from nemo_disco.algorithms.throughput import Throughput
-from nemo_disco.algorithms.token_values import TokenValues
 from nemo_disco.algorithms.validation import Validation
 from nemo_disco.checkpoint import CheckpointWriter
 from nemo_disco.config.schema import AlgorithmConfig, ExpManagerConfig, TrainerConfig
@@ -37,43 +37,36 @@ from nemo_disco.rollout.collector import Collector, RolloutBatch
 from nemo_disco.rollout.response_warnings import ResponseWarnings
 from nemo_disco.runtime.collectives import first
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.profiler import profile_block
 from nemo_disco.runtime.signals import StoppedError, StopRequest
 from nemo_disco.runtime.sinks import strict_metrics
-from nemo_disco.runtime.timing import record_spans, recorded_seconds, span
+from nemo_disco.runtime.timing import profile_block, record_spans, recorded_seconds, span
 
 
+@dataclass(eq=False)
 class Trainer:
     """One training run: fit, generate_rollouts, run_training, run_validation, save, state_dict, load_state_dict."""
 
-    def __init__(
-        self,
-        config: TrainerConfig,
-        exp_manager: ExpManagerConfig,
-        algorithm: AlgorithmConfig,
-        *,
-        policy: Policy,
-        engine: Engine,
-        objective: Objective,
-        collector: Collector,
-        validation: Validation,
-        agreement: Agreement,
-        throughput: Throughput,
-        warnings: ResponseWarnings,
-        journal: Journal,
-        reference: Reference | None = None,
-    ) -> None:
-        """reference: for an objective that needs reference_log_probs."""
-        self.config, self.exp_manager, self.algorithm = config, exp_manager, algorithm
-        self.policy, self.engine, self.objective, self.reference = policy, engine, objective, reference
-        self.collector, self.validation, self.agreement = collector, validation, agreement
-        self.throughput, self.warnings, self.journal = throughput, warnings, journal
-        self.asynchronous = collector.generation.asynchronous
+    config: TrainerConfig
+    exp_manager: ExpManagerConfig
+    algorithm: AlgorithmConfig
+    policy: Policy
+    engine: Engine
+    objective: Objective
+    collector: Collector
+    validation: Validation
+    agreement: Agreement
+    throughput: Throughput
+    warnings: ResponseWarnings
+    journal: Journal
+    reference: Reference | None = None  # for an objective that needs reference_log_probs
+
+    def __post_init__(self) -> None:
+        self.asynchronous = self.collector.generation.asynchronous
         self.writer = CheckpointWriter()
         self.step = self.saved = 0
-        self.divergence = Divergence(policy)
+        self.divergence = Divergence(self.policy)
         self.warned_of_noise = False
-        self.best = BestWeights(journal.run, journal.log)
+        self.best = BestWeights(self.journal.run, self.journal.log)
         self.stop = StopRequest()
         # Metrics of a step whose evaluation has not ended: a resumed run ends it, then writes them.
         self.unfinished: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from nemo_disco.runtime.files import remove, writing
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Validation:
-    """Scores the policy on the evaluation sets of a run."""
+    """Scores the policy on the evaluation sets of a run. model_path: the directory of the weights of step 0."""
 
-    def __init__(self, evaluator: Evaluator, sets: Sequence[PromptSet], journal: Journal, model_path: str) -> None:
-        """model_path: the directory of the weights of step 0."""
-        self.evaluator, self.sets, self.journal, self.model_path = evaluator, sets, journal, model_path
+    evaluator: Evaluator
+    sets: Sequence[PromptSet]
+    journal: Journal
+    model_path: str
 
     @property
     def every_n_steps(self) -> int:
@@ -44,10 +47,11 @@ class Validation:
         results = []
         for prompts in self.sets:
             weights = weights_identity(model_source(self.model_path)) if step == 0 else {"training_step": step}
-            result = first(partial(self._earlier_result, prompts, step, weights))
-            samples = self._samples_file(prompts.name, step)
+            path = evaluation_file(self.journal.run.evaluation, prompts.name, step)
+            samples = path.with_suffix(".samples.jsonl")
+            result = first(partial(self._earlier_result, path, prompts, step, weights))
             if result is None:
-                result = self.evaluator.evaluate(prompts, step, (samples, weights), stopped)
+                result = self.evaluator.evaluate(prompts, step, samples, weights, stopped)
             if result is None:
                 return None
             results.append(result)
@@ -57,9 +61,10 @@ class Validation:
                     remove(samples)  # the verdicts are in the result
         return results
 
-    def _earlier_result(self, prompts: PromptSet, step: int, weights: dict[str, Any]) -> EvaluationResult | None:
+    def _earlier_result(
+        self, path: Path, prompts: PromptSet, step: int, weights: dict[str, Any]
+    ) -> EvaluationResult | None:
         """The result that an earlier process wrote, if it is of this evaluation."""
-        path = evaluation_file(self.journal.run.evaluation, prompts.name, step)
         if not path.exists():
             return None
         try:
@@ -71,6 +76,3 @@ class Validation:
             return None
         log.info("%s: the result of an earlier process is used, nothing is sampled again", path)
         return result
-
-    def _samples_file(self, name: str, step: int) -> Path:
-        return evaluation_file(self.journal.run.evaluation, name, step).with_suffix(".samples.jsonl")

@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_disco.algorithms.agreement import Agreement
-from nemo_disco.commands.components import (
-    build_components,
-    build_evaluator,
-    locked,
-    process_groups,
-    read_evaluation_sets,
-)
+from nemo_disco.commands import components
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.tokenizer import load_tokenizer
 from nemo_disco.evaluation.papers import print_estimates, print_tables, read_reference
@@ -32,20 +26,23 @@ def main(config: RunConfig) -> int:
     source = model_source(config.model.path)
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": source.hugging_face})})
     reference = read_reference(Path(config.evaluation.reference)) if config.evaluation.reference else {}
-    with process_groups(config), locked(run):
+    with components.process_groups(config), components.locked(run):
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        sets = read_evaluation_sets(config, tokenizer)
-        with build_components(config, tokenizer, trainable=False, checkpoint_path=source.checkpoint) as parts:
+        sets = components.read_evaluation_sets(config, tokenizer)
+        with components.build_components(
+            config, tokenizer, trainable=False, checkpoint_path=source.checkpoint
+        ) as parts:
             parts.engine.update_weights(parts.policy.named_weights, 0)
             agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer, print)
             agreement.check_engine(parts.engine, sets[0], config.evaluation.temperature)
-            evaluator, warnings = build_evaluator(config, parts), ResponseWarnings(config.reward.require_think)
+            evaluator = components.build_evaluator(config, parts)
+            warnings = ResponseWarnings(config.reward.require_think)
             results = []
             for prompts in sets:
                 samples = evaluation_file(directory, prompts.name, source.step).with_suffix(".samples.jsonl")
-                stream = (samples, weights_identity(source))
+                weights = weights_identity(source)
                 run.check_held()
-                result = evaluator.evaluate(prompts, source.step, stream, warnings=warnings)
+                result = evaluator.evaluate(prompts, source.step, samples, weights, warnings=warnings)
                 assert result is not None, "nothing asks it to stop"
                 results.append(result)
                 run.check_held()

@@ -48,5 +48,5 @@ def main(options: argparse.Namespace, arguments: list[str]) -> int:
         return code
     except SystemExit as error:  # no code of this package raises it
         raise UserError(
-            f"SystemExit at {user_code.error_line(error)}: {error}; code that a run calls must raise an error or return"
+            f"{user_code.format_error([], error)}; code that a run calls must raise an error or return"
         ) from error

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -18,18 +17,7 @@ from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.algorithms.validation import Validation
 from nemo_disco.checkpoint import files as checkpoint_files
-from nemo_disco.commands.components import (
-    Components,
-    build_collector,
-    build_components,
-    build_evaluator,
-    build_policy,
-    build_run_objective,
-    locked,
-    process_groups,
-    read_evaluation_sets,
-    read_prompts,
-)
+from nemo_disco.commands import components
 from nemo_disco.config.compose import changes, load_run_config, to_yaml
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.question_order import QuestionOrder
@@ -45,8 +33,7 @@ from nemo_disco.runtime.collectives import first, is_first_rank
 from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
-from nemo_disco.runtime.model_record import ModelRecord, as_files, read_record
-from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_record
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +41,21 @@ log = logging.getLogger(__name__)
 def main(config: RunConfig) -> int:
     """Train in exp_manager.explicit_log_dir, from its last intact checkpoint if there is one."""
     run = RunDirectory(config.exp_manager.explicit_log_dir)
-    objective = build_run_objective(config)
-    with process_groups(config), locked(run):
+    objective = components.build_run_objective(config)
+    with components.process_groups(config), components.locked(run):
         # All that may be refused is read before the policy is built.
         _refuse_used(run, config)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        prompts = read_prompts("train", config.data.train_files, config, tokenizer, config.data.train_weights)
+        data = config.data
+        prompts = components.read_prompts("train", data.train_files, config, tokenizer, data.train_weights)
         weights = [q.weight for q in prompts.questions]
-        per_step, shuffle = config.data.questions_per_step, config.data.shuffle
-        order = QuestionOrder(len(prompts), per_step, config.seed, shuffle, weights, prompts.content())
-        evaluation_sets = read_evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
-        needs_reference = "reference_log_probs" in objective.needs
-        with build_components(config, tokenizer) as parts:
-            reference = Reference(build_policy(config, tokenizer, trainable=False)) if needs_reference else None
+        per_step, content = data.questions_per_step, prompts.content()
+        order = QuestionOrder(len(prompts), per_step, config.seed, data.shuffle, weights, content)
+        evaluation_sets = components.read_evaluation_sets(config, tokenizer) if config.evaluation.enabled else []
+        with components.build_components(config, tokenizer) as parts:
+            reference = None
+            if "reference_log_probs" in objective.needs:
+                reference = Reference(components.build_policy(config, tokenizer, trainable=False))
             journal = _journal(run, config, objective)
             trainer = build_trainer(config, parts, objective, prompts, order, evaluation_sets, journal, reference)
             with contextlib.closing(trainer):
@@ -87,7 +76,7 @@ def main(config: RunConfig) -> int:
 
 def build_trainer(
     config: RunConfig,
-    parts: Components,
+    parts: components.Components,
     objective: Objective,
     prompts: PromptSet,
     order: QuestionOrder,
@@ -104,8 +93,8 @@ def build_trainer(
         policy=policy,
         engine=parts.engine,
         objective=objective,
-        collector=build_collector(config, parts, objective, prompts, order, journal.log, rounds),
-        validation=Validation(build_evaluator(config, parts), evaluation_sets, journal, config.model.path),
+        collector=components.build_collector(config, parts, objective, prompts, order, journal.log, rounds),
+        validation=Validation(components.build_evaluator(config, parts), evaluation_sets, journal, config.model.path),
         agreement=Agreement(config.verify, config.generation, policy, prompts.tokenizer, journal.log),
         throughput=Throughput(read_shape(config.model.path), dist.get_world_size(), peak_flops(policy.device_name)),
         warnings=ResponseWarnings(config.reward.require_think),
@@ -154,17 +143,14 @@ def _export(policy: Policy, run: RunDirectory, step: int) -> None:
     A collective.
     """
     record: ModelRecord = {"step": step}
-    written = first(
-        lambda: read_record(run.export) == record and _is_younger(run.export, checkpoint.latest(run.checkpoints))
-    )
-    if not written:
+    if not first(lambda: read_record(run.export) == record and _is_younger(run)):
         policy.export(run.export, as_files(record))
     elif is_first_rank():
         os.utime(run.export)  # slurm/lib.sh reads from the directory's time that this life of the job reached the end
 
 
-def _is_younger(export: Path, saved: Path | None) -> bool:
-    weights = [file.stat().st_mtime for file in export.glob("*.safetensors")]
+def _is_younger(run: RunDirectory) -> bool:
+    saved, weights = checkpoint.latest(run.checkpoints), [f.stat().st_mtime for f in run.export.glob("*.safetensors")]
     return saved is not None and bool(weights) and min(weights) > (saved / checkpoint_files.RECORD).stat().st_mtime
 
 

@@ -8,13 +8,7 @@ import torch
 
 from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.gradient_check import check_places, verify_mini_batch
-from nemo_disco.commands.components import (
-    build_collector,
-    build_components,
-    build_run_objective,
-    process_groups,
-    read_prompts,
-)
+from nemo_disco.commands import components
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.tokenizer import load_tokenizer
@@ -24,17 +18,17 @@ from nemo_disco.runtime.collectives import is_first_rank
 def main(config: RunConfig) -> int:
     """Print the report of one mini-batch. Raises UserError if engine and trainer disagree."""
     check_places(config.verify)
-    objective = build_run_objective(config)
+    objective = components.build_run_objective(config)
     dtype = getattr(torch, config.verify.dtype) if config.verify.dtype else None
-    with process_groups(config):
+    with components.process_groups(config):
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        prompts = read_prompts("train", config.data.train_files, config, tokenizer)
+        prompts = components.read_prompts("train", config.data.train_files, config, tokenizer)
         per_step = config.algorithm.mini_batch_questions
         order = QuestionOrder(len(prompts), per_step, config.seed, config.data.shuffle)
-        with build_components(config, tokenizer, dtype=dtype) as parts:
+        with components.build_components(config, tokenizer, dtype=dtype) as parts:
             parts.engine.update_weights(parts.policy.named_weights, 0)
             agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer, print, "verify.dtype")
-            with closing(build_collector(config, parts, objective, prompts, order, print)) as collector:
+            with closing(components.build_collector(config, parts, objective, prompts, order, print)) as collector:
                 report = verify_mini_batch(
                     config.verify,
                     parts.policy,

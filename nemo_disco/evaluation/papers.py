@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations
-from nemo_disco.evaluation.statistics import accuracy_efficiency_score, avg_at_k
+from nemo_disco.evaluation.statistics import accuracy_efficiency_score, avg_at_k, bootstrap, pass_at_k
 from nemo_disco.runtime.errors import UserError
 
 SETS = {
@@ -67,7 +67,8 @@ def print_tables(
 def print_estimates(result: EvaluationResult) -> None:
     """Print every statistic of one set with its 95% interval, and pass@k for powers of two between 1 and K."""
     print(f"{result.name}: {result.problems} problems x {result.samples} samples")
-    pass_k = {f"pass@{k}": e for k, e in result.pass_curve().items() if 1 < k < result.samples}
+    powers = [2**i for i in range(1, result.samples.bit_length()) if 2**i < result.samples]
+    pass_k = {f"pass@{k}": bootstrap(pass_at_k(result.correct, k)) for k in powers}
     for name, e in {**result.estimates(), **pass_k}.items():
         if e is not None:
             print(f"  {name:<10} {e.value:.4f}  95% [{e.low:.4f}, {e.high:.4f}]")

@@ -1,53 +1,30 @@
 """The report: one self-contained HTML page on one or several run directories, which needs no network.
 
 Tables are rendered here; curves and the rollout browser by assets/*.js in the reader's browser, from data in the page.
-Writes the page and nothing else.
+Writes the page, once or (`watch`) whenever a run's files change, and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from nemo_disco.evaluation.rollout_pack import pack_rollouts
 from nemo_disco.evaluation.run_data import Run, read_runs
-from nemo_disco.evaluation.statistics import Estimate, bootstrap
+from nemo_disco.evaluation.statistics import bootstrap
 from nemo_disco.evaluation.table import HEADER, Row, compare, setup_differences
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
+from nemo_disco.runtime.rundir import RunDirectory
 
 SCRIPTS = ("charts.js", "curves.js", "tokens.js", "browser.js")
 PHASES = ("generate", "grade", "log_probs", "train", "refit")
-
-
-@dataclass(frozen=True)
-class AccuracyTable:
-    """Before/after table of one set of a run. run: its number; name: of the set; steps: of the two evaluations; note:
-    on differences between them apart from the weights, or ""."""
-
-    run: int
-    label: str
-    name: str
-    problems: int
-    steps: tuple[int, int]
-    rows: list[Row]
-    note: str
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """A run's line in the overview. constraint: number of steps in which it was active."""
-
-    label: str
-    steps: str
-    reward: str
-    constraint: str
-    step_time: str
-    total_time: str
+POLL_S = 5.0
+RELOAD_S = 15
 
 
 def write_report(run_dirs: list[Path], out: Path | None = None, reload_s: int | None = None) -> Path:
@@ -62,6 +39,36 @@ def write_report(run_dirs: list[Path], out: Path | None = None, reload_s: int | 
         raise UserError(f"{path} is a directory; give the report a file name")
     write_atomically(path, render(runs, reload_s))
     return path
+
+
+def watch(runs: list[Path], out: Path | None) -> int:
+    """`report --watch`: rewrite the page until KeyboardInterrupt, then once more as a page that no longer reloads
+    itself. Returns 0. Raises UserError as write_report does.
+    """
+    last_state: object = None
+    try:
+        while True:
+            state = [_file_states(run) for run in runs]
+            if state != last_state:
+                path = write_report(runs, out, reload_s=RELOAD_S)
+                print(f"{time.strftime('%H:%M:%S')} {path}", flush=True)
+                last_state = state
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        print(write_report(runs, out))
+        return 0
+
+
+def _file_states(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and modification time of each file of a run that the page shows."""
+    run = RunDirectory(path)
+    files = [run.metrics, run.config, *sorted(run.evaluation.glob("*.json")), *sorted(run.rollouts.glob("*.jsonl"))]
+    states = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # the run may remove a file at any time
+            stat = file.stat()
+            states.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return states
 
 
 def render(runs: list[Run], reload_s: int | None = None) -> str:
@@ -83,7 +90,7 @@ def render(runs: list[Run], reload_s: int | None = None) -> str:
         reload_s=reload_s,
         created=time.strftime("%Y-%m-%d %H:%M"),
         summaries=[_summarize(run) for run in runs],
-        tables=accuracy_tables(runs),
+        tables=_accuracy_tables(runs),
         header=HEADER,
         config_keys=keys,
         differing=differing,
@@ -91,8 +98,12 @@ def render(runs: list[Run], reload_s: int | None = None) -> str:
     )
 
 
-def accuracy_tables(runs: list[Run]) -> list[AccuracyTable]:
-    """A table for each run and set: its first evaluation against its last; no change for a set evaluated only once."""
+def _accuracy_tables(runs: list[Run]) -> list[dict[str, Any]]:
+    """A table for each run and set: its first evaluation against its last; no change for a set evaluated only once.
+
+    run: its number; name: of the set; steps: of the two evaluations; note: on differences between them apart from the
+    weights, or "".
+    """
     tables = []
     for number, run in enumerate(runs):
         for name in dict.fromkeys(r.name for r in run.evaluations):
@@ -101,8 +112,8 @@ def accuracy_tables(runs: list[Run]) -> list[AccuracyTable]:
             rows = compare(first, last)
             if first is last:
                 rows = [Row(row.metric, row.before, None, None) for row in rows]
-            note = setup_differences(first, last)
-            tables.append(AccuracyTable(number, run.label, name, first.problems, (first.step, last.step), rows, note))
+            table = {"run": number, "label": run.label, "name": name, "problems": first.problems, "rows": rows}
+            tables.append(table | {"steps": (first.step, last.step), "note": setup_differences(first, last)})
     return tables
 
 
@@ -128,28 +139,25 @@ def _accuracy(run: Run) -> dict[str, list[dict[str, Any]]]:
     for result in run.evaluations:
         per_problem = result.per_problem()["pass@1"]
         assert per_problem is not None
-        estimate: Estimate = bootstrap(per_problem)
-        points.setdefault(result.name, {})[result.step] = {"step": result.step, **vars(estimate)}
+        points.setdefault(result.name, {})[result.step] = {"step": result.step, **vars(bootstrap(per_problem))}
     return {name: [by_step[step] for step in sorted(by_step)] for name, by_step in points.items()}
 
 
-def _summarize(run: Run) -> RunSummary:
+def _summarize(run: Run) -> dict[str, str]:
+    """A run's line in the overview. constraint: number of steps in which it was active."""
     times = [t for t in run.series("time/step") if t is not None]
     rewards = [r for r in run.series("reward/mean") if r is not None]
     active = [a for a in run.series("constraint/active") if a is not None]
     last_tenth = rewards[-max(1, len(rewards) // 10) :]
-    return RunSummary(
-        label=run.label,
-        steps=f"{run.steps[-1]:,}" if run.steps else "-",
-        reward=f"{rewards[0]:.3f} → {sum(last_tenth) / len(last_tenth):.3f}" if rewards else "-",
-        constraint=f"{sum(a > 0 for a in active):,} of {len(active):,}" if active else "-",
-        step_time=f"{sum(times) / len(times):,.1f} s" if times else "-",
-        total_time=f"{sum(times) / 3600:,.2f} h"
-        if sum(times) >= 3600
-        else f"{sum(times) / 60:,.1f} min"
-        if times
-        else "-",
-    )
+    total = f"{sum(times) / 3600:,.2f} h" if sum(times) >= 3600 else f"{sum(times) / 60:,.1f} min"
+    return {
+        "label": run.label,
+        "steps": f"{run.steps[-1]:,}" if run.steps else "-",
+        "reward": f"{rewards[0]:.3f} → {sum(last_tenth) / len(last_tenth):.3f}" if rewards else "-",
+        "constraint": f"{sum(a > 0 for a in active):,} of {len(active):,}" if active else "-",
+        "step_time": f"{sum(times) / len(times):,.1f} s" if times else "-",
+        "total_time": total if times else "-",
+    }
 
 
 def _configuration(runs: list[Run]) -> tuple[list[str], list[str]]:

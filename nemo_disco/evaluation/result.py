@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -101,11 +101,6 @@ class EvaluationResult:
             "truncated": self.truncated.mean(axis=1),
         }
 
-    def pass_curve(self) -> dict[int, Estimate]:
-        """k -> pass@k, for the powers of two below K and for K itself."""
-        powers = [2**i for i in range(self.samples.bit_length()) if 2**i < self.samples]
-        return {k: bootstrap(pass_at_k(self.correct, k)) for k in [*powers, self.samples]}
-
     def estimates(self) -> dict[str, Estimate | None]:
         """Statistic -> its mean over problems with its bootstrap 95% interval, or None if it was not measured."""
         return {name: None if v is None else bootstrap(v) for name, v in self.per_problem().items()}
@@ -131,11 +126,6 @@ class EvaluationResult:
             "votes": None if self.votes is None else self.votes.tolist(),
         }
 
-    @classmethod
-    def from_json(cls, mapping: dict[str, Any]) -> EvaluationResult:
-        """Inverse of to_json. Raises KeyError or ValueError if the object is not a result."""
-        return cls(**{f.name: mapping[f.name] for f in fields(cls) if f.default is MISSING or f.name in mapping})
-
 
 def file_stem(name: str) -> str:
     """The set's name with only the characters that its file names may have."""
@@ -158,7 +148,7 @@ def read_evaluation(path: Path) -> EvaluationResult:
     """The result in a file. Raises FileError (a UserError) if it is not an evaluation."""
     saved: Any = read_json(path, _SavedResult)
     try:
-        return EvaluationResult.from_json(saved)
+        return EvaluationResult(**{f.name: saved[f.name] for f in fields(EvaluationResult) if f.name in saved})
     except ValueError as error:  # matrices of different shapes
         raise FileError(path, f"not an evaluation result: {error}") from None
 

@@ -21,6 +21,10 @@ SNIPPET = 140  # characters of a question in the list
 CHUNK = 1_500_000  # characters of text that the page unpacks at a time
 TEXT_BUDGET = 100_000_000  # characters of responses in one page: about 40 MB of HTML
 TOKEN_COST = 4  # characters of text that take as much space as the values of one token
+COLUMNS = (
+    *("run", "step", "question_id", "snippet", "chunk", "slot", "size"),  # of groups
+    *("reward", "correct", "length", "truncated"),  # of responses
+)
 LEVELS = 99  # quantization levels of token values on each side of 0
 
 
@@ -45,11 +49,7 @@ def pack_rollouts(runs: list[Run], budget: int = TEXT_BUDGET) -> PackedRollouts:
     lengths = [len(_text(r.get("response"))) for r in all_rollouts]
     values = TOKEN_COST * sum(int(finite(r.get("length")) or 0) for r in all_rollouts if "token_widths" in r)
     limit = _length_limit(lengths, budget * sum(lengths) // max(1, sum(lengths) + values))
-    columns = (
-        *("run", "step", "question_id", "snippet", "chunk", "slot", "size"),  # of groups
-        *("reward", "correct", "length", "truncated"),  # of responses
-    )
-    index: dict[str, list[Any]] = {name: [] for name in columns}
+    index: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     chunks: list[str] = []
     tokens: list[str] = []
     pending: list[list[dict[str, Any]]] = []
@@ -62,7 +62,15 @@ def pack_rollouts(runs: list[Run], budget: int = TEXT_BUDGET) -> PackedRollouts:
         pending.clear()
 
     for run, step, question_id, group in _groups(runs):
-        _add_to_index(index, run, step, question_id, group, chunk=len(chunks), slot=len(pending))
+        question = _text(group[0].get("question", group[0].get("prompt")))
+        row = {"run": run, "step": step, "question_id": question_id, "snippet": " ".join(question[:SNIPPET].split())}
+        for name, value in (row | {"chunk": len(chunks), "slot": len(pending), "size": len(group)}).items():
+            index[name].append(value)
+        for rollout in group:
+            for name in ("reward", "length"):
+                index[name].append(finite(rollout.get(name)))
+            for name in ("correct", "truncated"):
+                index[name].append(int(bool(rollout.get(name))))
         pending.append(group)
         characters += sum(min(len(_text(r.get("response"))), limit) for r in group) + len(_text(group[0].get("prompt")))
         if characters > CHUNK:
@@ -88,26 +96,6 @@ def _groups(runs: list[Run]) -> Iterator[tuple[int, int, Any, list[dict[str, Any
             for group in groups.values():
                 question_id = group[0].get("question_id")
                 yield number, step, question_id if isinstance(question_id, int | str) else None, group
-
-
-def _add_to_index(
-    index: dict[str, list[Any]],
-    run: int,
-    step: int,
-    question_id: Any,
-    group: list[dict[str, Any]],
-    chunk: int,
-    slot: int,
-) -> None:
-    question = _text(group[0].get("question", group[0].get("prompt")))
-    row = {"run": run, "step": step, "question_id": question_id, "snippet": " ".join(question[:SNIPPET].split())}
-    for name, value in (row | {"chunk": chunk, "slot": slot, "size": len(group)}).items():
-        index[name].append(value)
-    for rollout in group:
-        for name in ("reward", "length"):
-            index[name].append(finite(rollout.get(name)))
-        for name in ("correct", "truncated"):
-            index[name].append(int(bool(rollout.get(name))))
 
 
 def _texts(group: list[dict[str, Any]], limit: int) -> dict[str, Any]:

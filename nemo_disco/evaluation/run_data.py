@@ -73,8 +73,11 @@ def _read_run(path: Path, label: str) -> Run:
         raise UserError(f"{path} is not a run directory: none of {', '.join(part.name for part in parts)} is in it")
     run.metrics = _read_metrics(run)
     run.config = _read_config(run)
-    run.evaluations = _read_evaluations(run)
-    run.rollouts = list(_read_rollouts(run))
+    run.evaluations = read_evaluations(run.directory.evaluation, run.notes.append)
+    if not run.evaluations:
+        run.notes.append("No evaluation results: no accuracy table for this run.")
+    files = [(int(m[1]), p) for p in run.directory.rollouts.glob("*.jsonl") if (m := ROLLOUT_FILE.search(p.name))]
+    run.rollouts = [(step, _json_lines(file, run.notes, dict[str, Any])) for step, file in sorted(files)]
     if not run.rollouts:
         run.notes.append("No saved rollouts: exp_manager.saved_rollouts says how many a step are kept.")
     return run
@@ -112,19 +115,6 @@ def _read_config(run: Run) -> dict[str, Any]:
     except UserError as fault:
         run.notes.append(f"{fault}: the configuration is unknown.")
         return {}
-
-
-def _read_evaluations(run: Run) -> list[EvaluationResult]:
-    results = read_evaluations(run.directory.evaluation, run.notes.append)
-    if not results:
-        run.notes.append("No evaluation results: no accuracy table for this run.")
-    return results
-
-
-def _read_rollouts(run: Run) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    files = [(int(m[1]), p) for p in run.directory.rollouts.glob("*.jsonl") if (m := ROLLOUT_FILE.search(p.name))]
-    for step, path in sorted(files):
-        yield step, _json_lines(path, run.notes, dict[str, Any])
 
 
 def _json_lines(path: Path, notes: list[str], shape: type[Any]) -> list[dict[str, Any]]:

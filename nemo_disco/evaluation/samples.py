@@ -119,35 +119,33 @@ class SampleFile:
 
 class SampleStream:
     """Samples of one evaluation on all ranks: rank 0's SampleFile of complete batches, and beside it a file a rank with
-    its samples of the unfinished batch. `batches`: the complete ones, the same on every rank. A context manager."""
+    its samples of the unfinished batch. A context manager.
+
+    batches: the complete ones; recovered: samples of the unfinished one that an earlier process wrote, by row. Both are
+    the same on every rank.
+    """
 
     def __init__(
         self,
-        path: Path | None,
+        path: Path,
         identity: Mapping[str, Any],
         batch_sizes: Sequence[int],
         rank: int = 0,
         broadcast: Callable[[Any], Any] = lambda value: value,
     ) -> None:
-        """path: None writes no files. broadcast: returns rank 0's value on every rank. Raises UserError."""
+        """broadcast: returns rank 0's value on every rank. Raises UserError."""
         self._path = path
-        self._rank_path = path.with_name(f"{path.stem}.rank_{rank}.jsonl") if path else None
+        self._rank_path = path.with_name(f"{path.stem}.rank_{rank}.jsonl")
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._file = SampleFile(path, identity, batch_sizes) if path and rank == 0 else None
+        self._file = SampleFile(path, identity, batch_sizes) if rank == 0 else None
         self._rank_file: AppendedFile | None = None
         self.batches: list[list[EvaluationSample]] = self._file.batches if self._file else []
-        self._recovered: dict[int, EvaluationSample] = self._recover() if self._file else {}
+        self.recovered: dict[int, EvaluationSample] = self._recover() if self._file else {}
         # The identity too: it holds the times of the weights' files, which may differ from machine to machine.
-        self.batches, self._recovered, self._identity = broadcast((self.batches, self._recovered, self._identity))
-
-    def unfinished_batch(self) -> Mapping[int, EvaluationSample]:
-        """The samples of the unfinished batch that an earlier process wrote, by row."""
-        return self._recovered
+        self.batches, self.recovered, self._identity = broadcast((self.batches, self.recovered, self._identity))
 
     def add(self, row: int, sample: EvaluationSample) -> None:
         """Write one sample of the unfinished batch; it is on disk when this returns."""
-        if self._rank_path is None:
-            return
         self._rank_file = self._rank_file or AppendedFile(self._rank_path)
         self._rank_file.write(self._rank_line(row, sample))
 
@@ -156,17 +154,12 @@ class SampleStream:
         if self._file is not None:
             self._file.append(samples)
         self.batches.append(samples)
-        self._recovered = {}
+        self.recovered = {}
         if self._rank_file is not None:
             self._rank_file.close()
             self._rank_file = None
-        if self._rank_path is not None:
-            with writing(self._rank_path):
-                remove(self._rank_path)
-
-    def samples(self) -> list[EvaluationSample]:
-        """The samples of all complete batches."""
-        return [sample for batch in self.batches for sample in batch]
+        with writing(self._rank_path):
+            remove(self._rank_path)
 
     def __enter__(self) -> SampleStream:
         return self
@@ -179,7 +172,6 @@ class SampleStream:
     def _recover(self) -> dict[int, EvaluationSample]:
         """Gather the samples of the unfinished batch from the files of an earlier process's ranks, by row. They are in
         this rank's file before the others' are removed: a kill in between loses none."""
-        assert self._path is not None and self._rank_path is not None
         samples: dict[int, EvaluationSample] = {}
         rank_files = _rank_files(self._path)
         for path in rank_files:

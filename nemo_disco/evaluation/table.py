@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HEADER = ("metric", "before [95% CI]", "after [95% CI]", "change [95% CI]")
 NOT_MEASURED = "-"
+_TITLES = {"greedy": "greedy accuracy", "length": "response length (tokens)", "truncated": "truncated share"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
     if before.name != after.name:
         raise ValueError(f"cannot compare an evaluation of {before.name} with one of {after.name}")
     old_statistics, new_statistics = before.per_problem(), after.per_problem()
+    titles = {"pass@1": f"Pass@1 (avg@{after.samples})", **_TITLES}
     rows = []
     for name in dict.fromkeys((*old_statistics, *new_statistics)):
         old, new = old_statistics.get(name), new_statistics.get(name)
         paired = old is not None and new is not None and before.problems == after.problems
         rows.append(
             Row(
-                metric=_title(name, after.samples),
+                metric=titles.get(name, name),
                 before=None if old is None else bootstrap(old),
                 after=None if new is None else bootstrap(new),
                 change=bootstrap(np.subtract(new, old)) if paired else None,  # type: ignore[arg-type]
@@ -72,7 +74,12 @@ def setup_differences(before: EvaluationResult, after: EvaluationResult) -> str:
     differing = [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
     if not differing:
         return ""
-    changes = [f"{key} ({old.get(key)}, then {new.get(key)})" if _is_short(key, old, new) else key for key in differing]
+    changes = [
+        f"{key} ({old.get(key)}, then {new.get(key)})"
+        if len(old.get(key, "")) <= 40 and len(new.get(key, "")) <= 40  # a hash is too long to show
+        else key
+        for key in differing
+    ]
     return f"The two evaluations were made differently, so the change is not training's alone: {'; '.join(changes)}."
 
 
@@ -95,21 +102,6 @@ def _flat(identity: dict[str, Any]) -> dict[str, str]:
         if key not in ("step", "weights", "training_step"):
             values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
-
-
-def _is_short(key: str, *sides: dict[str, str]) -> bool:
-    """True if the values are short enough to show; a hash is not."""
-    return all(len(side.get(key, "")) <= 40 for side in sides)
-
-
-def _title(name: str, samples: int) -> str:
-    titles = {
-        "pass@1": f"Pass@1 (avg@{samples})",
-        "greedy": "greedy accuracy",
-        "length": "response length (tokens)",
-        "truncated": "truncated share",
-    }
-    return titles.get(name, name)
 
 
 def _format(estimate: Estimate | None, tokens: bool, sign: str = "") -> str:

@@ -15,7 +15,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
@@ -46,11 +46,11 @@ def build_call(key: str, name: str, code: Any, settings: dict[str, Any] | None) 
     if settings is None:
         return lambda *args: call_for_number(key, name, code, *args)
     methods = user_methods(code)
-    grader = call_guarded(key, name, methods, lambda: code(**settings))
+    grader = call_guarded(f"{key}={name}", methods, lambda: code(**settings))
 
     def grade(method: str, response: str, answers: tuple[str, ...]) -> Any:
         """The reward if the method is `grade`, else (reward, reason)."""
-        results = list(call_guarded(key, name, methods, lambda: getattr(grader, method)([response], [answers])))
+        results = list(call_guarded(f"{key}={name}", methods, lambda: getattr(grader, method)([response], [answers])))
         if len(results) != 1:
             raise UserError(f"{key}={name}: {method} must return one result a response; it gave {len(results)} for one")
         if method == "grade":
@@ -60,23 +60,15 @@ def build_call(key: str, name: str, code: Any, settings: dict[str, Any] | None) 
     return grade
 
 
-class _UserCode:
-    """A user's function or class: `load` imports it, the first request builds its class and the others call it."""
-
-    def __init__(self, key: str, name: str) -> None:
-        self._key, self._name = key, name
-        self._code: Any = None
-        self._call: Callable[..., Any] | None = None
-
-    def load(self) -> dict[str, Any]:
-        self._code = load(self._key, self._name)
-        return describe(self._code)
-
-    def handle(self, request: Any) -> Any:
-        if self._call is not None:
-            return self._call(*request)
-        self._call = build_call(self._key, self._name, self._code, request)
-        return None
+def serve(key: str, name: str, requests: Iterator[bytes]) -> Iterator[Any]:
+    """The replies: the code's description, once it is imported; None, once a class is built by the first request; then
+    the result of each call."""
+    code = load(key, name)
+    yield describe(code)
+    call = build_call(key, name, code, pickle.loads(base64.b64decode(next(requests))))
+    yield None
+    for line in requests:
+        yield call(*pickle.loads(base64.b64decode(line)))
 
 
 def main() -> None:
@@ -86,18 +78,11 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # the user's code must read no request as its input,
     os.dup2(2, 1)  # and its output goes to stderr, not among the replies
-
-    def reply(function: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            result = {"value": function(*arguments)}
-        except UserError as error:
-            result = {"error": str(error)}
-        replies.write(json.dumps(result).encode() + b"\n")
-
-    code = _UserCode(*sys.argv[1:])
-    reply(code.load)
-    for line in requests:
-        reply(code.handle, pickle.loads(base64.b64decode(line)))
+    try:
+        for value in serve(sys.argv[1], sys.argv[2], iter(requests)):
+            replies.write(json.dumps({"value": value}).encode() + b"\n")
+    except UserError as error:
+        replies.write(json.dumps({"error": str(error)}).encode() + b"\n")
     os.killpg(0, signal.SIGKILL)  # this process and all that it started
 
 

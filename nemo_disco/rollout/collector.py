@@ -11,18 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nemo_disco.config.schema import GenerationConfig
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import AsynchronousEngine, Engine, PendingResponses, Response, SamplingParams
-from nemo_disco.rewards import Rewards
+from nemo_disco.rewards import GradedResponse, Rewards
 from nemo_disco.rewards.grader import Grader
 from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.requests import ResponseTexts, pack_responses
-from nemo_disco.rollout.rewarding import reward_rollouts
+from nemo_disco.runtime.collectives import on_shares
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.signals import StoppedError
 from nemo_disco.runtime.timing import span
@@ -71,8 +72,6 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class _Request:
-    """One request to the engine, and the grading of its responses."""
-
     prompts: PromptSet
     seeds: list[int]
     sampling: SamplingParams
@@ -90,32 +89,27 @@ class _Ahead:
     batch: RolloutBatch | None = None
 
 
+@dataclass(eq=False)
 class Collector:
-    """Collects each step's rollouts. Its memory (the order of the questions, signals) is its state."""
+    """Collects each step's rollouts. Its memory (the order of the questions, signals) is its state.
 
-    def __init__(
-        self,
-        generation: GenerationConfig,
-        *,
-        engine: Engine,
-        grader: Grader,
-        rewards: Rewards,
-        prompts: PromptSet,
-        order: QuestionOrder,
-        seed: int,
-        threshold: float,
-        log: Callable[[str], None],
-        signals: Sequence[Signal] = (),
-        dynamic_sampling_rounds: int = 0,
-        restart_if_changed: bool = False,
-    ) -> None:
-        """log: takes lines for the person. dynamic_sampling_rounds: at most so many further requests a step.
-        restart_if_changed: begin the questions anew where a checkpoint's were others (data.if_changed=restart)."""
-        self.generation, self.engine, self.grader, self.rewards = generation, engine, grader, rewards
-        self.prompts, self.order, self.signals, self.log = prompts, order, signals, log
-        self.seed, self.threshold = seed, threshold
-        self.rounds, self.restart_if_changed = dynamic_sampling_rounds, restart_if_changed
-        self._ahead: _Ahead | None = None
+    log: takes lines for the person. dynamic_sampling_rounds: at most so many further requests a step.
+    restart_if_changed: begin the questions anew where a checkpoint's were others (data.if_changed=restart).
+    """
+
+    generation: GenerationConfig
+    engine: Engine
+    grader: Grader
+    rewards: Rewards
+    prompts: PromptSet
+    order: QuestionOrder
+    seed: int
+    threshold: float
+    log: Callable[[str], None]
+    signals: Sequence[Signal] = ()
+    dynamic_sampling_rounds: int = 0
+    restart_if_changed: bool = False
+    _ahead: _Ahead | None = None
 
     def request_ahead(self, step: int) -> None:
         """Let an engine in processes of its own begin with the rollouts of the step after `step` steps, from the
@@ -166,7 +160,7 @@ class Collector:
             with span("generate"), span("grade"):  # every step has both
                 indices, batches = ahead.indices, [ahead.batch]
         wanted = len(indices)
-        for again in range(1, self.rounds + 1):
+        for again in range(1, self.dynamic_sampling_rounds + 1):
             if sum(mixed for batch in batches for mixed in batch.mixed_groups().values()) >= wanted:
                 break
             # The order gives no question twice in a step of its own, but may give one again in the next.
@@ -174,7 +168,7 @@ class Collector:
             if more:
                 indices = indices + more
                 batches.append(self._sample(more, step, again))
-        if not self.rounds:
+        if not self.dynamic_sampling_rounds:
             return batches[0]
         batch, note = keep_mixed(RolloutBatch.join(batches), wanted)
         if note:
@@ -201,14 +195,8 @@ class Collector:
         texts = request.grading.texts
         rollouts = pack_responses(request.prompts, responses, request.sampling.max_response_length)
         with span("grade"):
-            rollouts = reward_rollouts(
-                rollouts,
-                texts,
-                request.prompts,
-                grades=request.grading.collect(responses),
-                rewards=self.rewards,
-                threshold=self.threshold,
-            )
+            grades = request.grading.collect(responses)
+            rollouts = reward_rollouts(rollouts, texts, request.prompts, grades, self.rewards, self.threshold)
         rollouts = rollouts.with_columns({signal.name: _column(signal, rollouts) for signal in self.signals})
         return RolloutBatch(rollouts, request.prompts, texts)
 
@@ -234,11 +222,46 @@ class Collector:
         self.rewards.close()
 
 
+def reward_rollouts(
+    rollouts: Rollouts,
+    texts: Sequence[str],
+    prompts: PromptSet,
+    grades: Sequence[float],
+    rewards: Rewards,
+    threshold: float,
+) -> Rollouts:
+    """The rollouts with verdicts, rewards and the columns of `rewards`. A collective: each rank computes a share.
+
+    texts, prompts, grades: one a response; a response is correct when its grade is above the threshold.
+    Raises UserError, the same on every rank, for a user's function that raises or returns no finite number.
+    """
+    graded = rollouts.with_rewards(grades, threshold)
+
+    def graded_response(i: int) -> GradedResponse:
+        question = prompts.questions[i]
+        return GradedResponse(
+            question=question.messages[-1].content,
+            response=texts[i],
+            answers=question.answers,
+            verdict=grades[i],
+            correct=bool(graded.correct[i]),
+            length=int(rollouts.response_lengths[i]),
+            max_response_length=rollouts.max_response_length,
+            truncated=bool(rollouts.truncated[i]),
+            metadata=question.metadata,
+        )
+
+    numbers = on_shares(len(texts), lambda share: rewards.compute([graded_response(i) for i in share]))
+    table = torch.tensor(numbers, dtype=torch.float64).reshape(len(texts), 1 + len(rewards.columns))
+    columns = {name: table[:, 1 + i].clone() for i, name in enumerate(rewards.columns)}
+    return replace(graded, rewards=table[:, 0].clone()).with_columns(columns)
+
+
 def _column(signal: Signal, rollouts: Rollouts) -> Tensor:
     """The signal's column. Raises UserError, with file and line, if a user wrote the signal and it fails."""
     if not is_user_class(kind := type(signal)):
         return signal.annotate(rollouts)
-    column: Any = call_guarded("signal", signal.name, user_methods(kind), lambda: signal.annotate(rollouts))
+    column: Any = call_guarded(f"signal={signal.name}", user_methods(kind), lambda: signal.annotate(rollouts))
     if not (isinstance(column, Tensor) and column.shape == (len(rollouts),) and bool(column.isfinite().all())):
         raise UserError(
             f"signal={signal.name}: {definition_place(kind.annotate)} must return a finite tensor of "

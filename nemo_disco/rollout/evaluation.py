@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from nemo_disco.config.schema import EvaluationConfig, RunConfig
@@ -28,7 +29,7 @@ from nemo_disco.rewards.votes import assign_votes
 from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.response_warnings import ResponseWarnings
-from nemo_disco.runtime.collectives import first, is_first_rank, rank
+from nemo_disco.runtime.collectives import first, is_first_rank
 from nemo_disco.runtime.signals import StoppedError
 
 log = logging.getLogger(__name__)
@@ -38,24 +39,20 @@ BATCH = 2048  # samples requested together
 GREEDY = -1  # in place of a sample's number
 
 
+@dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Samples and grades responses to the prompts of a set. The same seeds at every step."""
+    """Samples and grades responses to the prompts of a set. The same seeds at every step.
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        *,
-        engine: Engine,
-        grader: Grader,
-        max_response_length: int,
-        seed: int,
-        threshold: float,
-        settings: Mapping[str, Any],
-    ) -> None:
-        """threshold: a response is correct when its grade is above. settings: `identity_settings`."""
-        self.config, self.engine, self.grader = config, engine, grader
-        self.max_response_length, self.seed, self.threshold = max_response_length, seed, threshold
-        self.settings = settings
+    threshold: a response is correct when its grade is above. settings: `identity_settings`.
+    """
+
+    config: EvaluationConfig
+    engine: Engine
+    grader: Grader
+    max_response_length: int
+    seed: int
+    threshold: float
+    settings: Mapping[str, Any]
 
     def identity(self, prompts: PromptSet, step: int) -> dict[str, Any]:
         """All settings and data that decide the samples and their verdicts, except the weights. JSON types."""
@@ -75,24 +72,26 @@ class Evaluator:
         self,
         prompts: PromptSet,
         step: int,
-        stream: tuple[Path, Mapping[str, Any]] | None = None,
+        path: Path,
+        weights: Mapping[str, Any],
         stopped: Callable[[], bool] = lambda: False,
         warnings: ResponseWarnings | None = None,
     ) -> EvaluationResult | None:
         """k samples and one greedy response to every prompt, graded. A collective.
 
-        stream: the file that takes the samples, and the identity of the weights; samples of the same evaluation in the
-        file are not sampled again. stopped: called before each batch, the same on every rank; True makes the
-        result None, as does a user's verifier that takes too long after a request to stop. warnings: rank 0 logs them.
+        path: of the file that takes the samples; samples of the same evaluation in it are not sampled again. weights:
+        their identity (`weights_identity`, for weights in files). stopped: called before each batch, the same on every
+        rank; True makes the result None, as does a user's verifier that takes too long after a request to stop.
+        warnings: rank 0 logs them.
         """
         k = self.config.samples
         size = max(1, BATCH // k)
         batches = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
-        identity = self.identity(prompts, step) | dict(stream[1] if stream else {})
+        identity = self.identity(prompts, step) | dict(weights)
         sequence = np.random.SeedSequence((self.seed, 2**32 - 1))
         seeds = sequence.generate_state(len(prompts) * k, np.uint64) >> 1
         sizes = [len(batch) * (k + 1) for batch in batches]
-        with SampleStream(stream[0] if stream else None, identity, sizes, rank(), _of_first_rank) as samples:
+        with SampleStream(path, identity, sizes, dist.get_rank(), lambda value: first(lambda: value)) as samples:
             for number in range(len(samples.batches), len(batches)):
                 if stopped():
                     return None
@@ -100,7 +99,7 @@ class Evaluator:
                     samples.append(self._evaluate_batch(prompts, batches[number], seeds, samples))
                 except StoppedError:
                     return None
-            all_samples = samples.samples()
+            all_samples = [sample for batch in samples.batches for sample in batch]
         if warnings is not None and is_first_rank():
             # mixed=1.0: an evaluation is not there to learn from.
             for warning in warnings.about([s["response"] for s in all_samples], mixed=1.0):
@@ -114,7 +113,7 @@ class Evaluator:
         and those that an engine finishes early go to the stream at once."""
         k, limit = self.config.samples, self.max_response_length
         rows = [(i, j) for i in batch for j in range(k)] + [(i, GREEDY) for i in batch]
-        samples = dict(stream.unfinished_batch())
+        samples = dict(stream.recovered)
         for sampling in (SamplingParams(self.config.temperature, limit, self.config.top_p), SamplingParams(0.0, limit)):
             greedy = sampling.temperature == 0.0
             wanted = [n for n, (_, j) in enumerate(rows) if (j == GREEDY) == greedy and n not in samples]
@@ -158,10 +157,6 @@ class _Request:
     def writer(self, stream: SampleStream) -> Callable[[int, Response, str, float], None]:
         """Writes a graded response to the stream."""
         return lambda at, *graded: stream.add(self.wanted[at], self.sample(at, *graded))
-
-
-def _of_first_rank(value: Any) -> Any:
-    return first(lambda: value)
 
 
 def _result(

@@ -29,7 +29,7 @@ class EarlyGrading:
         self.texts = ResponseTexts(prompts.tokenizer, len(prompts))
         self._on_graded = on_graded
         self._grader, self._prompts = grader, prompts
-        self._waiting: queue.SimpleQueue[tuple[int, Response, str] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[int, Response] | None] = queue.SimpleQueue()
         self._grades: dict[int, float] = {}
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -40,7 +40,8 @@ class EarlyGrading:
             # A daemon: an engine that fails leaves it waiting, and it must not hold the process up.
             self._thread = threading.Thread(target=self._work, name="early grading", daemon=True)
             self._thread.start()
-        self._waiting.put((index, response, self.texts.add(index, response)))
+        self.texts.add(index, response)
+        self._waiting.put((index, response))
 
     def collect(self, responses: Sequence[Response]) -> list[float]:
         """The grades of all responses: those of the threads of all ranks, and of the rest, graded now, a share a rank.
@@ -54,7 +55,8 @@ class EarlyGrading:
         grades = {index: grade for share in every(self._own_grades) for index, grade in share.items()}
         rest = [i for i in range(len(responses)) if i not in grades]
         if rest:
-            grades |= dict(zip(rest, self._grade_rest(rest), strict=True))
+            late = on_shares(len(rest), lambda share: self._grade([rest[i] for i in share]))
+            grades |= dict(zip(rest, late, strict=True))
         return [grades[i] for i in range(len(responses))]
 
     def _own_grades(self) -> dict[int, float]:
@@ -62,15 +64,8 @@ class EarlyGrading:
             raise self._error
         return self._grades
 
-    def _grade_rest(self, rest: list[int]) -> list[float]:
-        def grade_share(share: range) -> list[float]:
-            rows = [rest[i] for i in share]
-            return self._grader.grade([self.texts[i] for i in rows], [self._answers(i) for i in rows])
-
-        return on_shares(len(rest), grade_share)
-
-    def _answers(self, index: int) -> Sequence[str]:
-        return self._prompts.questions[index].answers
+    def _grade(self, rows: list[int]) -> list[float]:
+        return self._grader.grade([self.texts[i] for i in rows], [self._prompts.questions[i].answers for i in rows])
 
     def _work(self) -> None:
         ended = False
@@ -81,11 +76,11 @@ class EarlyGrading:
             ended = None in batch
             ready = [entry for entry in batch if entry is not None]
             try:
-                grades = self._grader.grade([text for _, _, text in ready], [self._answers(i) for i, _, _ in ready])
+                grades = self._grade([index for index, _ in ready])
                 if self._on_graded is not None:
-                    for (index, response, text), grade in zip(ready, grades, strict=True):
-                        self._on_graded(index, response, text, grade)
+                    for (index, response), grade in zip(ready, grades, strict=True):
+                        self._on_graded(index, response, self.texts[index], grade)
             except BaseException as error:
                 self._error = error
                 return
-            self._grades |= dict(zip([index for index, _, _ in ready], grades, strict=True))
+            self._grades |= dict(zip([index for index, _ in ready], grades, strict=True))

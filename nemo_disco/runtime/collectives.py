@@ -45,11 +45,6 @@ def on_shares(count: int, do: Callable[[range], list[T]]) -> list[T]:
     return [shares[i % size][i // size] for i in range(count)]
 
 
-def rank() -> int:
-    """This process's rank among all."""
-    return dist.get_rank()
-
-
 def is_first_rank() -> bool:
     """True on rank 0, which alone writes files and prints."""
     return dist.get_rank() == 0

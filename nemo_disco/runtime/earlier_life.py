@@ -12,8 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nemo_disco.runtime.files import first_free, remove, writing
-from nemo_disco.runtime.model_record import read_record
-from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.rundir import RunDirectory, read_record
 from nemo_disco.runtime.sinks import MLFLOW_ID, WANDB_ID
 
 EARLIER = "earlier"
@@ -37,26 +36,14 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
                 remove(path)
             names = ", ".join(f"{path.parent.name}/{path.name}" for path in (*evaluations, *rollouts)[:3])
             more = len(evaluations) + len(rollouts)
-            removed = (
-                f"{more} files of an earlier process that went beyond step {step} were removed ({names} ...)"
-                if more
-                else ""
-            )
+            notes = [f"{more} files of an earlier process that went beyond step {step} were removed ({names} ...)"]
             exported = read_record(run.export)
-            if exported is None or exported["step"] <= step:
-                return removed
-            moved = (
-                f"{run.export} is of step {exported['step']}: it is now {_move(run, [run.export]) / run.export.name}"
-            )
-            return "; ".join(filter(None, [removed, moved]))
-        files = [
-            run.metrics,
-            run.config,
-            run.report,
-            run.path / WANDB_ID,
-            run.path / MLFLOW_ID,
-            *_entries(run.tensorboard),
-        ]
+            if exported is not None and exported["step"] > step:
+                place = _move(run, [run.export]) / run.export.name
+                notes.append(f"{run.export} is of step {exported['step']}: it is now {place}")
+            return "; ".join(notes if more else notes[1:])
+        files = [run.metrics, run.config, run.report, *_entries(run.tensorboard)]
+        files += [run.path / WANDB_ID, run.path / MLFLOW_ID]
         results = [*evaluations, *rollouts, run.best, run.export, *run.path.glob("best.*")]
         if not any(path.exists() for path in results) and not (run.metrics.is_file() and run.metrics.stat().st_size):
             return ""

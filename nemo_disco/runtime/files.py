@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from nemo_disco.runtime.errors import UserError
 
@@ -139,13 +138,6 @@ def replaced(final: Path) -> Path:
     return final.with_name(final.name + _REPLACED)
 
 
-def _put_back(final: Path) -> None:
-    """Undo or finish a put_in_place that was killed between its two renames."""
-    old = replaced(final)
-    if old.is_dir():
-        remove(old) if os.path.lexists(final) else old.rename(final)
-
-
 def sync(path: Path) -> None:
     """Wait until a file's content, or a directory's entries, are on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -230,8 +222,9 @@ def sweep(directory: Path, also: re.Pattern[str] | None = None) -> None:
     """
     with writing(directory):
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-            if path.name.endswith(_REPLACED):
-                _put_back(path.with_name(path.name.removesuffix(_REPLACED)))
+            if path.name.endswith(_REPLACED) and path.is_dir():  # a put_in_place was killed between its two renames
+                final = path.with_name(path.name.removesuffix(_REPLACED))
+                remove(path) if os.path.lexists(final) else path.rename(final)
             elif (_TEMPORARY.fullmatch(path.name) or (also and also.fullmatch(path.name))) and not _is_locked(path):
                 remove(path)
 
@@ -269,12 +262,6 @@ class Scratch:
     def close(self) -> None:
         remove(self.path)
         os.close(self._descriptor)
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
 
 def sweep_scratch() -> None:

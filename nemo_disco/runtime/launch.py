@@ -87,13 +87,16 @@ def spawn(processes: int, command: Sequence[str]) -> int:
     It is 0 if all ranks end with 0, else that of the rank that failed first (128 + n if signal n killed it). SIGINT,
     SIGTERM, SIGUSR1 and SIGHUP are forwarded to every rank.
     """
-    with Scratch() as reports:
+    with contextlib.closing(Scratch()) as scratch:
+        reports = scratch.path
         children: list[subprocess.Popen[bytes]] = []
         with _forward_signals(children) as received:
             try:
-                address = _free_address()
+                with socket.socket() as probe:  # a free port
+                    probe.bind(("127.0.0.1", 0))
+                    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
                 for rank in range(processes):
-                    environment = os.environ | address | _rank_environment(rank, processes, str(reports))
+                    environment = _rank_environment(rank, processes, str(reports)) | address
                     children.append(
                         # A process group of its own, so that Ctrl-C reaches each rank once: through this process.
                         subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
@@ -148,23 +151,14 @@ def set_torch_defaults() -> None:
 
 
 def _rank_environment(rank: int, processes: int, reports: str) -> dict[str, str]:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    environment = {name: str(value) for name, value in ranks.items()} | {
-        _LAUNCHER: str(os.getpid()),
-        _REPORTS: reports,
-    }
     # As torchrun does: with several processes, more threads in each are slower.
-    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    defaults = {"OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         # All ranks are on this machine; they must start even if its host name does not resolve.
-        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    return environment
-
-
-def _free_address() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    ranks[_LAUNCHER] = os.getpid()
+    return defaults | os.environ | {name: str(value) for name, value in ranks.items()} | {_REPORTS: reports}
 
 
 @contextlib.contextmanager

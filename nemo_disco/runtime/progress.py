@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +20,6 @@ from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 HISTORY = 32
-METRICS = ("reward", "KL", "entropy", "length", "tokens/s")
 
 
 class Progress:
@@ -45,18 +44,15 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def update(self, metrics: Mapping[str, object]) -> None:
+    def update(self, metrics: Mapping[str, Any]) -> None:
         """Show one step's metrics, named as in metrics.jsonl; an absent or non-finite one is shown as "-"."""
-        step = _number(metrics, "step")
-        self._step = int(step) if step is not None else self._step + 1
-        self._metrics = metrics
-        reward = _number(metrics, "reward/mean")
-        if reward is not None:
+        self._step, self._metrics = metrics["step"], metrics
+        if (reward := _number(metrics, "reward/mean")) is not None:
             self._rewards.append(reward)
         if self._live is not None:
             self._live.refresh()
@@ -71,29 +67,24 @@ class Progress:
     def _values(self) -> dict[str, Text]:
         metrics = self._metrics
         tokens, seconds = _number(metrics, "tokens"), _number(metrics, "time/step")
-        rate = f"{tokens / seconds:,.0f}" if tokens is not None and seconds else "-"
         return {
-            "reward": Text(_format(_number(metrics, "reward/mean"), ".3f")),
+            "reward": Text(_format(metrics, "reward/mean", ".3f")),
             "KL": self._kl(),
-            "entropy": Text(_format(_number(metrics, "policy/entropy"), ".3f")),
-            "length": Text(_format(_number(metrics, "response/length_mean"), ",.0f")),
-            "tokens/s": Text(rate),
+            "entropy": Text(_format(metrics, "policy/entropy", ".3f")),
+            "length": Text(_format(metrics, "response/length_mean", ",.0f")),
+            "tokens/s": Text(f"{tokens / seconds:,.0f}" if tokens is not None and seconds else "-"),
         }
 
     def _kl(self) -> Text:
-        kl = _number(self._metrics, "policy/kl")
-        text = _format(kl, ".2e")
+        kl, text = _number(self._metrics, "policy/kl"), _format(self._metrics, "policy/kl", ".2e")
         if self._delta is None:
             return Text(text)
         above = kl is not None and kl > self._delta
-        return Text(
-            f"{text} {'>' if above else '<=' if kl is not None else '/'} delta {self._delta:.1e}",
-            "yellow" if above else "",
-        )
+        sign = ">" if above else "/" if kl is None else "<="
+        return Text(f"{text} {sign} delta {self._delta:.1e}", "yellow" if above else "")
 
     def _time_left(self) -> str:
-        steps = self._step - self._start_step
-        if steps <= 0:
+        if (steps := self._step - self._start_step) <= 0:
             return "-"
         return _duration((time.monotonic() - self._start_time) / steps * max(self._max_steps - self._step, 0))
 
@@ -104,9 +95,9 @@ class Progress:
             ProgressBar(total=self._max_steps, completed=self._step, width=HISTORY),
             Text(f"{_duration(time.monotonic() - self._start_time)} gone, {self._time_left()} left", "dim"),
         )
-        body = Table.grid(padding=(0, 3))
-        body.add_row(*(Text(name, "dim") for name in METRICS))
-        body.add_row(*self._values().values())
+        body, values = Table.grid(padding=(0, 3)), self._values()
+        body.add_row(*(Text(name, "dim") for name in values))
+        body.add_row(*values.values())
         return Group(header, body, Text(f"reward {_sparkline(self._rewards)}", "dim"))
 
 
@@ -115,7 +106,8 @@ def _number(metrics: Mapping[str, object], name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _format(value: float | None, spec: str) -> str:
+def _format(metrics: Mapping[str, object], name: str, spec: str) -> str:
+    value = _number(metrics, name)
     return "-" if value is None else format(value, spec)
 
 

@@ -20,12 +20,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from nemo_disco.runtime import launch
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import open_regular, sweep, writing
-from nemo_disco.runtime.saved_files import FileError, read_json
+from nemo_disco.runtime.saved_files import Count, FileError, read_json
 
 HOST = socket.gethostname()
 HEARTBEAT_S = 5.0
@@ -45,6 +47,31 @@ _MEETING = ".meeting.*"  # srun.py's; left behind by a rank that is killed while
 _MEETING_S = 24 * 3600.0
 
 log = logging.getLogger(__name__)
+MODEL_RECORD = "nemo_disco.json"
+
+
+class ModelRecord(TypedDict):
+    """The file MODEL_RECORD in a model directory that a run wrote (export/, best/), by which a run that resumes at an
+    earlier step tells which directories are of its own past.
+
+    step: of training. best/ also has score, its mean Pass@1, and of, a hash of the sets of that score.
+    """
+
+    step: Count
+    score: NotRequired[float]
+    of: NotRequired[str]
+
+
+def as_files(record: ModelRecord) -> dict[str, str]:
+    """The record as files of the directory: name -> text."""
+    return {MODEL_RECORD: json.dumps(record) + "\n"}
+
+
+def read_record(directory: Path) -> ModelRecord | None:
+    """The record of a directory; None if there is no such directory, or no readable record in it."""
+    with contextlib.suppress(FileError):
+        return read_json(directory / MODEL_RECORD, ModelRecord)
+    return None
 
 
 class RunDirectory:

@@ -7,6 +7,7 @@ read them (safetensors' own writer makes them readable by their owner alone).
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,4 @@ def _write_shard(stream: BinaryIO, items: Plan, tensors: Iterable[tuple[str, Ten
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -32,7 +32,7 @@ def is_ignored(number: signal.Signals) -> bool:
 
 
 class StopRequest:
-    """Context manager in which STOP_SIGNALS set `requested` instead of ending the process.
+    """Context manager in which STOP_SIGNALS set `number` instead of ending the process.
 
     Enter it in the main thread, the only one in which Python installs handlers; the exit restores the earlier ones.
     number: of the first signal received, 0 before it.
@@ -43,10 +43,6 @@ class StopRequest:
         self._earlier: dict[signal.Signals, Any] = {}
 
     @property
-    def requested(self) -> bool:
-        return self.number != 0
-
-    @property
     def signal_name(self) -> str | None:
         return signal.Signals(self.number).name if self.number else None
 
@@ -55,7 +51,7 @@ class StopRequest:
             self._earlier[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         global _stop_time
         for number, handler in self._earlier.items():
             # None: the earlier handler was not installed from Python, so Python cannot restore it.

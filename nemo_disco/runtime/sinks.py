@@ -13,9 +13,10 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from pydantic import with_config
@@ -43,11 +44,9 @@ class Sink(Protocol):
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Take one step's metrics; when it returns, they survive the death of this process."""
-        ...
 
     def close(self) -> None:
         """Write what is buffered, and end."""
-        ...
 
 
 class JsonlSink:
@@ -66,7 +65,7 @@ class JsonlSink:
         self._file = AppendedFile(path)
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        line = {"step": step} | {name: _strict(value) for name, value in metrics.items() if name != "step"}
+        line = {"step": None} | strict_metrics(metrics) | {"step": step}
         self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
@@ -81,14 +80,10 @@ class TensorBoardSink:
     """
 
     def __init__(self, directory: Path, resume_step: int | None = None) -> None:
-        try:
+        with _importing("TensorBoard", "tensorboard", "tensorboard"):
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.compat.proto.summary_pb2 import Summary
             from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError as error:
-            raise UserError(
-                f"TensorBoard cannot be imported ({error}): pip install tensorboard, or exp_manager.tensorboard=false"
-            ) from error
         self._event: Any = Event
         self._summary: Any = Summary
         # The name that TensorBoard looks for.
@@ -122,12 +117,8 @@ class WandbSink:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         """settings: the run's configuration, which W&B shows and compares."""
-        try:
+        with _importing("W&B", "'nemo-disco[wandb]'", "wandb"):
             import wandb
-        except ImportError as error:
-            raise UserError(
-                f"W&B cannot be imported ({error}): pip install 'nemo-disco[wandb]', or exp_manager.wandb=false"
-            ) from error
         known = directory / WANDB_ID
         identity = _read_id(known) if os.path.lexists(known) else secrets.token_hex(8)
         write_atomically(known, identity + "\n")
@@ -154,12 +145,8 @@ class MLflowSink:
     """
 
     def __init__(self, directory: Path) -> None:
-        try:
+        with _importing("MLflow", "'nemo-disco[mlflow]'", "mlflow"):
             import mlflow
-        except ImportError as error:
-            raise UserError(
-                f"MLflow cannot be imported ({error}): pip install 'nemo-disco[mlflow]', or exp_manager.mlflow=false"
-            ) from error
         place = os.environ.get("MLFLOW_TRACKING_URI")
         if not place:
             database = directory.resolve() / "mlflow.db"
@@ -183,44 +170,36 @@ class MLflowSink:
         self._client.set_terminated(self._id)
 
 
-class Sinks:
-    """Several sinks as one."""
-
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = tuple(sinks)
-
-    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        for sink in self._sinks:
-            sink.write(step, metrics)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-
-    def __enter__(self) -> Sinks:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
-
-
+@contextmanager
 def open_sinks(
-    run_dir: RunDirectory | Path,
+    run: RunDirectory,
     resume_step: int | None = None,
     also: Sequence[str] = ("tensorboard",),
     settings: Mapping[str, Any] = MappingProxyType({}),
-) -> Sinks:
-    """The sinks of a run: metrics.jsonl, and those in `also` (tensorboard, wandb, mlflow).
+) -> Iterator[list[Sink]]:
+    """The sinks of a run, closed at the exit: metrics.jsonl, and those in `also` (tensorboard, wandb, mlflow).
 
     resume_step: the step of the checkpoint from which the run resumes; None is a new run. settings: its configuration.
     """
-    run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory(run_dir)
     makers: dict[str, Callable[[], Sink]] = {
+        "jsonl": lambda: JsonlSink(run.metrics, resume_step),
         "tensorboard": lambda: TensorBoardSink(run.tensorboard, resume_step),
         "wandb": lambda: WandbSink(run.path, settings),
         "mlflow": lambda: MLflowSink(run.path),
     }
-    return Sinks([JsonlSink(run.metrics, resume_step), *(makers[name]() for name in also)])
+    with ExitStack() as opened:
+        yield [opened.enter_context(closing(makers[name]())) for name in ("jsonl", *also)]
+
+
+@contextmanager
+def _importing(name: str, package: str, key: str) -> Iterator[None]:
+    """Turn an ImportError of this block into a UserError. key: of exp_manager.*, by which the user does without."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{name} cannot be imported ({error}): pip install {package}, or exp_manager.{key}=false"
+        ) from error
 
 
 def _read_id(path: Path) -> str:
@@ -233,8 +212,8 @@ def _read_id(path: Path) -> str:
 
 def _numbers(metrics: Mapping[str, Value]) -> dict[str, float]:
     """The metrics that are finite numbers."""
-    strict = {name: _strict(value) for name, value in metrics.items() if name != "step"}
-    return {name: value for name, value in strict.items() if isinstance(value, (bool, int, float))}
+    strict = strict_metrics(metrics).items()
+    return {name: value for name, value in strict if name != "step" and isinstance(value, (bool, int, float))}
 
 
 def strict_metrics(metrics: Mapping[str, Value]) -> dict[str, Value]:

@@ -69,19 +69,16 @@ def guard() -> None:
         elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):
                 stream.flush()
-            setattr(sys, name, _guard_stream(stream, name))
+            guarded = io.TextIOWrapper(
+                io.BufferedWriter(_Raw(stream.fileno(), name)),
+                encoding=stream.encoding,
+                errors="backslashreplace",  # a character that the terminal's encoding lacks must not end a run either
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, guarded)
 
 
 def tolerate() -> None:
     """From now on a failure to write standard output raises nothing; one warning on standard error reports it."""
     _Raw.tolerant = True
-
-
-def _guard_stream(stream: io.TextIOWrapper, name: str) -> io.TextIOWrapper:
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Raw(stream.fileno(), name)),
-        encoding=stream.encoding,
-        errors="backslashreplace",  # a character that the terminal's encoding lacks must not end a run either
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )

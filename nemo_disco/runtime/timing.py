@@ -2,7 +2,8 @@
 
 `record_spans` collects the spans that the calls under it open with `span`; without a recording a span does nothing.
 A GPU runs behind the program: there a span waits for the device at both ends, and is a range in Nsight Systems. Spans
-are whole phases, so the waiting costs nothing. Imports nothing heavy at the top.
+are whole phases, so the waiting costs nothing. `profile_block` writes a trace of a whole step. Imports nothing heavy at
+the top.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_disco.runtime.files import atomic_file
 
 Range = Callable[[str], AbstractContextManager[object]]
 
@@ -61,6 +65,25 @@ def recorded_seconds() -> dict[str, float]:
     """The seconds of the present recording by span name; 0 for every name without a recording."""
     times = _recording.get()
     return defaultdict(float) if times is None else times.seconds
+
+
+@contextmanager
+def profile_block(directory: Path, rank: int) -> Iterator[None]:
+    """Write torch's trace of the `with` block to `directory`/rank_R.json (chrome://tracing, Perfetto), and mark the
+    block for `nsys profile --capture-range=cudaProfilerApi`. If it raises there is no trace, but nsys is told that it
+    ended. Not yet run on a GPU."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    marks = torch.cuda.profiler.profile() if cuda else nullcontext()
+    with marks, profile(activities=activities, profile_memory=True) as trace:
+        yield
+        if cuda:
+            torch.cuda.synchronize()
+    with atomic_file(directory / f"rank_{rank}.json") as work:
+        trace.export_chrome_trace(str(work))
 
 
 def _device_times() -> SpanTimes:

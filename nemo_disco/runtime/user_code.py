@@ -63,28 +63,24 @@ def user_methods(cls: type) -> list[Callable[..., Any]]:
     return [f for owner in cls.__mro__ if is_user_class(owner) for f in vars(owner).values() if inspect.isfunction(f)]
 
 
-def error_line(error: BaseException) -> str:
-    """file:line where the error was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}:{frame.lineno}"
-
-
 def format_error(functions: list[Callable[..., Any]], error: BaseException) -> str:
-    """The error's type, place and text; the place is file:line of its innermost frame in a file of the functions."""
+    """The error's type, place and text; the place is file:line of its innermost frame, in a file of the functions if
+    there is one."""
     files = {code.co_filename for code in map(_code_object, functions) if code}
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if f.filename in files), frames[-1])
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}: {one_line(error)}"
 
 
-def call_guarded(key: str, name: str, functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Any:
-    """Return `call()`. An error becomes a UserError that names file and line in one of the user's functions."""
+def call_guarded(label: str, functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Any:
+    """Return `call()`. An error becomes a UserError that names the label, and file and line in one of the user's
+    functions; a UserError stays as it is."""
     try:
         return call()
-    except KeyboardInterrupt:  # Ctrl-C during the call
+    except (UserError, KeyboardInterrupt):  # Ctrl-C during the call
         raise
     except BaseException as error:  # SystemExit too: a user's function must not end the run
-        raise UserError(f"{key}={name} raised {format_error(functions, error)}") from error
+        raise UserError(f"{label} raised {format_error(functions, error)}") from error
 
 
 def check_number(key: str, name: str, place: str, value: object) -> float:
@@ -100,7 +96,7 @@ def check_number(key: str, name: str, place: str, value: object) -> float:
 
 def call_for_number(key: str, name: str, function: Callable[..., Any], *args: object) -> float:
     """Call a user's function and return its finite number. Raises UserError, with file and line, for anything else."""
-    value = call_guarded(key, name, [function], lambda: function(*args))
+    value = call_guarded(f"{key}={name}", [function], lambda: function(*args))
     return check_number(key, name, definition_place(function), value)
 
 

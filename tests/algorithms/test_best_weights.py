@@ -12,8 +12,7 @@ import pytest
 from nemo_disco.algorithms import best_weights
 from nemo_disco.algorithms.best_weights import BestWeights
 from nemo_disco.evaluation.result import EvaluationResult
-from nemo_disco.runtime.model_record import NAME
-from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.rundir import MODEL_RECORD, RunDirectory
 
 
 class Run:
@@ -106,9 +105,9 @@ def test_a_best_that_cannot_be_had_again_is_chosen_anew_and_this_is_said(run: Ru
     known = run.best.chosen
     run.best.release(3)
     run.step(4, 2, saved=3)
-    (run.run.path / "best.before" / NAME).write_text("{")
+    (run.run.path / "best.before" / MODEL_RECORD).write_text("{")
     if damage == "no record":
-        (run.run.best / NAME).unlink()
+        (run.run.best / MODEL_RECORD).unlink()
     life = run.resumed(known, 3)
     assert life.weights is None and life.best.chosen is None and "chosen anew" in life.said[0]
     assert (run.run.path / "best.unknown/weights").exists() == (damage == "no record")

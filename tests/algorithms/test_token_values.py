@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from nemo_disco.algorithms.journal import TokenValues
 from nemo_disco.algorithms.step import MiniBatchResult
-from nemo_disco.algorithms.token_values import TokenValues
 from nemo_disco.data.rollouts import Rollouts
 
 LENGTHS = [3, 0, 2, 4]

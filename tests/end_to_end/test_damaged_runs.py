@@ -16,7 +16,7 @@ from in_process import ends_well
 
 from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.trainer import Trainer
-from nemo_disco.commands import components, evaluate, train
+from nemo_disco.commands import components
 from nemo_disco.config.compose import load_run_config
 from nemo_disco.data.tokenizer import load_tokenizer
 from nemo_disco.policy import parallel
@@ -35,8 +35,7 @@ def _built(monkeypatch, finished):
     config = load_run_config(finished.path / "config.yaml")
     parallel.start(config.model, config.seed)
     policy = components.build_policy(config, load_tokenizer(config.model.path, False))
-    for command in (train, evaluate):
-        monkeypatch.setattr(command, "process_groups", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(components, "process_groups", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(components, "build_policy", lambda *_, **__: policy)
     monkeypatch.setattr(Agreement, "check_engine", stop)  # `evaluate`, once the weights are there
     monkeypatch.setattr(Trainer, "train_step", stop)

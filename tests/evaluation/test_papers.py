@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nemo_disco.evaluation.papers import REPORTED, SETS, efficiency_table, papers_table, print_tables, read_reference
+from nemo_disco.evaluation.papers import (
+    REPORTED,
+    SETS,
+    efficiency_table,
+    papers_table,
+    print_estimates,
+    print_tables,
+    read_reference,
+)
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluation, write_evaluation
 from nemo_disco.evaluation.statistics import accuracy_efficiency_score, maj_at_k
 from nemo_disco.rewards.votes import assign_votes
@@ -92,7 +102,7 @@ def test_equal_answers_in_different_spelling_vote_together() -> None:
 
 
 def test_votes_are_saved_and_files_without_them_are_read(
-    make_result: Callable[..., EvaluationResult], tmp_path: Path
+    make_result: Callable[..., EvaluationResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = result("math", 5)
     with_votes = EvaluationResult(plain.name, 1, plain.correct, plain.lengths, plain.truncated, None, plain.correct * 1)
@@ -101,5 +111,7 @@ def test_votes_are_saved_and_files_without_them_are_read(
     assert read.metrics()["eval/math/maj@2"] == 0.5
     old = make_result().to_json()
     del old["votes"]
-    assert EvaluationResult.from_json(old).votes is None
-    assert list(make_result().pass_curve()) == [1, 2, 4, 8]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read_evaluation(tmp_path / "old.json").votes is None
+    print_estimates(make_result())
+    assert re.findall(r"pass@\d+", capsys.readouterr().out) == ["pass@1", "pass@8", "pass@2", "pass@4"]

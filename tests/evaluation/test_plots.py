@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_disco import cli
-from nemo_disco.evaluation import watch
+from nemo_disco.evaluation import report
 from nemo_disco.evaluation.plots import write_plots
 
 
@@ -54,7 +54,7 @@ def test_watch_rewrites_the_page_when_the_run_changes(
         else:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(watch.time, "sleep", sleep)
-    assert watch.watch([run], None) == 0
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    assert report.watch([run], None) == 0
     assert "0.777123" not in texts[0] and "0.777123" in texts[1] and texts[2] == "nothing new"
     assert 'http-equiv="refresh"' in texts[1] and 'http-equiv="refresh"' not in (run / "report.html").read_text()

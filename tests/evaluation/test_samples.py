@@ -60,7 +60,7 @@ def test_samples_of_another_identity_are_moved_and_can_be_moved_back(
     path = tmp_path / "s.jsonl"
     for seed in (1, 2):
         with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
-            assert stream.batches == [] and stream.unfinished_batch() == {}
+            assert stream.batches == [] and stream.recovered == {}
             if seed == 1:
                 stream.append(SAMPLES[0])
             stream.add(1, SAMPLES[1][1])
@@ -70,7 +70,7 @@ def test_samples_of_another_identity_are_moved_and_can_be_moved_back(
         for file in (tmp_path / f"replaced/{seed}").iterdir():
             file.rename(tmp_path / file.name)
         with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
-            assert stream.batches == SAMPLES[: 2 - seed] and stream.unfinished_batch() == {1: SAMPLES[1][1]}
+            assert stream.batches == SAMPLES[: 2 - seed] and stream.recovered == {1: SAMPLES[1][1]}
 
 
 def test_samples_of_an_unfinished_batch_survive_repeated_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_samples_of_an_unfinished_batch_survive_repeated_kills(tmp_path: Path, m
             SampleStream(path, IDENTITY, BATCHES)
     for _ in range(2):
         with SampleStream(path, IDENTITY, BATCHES) as stream:
-            assert dict(stream.unfinished_batch()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
+            assert dict(stream.recovered) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
 
 
 @pytest.mark.parametrize("junk", [b"\0\0\0\n", b"{}\n", b"[" * 1000 + b"\n", b"\xff\n", b'{"response": 3}\n'])
@@ -113,14 +113,14 @@ def test_samples_of_an_unfinished_batch_survive_a_kill(tmp_path: Path) -> None:
     for rank, row in ((0, 1), (1, 0)):
         SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY | {"seed": 2}, BATCHES) as other:
-        assert other.unfinished_batch() == {}
+        assert other.recovered == {}
     for rank, row in ((0, 1), (1, 0)):
         SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY, BATCHES) as stream:
-        assert dict(stream.unfinished_batch()) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
+        assert dict(stream.recovered) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
         stream.append(SAMPLES[0])
-        assert stream.unfinished_batch() == {} and [p.name for p in tmp_path.glob("s.rank*")] == []
-        assert stream.samples() == SAMPLES[0]
+        assert stream.recovered == {} and [p.name for p in tmp_path.glob("s.rank*")] == []
+        assert [s for batch in stream.batches for s in batch] == SAMPLES[0]
 
 
 def test_ranks_whose_weight_files_differ_only_in_time_share_an_evaluation(tmp_path: Path) -> None:
@@ -130,4 +130,4 @@ def test_ranks_whose_weight_files_differ_only_in_time_share_an_evaluation(tmp_pa
     SampleStream(path, IDENTITY, BATCHES, 0, lambda mine: shared.append(mine) or mine)
     SampleStream(path, IDENTITY | {"weights": 2}, BATCHES, 1, lambda _: shared[0]).add(1, SAMPLES[0][1])
     with SampleStream(path, IDENTITY, BATCHES) as stream:
-        assert dict(stream.unfinished_batch()) == {1: SAMPLES[0][1]}
+        assert dict(stream.recovered) == {1: SAMPLES[0][1]}

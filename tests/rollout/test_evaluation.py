@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from nemo_disco.generation.engine import Finished, Response, SamplingParams
 from nemo_disco.rewards.registry import hash_verifier
 from nemo_disco.rewards.text_graders import NumericMatch
 from nemo_disco.rollout import evaluation as evaluation_module
+from nemo_disco.rollout import grading
 from nemo_disco.rollout.evaluation import Evaluator
-from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 
 
@@ -74,8 +75,9 @@ def evaluate(engine: Dice, path: Path | None = None, weights: str = "w", **more:
     asked = [Question(i, f"q{i}", ("1", "10"), "f") for i in range(7)]
     questions = PromptSet("dice", asked, [[i] for i in range(7)], Words())
     config = compose("quickstart", ["evaluation.samples=4", "reward.require_think=false"])
-    stream = None if path is None else (path, {"weights": weights})
-    return evaluator(config, engine).evaluate(questions, 3, stream, **more)
+    with tempfile.TemporaryDirectory() as directory:
+        path = path or Path(directory) / "s.jsonl"
+        return evaluator(config, engine).evaluate(questions, 3, path, {"weights": weights}, **more)
 
 
 def values(result: Any) -> list[Any]:
@@ -94,7 +96,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("alone")
 def test_what_an_engine_hands_over_is_graded_as_it_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(Dice())
-    monkeypatch.setattr(EarlyGrading, "_grade_rest", lambda *_: pytest.fail("something was left for the end"))
+    monkeypatch.setattr(grading, "on_shares", lambda *_: pytest.fail("something was left for the end"))
     assert values(evaluate(Dice(streams=True))) == values(whole)
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from nemo_disco.evaluation.result import evaluation_file, file_stem
 from nemo_disco.runtime.earlier_life import set_aside
-from nemo_disco.runtime.model_record import NAME
-from nemo_disco.runtime.rundir import RunDirectory
+from nemo_disco.runtime.rundir import MODEL_RECORD, RunDirectory
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_beyond_a_checkpoint_it_is_removed_and_said(run: RunDirectory) -> None:
 
 def test_an_export_of_a_later_step_is_moved_away_and_nothing_else(run: RunDirectory) -> None:
     """Of a run whose last checkpoints are gone: it is not the model of the step that this life begins at."""
-    (run.export / NAME).write_text('{"step": 10}')
+    (run.export / MODEL_RECORD).write_text('{"step": 10}')
     assert "earlier" not in set_aside(run, 10, ["test"]) and run.export.is_dir()
     assert f"it is now {run.path}/earlier/1/export" in set_aside(run, 6, ["test"])
-    assert not run.export.exists() and names(run.path / "earlier/1/export") == {"model.safetensors", NAME}
+    assert not run.export.exists() and names(run.path / "earlier/1/export") == {"model.safetensors", MODEL_RECORD}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -207,9 +208,9 @@ def test_left_overs_go_when_their_owner_is_dead(tmp_path: Path, monkeypatch: pyt
 
 
 def test_scratch_goes_with_its_end() -> None:
-    with Scratch() as path:
-        (path / "file").touch()
-    assert not path.exists()
+    with contextlib.closing(Scratch()) as scratch:
+        (scratch.path / "file").touch()
+    assert not scratch.path.exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "device"])

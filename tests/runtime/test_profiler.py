@@ -11,8 +11,7 @@ import pytest
 import torch
 from fake_cuda import fake_cuda
 
-from nemo_disco.runtime.profiler import profile_block
-from nemo_disco.runtime.timing import SpanTimes, record_spans, recorded_seconds, span
+from nemo_disco.runtime.timing import SpanTimes, profile_block, record_spans, recorded_seconds, span
 
 
 def test_a_trace_names_what_ran(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from nemo_disco.runtime.signals import STOP_SIGNALS, StopRequest
 def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_disco.runtime.signals.is_ignored", lambda _: False)  # of tests under nohup
     with StopRequest() as stop:
-        assert not stop.requested
+        assert not stop.number
         os.kill(os.getpid(), number)
-        assert stop.requested
+        assert stop.number
         assert stop.signal_name == number.name
 
 
@@ -49,7 +49,7 @@ import time
 from nemo_disco.runtime.signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
-    while not stop.requested:
+    while not stop.number:
         time.sleep(0.01)
     input()  # until all signals are sent
 print("saved after", stop.signal_name, flush=True)

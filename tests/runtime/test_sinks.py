@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.sinks import JsonlSink, open_sinks
 
 
@@ -106,9 +108,9 @@ def test_tensorboard_forgets_what_a_resumed_run_redoes(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resume_step, steps, offset in [(None, range(1, 7), 0.0), (4, range(5, 9), 100.0)]:
-        with open_sinks(tmp_path, resume_step) as sinks:
-            for step in steps:
-                sinks.write(step, {"reward/mean": step + offset, "policy/kl": None, "note": "text"})
+        with open_sinks(RunDirectory(tmp_path), resume_step) as sinks:
+            for step, sink in itertools.product(steps, sinks):
+                sink.write(step, {"reward/mean": step + offset, "policy/kl": None, "note": "text"})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["reward/mean"]
@@ -134,10 +136,10 @@ def test_a_damaged_id_is_named(service: str, content: bytes, tmp_path: Path, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere")
     (tmp_path / f"{service}.run_id").write_bytes(content)
     with pytest.raises(UserError, match=rf"{service}\.run_id: "):
-        open_sinks(tmp_path, 1, [service])
+        open_sinks(RunDirectory(tmp_path), 1, [service]).__enter__()
 
 
 def test_tensorboard_can_be_off(tmp_path: Path) -> None:
-    with open_sinks(tmp_path, None, also=()) as sinks:
-        sinks.write(1, {"x": 1.0})
+    with open_sinks(RunDirectory(tmp_path), None, also=()) as [sink]:
+        sink.write(1, {"x": 1.0})
     assert not (tmp_path / "tensorboard").exists()

@@ -10,6 +10,7 @@ import mlflow
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from nemo_disco.runtime.rundir import RunDirectory
 from nemo_disco.runtime.sinks import open_sinks
 
 pytestmark = pytest.mark.sinks
@@ -17,10 +18,11 @@ NAN = float("nan")
 
 
 def train(run: Path, service: str, first: int, last: int, resume: int | None) -> None:
-    with open_sinks(run, resume, [service]) as sinks:
+    with open_sinks(RunDirectory(run), resume, [service]) as sinks:
         for step in range(first, last + 1):
             metrics = {"reward/mean": step / 10, "eval/math/pass@1": 0.5, "grad_norm": NAN, "note": "text"}
-            sinks.write(step, metrics)
+            for sink in sinks:
+                sink.write(step, metrics)
 
 
 def logged_offline(run: Path) -> dict[int, float]:

@@ -20,7 +20,7 @@ from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, 
 from nemo_disco.algorithms.objectives.parameters import Checked, parameter
 from nemo_disco.algorithms.objectives.signals import Signal
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import definition_place, format_error, is_user_class, user_methods
+from nemo_disco.runtime.user_code import call_guarded, definition_place, is_user_class, user_methods
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -141,12 +141,7 @@ class Objective(Checked, ABC):
         """function(*args). If a user wrote it and it fails: UserError with file and line."""
         if not is_user_class(type(self)):
             return function(*args)
-        try:
-            result = function(*args)
-        except (UserError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # SystemExit too: a user's function does not end the run
-            raise UserError(f"objective {self.name} raised {format_error(user_methods(type(self)), error)}") from error
+        result = call_guarded(f"objective {self.name}", user_methods(type(self)), lambda: function(*args))
         if not isinstance(result, Tensor) or not bool(result.isfinite().all()):
             raise UserError(
                 f"objective {self.name}: {definition_place(function)} must return a finite tensor; it returned {result}"

@@ -17,7 +17,7 @@ from nemo_disco.algorithms.objectives.constraint import NONE, Constraint
 from nemo_disco.algorithms.objectives.off_policy import OffPolicy
 from nemo_disco.algorithms.objectives.parameters import Checked, key_of, nearest
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import format_error, is_user_class, load, user_methods
+from nemo_disco.runtime.user_code import call_guarded, is_user_class, load, user_methods
 
 
 def _shipped_objectives() -> dict[str, type[Objective]]:
@@ -61,14 +61,14 @@ def parameter_keys(name: str) -> list[str]:
 
 def _build_users(cls: type[Objective], arguments: dict[str, Any]) -> Objective:
     """Build a user's objective and read its properties once. Raises UserError with file and line if its code raises."""
-    try:
+
+    def build() -> Objective:
         objective = cls(**arguments)
         objective.needs, objective.separable, objective.reward_terms, objective.signals()
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # SystemExit too: a user's function does not end the run
-        raise UserError(f"objective {cls.name} raised {format_error(user_methods(cls), error)}") from error
-    return objective
+        return objective
+
+    users: Objective = call_guarded(f"objective {cls.name}", user_methods(cls), build)
+    return users
 
 
 def _mapping(value: Any, label: str) -> Mapping[str, Any]:
