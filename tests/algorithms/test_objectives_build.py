@@ -15,7 +15,7 @@ from nemo_disco.algorithms.objectives import OBJECTIVES
 from nemo_disco.commands.components import build_run_objective
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.rollout.collector import _column
+from nemo_disco.rollout.rewarding import compute_column
 from nemo_disco.runtime.errors import UserError
 
 from .cases import batch_of, random_case
@@ -243,7 +243,7 @@ def test_an_objective_in_one_file_brings_its_signal(mine: Path) -> None:
     own = build_run_objective(config)
     [signal] = own.signals()
     rollouts = Rollouts.pack([[1]] * 3, [[2], [3, 4], [5]], [[0.0], [0.0] * 2, [0.0]], [7, 8, 7], [False] * 3)
-    assert [_column(signal, rollouts).tolist() for _ in range(2)] == [[0, 0, 0], [1, 1, 1]]
+    assert [compute_column(signal, rollouts).tolist() for _ in range(2)] == [[0, 0, 0], [1, 1, 1]]
     batch = MiniBatch(
         log_probs=torch.zeros(4),
         old_log_probs=torch.zeros(4),
