@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_disco.checkpoint.metadata import METADATA, read_metadata
 from nemo_disco.models.architecture import EMBEDDING
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.saved_files import FileError, open_file
 
 FORMAT = {
@@ -127,7 +127,7 @@ class TorchDistReader:
         except UserError:
             raise
         except Exception as error:  # torch raises many kinds for a damaged archive
-            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            reason = one_line(error, 100) or type(error).__name__
             raise FileError(file, f"damaged ({reason})") from error
         if not isinstance(tensor, Tensor) or tensor.dtype != entry.properties.dtype or tensor.shape != tuple(size):
             raise FileError(file, "damaged: a piece of a tensor is not of the size and type that the metadata says")

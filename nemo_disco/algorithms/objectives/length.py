@@ -139,8 +139,5 @@ class GRPOLEAD(GRPO):
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
         weights, p = super().response_weights(batch), solve_rates(batch, self.correct(batch))[0]
-        return weights * self.difficulty(torch.where(weights > 0, p, 1 - p))
-
-    def difficulty(self, p: Tensor) -> Tensor:
-        """The weight w(p) of a question with solve rate p, elementwise."""
-        return self.weight_low + (self.weight_high - self.weight_low) * (self.slope * (self.midpoint - p)).sigmoid()
+        difficulty = (self.slope * (self.midpoint - torch.where(weights > 0, p, 1 - p))).sigmoid()
+        return weights * (self.weight_low + (self.weight_high - self.weight_low) * difficulty)
