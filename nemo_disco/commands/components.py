@@ -1,4 +1,4 @@
-"""What train, evaluate and verify share: process groups, the lock of the run directory, policy, engine and grader."""
+"""Parts that train, evaluate and verify share: process groups, the run directory's lock, policy, engine, grader."""
 
 from __future__ import annotations
 
