@@ -19,7 +19,7 @@ from setting import (
 from train_shapes import rates
 
 from nemo_disco.algorithms import build_objective
-from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.algorithms.step import OldValues, accumulate_gradient
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron.engine import MegatronEngine
@@ -60,7 +60,7 @@ def _train(policy: Any, rollouts: Rollouts) -> None:
     """The training part of a step, as algorithms/trainer.py has it; log_probs holds the old ones and pass 1."""
     objective = build_objective({"name": "disco"})
     with span("log_probs"):
-        old = OldPolicy(*policy.log_probs(rollouts, entropies=True))
+        old = OldValues(*policy.log_probs(rollouts, entropies=True))
     rollouts = with_policy_scores(rollouts, old.log_probs)
     questions = rollouts.question_ids.unique()
     for i, ids in enumerate(questions.chunk(Setting.MINI_BATCHES)):
@@ -69,7 +69,7 @@ def _train(policy: Any, rollouts: Rollouts) -> None:
             policy,
             objective,
             rollouts.select(responses),
-            old.at(rollouts.token_index(responses)),
+            old.select(rollouts.token_index(responses)),
             first=i == 0,
         )
         with span("train"):

@@ -1,7 +1,7 @@
-"""The loop and the objectives: what is maximised, and when.
+"""The training loop, the exact gradient step, and the objectives that they maximise.
 
-May touch every room below it; the objectives import torch alone. Must not know how a log-prob is computed, how a
-response is sampled or how a reward is found.
+May import every package below it; the objectives import torch alone. Must not know how a log-prob or a reward is
+computed, or how a response is sampled.
 """
 
 from nemo_disco.algorithms.objectives import Objective, ObjectiveOutput, SeparableObjective, build_objective

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_disco.algorithms.mismatch import Token, in_float32, likely_cause, mismatch, tokens_at, worst_tokens
+from nemo_disco.algorithms.mismatch import MismatchedToken, in_float32, likely_cause, mismatch, tokens_at, worst_tokens
 from nemo_disco.config.schema import GenerationConfig, VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Engine, SamplingParams
@@ -33,7 +33,7 @@ _PROBE_PROMPTS, _PROBE_TOKENS = 16, 256
 class Agreement:
     """Compares the log-probs of engine and policy for the same tokens, by verify.max_mismatch and verify.max_kl.
 
-    log: takes lines for the person. dtype_setting: the key that decided the type of the policy's weights.
+    log: prints a line for the user. dtype_setting: the key that decided the type of the policy's weights.
     """
 
     verify: VerifyConfig
@@ -46,16 +46,15 @@ class Agreement:
     def check_step(self, step: int, rollouts: Rollouts, old_log_probs: Tensor) -> None:
         """Compare the rollouts that the step after `step` steps trains on. old_log_probs [T]: the policy's.
 
-        The first step of a run (step 0; not the first one after a resume) raises UserError if the engines disagree, or
-        if any log-prob of either is not finite. A later step logs a warning, one line, if they disagree. A collective.
+        The first step of a run (step 0; not the first one after a resume) raises UserError if engine and policy
+        disagree, or if any log-prob of either is not finite. A later step logs a one-line warning. A collective.
 
-        Not compared after the first step: log-probs of the policy that are not finite, which training made so and whose
-        mini-batches are skipped; and a step with any response of older weights than now, which differs by what training
-        changed. So an asynchronous run compares its first step and the first one after a resume. Dynamic sampling drops
-        groups before this: they are not compared.
+        A later step is not compared if a log-prob of the policy is not finite (its mini-batches are skipped) or if a
+        response was sampled from older weights (its log-probs differ by what training changed). So an asynchronous run
+        compares its first step and the first one after a resume. Groups that dynamic sampling dropped are left out.
         """
         if step == 0:
-            self.require(rollouts, old_log_probs)
+            self.require_agreement(rollouts, old_log_probs)
             return
         if not bool(old_log_probs.isfinite().all()) or int(rollouts.weight_versions.min()) < step:
             return
@@ -64,11 +63,11 @@ class Agreement:
             self.log(f"step {step + 1}: warning: {self._describe(difference)}; see nemo-disco verify")
 
     def check_engine(self, engine: Engine, prompts: PromptSet, temperature: float) -> None:
-        """Sample short responses to a few prompts, and raise UserError if engine and policy give their tokens other
-        log-probs. Afterwards the engine has the policy's weights and is ready. A collective.
+        """Sample short responses to a few prompts, and raise UserError if engine and policy disagree on the log-probs
+        of their tokens. Afterwards the engine has the policy's weights and is ready. A collective.
 
         The embedded engine is not probed: it has no process, version or weights of its own, and a run's first step
-        compares it all the same.
+        compares it anyway.
         """
         if self.generation.engine == "megatron":
             return
@@ -78,11 +77,11 @@ class Agreement:
         responses = engine.generate(prompts.prompts, range(len(prompts)), sampling)
         rollouts = pack_responses(prompts, responses, sampling.max_response_length)
         engine.sleep()  # as in a training step: an engine on the training GPUs leaves the policy no room beside it
-        self.require(rollouts, self._log_probs(rollouts, temperature))
+        self.require_agreement(rollouts, self._log_probs(rollouts, temperature))
         engine.wake()
         engine.update_weights(self.policy.named_weights, int(rollouts.weight_versions.min()))
 
-    def require(self, rollouts: Rollouts, log_probs: Tensor) -> dict[str, float]:
+    def require_agreement(self, rollouts: Rollouts, log_probs: Tensor) -> dict[str, float]:
         """The mismatch of the engine's log-probs to the policy's, log_probs [T]. A collective.
 
         Raises UserError if a log-prob of either is not finite, whatever the limits, or if they differ by more than the
@@ -102,8 +101,7 @@ class Agreement:
         )
         worst = "; ".join(describe_token(self.tokenizer, token) for token in worst_tokens(log_probs, rollouts, 3))
         raise UserError(
-            f"{self._describe(difference)}; worst: {worst}; likely cause: {cause}; "
-            "to go on all the same, raise the limits"
+            f"{self._describe(difference)}; worst: {worst}; likely cause: {cause}; to continue anyway, raise the limits"
         )
 
     def kl_limit(self) -> tuple[float, str]:
@@ -111,7 +109,7 @@ class Agreement:
 
         A missing q/k norm, bias or rope costs 0.1 nats a token and more. Two correct implementations of a real model
         differ by about 1e-3 where they round to bfloat16. An engine that quantizes is held to the strict limit in any
-        precision: it samples from other weights, which is to be allowed knowingly.
+        precision: it samples from other weights, which a user must allow explicitly.
         """
         max_kl, quantization, dtype = self.verify.max_kl, self.generation.quantization, self.policy.dtype
         if max_kl is not None:
@@ -123,7 +121,7 @@ class Agreement:
         return _MAX_KL_BF16, f"verify.max_kl=null: {_MAX_KL_BF16:g} in bfloat16, for its rounding"
 
     def _refuse_non_finite(self, rollouts: Rollouts, log_probs: Tensor) -> None:
-        """Raises UserError if a log-prob of either engine is not finite: no limit says anything of those."""
+        """Raises UserError if a log-prob of either engine is not finite, which no limit can bound."""
         policy, engine = self.policy, f"engine {self.generation.engine}"
         for owner, values in (("policy", log_probs), (engine, rollouts.generation_log_probs)):
             bad = (~values.isfinite()).nonzero()[:, 0].tolist()
@@ -140,7 +138,7 @@ class Agreement:
             raise UserError(f"the {owner} gives {len(bad)} of {len(values)} tokens no finite log-prob: {token}; {hint}")
 
     def _within_limits(self, difference: dict[str, float]) -> bool:
-        """False for nan."""
+        """True if the mismatch passes verify.max_mismatch and kl_limit; False for nan."""
         limit, _ = self.kl_limit()
         return difference["mismatch/mean_exp_abs"] <= self.verify.max_mismatch and difference["mismatch/kl_k3"] <= limit
 
@@ -161,8 +159,8 @@ class Agreement:
             self.policy.temperature = before
 
 
-def describe_token(tokenizer: Any, token: Token) -> str:
-    """A token on which the engines differ, for a message."""
+def describe_token(tokenizer: Any, token: MismatchedToken) -> str:
+    """Token, place and both log-probs, for a message."""
     text = tokenizer.decode([token.token])
     return (
         f"token {token.token} ({text!r}), number {token.place} of response {token.response}: "

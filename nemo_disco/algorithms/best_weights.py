@@ -27,7 +27,7 @@ from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_
 
 @dataclass(eq=False)
 class BestWeights:
-    """Chooses and keeps the best weights. log: takes lines for the person.
+    """Chooses and keeps the best weights. log: prints a line for the user.
 
     chosen: the highest mean Pass@1 so far (score), its step, and a hash of the sets and of how they are sampled and
     graded (of): scores on other sets are not compared with it. The RUN/best of the last checkpoint is kept as

@@ -1,4 +1,4 @@
-"""One mini-batch on the present layout: do engine and trainer agree, and what is the gradient.
+"""One mini-batch on the present layout: compares engine and trainer, and computes the gradient.
 
 The same rollouts and the same perturbation at every layout, so that gradients saved by several can be compared.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_disco.algorithms.agreement import Agreement, describe_token
 from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_tokens
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.step import PROVIDED, OldPolicy, accumulate_gradient
+from nemo_disco.algorithms.step import PROVIDED, OldValues, accumulate_gradient
 from nemo_disco.config.schema import VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.models.weight_files import SafetensorReader
@@ -42,13 +42,13 @@ def verify_mini_batch(
     """
     rollouts = _read_or_sample(config.rollouts, policy, objective, sample)
     old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
-    difference = agreement.require(rollouts, old_log_probs)
+    difference = agreement.require_agreement(rollouts, old_log_probs)
     noise = _noise_floor(policy, rollouts, old_log_probs)
     if config.perturb > 0:
         with SafetensorReader(policy.config.path) as reader:
-            policy.load(_perturbed(reader.read, config.perturb, seed))
-    # The reference is this very model.
-    old = OldPolicy(old_log_probs, entropies, reference_log_probs=old_log_probs)
+            policy.load(_add_noise(reader.read, config.perturb, seed))
+    # The reference is the model from before the perturbation.
+    old = OldValues(old_log_probs, entropies, reference_log_probs=old_log_probs)
     result = accumulate_gradient(policy, objective, rollouts, old, everywhere=True)
     gradients = {n: g.detach().cpu().clone() for n, g in policy.named_gradients()}
     if config.save_gradients and is_first_rank():
@@ -69,8 +69,8 @@ def verify_mini_batch(
     return "\n".join(lines)
 
 
-def check_places(verify: VerifyConfig) -> None:
-    """Raises UserError if a file that is to be written has no directory to be in."""
+def check_output_directories(verify: VerifyConfig) -> None:
+    """Raises UserError if the directory of a file that is to be written does not exist."""
     for key in ("rollouts", "save_gradients"):
         path = getattr(verify, key)
         if path and not Path(path).absolute().parent.is_dir():
@@ -112,16 +112,16 @@ def _mismatch_lines(
 def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> float:
     """|KL_hat| of the policy against itself, from log-probs computed again in other micro-batches: the KL that rounding
     alone makes at theta = theta_old. A collective."""
-    again = torch.empty_like(old_log_probs)
+    recomputed = torch.empty_like(old_log_probs)
     for start in (0, 1):
         rows = torch.arange(start, len(rollouts), 2)
         if len(rows):
-            again[rollouts.token_index(rows).to(again.device)] = policy.log_probs(rollouts.select(rows))[0]
-    return abs(mismatch(again, old_log_probs)["mismatch/kl_k1"])
+            recomputed[rollouts.token_index(rows).to(recomputed.device)] = policy.log_probs(rollouts.select(rows))[0]
+    return abs(mismatch(recomputed, old_log_probs)["mismatch/kl_k1"])
 
 
-def _perturbed(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:
-    """`read`, with noise that depends on the seed and the tensor's name alone: the same at every layout."""
+def _add_noise(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:
+    """`read`, plus noise that depends on the seed and the tensor's name alone: the same at every layout."""
 
     def noisy(name: str) -> Tensor:
         tensor = read(name).double()

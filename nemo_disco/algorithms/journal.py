@@ -116,7 +116,7 @@ class Journal:
         return any(not line.fault and line.value["step"] == step for line in lines)
 
     def log(self, text: str) -> None:
-        """Print one line for the person."""
+        """Print one line for the user."""
         if self._progress is not None:
             self._progress.message(text)
         elif self.writes:

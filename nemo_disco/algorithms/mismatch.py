@@ -36,8 +36,8 @@ def mismatch(old_log_probs: Tensor, generation_log_probs: Tensor) -> dict[str, f
 
 
 @dataclass(frozen=True)
-class Token:
-    """A response token on which the engines differ: index of the response, place in it, token id, both log-probs."""
+class MismatchedToken:
+    """A response token on which trainer and engine differ: response index, place in it, token id, both log-probs."""
 
     response: int
     place: int
@@ -46,19 +46,19 @@ class Token:
     engine: float
 
 
-def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> list[Token]:
+def worst_tokens(old_log_probs: Tensor, rollouts: Rollouts, count: int = 5) -> list[MismatchedToken]:
     """The `count` tokens that differ most, worst first."""
     delta = (old_log_probs.cpu().double() - rollouts.generation_log_probs.double()).abs()
     worst = delta.topk(min(count, len(delta))).indices.tolist()
     return tokens_at(old_log_probs, rollouts, worst)
 
 
-def tokens_at(old_log_probs: Tensor, rollouts: Rollouts, indices: Sequence[int]) -> list[Token]:
+def tokens_at(old_log_probs: Tensor, rollouts: Rollouts, indices: Sequence[int]) -> list[MismatchedToken]:
     """The tokens at `indices` of the packed T response tokens."""
     responses, places = (values[list(indices)].tolist() for values in _places(rollouts))
     tokens = [int(rollouts.response(r)[place]) for r, place in zip(responses, places, strict=True)]
     log_probs = (values[list(indices)].tolist() for values in (old_log_probs, rollouts.generation_log_probs))
-    return [Token(*values) for values in zip(responses, places, tokens, *log_probs, strict=True)]
+    return [MismatchedToken(*values) for values in zip(responses, places, tokens, *log_probs, strict=True)]
 
 
 def likely_cause(
@@ -97,8 +97,8 @@ def likely_cause(
     ):
         return f"it sits on tokens {top.indices.tolist()}: the output layer (tied embeddings, padded vocabulary)"
     if small:
-        how = f"try {in_float32(setting)}" if dtype is torch.bfloat16 else "is the engine in bfloat16, or quantised?"
-        return f"small and everywhere: precision ({how})"
+        hint = f"try {in_float32(setting)}" if dtype is torch.bfloat16 else "is the engine in bfloat16, or quantised?"
+        return f"small and everywhere: precision ({hint})"
     return "large and everywhere: other weights than the trainer's, or another network (bias-activation fusion, norms)"
 
 

@@ -24,19 +24,19 @@ PROVIDED = frozenset({"entropies", "reference_log_probs", "generation_log_probs"
 
 
 @dataclass(frozen=True)
-class OldPolicy:
-    """Values of the T response tokens under the policy that sampled them: log_probs [T]; entropies [T] and
-    reference_log_probs [T] where the objective needs them."""
+class OldValues:
+    """Values of the T response tokens from before the step: log_probs [T] and entropies [T] of the policy that the step
+    begins with, reference_log_probs [T] of the reference; the last two only where the objective needs them."""
 
     log_probs: Tensor
     entropies: Tensor | None = None
     reference_log_probs: Tensor | None = None
 
-    def at(self, index: Tensor) -> OldPolicy:
-        """The values of some tokens."""
+    def select(self, index: Tensor) -> OldValues:
+        """The values of the tokens at index [n], positions among the T tokens."""
         index = index.to(self.log_probs.device)
         entropies, reference = self.entropies, self.reference_log_probs
-        return OldPolicy(
+        return OldValues(
             self.log_probs[index],
             None if entropies is None else entropies[index],
             None if reference is None else reference[index],
@@ -57,7 +57,7 @@ def accumulate_gradient(
     policy: Policy,
     objective: Objective,
     rollouts: Rollouts,
-    old: OldPolicy,
+    old: OldValues,
     *,
     first: bool = False,
     everywhere: bool = False,
@@ -82,11 +82,11 @@ def accumulate_gradient(
             scores, entropies = policy.log_probs(rollouts, entropies=needs_entropies)
     out = objective(mini_batch(scores, entropies))
 
-    seen = torch.zeros(len(old.log_probs) if first else 0, dtype=torch.float64, device=policy.device)
+    pass2_log_probs = torch.zeros(len(old.log_probs) if first else 0, dtype=torch.float64, device=policy.device)
 
     def linear(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tensor:
         if first:
-            seen[index] = log_probs.detach().double()
+            pass2_log_probs[index] = log_probs.detach().double()
         loss = out.token_weights[index].to(log_probs.dtype) * log_probs
         if out.entropy_weights is not None and entropies is not None:
             loss = loss + out.entropy_weights[index].to(entropies.dtype) * entropies
@@ -94,13 +94,13 @@ def accumulate_gradient(
 
     with span("train"):
         policy.accumulate(rollouts, linear, entropies=out.entropy_weights is not None, everywhere=everywhere)
-        seen = policy.share(seen) if first else seen
-    noise = _noise_floor(old.log_probs, seen) if first else {}
+        pass2_log_probs = policy.share(pass2_log_probs) if first else pass2_log_probs
+    noise = _noise_floor(old.log_probs, pass2_log_probs) if first else {}
     return MiniBatchResult(out.metrics | noise, scores, out.token_weights)
 
 
 def _mini_batch(
-    policy: Policy, rollouts: Rollouts, old: OldPolicy, log_probs: Tensor, entropies: Tensor | None
+    policy: Policy, rollouts: Rollouts, old: OldValues, log_probs: Tensor, entropies: Tensor | None
 ) -> MiniBatch:
     """The objective's input, on the policy's device."""
     return MiniBatch(
@@ -119,9 +119,9 @@ def _mini_batch(
     )
 
 
-def _noise_floor(old_log_probs: Tensor, again: Tensor) -> dict[str, float]:
-    """|KL_hat| that rounding makes at theta = theta_old. again [T]: the same policy's log-probs, computed anew."""
-    return {"policy/noise_floor": abs(mismatch(again, old_log_probs)["mismatch/kl_k1"])}
+def _noise_floor(old_log_probs: Tensor, recomputed: Tensor) -> dict[str, float]:
+    """|KL_hat| that rounding makes at theta = theta_old. recomputed [T]: the same policy's log-probs, a second time."""
+    return {"policy/noise_floor": abs(mismatch(recomputed, old_log_probs)["mismatch/kl_k1"])}
 
 
 def _one_pass(
@@ -132,24 +132,24 @@ def _one_pass(
     first: bool,
     everywhere: bool,
 ) -> MiniBatchResult:
-    """An objective whose tokens need only counts and rewards of the others: its loss goes straight into the backward
-    pass, which also shows the log-probs that the metrics are computed from."""
+    """`accumulate_gradient` for an objective whose tokens need only the others' counts and rewards: its loss goes
+    straight into the backward pass, whose log-probs are also those of the metrics."""
     needs_entropies = "entropies" in objective.needs
     token_loss = objective.token_loss(batch)
-    seen = torch.zeros(2 if needs_entropies else 1, batch.n_tokens, dtype=torch.float64, device=policy.device)
+    computed = torch.zeros(2 if needs_entropies else 1, batch.n_tokens, dtype=torch.float64, device=policy.device)
 
     def loss(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tensor:
-        seen[0, index] = log_probs.detach().double()
+        computed[0, index] = log_probs.detach().double()
         if entropies is not None and needs_entropies:
-            seen[1, index] = entropies.detach().double()
+            computed[1, index] = entropies.detach().double()
         return token_loss(index, log_probs, entropies)
 
     with span("train"):
         policy.accumulate(rollouts, loss, entropies=needs_entropies, everywhere=everywhere)
-        seen = policy.share(seen)
-    if not bool(seen.isfinite().all()):
+        computed = policy.share(computed)
+    if not bool(computed.isfinite().all()):
         raise NonFiniteError(f"objective {objective.name}: the policy's log-probs are not finite")
-    entropies = seen[1] if needs_entropies else None
-    out = objective(replace(batch, log_probs=seen[0], entropies=entropies))
-    noise = _noise_floor(batch.old_log_probs, seen[0]) if first else {}
-    return MiniBatchResult(out.metrics | noise, seen[0], out.token_weights)
+    entropies = computed[1] if needs_entropies else None
+    out = objective(replace(batch, log_probs=computed[0], entropies=entropies))
+    noise = _noise_floor(batch.old_log_probs, computed[0]) if first else {}
+    return MiniBatchResult(out.metrics | noise, computed[0], out.token_weights)

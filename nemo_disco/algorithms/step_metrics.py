@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from nemo_disco.algorithms.mismatch import mismatch, worst_tokens
-from nemo_disco.algorithms.step import OldPolicy
+from nemo_disco.algorithms.step import OldValues
 from nemo_disco.data.rollouts import Rollouts
 
 # Names in every line of metrics.jsonl whose values come from mini-batches that were applied.
-MEASURED = (
+MINI_BATCH_METRICS = (
     *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
     *("constraint/active", "constraint/penalty", "grad_norm", "lr", "policy/noise_floor"),
 )
 
 
-def summary(
-    rollouts: Rollouts, old: OldPolicy, history: Sequence[dict[str, float]], *, step: int, skipped: int
+def summarize_step(
+    rollouts: Rollouts, old: OldValues, history: Sequence[dict[str, float]], *, step: int, skipped: int
 ) -> dict[str, Any]:
     """A step's metrics: numbers, and the tokens on which engine and trainer differ most.
 
@@ -29,7 +29,7 @@ def summary(
     this one; skipped: mini-batches of the run that were not applied.
     """
     if not history:  # every mini-batch was skipped: the names stay, without a number
-        history = [dict.fromkeys(MEASURED, float("nan"))]
+        history = [dict.fromkeys(MINI_BATCH_METRICS, float("nan"))]
     names = {name for metrics in history for name in metrics}
     metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
     metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}

@@ -1,6 +1,6 @@
 """The training loop, with NeMo-Aligner's verbs: generate rollouts, train on mini-batches, refit the engine, repeat.
 
-Connects rooms that do not know each other; computes nothing itself. Every rank runs the same loop on the same data, and
+Connects packages that do not import each other; computes nothing. Every rank runs the same loop on the same data, and
 rank 0 alone writes files and prints.
 """
 
@@ -22,8 +22,8 @@ from nemo_disco.algorithms.journal import Journal, TokenValues
 from nemo_disco.algorithms.mismatch import noise_warning
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.objectives.mini_batch import NonFiniteError
-from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
-from nemo_disco.algorithms.step_metrics import summary
+from nemo_disco.algorithms.step import OldValues, accumulate_gradient
+from nemo_disco.algorithms.step_metrics import summarize_step
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.algorithms.validation import Validation
 from nemo_disco.checkpoint import CheckpointWriter
@@ -89,7 +89,7 @@ class Trainer:
                 self._finish_step(written=written)
             if self.step >= limit and written:
                 self.journal.log(f"step {self.step} of {limit}: nothing is left to train")
-            while self.step < limit and not self._stops():
+            while self.step < limit and not self._must_stop():
                 try:
                     self.unfinished = self.train_step()
                 except StoppedError:
@@ -98,7 +98,7 @@ class Trainer:
                 if not self._validation_is_due():
                     self._finish_step()
                 if self._checkpoint_is_due():
-                    self.save()  # before the evaluation, which may take longer than this process lives
+                    self.save()  # before the evaluation, during which a time limit may end the process
                 if self.unfinished is not None:
                     self._finish_step()
             if self.saved != self.step:
@@ -121,7 +121,7 @@ class Trainer:
         """One step: rollouts, then a gradient step a mini-batch, then the new weights into the engine. Asynchronously,
         the engine samples the next step's rollouts meanwhile, from the weights that this step began with."""
         with record_spans() as seconds:
-            with self._profiled(), span("step"):
+            with self._profile_step(), span("step"):
                 metrics = self._train_step()
             return metrics | {f"time/{name}": value for name, value in seconds.items()}
 
@@ -134,13 +134,13 @@ class Trainer:
             self.collector.request_ahead(self.step + 1)
         try:
             metrics = {**batch.counts} | self.run_training(batch.rollouts, values)
-        finally:  # those of a step that fails are there to read too
+        finally:  # also when the step fails, so that its responses can be read
             self.journal.write_rollouts(self.step + 1, batch, values)
         self.step += 1
         self._warn(batch, metrics)
         self._renew_reference()
         if self._checkpoint_is_due() or self._validation_is_due():
-            self._refuse_unsound()  # now, while the engine sleeps
+            self._refuse_faulty_weights()  # now, while the engine sleeps
         self.collector.receive(self.step)
         with span("refit"):
             if not self.asynchronous:
@@ -156,17 +156,17 @@ class Trainer:
     def run_training(self, rollouts: Rollouts, values: TokenValues | None = None) -> dict[str, Any]:
         """Take a gradient step on each mini-batch of the rollouts; returns the step's metrics.
 
-        values: receives the tokens' values. Raises UserError at the first step if the engine's log-probs are not the
-        policy's.
+        values: takes the saved responses' token values. Raises UserError at the first step if engine and policy
+        disagree on the log-probs.
         """
         with span("log_probs"):
             reference = None if self.reference is None else self.reference.log_probs(rollouts)
-            old = OldPolicy(*self.policy.log_probs(rollouts, entropies=True), reference)
+            old = OldValues(*self.policy.log_probs(rollouts, entropies=True), reference)
         self.agreement.check_step(self.step, rollouts, old.log_probs)
         history: list[dict[str, float]] = []
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)
-            old_part = old.at(rollouts.token_index(responses))
+            old_part = old.select(rollouts.token_index(responses))
             self.divergence.begin(part, old_part.log_probs)
             try:
                 result = accumulate_gradient(self.policy, self.objective, part, old_part, first=not history)
@@ -185,11 +185,11 @@ class Trainer:
             history.append(result.metrics | {"grad_norm": update.grad_norm, "lr": update.lr})
         seconds = recorded_seconds()
         speed = self.throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])
-        return summary(rollouts, old, history, step=self.step, skipped=self.divergence.skipped) | speed
+        return summarize_step(rollouts, old, history, step=self.step, skipped=self.divergence.skipped) | speed
 
     def run_validation(self) -> list[EvaluationResult] | None:
         """Score the present weights on every evaluation set; None if the run was asked to stop meanwhile."""
-        return self.validation.run(self.step, self._stops)
+        return self.validation.run(self.step, self._must_stop)
 
     # --- state ---
 
@@ -206,7 +206,7 @@ class Trainer:
         self.divergence.saved()
 
     def state_dict(self) -> dict[str, Any]:
-        """The loop's own state, as JSON; weights, optimizer and torch's RNG are the checkpoint's."""
+        """The loop's own state, as JSON; a checkpoint saves weights, optimizer and torch's RNG beside it."""
         return {
             "step": self.step,
             "best": self.best.chosen,
@@ -216,7 +216,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state that a checkpoint holds. Raises UserError if its questions are others (data.if_changed)."""
+        """Restore a checkpoint's state. Raises UserError if the questions have changed since (data.if_changed)."""
         self.step = state["step"]
         self.collector.load_state_dict(state)
         self.divergence.load_state_dict(state)
@@ -225,7 +225,7 @@ class Trainer:
 
     # --- parts ---
 
-    def _profiled(self) -> AbstractContextManager[None]:
+    def _profile_step(self) -> AbstractContextManager[None]:
         if self.step + 1 not in self.exp_manager.profile_steps:
             return nullcontext()
         return profile_block(self.journal.run.profile / f"step_{self.step + 1}", dist.get_rank())
@@ -235,7 +235,7 @@ class Trainer:
         every = self.algorithm.reference_reset_steps
         if self.reference is not None and every and self.step % every == 0 and not self.divergence.in_a_row:
             self.reference.become(self.policy)
-            self.journal.log(f"step {self.step}: the policy of now is the reference from here on")
+            self.journal.log(f"step {self.step}: the policy becomes the reference from here on")
 
     def _mini_batches(self, rollouts: Rollouts) -> list[torch.Tensor]:
         """The indices of each mini-batch's responses: whole questions, in the order in which they were sampled."""
@@ -300,45 +300,45 @@ class Trainer:
             return
         if not self.asynchronous:
             self.engine.sleep()  # nothing is sampled any more
-        self._refuse_unsound()
+        self._refuse_faulty_weights()
         self.save()
 
     def _log_stop(self) -> None:
-        done = f"saved step {self.saved}" if self.saved else "nothing is saved yet"
-        done = done if self.step else "before the first step"
-        done += ", whose evaluation has not finished" if self.step and self.unfinished is not None else ""
-        self.journal.log(f"asked to stop by {self.stop.signal_name}: {done}; the same command continues the run")
+        progress = f"saved step {self.saved}" if self.saved else "nothing is saved yet"
+        progress = progress if self.step else "before the first step"
+        progress += ", whose evaluation has not finished" if self.step and self.unfinished is not None else ""
+        self.journal.log(f"asked to stop by {self.stop.signal_name}: {progress}; the same command continues the run")
 
-    def _refuse_unsound(self) -> None:
-        """Raises UserError if the weights, which are about to be kept, are of no use. A collective."""
+    def _refuse_faulty_weights(self) -> None:
+        """Raises UserError if the weights, which are about to be kept, have a fault. A collective."""
         if fault := self.divergence.fault():
-            raise self._diverged(self.step, fault)
+            raise self._divergence_error(self.step, fault)
 
     def _skip(self, reason: str) -> None:
         """Count a mini-batch that is not applied. Raises UserError after MAX_SKIPPED in a row."""
-        over = self.divergence.skip()
+        ends = self.divergence.skip()
         self.journal.log(
             f"step {self.step + 1}: a mini-batch was skipped ({self.divergence.skipped} so far): {reason}; nothing is "
             "saved until one is applied"
         )
-        if over:
-            raise self._diverged(
+        if ends:
+            raise self._divergence_error(
                 self.step + 1, f"{MAX_SKIPPED} mini-batches in a row had no finite gradient ({reason})"
             )
 
-    def _diverged(self, step: int, reason: str) -> UserError:
+    def _divergence_error(self, step: int, reason: str) -> UserError:
         """The error that ends a run that has diverged. A collective."""
         self.writer.wait()
         last = checkpoint.latest(self.journal.run.checkpoints)
         if last is None:
-            left = "there is no checkpoint yet"
+            advice = "there is no checkpoint yet"
         elif self.divergence.moved:
-            left = f"the last checkpoint, {last}, is from before it and was kept"
+            advice = f"the last checkpoint, {last}, is from before that and was kept"
         else:
-            left = f"none was applied since {last}: if that one is at fault, remove it to go on from an earlier one"
-        return UserError(f"step {step}: {reason}; {left}; lower model.optim.lr, then start again")
+            advice = f"none was applied since {last}: if that one is at fault, remove it to resume from an earlier one"
+        return UserError(f"step {step}: {reason}; {advice}; lower model.optim.lr, then start again")
 
-    def _stops(self) -> bool:
+    def _must_stop(self) -> bool:
         """True if any rank was signalled or cannot save: all must leave the loop after the same step. A collective."""
         votes = torch.tensor([self.stop.number, int(self.writer.failed)], device=self.policy.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)

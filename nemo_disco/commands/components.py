@@ -171,7 +171,7 @@ def build_collector(
     log: Callable[[str], None],
     dynamic_sampling_rounds: int = 0,
 ) -> Collector:
-    """The collector of the rollouts that the objective needs. log: takes lines for the person."""
+    """The collector of the rollouts that the objective needs. log: prints a line for the user."""
     return Collector(
         config.generation,
         engine=parts.engine,

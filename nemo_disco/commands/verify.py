@@ -1,4 +1,4 @@
-"""`nemo-disco verify`: one mini-batch on the present layout: do engine and trainer agree, and what is the gradient."""
+"""`nemo-disco verify`: compare engine and trainer on one mini-batch, and compute its gradient on the present layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import closing
 import torch
 
 from nemo_disco.algorithms.agreement import Agreement
-from nemo_disco.algorithms.gradient_check import check_places, verify_mini_batch
+from nemo_disco.algorithms.gradient_check import check_output_directories, verify_mini_batch
 from nemo_disco.commands import components
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.question_order import QuestionOrder
@@ -17,7 +17,7 @@ from nemo_disco.runtime.collectives import is_first_rank
 
 def main(config: RunConfig) -> int:
     """Print the report of one mini-batch. Raises UserError if engine and trainer disagree."""
-    check_places(config.verify)
+    check_output_directories(config.verify)
     objective = components.build_run_objective(config)
     dtype = getattr(torch, config.verify.dtype) if config.verify.dtype else None
     with components.process_groups(config):

@@ -79,7 +79,7 @@ class _Ahead:
 class Collector:
     """Collects each step's rollouts. Its memory (the order of the questions, signals) is its state.
 
-    log: takes lines for the person. dynamic_sampling_rounds: at most so many further requests a step.
+    log: prints a line for the user. dynamic_sampling_rounds: at most so many further requests a step.
     restart_if_changed: begin the questions anew where a checkpoint's were others (data.if_changed=restart).
     """
 

@@ -194,9 +194,9 @@ def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
 def test_a_signal_that_came_to_another_rank_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = bare_trainer(compose("quickstart"), policy=Mock(device="cpu"))
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.fill_(0))
-    assert not algorithm._stops() and not algorithm.stop.number
+    assert not algorithm._must_stop() and not algorithm.stop.number
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.copy_(torch.tensor([15, 0])))
-    assert algorithm._stops() and algorithm.stop.signal_name == "SIGTERM"
+    assert algorithm._must_stop() and algorithm.stop.signal_name == "SIGTERM"
 
 
 def test_without_a_hinge_no_noise_is_too_much() -> None:

@@ -22,7 +22,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made.asynchronous = False
     made.exp_manager.profile_steps = [2, 3]
     made.journal.run.profile = tmp_path
-    made._profiled = lambda: Trainer._profiled(made)
+    made._profile_step = lambda: Trainer._profile_step(made)
     made._train_step = lambda: Trainer._train_step(made)
     made._validation_is_due.return_value = False
     made.generate_rollouts.return_value.counts = {}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import model_config, random_rollouts, reference_log_probs, reference_model, save_model
 
 from nemo_disco.algorithms import build_objective
-from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.algorithms.step import OldValues, accumulate_gradient
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy import parallel
@@ -105,7 +105,7 @@ def test_gradient_equals_the_dense_pass(
     objective = build_objective(
         {"name": "disco", "score": score, "tau": TAU, "constraint": {"beta": BETA, "delta": 0.5 * kl}}
     )
-    metrics = accumulate_gradient(policy, objective, rollouts, OldPolicy(old)).metrics
+    metrics = accumulate_gradient(policy, objective, rollouts, OldValues(old)).metrics
     assert metrics["constraint/active"] == 1.0
     gradients = {n: g.double() for n, g in policy.named_gradients()}
     errors = {n: float((gradients[n] - g).norm() / g.norm()) for n, g in expected.items()}
@@ -124,7 +124,7 @@ def test_one_pass_gives_the_gradient_and_metrics_of_two(model_path: Path, rollou
     policy.load(perturbed(model_path).__getitem__)
     objective = build_objective({"name": name})
     assert objective.separable
-    old_policy = OldPolicy(old, entropies)
+    old_policy = OldValues(old, entropies)
     one = accumulate_gradient(policy, objective, rollouts, old_policy)
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
 
@@ -147,7 +147,7 @@ def test_the_first_mini_batch_needs_no_forward_pass(
     config = model_config(model_path, token_budget=512)
     parallel.start(config)
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
-    old = OldPolicy(*policy.log_probs(rollouts))
+    old = OldValues(*policy.log_probs(rollouts))
     objective = build_objective({"name": "disco"})
     with_pass = accumulate_gradient(policy, objective, rollouts, old).metrics
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
@@ -165,7 +165,7 @@ def test_the_noise_floor_is_how_far_the_policy_is_from_itself(name: str, model_p
     parallel.start(config)
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
     log_probs, entropies = policy.log_probs(rollouts, entropies=True)
-    old = OldPolicy(log_probs - 3e-5, entropies)
+    old = OldValues(log_probs - 3e-5, entropies)
     found = accumulate_gradient(policy, build_objective({"name": name}), rollouts, old, first=True)
     assert found.metrics["policy/noise_floor"] == pytest.approx(3e-5, rel=1e-6)
 

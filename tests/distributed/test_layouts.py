@@ -28,7 +28,7 @@ from tiny_models import (
 )
 
 from nemo_disco.algorithms import build_objective
-from nemo_disco.algorithms.step import OldPolicy, accumulate_gradient
+from nemo_disco.algorithms.step import OldValues, accumulate_gradient
 from nemo_disco.generation.engine import Response, SamplingParams
 from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy import parallel
@@ -125,7 +125,7 @@ def measure(
         log_probs, entropies = policy.log_probs(rollouts, entropies=True)
         sampled = answered(prompts, responses)
         mismatch = policy.log_probs(sampled)[0] - sampled.generation_log_probs
-        objective, old = build_objective(OBJECTIVE), OldPolicy(log_probs)
+        objective, old = build_objective(OBJECTIVE), OldValues(log_probs)
         for weights in moves:
             policy.load(weights.__getitem__)
             result = accumulate_gradient(policy, objective, rollouts, old, everywhere=True)

@@ -168,7 +168,7 @@ def test_a_reference_that_is_reset_goes_on_bit_for_bit(ranks, four, tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     back_to_step_2(tmp_path / "again")
     again = four("again", *grpo, ranks=ranks)
-    assert "step 3: the policy of now is the reference from here on" in again.out
+    assert "step 3: the policy becomes the reference from here on" in again.out
     assert_same(tmp_path / "again", tmp_path / "whole")
     saved = tensors(tmp_path / "whole/checkpoints/step_4")
     mine = {name: t for name, t in saved.items() if f"reference.{name}" in saved}

@@ -27,7 +27,7 @@ def test_an_engine_that_disagrees_is_refused_with_tokens_and_cause(commands, tmp
     assert re.match(
         r"error: trainer and engine megatron disagree: mean e\^\|d\| 1\.0\d+ \(verify.max_mismatch=1.05\), "
         r"KL 0\.00\d+ \(verify.max_kl=null: 0.001 in float32\); worst: token \d+ .*: trainer -\S+, engine -?\S+; .*; "
-        r"likely cause: small and everywhere: precision .*; to go on all the same, raise the limits$",
+        r"likely cause: small and everywhere: precision .*; to continue anyway, raise the limits$",
         done.err,
     )
     commands("verify", f"verify.rollouts={file}", "verify.max_mismatch=1.2", "verify.max_kl=0.1").ok()
