@@ -104,13 +104,13 @@ class ModelShape:
         }
 
     def _weight(self, weight: Weight, layer: int | None = None) -> ModelWeight:
-        here, there = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
+        megatron_prefix, hf_prefix = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
         sizes = [self._shape(axes) for axes in weight.sizes]
         return ModelWeight(
             layer,
-            key=here + weight.name,
-            local_key=here + (weight.local_name or weight.name),
-            parts=tuple((there + name, shape) for name, shape in zip(weight.parts, sizes, strict=True)),
+            key=megatron_prefix + weight.name,
+            local_key=megatron_prefix + (weight.local_name or weight.name),
+            parts=tuple((hf_prefix + name, shape) for name, shape in zip(weight.parts, sizes, strict=True)),
             split=weight.split,
             groups=1 if weight.groups is None else getattr(self, weight.groups),
         )

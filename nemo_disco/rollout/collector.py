@@ -36,7 +36,7 @@ class RolloutBatch:
     counts: Mapping[str, float] = field(default_factory=dict)
 
     def mixed_groups(self) -> dict[int, bool]:
-        """True for each question id with right and wrong responses, in the order of the prompts."""
+        """For each question id, in the order of the prompts: True if it has right and wrong responses."""
         verdicts: dict[int, set[bool]] = {}
         for question, correct in zip(self.rollouts.question_ids.tolist(), self.rollouts.correct.tolist(), strict=True):
             verdicts.setdefault(question, set()).add(correct)
@@ -66,7 +66,7 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """The next step's request, made before its turn; `batch` once received. state: the collector's before it."""
+    """Request for the next step, made while the policy trains. state: the collector's before it."""
 
     indices: list[int]
     state: dict[str, Any]

@@ -21,7 +21,7 @@ OnGraded = Callable[[int, Response, str, float], None]
 class EarlyGrading:
     """Grades responses to `prompts`: pass `finished` to the engine, then call `collect`.
 
-    texts: of all responses, those that `finished` has not seen once `collect` has been called.
+    texts: of the responses; before `collect` only of those that were passed to `finished`.
     """
 
     def __init__(self, grader: Grader, prompts: PromptSet, on_graded: OnGraded | None = None) -> None:

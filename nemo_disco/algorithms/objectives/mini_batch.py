@@ -80,9 +80,9 @@ class MiniBatch:
     def _check_types(self) -> None:
         for name in _PER_TOKEN + _PER_RESPONSE:
             value = getattr(self, name)
-            wanted = "bool" if name in _BOOL else "integers" if name in _INTEGER else "floating point"
-            if value is not None and name != "rewards" and _kind(value) != wanted:
-                raise ValueError(f"mini-batch: {name} must be {wanted}; it is {value.dtype}")
+            kind = "bool" if name in _BOOL else "integers" if name in _INTEGER else "floating point"
+            if value is not None and name != "rewards" and _kind(value) != kind:
+                raise ValueError(f"mini-batch: {name} must be {kind}; it is {value.dtype}")
 
     def _check_finite(self) -> None:
         for name in ("rewards", *self.columns):
@@ -101,17 +101,17 @@ class MiniBatch:
                 raise NonFiniteError(f"mini-batch: {name} is {float(value[t])} at {self.describe_token(t)}")
 
     def get(self, name: str) -> Tensor | None:
-        """An optional field or a column; None where the mini-batch has it not."""
+        """An optional field or a column; None if the mini-batch lacks it."""
         return self.columns[name] if name in self.columns else getattr(self, name, None)
 
     def __getitem__(self, name: str) -> Tensor:
-        """An optional field or a column. Raises KeyError where the mini-batch has it not."""
+        """An optional field or a column. Raises KeyError if the mini-batch lacks it."""
         if (value := self.get(name)) is None:
             raise KeyError(name)
         return value
 
     def describe_token(self, t: int) -> str:
-        """Where token t of the packed T stands, for a message."""
+        """The response, place and question of packed token t, for a message."""
         i = int((self.lengths.cumsum(0) <= t).sum())
         start = int(self.lengths[:i].sum())
         return f"token {t} (number {t - start} of response {i}, question {int(self.question_ids[i])})"
@@ -142,7 +142,7 @@ class MiniBatch:
 
     @cached_property
     def groups(self) -> Groups:
-        """Which responses answer the same question."""
+        """The responses, grouped by question."""
         return Groups.of(self.question_ids)
 
 
