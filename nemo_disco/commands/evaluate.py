@@ -21,7 +21,7 @@ from nemo_disco.runtime.rundir import RunDirectory
 def main(config: RunConfig) -> int:
     """Write a result and every sample of each set to the run directory, and print the tables."""
     run = RunDirectory(config.exp_manager.explicit_log_dir)
-    # In the directory of a training run the result must not pass for the one before training.
+    # In the directory of a training run the result must not be mistaken for the one before training.
     directory = run.path / "evaluate" if run.metrics.exists() else run.evaluation
     source = model_source(config.model.path)
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": source.hugging_face})})

@@ -43,7 +43,7 @@ def main(config: RunConfig) -> int:
     run = RunDirectory(config.exp_manager.explicit_log_dir)
     objective = components.build_run_objective(config)
     with components.process_groups(config), components.locked(run):
-        # All that may be refused is read before the policy is built.
+        # Every input is read and checked before the policy is built.
         _refuse_used(run, config)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         data = config.data

@@ -66,7 +66,7 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """Request for the next step, made while the policy trains. state: the collector's before it."""
+    """The next step's request, made while the policy trains; `receive` sets batch. state: the collector's before it."""
 
     indices: list[int]
     state: dict[str, Any]
