@@ -29,7 +29,7 @@ from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_
 class BestWeights:
     """Chooses and keeps the best weights. log: prints a line for the user.
 
-    chosen: the highest mean Pass@1 so far (score), its step, and a hash of the sets and of how they are sampled and
+    record: the highest mean Pass@1 so far (score), its step, and a hash of the sets and of how they are sampled and
     graded (of): scores on other sets are not compared with it. The RUN/best of the last checkpoint is kept as
     RUN/best.before until there is a later checkpoint: a run that resumes there gets it back. Every method is a
     collective.
@@ -37,7 +37,7 @@ class BestWeights:
 
     run: RunDirectory
     log: Callable[[str], None]
-    chosen: ModelRecord | None = None
+    record: ModelRecord | None = None
 
     @property
     def before(self) -> Path:
@@ -45,51 +45,51 @@ class BestWeights:
         return self.run.path / "best.before"
 
     def consider(self, step: int, results: Sequence[EvaluationResult]) -> bool:
-        """True if the present weights have the highest mean Pass@1 so far by their results; they are then `chosen`."""
+        """True if the present weights have the highest mean Pass@1 so far by their results; `record` is then theirs."""
         if not results:
             return False
         score, sets = float(np.mean([result.correct.mean() for result in results])), _hash_of_sets(results)
-        if self.chosen is not None and self.chosen["of"] != sets:
+        if self.record is not None and self.record["of"] != sets:
             self._begin_anew(step)
-        if self.chosen is not None and score <= self.chosen["score"]:
+        if self.record is not None and score <= self.record["score"]:
             return False
-        self.chosen = {"step": step, "score": score, "of": sets}
+        self.record = {"step": step, "score": score, "of": sets}
         return True
 
     def keep(self, policy: Policy, saved: int) -> None:
-        """Write the present weights, which were chosen, as RUN/best. saved: the step of the last complete checkpoint; 0
-        if there is none."""
-        assert self.chosen is not None
+        """Write the present weights, which `consider` found best, as RUN/best. saved: the step of the last complete
+        checkpoint; 0 if there is none."""
+        assert self.record is not None
         first(lambda: self._keep_before(saved))
-        policy.export(self.run.best, as_files(self.chosen))
-        score, step = self.chosen["score"], self.chosen["step"]
+        policy.export(self.run.best, as_files(self.record))
+        score, step = self.record["score"], self.record["step"]
         self.log(f"step {step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.run.best}")
 
     def release(self, saved: int) -> None:
         """Remove RUN/best.before if a run that resumes at the last checkpoint, of step `saved`, does not need it."""
-        if self.chosen is None or self.chosen["step"] <= saved:
+        if self.record is None or self.record["step"] <= saved:
             first(lambda: remove(self.before))
 
-    def load_state(self, chosen: Any, step: int) -> None:
-        """Resume from a checkpoint of `step`, whose state has `chosen` (a number in an earlier version: ignored). A
-        RUN/best of a later step is removed, and the one before it put back; both are logged."""
-        known: ModelRecord | None = chosen if isinstance(chosen, dict) else None  # type: ignore[assignment]
-        self.chosen, note = first(lambda: self._settle(known, step))
+    def load_state(self, state: Any, step: int) -> None:
+        """Resume from a checkpoint of `step`. state: its `record` (a number in an earlier version: ignored). A RUN/best
+        of a later step is removed, and the one before it put back; both are logged."""
+        record: ModelRecord | None = state if isinstance(state, dict) else None  # type: ignore[assignment]
+        self.record, note = first(lambda: self._restore(record, step))
         if note:
             self.log(note)
 
-    def _settle(self, known: ModelRecord | None, step: int) -> tuple[ModelRecord | None, str]:
-        """Make RUN/best one of a step up to `step`, or none. Returns the new `chosen` and a note for the log."""
+    def _restore(self, record: ModelRecord | None, step: int) -> tuple[ModelRecord | None, str]:
+        """Make RUN/best one of a step up to `step`, or none. Returns the new `record` and a note for the log."""
         best = self.run.best
         with writing(best):
             present, before = read_record(best), read_record(self.before)
             if present is not None and present["step"] <= step:
                 remove(self.before)
                 return present, ""
-            gone = f"{best} was of step {present['step']}, beyond step {step}" if present else f"{best} is not there"
+            reason = f"{best} was of step {present['step']}, beyond step {step}" if present else f"{best} is not there"
             if before is not None and before["step"] <= step:
                 put_in_place(self.before, best)
-                return before, f"{gone}: the best of step {before['step']}, which it had replaced, is there again"
+                return before, f"{reason}: the best of step {before['step']}, which it had replaced, is there again"
             remove(self.before)
             if present is not None:
                 remove(best)
@@ -98,10 +98,10 @@ class BestWeights:
                 others = (unknown.with_name(f"{unknown.name}.{n}") for n in itertools.count(2))
                 place = first_free(itertools.chain([unknown], others))
                 best.rename(place)
-                gone = f"{best} did not say of which step it was, and is now {place}"
-            if known is not None and known["step"] > 0:
-                return None, f"{gone}: the best is chosen anew"
-            return known, f"{gone}, and was removed" if present is not None else ""
+                reason = f"{best} did not say of which step it was, and is now {place}"
+            if record is not None and record["step"] > 0:
+                return None, f"{reason}: the best is chosen anew"
+            return record, f"{reason}, and was removed" if present is not None else ""
 
     def _keep_before(self, saved: int) -> None:
         """Link RUN/best as RUN/best.before if it is that of the last checkpoint; without hard links, rename it."""
@@ -117,20 +117,20 @@ class BestWeights:
                 self.run.best.rename(self.before)
 
     def _begin_anew(self, step: int) -> None:
-        """Forget `chosen`, since the sets are others now; its weights are kept under another name."""
-        assert self.chosen is not None
+        """Forget `record`, since the sets are others now; its weights are kept under another name."""
+        assert self.record is not None
         best = self.run.best
-        kept = self.run.path / f"best.step_{self.chosen['step']}"
+        destination = self.run.path / f"best.step_{self.record['step']}"
 
-        def keep() -> bool:
-            if not best.is_dir() or kept.exists():
+        def rename() -> bool:
+            if not best.is_dir() or destination.exists():
                 return False
-            best.rename(kept)
+            best.rename(destination)
             return True
 
-        note = f"; {best} of step {self.chosen['step']} is now {kept}" if first(keep) else ""
-        self.log(f"step {step}: the evaluations are others than before: the best is chosen anew{note}")
-        self.chosen = None
+        note = f"; {best} of step {self.record['step']} is now {destination}" if first(rename) else ""
+        self.log(f"step {step}: the evaluation sets or settings changed: the best is chosen anew{note}")
+        self.record = None
 
 
 def _hash_of_sets(results: Sequence[EvaluationResult]) -> str:

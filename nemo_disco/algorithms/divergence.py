@@ -21,17 +21,17 @@ MAX_SKIPPED = 3
 
 @dataclass(eq=False)
 class Divergence:
-    """Follows the mini-batches of a run: call `begin` before each, then `applied` or `skip`.
+    """Follows the mini-batches of a run: call `begin` before each, then `record_update` or `skip`.
 
     While mini-batches are being skipped no weights are kept: no checkpoint, no best/, no export/. Nor are weights with
-    a `fault`, which a step's last update may have caused unnoticed. Useless weights without one of these faults are not
-    detected here: the metrics and the evaluations show them.
+    a fault (`find_fault`), which a step's last update may have caused unnoticed. Useless weights without one of these
+    faults are not detected here: the metrics and the evaluations show them.
     """
 
     policy: Policy
     skipped: int = 0  # mini-batches of the whole run that were not applied
     in_a_row: int = 0
-    moved: bool = False  # True if a mini-batch was applied since the last checkpoint
+    updated_since_checkpoint: bool = False
     _last: tuple[Rollouts, Tensor] | None = None
     _fault: str | None = None
 
@@ -39,13 +39,13 @@ class Divergence:
         """Start on a mini-batch. old_log_probs [T]: the policy's, before the step."""
         self._last, self._fault = (mini_batch, old_log_probs), None
 
-    def applied(self) -> None:
-        """The mini-batch has updated the weights."""
-        self.moved, self.in_a_row = True, 0
+    def record_update(self) -> None:
+        """Record that the mini-batch has updated the weights."""
+        self.updated_since_checkpoint, self.in_a_row = True, 0
 
-    def saved(self) -> None:
-        """A checkpoint of the present weights is being written."""
-        self.moved = False
+    def record_checkpoint(self) -> None:
+        """Record that a checkpoint of the present weights is being written."""
+        self.updated_since_checkpoint = False
 
     def skip(self) -> bool:
         """Count a mini-batch that is not applied; returns True if the run is to end."""
@@ -53,14 +53,14 @@ class Divergence:
         self.in_a_row += 1
         return self.in_a_row >= MAX_SKIPPED
 
-    def fault(self) -> str:
+    def find_fault(self) -> str:
         """A proven fault of the present weights, or "". A collective: a forward and a backward pass on the last
         mini-batch, once after each update, which change nothing."""
         if self._fault is None:
-            self._fault = "" if self._last is None else self._find_fault(*self._last)
+            self._fault = "" if self._last is None else self._check_weights(*self._last)
         return self._fault
 
-    def _find_fault(self, mini_batch: Rollouts, old_log_probs: Tensor) -> str:
+    def _check_weights(self, mini_batch: Rollouts, old_log_probs: Tensor) -> str:
         policy = self.policy
         log_probs = policy.log_probs(mini_batch)[0]
         if not bool(log_probs.isfinite().all()) or not policy.has_finite_weights():

@@ -87,15 +87,15 @@ class Journal:
     _progress: Progress | None = None
 
     @contextmanager
-    def watch(self, max_steps: int, start_step: int) -> Iterator[None]:
+    def open(self, max_steps: int, start_step: int) -> Iterator[None]:
         """Open the sinks and the progress. Lines of metrics.jsonl beyond start_step, of a process that was killed, are
         dropped."""
         if not self.writes:
             yield
             return
-        also = [name for name in ("tensorboard", "wandb", "mlflow") if getattr(self.config, name)]
+        services = [name for name in ("tensorboard", "wandb", "mlflow") if getattr(self.config, name)]
         with (
-            open_sinks(self.run, start_step or None, also, self.settings) as self._sinks,
+            open_sinks(self.run, start_step or None, services, self.settings) as self._sinks,
             Progress(max_steps, start_step, self.delta) as self._progress,
         ):
             yield
@@ -109,7 +109,7 @@ class Journal:
                 sink.write(step, metrics)
             self._progress.update({"step": step, **metrics})
 
-    def has(self, step: int) -> bool:
+    def has_step(self, step: int) -> bool:
         """True if metrics.jsonl has the line of a step. Called on rank 0."""
         path = self.run.metrics
         lines = read_json_lines(path, MetricsLine) if path.exists() else ()
@@ -122,7 +122,7 @@ class Journal:
         elif self.writes:
             log.info(text)
 
-    def evaluated(self, results: Sequence[EvaluationResult]) -> None:
+    def write_evaluations(self, results: Sequence[EvaluationResult]) -> None:
         """Write the results of an evaluation, and log their Pass@1."""
         for result in results if self.writes else ():
             self.run.check_held()
@@ -135,15 +135,15 @@ class Journal:
             )
 
     def saved_rows(self, responses: int) -> range:
-        """The indices of a step's responses that are saved: the last ones, since the first mini-batch sees no ratio."""
+        """The indices of a step's responses that are saved: the last, as log_ratios are 0 in the first mini-batch."""
         return range(max(0, responses - self.config.saved_rollouts) if self.writes else responses, responses)
 
     def write_rollouts(self, step: int, batch: RolloutBatch, values: TokenValues | None = None) -> None:
         """Save responses of a step, to read: one JSON object a line. values: of their tokens, once trained on."""
         if not (rows := self.saved_rows(len(batch.texts))):
             return
-        known = values.by_response if values else {}
-        lines = [_line(batch, i) | (_token_fields(batch, i, known[i]) if i in known else {}) for i in rows]
+        by_row = values.by_response if values else {}
+        lines = [_line(batch, i) | (_token_fields(batch, i, by_row[i]) if i in by_row else {}) for i in rows]
         self.run.check_held()
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.run.rollout_file(step), text)

@@ -77,8 +77,8 @@ class Trainer:
         """Train to trainer.max_steps, or to the step in which a signal asked to stop; save in any case."""
         limit = self.config.max_steps
         self.engine.update_weights(self.policy.named_weights, self.step)
-        written = self.unfinished is None or first(lambda: self.journal.has(self.step))
-        with self.stop, self.journal.watch(limit, self.step if written else self.step - 1), self.writer:
+        written = self.unfinished is None or first(lambda: self.journal.has_step(self.step))
+        with self.stop, self.journal.open(limit, self.step if written else self.step - 1), self.writer:
             self.saved = self.step
             if self.step == 0:
                 if sets := self.validation.sets:  # a wrong engine is refused before hours of evaluation
@@ -179,7 +179,7 @@ class Trainer:
             if not update.applied:
                 self._skip(f"the gradient's norm is {update.grad_norm}")
                 continue
-            self.divergence.applied()
+            self.divergence.record_update()
             if values is not None:
                 values.add(responses, part, result, old_part.log_probs)
             history.append(result.metrics | {"grad_norm": update.grad_norm, "lr": update.lr})
@@ -203,13 +203,13 @@ class Trainer:
         self.best.release(self.saved)
         self.writer.save(self.policy, checkpoints, self.step, self.state_dict(), keep, self.reference)
         self.saved = self.step
-        self.divergence.saved()
+        self.divergence.record_checkpoint()
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's own state, as JSON; a checkpoint saves weights, optimizer and torch's RNG beside it."""
         return {
             "step": self.step,
-            "best": self.best.chosen,
+            "best": self.best.record,
             "unfinished": None if self.unfinished is None else strict_metrics(self.unfinished),
             **self.divergence.state_dict(),
             **self.collector.state_dict(),
@@ -311,7 +311,7 @@ class Trainer:
 
     def _refuse_faulty_weights(self) -> None:
         """Raises UserError if the weights, which are about to be kept, have a fault. A collective."""
-        if fault := self.divergence.fault():
+        if fault := self.divergence.find_fault():
             raise self._divergence_error(self.step, fault)
 
     def _skip(self, reason: str) -> None:
@@ -332,7 +332,7 @@ class Trainer:
         last = checkpoint.latest(self.journal.run.checkpoints)
         if last is None:
             advice = "there is no checkpoint yet"
-        elif self.divergence.moved:
+        elif self.divergence.updated_since_checkpoint:
             advice = f"the last checkpoint, {last}, is from before that and was kept"
         else:
             advice = f"none was applied since {last}: if that one is at fault, remove it to resume from an earlier one"

@@ -27,19 +27,19 @@ from nemo_disco.algorithms.divergence import Divergence
 )
 def test_the_weights_of_an_update_are_looked_at_once(fault: str, changes: dict[str, Any]) -> None:
     """drop: of the log-probs of what the policy sampled, by the update."""
-    given: dict[str, Any] = {"drop": 0.0, "finite_weights": True, "gradient": 1.0, "fp8": None} | changes
+    behaviour: dict[str, Any] = {"drop": 0.0, "finite_weights": True, "gradient": 1.0, "fp8": None} | changes
     rollouts = random_rollouts()
     old = torch.full_like(rollouts.generation_log_probs, -9.0)  # the engine's are 0: its own affair
     policy = Mock(vocabulary=100)
-    policy.config.fp8 = given["fp8"]
-    policy.log_probs.return_value = (old - given["drop"], None)
-    policy.has_finite_weights.return_value = given["finite_weights"]
-    policy.gradient_norm.return_value = given["gradient"]
+    policy.config.fp8 = behaviour["fp8"]
+    policy.log_probs.return_value = (old - behaviour["drop"], None)
+    policy.has_finite_weights.return_value = behaviour["finite_weights"]
+    policy.gradient_norm.return_value = behaviour["gradient"]
     divergence = Divergence(policy)
-    assert divergence.fault() == "" and not policy.log_probs.called, "nothing was trained in this life"
+    assert divergence.find_fault() == "" and not policy.log_probs.called, "nothing was trained in this life"
     divergence.begin(rollouts, old)
-    found = divergence.fault()
-    assert fault in found and bool(found) == bool(fault)
-    assert divergence.fault() == found and policy.log_probs.call_count == 1
+    problem = divergence.find_fault()
+    assert fault in problem and bool(problem) == bool(fault)
+    assert divergence.find_fault() == problem and policy.log_probs.call_count == 1
     divergence.begin(rollouts, old)
-    assert divergence.fault() == found and policy.log_probs.call_count == 2
+    assert divergence.find_fault() == problem and policy.log_probs.call_count == 2
