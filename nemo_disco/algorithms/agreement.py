@@ -20,7 +20,7 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Engine, SamplingParams
 from nemo_disco.policy.policy import Policy
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.requests import pack_responses
+from nemo_disco.rollout.responses import pack_responses
 from nemo_disco.runtime.errors import UserError
 
 # verify.max_kl where it is null: nats a token.

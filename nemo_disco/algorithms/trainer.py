@@ -290,7 +290,7 @@ class Trainer:
         noise = noise_warning(metrics["policy/noise_floor"], self.objective.constraint)
         warnings = [noise] if noise and not self.warned_of_noise else []
         self.warned_of_noise = self.warned_of_noise or bool(noise)
-        for warning in warnings + self.warnings.about(batch.texts, metrics["groups/mixed"]):
+        for warning in warnings + self.warnings.new_warnings(batch.texts, metrics["groups/mixed"]):
             self.journal.log(f"step {self.step}: warning: {warning}")
 
     def _save_at_stop(self) -> None:

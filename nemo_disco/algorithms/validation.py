@@ -39,8 +39,8 @@ class Validation:
         """evaluation.every_n_steps; 0 is only before and after training."""
         return self.evaluator.config.every_n_steps
 
-    def run(self, step: int, stopped: Callable[[], bool]) -> list[EvaluationResult] | None:
-        """Score the present weights on every set; None if `stopped`, called before each batch of samples, is True.
+    def run(self, step: int, must_stop: Callable[[], bool]) -> list[EvaluationResult] | None:
+        """Score the present weights on every set; None if `must_stop`, called before each batch of samples, is True.
 
         Results and samples of an earlier process of this run are used again, with a line in the log. A collective.
         """
@@ -51,7 +51,7 @@ class Validation:
             samples = path.with_suffix(".samples.jsonl")
             result = first(partial(self._earlier_result, path, prompts, step, weights))
             if result is None:
-                result = self.evaluator.evaluate(prompts, step, samples, weights, stopped)
+                result = self.evaluator.evaluate(prompts, step, samples, weights, must_stop)
             if result is None:
                 return None
             results.append(result)

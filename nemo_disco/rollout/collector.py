@@ -20,7 +20,7 @@ from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.grader import Grader
 from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.requests import ResponseTexts, pack_responses
+from nemo_disco.rollout.responses import ResponseTexts, pack_responses
 from nemo_disco.rollout.rewarding import Signal, compute_column, reward_rollouts
 from nemo_disco.runtime.signals import StoppedError
 from nemo_disco.runtime.timing import span
@@ -145,32 +145,32 @@ class Collector:
             assert ahead.batch is not None, "receive must be called between request_ahead and collect"
             with span("generate"), span("grade"):  # every step has both
                 indices, batches = ahead.indices, [ahead.batch]
-        wanted = len(indices)
-        for again in range(1, self.dynamic_sampling_rounds + 1):
-            if sum(mixed for batch in batches for mixed in batch.mixed_groups().values()) >= wanted:
+        n_groups = len(indices)
+        for sampling_round in range(1, self.dynamic_sampling_rounds + 1):
+            if sum(mixed for batch in batches for mixed in batch.mixed_groups().values()) >= n_groups:
                 break
             # The order gives no question twice in a step of its own, but may give one again in the next.
             more = [i for i in self.order.next() if i not in indices]
             if more:
                 indices = indices + more
-                batches.append(self._sample(more, step, again))
+                batches.append(self._sample(more, step, sampling_round))
         if not self.dynamic_sampling_rounds:
             return batches[0]
-        batch, note = keep_mixed(RolloutBatch.join(batches), wanted)
+        batch, note = keep_mixed(RolloutBatch.join(batches), n_groups)
         if note:
             self.log(f"step {step + 1}: dynamic sampling: {note}")
         return batch
 
-    def _request(self, indices: Sequence[int], step: int, again: int) -> _Request:
+    def _request(self, indices: Sequence[int], step: int, sampling_round: int) -> _Request:
         g = self.generation
         prompts = self.prompts.select(indices, copies=g.responses_per_question)
-        sequence = np.random.SeedSequence((self.seed, step), spawn_key=(again,) if again else ())
+        sequence = np.random.SeedSequence((self.seed, step), spawn_key=(sampling_round,) if sampling_round else ())
         seeds = [int(s) for s in sequence.generate_state(len(prompts), np.uint64) >> 1]
         sampling = SamplingParams(g.temperature, g.response_limit(step), g.top_p, g.top_k)
         return _Request(prompts, seeds, sampling, EarlyGrading(self.grader, prompts))
 
-    def _sample(self, indices: Sequence[int], step: int, again: int) -> RolloutBatch:
-        request = self._request(indices, step, again)
+    def _sample(self, indices: Sequence[int], step: int, sampling_round: int) -> RolloutBatch:
+        request = self._request(indices, step, sampling_round)
         with span("generate"):
             responses = self.engine.generate(
                 request.prompts.prompts, request.seeds, request.sampling, request.grading.finished
@@ -208,18 +208,18 @@ class Collector:
         self.rewards.close()
 
 
-def keep_mixed(batch: RolloutBatch, wanted: int) -> tuple[RolloutBatch, str]:
-    """The first `wanted` groups that are mixed; where there are fewer, others fill the step, so that its size stays.
+def keep_mixed(batch: RolloutBatch, n_groups: int) -> tuple[RolloutBatch, str]:
+    """The first n_groups groups that are mixed; where there are fewer, others fill the step, so that its size stays.
 
     Also a line about the groups that are dropped or fill, or "" (DAPO's dynamic sampling, arXiv 2503.14476).
     """
     groups = batch.mixed_groups()
     order = [q for q, mixed in groups.items() if mixed] + [q for q, mixed in groups.items() if not mixed]
-    kept, dropped = order[:wanted], order[wanted:]
+    kept, dropped = order[:n_groups], order[n_groups:]
     filled = sum(not groups[q] for q in kept)
     surplus = sum(groups[q] for q in dropped)
     notes = [f"{len(dropped) - surplus} of {len(groups)} groups dropped as all right or all wrong"] if dropped else []
-    notes += [f"{surplus} mixed ones dropped beyond the {wanted} of the step"] if surplus else []
-    notes += [f"only {wanted - filled} are mixed: {filled} others stay"] if filled else []
+    notes += [f"{surplus} mixed ones dropped beyond the {n_groups} of the step"] if surplus else []
+    notes += [f"only {n_groups - filled} are mixed: {filled} others stay"] if filled else []
     counts = {"groups/sampled": len(groups), "groups/dropped": len(dropped)}
     return replace(batch.select(set(kept)), counts=counts), "; ".join(notes)

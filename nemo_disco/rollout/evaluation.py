@@ -74,14 +74,14 @@ class Evaluator:
         step: int,
         path: Path,
         weights: Mapping[str, Any],
-        stopped: Callable[[], bool] = lambda: False,
+        must_stop: Callable[[], bool] = lambda: False,
         warnings: ResponseWarnings | None = None,
     ) -> EvaluationResult | None:
         """k samples and one greedy response to every prompt, graded. A collective.
 
         path: of the file that takes the samples; samples of the same evaluation in it are not sampled again. weights:
-        their identity (`weights_identity`, for weights in files). stopped: called before each batch, the same on every
-        rank; True makes the result None, as does a user's verifier that takes too long after a request to stop.
+        their identity (`weights_identity`, for weights in files). must_stop: called before each batch, the same on
+        every rank; True makes the result None, as does a user's verifier that takes too long after a request to stop.
         warnings: rank 0 logs them.
         """
         k = self.config.samples
@@ -93,7 +93,7 @@ class Evaluator:
         sizes = [len(batch) * (k + 1) for batch in batches]
         with SampleStream(path, identity, sizes, dist.get_rank(), lambda value: first(lambda: value)) as samples:
             for number in range(len(samples.batches), len(batches)):
-                if stopped():
+                if must_stop():
                     return None
                 try:
                     samples.append(self._evaluate_batch(prompts, batches[number], seeds, samples))
@@ -102,7 +102,7 @@ class Evaluator:
             all_samples = [sample for batch in samples.batches for sample in batch]
         if warnings is not None and is_first_rank():
             # mixed=1.0: an evaluation is not there to learn from.
-            for warning in warnings.about([s["response"] for s in all_samples], mixed=1.0):
+            for warning in warnings.new_warnings([s["response"] for s in all_samples], mixed=1.0):
                 log.warning("%s", warning)
         return _result(prompts.name, step, all_samples, k, identity)
 
@@ -116,32 +116,32 @@ class Evaluator:
         samples = dict(stream.recovered)
         for sampling in (SamplingParams(self.config.temperature, limit, self.config.top_p), SamplingParams(0.0, limit)):
             greedy = sampling.temperature == 0.0
-            wanted = [n for n, (_, j) in enumerate(rows) if (j == GREEDY) == greedy and n not in samples]
-            if not wanted:
+            indices = [n for n, (_, j) in enumerate(rows) if (j == GREEDY) == greedy and n not in samples]
+            if not indices:
                 continue
-            request = _Request(prompts.select([rows[n][0] for n in wanted]), wanted, rows, self.threshold)
+            request = _EvaluationRequest(prompts.select([rows[n][0] for n in indices]), indices, rows, self.threshold)
             grading = EarlyGrading(self.grader, request.prompts, request.writer(stream))
-            row_seeds = [0 if greedy else int(seeds[i * k + j]) for i, j in (rows[n] for n in wanted)]
+            row_seeds = [0 if greedy else int(seeds[i * k + j]) for i, j in (rows[n] for n in indices)]
             responses = self.engine.generate(request.prompts.prompts, row_seeds, sampling, grading.finished)
             grades = grading.collect(responses)
-            for at, (response, grade) in enumerate(zip(responses, grades, strict=True)):
-                samples[wanted[at]] = request.sample(at, response, grading.texts[at], grade)
+            for place, (response, grade) in enumerate(zip(responses, grades, strict=True)):
+                samples[indices[place]] = request.sample(place, response, grading.texts[place], grade)
         return [samples[n] for n in range(len(rows))]
 
 
 @dataclass(frozen=True)
-class _Request:
-    """One request of a batch. rows: (question, number of the sample) of each row of the batch; wanted: the rows of this
-    request, in the order of its prompts."""
+class _EvaluationRequest:
+    """One request of a batch. rows: (question, number of the sample) of each row of the batch; indices: the
+    places in `rows` of this request's prompts, in their order."""
 
     prompts: PromptSet
-    wanted: Sequence[int]
+    indices: Sequence[int]
     rows: Sequence[tuple[int, int]]
     threshold: float
 
-    def sample(self, at: int, response: Response, text: str, grade: float) -> EvaluationSample:
-        """The graded response to the prompt at place `at`."""
-        question, number = self.prompts.questions[at], self.rows[self.wanted[at]][1]
+    def sample(self, place: int, response: Response, text: str, grade: float) -> EvaluationSample:
+        """The graded response to the prompt at index `place` of the request."""
+        question, number = self.prompts.questions[place], self.rows[self.indices[place]][1]
         return {
             "question_id": question.id,
             "question": question.messages[-1].content,
@@ -156,7 +156,7 @@ class _Request:
 
     def writer(self, stream: SampleStream) -> Callable[[int, Response, str, float], None]:
         """Writes a graded response to the stream."""
-        return lambda at, *graded: stream.add(self.wanted[at], self.sample(at, *graded))
+        return lambda place, *graded: stream.add(self.indices[place], self.sample(place, *graded))
 
 
 def _result(

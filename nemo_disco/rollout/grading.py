@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from nemo_disco.generation.engine import Response
 from nemo_disco.rewards.grader import Grader
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.requests import ResponseTexts
+from nemo_disco.rollout.responses import ResponseTexts
 from nemo_disco.runtime.collectives import every, on_shares
 
 OnGraded = Callable[[int, Response, str, float], None]

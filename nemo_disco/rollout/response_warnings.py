@@ -17,7 +17,7 @@ class ResponseWarnings:
         """require_think: True if a response without `</think>` gets reward 0."""
         self._checks_thinking, self._checks_mixed = require_think, True
 
-    def about(self, texts: Sequence[str], mixed: float) -> list[str]:
+    def new_warnings(self, texts: Sequence[str], mixed: float) -> list[str]:
         """New warnings. texts: the step's responses. mixed: the share of questions with right and wrong responses."""
         lines = []
         if self._checks_thinking and len(texts) and not any(END_OF_THINKING in text for text in texts):

@@ -1,4 +1,4 @@
-"""From an engine's responses to rollouts: the packed token ids of all responses, and their texts, decoded once each."""
+"""The texts of an engine's responses, each decoded once, and the packing of the responses into rollouts."""
 
 from __future__ import annotations
 

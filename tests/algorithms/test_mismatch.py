@@ -184,7 +184,7 @@ def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the
 def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
     hinge = build_objective({"name": "disco", "constraint": {"kind": "squared_hinge", "delta": 1e-4}})
     trainer = bare_trainer(compose("quickstart"), objective=hinge)
-    trainer.warnings.about.return_value = []
+    trainer.warnings.new_warnings.return_value = []
     for noise in (math.nan, 2.9e-5, 3.1e-5, 1.0):
         trainer._warn(Mock(), {"policy/noise_floor": noise, "groups/mixed": 1.0})
     (line,) = [call.args[0] for call in trainer.journal.log.call_args_list]

@@ -124,7 +124,7 @@ def test_asked_to_stop_it_stops_between_batches_and_goes_on_there(
     monkeypatch.setattr(evaluation_module, "BATCH", 8)
     path, stops = tmp_path / "s.jsonl", iter([False, False, True])
     first = Dice()
-    assert evaluate(first, path, stopped=lambda: next(stops)) is None and first.asked == 2 * 10
+    assert evaluate(first, path, must_stop=lambda: next(stops)) is None and first.asked == 2 * 10
     again = Dice()
     assert values(evaluate(again, path)) == values(evaluate(Dice())) and again.asked == 7 * 5 - 2 * 10
 
