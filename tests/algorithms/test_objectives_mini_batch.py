@@ -75,7 +75,7 @@ def test_an_overflowing_ratio_is_said_and_never_a_weight() -> None:
 
 
 def test_groups_are_a_table_whatever_the_order() -> None:
-    groups = Groups.of(torch.tensor([9, -1, 9, 4, -1, 9]))
+    groups = Groups.from_question_ids(torch.tensor([9, -1, 9, 4, -1, 9]))
     assert len(groups) == 3
     assert groups.present.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
     values = torch.arange(1.0, 7.0)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nemo_disco.algorithms.objectives.constraint import UNCONSTRAINED, Constraint
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
-from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scaled
-from nemo_disco.algorithms.objectives.parameters import Checked, parameter
+from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scale_gradient
+from nemo_disco.algorithms.objectives.parameters import ParameterSet, parameter
 from nemo_disco.algorithms.objectives.signals import Signal
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.user_code import call_guarded, definition_place, is_user_class, user_methods
@@ -40,7 +40,7 @@ class ObjectiveOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective(Checked, ABC):
+class Objective(ParameterSet, ABC):
     """loss = -J + penalty(KL_hat). A subclass defines J; its fields are the parameters of the configuration.
 
     Your own, selected by `algorithm=base algorithm.name=my_module:MyObjective`:
@@ -111,11 +111,11 @@ class Objective(Checked, ABC):
         """
         self._check_needs(batch, self.needs | self.off_policy.needs)
         with torch.inference_mode(False), torch.enable_grad():
-            batch = self._prepared(batch)
+            batch = self._prepare(batch)
             leaves = [batch.log_probs.requires_grad_()]
             if batch.entropies is not None and "entropies" in self.needs:
                 leaves.append(batch.entropies.requires_grad_())
-            value = self._call(self.value, self.off_policy.corrected(batch))
+            value = self._call(self.value, self.off_policy.correct_batch(batch))
             if value.ndim:
                 raise UserError(
                     f"objective {self.name}: value must return a 0-d tensor; its shape is {list(value.shape)}"
@@ -131,7 +131,7 @@ class Objective(Checked, ABC):
             metrics=self._metrics(batch, value, penalty),
         )
 
-    def _prepared(self, batch: MiniBatch) -> MiniBatch:
+    def _prepare(self, batch: MiniBatch) -> MiniBatch:
         """A float64 copy with verdicts and with the shaped rewards."""
         batch = batch.to_float64()
         batch = replace(batch, correct=self.correct(batch))
@@ -221,8 +221,8 @@ class SeparableObjective(Objective):
         return self.constraint.linear
 
     def value(self, batch: MiniBatch) -> Tensor:
-        every = torch.arange(batch.n_tokens, device=batch.log_probs.device)
-        return self.token_values(self._tokens(batch)(every, batch.log_probs, batch.entropies)).sum()
+        indices = torch.arange(batch.n_tokens, device=batch.log_probs.device)
+        return self.token_values(self._tokens(batch)(indices, batch.log_probs, batch.entropies)).sum()
 
     def token_loss(self, batch: MiniBatch) -> TokenLoss:
         """The loss of some tokens, given the rest of the mini-batch: f(index, log_probs, entropies) -> [n] float64.
@@ -237,15 +237,15 @@ class SeparableObjective(Objective):
                 f"objective {self.name} is not separable under {self.constraint.kind}: its loss needs two passes"
             )
         self._check_needs(batch, (self.needs | self.off_policy.needs) - {"entropies"})
-        batch = self._prepared(batch)
+        batch = self._prepare(batch)
         pick, factors = self._tokens(batch), self.off_policy.factors(batch)
 
         def loss(index: Tensor, log_probs: Tensor, entropies: Tensor | None = None) -> Tensor:
             tokens = pick(index, log_probs, entropies)
             kl_shares = (tokens.old_log_probs - tokens.log_probs) / tokens.total
-            corrected = scaled(tokens.log_probs, factors[index.to(factors.device)].to(log_probs.device))
+            factor = factors[index.to(factors.device)].to(log_probs.device)
             # Linear in KL_hat, so the penalty of a share is that share of the penalty.
-            values = self._call(self.token_values, replace(tokens, log_probs=corrected))
+            values = self._call(self.token_values, replace(tokens, log_probs=scale_gradient(tokens.log_probs, factor)))
             return self.constraint.penalty(kl_shares) - values
 
         return loss
@@ -257,16 +257,16 @@ class SeparableObjective(Objective):
             if entropies is None and "entropies" in self.needs:
                 raise ValueError(f"objective {self.name} needs the tokens' entropies")
 
-            def at(values: Tensor) -> Tensor:
+            def select(values: Tensor) -> Tensor:
                 return values[index.to(values.device)].to(log_probs.device)
 
             reference = batch.reference_log_probs
             return Tokens(
                 log_probs=log_probs.double(),
-                old_log_probs=at(batch.old_log_probs),
-                weights=at(weights),
+                old_log_probs=select(batch.old_log_probs),
+                weights=select(weights),
                 entropies=None if entropies is None else entropies.double(),
-                reference_log_probs=None if reference is None else at(reference),
+                reference_log_probs=None if reference is None else select(reference),
                 total=max(batch.n_tokens, 1),
             )
 

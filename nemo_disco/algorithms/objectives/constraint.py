@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nemo_disco.algorithms.objectives.parameters import Checked, parameter
+from nemo_disco.algorithms.objectives.parameters import ParameterSet, parameter
 
 SQUARED_HINGE = "squared_hinge"
 KL_REGULARIZATION = "kl_regularization"
@@ -20,7 +20,7 @@ _DEFAULT_BETA = {SQUARED_HINGE: 1e3, KL_REGULARIZATION: 1e-3, NONE: 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constraint(Checked):
+class Constraint(ParameterSet):
     """The penalty added to -J (arXiv 2505.12366, Algorithm 1).
 
     squared_hinge       beta max(KL_hat - delta, 0)^2; beta 1e3, delta 1e-4

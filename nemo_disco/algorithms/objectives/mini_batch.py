@@ -143,7 +143,7 @@ class MiniBatch:
     @cached_property
     def groups(self) -> Groups:
         """The responses, grouped by question."""
-        return Groups.of(self.question_ids)
+        return Groups.from_question_ids(self.question_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ class Groups:
     present: Tensor
 
     @classmethod
-    def of(cls, question_ids: Tensor) -> Groups:
+    def from_question_ids(cls, question_ids: Tensor) -> Groups:
         """Group responses by question id; questions in the order of their ids, responses in the order given."""
         _, row, counts = torch.unique(question_ids, return_inverse=True, return_counts=True)
         by_question = row.argsort(stable=True)

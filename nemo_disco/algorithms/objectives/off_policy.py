@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
-from nemo_disco.algorithms.objectives.parameters import Checked, parameter
+from nemo_disco.algorithms.objectives.parameters import ParameterSet, parameter
 
 NONE = "none"
 TRUNCATED_IS = "truncated_importance_sampling"
@@ -23,7 +23,7 @@ _DEFAULT_CAP = {NONE: math.inf, TRUNCATED_IS: 2.0, SEQUENCE_MASK: 1.01}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffPolicy(Checked):
+class OffPolicy(ParameterSet):
     """Factors c_t of the gradient of J at token t, constants computed from delta_t = old_t - generation_t.
 
     truncated_importance_sampling   c_t = min(exp(delta_t), cap), cap 2 (as IMPALA's rho, arXiv 1802.01561)
@@ -59,9 +59,11 @@ class OffPolicy(Checked):
             return delta.exp().clamp(max=self.limit)
         return batch.spread((batch.token_mean(delta).abs() <= abs(math.log(self.limit))).double())
 
-    def corrected(self, batch: MiniBatch) -> MiniBatch:
+    def correct_batch(self, batch: MiniBatch) -> MiniBatch:
         """The batch with the same log-probs, whose gradients are scaled by c in backward."""
-        return batch if self.kind == NONE else replace(batch, log_probs=scaled(batch.log_probs, self.factors(batch)))
+        if self.kind == NONE:
+            return batch
+        return replace(batch, log_probs=scale_gradient(batch.log_probs, self.factors(batch)))
 
     def metrics(self, batch: MiniBatch) -> dict[str, float]:
         """The mean factor, and the share of tokens that are capped or masked; empty without a correction."""
@@ -72,7 +74,7 @@ class OffPolicy(Checked):
         return {"off_policy/factor_mean": float(factors.mean()), "off_policy/cut": float(changed.double().mean())}
 
 
-def scaled(log_probs: Tensor, factors: Tensor) -> Tensor:
+def scale_gradient(log_probs: Tensor, factors: Tensor) -> Tensor:
     """log_probs unchanged in forward; in backward their gradient is multiplied by the factors."""
     fixed = log_probs.detach()
     return fixed + factors * (log_probs - fixed)

@@ -28,9 +28,9 @@ class Bounds:
     def violation(self, value: Any) -> str | None:
         """The rule that the value breaks, such as "must be above 0"; None if it is allowed."""
         if self.choices:
-            known = ", ".join(nearest(str(value), map(str, self.choices)))
+            choices = ", ".join(sort_by_similarity(str(value), map(str, self.choices)))
             allowed = any(type(value) is type(choice) and value == choice for choice in self.choices)
-            return None if allowed else f"must be one of: {known}"
+            return None if allowed else f"must be one of: {choices}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "must be a number"
         largest = math.inf if self.infinite else sys.float_info.max
@@ -51,7 +51,7 @@ def parameter(default: Any, **bounds: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class ParameterSet:
     """A frozen dataclass that checks its fields made by `parameter`. Raises UserError naming the field."""
 
     def __post_init__(self) -> None:
@@ -72,6 +72,6 @@ def key_of(f: Field[Any]) -> str:
     return f.name.rstrip("_")
 
 
-def nearest(given: str, known: Iterable[str]) -> list[str]:
-    """The known names, sorted by similarity to the given one, most similar first."""
-    return sorted(known, key=lambda name: -SequenceMatcher(None, given.lower(), name.lower()).ratio())
+def sort_by_similarity(name: str, names: Iterable[str]) -> list[str]:
+    """The names, sorted by similarity to `name`, most similar first."""
+    return sorted(names, key=lambda other: -SequenceMatcher(None, name.lower(), other.lower()).ratio())

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from nemo_disco.algorithms.objectives.base import Objective
 from nemo_disco.algorithms.objectives.constraint import NONE, Constraint
 from nemo_disco.algorithms.objectives.off_policy import OffPolicy
-from nemo_disco.algorithms.objectives.parameters import Checked, key_of, nearest
+from nemo_disco.algorithms.objectives.parameters import ParameterSet, key_of, sort_by_similarity
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.user_code import call_guarded, is_user_class, load, user_methods
 
@@ -43,10 +43,10 @@ def build_objective(mapping: Mapping[str, Any]) -> Objective:
     Raises UserError for an unknown name, score or kind (listing the known ones, the nearest first), for a parameter
     that the objective does not take, and for a value out of its bounds.
     """
-    given = dict(_mapping(mapping, "algorithm"))
-    cls = _objective_class(given.pop("name", None))
-    given = {key: value for key, value in given.items() if value is not None or key not in _PARAMETERS}
-    arguments = _arguments(cls, given, f"objective {cls.name}")
+    settings = dict(_mapping(mapping, "algorithm"))
+    cls = _objective_class(settings.pop("name", None))
+    settings = {key: value for key, value in settings.items() if value is not None or key not in _PARAMETERS}
+    arguments = _arguments(cls, settings, f"objective {cls.name}")
     if not isinstance(constraint := arguments.get("constraint", cls.constraint), Constraint):
         arguments["constraint"] = _constraint(cls, constraint)
     if not isinstance(off_policy := arguments.get("off_policy", cls.off_policy), OffPolicy):
@@ -79,7 +79,7 @@ def _mapping(value: Any, label: str) -> Mapping[str, Any]:
 
 def _objective_class(name: Any) -> type[Objective]:
     """The class of that name in OBJECTIVES, or a user's `module:Class`. Raises UserError if there is none."""
-    known = f"{', '.join(nearest(str(name), OBJECTIVES))}, or module:Class of your own"
+    known = f"{', '.join(sort_by_similarity(str(name), OBJECTIVES))}, or module:Class of your own"
     if name is None:
         raise UserError(f"algorithm.name is missing; known: {known}")
     if name in OBJECTIVES:
@@ -94,8 +94,8 @@ def _objective_class(name: Any) -> type[Objective]:
     return cls
 
 
-def _constraint(cls: type[Objective], given: Any) -> Constraint:
-    arguments = _arguments(Constraint, given, "constraint")
+def _constraint(cls: type[Objective], settings: Any) -> Constraint:
+    arguments = _arguments(Constraint, settings, "constraint")
     if arguments and "kind" not in arguments and cls.constraint.kind == NONE:
         raise UserError(
             f"constraint.{next(iter(arguments))}: objective {cls.name} has no constraint unless constraint.kind is set"
@@ -103,10 +103,11 @@ def _constraint(cls: type[Objective], given: Any) -> Constraint:
     return replace(cls.constraint, **arguments)
 
 
-def _arguments(cls: type[Checked], given: Any, label: str) -> dict[str, Any]:
+def _arguments(cls: type[ParameterSet], settings: Any, label: str) -> dict[str, Any]:
     """The values that are not None, under the names of the class's fields. Raises UserError for an unknown key."""
     names = {key_of(f): f.name for f in fields(cls)}
-    for key in _mapping(given, label):
+    for key in _mapping(settings, label):
         if key not in names:
-            raise UserError(f"{label} does not take {key!r}; it takes: {', '.join(nearest(str(key), names))}")
-    return {names[key]: value for key, value in given.items() if value is not None}
+            known = ", ".join(sort_by_similarity(str(key), names))
+            raise UserError(f"{label} does not take {key!r}; it takes: {known}")
+    return {names[key]: value for key, value in settings.items() if value is not None}
