@@ -77,11 +77,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that nemo_disco can do if no part is missing. needed: every run depends on it."""
+    """Something that nemo_disco can do if no part is missing. required: every run depends on it."""
 
     name: str
     missing: str
-    needed: bool = False
+    required: bool = False
 
 
 Rows = list[tuple[str, str, str]]  # name, text and colour
@@ -90,20 +90,20 @@ Rows = list[tuple[str, str, str]]  # name, text and colour
 def main(options: argparse.Namespace) -> int:
     """Print the tables, or with --report the report; 1 if this machine lacks a part that every run needs."""
     parts = examine()
-    all_features = features(parts)
+    features = list_features(parts)
     tables = {
         "this machine": [
             (p.name, f"{p.detail or '-'} {p.problem or p.note}".strip(), p.colour) for p in parts.values()
         ],
         "what it can do": [
-            (f.name, *((f"no: {f.missing}", "yellow") if f.missing else ("yes", "green"))) for f in all_features
+            (f.name, *((f"no: {f.missing}", "yellow") if f.missing else ("yes", "green"))) for f in features
         ],
     }
     if options.report is None:
         print_tables(tables)
     else:
         print(format_report(tables, options.report))
-    return int(any(feature.needed and feature.missing for feature in all_features))
+    return int(any(feature.required and feature.missing for feature in features))
 
 
 def print_tables(tables: Mapping[str, Rows]) -> None:
@@ -162,20 +162,20 @@ def examine() -> dict[str, Part]:
     return {part.name: part for part in parts}
 
 
-def features(parts: Mapping[str, Part]) -> list[Feature]:
+def list_features(parts: Mapping[str, Part]) -> list[Feature]:
     """All features, each with the names of its parts that these lack."""
     gpu = ("NVIDIA GPU", "torch with CUDA")
     fused = any(parts[name].usable for name in ("transformer-engine", "apex"))
     return [
-        Feature("train on the CPU (gloo)", _missing(parts, TRAINING), needed=True),
+        Feature("train on the CPU (gloo)", _missing(parts, TRAINING), required=True),
         Feature("parts for training on GPUs (NCCL, BF16)", _missing(parts, (*TRAINING, *gpu))),
         Feature("attention on packed sequences (SDPA)", _missing(parts, ("torch",))),
         Feature("flash attention on packed sequences (BF16)", _missing(parts, ("torch", *gpu))),
         Feature("fused optimizer and norms", "" if fused else "transformer-engine or apex; torch's own are used"),
         Feature("FP8 and Transformer Engine layers", _missing(parts, ("transformer-engine", *gpu))),
-        Feature("engine megatron", _missing(parts, TRAINING), needed=True),
+        Feature("engine megatron", _missing(parts, TRAINING), required=True),
         *(Feature(f"engine {name}", _missing(parts, (f"{name}'s Python",))) for name in ENGINE_PYTHONS),
-        Feature("grade mathematics", _missing(parts, ("math-verify", "antlr4-python3-runtime")), needed=True),
+        Feature("grade mathematics", _missing(parts, ("math-verify", "antlr4-python3-runtime")), required=True),
         Feature("Parquet question files", _missing(parts, ("pyarrow",))),
         Feature("TensorBoard", _missing(parts, ("tensorboard",))),
         Feature("Weights & Biases", _missing(parts, ("wandb",))),

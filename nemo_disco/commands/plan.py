@@ -21,10 +21,10 @@ def main(options: argparse.Namespace) -> int:
     config = compose(options.config_name, options.overrides, options.config_path)
     world_size = config.trainer.devices * config.trainer.num_nodes
     check_consistency(config, world_size)
-    print_plan(config, world_size, needs_of(check_objective(config)))
+    print_plan(config, world_size, find_needs(check_objective(config)))
     return 0
 
 
-def needs_of(objective: Objective) -> Needs:
+def find_needs(objective: Objective) -> Needs:
     """The passes and policies that a step of the objective takes."""
     return Needs(two_passes=not objective.separable, reference="reference_log_probs" in objective.needs)

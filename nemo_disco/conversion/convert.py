@@ -89,7 +89,7 @@ def _write_weights(source: Path, work: Path, shape: ModelShape, nemo: bool = Fal
                 raise UserError(f"{source}: {', '.join(n for n, _ in weight.parts)} are of different types")
             writer.add(prefix + weight.key, shard(weight, parts), weight.layer, shape.layers)
             del parts
-        for module, layer, layers in shape.modules_with_state() if nemo else ():
+        for module, layer, layers in shape.modules_with_fp8_state() if nemo else ():
             writer.add_empty_state(prefix + module, layer, layers)
         writer.close()
 

@@ -12,7 +12,7 @@ from math import gcd
 
 from nemo_disco.config.consistency import check_layout, divisors, format_numbers, longest_sequence
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.estimate.memory import Layout, Memory, cache_per_response, estimate
+from nemo_disco.estimate.memory import Layout, Memory, cache_per_response, estimate_memory
 from nemo_disco.estimate.timing import Needs, Seconds, step_seconds
 from nemo_disco.models.shape import ModelShape
 from nemo_disco.runtime.errors import UserError
@@ -47,22 +47,23 @@ class Candidate:
 
 
 def assess(
-    config: RunConfig, shape: ModelShape, layout: Layout, needs: Needs, gpu_bytes: float, node: int
+    config: RunConfig, shape: ModelShape, layout: Layout, needs: Needs, gpu_bytes: float, gpus_per_node: int
 ) -> Candidate:
-    """Memory and time of one layout. node: GPUs a node."""
-    memory = estimate(config, shape, layout, reference=needs.reference)
+    """Memory and time of one layout."""
+    memory = estimate_memory(config, shape, layout, reference=needs.reference)
     cache_bytes = CACHE * (USABLE * gpu_bytes - memory.sampling(offload=config.model.optim.offload))
-    seconds = step_seconds(config, shape, layout, needs, cache_bytes, node)
+    seconds = step_seconds(config, shape, layout, needs, cache_bytes, gpus_per_node)
     return Candidate(layout, memory, seconds, gpu_bytes, cache_bytes, cache_per_response(config, shape, layout))
 
 
 def candidates(config: RunConfig, shape: ModelShape, needs: Needs, gpu_bytes: float) -> list[Candidate]:
     """Every legal layout of the configuration's processes, each with the least recomputation that fits, else full;
     the fastest first, those that do not fit last."""
-    node, world_size = config.trainer.devices, config.trainer.devices * config.trainer.num_nodes
+    gpus_per_node, world_size = config.trainer.devices, config.trainer.devices * config.trainer.num_nodes
     layouts = []
-    for layout in _legal(config, shape, world_size, node):
-        options = [assess(config, shape, replace(layout, recompute=r), needs, gpu_bytes, node) for r in _RECOMPUTE]
+    for layout in _legal(config, shape, world_size, gpus_per_node):
+        variants = [replace(layout, recompute=recompute) for recompute in _RECOMPUTE]
+        options = [assess(config, shape, variant, needs, gpu_bytes, gpus_per_node) for variant in variants]
         layouts.append(next((c for c in options if c.fits), options[-1]))
     return sorted(layouts, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))
 
@@ -73,7 +74,7 @@ def recommend(layouts: list[Candidate]) -> Candidate | None:
     if not fitting:
         return None
     near = [c for c in fitting if c.seconds.step <= _NEAR * fitting[0].seconds.step]
-    return min(near, key=lambda c: (c.layout.replica, c.layout.pipeline, c.layout.virtual, c.seconds.step))
+    return min(near, key=lambda c: (c.layout.model_ranks, c.layout.pipeline, c.layout.virtual, c.seconds.step))
 
 
 def check_shape(config: RunConfig, shape: ModelShape) -> None:
@@ -106,11 +107,11 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         raise UserError(f"{sum_of} tokens, but the model has {shape.max_positions} positions; lower one of them")
 
 
-def _legal(config: RunConfig, shape: ModelShape, world_size: int, node: int) -> Iterator[Layout]:
+def _legal(config: RunConfig, shape: ModelShape, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
     """Layouts that pass a run's checks, with TP within a node and with SP, and up to 4 virtual stages."""
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
     for tensor, pipeline, context, virtual in product(sizes, sizes, sizes, (1, 2, 4)):
-        if tensor > node or world_size % (tensor * pipeline * context) or context > 8:
+        if tensor > gpus_per_node or world_size % (tensor * pipeline * context) or context > 8:
             continue
         changed = _with_layout(config, tensor, pipeline, context, virtual)
         try:

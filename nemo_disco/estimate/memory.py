@@ -46,8 +46,8 @@ class Layout:
         )
 
     @property
-    def replica(self) -> int:
-        """Ranks of one model replica, context-parallel ranks included."""
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model, context-parallel ranks included."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -93,7 +93,7 @@ def host_memory(memory: Memory, *, offload: bool, cuda: bool) -> int:
     return LIBRARIES[cuda] + on_host + (0 if cuda else memory.training)
 
 
-def estimate(
+def estimate_memory(
     config: RunConfig, shape: ModelShape, layout: Layout, *, reference: bool = False, cuda: bool = True
 ) -> Memory:
     """The memory of the fullest rank, at full micro-batches and full-length responses.
@@ -104,7 +104,7 @@ def estimate(
     return max((_stage_memory(config, shape, layout, s, reference, cuda) for s in stages), key=lambda m: m.training)
 
 
-def longest(config: RunConfig) -> int:
+def full_length(config: RunConfig) -> int:
     """Tokens of a sequence of full length."""
     return config.data.max_prompt_length + config.generation.longest_response
 
@@ -112,7 +112,7 @@ def longest(config: RunConfig) -> int:
 def cache_per_response(config: RunConfig, shape: ModelShape, layout: Layout) -> int:
     """Bytes of the keys and values of a sequence of full length on one rank."""
     layers = shape.layers // layout.pipeline
-    return 2 * BYTES[config.trainer.precision][0] * layers * shape.kv_width // layout.tensor * longest(config)
+    return 2 * BYTES[config.trainer.precision][0] * layers * shape.kv_width // layout.tensor * full_length(config)
 
 
 def responses_per_rank(config: RunConfig, layout: Layout) -> int:
@@ -136,9 +136,9 @@ def _stage_memory(
     parameters = _stage_parameters(shape, layout)
     tokens = config.model.token_budget // layout.context
     # Without CUDA's kernels torch materializes the mask of context parallelism: over half of the sequence per query.
-    mask = 0 if cuda or layout.context == 1 else longest(config) * (2 * layout.context + 1) // (4 * layout.context)
+    mask = 0 if cuda or layout.context == 1 else full_length(config) * (2 * layout.context + 1) // (4 * layout.context)
     layer = _saved_by_layer(shape, layout, weight, cuda, mask)
-    kept = weight * shape.hidden // _shards(layout) if layout.recompute == "full" else layer  # its input alone, or all
+    saved = weight * shape.hidden // _shards(layout) if layout.recompute == "full" else layer  # its input alone, or all
     head = 0
     if stage == layout.pipeline - 1:
         wide = max(weight, 4)
@@ -152,7 +152,7 @@ def _stage_memory(
         gradients=parameters * gradient,
         optimizer=parameters * optimizer // layout.shares,
         reference=parameters * weight if reference else 0,
-        activations=int(tokens * shape.layers // layout.pipeline * _in_flight(config, layout, stage) * kept),
+        activations=int(tokens * shape.layers // layout.pipeline * _in_flight(config, layout, stage) * saved),
         log_probs=head + responses * config.generation.longest_response * _VECTORS,
         # The gradients of SwiGLU's two inputs, and of the layer's input, which is gathered anew under SP.
         layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden)
@@ -172,7 +172,7 @@ def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
 
 def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
     """Micro-batches whose activations a stage keeps at once: 1F1B or interleaved (arXiv 2104.04473, 2.2)."""
-    mini_batch = config.algorithm.mini_batch_questions * config.generation.responses_per_question * longest(config)
+    mini_batch = config.algorithm.mini_batch_questions * config.generation.responses_per_question * full_length(config)
     behind = layout.pipeline - stage
     if layout.virtual > 1:
         chunks = 2 * (behind - 1) + (layout.virtual - 1) * layout.pipeline + 1
@@ -180,22 +180,23 @@ def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
     return min(behind, micro_batches(config, layout, mini_batch))
 
 
-def _saved_by_layer(shape: ModelShape, layout: Layout, number: int, cuda: bool, mask: int) -> int:
-    """Bytes per token that autograd keeps for one layer. mask: elements of attention's mask per token."""
+def _saved_by_layer(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool, mask: int) -> int:
+    """Bytes per token that autograd keeps for one layer. itemsize: bytes per number. mask: mask elements per token."""
     query, kv, tensor = shape.query_width, shape.kv_width, layout.tensor
     # Queries, keys and values before and after rope, attention's output before and after packing, its log-sum-exp.
-    attention = number * (4 * query + 3 * kv) + 4 * shape.heads
+    attention = itemsize * (4 * query + 3 * kv) + 4 * shape.heads
     if layout.context > 1:  # the projections go; what each of a sequence's two pieces attends to, on all ranks, stays
-        attention = number * (3 * query + (2 * layout.context + 1) * kv + mask * tensor) + 4 * shape.heads
+        attention = itemsize * (3 * query + (2 * layout.context + 1) * kv + mask * tensor) + 4 * shape.heads
     if layout.recompute == "selective":  # its inputs stay, what it computes goes
-        attention -= number * query + 4 * shape.heads
+        attention -= itemsize * query + 4 * shape.heads
     # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
-    split = (attention + _head_norms(shape, layout, number, cuda) + number * (3 if cuda else 4) * shape.ffn) // tensor
-    rope = number * 4 * shape.head_dim  # sine and cosine, for queries and for keys
-    return 2 * _norm(shape, layout, number, cuda) + split + rope
+    swiglu = itemsize * (3 if cuda else 4) * shape.ffn
+    split = (attention + _head_norms(shape, layout, itemsize, cuda) + swiglu) // tensor
+    rope = itemsize * 4 * shape.head_dim  # sine and cosine, for queries and for keys
+    return 2 * _norm(shape, layout, itemsize, cuda) + split + rope
 
 
-def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
+def _head_norms(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool) -> int:
     """Bytes per token that the norms of queries and keys, if any, keep besides the projections: on CUDA contiguous
     copies of their inputs; else the inputs in float32 at least (queries copied, keys as projected) and the normalised
     inputs."""
@@ -203,18 +204,18 @@ def _head_norms(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> i
         return 0
     width = shape.query_width + shape.kv_width
     if cuda:
-        return number * width
-    if number < 4:
+        return itemsize * width
+    if itemsize < 4:
         return 2 * 4 * width
-    projections = number * (width + shape.kv_width) if layout.context > 1 else 0  # they stay, for the keys
-    return number * (width + shape.query_width) + projections
+    projections = itemsize * (width + shape.kv_width) if layout.context > 1 else 0  # they stay, for the keys
+    return itemsize * (width + shape.query_width) + projections
 
 
-def _norm(shape: ModelShape, layout: Layout, number: int, cuda: bool) -> int:
+def _norm(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool) -> int:
     """Bytes per token that a norm keeps: input and output; without the fused CUDA kernel torch computes in float32 at
     least, and keeps the normalised input too."""
-    kept = 2 * number if cuda else 2 * max(number, 4) + number
-    return kept * shape.hidden // _shards(layout)
+    saved = 2 * itemsize if cuda else 2 * max(itemsize, 4) + itemsize
+    return saved * shape.hidden // _shards(layout)
 
 
 def _shards(layout: Layout) -> int:

@@ -33,8 +33,8 @@ def print_plan(config: RunConfig, world_size: int, needs: Needs, console: Consol
     if shape is not None:
         check_shape(config, shape)
         gigabytes, source = _gpu_memory(config)
-        here = Layout.from_config(config.model, world_size)
-        configured = assess(config, shape, here, needs, gigabytes * _GIB, config.trainer.devices)
+        layout = Layout.from_config(config.model, world_size)
+        configured = assess(config, shape, layout, needs, gigabytes * _GIB, config.trainer.devices)
         layouts = candidates(config, shape, needs, gigabytes * _GIB)
         best = recommend(layouts)
         console.print(_memory_table(config, shape, configured.memory))
@@ -54,14 +54,14 @@ def _host_line(config: RunConfig, memory: Memory) -> str:
     """A line on the host memory needed with GPUs and without, and this host's."""
     devices, offload = config.trainer.devices, config.model.optim.offload
     beside, alone = (host_memory(memory, offload=offload, cuda=cuda) / _GIB for cuda in (True, False))
-    have = total_memory() / _GIB
+    available = total_memory() / _GIB
     line = (
         f"Host memory: {beside:.1f} GiB per process beside a GPU (libraries, and a checkpoint's copy of the "
         f"optimizer's state), {alone:.1f} GiB without one (training too); {devices} processes on a host take "
-        f"{devices * beside:.0f} or {devices * alone:.0f} GiB, and this host has {have:.0f}."
+        f"{devices * beside:.0f} or {devices * alone:.0f} GiB, and this host has {available:.0f}."
     )
     short = " Where that is too little, checkpoints are not copied: training waits until they are written."
-    return line + (short if devices * beside > have else "")
+    return line + (short if devices * beside > available else "")
 
 
 def _gpu_memory(config: RunConfig) -> tuple[float, str]:
@@ -84,8 +84,8 @@ def vocabulary(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
     )
     prompt, response = config.data.max_prompt_length, config.generation.longest_response
     longest = prompt + response
-    a_micro_batch = model.token_budget // longest
-    micro_batches = -(-mini * group // (ranks * a_micro_batch))
+    per_micro_batch = model.token_budget // longest
+    micro_batches = -(-mini * group // (ranks * per_micro_batch))
     steps = config.trainer.max_steps
     layout = {
         "TP": model.tensor_model_parallel_size,
@@ -103,7 +103,7 @@ def vocabulary(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
         ("tokens per response", f"<= {longest:,} = {prompt:,} prompt + {response:,} response"),
         ("tokens per step", f"<= {questions * group * longest:,}"),
         ("tokens per rank and step", f"<= {-(-questions * group // ranks) * longest:,}"),
-        ("token budget of a micro-batch", f"{model.token_budget:,}: {a_micro_batch:,} full-length responses"),
+        ("token budget of a micro-batch", f"{model.token_budget:,}: {per_micro_batch:,} full-length responses"),
         ("micro-batches per mini-batch and rank", f"<= {micro_batches:,}"),
     ]  # fmt: skip
 
@@ -112,8 +112,8 @@ def _vocabulary_table(config: RunConfig, world_size: int) -> Table:
     table = Table(
         "batch", "", title=f"{config.algorithm.name}, {config.generation.engine} engine", title_justify="left"
     )
-    for name, number in vocabulary(config, world_size):
-        table.add_row(name, number)
+    for name, size in vocabulary(config, world_size):
+        table.add_row(name, size)
     return table
 
 
@@ -140,7 +140,7 @@ def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table
 def _layout_table(layouts: list[Candidate], configured: Candidate, best: Candidate | None, gigabytes: float) -> Table:
     """The fastest layouts, with the recommended and the configured one."""
     layout = configured.layout
-    title = f"layouts on {layout.replica * layout.data} GPUs of {gigabytes:g} GB; seconds per step, estimated"
+    title = f"layouts on {layout.model_ranks * layout.data} GPUs of {gigabytes:g} GB; seconds per step, estimated"
     table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0))
     for name in ("TP", "PP", "VPP", "CP", "DP"):
         table.add_column(name, justify="right")
@@ -188,22 +188,22 @@ def _advice(
                 return f"No layout fits: {need}. Would work: trainer.num_nodes={nodes} with {_keys(fits.layout)}."
         return f"No layout fits: {need}. Would work: GPUs with more memory, shorter responses or a lower token budget."
     if best == configured:
-        return f"Recommended: the configured layout. {_why(layouts, best)}"
-    return f"Recommended: {_keys(best.layout)}. {_why(layouts, best)}"
+        return f"Recommended: the configured layout. {_explain(layouts, best)}"
+    return f"Recommended: {_keys(best.layout)}. {_explain(layouts, best)}"
 
 
-def _why(layouts: list[Candidate], best: Candidate) -> str:
+def _explain(layouts: list[Candidate], best: Candidate) -> str:
     fastest = layouts[0]
     speed = "It is the fastest that fits"
     if fastest != best:
         speed = f"It is within 5% of the fastest, {_name(fastest.layout)}, and cuts the model less"
-    less = [c for c in layouts if c.layout.replica < best.layout.replica]
-    if not less:
+    less_cut = [c for c in layouts if c.layout.model_ranks < best.layout.model_ranks]
+    if not less_cut:
         return f"{speed}."
-    if (other := min(less, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))).fits:
-        return f"{speed}; {_name(other.layout)}, which cuts the model less, takes {other.seconds.step:.0f} s per step."
-    need = f"{other.memory.training / _GIB:.1f} GiB" if other.waves else "more than all memory at rest"
-    return f"{speed}; no layout that cuts the model less fits: {_name(other.layout)} would need {need}."
+    if (rival := min(less_cut, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))).fits:
+        return f"{speed}; {_name(rival.layout)}, which cuts the model less, takes {rival.seconds.step:.0f} s per step."
+    need = f"{rival.memory.training / _GIB:.1f} GiB" if rival.waves else "more than all memory at rest"
+    return f"{speed}; no layout that cuts the model less fits: {_name(rival.layout)} would need {need}."
 
 
 def _name(layout: Layout) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.flops import DATASHEET, TRAINING
-from nemo_disco.estimate.memory import BYTES, Layout, cache_per_response, longest, micro_batches, responses_per_rank
+from nemo_disco.estimate.memory import BYTES, Layout, cache_per_response, full_length, micro_batches, responses_per_rank
 from nemo_disco.models.shape import ModelShape
 
 # H100 SXM by its data sheet: dense FLOP/s at bf16 and TF32; bytes/s of memory, NVLink one way, a 400 Gb/s card.
@@ -56,25 +56,25 @@ class Seconds:
 
 
 def step_seconds(
-    config: RunConfig, shape: ModelShape, layout: Layout, needs: Needs, cache_bytes: float, node: int
+    config: RunConfig, shape: ModelShape, layout: Layout, needs: Needs, cache_bytes: float, gpus_per_node: int
 ) -> Seconds:
-    """Seconds of one step. cache_bytes: a rank's memory for keys and values. node: GPUs per node.
+    """Seconds of one step. cache_bytes: a rank's memory for keys and values.
 
     As megatron numbers ranks, those of a TP group are neighbours, then those of CP, DP and PP.
     """
     mini_batches = config.data.questions_per_step // config.algorithm.mini_batch_questions
-    mean = MEAN_LENGTH * longest(config)
+    mean = MEAN_LENGTH * full_length(config)
     tokens = config.data.questions_per_step * config.generation.responses_per_question * mean
     matrices, attention = _forward(config, shape, layout, tokens, mean)
-    exchange = _exchange(config, shape, layout, tokens, node)
+    exchange = _exchange(config, shape, layout, tokens, gpus_per_node)
     # The pipeline fills and drains once per mini-batch.
     count = micro_batches(config, layout, tokens / mini_batches)
     bubble = 1 + (layout.pipeline - 1) / (layout.virtual * count)
     one_pass = (matrices + attention + exchange) * bubble
-    again = {None: 0.0, "selective": attention, "full": matrices + attention + exchange}[layout.recompute]
-    reduce = mini_batches * _gradients(config, shape, layout, node)
+    recomputed = {None: 0.0, "selective": attention, "full": matrices + attention + exchange}[layout.recompute]
+    reduce = mini_batches * _gradients(config, shape, layout, gpus_per_node)
     # Backward's communication is forward's, and SP's inputs gathered once more.
-    backward = (TRAINING - 1) * (matrices + attention) + 1.5 * exchange + again
+    backward = (TRAINING - 1) * (matrices + attention) + 1.5 * exchange + recomputed
     train = one_pass + backward * bubble + reduce
     passes = 1 + needs.reference
     pass1 = one_pass * (mini_batches - 1) / mini_batches if needs.two_passes else 0.0
@@ -85,7 +85,7 @@ def step_seconds(
         log_probs=passes * one_pass,
         pass1=pass1,
         train=train,
-        refit=_refit(config, shape, layout, node),
+        refit=_refit(config, shape, layout, gpus_per_node),
         communication=moved + exchange * (pass1 / one_pass),
     )
 
@@ -93,29 +93,30 @@ def step_seconds(
 def _forward(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float, mean: float) -> tuple[float, float]:
     """Seconds of a rank's share of a forward pass over all tokens: matrix products, with 2 FLOPs per weight, and causal
     attention, with 2 n query_width FLOPs per layer for each of n tokens."""
-    peak = (PEAK if config.trainer.precision == "bf16" else PEAK_32) * layout.replica * layout.data
+    peak = (PEAK if config.trainer.precision == "bf16" else PEAK_32) * layout.model_ranks * layout.data
     matrices = 2 * tokens * (shape.layers * shape.matrix_parameters + shape.embedding_parameters)
     attention = 2 * tokens * SQUARES * mean * shape.query_width * shape.layers
     return matrices / (MATRICES * peak), attention / (ATTENTION * peak)
 
 
-def _exchange(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float, node: int) -> float:
+def _exchange(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float, gpus_per_node: int) -> float:
     """Seconds of TP and CP communication in a rank's forward pass over all its tokens."""
-    number, layers = BYTES[config.trainer.precision][0], shape.layers // layout.pipeline
+    itemsize, layers = BYTES[config.trainer.precision][0], shape.layers // layout.pipeline
     local = tokens / layout.data / layout.context
     # Attention and MLP: an all-reduce each (under SP a gather and a scatter), twice the hidden states.
-    tensor = 4 * shape.hidden * (layout.tensor - 1) / layout.tensor / _link(layout.tensor, node)
+    tensor = 4 * shape.hidden * (layout.tensor - 1) / layout.tensor / _link(layout.tensor, gpus_per_node)
     # The keys and values of the other context-parallel ranks.
-    context = 2 * shape.kv_width / layout.tensor * (layout.context - 1) / _link(layout.tensor * layout.context, node)
-    return local * layers * number * (tensor + context)
+    ranks = layout.tensor * layout.context
+    context = 2 * shape.kv_width / layout.tensor * (layout.context - 1) / _link(ranks, gpus_per_node)
+    return local * layers * itemsize * (tensor + context)
 
 
-def _gradients(config: RunConfig, shape: ModelShape, layout: Layout, node: int) -> float:
+def _gradients(config: RunConfig, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
     """Seconds per mini-batch to reduce the gradients and to gather the new weights."""
     weight, gradient, _ = BYTES[config.trainer.precision]
     parameters = shape.parameters / layout.tensor / layout.pipeline
     moved = parameters * (weight + gradient) * (layout.shares - 1) / layout.shares
-    return moved / _link(layout.tensor * layout.shares, node)
+    return moved / _link(layout.tensor * layout.shares, gpus_per_node)
 
 
 def _generate(
@@ -126,14 +127,15 @@ def _generate(
     Decoding a token reads the stage's weights once for all rows, and each row's keys and values; pipeline stages take
     turns. Prefill is a forward pass.
     """
-    number = BYTES[config.trainer.precision][0]
+    itemsize = BYTES[config.trainer.precision][0]
     rows = responses_per_rank(config, layout)
     waves = -(-rows // max(1, int(cache_bytes // cache_per_response(config, shape, layout))))
     limit, prompt = config.generation.longest_response, config.data.max_prompt_length * MEAN_LENGTH
-    weights = number * shape.parameters / layout.tensor / (HBM * BANDWIDTH)
+    weights = itemsize * shape.parameters / layout.tensor / (HBM * BANDWIDTH)
     # A response's cache is read once at every length from the prompt's to its own.
-    read = rows * SQUARES * mean**2 / 2
-    cache = read * cache_per_response(config, shape, layout) * layout.pipeline / longest(config) / (HBM * BANDWIDTH)
+    tokens_read = rows * SQUARES * mean**2 / 2
+    bytes_per_token = cache_per_response(config, shape, layout) * layout.pipeline / full_length(config)
+    cache = tokens_read * bytes_per_token / (HBM * BANDWIDTH)
     decoded = 2 * rows * mean * shape.parameters / layout.tensor / (PEAK * MATRICES)
     start = shape.layers * LAUNCH if config.generation.engine == "megatron" else 0.0
     reduces = 2 * shape.layers * ALL_REDUCE if layout.tensor > 1 else 0.0
@@ -144,13 +146,14 @@ def _generate(
     return reading + prefill + steps * (start + reduces), steps * reduces
 
 
-def _refit(config: RunConfig, shape: ModelShape, layout: Layout, node: int) -> float:
+def _refit(config: RunConfig, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
     """Seconds to send the weights to an external engine; the embedded one reads the policy's."""
     if config.generation.engine == "megatron":
         return 0.0
-    return BYTES[config.trainer.precision][0] * shape.parameters / _link(layout.replica * layout.data, node)
+    weights = BYTES[config.trainer.precision][0] * shape.parameters
+    return weights / _link(layout.model_ranks * layout.data, gpus_per_node)
 
 
-def _link(ranks: int, node: int) -> float:
+def _link(ranks: int, gpus_per_node: int) -> float:
     """Bytes/s among so many neighbouring ranks."""
-    return LINKS * (NVLINK if ranks <= node else NETWORK)
+    return LINKS * (NVLINK if ranks <= gpus_per_node else NETWORK)

@@ -23,9 +23,9 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings",
 )  # fmt: skip
-_MOST, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond these transformers runs out of memory or never returns
+_LARGEST_SIZE, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond these transformers runs out of memory or never returns
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-USED = frozenset(_SIZES) | {
+READ_FIELDS = frozenset(_SIZES) | {
     "model_type", "architectures", "auto_map", "head_dim", "rms_norm_eps", "tie_word_embeddings", "dtype",
     "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
     "layer_types",
@@ -54,7 +54,7 @@ HARMLESS = {name: reason for reason, names in _HARMLESS.items() for name in name
 
 _UNQUANTIZED = "quantized weights are not read here: give the directory of the unquantized model (bf16)"
 # Values of a field with which the network is the one built here, and a hint for any other value.
-ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+BUILT_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), ""),
     "attention_dropout": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
     "mlp_bias": ((False, None), ""),
@@ -148,15 +148,15 @@ def _check_identity(config: dict[str, Any], kind: str) -> None:
 
 def _check_known(config: dict[str, Any], architecture: Architecture) -> None:
     """Raises UserError for an unknown field, and for a value that makes another network than the one built here."""
-    only = ONLY | {"attention_bias": ((True,) if architecture.qkv_bias else (False, None), "")}
-    unknown = [name for name in config if name not in USED and name not in HARMLESS and name not in only]
+    built = BUILT_VALUES | {"attention_bias": ((True,) if architecture.qkv_bias else (False, None), "")}
+    unknown = [name for name in config if name not in READ_FIELDS and name not in HARMLESS and name not in built]
     if unknown:
         named = ", ".join(f"{_shown(name, quote=False)}={_shown(config[name])}" for name in unknown[:3])
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
             f"{named}{more}: not a field that is known here, and it may change the network; remove it if it does not"
         )
-    for name, (values, hint) in only.items():
+    for name, (values, hint) in built.items():
         if name in config and not any(_same(config[name], value) for value in values):
             allowed = " or ".join(_shown(value) for value in values)
             raise UserError(f"{name}={_shown(config[name])} is not built, only {allowed}" + (f"; {hint}" * bool(hint)))
@@ -168,9 +168,9 @@ def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
         raise UserError(f"{missing[0]} is missing; only decoders such as Qwen2 and Llama are built")
     null = config.get("head_dim") is None and (architecture.null_head_dim or "head_dim" not in config)
     for name in _SIZES if null else (*_SIZES, "head_dim"):
-        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
-        if not _is_size(config[name], most):
-            raise UserError(f"{name}={_shown(config[name])} is not a whole number of at least 1 and at most {most:,}")
+        limit = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
+        if not _is_size(config[name], limit):
+            raise UserError(f"{name}={_shown(config[name])} is not a whole number of at least 1 and at most {limit:,}")
     heads, kv_heads, hidden = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads % kv_heads:
         raise UserError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")

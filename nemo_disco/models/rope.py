@@ -43,11 +43,11 @@ def read_rope(config: dict[str, Any], default_theta: float) -> Rope:
     Raises UserError for a scaling that is not built, and for two spellings that contradict each other.
     """
     theta = config.get("rope_theta")
-    given = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
-    ropes = {name: _read(name, value, theta, default_theta) for name, value in given.items()}
+    fields = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
+    ropes = {name: _read(name, value, theta, default_theta) for name, value in fields.items()}
     if len(ropes) == 2 and ropes["rope_parameters"] != ropes["rope_scaling"]:
         raise UserError(
-            f"rope_parameters={given['rope_parameters']} and rope_scaling={given['rope_scaling']} (with "
+            f"rope_parameters={fields['rope_parameters']} and rope_scaling={fields['rope_scaling']} (with "
             f"rope_theta={theta}) contradict; remove the one that is wrong"
         )
     return next(iter(ropes.values()), None) or _read("rope_theta", {}, theta, default_theta)
@@ -70,8 +70,8 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
     kind = kinds.pop() if kinds else "default"
     if kind not in SCALINGS:
         raise UserError(f"rope_type {kind!r} is not built; known: {', '.join(SCALINGS)}")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALINGS[kind]}
-    if unknown := sorted(map(str, value.keys() - known)):
+    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALINGS[kind]}
+    if unknown := sorted(map(str, value.keys() - allowed)):
         raise UserError(f"{name}: {unknown[0]}={value[unknown[0]]!r} is not built for rope_type {kind!r}")
     if value.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{name}: partial_rotary_factor={value['partial_rotary_factor']!r} is not built, only 1")

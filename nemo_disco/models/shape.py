@@ -83,7 +83,7 @@ class ModelShape:
         """Name and shape of every Hugging Face tensor, without a tied output layer."""
         return dict(part for weight in self.weights() for part in weight.parts)
 
-    def modules_with_state(self) -> Iterator[tuple[str, int, int]]:
+    def modules_with_fp8_state(self) -> Iterator[tuple[str, int, int]]:
         """(name, layer, layers) of what may hold FP8 state: Transformer Engine's linear layers, attention and norms."""
         modules = [weight.name.rpartition(".")[0] for weight in self.architecture.layer.values()]
         for module in dict.fromkeys([*modules, "self_attention.core_attention"]):

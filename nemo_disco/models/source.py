@@ -65,9 +65,9 @@ def model_source(path: str) -> ModelSource:
 def _checkpoint_source(checkpoint: Path) -> ModelSource:
     """A converted checkpoint has its model's Hugging Face files inside; a run's config.yaml names their directory."""
     step = read_json(checkpoint / "checkpoint.json", _Step)["step"]
-    carried = checkpoint / "hugging_face"
-    if carried.is_dir():
-        return ModelSource(str(carried), checkpoint, step)
+    hf_files = checkpoint / "hugging_face"
+    if hf_files.is_dir():
+        return ModelSource(str(hf_files), checkpoint, step)
     config = checkpoint.parent.parent / "config.yaml"
     if not config.is_file():
         raise UserError(f"model.path={checkpoint}: no {config} says which model this is a checkpoint of")

@@ -109,10 +109,10 @@ class SafetensorReader:
                 "(tie_word_embeddings): set that to false if the model has an output layer of its own"
             )
 
-    def _equal(self, one: str, other: str) -> bool:
+    def _equal(self, first: str, second: str) -> bool:
         """True if two tensors of the same shape are equal; reads a few rows at a time."""
-        left, right = (self._handles[name].get_slice(name) for name in (one, other))
-        rows, width = self.shape(one)
+        left, right = (self._handles[name].get_slice(name) for name in (first, second))
+        rows, width = self.shape(first)
         step = max(1, _COMPARED_BYTES // (8 * width))
         return all(torch.equal(left[i : i + step].double(), right[i : i + step].double()) for i in range(0, rows, step))
 

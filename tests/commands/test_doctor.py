@@ -23,7 +23,7 @@ def parts():
 
 
 def missing(parts):
-    return {feature.name: feature.missing for feature in doctor.features(parts)}
+    return {feature.name: feature.missing for feature in doctor.list_features(parts)}
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_report_is_markdown_with_versions_parts_and_missing_parts(diagnose):
     assert rows["nemo_disco"].startswith(__version__) and rows["torch"] == importlib.metadata.version("torch")
     assert rows["Python"] == sys.version.split()[0] and "Linux" in rows["operating system"] and "cores" in rows["CPU"]
     assert {part.name for part in doctor.examine().values()} < set(rows)
-    for feature in doctor.features(doctor.examine()):
+    for feature in doctor.list_features(doctor.examine()):
         assert rows[feature.name] == (f"no: {feature.missing}" if feature.missing else "yes")
 
 

@@ -26,7 +26,7 @@ def known_shape(size):
 
 def seconds(layout, needs=DISCO, gpu=80):
     """Seconds of a step of the 7B model on four nodes."""
-    layout = replace(layout, data=32 // layout.replica)
+    layout = replace(layout, data=32 // layout.model_ranks)
     return assess(recipe(nodes=4), known_shape("7b"), layout, needs, gpu * GIB, 8).seconds
 
 
@@ -37,7 +37,7 @@ def test_every_layout_listed_is_legal_and_the_fitting_come_first(size):
     assert len(layouts) == len({c.layout for c in layouts}) > 4
     for c in layouts:
         layout = c.layout
-        assert layout.replica * layout.data == 32 and layout.tensor <= 8
+        assert layout.model_ranks * layout.data == 32 and layout.tensor <= 8
         assert shape.kv_heads % layout.tensor == 0 and shape.layers % (layout.pipeline * layout.virtual) == 0
         assert layout.sequence_parallel == (layout.tensor > 1) and (layout.virtual == 1 or layout.pipeline > 1)
         assert c.fits == (c.memory.training <= USABLE * c.gpu_bytes and c.waves > 0)
@@ -54,7 +54,8 @@ def test_each_size_has_a_layout_on_nodes_of_eight_80_gb_gpus(size, nodes):
     assert best is not None and best.fits
     assert best.seconds.step <= 1.05 * layouts[0].seconds.step
     assert not any(
-        c.fits and c.layout.replica < best.layout.replica and c.seconds.step <= best.seconds.step for c in layouts
+        c.fits and c.layout.model_ranks < best.layout.model_ranks and c.seconds.step <= best.seconds.step
+        for c in layouts
     )
 
 
@@ -66,7 +67,7 @@ def test_none_is_recommended_where_none_fits():
 def test_recomputation_is_the_least_that_fits():
     def recomputed(gigabytes):
         layouts = candidates(recipe(), known_shape("1.5b"), DISCO, gigabytes * GIB)
-        return next(c.layout.recompute for c in layouts if c.layout.replica == 1)
+        return next(c.layout.recompute for c in layouts if c.layout.model_ranks == 1)
 
     assert recomputed(80) == "full" and recomputed(400) is None
 

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from nemo_disco.commands.checks import check_objective
-from nemo_disco.commands.plan import needs_of
+from nemo_disco.commands.plan import find_needs
 from nemo_disco.config.compose import compose
-from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate, host_memory
+from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate_memory, host_memory
 from nemo_disco.estimate.plan import print_plan, vocabulary
 from nemo_disco.models.shape import PUBLISHED, find_shape, read_shape
 from nemo_disco.runtime.errors import UserError
@@ -16,12 +16,12 @@ from nemo_disco.runtime.errors import UserError
 
 def printed(config, world_size):
     console = Console(file=io.StringIO(), width=140)
-    print_plan(config, world_size, needs_of(check_objective(config)), console)
+    print_plan(config, world_size, find_needs(check_objective(config)), console)
     return console.file.getvalue()
 
 
 def rank_memory(config, shape, world_size=8, **options):
-    return estimate(config, shape, Layout.from_config(config.model, world_size), **options)
+    return estimate_memory(config, shape, Layout.from_config(config.model, world_size), **options)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.estimate.plan import print_plan
 from nemo_disco.estimate.timing import Needs
 from nemo_disco.models.architecture import ARCHITECTURES
-from nemo_disco.models.hf_config import HARMLESS, ONLY, USED, read_hf_config
+from nemo_disco.models.hf_config import BUILT_VALUES, HARMLESS, READ_FIELDS, read_hf_config
 from nemo_disco.runtime.errors import UserError
 
 LLAMA3 = REAL["Llama-3.1-8B-Instruct"]["rope_scaling"]
@@ -90,7 +90,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KNOWN = USED | set(HARMLESS) | set(ONLY) | {"attention_bias"}
+KNOWN = READ_FIELDS | set(HARMLESS) | set(BUILT_VALUES) | {"attention_bias"}
 
 
 @given(name=st.text(max_size=30).filter(lambda n: n not in KNOWN), value=json_values, real=st.sampled_from(list(REAL)))
