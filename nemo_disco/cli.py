@@ -23,7 +23,7 @@ from nemo_disco.runtime.files import refusal_of_disk
 CONFIG_COMMANDS = {
     "train": "train a policy",
     "evaluate": "score a policy on question files",
-    "verify": "sample one mini-batch, compare the engine with the trainer, compute the gradient on this layout",
+    "verify": "sample one mini-batch, compare the engine's log-probs with the trainer's, and compute its gradient",
     "plan": "print batches, memory, layouts and estimated time of a run, without running it",
 }
 CONFIG_HELP = """Settings are Hydra's: key=value sets a key (trainer.max_steps=10), group=choice takes another file of a
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch.report(error)
         raise
     finally:
-        streams.tolerate()  # the interpreter flushes the streams when it ends
+        streams.ignore_closed_output()  # the interpreter flushes the streams when it ends
 
 
 def _print_error(error: UserError) -> int:
@@ -66,7 +66,7 @@ def _dispatch(arguments: list[str]) -> Any:
     # Overrides may stand before, between and after options; argparse leaves the later ones over.
     unknown = [word for word in rest if word.startswith("-") or "overrides" not in options]
     if unknown:
-        parser.error(f"unknown argument: {' '.join(unknown)} ('nemo-disco {options.command} --help' lists the known)")
+        parser.error(f"unknown argument: {' '.join(unknown)} ('nemo-disco {options.command} --help' lists arguments)")
     if "overrides" in options:
         options.overrides += rest
     if options.command in ("train", "evaluate", "verify"):
@@ -96,28 +96,37 @@ def _parser() -> argparse.ArgumentParser:
     for name, words in CONFIG_COMMANDS.items():
         command = commands.add_parser(name, help=words, description=f"{words}.", epilog=CONFIG_HELP)
         command.add_argument("--config-name", "-cn", default="config", metavar="NAME", help="default: config")
-        words = "directory searched before ./conf and the packaged conf/"
+        words = "read NAME and group files from here first, then from ./conf and the packaged conf/"
         command.add_argument("--config-path", "-cp", type=os.path.expanduser, metavar="DIR", help=words)
         command.add_argument("overrides", nargs="*", metavar="key=value")
-    grade = commands.add_parser("grade", help="print the reward of each response in a file, and the reason")
+    words = "print the reward of each response in a file, and the reason"
+    description = "Compare each `response` with its `answer` as mathematics; print `reward` and `reason` as JSON."
+    grade = commands.add_parser("grade", help=words, description=description)
     grade.add_argument("file", type=_path, metavar="FILE.jsonl", help="`response` and `answer` a line")
     grade.add_argument("--out", type=_path, metavar="FILE", help="write the lines there instead of to the screen")
     grade.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
     grade.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (default 2)")
     grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
-    data = commands.add_parser("data", help="survey question files; filter and convert them")
+    words = "count duplicates and other faults in question files; write the good questions to a new file"
+    description = "Count duplicate, contaminated and unparsable questions; --out writes the questions to keep."
+    data = commands.add_parser("data", help=words, description=description)
     data.add_argument("files", type=_path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
     data.add_argument("--model", type=_path, metavar="DIR", help="count prompt tokens with this directory's tokenizer")
-    data.add_argument("--against", type=_path, nargs="+", default=[], metavar="FILE", help="files to compare with")
-    words = "a run's rollouts/*.jsonl: print pass rates; with --out: leave questions always or never solved out"
+    words = "evaluation files: a question that is also in one of them is contaminated"
+    data.add_argument("--against", type=_path, nargs="+", default=[], metavar="FILE", help=words)
+    words = "a run's rollouts/*.jsonl: print pass rates; with --out: leave out questions always or never solved"
     data.add_argument("--rollouts", type=_path, nargs="+", default=[], metavar="FILE", help=words)
     data.add_argument("--out", type=_path, metavar="FILE", help="write the questions as .jsonl, .json or .parquet")
     data.add_argument("--max-tokens", type=_positive, metavar="N", help="with --out: leave longer prompts out")
     drop = ("duplicates", "contaminated", "unparsable")
     data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave such questions out")
-    doctor = commands.add_parser("doctor", help="list what this machine has, and what each feature lacks")
+    words = "list what this machine has, and what each feature lacks"
+    description = "List the packages, GPUs and programs found here, and for each feature the parts that are missing."
+    doctor = commands.add_parser("doctor", help=words, description=description)
     doctor.add_argument("--report", type=_path, nargs="*", metavar="RUN", help="Markdown for an issue, also on runs")
-    report = commands.add_parser("report", help="write one HTML page about one or several runs")
+    words = "write one HTML page about one or several runs"
+    description = "Write an HTML page with curves, evaluations and rollouts of the runs; it opens without a network."
+    report = commands.add_parser("report", help=words, description=description)
     report.add_argument("runs", type=_path, nargs="+", metavar="RUN", help="a run directory")
     report.add_argument("--out", type=_path, metavar="FILE", help="default: report.html in the first run directory")
     report.add_argument("--plots", type=_path, metavar="DIR", help="also write PNG plots and metrics.csv there")

@@ -104,7 +104,7 @@ class Journal:
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of a step to every sink, and show them."""
         if self._progress is not None:
-            self.run.check_held()
+            self.run.check_lock()
             for sink in self._sinks:
                 sink.write(step, metrics)
             self._progress.update({"step": step, **metrics})
@@ -125,7 +125,7 @@ class Journal:
     def write_evaluations(self, results: Sequence[EvaluationResult]) -> None:
         """Write the results of an evaluation, and log their Pass@1."""
         for result in results if self.writes else ():
-            self.run.check_held()
+            self.run.check_lock()
             write_evaluation(self.run.evaluation, result)
             pass_at_1 = result.per_problem()["pass@1"]
             assert pass_at_1 is not None
@@ -144,7 +144,7 @@ class Journal:
             return
         by_row = values.by_response if values else {}
         lines = [_line(batch, i) | (_token_fields(batch, i, by_row[i]) if i in by_row else {}) for i in rows]
-        self.run.check_held()
+        self.run.check_lock()
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(self.run.rollout_file(step), text)
 

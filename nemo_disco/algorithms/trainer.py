@@ -195,7 +195,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of everything that decides the future; `fit` waits for it. A collective."""
-        self.journal.run.check_held()
+        self.journal.run.check_lock()
         # A run whose last mini-batches were skipped may have diverged: the checkpoints from before stay.
         keep = self.exp_manager.keep_checkpoints if self.divergence.in_a_row == 0 else sys.maxsize
         checkpoints = self.journal.run.checkpoints
@@ -281,7 +281,7 @@ class Trainer:
         chooses = self.step == 0 or (self.validation.every_n_steps > 0 and self._may_keep_weights())
         if results and chooses and self.best.consider(self.step, results) and self.step:
             self.writer.wait()
-            self.journal.run.check_held()
+            self.journal.run.check_lock()
             self.best.keep(self.policy, self.saved)
         return results
 

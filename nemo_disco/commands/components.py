@@ -63,7 +63,7 @@ def process_groups(config: RunConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(run: RunDirectory) -> Iterator[None]:
+def lock_run_directory(run: RunDirectory) -> Iterator[None]:
     """Rank 0 locks the run directory; the other ranks wait until it has."""
     with run.lock() if is_first_rank() else contextlib.nullcontext():
         dist.barrier()

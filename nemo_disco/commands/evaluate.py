@@ -26,7 +26,7 @@ def main(config: RunConfig) -> int:
     source = model_source(config.model.path)
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": source.hugging_face})})
     reference = read_reference(Path(config.evaluation.reference)) if config.evaluation.reference else {}
-    with components.process_groups(config), components.locked(run):
+    with components.process_groups(config), components.lock_run_directory(run):
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         sets = components.read_evaluation_sets(config, tokenizer)
         with components.build_components(
@@ -41,11 +41,11 @@ def main(config: RunConfig) -> int:
             for prompts in sets:
                 samples = evaluation_file(directory, prompts.name, source.step).with_suffix(".samples.jsonl")
                 weights = weights_identity(source)
-                run.check_held()
+                run.check_lock()
                 result = evaluator.evaluate(prompts, source.step, samples, weights, warnings=warnings)
                 assert result is not None, "nothing asks it to stop"
                 results.append(result)
-                run.check_held()
+                run.check_lock()
                 if is_first_rank():
                     path = write_evaluation(directory, result)
                     print_estimates(result)

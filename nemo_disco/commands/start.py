@@ -42,7 +42,7 @@ def main(options: argparse.Namespace, arguments: list[str]) -> int:
     from nemo_disco.commands import evaluate, train, verify
 
     if command != "verify":  # its result is what it prints, so a closed stdout ends it
-        streams.tolerate()
+        streams.ignore_closed_output()
     try:
         code: int = {"train": train.main, "evaluate": evaluate.main, "verify": verify.main}[command](config)
         return code

@@ -42,9 +42,9 @@ def main(config: RunConfig) -> int:
     """Train in exp_manager.explicit_log_dir, from its last intact checkpoint if there is one."""
     run = RunDirectory(config.exp_manager.explicit_log_dir)
     objective = components.build_run_objective(config)
-    with components.process_groups(config), components.locked(run):
+    with components.process_groups(config), components.lock_run_directory(run):
         # Every input is read and checked before the policy is built.
-        _refuse_used(run, config)
+        _check_may_resume(run, config)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         data = config.data
         prompts = components.read_prompts("train", data.train_files, config, tokenizer, data.train_weights)
@@ -60,14 +60,14 @@ def main(config: RunConfig) -> int:
             trainer = build_trainer(config, parts, objective, prompts, order, evaluation_sets, journal, reference)
             with contextlib.closing(trainer):
                 _resume(trainer, run, config)
-                run.check_held()
+                run.check_lock()
                 if is_first_rank():
                     if note := set_aside(run, trainer.step, [file_stem(s.name) for s in evaluation_sets]):
                         log.warning("%s", note)
                     write_atomically(run.config, to_yaml(config))
                 trainer.fit()
                 if trainer.finished:
-                    run.check_held()
+                    run.check_lock()
                     _export(parts.policy, run, trainer.step)
                     if is_first_rank():
                         _print_outcome(run)
@@ -114,7 +114,7 @@ def _journal(run: RunDirectory, config: RunConfig, objective: Objective) -> Jour
     )
 
 
-def _refuse_used(run: RunDirectory, config: RunConfig) -> None:
+def _check_may_resume(run: RunDirectory, config: RunConfig) -> None:
     if not config.exp_manager.resume_if_exists and checkpoint.latest(run.checkpoints) is not None:
         raise UserError(
             f"{run.path} holds checkpoints of an earlier run and exp_manager.resume_if_exists is false: "
@@ -132,9 +132,9 @@ def _resume(trainer: Trainer, run: RunDirectory, config: RunConfig) -> None:
         log.info("resumed from step %d of %s", trainer.step, run.checkpoints)
         try:
             if changed := changes(load_run_config(run.config), config):
-                log.warning("other settings than before: %s", "; ".join(changed))
+                log.warning("settings changed since the last start: %s", "; ".join(changed))
         except UserError as error:  # another version's config.yaml, a damaged one, or none
-            log.warning("whether settings changed is not known: %s", error)
+            log.warning("settings cannot be compared with those of the last start: %s", error)
 
 
 def _export(policy: Policy, run: RunDirectory, step: int) -> None:
@@ -169,7 +169,8 @@ def _print_outcome(run: RunDirectory) -> None:
         by_set.setdefault(result.name, []).append(result)
     for name, results in by_set.items():
         if len(results) > 1:
-            title = f"{name}: {results[0].problems} problems, before and after {results[-1].step} steps"
+            step = results[-1].step
+            title = f"{name}: {results[0].problems} problems, before and after {step} step{'s' * (step != 1)}"
             console.print(rich_table(compare(results[0], results[-1]), title))
             if note := setup_differences(results[0], results[-1]):
                 console.print(note, soft_wrap=True, highlight=False, markup=False)

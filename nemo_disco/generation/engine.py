@@ -30,7 +30,7 @@ class Response:
     """One sampled response of n tokens, EOS included if it was sampled.
 
     log_probs [n]: of the full distribution on logits / temperature (before top-k and top-p; at temperature 0, of the
-    plain logits).
+    plain logits). weight_version: the step after which the weights that sampled it were put into the engine.
     """
 
     tokens: NDArray[np.int64]

@@ -130,7 +130,7 @@ class RunDirectory:
             if not (self._flock(descriptor) and self._holder().get("host", HOST) == HOST):
                 self._refuse_beating_holder(silence_s)
             self._descriptor = descriptor
-            self.check_held()  # it may have been removed between its opening and its lock
+            self.check_lock()  # it may have been removed between its opening and its lock
             with self._heartbeat(descriptor):
                 self._sweep()
                 yield
@@ -139,7 +139,7 @@ class RunDirectory:
             _held.discard(descriptor)
             os.close(descriptor)
 
-    def check_held(self) -> None:
+    def check_lock(self) -> None:
         """Call before any file of the run is written. Raises UserError if this process had the lock, and the directory
         or the lock file was removed or replaced since: the files there may be another run's.
 
@@ -245,7 +245,7 @@ class RunDirectory:
             while not ended.wait(HEARTBEAT_S):
                 record["beat"] += 1
                 try:
-                    self.check_held()
+                    self.check_lock()
                 except UserError as error:
                     _end(error)
                 try:

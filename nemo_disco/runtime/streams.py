@@ -24,7 +24,7 @@ class ReaderLeftError(Exception):
 class _Raw(io.FileIO):
     """A descriptor that becomes /dev/null at the first failure to write, which stdout reports."""
 
-    tolerant = False  # for all instances: see tolerate
+    tolerant = False  # for all instances: see ignore_closed_output
 
     def __init__(self, descriptor: int, name: str) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -79,6 +79,6 @@ def guard() -> None:
             setattr(sys, name, guarded)
 
 
-def tolerate() -> None:
+def ignore_closed_output() -> None:
     """From now on a failure to write standard output raises nothing; one warning on standard error reports it."""
     _Raw.tolerant = True

@@ -43,7 +43,7 @@ def test_killed_after_a_checkpoint_it_ends_as_one_life_does(finished, commands, 
     assert killed.wait().code == -signal.SIGKILL
     wait_until_free(run)
     again = commands("train", *WHOLE, at(run), ranks=finished.ranks).ok()
-    assert "resumed from step 2" in again.err and "other settings" not in again.err
+    assert "resumed from step 2" in again.err and "settings changed" not in again.err
     assert "before and after 4 steps" in again.out
     assert_same(run, finished.path)
 
@@ -92,7 +92,11 @@ def test_more_steps_go_on_from_the_last_and_changes_are_said(finished, commands,
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)
     done = commands("train", *WHOLE, "trainer.max_steps=5", "algorithm=grpo", at(run), ranks=finished.ranks).ok()
-    for said in ("other settings than before: ", "trainer.max_steps: 4 -> 5", 'algorithm.name: "disco" -> "grpo"'):
+    for said in (
+        "settings changed since the last start: ",
+        "trainer.max_steps: 4 -> 5",
+        'algorithm.name: "disco" -> "grpo"',
+    ):
         assert said in done.err
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
     assert metrics(run)[:4] == metrics(finished.path)

@@ -197,12 +197,12 @@ TAKE = [remove_lock, replace_lock, remove_directory, replace_directory]
 @pytest.mark.parametrize("take", TAKE)
 def test_a_lock_that_is_taken_away_stops_the_next_write(take: Callable[[Path], None], tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.check_held()  # without the lock there is nothing to lose
+    run.check_lock()  # without the lock there is nothing to lose
     with run.lock():
-        run.check_held()
+        run.check_lock()
         take(run.path)
         with pytest.raises(UserError, match=r"run/.lock, .* was (removed|replaced): another run may be writing there"):
-            run.check_held()
+            run.check_lock()
 
 
 def test_a_file_server_that_is_away_for_a_while_ends_nothing(
@@ -222,12 +222,12 @@ def test_a_file_server_that_is_away_for_a_while_ends_nothing(
     run = RunDirectory(tmp_path)
     with run.lock():
         monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", away)
-        run.check_held()
+        run.check_lock()
         assert caplog.text.count("cannot be examined") == 1 and answers == []
         forever, answers[:] = True, [errno.ESTALE]
         monkeypatch.setattr(rundir, "PATIENCE_S", 0.05)
         with pytest.raises(UserError, match="could not be examined for"):
-            run.check_held()
+            run.check_lock()
         monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", real)
 
 

@@ -15,7 +15,7 @@ from nemo_disco.runtime import streams
 from nemo_disco.runtime.errors import UserError
 streams.guard()
 if sys.argv[1] == "run":
-    streams.tolerate()
+    streams.ignore_closed_output()
 try:
     for i in range(3):
         Console().print("rich", i)
@@ -27,7 +27,7 @@ except streams.ReaderLeftError:
 except UserError as error:
     os.write(3, str(error).encode())
 finally:
-    streams.tolerate()
+    streams.ignore_closed_output()
 """
 
 
