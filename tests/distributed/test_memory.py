@@ -18,7 +18,7 @@ from tiny_models import model_config, save_model
 
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.estimate.memory import Layout, Memory, estimate
+from nemo_disco.estimate.memory import Layout, Memory, estimate_memory
 from nemo_disco.models.shape import read_shape
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
@@ -88,7 +88,7 @@ def estimated(model: str, changes: dict[str, Any], world_size: int, precision: s
         *(f"model.{key}={value}" for key, value in changes.items()),
     ]
     config = compose(overrides=overrides)
-    return estimate(config, read_shape(model), Layout.from_config(config.model, world_size), cuda=False)
+    return estimate_memory(config, read_shape(model), Layout.from_config(config.model, world_size), cuda=False)
 
 
 def check(

@@ -84,7 +84,9 @@ def test_no_question_file(refused, tmp_path):
 
 
 def test_an_empty_question_file(refused, tmp_path):
-    assert f"{tmp_path}/q.jsonl: there are no questions in it" in refused(questions(tmp_path / "q.jsonl"))
+    assert f"{tmp_path}/q.jsonl: the file holds no records; give one that does" in refused(
+        questions(tmp_path / "q.jsonl")
+    )
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_an_update_that_spoils_the_weights_costs_no_checkpoint(questions, rate, 
     assert any(name.startswith("checkpoints/step_2/") for name in before)
     diverged = commands("train", *often, *some, "trainer.max_steps=8", f"model.optim.lr={rate}")
     assert diverged.code == 2 and "Traceback" not in diverged.err
-    assert f"the last checkpoint, {run}/checkpoints/step_2, is from before it and was kept" in diverged.err
+    assert f"the last checkpoint, {run}/checkpoints/step_2, is from before that and was kept" in diverged.err
     assert files(run, "checkpoints", "best", "export") == before
     assert "resumed from step 2" in commands("train", *often, *some, "trainer.max_steps=3").ok().err
 
