@@ -41,7 +41,7 @@ def verify_files(checkpoint: Path) -> None:
         record = files.read_record(checkpoint)
         files.check(checkpoint, record["files"], sorted(record["files"]))
     except files.DamagedError as damage:
-        raise UserError(f"checkpoint {checkpoint}: {damage}; take another one") from None
+        raise UserError(f"checkpoint {checkpoint}: {damage}; choose another one") from None
 
 
 def training_dtype(checkpoint: Path, model: Path) -> torch.dtype | None:

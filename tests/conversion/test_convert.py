@@ -219,7 +219,7 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
         convert.megatron_to_hf(megatron, tmp_path / "out", tied)
     with pytest.raises(UserError, match="exists already"):
         convert.megatron_to_hf(megatron, source, source)
-    with pytest.raises(UserError, match=r"no \.metadata there"):
+    with pytest.raises(UserError, match=r"no torch_dist checkpoint \(no \.metadata\)"):
         convert.megatron_to_hf(tmp_path, tmp_path / "out", source)
     with pytest.raises(UserError, match="give a NeMo 2"):
         convert.nemo_to_hf(tmp_path, tmp_path / "out", source)
