@@ -1,4 +1,4 @@
-"""How long a checkpoint keeps training waiting: a save that is waited for against one written in the background.
+"""Training time lost to a checkpoint: a save that is waited for against one written in the background.
 
 The two take turns in the same processes (1, then 2 of one thread, data-parallel), on 200 MB of weights and optimizer
 state, each after a barrier; the slowest rank counts. In the background, training steps go on until the checkpoint is

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model whose response lengths are known, and sides that take turns on one core.
+"""Shared by the benchmarks: a model whose response lengths are known, and sides that take turns on one core.
 
 Each side is a process of its own, pinned to the same core with one thread, and works only when it is its turn, so a
 busy moment of the machine hits all of them. Runs in TRL's environment too: imports nothing of ours.
@@ -206,7 +206,7 @@ Runs = dict[str, list[dict[str, float]]]
 
 
 def take_turns(commands: Mapping[str, Sequence[str]], repeats: int, *, pinned: bool = True) -> Runs:
-    """What each side answered in each of `repeats` turns, after one turn to warm up. pinned: all on the same core."""
+    """The answers of each side in each of `repeats` turns, after one turn to warm up. pinned: all on the same core."""
     sides = {name: Side(command, pinned) for name, command in commands.items()}
     try:
         for side in sides.values():

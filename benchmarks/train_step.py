@@ -52,7 +52,7 @@ def made_up_rollouts(questions: int, limit: int, seed: int = 0) -> Rollouts:
 
 
 class Padded:
-    """What one writes without us."""
+    """A training step as one writes it with plain transformers."""
 
     def __init__(self, model: Path, args: argparse.Namespace) -> None:
         from transformers import AutoModelForCausalLM

@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
+    """The outcome of a command."""
 
     code: int
     out: str

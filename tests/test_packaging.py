@@ -1,4 +1,4 @@
-"""What pip installs works in an empty directory: sources -> sdist -> wheel -> a new environment."""
+"""The installed package works in an empty directory: sources -> sdist -> wheel -> a new environment."""
 
 import os
 import re

@@ -130,7 +130,7 @@ def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: 
 
 
 def answered(prompts: Sequence[Sequence[int]], responses: Sequence[Response]) -> Rollouts:
-    """What an engine answered to `prompts`; each is a question of its own."""
+    """Rollouts of an engine's responses to `prompts`; each prompt is a question of its own."""
     return Rollouts.pack(
         prompts,
         [r.tokens for r in responses],

@@ -1,4 +1,4 @@
-"""What each section of the benchmark must compute and move at least, and the time that takes: counted, not measured.
+"""Lower bounds of what each section of the benchmark computes and moves, and of its time: counted, not measured.
 
     python benchmarks/gpu/counts.py [--write]      print the table of README.md, or write it there
 

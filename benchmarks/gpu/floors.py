@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured in the same run: matrix products, copies, and copies to the host."""
+"""This machine's best rates, measured in the same run: matrix products, copies, and copies to the host."""
 
 from __future__ import annotations
 

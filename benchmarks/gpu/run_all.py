@@ -88,7 +88,7 @@ def resumed(about: dict[str, Any], output: Path) -> dict[str, Any]:
 
 
 def run(name: str, results: Mapping[str, Any], limit_s: float, args: argparse.Namespace) -> dict[str, Any]:
-    """What the section found, or {"error": ...}; and how long it took."""
+    """The section's result, or {"error": ...}, with its seconds."""
     start = time.monotonic()
     if limit_s < LEAST_S:
         return {"error": "no time was left for it", "section_seconds": 0.0}

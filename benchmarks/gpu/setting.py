@@ -1,4 +1,4 @@
-"""What the GPU benchmark's sections share: shapes, random models on disk, rollouts with known lengths, and timing.
+"""Shared by the GPU benchmark's sections: shapes, random models on disk, rollouts with known lengths, and timing.
 
 `tiny` is the same program on a CPU at toy sizes, to know that it runs; its figures mean nothing.
 """

@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def unpack(source: Path, store: Path) -> list[str]:
-    """What happened, a line a set."""
+    """A line for each set with its outcome."""
     parts = store / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob("*.[0-9]*/*")):

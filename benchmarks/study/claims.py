@@ -1,4 +1,4 @@
-"""What the papers claim, and what these runs say of it: holds, the opposite, or not decided, by an interval.
+"""The papers' claims, and the verdict of these runs on each: holds, the opposite, or not decided, by an interval.
 
 A claim that compares methods is about the accuracies' difference, question by question, over common seeds.
 """

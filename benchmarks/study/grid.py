@@ -1,4 +1,4 @@
-"""What the study runs, from grid.yaml: items in their order, and the command line of each.
+"""The runs of the study, from grid.yaml: items in their order, and the command line of each.
 
 Pure: reads the grid and, for the learning rates, the finished runs it is given. Starts nothing.
 """
@@ -39,7 +39,7 @@ class Item:
         return f"{self.part}.{self.method}{rate}.seed_{self.seed}"
 
     def arguments(self, work: Path, learning_rate: float) -> list[str]:
-        """What `nemo-disco train` and `evaluate` take; work: where prepare.py put the model and the questions."""
+        """Overrides of `train` and `evaluate`; work: where prepare.py put the model and the questions."""
         held_out = "development" if self.part == TUNING else "test"
         return [
             *("--config-name", "run", "--config-path", str(HERE)),

@@ -1,4 +1,4 @@
-"""What every run starts from: a tokenizer, a warm-started policy, and three question files that never meet.
+"""The start of every run: a tokenizer, a warm-started policy, and three question files that never meet.
 
 Seeded, one thread, about a minute. Made once into a study's work directory; nothing of it is committed.
 """

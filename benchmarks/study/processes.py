@@ -55,7 +55,7 @@ class Process:
                 lower(child.pid)
 
     def kill(self) -> None:
-        """What it started ends when its pipes close. Not waited for: at its priority it may take long to die."""
+        """Kill the run; its children end with their pipes. Does not wait: at its priority it may take long to die."""
         os.kill(self.pid, signal.SIGKILL)
 
 

@@ -148,7 +148,7 @@ AES is measured against the same method without its length penalty.
 
 
 def delta(runs: Runs) -> float:
-    """What the grid sets for the constraint."""
+    """The constraint's settings in the grid."""
     found = re.search(r"delta=([^ ]+)", " ".join(runs.grid["methods"]["disco_logl"]["overrides"]))
     assert found is not None
     return float(found[1])

@@ -1,4 +1,4 @@
-"""Which weights are the best, of which sets, and whether RUN/best is of the past of the life that has it."""
+"""The choice of the best weights, on the same sets alone, and a RUN/best that agrees with the resumed checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights are not kept: those that are of no use beyond doubt."""
+"""Weights with a proven fault are not kept, and all others are."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_ids_and_lengths_of_any_integer_type() -> None:
 
 
 class CountOperations(TorchDispatchMode):
-    """How many torch operations run."""
+    """The number of torch operations that run."""
 
     count = 0
 

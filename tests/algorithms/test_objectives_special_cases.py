@@ -1,4 +1,4 @@
-"""What the papers say of their objectives' relations, and what the authors' released code gets wrong."""
+"""The relations between objectives that the papers state, and the known errors of the authors' released code."""
 
 from __future__ import annotations
 

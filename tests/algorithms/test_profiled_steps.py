@@ -1,4 +1,4 @@
-"""Which steps of a run a profiler sees, and what of them: the trainer's own order, around parts that do nothing."""
+"""The profiler captures the chosen steps, whole: the trainer's own order, around parts that do nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels to a GPU machine: pieces that arrive in any order, and a Python for an engine."""
+"""Files for a GPU machine: pieces that arrive in any order, and a Python for an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPU benchmark counts: floors by hand at small sizes, the page's table, and the division by them."""
+"""Counts of the GPU benchmark: floors by hand at small sizes, the page's table, and the division by them."""
 
 from __future__ import annotations
 

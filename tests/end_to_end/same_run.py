@@ -1,4 +1,4 @@
-"""Whether two runs of the settings WHOLE are one, bit for bit, times aside."""
+"""Comparison of two runs of the settings WHOLE, bit for bit, except times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMES = ("time/", "throughput/")
 
 
 def everything(run):
-    """What the future of a run depends on and what its past has left, times aside."""
+    """The state that decides a run's future and the files of its past, except times."""
     step = run / "checkpoints/step_4"
     record = json.loads((step / "checkpoint.json").read_text())
     return {

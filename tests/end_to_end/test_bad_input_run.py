@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line that says what, where and what to do, before time is spent."""
+"""A user's mistake ends in one line that names the fault, its place and the remedy, before time is spent."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_every_command_refuses(refused, tmp_path):
 
 
 def test_the_command_line_says_it_in_seconds_and_once_for_all_ranks(commands, tmp_path):
-    """What needs no model is found before the ranks are started; what a rank finds, one line says."""
+    """A mistake that needs no model is found before the ranks start; one that a rank finds is one line too."""
     early = commands.start("train", "algorithm.mini_batch_questions=3", at(tmp_path / "run"), devices=2).wait()
     late = commands.start("train", questions(tmp_path / "q.jsonl", GOOD, "{"), at(tmp_path / "run"), devices=2).wait()
     for done in (early, late):

@@ -1,4 +1,4 @@
-"""What an earlier life left beyond the step that this one begins at does not pass for this one's."""
+"""Files that an earlier process wrote beyond the step from which a run resumes are set aside."""
 
 from __future__ import annotations
 

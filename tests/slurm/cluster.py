@@ -57,7 +57,7 @@ class Cluster:
     daemons: dict[str, subprocess.Popen[bytes]]
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
-        """What a SLURM client prints; CalledProcessError if it fails, its stderr in the test's output."""
+        """The output of a SLURM client; CalledProcessError if it fails, its stderr in the test's output."""
         return subprocess.run(
             command, env=self.environment, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True
         ).stdout.strip()

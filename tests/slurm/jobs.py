@@ -39,7 +39,7 @@ class Job:
     log: Path
 
     def shown(self, key: str) -> str:
-        """What SLURM says of the job, such as JobState, Restarts, ExitCode."""
+        """SLURM's fields of the job, such as JobState, Restarts, ExitCode."""
         found = re.search(rf"\b{key}=(\S+)", self.slurm.call("scontrol", "show", "job", self.id))
         assert found is not None
         return found[1]
@@ -48,7 +48,7 @@ class Job:
         return self.shown("JobState") in ENDS
 
     def state(self, seconds: float = START_S) -> str:
-        """How it ended; waits until then."""
+        """Wait for the job's end; returns its state."""
         wait_for(self.ended, seconds)
         return self.shown("JobState")
 

@@ -1,4 +1,4 @@
-"""What is written here is the same model to transformers 4 (and to engines that pin it) as to transformers 5."""
+"""An exported model is the same model to transformers 4 (and to engines that pin it) as to transformers 5."""
 
 from __future__ import annotations
 
