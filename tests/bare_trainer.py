@@ -12,5 +12,6 @@ PARTS = ("policy", "engine", "objective", "collector", "validation", "agreement"
 def bare_trainer(config: RunConfig, **parts: Any) -> Trainer:
     mocks: dict[str, Any] = {name: Mock() for name in PARTS}
     mocks["collector"].generation.asynchronous = False
+    mocks["agreement"].check_step.return_value = ""
     mocks["throughput"].metrics.return_value = {}
     return Trainer(config.trainer, config.exp_manager, config.algorithm, **(mocks | parts))

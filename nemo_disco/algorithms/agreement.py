@@ -7,7 +7,6 @@ contracts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,21 +32,21 @@ _PROBE_PROMPTS, _PROBE_TOKENS = 16, 256
 class Agreement:
     """Compares the log-probs of engine and policy for the same tokens, by verify.max_mismatch and verify.max_kl.
 
-    log: prints a line for the user. dtype_setting: the key that decided the type of the policy's weights.
+    dtype_setting: the key that decided the type of the policy's weights.
     """
 
     verify: VerifyConfig
     generation: GenerationConfig
     policy: Policy
     tokenizer: Any
-    log: Callable[[str], None]
     dtype_setting: str = "trainer.precision"
 
-    def check_step(self, step: int, rollouts: Rollouts, old_log_probs: Tensor) -> None:
+    def check_step(self, step: int, rollouts: Rollouts, old_log_probs: Tensor) -> str:
         """Compare the rollouts that the step after `step` steps trains on. old_log_probs [T]: the policy's.
 
         The first step of a run (step 0; not the first one after a resume) raises UserError if engine and policy
-        disagree, or if any log-prob of either is not finite. A later step logs a one-line warning. A collective.
+        disagree, or if any log-prob of either is not finite. Of a later step a one-line warning is returned, else "". A
+        collective.
 
         A later step is not compared if a log-prob of the policy is not finite (its mini-batches are skipped) or if a
         response was sampled from older weights (its log-probs differ by what training changed). So an asynchronous run
@@ -55,12 +54,13 @@ class Agreement:
         """
         if step == 0:
             self.require_agreement(rollouts, old_log_probs)
-            return
+            return ""
         if not bool(old_log_probs.isfinite().all()) or int(rollouts.weight_versions.min()) < step:
-            return
+            return ""
         difference = mismatch(old_log_probs, rollouts.generation_log_probs)
-        if not self._within_limits(difference):
-            self.log(f"step {step + 1}: warning: {self._describe(difference)}; see nemo-disco verify")
+        if self._within_limits(difference):
+            return ""
+        return f"step {step + 1}: warning: {self._describe(difference)}; see nemo-disco verify"
 
     def check_engine(self, engine: Engine, prompts: PromptSet, temperature: float) -> None:
         """Sample short responses to a few prompts, and raise UserError if engine and policy disagree on the log-probs

@@ -162,7 +162,8 @@ class Trainer:
         with span("log_probs"):
             reference = None if self.reference is None else self.reference.log_probs(rollouts)
             old = OldValues(*self.policy.log_probs(rollouts, entropies=True), reference)
-        self.agreement.check_step(self.step, rollouts, old.log_probs)
+        if warning := self.agreement.check_step(self.step, rollouts, old.log_probs):
+            self.journal.log(warning)
         history: list[dict[str, float]] = []
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)

@@ -33,7 +33,7 @@ def main(config: RunConfig) -> int:
             config, tokenizer, trainable=False, checkpoint_path=source.checkpoint
         ) as parts:
             parts.engine.update_weights(parts.policy.named_weights, 0)
-            agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer, print)
+            agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer)
             agreement.check_engine(parts.engine, sets[0], config.evaluation.temperature)
             evaluator = components.build_evaluator(config, parts)
             warnings = ResponseWarnings(config.reward.require_think)

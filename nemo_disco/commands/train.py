@@ -95,7 +95,7 @@ def build_trainer(
         objective=objective,
         collector=components.build_collector(config, parts, objective, prompts, order, journal.log, rounds),
         validation=Validation(components.build_evaluator(config, parts), evaluation_sets, journal, config.model.path),
-        agreement=Agreement(config.verify, config.generation, policy, prompts.tokenizer, journal.log),
+        agreement=Agreement(config.verify, config.generation, policy, prompts.tokenizer),
         throughput=Throughput(read_shape(config.model.path), dist.get_world_size(), peak_flops(policy.device_name)),
         warnings=ResponseWarnings(config.reward.require_think),
         journal=journal,

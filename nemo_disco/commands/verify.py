@@ -27,7 +27,7 @@ def main(config: RunConfig) -> int:
         order = QuestionOrder(len(prompts), per_step, config.seed, config.data.shuffle)
         with components.build_components(config, tokenizer, dtype=dtype) as parts:
             parts.engine.update_weights(parts.policy.named_weights, 0)
-            agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer, print, "verify.dtype")
+            agreement = Agreement(config.verify, config.generation, parts.policy, tokenizer, "verify.dtype")
             with closing(components.build_collector(config, parts, objective, prompts, order, print)) as collector:
                 report = verify_mini_batch(
                     config.verify,

@@ -173,7 +173,8 @@ def test_the_noise_floor_is_how_far_the_policy_is_from_itself(name: str, model_p
 def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_more(
     model_path: Path, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old log-probs of all, scores of the second to the fourth mini-batch, and the backward passes' own forwards."""
+    """Old log-probs of all, scores of the second to the fourth mini-batch, and the backward passes' own forwards. The
+    warning of an engine that disagrees is logged."""
     config = compose(
         overrides=[
             f"model.path={model_path}",
@@ -197,6 +198,8 @@ def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_
 
     monkeypatch.setattr(policy, "_schedule", counted)
     trainer = bare_trainer(config, policy=policy, objective=build_objective({"name": "disco"}))
+    trainer.agreement.check_step.return_value = "step 1: warning: apart"
     trainer.run_training(rollouts)
+    trainer.journal.log.assert_called_once_with("step 1: warning: apart")
     backward, forward = (False, 64), (True, 64)
     assert passes == [(True, 256), backward, forward, backward, forward, backward, forward, backward]
