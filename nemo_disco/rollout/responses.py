@@ -19,10 +19,9 @@ class ResponseTexts(Sequence[str]):
         self._responses: list[Response | None] = [None] * size
         self._texts: dict[int, str] = {}
 
-    def add(self, index: int, response: Response) -> str:
-        """Set the response at `index`; returns its text."""
+    def add(self, index: int, response: Response) -> None:
+        """Set the response at `index`."""
         self._responses[index] = response
-        return self[index]
 
     def fill(self, responses: Sequence[Response]) -> None:
         """Set all responses, in order; texts that are decoded already stay."""
