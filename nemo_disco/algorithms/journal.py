@@ -122,17 +122,18 @@ class Journal:
         elif self.writes:
             log.info(text)
 
-    def write_evaluations(self, results: Sequence[EvaluationResult]) -> None:
-        """Write the results of an evaluation, and log their Pass@1."""
-        for result in results if self.writes else ():
-            self.run.check_lock()
-            write_evaluation(self.run.evaluation, result)
-            pass_at_1 = result.per_problem()["pass@1"]
-            assert pass_at_1 is not None
-            self.log(
-                f"step {result.step}: {result.name}: Pass@1 (avg@{result.samples}) {pass_at_1.mean():.3f} "
-                f"on {result.problems} problems"
-            )
+    def write_evaluation(self, result: EvaluationResult) -> None:
+        """Write the result of an evaluation, and log its Pass@1."""
+        if not self.writes:
+            return
+        self.run.check_lock()
+        write_evaluation(self.run.evaluation, result)
+        pass_at_1 = result.per_problem()["pass@1"]
+        assert pass_at_1 is not None
+        self.log(
+            f"step {result.step}: {result.name}: Pass@1 (avg@{result.samples}) {pass_at_1.mean():.3f} "
+            f"on {result.problems} problems"
+        )
 
     def saved_rows(self, responses: int) -> range:
         """The indices of a step's responses that are saved: the last, as log_ratios are 0 in the first mini-batch."""

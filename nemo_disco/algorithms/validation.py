@@ -55,7 +55,7 @@ class Validation:
             if result is None:
                 return None
             results.append(result)
-            self.journal.write_evaluations([result])
+            self.journal.write_evaluation(result)
             if is_first_rank():
                 with writing(samples):
                     remove(samples)  # the verdicts are in the result
