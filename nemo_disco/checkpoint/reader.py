@@ -19,7 +19,7 @@ from nemo_disco.checkpoint.writer import reference_weights, sharded_weights
 from nemo_disco.policy.fp8_scales import load_scales, loadable_scales
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
-from nemo_disco.runtime.collectives import every, first
+from nemo_disco.runtime.collectives import every, first, is_first_rank
 from nemo_disco.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def load_latest(
                 "exp_manager.explicit_log_dir to another directory, or remove them"
             )
         return None
-    for problem in damaged if policy.ranks.is_first else []:
+    for problem in damaged if is_first_rank() else []:
         log.warning("damaged checkpoint skipped: %s", problem)
     return int(record["step"]), _load(policy, path, record, reference)
 

@@ -34,7 +34,7 @@ from nemo_disco.policy.optimizer_shards import Shards
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.runtime import host
-from nemo_disco.runtime.collectives import every, first
+from nemo_disco.runtime.collectives import every, first, is_first_rank
 from nemo_disco.runtime.errors import UserError
 
 MARGIN = 2.0  # the moments are copied if more than this multiple of their size is free on the host
@@ -157,7 +157,7 @@ class CheckpointWriter:
     def _warn_of_waiting(self, snapshot: Snapshot) -> None:
         """Warn, once per process, if a host lacks the memory for copies, so that training will wait. A collective."""
         short = every(lambda: snapshot.copied).count(False)
-        if short and not self._warned and dist.get_rank() == 0:
+        if short and not self._warned and is_first_rank():
             log.warning(
                 "step %d: %d of %d ranks have too little free memory on their host to copy the optimizer's state "
                 "(%.1f GB per rank): the next optimizer step waits until the checkpoint is written (this warning is "

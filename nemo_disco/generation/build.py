@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nemo_disco.config.schema import GenerationConfig
 from nemo_disco.generation.engine import Engine
@@ -16,12 +15,13 @@ from nemo_disco.generation.external.engine import ExternalEngine
 from nemo_disco.generation.external.replica import Place, Replica
 from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.errors import UserError
 
 
 def leads(config: GenerationConfig) -> bool:
     """True if this rank leads replicas: the first rank of its node, or rank 0 if generation.nodes names other hosts."""
-    return dist.get_rank() == 0 if config.nodes else int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return is_first_rank() if config.nodes else int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def build_engine(

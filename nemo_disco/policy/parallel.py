@@ -162,11 +162,6 @@ class Ranks:
         )
 
     @property
-    def is_first(self) -> bool:
-        """True on the rank that writes files and prints."""
-        return self.world == 0
-
-    @property
     def contributes_log_probs(self) -> bool:
         """True if this rank adds its log-probs to a sum over all ranks (its TP peers have the same ones)."""
         return self.pipeline == self.pipeline_size - 1 and self.tensor == 0

@@ -34,6 +34,7 @@ from nemo_disco.policy.model import Targets
 from nemo_disco.policy.optimizer import Optimizer, StepResult
 from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_config
 from nemo_disco.policy.parallel import Ranks, device
+from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.files import atomic_directory
 
 # (index [n] into the T response tokens, log_probs [n], entropies [n] | None) -> per-token losses [n]
@@ -238,7 +239,7 @@ class Policy:
     def export(self, directory: str | Path, also: Mapping[str, str] = MappingProxyType({})) -> None:
         """Write the policy as a Hugging Face directory, in the dtype of its config.json, with the tokenizer from
         config.path. also: texts of further files, by name. A collective."""
-        if not self.ranks.is_first:
+        if not is_first_rank():
             for _ in self.named_weights():
                 pass
         else:

@@ -33,6 +33,7 @@ from nemo_disco.generation.engine import Response, SamplingParams
 from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.collectives import is_first_rank
 
 Layout = dict[str, Any]
 TOKENS = 100  # size of the vocabulary in the cases where the output weight has more rows
@@ -145,7 +146,7 @@ def measure(
                 "norm": policy.step().grad_norm if policy.optimizer is not None else None,
             }
         )
-    return results if parallel.Ranks.here().is_first else {}
+    return results if is_first_rank() else {}
 
 
 def measure_models(models: list[str], layouts: list[Layout]) -> list[list[dict[str, Any]]]:
