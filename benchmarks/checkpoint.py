@@ -106,16 +106,16 @@ def rank_main(rank: int, world_size: int, work: Path, args: argparse.Namespace) 
     turns = [turn(policy, rollouts, work / f"checkpoints{world_size}", number) for number in range(args.repeats + 1)]
     if rank == 0:
         sizes = [file.stat().st_size / 1e6 for file in (work / f"checkpoints{world_size}").rglob("*.distcp")]
-        torch.save({"megabytes": sizes, "turns": turns[1:]}, work / f"found{world_size}")
+        torch.save({"megabytes": sizes, "turns": turns[1:]}, work / f"record{world_size}")
     parallel.stop()
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
+def summary(record: dict[str, Any]) -> dict[str, Any]:
     """megabytes: of each rank's file. The rest are medians over turns."""
-    turns = found["turns"]
+    turns = record["turns"]
     middle = {name: statistics.median(t[name] for t in turns) for name in turns[0]}
     return middle | {
-        "megabytes": found["megabytes"],
+        "megabytes": record["megabytes"],
         "blocked_share": statistics.median(t["blocked"] / t["synchronous"] for t in turns),
         "slowdown_beside": statistics.median(t["step_beside"] / t["quiet_step"] for t in turns),
     }
@@ -134,8 +134,8 @@ def main() -> None:
         make_model(work / "model", 96, ends=True, hidden=args.hidden)
         for world_size in (1, 2):
             torch.multiprocessing.spawn(rank_main, (world_size, work, args), nprocs=world_size)
-            found = torch.load(work / f"found{world_size}")
-            runs[world_size], results[world_size] = found["turns"], summary(found)
+            record = torch.load(work / f"record{world_size}")
+            runs[world_size], results[world_size] = record["turns"], summary(record)
     for world_size, r in results.items():
         print(f"{world_size} processes, {sum(r['megabytes']):.0f} MB: {r['synchronous']:.2f} s waited for", end=", ")
         print(f"{r['blocked']:.3f} s in the background, {100 * r['blocked_share']:.1f}%", end="; ")

@@ -38,11 +38,11 @@ from nemo_disco.generation.external.engine import ExternalEngine
 TEMPERATURE = 1.0
 
 
-def serve_transformers(args: argparse.Namespace, asked: list[list[int]]) -> None:
+def serve_transformers(args: argparse.Namespace, requests: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    width = max(map(len, asked))
-    ids = torch.tensor([[PAD] * (width - len(p)) + p for p in asked])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in asked])
+    width = max(map(len, requests))
+    ids = torch.tensor([[PAD] * (width - len(p)) + p for p in requests])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in requests])
 
     def generate() -> dict[str, float]:
         out = model.generate(
@@ -64,13 +64,13 @@ def serve_transformers(args: argparse.Namespace, asked: list[list[int]]) -> None
     serve(generate)
 
 
-def serve_megatron(args: argparse.Namespace, asked: list[list[int]]) -> None:
+def serve_megatron(args: argparse.Namespace, requests: list[list[int]]) -> None:
     from ours import build_algorithm, settings
 
-    serve_engine(args, asked, build_algorithm(settings(args.model)).engine, {})
+    serve_engine(args, requests, build_algorithm(settings(args.model)).engine, {})
 
 
-def serve_vllm(args: argparse.Namespace, asked: list[list[int]]) -> None:
+def serve_vllm(args: argparse.Namespace, requests: list[list[int]]) -> None:
     """With its options as a run has them, but for the size of the cache."""
     from ours import settings
 
@@ -82,7 +82,7 @@ def serve_vllm(args: argparse.Namespace, asked: list[list[int]]) -> None:
     config = settings(args.model, [*overrides, "generation.options={kv_cache_memory_bytes: 268435456}"])
     parallel.start(config.model)
     policy = Policy(config.model, trainable=False)
-    longest = max(map(len, asked)) + args.limit
+    longest = max(map(len, requests)) + args.limit
     engine = build_engine(config.generation, policy, [EOS], max_length=longest, logs=args.model / "engines")
     assert isinstance(engine, ExternalEngine)
     engine.update_weights(policy.named_weights, 0)
@@ -90,13 +90,17 @@ def serve_vllm(args: argparse.Namespace, asked: list[list[int]]) -> None:
     process = engine.replicas[0]._process
     assert process is not None
     try:
-        serve_engine(args, asked, engine, parts, process.pid)
+        serve_engine(args, requests, engine, parts, process.pid)
     finally:
         engine.close()
 
 
 def serve_engine(
-    args: argparse.Namespace, asked: list[list[int]], engine: Engine, parts: dict[str, float], worker: int | None = None
+    args: argparse.Namespace,
+    requests: list[list[int]],
+    engine: Engine,
+    parts: dict[str, float],
+    worker: int | None = None,
 ) -> None:
     parts["start"] = alive_seconds()
     turn = 0
@@ -104,8 +108,8 @@ def serve_engine(
     def generate() -> dict[str, float]:
         nonlocal turn
         turn += 1
-        seeds = range(turn * len(asked), (turn + 1) * len(asked))
-        responses = engine.generate(asked, seeds, SamplingParams(TEMPERATURE, args.limit))
+        seeds = range(turn * len(requests), (turn + 1) * len(requests))
+        responses = engine.generate(requests, seeds, SamplingParams(TEMPERATURE, args.limit))
         return {"tokens": sum(len(r.tokens) for r in responses), **parts}
 
     serve(generate, worker)
@@ -173,8 +177,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         torch.set_num_threads(1)
-        asked = [prompt for prompt in prompts(args.questions) for _ in range(args.group)]
-        SIDES[args.side](args, asked)
+        requests = [prompt for prompt in prompts(args.questions) for _ in range(args.group)]
+        SIDES[args.side](args, requests)
         return
     results = {}
     for name, ends in (("early stops", True), ("to the limit", False)):

@@ -193,7 +193,7 @@ def against_math_verify(grader: MathGrader, cases: list[Case], hide: bool = Fals
         "agree": sum(we == they for we, they in zip(ours, theirs, strict=True)),
         "ours_right": sum(we == case.right for case, we in zip(cases, ours, strict=True)),
         "math_verify_right": sum(they == case.right for case, they in zip(cases, theirs, strict=True)),
-        "disagreements": dict(sorted(by_reason.items(), key=lambda found: -len(found[1]))),
+        "disagreements": dict(sorted(by_reason.items(), key=lambda entry: -len(entry[1]))),
     }
 
 

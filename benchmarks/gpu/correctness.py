@@ -128,10 +128,10 @@ def _evaluate(path: Path, rollouts: Rollouts, budget: int, weights: Tensor, **ch
     return log_probs, {name: g.detach().float().cpu() for name, g in policy.named_gradients()}
 
 
-def _gradient_error(found: Gradients, expected: Gradients) -> float:
+def _gradient_error(actual: Gradients, expected: Gradients) -> float:
     """Over all tensors together."""
     names = sorted(expected)
-    flat = [torch.cat([g[name].flatten().float() for name in names]) for g in (found, expected)]
+    flat = [torch.cat([g[name].flatten().float() for name in names]) for g in (actual, expected)]
     return relative_error(flat[0], flat[1])
 
 

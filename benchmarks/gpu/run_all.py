@@ -227,7 +227,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def judged(results: Mapping[str, Any], key: str) -> str:
-    """What to write behind a figure of one of several ways: nothing where `correctness` found that it is right."""
+    """The mark behind a figure of one of several ways: none where `correctness` found that it is right."""
     section, *rest = key.split(".")
     if section not in ("log_probs", "attention", "decode"):
         return ""

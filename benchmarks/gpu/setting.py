@@ -276,6 +276,6 @@ def peak_gb() -> float | None:
     return torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    return float((actual - expected).norm() / expected.norm())

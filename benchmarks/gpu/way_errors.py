@@ -114,7 +114,7 @@ def _attention(setting: Setting, _: Path) -> tuple[Ways, Callable[[], Errors]]:
 
 
 def _decoding(setting: Setting, path: Path) -> tuple[Ways, Callable[[], Errors]]:
-    """What the engine says of the tokens that it drew, against transformers' float64. Prompts are of several lengths,
+    """The engine's log-probs of the tokens that it drew, against transformers' float64. Prompts are of several lengths,
     and rows end early, so that the others go on without them."""
     from transformers import AutoModelForCausalLM
 
@@ -141,5 +141,5 @@ def _sampled(model: Any, prompt: list[int], response: list[int]) -> Tensor:
     return log_p.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
 
 
-def _relative_errors(names: tuple[str, ...], found: list[Any], expected: list[Tensor]) -> Errors:
-    return {name: relative_error(f, e) for name, f, e in zip(names, found, expected, strict=True)}
+def _relative_errors(names: tuple[str, ...], actual: list[Any], expected: list[Tensor]) -> Errors:
+    return {name: relative_error(f, e) for name, f, e in zip(names, actual, expected, strict=True)}

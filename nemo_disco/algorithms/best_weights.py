@@ -41,7 +41,7 @@ class BestWeights:
 
     @property
     def before(self) -> Path:
-        """Where the RUN/best of the last checkpoint is kept, for a run that resumes there."""
+        """The directory of the last checkpoint's RUN/best, for a run that resumes there."""
         return self.run.path / "best.before"
 
     def consider(self, step: int, results: Sequence[EvaluationResult]) -> bool:

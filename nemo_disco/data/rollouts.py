@@ -98,7 +98,7 @@ class Rollouts:
         return self.tokens[end - int(self.response_lengths[i]) : end]
 
     def token_index(self, responses: Sequence[int] | Tensor) -> Tensor:
-        """Where the response tokens of `responses` (in that order) stand in a vector over all T response tokens."""
+        """Indices of the response tokens of `responses` (in that order) in a vector over all T response tokens."""
         return _ranges(self.response_offsets, responses)
 
     def select(self, responses: Sequence[int] | Tensor) -> Rollouts:

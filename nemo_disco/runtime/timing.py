@@ -1,4 +1,4 @@
-"""Where a step's time goes: named spans of wall-clock seconds, opened where the time is spent.
+"""The parts of a step's time: named spans of wall-clock seconds, opened where the time is spent.
 
 `record_spans` collects the spans that the calls under it open with `span`; without a recording a span does nothing.
 A GPU runs behind the program: there a span waits for the device at both ends, and is a range in Nsight Systems. Spans

@@ -161,14 +161,14 @@ def test_a_kl_like_that_of_a_missing_norm_is_refused_in_every_precision(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
-    ("whose", "said"),
+    ("whose", "message"),
     [
         ("policy", "the policy gives 1 of .* overflow in bfloat16: try trainer.precision=32"),
         ("engine", "the engine meg"),
     ],
 )
 def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the_limits(
-    whose: str, said: str, bad: float, trainer: torch.Tensor
+    whose: str, message: str, bad: float, trainer: torch.Tensor
 ) -> None:
     config = compose("quickstart", ["verify.max_mismatch=1e9", "verify.max_kl=1e9"])
     agreement = gate(config, Mock(dtype=torch.bfloat16))
@@ -176,7 +176,7 @@ def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the
     sides[whose][5] = bad
     drawn = rollouts(sides["engine"])
     drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         agreement.check_step(0, drawn, sides["policy"])
     assert "number 5 of response 0" in str(raised.value)
 

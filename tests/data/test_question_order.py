@@ -31,10 +31,10 @@ def test_an_epoch_has_every_question_once_and_no_step_repeats_one(size, seed, sh
 
 
 @settings(settings.get_profile("quick"))
-@given(size=sizes, taken=st.integers(0, 50), shuffle=st.booleans())
-def test_a_resumed_order_continues_where_it_was(size, taken, shuffle):
+@given(size=sizes, steps=st.integers(0, 50), shuffle=st.booleans())
+def test_a_resumed_order_continues_where_it_was(size, steps, shuffle):
     sampler = QuestionOrder(*size, seed=1, shuffle=shuffle)
-    take(sampler, taken)
+    take(sampler, steps)
     state = json.loads(json.dumps(sampler.state_dict()))
     resumed = QuestionOrder(*size, seed=1, shuffle=shuffle)
     take(resumed, 3)

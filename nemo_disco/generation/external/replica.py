@@ -52,7 +52,7 @@ class ReplicaLostError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a replica runs: the engine's Python, the log of its output, its GPUs, and its host (None: this machine)."""
+    """The place of a replica: the engine's Python, the log of its output, its GPUs, and its host (None: this one)."""
 
     python: str
     log: Path
