@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError, one_line
-from nemo_disco.runtime.saved_files import check_file, open_file, reading
+from nemo_disco.runtime.saved_files import check_file, open_file, read_bytes, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -180,17 +180,21 @@ def _saved_dataset(path: Path) -> Iterator[Record]:
 
     splits = path / "dataset_dict.json"
     if splits.exists():
-        names = _decode(splits, splits.read_bytes()).get("splits", [])
+        names = _decode(splits, read_bytes(splits, links=True)).get("splits", [])
         raise UserError(f"{path}: holds several splits; name one: {', '.join(str(path / name) for name in names)}")
     state = path / "state.json"
     if not state.exists():
         raise UserError(f"{path}: a directory, but not one saved by `datasets` (no state.json in it)")
     try:
-        shards = [path / Path(entry["filename"]).name for entry in _decode(state, state.read_bytes())["_data_files"]]
+        shards = [
+            path / Path(entry["filename"]).name
+            for entry in _decode(state, read_bytes(state, links=True))["_data_files"]
+        ]
     except (KeyError, TypeError) as error:
         raise UserError(f"{state}: no list `_data_files` of objects with a `filename`") from error
     rows: list[Record] = []
     for shard in shards:
+        check_file(shard, links=True)
         with _arrow_faults(shard, "Arrow"), pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as stream:
             _check_columns(shard, stream.schema)
             rows += _rows(path, stream.read_all(), len(rows))

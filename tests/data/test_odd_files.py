@@ -130,3 +130,12 @@ def test_a_named_pipe_is_refused_at_once(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
         load_questions([tmp_path / name])
+
+
+@pytest.mark.parametrize("name", ["dataset_dict.json", "state.json", "data.arrow"])
+def test_a_named_pipe_in_a_saved_dataset_is_refused_at_once(tmp_path, name):
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}: a FIFO")):
+        load_questions([tmp_path])

@@ -134,7 +134,7 @@ def test_a_column_may_be_named_binary(tmp_path):
         ("dataset_dict.json", '{"splits": ["train", "test"]}', "holds several splits; name one: "),
         ("state.json", "{}", "no list `_data_files`"),
         ("state.json", "{", "state.json, line 1, column 2: not valid JSON"),
-        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "cannot be read"),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "is missing"),
         ("state.json", '{"_data_files": [{"filename": "state.json"}]}', "state.json: not a readable Arrow file"),
     ],
 )
