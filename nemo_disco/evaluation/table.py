@@ -48,10 +48,12 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
         raise ValueError(f"cannot compare an evaluation of {before.name} with one of {after.name}")
     old_statistics, new_statistics = before.per_problem(), after.per_problem()
     titles = {"pass@1": f"Pass@1 (avg@{after.samples})", **_TITLES}
+    hashes = [(result.identity or {}).get("questions") for result in (before, after)]
+    same_problems = before.problems == after.problems and hashes[0] == hashes[1]
     rows = []
     for name in dict.fromkeys((*old_statistics, *new_statistics)):
         old, new = old_statistics.get(name), new_statistics.get(name)
-        paired = old is not None and new is not None and before.problems == after.problems
+        paired = old is not None and new is not None and same_problems
         rows.append(
             Row(
                 metric=titles.get(name, name),

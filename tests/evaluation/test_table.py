@@ -101,6 +101,9 @@ def test_a_paired_change_is_narrower_than_the_two_intervals(make_result: Make) -
 def test_different_problems_are_not_paired(make_result: Make) -> None:
     rows = compare(make_result(problems=64), make_result(problems=32))
     assert all(row.change is None for row in rows)
+    old, new, new_again = (replace(make_result(), identity={"questions": hash}) for hash in ("a", "b", "b"))
+    assert all(row.change is None for row in compare(old, new)), "as many questions, but other ones"
+    assert all(row.change is not None for row in compare(new, new_again) if row.before)
     with pytest.raises(ValueError, match="cannot compare"):
         compare(make_result(name="a"), make_result(name="b"))
 
