@@ -1,7 +1,16 @@
-"""Shared by the benchmarks: a model whose response lengths are known, and sides that take turns on one core.
+"""Measure several implementations alternately on one core; also the model, prompts and rewards that they share.
 
-Each side is a process of its own, pinned to the same core with one thread, and works only when it is its turn, so a
-busy moment of the machine hits all of them. Runs in TRL's environment too: imports nothing of ours.
+A *side* is one of the compared implementations. It runs in a child process with one thread, pinned to the same core as
+the other sides. A *turn* is one repetition of its work. Only the side whose turn it is works, and turns rotate, so that
+a busy moment of the machine slows all sides alike.
+
+- `Side`: the benchmark's handle of such a child. `take_turn` lets it work once and returns the figures it reports.
+- `Turns`: the same connection seen from inside the child, over its standard input and output; `serve` loops over it.
+- `take_turns`: start all sides, let each warm up for one turn, then give them `repeats` turns in rotation.
+
+These own the child processes, the order of the turns, and the measurement of seconds and memory. They do not own the
+work: each script says which commands are its sides, what one turn does and which other figures it reports, and it
+computes its results from the turns. This module runs in TRL's environment too, so it must not import nemo_disco.
 """
 
 from __future__ import annotations
@@ -25,15 +34,16 @@ EOS, PAD = 0, 1
 HERE = Path(__file__).parent
 
 
-# --- the model ---
+# --- the model, the prompts and the rewards ---
 
 
 def make_model(directory: Path, limit: int, *, ends: bool, seed: int = 0, hidden: int = 256, layers: int = 4) -> Path:
-    """A random Qwen2 (4M parameters) with a tokenizer of words, whose responses end by chance alone. Load the tokenizer
-    as a PreTrainedTokenizerFast: AutoTokenizer gives every qwen2 model Qwen's own pre-tokenizer.
+    """Save a random Qwen2 (4M parameters) and its tokenizer in `directory`, which is returned.
 
-    ends: the chance of EOS is the same at every token, such that the mean length is a third of `limit`; otherwise EOS
-    never comes. The first hidden unit is a constant that no layer writes to; EOS alone reads it differently.
+    ends: whether EOS has the same chance at every token, so that the mean length of a response is a third of `limit`;
+    otherwise EOS never comes. To set that chance, the first hidden unit is a constant that no layer changes, and the
+    logits of EOS and PAD depend on this unit alone. Load the tokenizer as a PreTrainedTokenizerFast: AutoTokenizer
+    gives every qwen2 model Qwen's own pre-tokenizer.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -59,7 +69,7 @@ def make_model(directory: Path, limit: int, *, ends: bool, seed: int = 0, hidden
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
-        # The mean of a geometric length cut at L is L/3 where the chance of EOS is 2.82 / L.
+        # A geometric length cut at L has the mean L/3 if the chance of EOS is 2.82 / L.
         embeddings[EOS] = 0.0
         states = model.model(torch.randint(2, VOCABULARY, (1, 256), generator=torch.Generator().manual_seed(seed)))
         unit = states.last_hidden_state[0, :, 0]
@@ -75,6 +85,7 @@ def make_model(directory: Path, limit: int, *, ends: bool, seed: int = 0, hidden
 
 
 def _word_tokenizer() -> Any:
+    """A tokenizer with one word for each id, such as `w17` for 17, and with a chat template that adds nothing."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,8 +100,8 @@ def _word_tokenizer() -> Any:
     )
 
 
-def prompts(count: int, seed: int = 0, shortest: int = 16, longest: int = 64) -> list[list[int]]:
-    """Prompts of different lengths, evenly between shortest and longest, as token ids."""
+def make_prompts(count: int, seed: int = 0, shortest: int = 16, longest: int = 64) -> list[list[int]]:
+    """Random prompts as token ids, in random order; their lengths are spread evenly from `shortest` to `longest`."""
     import random
 
     draw = random.Random(seed)
@@ -100,37 +111,46 @@ def prompts(count: int, seed: int = 0, shortest: int = 16, longest: int = 64) ->
 
 
 def as_text(prompt: Sequence[int]) -> str:
+    """The prompt as words, from which the model's tokenizer makes the same token ids."""
     return " ".join(f"w{i}" for i in prompt)
 
 
-def reward(response: str) -> float:
-    """A grader that costs nothing and finds half of the responses right."""
+def grade_by_hash(response: str) -> float:
+    """The reward of a response, 0 or 1, from a hash of its text: about half are right, and grading costs nothing."""
     return float(zlib.crc32(response.strip().encode()) % 2)
 
 
-# --- a side's process ---
+# --- inside a side's process ---
 
 
 class Turns:
-    """A side's end: `while turns.wait(): ...; turns.done(...)`. What libraries print goes to stderr. worker: another
-    process whose work counts as this side's."""
+    """The turns of the side that this process is: `while turns.wait(): ...; turns.finish(...)`.
 
-    def __init__(self, worker: int | None = None) -> None:
-        self._processes = ["self"] if worker is None else ["self", str(worker)]
+    Create it when the side is ready to work, since memory is measured from then on. From then on, all output of
+    libraries goes to standard error; standard output is for the figures alone.
+    """
+
+    def __init__(self, worker_pid: int | None = None) -> None:
+        """worker_pid: a process that works for this side; its processor time and memory are added to this one's."""
+        self._processes = ["self"] if worker_pid is None else ["self", str(worker_pid)]
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._base = self._memory("VmRSS")
         for process in self._processes:
-            Path(f"/proc/{process}/clear_refs").write_text("5")  # the peak starts here, with the model loaded
+            Path(f"/proc/{process}/clear_refs").write_text("5")  # reset the peak memory, with the model already loaded
 
     def wait(self) -> bool:
-        """Until it is this side's turn; False if there are no more."""
-        go = bool(sys.stdin.readline())
+        """Wait for this side's next turn. Returns True when it begins, False if the benchmark has no more turns."""
+        has_turn = bool(sys.stdin.readline())
         self._start = time.perf_counter(), self._processor_seconds()
-        return go
+        return has_turn
 
-    def done(self, **figures: float) -> None:
-        """The turn is over. seconds are the processor's; megabytes: the peak so far, and of it what the turns added."""
+    def finish(self, **figures: float) -> None:
+        """End the turn and send its figures to the benchmark.
+
+        Added to `figures`: `seconds` of processor time and `wall_seconds` of the turn; `peak_mb`, the most memory so
+        far in megabytes (10^6 bytes), and `added_mb`, its excess over the memory when this object was created.
+        """
         now = time.perf_counter(), self._processor_seconds()
         peak = self._memory("VmHWM")
         figures |= {
@@ -143,42 +163,46 @@ class Turns:
         self._answers.flush()
 
     def _processor_seconds(self) -> float:
-        """Of all threads: what else runs on the machine counts little."""
+        """Processor time of all threads of this side, which other work on the machine changes little."""
         own = resource.getrusage(resource.RUSAGE_SELF)
         stats = [_stat(process) for process in self._processes[1:]]
         ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
         return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
     def _memory(self, field: str) -> int:
-        """Bytes: VmRSS is resident now, VmHWM its peak."""
+        """Resident memory of this side in bytes: VmRSS is the present value, VmHWM the peak."""
         lines = [line for p in self._processes for line in Path(f"/proc/{p}/status").read_text().splitlines()]
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def serve(work: Callable[[], Mapping[str, float]], worker: int | None = None) -> None:
-    """Do `work` whenever it is this side's turn. See Turns for `worker`."""
-    turns = Turns(worker)
+def serve(work: Callable[[], Mapping[str, float]], worker_pid: int | None = None) -> None:
+    """Call `work` once in each turn of this side and report the figures that it returns. worker_pid: see Turns."""
+    turns = Turns(worker_pid)
     while turns.wait():
-        turns.done(**work())
+        turns.finish(**work())
 
 
-def alive_seconds() -> float:
-    """Since this process was started: what it takes to be ready."""
+def seconds_since_start() -> float:
+    """Wall-clock seconds since this process was started: the start-up time, if called when the side is ready."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat("self")[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _stat(process: str) -> list[str]:
-    """/proc/PID/stat behind the name: from field 3 on."""
+    """The fields of /proc/PID/stat from the third on, which follows the program's name in parentheses."""
     return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
 
 
-# --- the sides, taking turns ---
+# --- in the benchmark's process ---
+
+# Side -> the figures of each of its turns.
+TurnsBySide = dict[str, list[dict[str, float]]]
 
 
 class Side:
-    """One side, seen from the benchmark."""
+    """The child process of one side, with a pipe to it and one from it."""
 
     def __init__(self, command: Sequence[str], pinned: bool = True) -> None:
+        """Start the process; if pinned, on the last core that this process may use, else on any."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -186,52 +210,58 @@ class Side:
         if pinned:
             os.sched_setaffinity(self.process.pid, {max(os.sched_getaffinity(0))})
 
-    def turn(self) -> dict[str, float]:
+    def take_turn(self) -> dict[str, float]:
+        """Let the side work once, and return the figures that it reports. Raises SystemExit if the process ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{' '.join(self.process.args)}: ended with {self.process.wait()}")  # type: ignore[arg-type]
-        figures: dict[str, float] = json.loads(answer)
+        line = self.process.stdout.readline()
+        if not line:
+            command = " ".join(self.process.args)  # type: ignore[arg-type]
+            raise SystemExit(f"a side ended before its turn was over, with exit code {self.process.wait()}: {command}")
+        figures: dict[str, float] = json.loads(line)
         return figures
 
     def close(self) -> None:
+        """Tell the side that there are no more turns, and wait until its process has ended."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
-Runs = dict[str, list[dict[str, float]]]
+def take_turns(commands: Mapping[str, Sequence[str]], repeats: int, *, pinned: bool = True) -> TurnsBySide:
+    """Start every side and return the figures of its `repeats` turns; one turn before them warms up and is dropped.
 
-
-def take_turns(commands: Mapping[str, Sequence[str]], repeats: int, *, pinned: bool = True) -> Runs:
-    """The answers of each side in each of `repeats` turns, after one turn to warm up. pinned: all on the same core."""
+    commands: side -> the command that starts its process. pinned: whether all sides are confined to the same core.
+    """
     sides = {name: Side(command, pinned) for name, command in commands.items()}
     try:
         for side in sides.values():
-            side.turn()
-        runs: Runs = {name: [] for name in sides}
+            side.take_turn()
+        turns_by_side: TurnsBySide = {name: [] for name in sides}
         for _ in range(repeats):
             for name, side in sides.items():
-                runs[name].append(side.turn())
+                turns_by_side[name].append(side.take_turn())
     finally:
         for side in sides.values():
             side.close()
-    return runs
+    return turns_by_side
 
 
-def median(runs: Sequence[Mapping[str, float]], name: str) -> float:
-    return statistics.median(run[name] for run in runs)
+def median(turns: Sequence[Mapping[str, float]], name: str) -> float:
+    """The median over turns of the figure `name`."""
+    return statistics.median(turn[name] for turn in turns)
 
 
-def median_ratio(above: Sequence[Mapping[str, float]], below: Sequence[Mapping[str, float]], name: str) -> float:
-    """The median over turns of above/below."""
-    return statistics.median(a[name] / b[name] for a, b in zip(above, below, strict=True))
+def median_ratio(
+    numerators: Sequence[Mapping[str, float]], denominators: Sequence[Mapping[str, float]], name: str
+) -> float:
+    """The median over turns of one side's figure `name` divided by another side's figure in the same turn."""
+    return statistics.median(a[name] / b[name] for a, b in zip(numerators, denominators, strict=True))
 
 
 def write_record(output: Path | None, record: Mapping[str, Any]) -> None:
-    """Print the record as JSON, with the machine and the command; also into `output`."""
+    """Write the record to `output` as JSON, with the date, the command and the machine; without a path do nothing."""
     import torch
 
     machine = {

@@ -1,11 +1,12 @@
-"""Sampling: the engines and transformers' `generate`, on the same ragged prompts, on one core.
+"""Speed of sampling on one core: the engines against transformers' `generate`, on the same prompts of unequal lengths.
 
     OMP_NUM_THREADS=1 python benchmarks/generation.py [--vllm PYTHON] [--limit 128 --repeats 5] [--output FILE.json]
 
-The same model in float32, temperature 1, one request of all prompts. The prompts of a group are equal, as in training.
-Twice: where responses stop early (mean a third of the limit), and where all run to the limit. Tokens are those of the
-responses, EOS included. The engines also return log-probs; `generate` is not asked to. A turn's seconds are the
-processor's, of vLLM with its worker's. TensorRT-LLM needs a GPU: not run.
+All sample from the same model in float32 at temperature 1, with all prompts in one request; the prompts of a group are
+equal, as in training. There are two experiments: responses that stop early (their mean length is a third of the limit),
+and responses that all run to the limit. Speeds count the tokens of the responses, with EOS, and processor seconds; for
+vLLM these include its worker's. The engines also return log-probs, which `generate` is not asked for. TensorRT-LLM
+needs a GPU and is not run.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 from common import (
     EOS,
     PAD,
-    Runs,
-    alive_seconds,
+    TurnsBySide,
     make_model,
+    make_prompts,
     median,
     median_ratio,
-    prompts,
+    seconds_since_start,
     serve,
     take_turns,
     write_record,
@@ -39,6 +40,7 @@ TEMPERATURE = 1.0
 
 
 def serve_transformers(args: argparse.Namespace, requests: list[list[int]]) -> None:
+    """Take this side's turns with transformers' `generate`, on prompts padded on the left."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     width = max(map(len, requests))
     ids = torch.tensor([[PAD] * (width - len(p)) + p for p in requests])
@@ -56,41 +58,42 @@ def serve_transformers(args: argparse.Namespace, requests: list[list[int]]) -> N
             eos_token_id=EOS,
             pad_token_id=PAD,
         )[:, width:]
-        ended = out == EOS
-        tokens = int(((ended.cumsum(-1) - ended.long()) == 0).sum())  # up to the first EOS and with it
-        return {"tokens": tokens, "start": ready}
+        is_eos = out == EOS
+        tokens = int(((is_eos.cumsum(-1) - is_eos.long()) == 0).sum())  # up to the first EOS and with it
+        return {"tokens": tokens, "start": start_up_seconds}
 
-    ready = alive_seconds()
+    start_up_seconds = seconds_since_start()
     serve(generate)
 
 
 def serve_megatron(args: argparse.Namespace, requests: list[list[int]]) -> None:
-    from ours import build_algorithm, settings
+    """Take this side's turns with the trainer's own engine."""
+    from benchmark_trainer import build_benchmark_trainer, compose_config
 
-    serve_engine(args, requests, build_algorithm(settings(args.model)).engine, {})
+    serve_engine(args, requests, build_benchmark_trainer(compose_config(args.model)).engine, {})
 
 
 def serve_vllm(args: argparse.Namespace, requests: list[list[int]]) -> None:
-    """With its options as a run has them, but for the size of the cache."""
-    from ours import settings
+    """Take this side's turns with vLLM, with the options of a run except for the size of the KV cache."""
+    from benchmark_trainer import compose_config
 
     from nemo_disco.generation.build import build_engine
     from nemo_disco.policy import parallel
     from nemo_disco.policy.policy import Policy
 
     overrides = ["generation=vllm", f"generation.python={args.vllm}"]
-    config = settings(args.model, [*overrides, "generation.options={kv_cache_memory_bytes: 268435456}"])
+    config = compose_config(args.model, [*overrides, "generation.options={kv_cache_memory_bytes: 268435456}"])
     parallel.start(config.model)
     policy = Policy(config.model, trainable=False)
     longest = max(map(len, requests)) + args.limit
     engine = build_engine(config.generation, policy, [EOS], max_length=longest, logs=args.model / "engines")
     assert isinstance(engine, ExternalEngine)
     engine.update_weights(policy.named_weights, 0)
-    parts = {f"start_{name}": seconds for name, seconds in engine.replicas[0].start_seconds.items()}
+    start_parts = {f"start_{name}": seconds for name, seconds in engine.replicas[0].start_seconds.items()}
     process = engine.replicas[0]._process
     assert process is not None
     try:
-        serve_engine(args, requests, engine, parts, process.pid)
+        serve_engine(args, requests, engine, start_parts, process.pid)
     finally:
         engine.close()
 
@@ -99,10 +102,14 @@ def serve_engine(
     args: argparse.Namespace,
     requests: list[list[int]],
     engine: Engine,
-    parts: dict[str, float],
-    worker: int | None = None,
+    start_parts: dict[str, float],
+    worker_pid: int | None = None,
 ) -> None:
-    parts["start"] = alive_seconds()
+    """Take this side's turns with an engine, and report in each the tokens that it sampled and its start-up seconds.
+
+    start_parts: figures `start_<part>`, seconds of the parts of the start-up. worker_pid: the engine's own process.
+    """
+    start_up_seconds = start_parts | {"start": seconds_since_start()}
     turn = 0
 
     def generate() -> dict[str, float]:
@@ -110,64 +117,66 @@ def serve_engine(
         turn += 1
         seeds = range(turn * len(requests), (turn + 1) * len(requests))
         responses = engine.generate(requests, seeds, SamplingParams(TEMPERATURE, args.limit))
-        return {"tokens": sum(len(r.tokens) for r in responses), **parts}
+        return {"tokens": sum(len(r.tokens) for r in responses), **start_up_seconds}
 
-    serve(generate, worker)
+    serve(generate, worker_pid)
 
 
 SIDES = {"megatron": serve_megatron, "vllm": serve_vllm, "transformers": serve_transformers}
 
 
 def compare(args: argparse.Namespace, *, ends: bool) -> dict[str, Any]:
+    """Run one experiment and return its results. ends: whether responses stop early (see make_model)."""
     with tempfile.TemporaryDirectory() as work:
         model = make_model(Path(work), args.limit, ends=ends, hidden=args.hidden)
         command = [sys.executable, *sys.argv, f"--model={model}"]
         sides = [side for side in SIDES if side != "vllm" or args.vllm]
-        runs = take_turns({side: [*command, f"--side={side}"] for side in sides}, args.repeats)
-    for turn in (turn for turns in runs.values() for turn in turns):
+        turns_by_side = take_turns({side: [*command, f"--side={side}"] for side in sides}, args.repeats)
+    for turn in (turn for turns in turns_by_side.values() for turn in turns):
         turn["seconds_a_token"] = turn["seconds"] / turn["tokens"]
         turn["wall_seconds_a_token"] = turn["wall_seconds"] / turn["tokens"]
-    return summary(args, runs)
+    return summarize(args, turns_by_side)
 
 
-def summary(args: argparse.Namespace, runs: Runs) -> dict[str, Any]:
-    most = args.questions * args.group * args.limit
-    others = [side for side in runs if side != "transformers"]
+def summarize(args: argparse.Namespace, turns_by_side: TurnsBySide) -> dict[str, Any]:
+    """The results of one experiment: medians over turns for each side, ratios to transformers, and all turns."""
+    most_tokens = args.questions * args.group * args.limit
+    engines = [side for side in turns_by_side if side != "transformers"]
 
-    def speedup(unit: str) -> dict[str, float]:
-        return {side: median_ratio(runs["transformers"], runs[side], unit) for side in others}
+    def speedups(figure: str) -> dict[str, float]:
+        return {side: median_ratio(turns_by_side["transformers"], turns_by_side[side], figure) for side in engines}
 
     return {
-        "tokens_per_second": {side: 1 / median(turns, "seconds_a_token") for side, turns in runs.items()}
+        "tokens_per_second": {side: 1 / median(turns, "seconds_a_token") for side, turns in turns_by_side.items()}
         | {"tensorrt_llm": "not run"},
-        "mean_length_of_limit": {side: median(turns, "tokens") / most for side, turns in runs.items()},
+        "mean_length_of_limit": {side: median(turns, "tokens") / most_tokens for side, turns in turns_by_side.items()},
         "start_seconds": {
             side: {name: turns[0][name] for name in turns[0] if name.startswith("start")}
-            for side, turns in runs.items()
+            for side, turns in turns_by_side.items()
         },
-        "times_transformers": speedup("seconds_a_token"),
-        "times_transformers_by_the_wall_clock": speedup("wall_seconds_a_token"),
-        "runs": runs,
+        "times_transformers": speedups("seconds_a_token"),
+        "times_transformers_by_the_wall_clock": speedups("wall_seconds_a_token"),
+        "runs": turns_by_side,
     }
 
 
-def show(title: str, result: dict[str, Any]) -> None:
+def print_result(title: str, result: dict[str, Any]) -> None:
     print(title)
     for side, length in result["mean_length_of_limit"].items():
         speed = f"{result['tokens_per_second'][side]:8.0f} tokens/s, mean length {length:.2f} of the limit"
         if side in result["times_transformers"]:
             wall = result["times_transformers_by_the_wall_clock"][side]
-            speed += f", {result['times_transformers'][side]:.2f} x generate ({wall:.2f} by the wall clock)"
+            speed += f", {result['times_transformers'][side]:.2f} x transformers ({wall:.2f} by the wall clock)"
         start = ", ".join(f"{name} {s:.1f} s" for name, s in result["start_seconds"][side].items())
         print(f"  {side:13}{speed}; {start}")
-    print("  tensorrt_llm  not run")
+    print("  tensorrt_llm  not run: it needs a GPU")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--group", type=int, default=8, help="responses a question")
-    parser.add_argument("--limit", type=int, default=128, help="tokens of a response, at most")
+    parser.add_argument("--group", type=int, default=8, help="responses to each question")
+    parser.add_argument("--limit", type=int, default=128, help="the most tokens of a response")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
@@ -177,13 +186,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         torch.set_num_threads(1)
-        requests = [prompt for prompt in prompts(args.questions) for _ in range(args.group)]
+        requests = [prompt for prompt in make_prompts(args.questions) for _ in range(args.group)]
         SIDES[args.side](args, requests)
         return
     results = {}
     for name, ends in (("early stops", True), ("to the limit", False)):
         results[name] = compare(args, ends=ends)
-        show(name, results[name])
+        print_result(name, results[name])
     sizes = {name: getattr(args, name) for name in ("questions", "group", "limit", "hidden")}
     write_record(args.output, {"benchmark": "generation", "settings": sizes, "results": results})
 

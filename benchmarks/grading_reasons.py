@@ -1,6 +1,7 @@
-"""Why the grader and plain math-verify disagree about a case: one rule a reason, the first that fits.
+"""Reasons why the grader and plain math-verify disagree about a case, guessed from how its answers are written.
 
-A disagreement that no rule explains is called unexplained, and is then to be looked at.
+Each rule has one reason; the first rule that fits counts. A disagreement that fits none is called unexplained, and a
+person should look at it. The reasons are keys in benchmarks/results/grading.json.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 
 UNEXPLAINED = "unexplained"
-# On "answer ~ gold".
+# (pattern, reason); a pattern is searched for in "answer ~ gold".
 _RULES = [
     (r"\\%|%|percent", "percent: 80\\% is 0.8 and also 80; math-verify drops the sign on one side only"),
     (
@@ -37,7 +38,7 @@ _RULES = [
 ]
 
 
-def reason_of(answer: str, gold: str) -> str:
-    """The reason, from how both are written."""
+def explain_disagreement(answer: str, gold: str) -> str:
+    """The reason of the first rule that fits the answer and the gold answer, or UNEXPLAINED."""
     text = f"{re.sub(r'^.*boxed{(.*)}.$', lambda m: m[1], answer, flags=re.DOTALL)} ~ {gold}"
     return next((reason for pattern, reason in _RULES if re.search(pattern, text)), UNEXPLAINED)

@@ -1,4 +1,7 @@
-"""A worker whose engine only keeps the weights: what a refit costs before any engine's own work."""
+"""A worker for refit.py whose engine stores the weights and does nothing else: the cost of a refit without an engine.
+
+Run by fake_python of tests/fake_engine.py in place of the module rollout_worker.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 
 class PlainEngine:
+    """Engine on the CPU that receives refits and cannot generate."""
+
     gpu = False
 
     def __init__(self, settings: dict[str, Any]) -> None:  # noqa: ARG002
@@ -23,13 +28,13 @@ class PlainEngine:
         return [{}]
 
     def receive(self, slot: int) -> None:
-        """Do nothing: on a CPU there is no broadcast."""
+        """Do nothing, since on a CPU the weights already lie in the shared staging memory."""
 
     def begin_refit(self) -> None:
-        """The weights stay where they are, as a plain copy's target does."""
-        self.assembly = Assembly(self._place)
+        """Begin to receive weights into the tensors of the last refit, as the plain copy writes to the same tensors."""
+        self.assembly = Assembly(self._allocate)
 
-    def _place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if name not in self.weights:
             self.weights[name] = torch.empty(shape, dtype=dtype)
         return self.weights[name]

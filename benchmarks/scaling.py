@@ -1,9 +1,10 @@
-"""The training part of one DisCO step at 1, 2 and 4 processes of one thread, cut by DP, TP or PP.
+"""Speed of the training part of one DisCO step in 1, 2 and 4 processes of one thread, by DP, TP or PP.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--questions 8 --limit 256 --repeats 5] [--output FILE.json]
 
-Each layout is a group of processes that waits for its turn, all on the same model, rollouts and token budget: old
-log-probs, then for each mini-batch the scores (pass 1), the gradient and the optimizer. Wall-clock seconds.
+Each layout is a side: a group of processes that work together in their turn and are not pinned to a core. All have the
+same model, rollouts and token budget. One turn computes the old log-probs and then, for each mini-batch, the scores
+(pass 1), the gradient and the optimizer's step. Times are wall-clock seconds unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -15,31 +16,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import make_model, median, median_ratio, serve, take_turns, write_record
-from ours import build_algorithm, settings
-from train_step import GROUP, LONGEST_PROMPT, made_up_rollouts
+from benchmark_trainer import build_benchmark_trainer, compose_config
+from common import TurnsBySide, make_model, median, median_ratio, serve, take_turns, write_record
+from train_step import GROUP, LONGEST_PROMPT, make_random_rollouts
 
 from nemo_disco.algorithms.trainer import Trainer
 from nemo_disco.data.packing import round_up
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.micro_batch import sequence_lengths
-from nemo_disco.runtime.timing import record_spans
+from nemo_disco.runtime.spans import record_spans
 
-KEYS = {"DP": "", "TP": "model.tensor_model_parallel_size", "PP": "model.pipeline_model_parallel_size"}
-LAYOUTS = ["DP 1", *(f"{kind} {size}" for size in (2, 4) for kind in KEYS)]
+SETTINGS = {"DP": "", "TP": "model.tensor_model_parallel_size", "PP": "model.pipeline_model_parallel_size"}
+LAYOUTS = ["DP 1", *(f"{kind} {size}" for size in (2, 4) for kind in SETTINGS)]
 
 
 # --- a layout's processes ---
 
 
-class Waiting:
-    """Seconds in which this process waits for a collective, a message or a peer: what is not hidden by computing."""
+class WaitTimer:
+    """Sum of the seconds that this process waits for communication, that is, in torch.distributed's Work.wait.
+
+    Creating it replaces Work.wait for the whole process. Communication that computing hides is not counted.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -55,35 +58,37 @@ class Waiting:
         dist.Work.wait = timed  # type: ignore[method-assign]
 
 
-def rank(args: argparse.Namespace) -> None:
-    """One process of a layout: rank 0 takes the turns and tells the others."""
+def run_rank(args: argparse.Namespace) -> None:
+    """Work as one rank of the layout `args.side` until there are no more turns; rank 0 announces each to the others."""
     kind, size = args.side.split()
     world_size = int(size)
     dist.init_process_group("gloo", init_method=f"file://{args.meeting}", rank=args.rank, world_size=world_size)
-    rollouts = made_up_rollouts(args.questions, args.limit)
-    algorithm = build(args, [f"{KEYS[kind]}={size}"] if KEYS[kind] else [])
-    waiting = Waiting()
+    rollouts = make_random_rollouts(args.questions, args.limit)
+    trainer = build_trainer(args, [f"{SETTINGS[kind]}={size}"] if SETTINGS[kind] else [])
+    wait_timer = WaitTimer()
 
     def step() -> dict[str, float]:
-        return one_step(algorithm, rollouts, waiting, args)
+        return measure_step(trainer, rollouts, wait_timer, args)
 
-    def told(go: bool = False) -> bool:
-        order = torch.tensor(int(go))
-        dist.broadcast(order, src=0)
-        return bool(order)
+    def broadcast_has_turn(has_turn: bool = False) -> bool:
+        """Rank 0's answer on every rank; the argument of the other ranks does not count."""
+        answer = torch.tensor(int(has_turn))
+        dist.broadcast(answer, src=0)
+        return bool(answer)
 
     if args.rank == 0:
-        serve(lambda: step() if told(True) else {})
-        told(False)
+        serve(lambda: step() if broadcast_has_turn(True) else {})
+        broadcast_has_turn(False)
     else:
-        while told():
+        while broadcast_has_turn():
             step()
     dist.destroy_process_group()
 
 
-def build(args: argparse.Namespace, layout: list[str]) -> Trainer:
-    return build_algorithm(
-        settings(
+def build_trainer(args: argparse.Namespace, layout: list[str]) -> Trainer:
+    """The trainer of this rank. layout: overrides that set the parallelism."""
+    return build_benchmark_trainer(
+        compose_config(
             args.model,
             [
                 f"data.questions_per_step={args.questions}",
@@ -97,16 +102,23 @@ def build(args: argparse.Namespace, layout: list[str]) -> Trainer:
     )
 
 
-def one_step(algorithm: Trainer, rollouts: Rollouts, waiting: Waiting, args: argparse.Namespace) -> dict[str, float]:
-    """Figures of a step: wall-clock seconds, processor seconds of all ranks, their mean share of waiting, the packing
-    of the mini-batches."""
+def measure_step(
+    trainer: Trainer, rollouts: Rollouts, wait_timer: WaitTimer, args: argparse.Namespace
+) -> dict[str, float]:
+    """Train one step on all ranks and return its figures.
+
+    step_seconds: wall-clock seconds until the last rank is done. processor_seconds_of_all: the sum over ranks.
+    communication_share: the share of the step that a rank waits, as the mean over ranks. two_passes_of_one: the time of
+    the training part divided by its time without pass 1. The rest is from measure_packing.
+    """
     dist.barrier()
-    start, busy, waited = time.perf_counter(), processor_seconds(), waiting.seconds
-    with record_spans() as spans:  # log_probs includes pass 1
-        norm = algorithm.run_training(rollouts)["grad_norm"]
+    start, start_processor, start_wait = time.perf_counter(), processor_seconds(), wait_timer.seconds
+    with record_spans() as spans:  # the span log_probs includes pass 1
+        norm = trainer.run_training(rollouts)["grad_norm"]
     dist.barrier()
     seconds = time.perf_counter() - start
-    sums = torch.tensor([processor_seconds() - busy, (waiting.seconds - waited) / seconds], dtype=torch.float64)
+    processor = processor_seconds() - start_processor
+    sums = torch.tensor([processor, (wait_timer.seconds - start_wait) / seconds], dtype=torch.float64)
     dist.all_reduce(sums)
     training = spans["log_probs"] + spans["train"]
     return {
@@ -117,17 +129,22 @@ def one_step(algorithm: Trainer, rollouts: Rollouts, waiting: Waiting, args: arg
         "pass1_share": spans["pass1"] / training,
         "two_passes_of_one": training / (training - spans["pass1"]),
         "grad_norm": norm,
-        **packing(algorithm, rollouts, args),
+        **measure_packing(trainer, rollouts, args),
     }
 
 
-def packing(algorithm: Trainer, rollouts: Rollouts, args: argparse.Namespace) -> dict[str, float]:
-    """The least fill over the mini-batches, also as a share of what arithmetic allows, and their micro-batches."""
+def measure_packing(trainer: Trainer, rollouts: Rollouts, args: argparse.Namespace) -> dict[str, float]:
+    """Figures of the packing plans of the step's mini-batches.
+
+    fill: tokens divided by the token budgets of all micro-batches, in the worst mini-batch. fill_of_possible: the same
+    as a share of the fill with the fewest micro-batches that could hold the tokens (as many on every rank).
+    micro_batches: the number on each rank, in the mini-batch that has most.
+    """
     fills, shares, counts = [], [], []
     for first in range(0, len(rollouts), len(rollouts) // args.mini_batches):
         part = rollouts.select(range(first, first + len(rollouts) // args.mini_batches))
-        plan, tokens = algorithm.policy.plan(part), sum(sequence_lengths(part))
-        budget = algorithm.policy.config.token_budget
+        plan, tokens = trainer.policy.plan(part), sum(sequence_lengths(part))
+        budget = trainer.policy.config.token_budget
         fills.append(tokens / (len(plan) * len(plan[0]) * budget))
         shares.append(fills[-1] / (tokens / round_up(tokens, len(plan) * budget)))
         counts.append(len(plan[0]))
@@ -135,19 +152,20 @@ def packing(algorithm: Trainer, rollouts: Rollouts, args: argparse.Namespace) ->
 
 
 def processor_seconds() -> float:
+    """Processor time of this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
-def group(args: argparse.Namespace) -> None:
-    """Rank 0 of a layout, and the start of the others."""
+def run_layout(args: argparse.Namespace) -> None:
+    """Start the other ranks of the layout `args.side` as child processes, and work as its rank 0."""
     args.rank, args.meeting = 0, Path(tempfile.mkdtemp(dir=args.model)) / "meeting"
     command = [sys.executable, *sys.argv, "--meeting", str(args.meeting), "--rank"]
     others = [
         subprocess.Popen([*command, str(i)], stdin=subprocess.DEVNULL, stdout=sys.stderr)
         for i in range(1, int(args.side.split()[1]))
     ]
-    rank(args)
+    run_rank(args)
     for other in others:
         other.wait()
 
@@ -155,18 +173,19 @@ def group(args: argparse.Namespace) -> None:
 # --- the benchmark ---
 
 
-def report(args: argparse.Namespace, runs: Mapping[str, list[dict[str, float]]]) -> None:
-    norms = [turns[0]["grad_norm"] for turns in runs.values()]
+def report(args: argparse.Namespace, turns_by_layout: TurnsBySide) -> None:
+    """Print the results and write the record. Raises SystemExit if the layouts' gradients differ by over 1%."""
+    norms = [turns[0]["grad_norm"] for turns in turns_by_layout.values()]
     if max(norms) / min(norms) > 1.01:
-        raise SystemExit(f"the layouts do not compute the same: mean gradient norms {norms}")
-    one, cores = runs["DP 1"], os.cpu_count() or 1
+        raise SystemExit(f"the layouts do not compute the same gradient: the mean gradient norms are {norms}")
+    one_process, cores = turns_by_layout["DP 1"], os.cpu_count() or 1
     names = ["step_seconds", "cores_busy", "communication_share", "pass1_share", "two_passes_of_one"]
     names += ["fill", "fill_of_possible", "micro_batches"]
     result = {}
-    for layout, turns in runs.items():
+    for layout, turns in turns_by_layout.items():
         result[layout] = {name: median(turns, name) for name in names} | {
-            "speedup": median_ratio(one, turns, "step_seconds"),
-            "work_of_one_process": median_ratio(turns, one, "processor_seconds_of_all"),
+            "speedup": median_ratio(one_process, turns, "step_seconds"),
+            "work_of_one_process": median_ratio(turns, one_process, "processor_seconds_of_all"),
         }
     print(
         f"{'':6}{'s a step':>10}{'speed-up':>10}{'cores':>7}{'work':>6}{'waiting':>9}{'pass 1':>8}{'2/1':>6}{'fill':>7}"
@@ -178,17 +197,19 @@ def report(args: argparse.Namespace, runs: Mapping[str, list[dict[str, float]]])
             f"{r['two_passes_of_one']:6.2f}{r['fill']:7.2f}"
         )
     note = f"{cores} cores: no layout can be faster than {cores} times one process, and 4 processes share them"
-    if (alone := median(one, "cores_busy")) < 0.9:
-        note += f"; others worked here too: one process got {alone:.2f} of a core: trust the work, not the seconds"
+    if (share := median(one_process, "cores_busy")) < 0.9:
+        note += f"; other programs used the machine too (a single process got {share:.2f} of a core), so rely on the"
+        note += " column `work` (processor seconds, times one process) and not on the seconds"
     print(note)
     sizes = {name: value for name, value in vars(args).items() if isinstance(value, int)}
-    write_record(args.output, {"benchmark": "scaling", "settings": sizes, "note": note, "result": result, "runs": runs})
+    record = {"benchmark": "scaling", "settings": sizes, "note": note, "result": result, "runs": turns_by_layout}
+    write_record(args.output, record)
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=8, help=f"each with {GROUP} responses")
-    parser.add_argument("--limit", type=int, default=256, help="the longest response; the mean is a third of it")
+    parser.add_argument("--questions", type=int, default=8, help=f"questions of a step, each with {GROUP} responses")
+    parser.add_argument("--limit", type=int, default=256, help="the most tokens of a response; the mean is a third")
     parser.add_argument("--mini-batches", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
@@ -202,18 +223,19 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_arguments()
     if args.rank is not None:
-        rank(args)
+        run_rank(args)
         return
     if args.side:
-        group(args)
+        run_layout(args)
         return
     with tempfile.TemporaryDirectory() as work:
         model = make_model(Path(work), args.limit, ends=True, hidden=args.hidden)
         command = [sys.executable, *sys.argv, "--model", str(model), "--side"]
-        runs = take_turns({layout: [*command, layout] for layout in args.layouts}, args.repeats, pinned=False)
-    report(args, runs)
+        commands = {layout: [*command, layout] for layout in args.layouts}
+        turns_by_layout = take_turns(commands, args.repeats, pinned=False)
+    report(args, turns_by_layout)
 
 
 if __name__ == "__main__":

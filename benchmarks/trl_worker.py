@@ -1,6 +1,7 @@
-"""TRL's side of whole_step.py: GRPOTrainer on the CPU, a step of the loop at each turn. Runs in TRL's environment.
+"""TRL's side of whole_step.py: GRPOTrainer on the CPU, in TRL's environment, with one step of the loop in each turn.
 
-A step of the loop is one generation and the optimizer steps on it; TRL calls each optimizer step a step.
+A step of the loop is one generation and the optimizer steps on its responses. TRL itself calls each optimizer step a
+step.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import Turns, as_text, prompts, reward
+from common import Turns, as_text, grade_by_hash, make_prompts
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 
-class TakeTurns(TrainerCallback):
-    """Waits for its turn before a generation, and answers after the last optimizer step on it."""
+class TurnCallback(TrainerCallback):
+    """Callback that waits for this side's turn before each generation and ends it after the last optimizer step."""
 
     def __init__(self, mini_batches: int) -> None:
         self.mini_batches = mini_batches
         self.turns = Turns()
-        self.tokens = 0
+        self.response_tokens = 0  # of the present turn; set by the reward function
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
         if state.global_step % self.mini_batches == 0 and not self.turns.wait():
@@ -32,7 +33,7 @@ class TakeTurns(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:  # noqa: ARG002
         if state.global_step % self.mini_batches == 0:
-            self.turns.done(response_tokens=self.tokens)
+            self.turns.finish(response_tokens=self.response_tokens)
         return control
 
 
@@ -43,18 +44,18 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    turns = TakeTurns(args.mini_batches)
+    callback = TurnCallback(args.mini_batches)
 
     def grade(completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        turns.tokens = sum(map(len, completion_ids))
-        return [reward(completion) for completion in completions]
+        callback.response_tokens = sum(map(len, completion_ids))
+        return [grade_by_hash(completion) for completion in completions]
 
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(dir=args.model),
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        max_steps=10**6,
+        max_steps=10**6,  # the callback ends the process when there are no more turns
         learning_rate=1e-6,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
@@ -75,9 +76,9 @@ def main() -> None:
         args.model,
         reward_funcs=grade,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": [as_text(prompt) for prompt in prompts(args.questions)]}),
+        train_dataset=Dataset.from_dict({"prompt": [as_text(prompt) for prompt in make_prompts(args.questions)]}),
         processing_class=PreTrainedTokenizerFast.from_pretrained(args.model),
-        callbacks=[turns],
+        callbacks=[callback],
     )
     trainer.train()
 

@@ -1,7 +1,8 @@
-"""vLLM's own reload of tensors that are in its process already: what no refit of it can beat.
+"""Time vLLM's own reload of weights that are already in its process: the lower bound of a refit into vLLM.
 
-Run by the interpreter that has vLLM, with the worker's directory on PYTHONPATH; settings as JSON on standard input, the
-seconds of every turn as JSON on the last line.
+refit.py runs this with the Python that has vLLM and with the worker's directory on PYTHONPATH. It reads the engine's
+settings and the number of repeats as JSON from standard input, and prints the seconds of every repeat as JSON in the
+last line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(1)
     engine = adapter.Vllm(settings).engine
     weights = load_file(os.path.join(settings["model"], "model.safetensors"))
-    weights = {name: tensor.clone() for name, tensor in weights.items()}  # off the file's mapping
+    weights = {name: tensor.clone() for name, tensor in weights.items()}  # out of the mapped file, into memory
 
     def reload(worker: Any) -> None:
         from vllm.config import set_current_vllm_config
@@ -32,13 +33,13 @@ def main() -> None:
             worker.get_model().load_weights(weights.items())
         adapter._vllm_finish(worker)
 
-    turns = []
+    seconds = []
     for _ in range(1 + settings["repeats"]):
         began = time.perf_counter()
         engine.collective_rpc(reload)
-        turns.append(time.perf_counter() - began)
-    print(f"\n{json.dumps(turns[1:])}", flush=True)
-    os._exit(0)  # vLLM's own threads do not hold this process up
+        seconds.append(time.perf_counter() - began)
+    print(f"\n{json.dumps(seconds[1:])}", flush=True)  # without the first, which warms up
+    os._exit(0)  # at once, without waiting for vLLM's threads
 
 
 if __name__ == "__main__":

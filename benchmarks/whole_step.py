@@ -1,10 +1,11 @@
-"""Whole steps (sample, grade, train): our GRPO against TRL's GRPOTrainer, and our DisCO against our GRPO, on one core.
+"""Speed of whole steps (sample, grade, train) on one core: our GRPO against TRL's, and our DisCO against our GRPO.
 
     OMP_NUM_THREADS=1 python benchmarks/whole_step.py [--limit 128 --repeats 5] [--output FILE.json]
 
-The same model, questions, group size, length limit, mini-batches, sampling, clipping and learning rate, and a grader
-that costs nothing. In float32. Twice: with responses that spread (mean a third of the limit), and with all at the
-limit. TRL lives in an environment of its own, .venv-trl, which is made where it is missing (2 GB).
+All sides have the same model in float32, questions, group size, response limit, mini-batches, sampling, clipping and
+learning rate, and a grader that costs nothing. There are two experiments: response lengths that spread (their mean is a
+third of the limit), and all responses at the limit. TRL has an environment of its own, .venv-trl, which the script
+makes if it is missing (2 GB).
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Runs, make_model, median, median_ratio, serve, take_turns, write_record
+from common import HERE, TurnsBySide, make_model, median, median_ratio, serve, take_turns, write_record
 
 TRL_ENVIRONMENT = HERE.parent / ".venv-trl"
 LONGEST_PROMPT = 64
-TOKENS = 4096  # in our micro-batches; TRL's are whole mini-batches
+TOKEN_BUDGET = 4096  # tokens of our micro-batches; TRL's micro-batches are whole mini-batches
 
 
-def trl_python() -> Path:
-    """The interpreter of TRL's environment, made on first use. torch first, lest CUDA packages come with it."""
+def prepare_trl_python() -> Path:
+    """Make TRL's environment if it is missing, and return its Python interpreter.
+
+    torch is installed first, by its exact version, since TRL's requirement would bring gigabytes of CUDA packages.
+    """
     python = TRL_ENVIRONMENT / "bin" / "python"
     if not (TRL_ENVIRONMENT / ".installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(TRL_ENVIRONMENT)], check=True)
@@ -34,10 +38,11 @@ def trl_python() -> Path:
     return python
 
 
-def serve_ours(args: argparse.Namespace) -> None:
-    from ours import build_algorithm, settings
+def serve_side(args: argparse.Namespace) -> None:
+    """Take the turns of our side `args.side`, grpo or disco: one whole step each."""
+    from benchmark_trainer import build_benchmark_trainer, compose_config
 
-    config = settings(
+    config = compose_config(
         args.model,
         [
             f"algorithm={args.side}",
@@ -45,13 +50,13 @@ def serve_ours(args: argparse.Namespace) -> None:
             f"algorithm.mini_batch_questions={args.questions // args.mini_batches}",
             f"generation.responses_per_question={args.group}",
             f"generation.max_response_length={args.limit}",
-            f"model.token_budget={max(TOKENS, LONGEST_PROMPT + args.limit)}",
+            f"model.token_budget={max(TOKEN_BUDGET, LONGEST_PROMPT + args.limit)}",
         ],
     )
-    algorithm = build_algorithm(config)
+    trainer = build_benchmark_trainer(config)
 
     def step() -> dict[str, float]:
-        metrics = algorithm.train_step()
+        metrics = trainer.train_step()
         parts = {name: metrics[f"time/{name}"] for name in ("generate", "grade", "log_probs", "train", "refit")}
         return {"response_tokens": metrics["response/length_mean"] * args.questions * args.group, **parts}
 
@@ -59,34 +64,37 @@ def serve_ours(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, *, ends: bool) -> dict[str, Any]:
+    """Run one experiment and return its results. ends: whether response lengths spread (see make_model)."""
     with tempfile.TemporaryDirectory() as work:
         model = make_model(Path(work), args.limit, ends=ends, hidden=args.hidden)
         sizes = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in SIZES]
-        ours = [sys.executable, str(HERE / "whole_step.py"), f"--model={model}", *sizes]
-        commands = {name: [*ours, f"--side={name}"] for name in ("grpo", "disco")}
+        command = [sys.executable, str(HERE / "whole_step.py"), f"--model={model}", *sizes]
+        commands = {name: [*command, f"--side={name}"] for name in ("grpo", "disco")}
         if not args.without_trl:
-            commands["trl"] = [str(trl_python()), str(HERE / "trl_worker.py"), f"--model={model}", *sizes]
-        runs = take_turns(commands, args.repeats)
-    return summary(args, runs)
+            commands["trl"] = [str(prepare_trl_python()), str(HERE / "trl_worker.py"), f"--model={model}", *sizes]
+        turns_by_side = take_turns(commands, args.repeats)
+    return summarize(args, turns_by_side)
 
 
-def summary(args: argparse.Namespace, runs: Runs) -> dict[str, Any]:
+def summarize(args: argparse.Namespace, turns_by_side: TurnsBySide) -> dict[str, Any]:
+    """The results of one experiment: medians over turns, ratios between the sides, and all turns."""
+    grpo = turns_by_side["grpo"]
     result: dict[str, Any] = {
-        "steps_an_hour": {side: 3600 / median(turns, "seconds") for side, turns in runs.items()},
+        "steps_an_hour": {side: 3600 / median(turns, "seconds") for side, turns in turns_by_side.items()},
         "mean_length_of_limit": {
             side: median(turns, "response_tokens") / (args.questions * args.group * args.limit)
-            for side, turns in runs.items()
+            for side, turns in turns_by_side.items()
         },
-        "disco_over_grpo": median_ratio(runs["disco"], runs["grpo"], "seconds"),
-        "runs": runs,
+        "disco_over_grpo": median_ratio(turns_by_side["disco"], grpo, "seconds"),
+        "runs": turns_by_side,
     }
-    if "trl" in runs:
-        result["speedup"] = median_ratio(runs["trl"], runs["grpo"], "seconds")
-        result["speedup_by_the_wall_clock"] = median_ratio(runs["trl"], runs["grpo"], "wall_seconds")
+    if "trl" in turns_by_side:
+        result["speedup"] = median_ratio(turns_by_side["trl"], grpo, "seconds")
+        result["speedup_by_the_wall_clock"] = median_ratio(turns_by_side["trl"], grpo, "wall_seconds")
     return result
 
 
-def show(title: str, result: dict[str, Any]) -> None:
+def print_result(title: str, result: dict[str, Any]) -> None:
     print(title)
     for side, steps in result["steps_an_hour"].items():
         length = result["mean_length_of_limit"][side]
@@ -94,7 +102,7 @@ def show(title: str, result: dict[str, Any]) -> None:
     if "speedup" in result:
         wall = f"({result['speedup_by_the_wall_clock']:.2f} by the wall clock)"
         print(f"  our GRPO makes {result['speedup']:.2f} times as many steps as TRL's {wall}")
-    print(f"  our DisCO's step takes {result['disco_over_grpo']:.2f} times our GRPO's")
+    print(f"  a step of our DisCO takes {result['disco_over_grpo']:.2f} times as long as one of our GRPO")
 
 
 SIZES = ("questions", "group", "limit", "mini_batches")
@@ -102,24 +110,24 @@ SIZES = ("questions", "group", "limit", "mini_batches")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=16, help="a step")
-    parser.add_argument("--group", type=int, default=8, help="responses a question")
-    parser.add_argument("--limit", type=int, default=128, help="tokens of a response, at most")
-    parser.add_argument("--mini-batches", type=int, default=4, help="optimizer steps a step")
+    parser.add_argument("--questions", type=int, default=16, help="questions of a step")
+    parser.add_argument("--group", type=int, default=8, help="responses to each question")
+    parser.add_argument("--limit", type=int, default=128, help="the most tokens of a response")
+    parser.add_argument("--mini-batches", type=int, default=4, help="mini-batches, and so optimizer steps, of a step")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--without-trl", action="store_true", help="only our DisCO against our GRPO")
+    parser.add_argument("--without-trl", action="store_true", help="compare only our DisCO with our GRPO")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--side", choices=["grpo", "disco"], help="used by the benchmark itself")
     parser.add_argument("--model", type=Path, help="used by the benchmark itself")
     args = parser.parse_args()
     if args.side:
-        serve_ours(args)
+        serve_side(args)
         return
     results = {}
     for name, ends in (("spread", True), ("full", False)):
         results[name] = compare(args, ends=ends)
-        show({"spread": "lengths that spread", "full": "all responses at the limit"}[name], results[name])
+        print_result({"spread": "lengths that spread", "full": "all responses at the limit"}[name], results[name])
     sizes = {name: getattr(args, name) for name in (*SIZES, "hidden")}
     write_record(args.output, {"benchmark": "whole_step", "settings": sizes, "results": results})
 

@@ -1,4 +1,4 @@
-"""python -m nemo_disco: the command line."""
+"""The command line as `python -m nemo_disco`."""
 
 import sys
 

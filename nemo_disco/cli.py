@@ -18,7 +18,7 @@ from typing import Any
 from nemo_disco import __version__
 from nemo_disco.runtime import launch, streams
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import refusal_of_disk
+from nemo_disco.runtime.files import describe_disk_error
 
 CONFIG_COMMANDS = {
     "train": "train a policy",
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except streams.ReaderLeftError:
         return 0
     except Exception as error:
-        if (refusal := refusal_of_disk(error)) is not None:
+        if (refusal := describe_disk_error(error)) is not None:
             return _print_error(refusal)
         launch.report(error)
         raise
@@ -75,7 +75,7 @@ def _dispatch(arguments: list[str]) -> Any:
 
 
 def _path(text: str) -> Path:
-    """A path in which ~ is the home directory: a shell leaves that of --out=~/x as it is."""
+    """The path with ~ expanded: a shell leaves the ~ of --out=~/x as it is."""
     return Path(os.path.expanduser(text))
 
 
@@ -102,25 +102,25 @@ def _parser() -> argparse.ArgumentParser:
     words = "print the reward of each response in a file, and the reason"
     description = "Compare each `response` with its `answer` as mathematics; print `reward` and `reason` as JSON."
     grade = commands.add_parser("grade", help=words, description=description)
-    grade.add_argument("file", type=_path, metavar="FILE.jsonl", help="`response` and `answer` a line")
+    grade.add_argument("file", type=_path, metavar="FILE.jsonl", help="JSON lines with `response` and `answer`")
     grade.add_argument("--out", type=_path, metavar="FILE", help="write the lines there instead of to the screen")
     grade.add_argument("--timeout", type=_seconds, default=5.0, metavar="SECONDS", help="for one answer (default 5)")
     grade.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (default 2)")
-    grade.add_argument("--require-think", action="store_true", help="grade only what comes after </think>")
+    grade.add_argument("--require-think", action="store_true", help="grade only the text after </think>")
     words = "count duplicates and other faults in question files; write the good questions to a new file"
     description = "Count duplicate, contaminated and unparsable questions; --out writes the questions to keep."
     data = commands.add_parser("data", help=words, description=description)
     data.add_argument("files", type=_path, nargs="+", metavar="FILE", help=".json, .jsonl, .parquet, a saved dataset")
     data.add_argument("--model", type=_path, metavar="DIR", help="count prompt tokens with this directory's tokenizer")
-    words = "evaluation files: a question that is also in one of them is contaminated"
+    words = "evaluation files: a question that is also in one of them counts as contaminated"
     data.add_argument("--against", type=_path, nargs="+", default=[], metavar="FILE", help=words)
     words = "a run's rollouts/*.jsonl: print pass rates; with --out: leave out questions always or never solved"
     data.add_argument("--rollouts", type=_path, nargs="+", default=[], metavar="FILE", help=words)
     data.add_argument("--out", type=_path, metavar="FILE", help="write the questions as .jsonl, .json or .parquet")
     data.add_argument("--max-tokens", type=_positive, metavar="N", help="with --out: leave longer prompts out")
-    drop = ("duplicates", "contaminated", "unparsable")
-    data.add_argument("--drop", nargs="+", default=[], choices=drop, help="with --out: leave such questions out")
-    words = "list what this machine has, and what each feature lacks"
+    faults = ("duplicates", "contaminated", "unparsable")
+    data.add_argument("--drop", nargs="+", default=[], choices=faults, help="with --out: leave such questions out")
+    words = "list this machine's packages, GPUs and programs, and the missing parts of each feature"
     description = "List the packages, GPUs and programs found here, and for each feature the parts that are missing."
     doctor = commands.add_parser("doctor", help=words, description=description)
     doctor.add_argument("--report", type=_path, nargs="*", metavar="RUN", help="Markdown for an issue, also on runs")

@@ -17,8 +17,10 @@ TINY = {
 
 @pytest.fixture
 def model_directory(tmp_path):
-    """Makes a directory with the config.json of a tiny Qwen2, changed as asked (None leaves a key out), and an empty
-    file for its weights."""
+    """A function that creates the directory of a tiny Qwen2, with its config.json and an empty file of weights.
+
+    Its keyword arguments change keys of config.json; None leaves a key out.
+    """
 
     def make(**changes):
         directory = tmp_path / "model"

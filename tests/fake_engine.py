@@ -1,8 +1,7 @@
-"""A worker with a fake engine: the real process, wire and refit, and responses made by a few lines of arithmetic.
+"""A worker with a fake engine: its process, wire and refit are the real ones, its responses a few lines of arithmetic.
 
-Tokens are a function of the weights, the prompt and the seed, so that a test can compute them (`answer`). `options` may
-name a fault, which occurs once: the file `once` is created when it has. The file `keep` gets the weights after each
-refit, the file `told` a line with the settings of each process, the file `notes` a line for each operation.
+The tokens of a response are a function of the weights, the prompt and the seed (`response_tokens`), so that a test can
+compute them. The engine's `options` ask for faults, delays and files that record its work: see FakeEngine.
 """
 
 from __future__ import annotations
@@ -25,17 +24,27 @@ from nemo_disco.generation.worker.rollout_worker.tensors import Assembly
 from nemo_disco.generation.worker.rollout_worker.wire import map_staging
 
 VOCABULARY = 100
-# Overrides for commands that sample from it: its log-probs do not match the policy's.
+# Overrides for commands that sample from the fake engine, whose log-probs do not match the policy's.
 ANY_MISMATCH = ("verify.max_mismatch=1e300", "verify.max_kl=1e300")
 
 
-def answer(weights: dict[str, str], prompt: Sequence[int], seed: int, limit: int) -> list[int]:
-    """The tokens of the engine's response. weights: checksums by name."""
+def response_tokens(weights: dict[str, str], prompt: Sequence[int], seed: int, limit: int) -> list[int]:
+    """The tokens of the fake engine's response, 1 to `limit` of them. weights: the tensors' checksums by name."""
     digest = hashlib.sha256(repr((sorted(weights.items()), list(prompt), seed)).encode()).digest()
     return [byte % VOCABULARY for byte in digest[: 1 + digest[0] % limit]]
 
 
 class FakeEngine:
+    """The worker's engine, on one rank and without a GPU. settings["options"] may have:
+
+    unbuildable: the message of an error on construction. slow: seconds of delay after each response.
+    settings_file: gets a line of JSON with the settings and the process id of each process. keep: a file that gets the
+    weights after each refit. notes: a file that gets a line for each operation.
+    fault: the operation that fails; at: after how many of its items; call: in which call of `generate` at the earliest;
+    how: "kill" (the process), "hang" or otherwise an error. A fault occurs once, in one process: the file `once` is
+    created then. always: every time.
+    """
+
     gpu = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -43,9 +52,9 @@ class FakeEngine:
         self.sleeps = settings.get("sleeps", True)
         if "unbuildable" in self.options:
             raise ValueError(self.options["unbuildable"])
-        if "told" in self.options:
+        if "settings_file" in self.options:
             process = {"pid": os.getpid(), "node": os.environ.get("SLURMD_NODENAME")}
-            with open(self.options["told"], "a") as file:
+            with open(self.options["settings_file"], "a") as file:
                 file.write(json.dumps(process | settings) + "\n")
         self.weights: dict[str, str] = {}
 
@@ -56,7 +65,7 @@ class FakeEngine:
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             if self.calls >= self.options.get("call", 1):
                 self._fault("generate", i)
-            tokens = answer(self.weights, prompt, seed, sampling["max_tokens"])
+            tokens = response_tokens(self.weights, prompt, seed, sampling["max_tokens"])
             truncated = len(tokens) == sampling["max_tokens"]
             deliver(i, tokens, [-0.5] * len(tokens), "length" if truncated else "stop")
             time.sleep(self.options.get("slow", 0))
@@ -112,11 +121,11 @@ class FakeEngine:
                 notes.write(f"{operation}\n")
 
     def _fault(self, where: str, count: int) -> None:
-        """Fail in the way of the option `how`, if the option `fault` is this place and `at` this count."""
+        """Fail as the option `how` says, if the options `fault` and `at` (by default 0) are `where` and `count`."""
         if self.options.get("fault") != where or count != self.options.get("at", 0):
             return
         try:
-            Path(self.options["once"]).touch(exist_ok=False)  # of two replicas at once only one fails
+            Path(self.options["once"]).touch(exist_ok=False)  # fails in all but one of several replicas
         except FileExistsError:
             if "always" not in self.options:
                 return
@@ -128,7 +137,10 @@ class FakeEngine:
 
 
 def fake_python(directory: Path, file: str = __file__) -> str:
-    """Create an executable that stands in for an engine's Python and runs `file`, whatever the module it is given."""
+    """Create an executable that stands in for the Python of an engine's environment. Returns its path.
+
+    It runs `file`, whatever module its arguments name.
+    """
     script = directory / "python"
     root = Path(__file__).parents[1]
     script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{root}" exec {sys.executable} {file} "$@"\n')

@@ -1,4 +1,4 @@
-"""A worker with fake_engine.py's engine on two ranks, which receive weights as on GPUs: by IPC or by broadcast."""
+"""A worker with the engine of fake_engine.py on two ranks, which receive weights as GPUs do: by IPC or by broadcast."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ RANKS = 2
 
 
 class FakeGpuEngine(FakeEngine):
+    """FakeEngine with two ranks, which are threads; further faults: "join", "joined" and "receive"."""
+
     gpu = True
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -53,7 +55,7 @@ class FakeGpuEngine(FakeEngine):
         first, *others = (memory.view(self.shape)[slot] for memory in self.memories)
         assert all(torch.equal(first, other) for other in others)
         self.slots = {slot: first.clone()}
-        first.fill_(0xAA)  # no one may rely on a slot after it was read
+        first.fill_(0xAA)  # nothing may rely on a slot after it was read
         for other in others:
             other.fill_(0xAA)
         return super().load_bucket(slot, pieces)

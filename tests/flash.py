@@ -1,4 +1,4 @@
-"""A stand-in of torch's varlen flash kernel in plain torch, for a machine without it."""
+"""A stand-in in plain torch for torch's flash attention kernel of ragged sequences, for machines without the kernel."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ def varlen_attn(
     window_size: tuple[int, int],
     enable_gqa: bool = True,
 ) -> Tensor:
-    """Ragged attention, [T_q, H, D], with the causal mask aligned to the last query and key of each piece."""
+    """Causal attention [T_q, H, D] within each sequence, with its last query aligned to its last key.
+
+    cu_seq_q, cu_seq_k: where the sequences begin and end among the T_q queries and the T_k keys.
+    """
     assert window_size == (-1, 0) and enable_gqa
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    pieces = []
+    outputs = []
     for i in range(len(cu_seq_q) - 1):
         q = query[cu_seq_q[i] : cu_seq_q[i + 1]]
         k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]] for x in (key, value))
-        seen = torch.arange(len(k))[None] <= torch.arange(len(q))[:, None] + len(k) - len(q)
+        visible = torch.arange(len(k))[None] <= torch.arange(len(q))[:, None] + len(k) - len(q)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        pieces.append(torch.einsum("hqk,khd->qhd", weights, v))
-    return torch.cat(pieces)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs)
 
 
-def pretend(patch: pytest.MonkeyPatch | Any) -> None:
-    """Make attention take the flash path, with the stand-in instead of CUDA's kernel."""
+def install_stand_in(patch: pytest.MonkeyPatch | Any) -> None:
+    """Make the package's attention use the stand-in as if it were CUDA's flash kernel."""
     patch.setattr(attention, "has_flash_kernel", lambda _: True)
     patch.setattr(attention, "varlen_attn", varlen_attn)

@@ -1,4 +1,4 @@
-"""A small file system, for tests of full disks."""
+"""A small file system that tests can fill."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import pytest
 
 
 @contextmanager
-def small(place: Path, size: str) -> Iterator[Path]:
-    """Mount a tmpfs of that size at the new directory `place`. Skips the test where mounting is not allowed."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+def mount_small_disk(directory: Path, size: str) -> Iterator[Path]:
+    """Create the directory and mount a tmpfs of that size there, such as "64k", within the `with` block.
+
+    Skips the test where mounting is not allowed.
+    """
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a file system needs root")
     try:
-        yield place
+        yield directory
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)

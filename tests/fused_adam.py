@@ -1,8 +1,8 @@
-"""A stand-in in plain torch of Transformer Engine's FusedAdam, as megatron-core 0.16 uses it, for a machine without it.
+"""A stand-in in plain torch for Transformer Engine's FusedAdam, as megatron-core 0.16 uses it, for machines without it.
 
-Interface and refusals are those of transformer_engine/pytorch/optimizers/fused_adam.py at v2.11: states are allocated
-at the first step, steps are counted per group, gradients may be in another attribute, and states may be stored in other
-dtypes than those in which they are read and set.
+Interface and errors are those of transformer_engine/pytorch/optimizers/fused_adam.py at v2.11: states are allocated at
+the first step, steps are counted per group, gradients may be in another attribute (decoupled_grad), and a state may be
+stored in another dtype than that in which it is read and set.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 
 
 class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the interface of Transformer Engine's FusedAdam."""
+
     def __init__(
         self,
         params: Any,
@@ -46,7 +48,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": master_weight_dtype}
 
     def initialize_state(self, param: Tensor, store_param_remainders: bool) -> None:
-        assert not store_param_remainders, "this stand-in keeps no remainders"
+        assert not store_param_remainders, "this stand-in does not store parameter remainders"
         for name in ("exp_avg", "exp_avg_sq"):
             self.state[param][name] = torch.zeros(param.shape, dtype=self.dtypes[name])
         if self.master_weights:
@@ -106,17 +108,17 @@ class FusedAdam(torch.optim.Optimizer):
                 self.set_scaled_state(p, name, value)
 
 
-def pretend(patch: pytest.MonkeyPatch) -> None:
-    """Make megatron-core use the stand-in as it would use an installed Transformer Engine."""
+def install_stand_in(patch: pytest.MonkeyPatch) -> None:
+    """Make megatron-core use the stand-in as if Transformer Engine were installed."""
     module = ModuleType("transformer_engine.pytorch.optimizers")
     module.FusedAdam = FusedAdam  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
     patch.setitem(sys.modules, "transformer_engine.pytorch", ModuleType("transformer_engine.pytorch"))
     patch.setitem(sys.modules, "transformer_engine.pytorch.optimizers", module)
-    for where in (megatron_optimizer, distrib_optimizer):
-        patch.setattr(where, "Adam", FusedAdam)
+    for user in (megatron_optimizer, distrib_optimizer):
+        patch.setattr(user, "Adam", FusedAdam)
     patch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    for where in (megatron_optimizer, optimizer_config):
-        patch.setattr(where, "is_te_min_version", lambda *_, **__: True)
+    for user in (megatron_optimizer, optimizer_config):
+        patch.setattr(user, "is_te_min_version", lambda *_, **__: True)
     patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     patch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)

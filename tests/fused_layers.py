@@ -1,7 +1,7 @@
-"""Stand-ins of Transformer Engine's layers on a CPU: norm and linear are one module with the same parameters.
+"""Stand-ins on a CPU for Transformer Engine's layers: a norm and a linear layer are one module with TE's parameters.
 
-They serve to test all that depends on the module tree and on names (loading, export, checkpoints, decoding) without
-Transformer Engine.
+They test, without Transformer Engine, everything that depends on the module tree and on names (loading, export,
+checkpoints, decoding) and FP8 rounding by its recipes.
 """
 
 from __future__ import annotations
@@ -23,27 +23,31 @@ from nemo_disco.policy import layers
 
 
 class Scaling:
-    """Scales of one pass and the history of maxima behind them, newest first; the same on all ranks of a stage."""
+    """FP8 scales of delayed scaling, and the history of maxima from which they come; equal on all ranks of a stage.
+
+    scale [n]; amax_history [history, n], newest first.
+    """
 
     def __init__(self, numbers: int, history: int) -> None:
         self.scale, self.amax_history = torch.ones(numbers), torch.zeros(history, numbers)
 
     def update(self, x: Tensor, largest: float) -> None:
-        """Add the maximum of x to the history, and scale to the format's largest number."""
+        """Add the maximum of |x| to the history, and set the scales so that the history's maximum becomes `largest`."""
         self.amax_history = self.amax_history.roll(1, 0)
         maximum = x.detach().abs().max()
         dist.all_reduce(maximum, dist.ReduceOp.MAX, parallel_state.get_amax_reduction_group(with_context_parallel=True))
         self.amax_history[0] = maximum
-        most = self.amax_history.amax(0)
-        self.scale = torch.where(most > 0, largest / most, self.scale)
+        maxima = self.amax_history.amax(0)
+        self.scale = torch.where(maxima > 0, largest / maxima, self.scale)
 
     def round(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        most = torch.finfo(dtype).max
-        return (x * self.scale[0]).clamp(-most, most).to(dtype).to(x.dtype) / self.scale[0]
+        """x rounded to dtype under the present scale, in x's own dtype."""
+        largest = torch.finfo(dtype).max
+        return (x * self.scale[0]).clamp(-largest, largest).to(dtype).to(x.dtype) / self.scale[0]
 
 
-class Quantized(torch.autograd.Function):
-    """Rounding of a tensor and of its gradient with delayed scaling: under the scales of earlier passes."""
+class DelayedRounding(torch.autograd.Function):
+    """Rounds a tensor, and in backward its gradient, by delayed scaling: under the scales of earlier passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, meta: dict[str, Scaling], update: bool) -> Tensor:
@@ -67,14 +71,13 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 def round_tensorwise(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Current scaling: one scale per tensor, from its largest number."""
-    most = torch.finfo(dtype).max
-    scale = most / x.abs().max().clamp(min=1e-30)
+    """x rounded by current scaling: one scale for the tensor, from its own largest number."""
+    scale = torch.finfo(dtype).max / x.abs().max().clamp(min=1e-30)
     return (x * scale).to(dtype).to(x.dtype) / scale
 
 
 def round_blockwise(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Blockwise scaling to e4m3: one power of 2 per block of the matrix."""
+    """x rounded to e4m3 by blockwise scaling: one scale, a power of 2, for each block of `rows` by `columns`."""
     flat = x.reshape(-1, x.shape[-1])
     tall, wide = (-(-size // block) * block for size, block in zip(flat.shape, (rows, columns), strict=True))
     whole = F.pad(flat, (0, wide - flat.shape[1], 0, tall - flat.shape[0]))
@@ -84,8 +87,8 @@ def round_blockwise(x: Tensor, rows: int, columns: int) -> Tensor:
     return rounded[: flat.shape[0], : flat.shape[1]].reshape(x.shape)
 
 
-# For each recipe without state: the rounding of a layer's input, its weight, and the gradient of its output.
-ROUNDED: dict[str, tuple[Rounding, Rounding, Rounding]] = {
+# For each recipe without state: the rounding of a layer's input, of its weight, and of the gradient of its output.
+ROUNDINGS: dict[str, tuple[Rounding, Rounding, Rounding]] = {
     "tensorwise": (
         partial(round_tensorwise, dtype=torch.float8_e4m3fn),
         partial(round_tensorwise, dtype=torch.float8_e4m3fn),
@@ -97,11 +100,13 @@ ROUNDED: dict[str, tuple[Rounding, Rounding, Rounding]] = {
         partial(round_blockwise, rows=1, columns=128),
     ),
 }
-# The number of tokens must be a multiple of these.
-TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
+# The number of tokens in a pass must be a multiple of this, by recipe.
+TOKEN_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
 
 
-class Rounded(torch.autograd.Function):
+class ForwardRounding(torch.autograd.Function):
+    """Rounds a tensor; its gradient passes unchanged."""
+
     @staticmethod
     def forward(_: Any, x: Tensor, rounding: Rounding) -> Tensor:
         return rounding(x)
@@ -111,7 +116,9 @@ class Rounded(torch.autograd.Function):
         return gradient, None
 
 
-class RoundedGradient(torch.autograd.Function):
+class GradientRounding(torch.autograd.Function):
+    """Passes a tensor unchanged; rounds its gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounding: Rounding) -> Tensor:
         ctx.rounding = rounding
@@ -138,7 +145,7 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
             self.fp8_meta |= {"scaling_fwd": Scaling(3, self.history), "scaling_bwd": Scaling(2, self.history)}
 
     def get_extra_state(self) -> Tensor:
-        """The state as transformer_engine/pytorch/module/base.py at v2.11 packs it; empty before the first FP8 pass."""
+        """The FP8 state, packed as by transformer_engine/pytorch/module/base.py at v2.11; empty before an FP8 pass."""
         if not self.fp8_meta:
             return torch.empty(0, dtype=torch.uint8)
         tensors = {
@@ -165,20 +172,25 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
         x = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
         if self.recipe is None:
             return super().forward(x, *args, **kwargs)
-        assert len(x) % TOKENS[self.recipe] == 0, f"{len(x)} tokens do not fit {self.recipe} scaling"
+        multiple = TOKEN_MULTIPLES[self.recipe]
+        assert len(x) % multiple == 0, f"{self.recipe} scaling needs a multiple of {multiple} tokens, not {len(x)}"
         if not self.fp8_meta:
             self.init_fp8_meta_tensors()
         if self.recipe == "delayed":
-            x = Quantized.apply(x, self.fp8_meta, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+            x = DelayedRounding.apply(x, self.fp8_meta, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
             return super().forward(x, *args, **kwargs)
-        of_input, of_weight, of_gradient = ROUNDED[self.recipe]
-        x, weight = Rounded.apply(x, of_input), Rounded.apply(self.weight, of_weight)  # type: ignore[no-untyped-call]
+        of_input, of_weight, of_gradient = ROUNDINGS[self.recipe]
+        x = ForwardRounding.apply(x, of_input)  # type: ignore[no-untyped-call]
+        weight = ForwardRounding.apply(self.weight, of_weight)  # type: ignore[no-untyped-call]
         out, bias = super().forward(x, weight, *args, **kwargs)
-        return RoundedGradient.apply(out, of_gradient), bias  # type: ignore[no-untyped-call]
+        return GradientRounding.apply(out, of_gradient), bias  # type: ignore[no-untyped-call]
 
 
 def fused_layer(config: Any) -> tuple[Any, type]:
-    """Replacement of layers._transformer_engine_layer: a layer whose separate norms do nothing."""
+    """Replacement of layers._transformer_engine_layer: (the layer's specification, the class of the final norm).
+
+    The layer's own norms do nothing, since its linear layers are NormLinear.
+    """
     layer, norm = layers._local_layer(config)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     layer.submodules.self_attention.submodules.linear_qkv = NormLinear

@@ -1,4 +1,4 @@
-"""A command, called in this process: whatever it is given, it does its work or ends in one line."""
+"""Calls of a command in this process, for tests that give it any input: it must succeed or be refused in one line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 from nemo_disco import cli
 
 
-def ends_well(arguments: Sequence[str], main: Callable[[Sequence[str]], int] = cli.main) -> str:
-    """The line with which it refuses, or "". Fails for any other end, such as an exception that it lets through."""
+def run_in_process(arguments: Sequence[str], main: Callable[[Sequence[str]], int] = cli.main) -> str:
+    """Call a command. Returns the line of its error ("error: ..." or "usage: ..."), or "" if it succeeds.
+
+    Fails for any other outcome: an exception, a traceback, another exit code than 0 and 2, an unprintable line.
+    """
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         try:
             code = main(arguments)
-        except SystemExit as end:  # argparse's
-            code = end.code if err.getvalue().startswith("usage: ") else None
+        except SystemExit as ending:  # raised by argparse
+            code = ending.code if err.getvalue().startswith("usage: ") else None
     lines = [line for line in err.getvalue().splitlines() if line.startswith(("error: ", "usage: "))]
     assert (code, len(lines)) in ((0, 0), (2, 1)) and "Traceback" not in err.getvalue(), err.getvalue()
     assert not lines or lines[0].isprintable()

@@ -1,4 +1,4 @@
-"""The process of preloaded.py, which has imported everything: a command that it is asked for starts in milliseconds."""
+"""Client of a preloaded.py process, which has imported everything, so that a command starts in milliseconds."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Done:
-    """The outcome of a command."""
+class CommandResult:
+    """A command's exit code, its output on stdout and stderr, and the seconds that it took."""
 
     code: int
     out: str
     err: str
     seconds: float
 
-    def ok(self) -> Done:
+    def ok(self) -> CommandResult:
+        """This result; fails unless the exit code is 0."""
         assert self.code == 0, self.err + self.out
         return self
 
 
 @dataclass(frozen=True)
-class Background:
-    """A command that runs, with the methods of subprocess.Popen. exit_code: the file that its end makes."""
+class BackgroundCommand:
+    """A command that runs in the background, with methods of subprocess.Popen.
+
+    exit_code: the file that is written when it ends.
+    """
 
     pid: int
     exit_code: Path
@@ -55,7 +59,7 @@ class Background:
 
 
 class Server:
-    """Runs `nemo-disco ARGUMENTS` to its end, one command after another. `close` ends it."""
+    """Runs commands `nemo-disco ARGUMENTS` in forks of one process, which `close` ends."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -69,15 +73,18 @@ class Server:
         assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
 
     def run(self, arguments: Sequence[str], stdout: Path | str, stderr: Path | str, **job: Any) -> tuple[int, float]:
-        """The exit code and the seconds. stdout, stderr: existing files. job: what else preloaded.py takes."""
+        """Run a command to its end. Returns (its exit code, the seconds that it took).
+
+        stdout, stderr: existing files. job: further keys of preloaded.run.
+        """
         began = time.monotonic()
         return self._ask(arguments, stdout, stderr, job), time.monotonic() - began
 
-    def start(self, arguments: Sequence[str], stdout: Path, stderr: Path, **job: Any) -> Background:
-        """As `run`, in the background, on one rank."""
+    def start(self, arguments: Sequence[str], stdout: Path, stderr: Path, **job: Any) -> BackgroundCommand:
+        """Start a command in the background, on one rank. Arguments: those of `run`."""
         exit_code = stdout.with_suffix(f"{stdout.suffix}.exit_code")
         pid = self._ask(arguments, stdout, stderr, job | {"exit_code": str(exit_code)})
-        return Background(pid, exit_code)
+        return BackgroundCommand(pid, exit_code)
 
     def _ask(self, arguments: Sequence[str], stdout: Path | str, stderr: Path | str, job: dict[str, Any]) -> int:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -93,6 +100,6 @@ class Server:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's, on one thread, without torchrun's word on who it is."""
-    mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return mine | {"OMP_NUM_THREADS": "1"}
+    """This process's environment, without torchrun's RANK and WORLD_SIZE, and with one thread for OpenMP."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return variables | {"OMP_NUM_THREADS": "1"}

@@ -1,7 +1,7 @@
-"""The function that each process of the fixture `on_ranks` runs.
+"""The function that each process of the fixture `run_on_ranks` runs.
 
-It is not in the fixture's conftest.py, since every conftest.py is the module `conftest`: a spawned process would look
-for this function in that of another directory.
+It is not in the fixture's conftest.py: every conftest.py is the module `conftest`, so that a spawned process could look
+for the function in the conftest.py of another directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import torch.distributed as dist
 def run_rank(
     rank: int, world_size: int, meeting: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    """Call the function within a process group and save its result beside the file `meeting`."""
+    """Call the function as this rank of a process group, and save its result in the file MEETING.RANK.
+
+    meeting: a path at which the ranks of the group find each other.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)

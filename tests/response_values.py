@@ -15,7 +15,10 @@ def token_lists(responses: Iterable[Response]) -> list[list[int]]:
 
 
 def as_tuples(responses: Iterable[Response]) -> list[tuple[list[int], list[float], str, int]]:
-    """All fields of each response; its arrays must have the contract's types and one length."""
+    """(tokens, log_probs, finish_reason, weight_version) of each response.
+
+    Fails if an array has another type than the engines' contract says, or if the two differ in length.
+    """
     tuples = []
     for r in responses:
         assert (r.tokens.dtype, r.log_probs.dtype) == (np.int64, np.float32)

@@ -1,7 +1,7 @@
-"""Stand-ins for IpcMemory and Broadcast without a GPU, for both sides of the wire: shared memory and Unix sockets.
+"""Stand-ins without a GPU for IpcMemory and Broadcast, for the trainer and the worker: shared memory and Unix sockets.
 
-A broadcast blocks like NCCL's: no rank returns before all have entered it, and if a rank is gone the others stay in it
-until they abort.
+A broadcast blocks like NCCL's: no rank returns before all have entered, and if a rank has ended the others wait until
+they are aborted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SharedMemory:
 
     tensor: Tensor
     path: str
-    closed = [0]  # noqa: RUF012 - one count for all
+    closed = [0]  # noqa: RUF012 - one count for all objects
 
     @classmethod
     def allocate(cls, size: int, _device: int) -> SharedMemory:
@@ -64,14 +64,16 @@ class SocketBroadcast:
 
     @staticmethod
     def make_id() -> bytes:
+        """A new path for the socket, padded to the 128 bytes of an NCCL id."""
         return str(Path(tempfile.mkdtemp(prefix="nccl-")) / "s").encode().ljust(128, b"\0")
 
     def __call__(self, memory: Tensor) -> None:
+        """Send the memory from rank 0, or receive into it on the other ranks."""
         self._meet()
         view = memoryview(memory.numpy())
         if self.rank == 0:
             for peer in self.peers:
-                self._blocking(peer.sendall, view)
+                self._call(peer.sendall, view)
         else:
             self._receive(self.peers[0], view)
 
@@ -81,18 +83,19 @@ class SocketBroadcast:
     def _meet(self) -> None:
         """Wait until all ranks have called this."""
         for peer in self.peers:
-            self._blocking(peer.sendall, b"h")
+            self._call(peer.sendall, b"h")
         for peer in self.peers:
             self._receive(peer, memoryview(bytearray(1)))
 
     def _receive(self, peer: socket.socket, view: memoryview) -> None:
         while view:
-            count = self._blocking(peer.recv_into, view)
+            count = self._call(peer.recv_into, view)
             view = view[count:] if count else self._wait_for_abort()
 
-    def _blocking(self, part: Any, *arguments: Any) -> Any:
+    def _call(self, operation: Any, *arguments: Any) -> Any:
+        """operation(*arguments) on a socket. If the peer has ended: wait for `abort`, then raise RuntimeError."""
         try:
-            return part(*arguments)
+            return operation(*arguments)
         except OSError:
             return self._wait_for_abort()
 

@@ -1,4 +1,4 @@
-"""The README's picture of the house is the tree, and imports run downwards in it."""
+"""README.md's section "The house" lists each package (a "room") once, and no room imports one that stands above it."""
 
 import ast
 import re
@@ -9,14 +9,14 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "nemo_disco"
 
 
-def pictured_rooms() -> list[str]:
-    """The rooms of README.md's "The house", from above to below."""
+def listed_rooms() -> list[str]:
+    """The packages that README.md's section "The house" lists, from top to bottom."""
     section = (REPO / "README.md").read_text().split("## The house", 1)[1].split("\n## ", 1)[0]
     return re.findall(r"^    nemo_disco/(\w+)/ ", section, re.MULTILINE)
 
 
 def imports(file: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, wherever in it."""
+    """The dotted names of all modules, and of objects in them, that a file imports at any place."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
@@ -26,38 +26,38 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def room(module: str) -> str | None:
-    """The room of an imported name; None if it is none of the package's rooms."""
+    """The room of an imported name, such as "policy" for nemo_disco.policy.layers; None if it is not in a room."""
     parts = module.split(".")
     return parts[1] if parts[0] == "nemo_disco" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else None
 
 
-def test_the_picture_shows_each_room_once() -> None:
-    rooms = pictured_rooms()
+def test_the_readme_lists_each_room_once() -> None:
+    rooms = listed_rooms()
     assert sorted(rooms) == sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
 
 
-def test_no_import_runs_upwards() -> None:
-    order = {name: height for height, name in enumerate(pictured_rooms())}
+def test_no_room_imports_a_room_above_it() -> None:
+    order = {name: place for place, name in enumerate(listed_rooms())}
     upwards = {
         f"{file.relative_to(REPO)} imports {module}"
         for name in order
         for file in (PACKAGE / name).rglob("*.py")
         for module in imports(file)
-        if (below := room(module)) is not None and order[below] < order[name]
+        if (imported := room(module)) is not None and order[imported] < order[name]
     }
     assert not upwards
 
 
 def test_objectives_are_functions_of_tensors_alone() -> None:
-    """They import torch, the standard library and the two helpers for a user's own code."""
+    """Of this package they import only each other and two modules, for errors and for users' own code."""
     allowed = re.compile(r"nemo_disco\.(algorithms\.objectives|runtime\.(errors|user_code))(\.|$)")
     for file in (PACKAGE / "algorithms" / "objectives").glob("*.py"):
-        ours = [m for m in imports(file) if m.startswith("nemo_disco") and not re.search(allowed, m)]
-        assert not [m for m in ours if m not in ("nemo_disco.runtime",)], file
+        others = [m for m in imports(file) if m.startswith("nemo_disco") and not re.search(allowed, m)]
+        assert not [m for m in others if m not in ("nemo_disco.runtime",)], file
 
 
-def test_every_test_directory_mirrors_a_room_or_says_what_it_runs() -> None:
+def test_every_test_directory_has_the_name_of_a_room_or_is_listed_here() -> None:
     others = {"benchmarks", "distributed", "docs", "end_to_end", "quickstart", "sinks", "slurm"}
     others |= {"transformers4", "triton_kernels", "vllm_engine"}
     tests = {p.name for p in (REPO / "tests").iterdir() if p.is_dir() and any(p.glob("*.py"))}
-    assert tests - others <= set(pictured_rooms())
+    assert tests - others <= set(listed_rooms())

@@ -1,4 +1,4 @@
-"""The installed package works in an empty directory: sources -> sdist -> wheel -> a new environment."""
+"""The package, built as an sdist and then as a wheel, is complete and works when installed in a new environment."""
 
 import os
 import re
@@ -19,16 +19,17 @@ import nemo_disco
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALLED = {"nemo_disco": "nemo_disco", "conf": "nemo_disco/conf", "assets": "nemo_disco/assets",
              "tools/convert": "nemo_disco/convert"}  # fmt: skip
-# For git and CI alone; the sdist has every other file.
+# Only git and CI use these; the sdist has every other file.
 OMITTED = (".ci/", ".gitignore")
-# Written by the build. setup.cfg and the egg-info are setuptools' own.
+# Files of the sdist that the build writes.
 GENERATED = {"PKG-INFO", "setup.cfg"}
 BUILD = "import sys, setuptools.build_meta as b; [getattr(b, 'build_' + kind)('dist') for kind in sys.argv[1:]]"
 
 
 def run(*command, cwd):
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=clean, capture_output=True, text=True)
+    """The stdout of a command, run without PYTHONPATH; fails if the command does."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -44,23 +45,23 @@ def files():
 
 @pytest.fixture(scope="module")
 def sources(files, tmp_path_factory):
-    """A copy of the repository, so that nothing is left in the working tree, with its wheel and sdist in dist/."""
-    place = tmp_path_factory.mktemp("sources")
+    """A copy of the repository (the build must not write into the working tree), with its wheel and sdist in dist/."""
+    directory = tmp_path_factory.mktemp("sources")
     for name in files:
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / name, place / name)
-    run(sys.executable, "-c", BUILD, "wheel", "sdist", cwd=place)
-    return place
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, directory / name)
+    run(sys.executable, "-c", BUILD, "wheel", "sdist", cwd=directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def unpacked(sources, tmp_path_factory):
     """The unpacked sdist, with the wheel that is built from it in dist/."""
-    place = tmp_path_factory.mktemp("sdist")
+    directory = tmp_path_factory.mktemp("sdist")
     [archive] = (sources / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(place, filter="data")
-    [root] = place.iterdir()
+        tar.extractall(directory, filter="data")
+    [root] = directory.iterdir()
     assert root.name == archive.name.removesuffix(".tar.gz") == f"nemo_disco-{nemo_disco.__version__}"
     run(sys.executable, "-c", BUILD, "wheel", cwd=root)
     return root
@@ -68,8 +69,9 @@ def unpacked(sources, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(unpacked):
-    [built] = (unpacked / "dist").glob("*.whl")
-    return built
+    """The wheel that is built from the sdist."""
+    [file] = (unpacked / "dist").glob("*.whl")
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +94,17 @@ def test_the_sdist_has_every_file_of_the_repository(files, unpacked):
 
 def test_the_sdist_and_the_repository_give_the_same_wheel(sources, wheel):
     [direct] = (sources / "dist").glob("*.whl")
-    with zipfile.ZipFile(direct) as one, zipfile.ZipFile(wheel) as other:
-        assert sorted(one.namelist()) == sorted(other.namelist())
-        assert [name for name in one.namelist() if one.read(name) != other.read(name)] == []
+    with zipfile.ZipFile(direct) as from_repository, zipfile.ZipFile(wheel) as from_sdist:
+        names = from_repository.namelist()
+        assert sorted(names) == sorted(from_sdist.namelist())
+        assert [name for name in names if from_repository.read(name) != from_sdist.read(name)] == []
 
 
 def test_the_wheel_has_every_file_of_the_repository_that_is_needed(files, wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for source, target in INSTALLED.items():
-        wanted = {target + name.removeprefix(source) for name in files if name.startswith(f"{source}/")}
-        assert wanted and wanted <= inside, sorted(wanted - inside)
+        expected = {target + name.removeprefix(source) for name in files if name.startswith(f"{source}/")}
+        assert expected and expected <= inside, f"the wheel lacks {sorted(expected - inside)}"
     assert {name.split("/")[0] for name in inside} == {"nemo_disco", f"nemo_disco-{nemo_disco.__version__}.dist-info"}
 
 
@@ -130,15 +133,15 @@ def test_changelog_and_citation_are_of_this_version():
 
 
 def test_the_quickstart_is_planned_in_an_empty_directory(installed, tmp_path):
-    where = run(installed / "python", "-c", "import nemo_disco; print(nemo_disco.__file__)", cwd=tmp_path)
-    assert Path(where.strip()).is_relative_to(installed.parent)
+    imported = run(installed / "python", "-c", "import nemo_disco; print(nemo_disco.__file__)", cwd=tmp_path)
+    assert Path(imported.strip()).is_relative_to(installed.parent)
     text = run(installed / "nemo-disco", "plan", "--config-name", "quickstart", cwd=tmp_path)
     assert "mini-batches per step" in text and "optimizer state" in text
     assert "mini-batches per step" in run(installed / "nemo-disco", "plan", "-cn", "recipe/disco_logl_7b", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_both_ways_to_call_it_and_the_converters_are_there(installed, tmp_path):
+def test_the_command_the_module_and_the_converters_are_installed(installed, tmp_path):
     assert run(installed / "nemo-disco", "--version", cwd=tmp_path) == run(
         installed / "python", "-m", "nemo_disco", "--version", cwd=tmp_path
     )

@@ -1,4 +1,4 @@
-"""docs/support.md claims what the tests and the result files show, and nothing else."""
+"""docs/support.md claims exactly what the tests and the result files show."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ DECODE = Feature("decoding", key="decode.plain.tokens_per_second")
 
 
 def result(**changes: Any) -> dict[str, Any]:
+    """A result file of a GPU run with a figure for decoding; changes: of its section "about"."""
     about = {"date": "2026-12-01T10:00:00+00:00", "device": "NVIDIA H200", "tiny": False, **changes}
     return {"about": about, "decode": {"plain": {"tokens_per_second": 9e3}}}
 
 
 def test_the_page_is_current() -> None:
     written = support.PAGE.read_text()
-    assert written == support.render_page(support.read_results(support.RESULTS)), "make support writes it anew"
+    assert written == support.render_page(support.read_results(support.RESULTS)), (
+        "docs/support.md is out of date; `make support` writes it"
+    )
 
 
 def test_a_run_on_a_gpu_is_claimed_with_its_date() -> None:

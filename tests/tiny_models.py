@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models and rollouts for tests: real architectures, random weights, made in a second."""
+"""Tiny Hugging Face models of the real architectures with random weights, and random rollouts, for tests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nemo_disco.config.schema import ModelConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.generation.engine import Response
 
-VOCABULARY = 130  # not a multiple of 4: TP 4 has to pad it
-# Every family of the README, with its embeddings tied and untied.
+VOCABULARY = 130  # not a multiple of 4, so that it is padded at TP 4
+# The model families that the README lists, each with tied and with untied embeddings.
 FAMILIES = [f"{name}-{tying}" for name in ("qwen2", "qwen3", "llama", "mistral") for tying in ("tied", "untied")]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -28,8 +28,11 @@ LLAMA3_ROPE = {
 
 
 def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
-    """A 4-layer model with grouped queries, large enough weights to be far from uniform, and norms' weights and biases
-    of 0.5 to 1.5, so that one that is left out shows."""
+    """Save a 4-layer model with grouped queries; changes: of its config. Returns the directory.
+
+    Its weights are large, so that its predictions are far from uniform. Weights of norms and biases are 0.5 to 1.5, so
+    that leaving one out changes the log-probs.
+    """
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -46,8 +49,8 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
     if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(rope_parameters=LLAMA3_ROPE, **shape))
     else:
-        more = {"qwen2": {}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}[architecture]
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(more | shape)))
+        defaults = {"qwen2": {}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}[architecture]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(defaults | shape)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -59,13 +62,16 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
 
 
 def save_family(directory: Path, family: str, **changes: Any) -> Path:
-    """save_model of one of FAMILIES."""
+    """Save a model of one of FAMILIES, as `save_model` does. Returns the directory."""
     architecture, tying = family.split("-")
     return save_model(directory, architecture, tied=tying == "tied", **changes)
 
 
-def reference_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """transformers' model in true `dtype`: its RMSNorm computes in float32 even in a float64 model."""
+def load_transformers_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:
+    """transformers' model of the directory, which computes everything in `dtype`.
+
+    Its own RMSNorm computes in float32 even in a float64 model, and is replaced.
+    """
 
     def rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
@@ -78,6 +84,7 @@ def reference_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:
 
 
 def model_config(path: Path, **changes: Any) -> ModelConfig:
+    """The section `model` of a configuration: one rank, Adam at a constant rate. changes: of its keys."""
     settings: dict[str, Any] = {
         "path": str(path),
         "tensor_model_parallel_size": 1,
@@ -108,7 +115,10 @@ def model_config(path: Path, **changes: Any) -> ModelConfig:
 
 
 def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: int = 40) -> Rollouts:
-    """Ragged prompts and responses, some responses empty, rewards at random."""
+    """Rollouts with random prompts, responses, some of them empty, and rewards, 0 or 1.
+
+    questions: their number; group: responses to each; longest: a response has fewer tokens than this.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -129,8 +139,8 @@ def random_rollouts(questions: int = 4, group: int = 4, seed: int = 0, longest: 
     return rollouts.with_rewards([float(draw(0, 2)) for _ in prompts])
 
 
-def answered(prompts: Sequence[Sequence[int]], responses: Sequence[Response]) -> Rollouts:
-    """Rollouts of an engine's responses to `prompts`; each prompt is a question of its own."""
+def to_rollouts(prompts: Sequence[Sequence[int]], responses: Sequence[Response]) -> Rollouts:
+    """An engine's responses to `prompts` as rollouts; each prompt counts as a question of its own."""
     return Rollouts.pack(
         prompts,
         [r.tokens for r in responses],
@@ -140,16 +150,18 @@ def answered(prompts: Sequence[Sequence[int]], responses: Sequence[Response]) ->
     )
 
 
-def below(rollouts: Rollouts, vocabulary: int) -> Rollouts:
-    """With tokens below `vocabulary`."""
+def limit_vocabulary(rollouts: Rollouts, vocabulary: int) -> Rollouts:
+    """The rollouts with every token id taken modulo `vocabulary`."""
     return replace(rollouts, tokens=rollouts.tokens % vocabulary)
 
 
-def reference_log_probs(
+def transformers_log_probs(
     model: Any, rollouts: Rollouts, temperature: float, vocabulary: int | None = None
 ) -> torch.Tensor:
-    """[T] differentiable log-probs by transformers, one sequence at a time, nothing packed. vocabulary: how many rows
-    of the output are tokens."""
+    """[T] the response tokens' log-probs by transformers' model, differentiable; one sequence at a time, unpacked.
+
+    vocabulary: the number of tokens, where the model has more rows in its output layer.
+    """
     pieces = []
     for i in range(len(rollouts)):
         ids = torch.cat([rollouts.prompt(i), rollouts.response(i)])[None]

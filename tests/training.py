@@ -12,14 +12,14 @@ from nemo_disco.policy.policy import Policy
 
 
 def loss(policy: Policy, seed: int) -> float:
-    """The mean of randomly weighted log-probs of random rollouts."""
+    """The mean of the randomly weighted log-probs of the random rollouts of `seed`, under the policy."""
     rollouts = random_rollouts(seed=seed)
     weights = torch.randn(int(rollouts.response_lengths.sum()), generator=torch.Generator().manual_seed(seed)).double()
     return float((weights * policy.log_probs(rollouts)[0].double()).sum() / len(weights))
 
 
 def train(policy: Policy, seeds: Iterable[int]) -> None:
-    """Take one optimizer step per seed."""
+    """Take one optimizer step on the random rollouts of each seed, with random token weights."""
     for seed in seeds:
         rollouts = random_rollouts(seed=seed)
         total = int(rollouts.response_lengths.sum())
@@ -29,7 +29,7 @@ def train(policy: Policy, seeds: Iterable[int]) -> None:
 
 
 def fingerprint(policy: Policy) -> str:
-    """Checksum of every bit of the weights and the optimizer's state on this rank. A collective."""
+    """SHA-256 of the weights and the optimizer's state on this rank, as hexadecimal text. A collective."""
     policy.gather_weights()
     digest = hashlib.sha256()
     for chunk in policy.model.chunks:

@@ -54,7 +54,7 @@ def problems(site: Path) -> Iterator[str]:
 
 
 def check_link(file: Path, kind: str, link: str, pages: dict[Path, Page]) -> str:
-    """Why a link of a page fails; an empty string if it works."""
+    """The reason why a link of a page fails; an empty string if it works."""
     parts = urlsplit(link)
     if parts.scheme == "data" or (kind == "link" and parts.scheme in ("http", "https", "mailto")):
         return ""

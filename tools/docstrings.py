@@ -22,11 +22,11 @@ def escape(text: str) -> str:
 
 
 def _escape_line(line: str) -> str:
-    escaped = _CODE_OR_MARK.sub(_escaped, line)
+    escaped = _CODE_OR_MARK.sub(_escape_match, line)
     return f"{escaped}  " if line.endswith(".") else escaped  # two spaces end the line
 
 
-def _escaped(match: re.Match[str]) -> str:
+def _escape_match(match: re.Match[str]) -> str:
     return match[1] or f"\\{match[2]}"
 
 

@@ -162,7 +162,7 @@ FEATURES = (
     Feature("Mismatch gate", ("algorithms/test_mismatch.py", "end_to_end/test_mismatch_gate.py")),
 )
 
-# What is tested of each architecture: a column of the second table, and the file that tests it.
+# Columns of the second table, which are tested for each architecture, and the test file of each column.
 COLUMNS = {
     "log-probs and gradient equal transformers'": "policy/test_policy.py",
     "TP, SP, PP": "distributed/test_layouts.py",
@@ -174,10 +174,10 @@ COLUMNS = {
 # Figures of benchmarks/gpu that one architecture leaves.
 GPU_FIGURES = {"qwen2": "train_1p5b_8k.tokens_per_second", "qwen3": "train_qwen3_0p6b_16k.tokens_per_second"}
 sys.path.insert(0, str(ROOT / "tests" / "models"))
-from real_configs import REAL  # noqa: E402 - a module of the tests
+from real_configs import REAL_CONFIGS  # noqa: E402 - a module of the tests
 
 REAL_MODELS: dict[str, list[str]] = {}
-for _model, _config in REAL.items():
+for _model, _config in REAL_CONFIGS.items():
     REAL_MODELS.setdefault(_config["model_type"], []).append(_model)
 
 
@@ -301,7 +301,7 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
 
 
 def describe_gpu_run(feature: Feature, results: Iterable[Mapping[str, Any]], *, several: bool) -> str:
-    """The device and the date of the newest run that left the feature's figure, or NOT_RUN."""
+    """Device and date of the newest run, on one GPU or on `several`, with the feature's figure; NOT_RUN without one."""
     for result in reversed(list(results)):
         about = result["about"]
         on_gpu = about["device"] != "cpu" and not about["tiny"]
@@ -311,7 +311,7 @@ def describe_gpu_run(feature: Feature, results: Iterable[Mapping[str, Any]], *, 
 
 
 def _has_figure(result: Mapping[str, Any], key: str | None) -> bool:
-    """True if a section that ended well holds a number under the key, within its bound if it has one."""
+    """True if the key's section ended without an error and has a number there, within its bound if it has one."""
     if key is None:
         return False
     section = result.get(key.split(".")[0], {"error": "not run"})

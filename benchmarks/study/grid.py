@@ -1,6 +1,8 @@
-"""The runs of the study, from grid.yaml: items in their order, and the command line of each.
+"""The planned runs of the study, in their order, with the command line of each; and the choice of learning rates.
 
-Pure: reads the grid and, for the learning rates, the finished runs it is given. Starts nothing.
+Reads no file but grid.yaml and starts nothing. The study has five parts: BASE (the model that training starts from,
+evaluated without training), TUNING (learning rates), MAIN (the methods), ABLATIONS, and LENGTH (accuracy against
+length).
 """
 
 from __future__ import annotations
@@ -20,18 +22,15 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Item:
-    """One run, or of the part BASE an evaluation alone.
-
-    of: the tuned method whose learning rate it takes; learning_rate: where it does not take one.
-    """
+class PlannedRun:
+    """One run of the study: a training and its evaluation, or in the part BASE an evaluation alone."""
 
     part: str
     method: str
     seed: int
-    of: str
+    tuned_method: str  # the method whose tuned learning rate this run takes; "" in the part BASE
     overrides: tuple[str, ...]
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # None: the tuned one
 
     @property
     def name(self) -> str:
@@ -39,7 +38,10 @@ class Item:
         return f"{self.part}.{self.method}{rate}.seed_{self.seed}"
 
     def arguments(self, work: Path, learning_rate: float) -> list[str]:
-        """Overrides of `train` and `evaluate`; work: where prepare.py put the model and the questions."""
+        """The arguments of `nemo-disco train` and `nemo-disco evaluate`, without the run's directory.
+
+        work: the work directory, in which prepare.py wrote the model and the questions.
+        """
         held_out = "development" if self.part == TUNING else "test"
         return [
             *("--config-name", "run", "--config-path", str(HERE)),
@@ -52,32 +54,35 @@ class Item:
         ]
 
 
-def load(path: Path = GRID) -> dict[str, Any]:
+def load_grid(path: Path = GRID) -> dict[str, Any]:
     grid: dict[str, Any] = yaml.safe_load(path.read_text())
     return grid
 
 
-def items(grid: Mapping[str, Any]) -> list[Item]:
-    """Every run, in order: what training starts from, tuning, then each part seed by seed."""
+def list_runs(grid: Mapping[str, Any]) -> list[PlannedRun]:
+    """All runs of the grid in order: the base model's evaluation, tuning, then each other part seed by seed."""
     methods, common = grid["methods"], tuple(grid.get("run", ()))
-    found = [Item(BASE, "warm_start", grid["tuning"]["seed"], "", common, 0.0)]
-    found += [
-        Item(TUNING, name, grid["tuning"]["seed"], name, (*common, *m["overrides"]), float(rate))
+    runs = [PlannedRun(BASE, "warm_start", grid["tuning"]["seed"], "", common, 0.0)]
+    runs += [
+        PlannedRun(TUNING, name, grid["tuning"]["seed"], name, (*common, *m["overrides"]), float(rate))
         for name, m in methods.items()
         for rate in grid["tuning"]["learning_rates"]
     ]
     for part in (MAIN, ABLATIONS, LENGTH):
         section = grid.get(part, {"seeds": []})
-        found += [
-            Item(part, name, seed, of, (*common, *overrides))
+        runs += [
+            PlannedRun(part, name, seed, tuned_method, (*common, *overrides))
             for seed in section["seeds"]
-            for name, of, overrides in _variants(methods, section)
+            for name, tuned_method, overrides in _list_variants(methods, section)
         ]
-    return found
+    return runs
 
 
-def _variants(methods: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
-    """(name, tuned method, overrides) of each run of a part at one seed; without variants, every method itself."""
+def _list_variants(methods: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(name, tuned method, overrides) of each run of a part at one seed.
+
+    A section of the grid without `variants` has a run for every method.
+    """
     if "variants" not in section:
         return [(name, name, m["overrides"]) for name, m in methods.items()]
     return [
@@ -86,16 +91,19 @@ def _variants(methods: Mapping[str, Any], section: Mapping[str, Any]) -> list[tu
     ]
 
 
-def best_learning_rate(method: str, tuned: Sequence[Record], count: int) -> float | None:
-    """The one of `count` learning rates with the highest Pass@1 (the smaller of equals); None while one is missing."""
-    mine = [r for r in tuned if r["part"] == TUNING and r["method"] == method]
-    if len(mine) < count:
+def choose_learning_rate(method: str, records: Sequence[Record], count: int) -> float | None:
+    """The learning rate of a method's tuning runs with the highest Pass@1, the smaller one if two are equal.
+
+    None until all `count` tuning runs of the method are among the records.
+    """
+    tuning = [r for r in records if r["part"] == TUNING and r["method"] == method]
+    if len(tuning) < count:
         return None
-    return float(max(mine, key=lambda r: (pass_at_1(r), -r["learning_rate"]))["learning_rate"])
+    return float(max(tuning, key=lambda r: (pass_at_1(r), -r["learning_rate"]))["learning_rate"])
 
 
 def pass_at_1(record: Record) -> float:
-    """avg@k on the held-out questions; 0 for a run that ended by its divergence."""
+    """Pass@1 of a run's evaluation: the share of right samples over all held-out questions; 0 if training failed."""
     if "failed" in record:
         return 0.0
     correct = record["evaluation"]["correct"]

@@ -1,6 +1,7 @@
-"""DisCO as it would be if its constraint were evaluated per micro-batch, as the papers' released code does it.
+"""DisCO with its constraint evaluated in each micro-batch, as in the papers' released code.
 
-An objective of a user's own (`algorithm.name=benchmarks.study.objectives:PerMicroBatch`); the product has none like it.
+Loaded like any objective of a user (`algorithm.name=benchmarks.study.objectives:PerMicroBatch`), since nemo_disco
+evaluates the constraint over the whole mini-batch only.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 
 @dataclass(frozen=True, kw_only=True)
 class PerMicroBatch(DisCO):
-    """J2 - mean over micro-batches j of beta max(KL_j - delta, 0)^2, KL_j over the tokens of `questions` questions.
+    """J2 - mean over micro-batches j of beta max(KL_j - delta, 0)^2, where J2 is DisCO's objective without constraint.
 
-    With one micro-batch of all questions it is DisCO's loss (arXiv 2505.12366, Algorithm 1).
+    A micro-batch has `questions` questions, and KL_j is KL_hat over its tokens. With all questions in one micro-batch
+    the loss is DisCO's (arXiv 2505.12366, Algorithm 1).
     """
 
     constraint: Constraint = UNCONSTRAINED
@@ -28,9 +30,10 @@ class PerMicroBatch(DisCO):
     questions: int = parameter(2, above=0)
 
     def value(self, batch: MiniBatch) -> Tensor:
-        part = batch.spread(batch.groups.row // self.questions)
-        parts = -(-len(batch.groups) // self.questions)
-        sums = batch.log_probs.new_zeros(parts).index_add(0, part, batch.old_log_probs - batch.log_probs)
-        tokens = batch.log_probs.new_zeros(parts).index_add(0, part, batch.log_probs.detach() * 0 + 1)
+        """J, to be maximised: a scalar with a gradient in the batch's log-probs."""
+        micro_batch = batch.spread(batch.groups.row // self.questions)  # [T] number of each token's micro-batch
+        count = -(-len(batch.groups) // self.questions)
+        sums = batch.log_probs.new_zeros(count).index_add(0, micro_batch, batch.old_log_probs - batch.log_probs)
+        tokens = batch.log_probs.new_zeros(count).index_add(0, micro_batch, batch.log_probs.detach() * 0 + 1)
         hinge = Constraint(kind=SQUARED_HINGE, beta=self.beta, delta=self.delta)
         return super().value(batch) - hinge.penalty(sums / tokens.clamp(min=1)).mean()

@@ -1,6 +1,7 @@
-"""The start of every run: a tokenizer, a warm-started policy, and three question files that never meet.
+"""The inputs of all runs: a tokenizer, a warm-started policy, and three question files without common questions.
 
-Seeded, one thread, about a minute. Made once into a study's work directory; nothing of it is committed.
+They are made once, in the study's work directory, from a fixed seed in one thread; it takes about a minute. They are
+not in the repository.
 """
 
 from __future__ import annotations
@@ -21,43 +22,46 @@ from . import task
 SEED = 0
 VOCABULARY = 280
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-HELD_OUT = 96  # questions to tune on, and as many to test on
-TRAIN = 256  # asked five times in a run's 40 steps of 32: HAPO compares a question with its earlier answers
+HELD_OUT = 96  # questions in development.jsonl (for tuning), and as many in test.jsonl
+TRAIN = 256  # asked five times in a run's 40 steps of 32, since HAPO compares responses with earlier ones
 RECIPE = warm_start.Recipe(
     batch=64, learning_rate=4e-3, check_every=10, check_from=100, stop_at=0.2, temperature=1.0, max_steps=500
 )
 
 
-def prepare(work: Path, recipe: warm_start.Recipe = RECIPE) -> None:
-    """work/model, work/development.jsonl, work/test.jsonl, work/train.jsonl; nothing is done if they are there."""
+def prepare_inputs(work: Path, recipe: warm_start.Recipe = RECIPE) -> None:
+    """Write model/, development.jsonl, test.jsonl and train.jsonl in the directory `work`, unless the model exists."""
     if (work / "model" / "model.safetensors").exists():
         return
     torch.set_num_threads(1)
-    test, development, train, supervised = splits(recipe)
+    test, development, train, supervised = split_problems(recipe)
     tokenizer = tokenizers.train(
         [*["user\nassistant\n"] * 300, *(f"{p.question}\n{p.solution}" for p in supervised[:1024])], VOCABULARY
     )
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(work / "model")  # before the warm start pads with it: padding is part of its files
-    model = new_model(tokenizer)
+    tokenizer.save_pretrained(work / "model")  # now: the warm start sets padding, which would be saved too
+    model = build_model(tokenizer)
     warm_start.train(model, tokenizer, supervised, development, recipe)
     for name, problems in {"test": test, "development": development, "train": train}.items():
         (work / f"{name}.jsonl").write_text("".join(json.dumps(p.row()) + "\n" for p in problems))
     model.save_pretrained(work / "model")
 
 
-def splits(recipe: warm_start.Recipe) -> tuple[Sequence[task.Problem], ...]:
-    """test, development, train, supervised. No two of the first three have the same numbers in the same order; the
-    last, which repeats itself, has none of the held-out ones."""
-    problems = task.distinct(task.stream(SEED))
+def split_problems(recipe: warm_start.Recipe) -> tuple[Sequence[task.Problem], ...]:
+    """The problems for test, development, training, and the warm start's supervised training, in this order.
+
+    In the first three together, no two problems have the same numbers in the same order. The supervised problems
+    repeat, and none of them has the numbers of a test or development problem in the same order.
+    """
+    problems = task.skip_repeated(task.draw_problems(SEED))
     test, development, train = (list(islice(problems, size)) for size in (HELD_OUT, HELD_OUT, TRAIN))
     held_out = {p.numbers for p in (*test, *development)}
-    others = (p for p in task.stream(SEED + 1) if p.numbers not in held_out)
+    others = (p for p in task.draw_problems(SEED + 1) if p.numbers not in held_out)
     return test, development, train, list(islice(others, recipe.batch * recipe.max_steps))
 
 
-def new_model(tokenizer: tokenizers.Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Random weights, 0.1M parameters: as little as works the sums."""
+def build_model(tokenizer: tokenizers.Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """A model with random weights and 0.1M parameters, about the smallest that learns the sums."""
     torch.manual_seed(SEED)
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -1,6 +1,7 @@
-"""Runs as forks of a process that has imported everything: a run starts in milliseconds, and gives way to all others.
+"""Processes of the study's runs: forks of one process that has imported all libraries, so they start in milliseconds.
 
-Each is a session of its own, at nice 19 and its session's autogroup too, so that it takes only what nobody else wants.
+Each leads a session of its own with the lowest priority (nice 19, and 19 for the session's autogroup, too), so that it
+uses only the processor time that no other program wants.
 """
 
 from __future__ import annotations
@@ -17,64 +18,71 @@ from pathlib import Path
 
 import psutil
 
-HEAVY = (
+SLOW_IMPORTS = (
     "nemo_disco.commands.train",
     "nemo_disco.evaluation.report",
     "nemo_disco.evaluation.table",
-    "transformers.models.qwen2.modeling_qwen2",  # transformers imports its models when they are asked for
+    "transformers.models.qwen2.modeling_qwen2",  # transformers imports a model's module only on first use
 )
 
 
 def import_everything() -> None:
+    """Import the slow modules of a run, so that forked runs need not."""
     from nemo_disco.runtime.logs import setup_logging
 
-    setup_logging()  # the libraries warn while they are imported
-    for name in HEAVY:
+    setup_logging()  # first, since libraries warn while they are imported
+    for name in SLOW_IMPORTS:
         importlib.import_module(name)
 
 
 @dataclass
-class Process:
-    """A forked run, which leads its own process group."""
+class RunProcess:
+    """The process of one run, which leads its own session and process group."""
 
     name: str
     pid: int
     stopped: bool = False
 
     def pause(self, paused: bool) -> None:
-        """Stop or continue it, and what it started."""
+        """Stop the run and the processes that it started if `paused`, else let them continue."""
         if paused != self.stopped:
             with contextlib.suppress(ProcessLookupError):  # it does not lead its group yet, or has just ended
                 os.killpg(self.pid, signal.SIGSTOP if paused else signal.SIGCONT)
                 self.stopped = paused
 
-    def give_way(self) -> None:
-        """Lower the sessions of what it started: a new session begins with an autogroup of full weight."""
+    def lower_children(self) -> None:
+        """Lower the priority of the processes that the run started: a new session's autogroup has normal priority."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.pid).children(recursive=True):
-                lower(child.pid)
+                lower_priority(child.pid)
 
     def kill(self) -> None:
-        """Kill the run; its children end with their pipes. Does not wait: at its priority it may take long to die."""
+        """Kill the run, without waiting until it has ended, which can be long at its priority.
+
+        The processes that it started end by themselves when their pipes to it close.
+        """
         os.kill(self.pid, signal.SIGKILL)
 
 
-def fork(name: str, work: Callable[[], None], log: Path) -> Process:
-    """work() in a child whose output goes to `log`; its exit code is 0, or 1 with the traceback in the log."""
+def fork_run(name: str, job: Callable[[], None], log: Path) -> RunProcess:
+    """Call `job` in a forked process of lowest priority, whose output goes to the file `log`.
+
+    Its exit code is 0, or 1 if `job` raised an exception; the traceback is then in the log.
+    """
     pid = os.fork()
     if pid:
-        return Process(name, pid)
+        return RunProcess(name, pid)
     code = 1
     try:
         os.setsid()
         os.nice(19 - os.nice(0))
-        lower(os.getpid())
+        lower_priority(os.getpid())
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for descriptor in (1, 2):
             os.dup2(out, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        work()
+        job()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -85,7 +93,7 @@ def fork(name: str, work: Callable[[], None], log: Path) -> Process:
         os._exit(code)
 
 
-def lower(pid: int) -> None:
-    """The lowest weight among sessions; nothing where the kernel does not group by session."""
+def lower_priority(pid: int) -> None:
+    """Give the session of a process the lowest priority among sessions, if the kernel has autogroups."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text("19")

@@ -1,6 +1,6 @@
-"""One finished run as one JSON object: its curve, step by step, and what the held-out questions found.
+"""The JSON record of one finished run: its training curves and the results of its evaluation.
 
-Reads a run directory of the product; writes nothing.
+Reads a directory that `nemo-disco train` or `nemo-disco evaluate` wrote; writes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 from nemo_disco.evaluation.result import EvaluationResult, read_evaluations
 
-CURVE = {
+# Name of a curve in the record -> metric in metrics.jsonl.
+CURVES = {
     "reward": "reward/mean",
     "objective": "objective/value",
     "kl": "policy/kl",
@@ -23,46 +24,55 @@ CURVE = {
     "length": "response/length_mean",
     "mixed": "groups/mixed",
 }
-DIGITS = 5  # significant ones
+DIGITS = 5  # significant digits of the record's figures
 
 
-def curve(run: Path) -> dict[str, list[float]]:
-    """By name, a value a step; of the groups also the shares whose responses are all wrong and all right."""
+def read_curves(run: Path) -> dict[str, list[float]]:
+    """The training curves of a run directory by name, each with one value for a step.
+
+    Besides CURVES there are `all_wrong` and `all_right`, the shares of groups whose responses are all wrong, all right.
+    """
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    columns = {name: [_rounded(step[metric]) for step in steps] for name, metric in CURVE.items()}
-    shares = [_all_wrong_and_right(run / "rollouts" / f"step_{step['step']}.jsonl") for step in steps]
+    columns = {name: [_round(step[metric]) for step in steps] for name, metric in CURVES.items()}
+    shares = [_read_group_shares(run / "rollouts" / f"step_{step['step']}.jsonl") for step in steps]
     return columns | {"all_wrong": [w for w, _ in shares], "all_right": [r for _, r in shares]}
 
 
-def evaluation(directory: Path) -> dict[str, Any]:
-    """The one evaluation in a directory: per question the number of right samples and the mean length."""
+def read_evaluation(directory: Path) -> dict[str, Any]:
+    """The results of the only evaluation in a directory.
+
+    For each question: `correct`, the number of right samples, and `length`, their mean length in tokens. Over all
+    samples: `right_length`, the mean length of the right ones, and `truncated`, the share of truncated ones.
+    """
     [result] = read_evaluations(directory)
     return {
         "set": result.name,
         "samples": result.samples,
         "correct": result.correct.sum(1).tolist(),
-        "length": [_rounded(float(x)) for x in result.lengths.mean(1)],
-        "right_length": _rounded(_right_length(result)),
-        "truncated": _rounded(float(result.truncated.mean())),
+        "length": [_round(float(x)) for x in result.lengths.mean(1)],
+        "right_length": _round(_mean_right_length(result)),
+        "truncated": _round(float(result.truncated.mean())),
     }
 
 
-def _right_length(result: EvaluationResult) -> float:
+def _mean_right_length(result: EvaluationResult) -> float:
+    """Mean length in tokens of the right samples; 0 if there are none."""
     right = result.lengths[result.correct]
     return float(right.mean()) if len(right) else 0.0
 
 
-def _all_wrong_and_right(rollouts: Path) -> tuple[float, float]:
+def _read_group_shares(rollouts: Path) -> tuple[float, float]:
+    """The shares of groups with no right response and with only right responses, from a file of rollouts."""
     groups: dict[int, list[bool]] = defaultdict(list)
     for line in rollouts.read_text().splitlines():
         response = json.loads(line)
         groups[response["question_id"]].append(response["correct"])
     count = len(groups)
     return (
-        _rounded(sum(not any(g) for g in groups.values()) / count),
-        _rounded(sum(all(g) for g in groups.values()) / count),
+        _round(sum(not any(g) for g in groups.values()) / count),
+        _round(sum(all(g) for g in groups.values()) / count),
     )
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")

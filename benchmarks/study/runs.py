@@ -1,6 +1,6 @@
-"""The finished runs of a study, as tables and plots ask for them.
+"""The records of a study's finished runs, and how to select them by part and method.
 
-Reads runs.jsonl (or gathers it from a work directory); knows the grid's names, computes nothing.
+Reads runs.jsonl, or writes it from the results in a work directory. Computes no statistics.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Runs:
-    """records: one a finished run. grid: what was to be run."""
+class FinishedRuns:
+    """The records of the finished runs of a study, and the grid with all planned ones."""
 
     records: Sequence[Record]
     grid: Mapping[str, Any]
 
-    def of(self, part: str, method: str) -> list[Record]:
+    def select(self, part: str, method: str) -> list[Record]:
+        """The records of a method in a part of the study, in the order of their seeds."""
         return sorted(
             (r for r in self.records if r["part"] == part and r["method"] == method), key=lambda r: int(r["seed"])
         )
 
-    def labels(self) -> dict[str, str]:
-        """By method of the main comparison, its name for people."""
+    def method_labels(self) -> dict[str, str]:
+        """Method of the main comparison -> its name in tables and figures."""
         return {name: m["label"] for name, m in self.grid["methods"].items()}
 
-    def planned(self, part: str) -> int:
-        return sum(item.part == part for item in grids.items(self.grid))
+    def count_planned(self, part: str) -> int:
+        return sum(run.part == part for run in grids.list_runs(self.grid))
 
-    def finished(self, part: str) -> int:
+    def count_finished(self, part: str) -> int:
         return sum(r["part"] == part for r in self.records)
 
 
-def gather(work: Path, file: Path) -> None:
-    """WORK/results/*.json into one file, a line a run."""
+def gather_records(work: Path, file: Path) -> None:
+    """Write the records in work/results/*.json to one file, one line for each run."""
     records = [json.loads(path.read_text()) for path in sorted((work / "results").glob("*.json"))]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def read(file: Path, grid: Mapping[str, Any]) -> Runs:
-    return Runs([json.loads(line) for line in file.read_text().splitlines()], grid)
+def read_runs(file: Path, grid: Mapping[str, Any]) -> FinishedRuns:
+    return FinishedRuns([json.loads(line) for line in file.read_text().splitlines()], grid)

@@ -1,6 +1,7 @@
-"""Accuracies of several seeds on the same held-out questions, and their differences, with 95% bootstrap intervals.
+"""Accuracies on the same held-out questions over several seeds, and their differences, with 95% bootstrap intervals.
 
-Seeds and questions are both resampled: what varies is the run as well as the question. Pure numpy, seeded.
+The bootstrap resamples both seeds and questions, since a repetition of the study would have other ones of both. Pure
+numpy with a fixed seed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from numpy.typing import NDArray
 from nemo_disco.evaluation.statistics import CONFIDENCE, Estimate
 
 RESAMPLES = 4000
-Shares = dict[int, NDArray[np.float64]]  # by seed, each question's share of right samples
+Shares = dict[int, NDArray[np.float64]]  # seed -> share of right samples of each question, [questions]
 
 
-def shares(records: Iterable[Mapping[str, Any]]) -> Shares:
-    """Of the runs that were not ended by their divergence."""
+def collect_shares(records: Iterable[Mapping[str, Any]]) -> Shares:
+    """The shares of right samples of a method's runs, without the runs whose training failed."""
     return {
         r["seed"]: np.array(r["evaluation"]["correct"]) / r["evaluation"]["samples"]
         for r in records
@@ -26,30 +27,33 @@ def shares(records: Iterable[Mapping[str, Any]]) -> Shares:
     }
 
 
-def estimate(values: Shares) -> Estimate:
-    """The mean over seeds and questions."""
+def estimate_mean(values: Shares) -> Estimate:
+    """The mean accuracy over seeds and questions, with its interval."""
     return _bootstrap(np.stack(list(values.values())))
 
 
-def difference(a: Shares, b: Shares) -> Estimate | None:
-    """a minus b over the seeds that both have, question by question; None if there is none."""
+def estimate_difference(a: Shares, b: Shares) -> Estimate | None:
+    """The mean of a minus b, paired by seed and question, with its interval; None if they have no seed in common."""
     common = sorted(set(a) & set(b))
     return _bootstrap(np.stack([a[s] - b[s] for s in common])) if common else None
 
 
 def _bootstrap(matrix: NDArray[np.float64]) -> Estimate:
-    """matrix [seeds, questions]."""
+    """The mean of a matrix [seeds, questions] and its interval, from resampled seeds and questions."""
     rng = np.random.default_rng(0)
-    # How often each seed, and each question, is drawn in each resample.
-    drawn_seeds, drawn_questions = (rng.multinomial(n, [1 / n] * n, size=RESAMPLES) for n in matrix.shape)
-    means = ((drawn_seeds @ matrix) * drawn_questions).sum(1) / matrix.size
+    # How often each resample draws each seed, [RESAMPLES, seeds], and each question, [RESAMPLES, questions].
+    seed_counts, question_counts = (rng.multinomial(n, [1 / n] * n, size=RESAMPLES) for n in matrix.shape)
+    means = ((seed_counts @ matrix) * question_counts).sum(1) / matrix.size
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return Estimate(float(matrix.mean()), float(low), float(high))
 
 
-def aes(accuracy: float, length: float, reference_accuracy: float, reference_length: float) -> float:
-    """The accuracy-efficiency score against the same method without its length penalty, as the figures of arXiv
-    2510.04474 imply it: the share of length saved, minus 10 times the share of accuracy lost (a gain is nothing)."""
-    lost = max(0.0, reference_accuracy - accuracy) / reference_accuracy
-    return (reference_length - length) / reference_length - 10 * lost
+def compute_aes(accuracy: float, length: float, reference_accuracy: float, reference_length: float) -> float:
+    """The accuracy-efficiency score against a reference: the same method without its length penalty.
+
+    It is the share of length saved minus 10 times the share of accuracy lost, as the figures of arXiv 2510.04474 imply;
+    a gain in accuracy adds nothing.
+    """
+    lost_share = max(0.0, reference_accuracy - accuracy) / reference_accuracy
+    return (reference_length - length) / reference_length - 10 * lost_share

@@ -1,7 +1,7 @@
 """The study's task: sums of one-digit numbers, worked in steps that may be skipped (shorter, riskier) or repeated.
 
-Pure and seeded. The worked solutions mix styles, so that a warm-started policy has a length to choose: skipping is what
-length methods push to, spelling out is what accuracy pays for. The files' format is the product's.
+Pure and seeded. The worked solutions mix styles, so that a warm-started policy can be shorter or longer: length methods
+favour skipped steps, and accuracy favours steps that are written out. Question files have the format of nemo_disco.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REPEAT = 0.3  # the chance that the last step is written twice
 
 @dataclass(frozen=True)
 class Problem(task.Problem):
-    """A sum and one of the ways to work it, drawn by `style`."""
+    """A sum of one-digit numbers and a worked solution, whose style is drawn at random from the seed `style`."""
 
     style: int = 0
 
@@ -30,11 +30,12 @@ class Problem(task.Problem):
 
     @property
     def solution(self) -> str:
+        """A right response in steps of one or two additions, to follow the generation prompt."""
         rng = random.Random(self.style)
-        total, rest, lines = self.numbers[0], list(self.numbers[1:]), []
-        while rest:
-            count = 2 if len(rest) > 1 and rng.random() < SKIP else 1
-            terms, rest = rest[:count], rest[count:]
+        total, remaining, lines = self.numbers[0], list(self.numbers[1:]), []
+        while remaining:
+            count = 2 if len(remaining) > 1 and rng.random() < SKIP else 1
+            terms, remaining = remaining[:count], remaining[count:]
             lines.append(f"{'+'.join(map(str, [total, *terms]))}={total + sum(terms)}")
             total += sum(terms)
         if rng.random() < REPEAT:
@@ -42,16 +43,16 @@ class Problem(task.Problem):
         return "\n".join([*lines, "</think>", f"\\boxed{{{self.answer}}}"])
 
 
-def stream(seed: int) -> Iterator[Problem]:
-    """Problems without end."""
+def draw_problems(seed: int) -> Iterator[Problem]:
+    """Endless random problems, in which the same numbers may come again."""
     rng = random.Random(seed)
     while True:
         count = rng.randint(FEWEST_NUMBERS, MOST_NUMBERS)
         yield Problem(tuple(rng.randint(SMALLEST, LARGEST) for _ in range(count)), "", rng.getrandbits(32))
 
 
-def distinct(problems: Iterator[Problem]) -> Iterator[Problem]:
-    """The problems, without those whose numbers came before in the same order."""
+def skip_repeated(problems: Iterator[Problem]) -> Iterator[Problem]:
+    """The problems without those that have the same numbers in the same order as an earlier one."""
     seen: set[tuple[int, ...]] = set()
     for problem in problems:
         if problem.numbers not in seen:

@@ -45,7 +45,7 @@ class Agreement:
         """Compare the rollouts that the step after `step` steps trains on. old_log_probs [T]: the policy's.
 
         The first step of a run (step 0; not the first one after a resume) raises UserError if engine and policy
-        disagree, or if any log-prob of either is not finite. Of a later step a one-line warning is returned, else "". A
+        disagree, or if any log-prob of either is not finite. For a later step it returns a one-line warning, else "". A
         collective.
 
         A later step is not compared if a log-prob of the policy is not finite (its mini-batches are skipped) or if a
@@ -121,7 +121,7 @@ class Agreement:
         return _MAX_KL_BF16, f"verify.max_kl=null: {_MAX_KL_BF16:g} in bfloat16, for its rounding"
 
     def _refuse_non_finite(self, rollouts: Rollouts, log_probs: Tensor) -> None:
-        """Raises UserError if a log-prob of either engine is not finite, which no limit can bound."""
+        """Raises UserError if a log-prob of the policy or the engine is not finite, which no limit can bound."""
         policy, engine = self.policy, f"engine {self.generation.engine}"
         for owner, values in (("policy", log_probs), (engine, rollouts.generation_log_probs)):
             bad = (~values.isfinite()).nonzero()[:, 0].tolist()

@@ -20,9 +20,9 @@ import numpy as np
 
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.policy.policy import Policy
-from nemo_disco.runtime.collectives import first
+from nemo_disco.runtime.collectives import on_first_rank
 from nemo_disco.runtime.files import atomic_directory, first_free, put_in_place, remove, writing
-from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_record
+from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_model_record
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class BestWeights:
         return self.run.path / "best.before"
 
     def consider(self, step: int, results: Sequence[EvaluationResult]) -> bool:
-        """True if the present weights have the highest mean Pass@1 so far by their results; `record` is then theirs."""
+        """True if, by these results, the present weights have the highest mean Pass@1 so far; then sets `record`."""
         if not results:
             return False
         score, sets = float(np.mean([result.correct.mean() for result in results])), _hash_of_sets(results)
@@ -60,7 +60,7 @@ class BestWeights:
         """Write the present weights, which `consider` found best, as RUN/best. saved: the step of the last complete
         checkpoint; 0 if there is none."""
         assert self.record is not None
-        first(lambda: self._keep_before(saved))
+        on_first_rank(lambda: self._keep_before(saved))
         policy.export(self.run.best, as_files(self.record))
         score, step = self.record["score"], self.record["step"]
         self.log(f"step {step}: the best so far (mean Pass@1 {score:.3f}), kept in {self.run.best}")
@@ -68,13 +68,13 @@ class BestWeights:
     def release(self, saved: int) -> None:
         """Remove RUN/best.before if a run that resumes at the last checkpoint, of step `saved`, does not need it."""
         if self.record is None or self.record["step"] <= saved:
-            first(lambda: remove(self.before))
+            on_first_rank(lambda: remove(self.before))
 
     def load_state(self, state: Any, step: int) -> None:
         """Resume from a checkpoint of `step`. state: its `record` (a number in an earlier version: ignored). A RUN/best
         of a later step is removed, and the one before it put back; both are logged."""
         record: ModelRecord | None = state if isinstance(state, dict) else None  # type: ignore[assignment]
-        self.record, note = first(lambda: self._restore(record, step))
+        self.record, note = on_first_rank(lambda: self._restore(record, step))
         if note:
             self.log(note)
 
@@ -82,7 +82,7 @@ class BestWeights:
         """Make RUN/best one of a step up to `step`, or none. Returns the new `record` and a note for the log."""
         best = self.run.best
         with writing(best):
-            present, before = read_record(best), read_record(self.before)
+            present, before = read_model_record(best), read_model_record(self.before)
             if present is not None and present["step"] <= step:
                 remove(self.before)
                 return present, ""
@@ -105,7 +105,7 @@ class BestWeights:
 
     def _keep_before(self, saved: int) -> None:
         """Link RUN/best as RUN/best.before if it is that of the last checkpoint; without hard links, rename it."""
-        present = read_record(self.run.best)
+        present = read_model_record(self.run.best)
         if present is None or present["step"] > saved:
             return
         remove(self.before)
@@ -128,7 +128,7 @@ class BestWeights:
             best.rename(destination)
             return True
 
-        note = f"; {best} of step {self.record['step']} is now {destination}" if first(rename) else ""
+        note = f"; {best} of step {self.record['step']} is now {destination}" if on_first_rank(rename) else ""
         self.log(f"step {step}: the evaluation sets or settings changed: the best is chosen anew{note}")
         self.record = None
 

@@ -30,7 +30,7 @@ class Divergence:
 
     policy: Policy
     skipped: int = 0  # mini-batches of the whole run that were not applied
-    in_a_row: int = 0
+    in_a_row: int = 0  # mini-batches skipped since the last update
     updated_since_checkpoint: bool = False
     _last: tuple[Rollouts, Tensor] | None = None
     _fault: str | None = None

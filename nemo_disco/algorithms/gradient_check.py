@@ -20,7 +20,7 @@ from nemo_disco.config.schema import VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.models.weight_files import SafetensorReader
 from nemo_disco.policy.policy import Policy
-from nemo_disco.runtime.collectives import first, is_first_rank
+from nemo_disco.runtime.collectives import is_first_rank, on_first_rank
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_file
 from nemo_disco.runtime.safetensor_writer import save_tensors
@@ -80,7 +80,7 @@ def check_output_directories(verify: VerifyConfig) -> None:
 def _read_or_sample(file: str | None, policy: Policy, objective: Objective, sample: Callable[[], Rollouts]) -> Rollouts:
     """The rollouts of the file if it is there; else new ones, which are written to it."""
     path = Path(file) if file else None
-    if path is not None and first(path.exists):
+    if path is not None and on_first_rank(path.exists):
         rollouts = Rollouts.load(path, policy.vocabulary)
         if missing := sorted(objective.needs - PROVIDED - rollouts.columns.keys()):
             raise UserError(

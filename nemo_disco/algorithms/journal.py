@@ -57,15 +57,15 @@ class TokenValues:
     def add(self, responses: Tensor, rollouts: Rollouts, result: MiniBatchResult, old_log_probs: Tensor) -> None:
         """Add the values of a mini-batch.
 
-        responses: indices in the step of the mini-batch's responses; rollouts: of these; old_log_probs [T]: of theirs.
+        responses: indices in the step of the mini-batch's responses; rollouts, old_log_probs [T]: of the mini-batch.
         """
-        wanted = [(place, row) for place, row in enumerate(responses.tolist()) if row in self.rows]
-        if not wanted:
+        matches = [(place, row) for place, row in enumerate(responses.tolist()) if row in self.rows]
+        if not matches:
             return
         weights = (-len(result.token_weights) * result.token_weights).cpu().numpy()
         log_ratios = (result.log_probs.double() - old_log_probs.double()).cpu().numpy()
         offsets = rollouts.response_offsets.tolist()
-        for place, row in wanted:
+        for place, row in matches:
             tokens = slice(offsets[place], offsets[place + 1])
             self.by_response[row] = ResponseValues(weights[tokens], log_ratios[tokens])
 
@@ -118,7 +118,7 @@ class Journal:
     def log(self, text: str) -> None:
         """Print one line for the user."""
         if self._progress is not None:
-            self._progress.message(text)
+            self._progress.print_line(text)
         elif self.writes:
             log.info(text)
 
@@ -128,11 +128,11 @@ class Journal:
             return
         self.run.check_lock()
         write_evaluation(self.run.evaluation, result)
-        pass_at_1 = result.per_problem()["pass@1"]
+        pass_at_1 = result.per_question()["pass@1"]
         assert pass_at_1 is not None
         self.log(
             f"step {result.step}: {result.name}: Pass@1 (avg@{result.samples}) {pass_at_1.mean():.3f} "
-            f"on {result.problems} problems"
+            f"on {result.questions} questions"
         )
 
     def saved_rows(self, responses: int) -> range:
@@ -140,7 +140,7 @@ class Journal:
         return range(max(0, responses - self.config.saved_rollouts) if self.writes else responses, responses)
 
     def write_rollouts(self, step: int, batch: RolloutBatch, values: TokenValues | None = None) -> None:
-        """Save responses of a step, to read: one JSON object a line. values: of their tokens, once trained on."""
+        """Save responses of a step for people, one JSON object a line. values: of the tokens that were trained on."""
         if not (rows := self.saved_rows(len(batch.texts))):
             return
         by_row = values.by_response if values else {}
@@ -168,12 +168,12 @@ def _line(batch: RolloutBatch, i: int) -> dict[str, Any]:
 def _token_fields(batch: RolloutBatch, i: int, values: ResponseValues) -> dict[str, Any]:
     """The values of response i's tokens; {} if the tokens decoded one by one do not add up to its text."""
     tokens, text = batch.rollouts.response(i).tolist(), batch.texts[i]
-    ended = [] if batch.rollouts.truncated[i] else [0]  # the token that ended it is not in the text
-    widths = token_widths(batch.prompts.tokenizer, tokens[: len(tokens) - len(ended)], text)
+    end = [] if batch.rollouts.truncated[i] else [0]  # the stop token is not in the text
+    widths = token_widths(batch.prompts.tokenizer, tokens[: len(tokens) - len(end)], text)
     if not tokens or widths is None:
         return {}
     return {
-        "token_widths": pack_widths(widths + ended),
+        "token_widths": pack_widths(widths + end),
         "weight": pack_values(values.weights),
         "log_ratio": pack_values(values.log_ratios),
     }

@@ -1,7 +1,7 @@
-"""The exact gradient of one mini-batch, whatever the objective couples: scores, then weights, then a linear pass.
+"""The exact gradient of one mini-batch for any objective: log-probs, then token weights, then a linear pass.
 
-DisCO is not separable over micro-batches: the softmax over a question's wrong answers and the hinge on the mini-batch's
-KL need every response first. Knows the policy's verbs and the objective's contract; neither packing nor layout.
+DisCO is not separable over micro-batches: the softmax over a question's wrong responses and the hinge on the
+mini-batch's KL need every response first. Knows the contracts of policy and objective; neither packing nor layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nemo_disco.algorithms.objectives import Objective, SeparableObjective
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.policy import Policy
-from nemo_disco.runtime.timing import span
+from nemo_disco.runtime.spans import span
 
 # The optional fields of MiniBatch that every step provides; an objective declares further ones itself, as columns.
 PROVIDED = frozenset({"entropies", "reference_log_probs", "generation_log_probs", "correct", "truncated"})
@@ -45,8 +45,7 @@ class OldValues:
 
 @dataclass(frozen=True)
 class MiniBatchResult:
-    """Result of one mini-batch: the objective's metrics, the scored log-probs [T], and token_weights [T] = d loss /
-    d log-prob."""
+    """Result of one mini-batch: metrics, log-probs [T], and token_weights [T] = d loss / d log-prob."""
 
     metrics: dict[str, float]
     log_probs: Tensor
@@ -65,7 +64,7 @@ def accumulate_gradient(
     """Accumulate the gradient of the objective's loss on one mini-batch in the policy.
 
     rollouts: of the mini-batch; old: the values of their T tokens.
-    first: theta is still the old policy, so that the old log-probs are the scores and pass 1 is left out; then
+    first: theta is still the old policy, so that the old log-probs are the present ones and pass 1 is left out; then
     "policy/noise_floor" is |KL_hat| of the policy against itself, computed twice in other micro-batches.
     everywhere: reduce the whole gradient on every rank (Policy.accumulate).
     Raises NonFiniteError, on every rank, if the log-probs or the loss are not finite; the gradient is then undefined.
@@ -77,10 +76,10 @@ def accumulate_gradient(
 
     with span("log_probs"), span("pass1"):
         if first and (old.entropies is not None or not needs_entropies):
-            scores, entropies = old.log_probs, old.entropies
+            log_probs, entropies = old.log_probs, old.entropies
         else:
-            scores, entropies = policy.log_probs(rollouts, entropies=needs_entropies)
-    out = objective(mini_batch(scores, entropies))
+            log_probs, entropies = policy.log_probs(rollouts, entropies=needs_entropies)
+    out = objective(mini_batch(log_probs, entropies))
 
     pass2_log_probs = torch.zeros(len(old.log_probs) if first else 0, dtype=torch.float64, device=policy.device)
 
@@ -96,7 +95,7 @@ def accumulate_gradient(
         policy.accumulate(rollouts, linear, entropies=out.entropy_weights is not None, everywhere=everywhere)
         pass2_log_probs = policy.share(pass2_log_probs) if first else pass2_log_probs
     noise = _noise_floor(old.log_probs, pass2_log_probs) if first else {}
-    return MiniBatchResult(out.metrics | noise, scores, out.token_weights)
+    return MiniBatchResult(out.metrics | noise, log_probs, out.token_weights)
 
 
 def _mini_batch(

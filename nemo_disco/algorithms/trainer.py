@@ -35,11 +35,11 @@ from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rollout.collector import Collector, RolloutBatch
 from nemo_disco.rollout.response_warnings import ResponseWarnings
-from nemo_disco.runtime.collectives import first
+from nemo_disco.runtime.collectives import on_first_rank
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import StoppedError, StopRequest
 from nemo_disco.runtime.sinks import strict_metrics
-from nemo_disco.runtime.timing import profile_block, record_spans, recorded_seconds, span
+from nemo_disco.runtime.spans import profile_block, record_spans, recorded_seconds, span
+from nemo_disco.runtime.stop_signals import StoppedError, StopRequest
 
 
 @dataclass(eq=False)
@@ -59,9 +59,9 @@ class Trainer:
     warnings: ResponseWarnings
     journal: Journal
     reference: Reference | None = None  # for an objective that needs reference_log_probs
+    asynchronous: bool = False  # the engine samples the next step while the policy trains (generation.asynchronous)
 
     def __post_init__(self) -> None:
-        self.asynchronous = self.collector.generation.asynchronous
         self.writer = CheckpointWriter()
         self.step = self.saved = 0
         self.divergence = Divergence(self.policy)
@@ -74,16 +74,15 @@ class Trainer:
     # --- the loop ---
 
     def fit(self) -> None:
-        """Train to trainer.max_steps, or to the step in which a signal asked to stop; save in any case."""
+        """Train to trainer.max_steps, or to the step in which a signal asked to stop; save what may be kept."""
         limit = self.config.max_steps
         self.engine.update_weights(self.policy.named_weights, self.step)
-        written = self.unfinished is None or first(lambda: self.journal.has_step(self.step))
+        written = self.unfinished is None or on_first_rank(lambda: self.journal.has_step(self.step))
         with self.stop, self.journal.open(limit, self.step if written else self.step - 1), self.writer:
             self.saved = self.step
             if self.step == 0:
                 if sets := self.validation.sets:  # a wrong engine is refused before hours of evaluation
-                    temperature = self.validation.evaluator.config.temperature
-                    self.agreement.check_engine(self.engine, sets[0], temperature)
+                    self.agreement.check_engine(self.engine, sets[0], self.validation.temperature)
                 self._evaluate()
             elif self.unfinished is not None:
                 self._finish_step(written=written)
@@ -157,7 +156,7 @@ class Trainer:
         """Take a gradient step on each mini-batch of the rollouts; returns the step's metrics.
 
         values: takes the saved responses' token values. Raises UserError at the first step if engine and policy
-        disagree on the log-probs.
+        disagree on the log-probs, and after MAX_SKIPPED skipped mini-batches in a row.
         """
         with span("log_probs"):
             reference = None if self.reference is None else self.reference.log_probs(rollouts)
@@ -276,7 +275,7 @@ class Trainer:
         self.unfinished = None
 
     def _evaluate(self) -> list[EvaluationResult] | None:
-        """As run_validation, and keep the weights as RUN/best if no evaluation during training was better."""
+        """As run_validation; also keep the weights, except step 0's, as RUN/best if all earlier scores were lower."""
         results = self.run_validation()
         # Without evaluations during training there is no choice: the weights are export/'s.
         chooses = self.step == 0 or (self.validation.every_n_steps > 0 and self._may_keep_weights())
@@ -295,7 +294,7 @@ class Trainer:
             self.journal.log(f"step {self.step}: warning: {warning}")
 
     def _save_at_stop(self) -> None:
-        """Save the step after which the run was asked to stop. A collective."""
+        """Save the step after which the run was asked to stop, unless its last mini-batch was skipped. A collective."""
         if not self._may_keep_weights():
             self.journal.log(f"step {self.step} is not saved: its last mini-batch was skipped")
             return

@@ -18,7 +18,7 @@ from nemo_disco.evaluation.result import EvaluationResult, evaluation_file, read
 from nemo_disco.models.source import model_source
 from nemo_disco.rollout.evaluation import Evaluator, weights_identity
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.runtime.collectives import first, is_first_rank
+from nemo_disco.runtime.collectives import is_first_rank, on_first_rank
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import remove, writing
 
@@ -39,6 +39,11 @@ class Validation:
         """evaluation.every_n_steps; 0 is only before and after training."""
         return self.evaluator.config.every_n_steps
 
+    @property
+    def temperature(self) -> float:
+        """evaluation.temperature."""
+        return self.evaluator.config.temperature
+
     def run(self, step: int, must_stop: Callable[[], bool]) -> list[EvaluationResult] | None:
         """Score the present weights on every set; None if `must_stop`, called before each batch of samples, is True.
 
@@ -49,7 +54,7 @@ class Validation:
             weights = weights_identity(model_source(self.model_path)) if step == 0 else {"training_step": step}
             path = evaluation_file(self.journal.run.evaluation, prompts.name, step)
             samples = path.with_suffix(".samples.jsonl")
-            result = first(partial(self._earlier_result, path, prompts, step, weights))
+            result = on_first_rank(partial(self._earlier_result, path, prompts, step, weights))
             if result is None:
                 result = self.evaluator.evaluate(prompts, step, samples, weights, must_stop)
             if result is None:

@@ -46,7 +46,7 @@ class OptimizerEntry(TypedDict):
 
 
 @with_config(extra="allow")
-class Record(TypedDict):
+class CheckpointRecord(TypedDict):
     """The fields of checkpoint.json that loading relies on; others may stand beside them."""
 
     format: Count
@@ -88,9 +88,9 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def commit(work: Path, final: Path, record: Mapping[str, Any]) -> None:
-    """Write the record into `work`, sync all of it, and rename it to `final`, replacing what stands there."""
+    """Write the record into `work`, sync all of it, and rename it to `final`, replacing a checkpoint there."""
     write_record(work, record)
-    put_in_place(work, final)  # killed here, it leaves what `list_checkpoints` and `clean` recognise
+    put_in_place(work, final)  # a kill leaves names that `list_checkpoints` and `clean` recognise
     clean(final.parent)
 
 
@@ -111,7 +111,7 @@ def rotate(directory: Path, step: int, keep: int) -> None:
 
 
 def _temporary(directory: Path, step: int) -> Path:
-    """A name that no other process uses, not even one left over from a killed run."""
+    """A path that no other process uses, and that no killed run left over."""
     return directory / f"step_{step}.tmp-{secrets.token_hex(4)}"
 
 
@@ -130,7 +130,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = parse_json(file, content, dict[str, Any])
         if record.get("sha256") != _digest(record):
             raise DamagedError(f"{RECORD} was altered (its checksum does not match)")
-        return cast(dict[str, Any], parse_json(file, content, Record))
+        return cast(dict[str, Any], parse_json(file, content, CheckpointRecord))
     except FileError as fault:
         raise DamagedError(f"{RECORD} {fault.problem}") from None
 

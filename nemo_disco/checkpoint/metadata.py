@@ -53,7 +53,7 @@ def read_metadata(
     """The metadata of a torch distributed checkpoint. Raises UserError if it is damaged or names another class.
 
     admitted: (module, name) of the classes and functions that the pickle may name; by default those of this program's
-    checkpoints. refusal: the end of the message about any other, a relative clause.
+    checkpoints. refusal: the end of the message about any other name, a relative clause.
     """
     content = read_bytes(file, LARGEST)
     try:
@@ -109,7 +109,7 @@ def _depth(opcode: pickletools.OpcodeInfo, stack: list[int]) -> int:
 
 
 def _check_shape(metadata: Any) -> None:
-    """Raises ValueError unless it lists tensors, pieces that lie inside them, and the place of each piece in a file."""
+    """Raises ValueError unless it lists tensors, pieces that lie inside them, and only valid places in files."""
     if type(metadata) is not Metadata or not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError("another kind of object")
     for name, entry in metadata.state_dict_metadata.items():

@@ -19,14 +19,14 @@ from nemo_disco.checkpoint.writer import reference_weights, sharded_weights
 from nemo_disco.policy.fp8_scales import load_scales, loadable_scales
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
-from nemo_disco.runtime.collectives import every, first, is_first_rank
+from nemo_disco.runtime.collectives import is_first_rank, on_every_rank, on_first_rank
 from nemo_disco.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 def latest(directory: str | Path) -> Path | None:
-    """Path of the newest complete checkpoint, or None. Its files are not checked. Not a collective."""
+    """Path of the newest complete checkpoint in a directory, or None. Its files are not checked. Not a collective."""
     return next(reversed(files.list_checkpoints(Path(directory)).values()), None)
 
 
@@ -51,30 +51,30 @@ def load_latest(
     reference: gets the reference weights of the checkpoint, if it has any. Damaged checkpoints are skipped and named in
     the log. Raises UserError if all are damaged, or as `load` does.
     """
-    first(lambda: files.clean(Path(directory)))
-    path, record, damaged = newest_intact(directory)
+    on_first_rank(lambda: files.clean(Path(directory)))
+    path, record, faults = newest_intact(directory)
     if path is None:
-        if damaged:
+        if faults:
             raise UserError(
-                f"no intact checkpoint in {directory}: {'; '.join(damaged)}. To train from the start again, set "
+                f"no intact checkpoint in {directory}: {'; '.join(faults)}. To train from the start again, set "
                 "exp_manager.explicit_log_dir to another directory, or remove them"
             )
         return None
-    for problem in damaged if is_first_rank() else []:
-        log.warning("damaged checkpoint skipped: %s", problem)
+    for fault in faults if is_first_rank() else []:
+        log.warning("damaged checkpoint skipped: %s", fault)
     return int(record["step"]), _load(policy, path, record, reference)
 
 
 def newest_intact(directory: str | Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Path and record of the newest intact checkpoint (None and {} if there is none), and a message for each damaged
     newer one. A collective."""
-    damaged: list[str] = []
-    for path in reversed(first(lambda: list(files.list_checkpoints(Path(directory)).values()))):
+    faults: list[str] = []
+    for path in reversed(on_first_rank(lambda: list(files.list_checkpoints(Path(directory)).values()))):
         try:
-            return path, _check_files(path), damaged
+            return path, _check_files(path), faults
         except files.DamagedError as damage:
-            damaged.append(f"{path}: {damage}")
-    return None, {}, damaged
+            faults.append(f"{path}: {damage}")
+    return None, {}, faults
 
 
 def _check_files(path: Path) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def _check_files(path: Path) -> dict[str, Any]:
 
     Raises DamagedError, the same on every rank.
     """
-    record = first(lambda: files.read_record(path))
+    record = on_first_rank(lambda: files.read_record(path))
     names = sorted(record["files"])
-    every(lambda: files.check(path, record["files"], names[dist.get_rank() :: dist.get_world_size()]))
+    on_every_rank(lambda: files.check(path, record["files"], names[dist.get_rank() :: dist.get_world_size()]))
     return record
 
 

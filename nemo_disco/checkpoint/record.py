@@ -46,7 +46,7 @@ def identity(policy: Policy, step: int) -> dict[str, Any]:
 
 
 def _model(policy: Policy) -> dict[str, Any]:
-    return cast(dict[str, Any], json.loads(json.dumps(policy.shape.identity(policy.hf_config))))  # as it is read back
+    return cast(dict[str, Any], json.loads(json.dumps(policy.shape.identity(policy.hf_config))))  # as after reading
 
 
 def _dtype(policy: Policy) -> str:
@@ -90,7 +90,7 @@ def random_state() -> dict[str, str]:
 
 
 def restore_random_state(state: dict[str, str]) -> None:
-    """Set torch's RNG to a state that `random_state` returned; CUDA's only where CUDA is."""
+    """Set torch's RNG to a state that `random_state` returned; CUDA's only where CUDA is available."""
     restore = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
     for device, encoded in state.items():
         if device == "cpu" or torch.cuda.is_available():

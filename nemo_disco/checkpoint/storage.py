@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from nemo_disco.checkpoint.metadata import METADATA, read_metadata
+from nemo_disco.runtime.collectives import on_every_rank
 from nemo_disco.runtime.errors import UserError
 
 
@@ -43,7 +44,7 @@ def write_shards(
     """Write sharded tensors in megatron's torch_dist format. A collective of `group`, which has all ranks.
 
     Every rank writes and syncs one file, rank 0 also the metadata; data-parallel ranks share the tensors that they all
-    have. weights_read is called once this rank has written everything but the moments. `state` is emptied.
+    have. weights_read is called when this rank has written everything but the moments. Changes the tensors in `state`.
 
     The steps are those of dist_checkpointing.save under FullyParallelSaveStrategyWrapper, which uses the default group.
     """
@@ -51,8 +52,7 @@ def write_shards(
     data_parallel = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
     writers = determine_main_replica_uniform_distribution(shards, data_parallel)
     distribute_main_replicas_with_precomputed_distribution(shards, data_parallel, writers)
-    shapes: list[Any] = [None] * group.size()
-    dist.all_gather_object(shapes, [shard.without_data() for shard in nested_values(shards)], group)
+    shapes = on_every_rank(lambda: [shard.without_data() for shard in nested_values(shards)], group)
     validate_sharding_integrity(shapes)
     tensors, _, _ = megatron_strategy._replace_state_dict_keys_with_sharded_keys(shards, True)
     save(
@@ -131,7 +131,7 @@ class LoadStrategy(megatron_strategy.TorchDistLoadShardedStrategy):  # type: ign
 
 
 class NoCommonState(TorchCommonLoadStrategy):  # type: ignore[misc]
-    """Does not open common.pt, a pickle: the common state is in checkpoint.json."""
+    """Strategy that does not open common.pt, a pickle: the common state is in checkpoint.json."""
 
     def load_common(self, _checkpoint_dir: str | Path) -> dict[str, Any]:
         return {}

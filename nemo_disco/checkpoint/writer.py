@@ -34,7 +34,7 @@ from nemo_disco.policy.optimizer_shards import Shards
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.runtime import host
-from nemo_disco.runtime.collectives import every, first, is_first_rank
+from nemo_disco.runtime.collectives import is_first_rank, on_every_rank, on_first_rank
 from nemo_disco.runtime.errors import UserError
 
 MARGIN = 2.0  # the moments are copied if more than this multiple of their size is free on the host
@@ -58,7 +58,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, policy: Policy, step: int, loop_state: Mapping[str, Any], reference: Reference | None) -> Snapshot:
-        """Raises TypeError for a loop_state that is not of JSON types."""
+        """Take a snapshot of the policy. Raises TypeError for a loop_state that is not of JSON types."""
         optimizer = policy.optimizer
         assert optimizer is not None, "a policy without an optimizer has no state to resume from"
         state = json.loads(json.dumps(dict(loop_state)))
@@ -87,15 +87,15 @@ class Snapshot:
     def write(self, directory: Path, keep: int) -> None:
         """Write the checkpoint as directory/step_N, atomically. A collective of the background groups."""
         group = parallel.background_group()
-        work = first(lambda: files.begin(directory, self.step), group)
+        work = on_first_rank(lambda: files.begin(directory, self.step), group)
         moments = self.optimizer.sharded_state(self.model, self.moments)
         model = _map(self.model, lambda t: replace(t, data=_detach(t.data)))
         state = {"model": model, "scales": self.scales, "reference": self.reference, "optimizer": moments}
         write_shards(state, work, group, self.optimizer.weights_read.set)
         self.optimizer.moments_read.set()
-        first(lambda: write_format_files(work), group)
-        entries = every(lambda: files.describe(work, dist.get_rank()), group)
-        random_states = every(lambda: self.random_state, group)
+        on_first_rank(lambda: write_format_files(work), group)
+        entries = on_every_rank(lambda: files.describe(work, dist.get_rank()), group)
+        random_states = on_every_rank(lambda: self.random_state, group)
         record = self.record | {
             # One state where all ranks have the same, as they do when this program seeds them.
             "random_state": random_states if len(set(map(str, random_states))) > 1 else random_states[:1],
@@ -106,7 +106,7 @@ class Snapshot:
             files.commit(work, directory / f"step_{self.step}", record)
             files.rotate(directory, self.step, keep)
 
-        first(publish, group)
+        on_first_rank(publish, group)
 
 
 class CheckpointWriter:
@@ -156,7 +156,7 @@ class CheckpointWriter:
 
     def _warn_of_waiting(self, snapshot: Snapshot) -> None:
         """Warn, once per process, if a host lacks the memory for copies, so that training will wait. A collective."""
-        short = every(lambda: snapshot.copied).count(False)
+        short = on_every_rank(lambda: snapshot.copied).count(False)
         if short and not self._warned and is_first_rank():
             log.warning(
                 "step %d: %d of %d ranks have too little free memory on their host to copy the optimizer's state "
@@ -205,7 +205,7 @@ def _detach(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _write(snapshot: Snapshot, directory: Path, keep: int) -> None:
-    """Write the snapshot. Raises UserError for an error of the disk and RuntimeError for any other."""
+    """Write the checkpoint of a snapshot. Raises UserError for an error of the disk and RuntimeError for any other."""
     try:
         with torch.no_grad():
             snapshot.write(directory, keep)

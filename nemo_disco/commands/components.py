@@ -28,10 +28,10 @@ from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.rewards import Rewards
 from nemo_disco.rewards.grader import Grader
-from nemo_disco.rewards.registry import build_verifier
+from nemo_disco.rewards.registry import build_verifier, hash_verifier
 from nemo_disco.rewards.user_pool import rank_workers
 from nemo_disco.rollout.collector import Collector
-from nemo_disco.rollout.evaluation import Evaluator, identity_settings
+from nemo_disco.rollout.evaluation import Evaluator
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.errors import UserError
@@ -197,5 +197,18 @@ def build_evaluator(config: RunConfig, parts: Components) -> Evaluator:
         max_response_length=config.generation.longest_response,
         seed=config.seed,
         threshold=config.algorithm.threshold,
-        settings=identity_settings(config),
+        settings=_identity_settings(config),
     )
+
+
+def _identity_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings outside evaluation.* that decide samples and verdicts."""
+    engine = {"engine", "quantization", "options", "tensor_parallel_size"}
+    model = {"fp8", "transformer_engine", "apply_rope_fusion", "bias_activation_fusion", "trust_remote_code"}
+    return {
+        "engine": config.generation.model_dump(include=engine),
+        "precision": config.trainer.precision,
+        "model": config.model.model_dump(include=model),
+        "reward": config.reward.model_dump(include={"verifier", "parameters", "require_think", "timeout"}),
+        "verifier_code": hash_verifier(config.reward),
+    }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from nemo_disco.estimate.timing import Needs
+from nemo_disco.estimate.memory import Workload
 
 if TYPE_CHECKING:
     from nemo_disco.algorithms import Objective
+    from nemo_disco.config.schema import RunConfig
 
 
 def main(options: argparse.Namespace) -> int:
@@ -21,10 +22,23 @@ def main(options: argparse.Namespace) -> int:
     config = compose(options.config_name, options.overrides, options.config_path)
     world_size = config.trainer.devices * config.trainer.num_nodes
     check_consistency(config, world_size)
-    print_plan(config, world_size, find_needs(check_objective(config)))
+    print_plan(config, world_size, find_workload(config, check_objective(config)))
     return 0
 
 
-def find_needs(objective: Objective) -> Needs:
-    """The passes and policies that a step of the objective takes."""
-    return Needs(two_passes=not objective.separable, reference="reference_log_probs" in objective.needs)
+def find_workload(config: RunConfig, objective: Objective) -> Workload:
+    """The work of one of the run's steps with that objective."""
+    return Workload(
+        questions=config.data.questions_per_step,
+        mini_batch_questions=config.algorithm.mini_batch_questions,
+        group=config.generation.responses_per_question,
+        prompt_limit=config.data.max_prompt_length,
+        response_limit=config.generation.longest_response,
+        token_budget=config.model.token_budget,
+        precision=config.trainer.precision,
+        moments_dtype=config.model.optim.moments_dtype,
+        offload=config.model.optim.offload,
+        engine=config.generation.engine,
+        two_passes=not objective.separable,
+        reference="reference_log_probs" in objective.needs,
+    )

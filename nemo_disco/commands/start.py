@@ -18,15 +18,15 @@ def main(options: argparse.Namespace, arguments: list[str]) -> int:
     Raises UserError for a configuration, a file or a machine that the command cannot use.
     """
     from nemo_disco.commands.checks import check_files, check_objective
-    from nemo_disco.config.compose import compose, overridden
+    from nemo_disco.config.compose import compose, overridden_keys
     from nemo_disco.config.consistency import check_consistency
 
     faulthandler.enable(sys.__stderr__ or 2)  # a crash in a kernel leaves its traceback too
     command, first_rank = options.command, os.environ.get("RANK", "0") == "0"
     config = compose(options.config_name, options.overrides, options.config_path)
     srun.set_rank_variables(config.exp_manager.explicit_log_dir)
-    sizes = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden(options.overrides)
-    world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, overridden=bool(sizes))
+    sizes = {"trainer", "trainer.devices", "trainer.num_nodes"} & overridden_keys(options.overrides)
+    world_size = launch.world_size(config.trainer.devices, config.trainer.num_nodes, set_by_user=bool(sizes))
     check_consistency(config, world_size)
     check_files(config, command, first_rank=first_rank)
     if first_rank:

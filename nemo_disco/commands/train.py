@@ -29,11 +29,11 @@ from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.response_warnings import ResponseWarnings
-from nemo_disco.runtime.collectives import first, is_first_rank
+from nemo_disco.runtime.collectives import is_first_rank, on_first_rank
 from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import write_atomically
-from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_record
+from nemo_disco.runtime.rundir import ModelRecord, RunDirectory, as_files, read_model_record
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def build_trainer(
         warnings=ResponseWarnings(config.reward.require_think),
         journal=journal,
         reference=reference,
+        asynchronous=config.generation.asynchronous,
     )
 
 
@@ -143,7 +144,7 @@ def _export(policy: Policy, run: RunDirectory, step: int) -> None:
     A collective.
     """
     record: ModelRecord = {"step": step}
-    if not first(lambda: read_record(run.export) == record and _is_younger(run)):
+    if not on_first_rank(lambda: read_model_record(run.export) == record and _is_younger(run)):
         policy.export(run.export, as_files(record))
     elif is_first_rank():
         os.utime(run.export)  # slurm/lib.sh reads from the directory's time that this life of the job reached the end
@@ -170,7 +171,7 @@ def _print_outcome(run: RunDirectory) -> None:
     for name, results in by_set.items():
         if len(results) > 1:
             step = results[-1].step
-            title = f"{name}: {results[0].problems} problems, before and after {step} step{'s' * (step != 1)}"
+            title = f"{name}: {results[0].questions} questions, before and after {step} step{'s' * (step != 1)}"
             console.print(rich_table(compare(results[0], results[-1]), title))
             if note := setup_differences(results[0], results[-1]):
                 console.print(note, soft_wrap=True, highlight=False, markup=False)

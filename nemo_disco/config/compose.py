@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from nemo_disco.config import paths
-from nemo_disco.config.known_keys import MAPPING, SECTION, known_keys, nearest_known
+from nemo_disco.config.known_keys import MAPPING, SECTION, enclosing_key, known_keys
 from nemo_disco.config.safe_yaml import check_interpolations, check_yaml_files, read_yaml
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.runtime.errors import UserError, printable
@@ -45,7 +45,7 @@ def compose(name: str = "config", overrides: Sequence[str] = (), config_path: st
     name = name.removesuffix(".yaml")
     roots = paths.config_roots(name, config_path)
     overrides = [_check_override(override, roots) for override in overrides]
-    OmegaConf.register_new_resolver("assets", paths.assets, replace=True)
+    OmegaConf.register_new_resolver("assets", paths.asset_path, replace=True)
     check_yaml_files(roots)
     others = json.dumps([f"file://{root}" for root in roots[1:]])
     with _errors_in_one_line(f"config {name}"):
@@ -70,12 +70,12 @@ def load_run_config(path: str | Path) -> RunConfig:
 
 def changes(before: RunConfig, now: RunConfig) -> list[str]:
     """A line `key: old value -> new value` for each setting that differs."""
-    old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    old, new = (_flatten(config.model_dump(mode="json")) for config in (before, now))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}" for key in keys]
 
 
-def overridden(overrides: Sequence[str]) -> set[str]:
+def overridden_keys(overrides: Sequence[str]) -> set[str]:
     """The dotted keys (and groups) that the overrides set."""
     parser = OverridesParser.create()
     return {str(parser.parse_override(_expand_home(override)).key_or_group) for override in overrides}
@@ -86,31 +86,31 @@ def _expand_home(override: str) -> str:
 
 
 def _check_override(text: str, roots: list[Path]) -> str:
-    """The override for Hydra, with ++ where the composed files need not have its key. Raises UserError."""
+    """The override for Hydra, with ++ if its key need not be in the composed files. Raises UserError."""
     text = _expand_home(text)
     try:
         override = OverridesParser.create().parse_override(text)
         key, value = str(override.key_or_group), override.value()
     except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-        name, equals, given = printable(text, MAX_VALUE).partition("=")
-        quoting = f"""special characters in quotes: {name}='"{given.strip("'" + '"')}"'"""
+        name, equals, value_text = printable(text, MAX_VALUE).partition("=")
+        quoting = f"""special characters in quotes: {name}='"{value_text.strip("'" + '"')}"'"""
         if not equals:
             quoting = """such as 'data.prompt_suffix=" two words"'; a config is chosen by --config-name NAME"""
-        elif given.startswith("["):  # quotes around the whole would make it a text
+        elif value_text.startswith("["):  # quotes around the whole would make it a text
             quoting = """each item with special characters in quotes: 'key=["a, b","c"]'"""
         raise UserError(
             f"override '{printable(text, MAX_VALUE)}': expected key=value, {quoting} ({_message(error)})"
         ) from error
     if override.is_sweep_override():
         raise UserError(f"override '{text}': one value is expected; a list is written {key}=[a,b]")
-    choices = paths.options(roots, key) if "." not in key else []
+    choices = paths.group_choices(roots, key) if "." not in key else []
     if choices:
         if value not in choices and not override.is_delete():
-            raise UserError(f"override '{text}': {key} has no choice {value}{paths.nearest(str(value), choices)}")
+            raise UserError(f"override '{text}': {key} has no choice {value}{paths.suggest(str(value), choices)}")
     elif known_keys().get(key, MAPPING) == MAPPING:
         if not f"{key}.".startswith(OPEN):
-            known = [*known_keys(), *_objective_keys(roots)]
-            raise UserError(f"override '{text}': unknown key {key}{paths.nearest(key, known)}")
+            names = [*known_keys(), *_objective_keys(roots)]
+            raise UserError(f"override '{text}': unknown key {key}{paths.suggest(key, names)}")
         return text if override.is_delete() else f"++{text.lstrip('+')}"
     return text
 
@@ -120,21 +120,21 @@ def _objective_keys(roots: list[Path]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for file in (file for root in roots for file in root.glob("algorithm/*.yaml")):
         with suppress(UserError):  # a broken file is reported when it is composed
-            keys |= _flat({"algorithm": read_yaml(file)})
+            keys |= _flatten({"algorithm": read_yaml(file)})
     return keys
 
 
 def _validate(composed: DictConfig) -> RunConfig:
-    known, written = known_keys(), OmegaConf.to_container(composed)
-    assert isinstance(written, dict)
-    unknown = [key for key in _keys(written) if key not in known and not key.startswith(OPEN)]
+    descriptions, raw = known_keys(), OmegaConf.to_container(composed)
+    assert isinstance(raw, dict)
+    unknown = [key for key in _keys(raw) if key not in descriptions and not key.startswith(OPEN)]
     if unknown:
-        raise UserError("; ".join(f"unknown key {key}{paths.nearest(key, known)}" for key in unknown))
-    check_interpolations(written)  # before they are resolved, which looking for missing values does
-    missing = sorted(key if key.startswith(OPEN) else nearest_known(key) for key in OmegaConf.missing_keys(composed))
+        raise UserError("; ".join(f"unknown key {key}{paths.suggest(key, descriptions)}" for key in unknown))
+    check_interpolations(raw)  # before they are resolved, as the search for missing values does
+    missing = sorted(key if key.startswith(OPEN) else enclosing_key(key) for key in OmegaConf.missing_keys(composed))
     if missing:
         raise UserError(
-            f"{', '.join(missing)} must be given: add {missing[0]}=... ({known.get(missing[0], 'a value')})"
+            f"{', '.join(missing)} must be given: add {missing[0]}=... ({descriptions.get(missing[0], 'a value')})"
         )
     container = OmegaConf.to_container(composed, resolve=True)
     _check_plain(container)
@@ -148,7 +148,7 @@ def _validate(composed: DictConfig) -> RunConfig:
 
 
 def _keys(container: Any, prefix: str = "") -> list[str]:
-    """The dotted keys of nested mappings, not below a key that is no section of the schema."""
+    """The dotted keys of nested mappings; a mapping that is no section of the schema counts as one key."""
     keys: list[str] = []
     for name, value in container.items():
         keys.append(f"{prefix}{name}")
@@ -157,26 +157,26 @@ def _keys(container: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _flat(container: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(container: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in container.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
 def _describe(detail: Any) -> str:
-    """One pydantic error as a message: the key, the expected value and the given one."""
+    """One pydantic error as a message: the key, the expected value and the actual one."""
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "missing" and key in known_keys():
         return f"{key} is missing (expected {known_keys()[key]})"
-    given = printable(json.dumps(detail["input"]), MAX_VALUE)
+    value = printable(json.dumps(detail["input"]), MAX_VALUE)
     if detail["type"] == "less_than_equal":
-        return f"{key}: expected at most {detail['ctx']['le']}, got {given}"
-    expected = known_keys()[nearest_known(key)]
+        return f"{key}: expected at most {detail['ctx']['le']}, got {value}"
+    expected = known_keys()[enclosing_key(key)]
     hint = ""
     if expected.startswith("text") and isinstance(detail["input"], bool | int | float):
-        hint = f"""; as text, with quotes as you mean it: {key}='"{given}"'"""
-    return f"{key}: expected {expected}, got {given}{hint}"
+        hint = f"""; as text, with quotes as you mean it: {key}='"{value}"'"""
+    return f"{key}: expected {expected}, got {value}{hint}"
 
 
 def _check_plain(value: Any, key: str = "") -> None:
@@ -194,8 +194,8 @@ def _check_plain(value: Any, key: str = "") -> None:
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise UserError(f"{key}: {printable(value, MAX_VALUE)} has a lone surrogate, which is no character")
     elif value is not None and not isinstance(value, bool | int | float):
-        given = printable(repr(value), MAX_VALUE)
-        raise UserError(f"{key}: expected text, a number, true, false, null, a list or a mapping, got {given}")
+        text = printable(repr(value), MAX_VALUE)
+        raise UserError(f"{key}: expected text, a number, true, false, null, a list or a mapping, got {text}")
 
 
 @contextmanager
@@ -221,14 +221,14 @@ def _errors_in_one_line(source: str) -> Iterator[None]:
         raise UserError(f"{where}: not valid YAML: {error.problem}") from error
     except MissingConfigException as error:
         missing = str(error.missing_cfg_file)
-        hint = paths.nearest(missing.rpartition("/")[2], error.options or [])
+        hint = paths.suggest(missing.rpartition("/")[2], error.options or [])
         raise UserError(f"{source}: there is no {missing} to compose{hint}") from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{source}: {_message(error)}") from error
 
 
 def _message(error: BaseException) -> str:
-    """The error's message on one line; of its cause if it is empty, as Hydra's wrappers are."""
+    """The error's message on one line; its cause's message if it has none, like Hydra's wrappers."""
     if not str(error) and error.__cause__ is not None:
         return _message(error.__cause__)
     return " ".join(str(error).split("\nSee https")[0].split())

@@ -1,7 +1,7 @@
 """Checks that the keys of a configuration agree with each other, before any model is built.
 
-An error is one line that names the values that contradict each other and the values that would work. What only an
-engine knows (its quantizations, its options) the engine checks when it starts. Must not import torch.
+An error is one line that names the values that contradict each other and the values that would work. An engine
+checks its quantization and its options itself when it starts. Must not import torch.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def check_consistency(config: RunConfig, world_size: int) -> None:
     check_layout(config, world_size)
     _check_fp8(config)
     _check_batch(config)
-    _check_weights(config)
+    _check_train_weights(config)
     _check_optimizer(config)
     _check_engine(config)
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Raise UserError if the layout does not divide the processes, or the token budget cannot hold a response."""
+    """Raise UserError if the layout does not fit the processes, or if the lengths or the token budget do not agree."""
     _check_processes(config, world_size)
     _check_lengths(config)
 
@@ -93,7 +93,7 @@ def _check_batch(config: RunConfig) -> None:
         )
 
 
-def _check_weights(config: RunConfig) -> None:
+def _check_train_weights(config: RunConfig) -> None:
     files, weights = config.data.train_files, config.data.train_weights
     if weights is not None and len(weights) != len(files):
         raise UserError(
@@ -192,10 +192,10 @@ def check_python(generation: GenerationConfig) -> None:
 
 
 def divisors(number: int, near: int = 1) -> list[int]:
-    """Divisors of a number in ascending order; of many, the MAX_SUGGESTIONS nearest to `near`."""
+    """Divisors of a number in ascending order; if there are many, the MAX_SUGGESTIONS nearest to `near`."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    divisors = {*small, *(number // n for n in small)}
-    return sorted(sorted(divisors, key=lambda n: abs(n - near))[:MAX_SUGGESTIONS])
+    both = {*small, *(number // n for n in small)}
+    return sorted(sorted(both, key=lambda n: abs(n - near))[:MAX_SUGGESTIONS])
 
 
 def format_numbers(numbers: list[int]) -> str:

@@ -32,8 +32,8 @@ def known_keys() -> dict[str, str]:
     return descriptions
 
 
-def nearest_known(key: str) -> str:
-    """The dotted key if it is known, else the known list or mapping that it is inside of."""
+def enclosing_key(key: str) -> str:
+    """The dotted key if it is known, else the list or mapping that holds it; without any, the first known key."""
     while key and key not in known_keys():
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
     return key or next(iter(known_keys()))

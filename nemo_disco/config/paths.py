@@ -1,4 +1,4 @@
-"""Paths of config files: --config-path, then ./conf, then the copy installed with the package; and of packaged assets.
+"""Paths of configs (in --config-path, then ./conf, then the copy of conf/ in the package) and of packaged assets.
 
 Reads no file. Works in a checkout (conf/ beside nemo_disco/) and in a wheel (nemo_disco/conf/).
 """
@@ -14,15 +14,15 @@ from nemo_disco.runtime.errors import UserError
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def packaged(name: str) -> Path:
-    """The package's own directory `name` (conf or assets): inside nemo_disco/ in a wheel, beside it in a checkout."""
+def packaged_directory(name: str) -> Path:
+    """The directory conf or assets of the package: inside nemo_disco/ in a wheel, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
 
 
-def assets(relative: str) -> str:
+def asset_path(relative: str) -> str:
     """Absolute path of a file in assets/: the value of `${assets:quickstart/model}` in a config."""
-    return str(packaged("assets") / relative)
+    return str(packaged_directory("assets") / relative)
 
 
 def config_roots(name: str, config_path: str | None) -> list[Path]:
@@ -33,37 +33,37 @@ def config_roots(name: str, config_path: str | None) -> list[Path]:
     if config_path is not None and not Path(config_path).is_dir():
         raise UserError(f"--config-path {config_path}: there is no such directory")
     candidates = [Path(config_path)] if config_path is not None else []
-    candidates += [Path("conf"), packaged("conf")]
+    candidates += [Path("conf"), packaged_directory("conf")]
     roots = list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
     holder = next((root for root in roots if (root / f"{name}.yaml").is_file()), None)
     if holder is None:
-        known = sorted({known for root in roots for known in config_names(root)})
+        configs = sorted({config for root in roots for config in config_names(root)})
         places = ", ".join(str(root) for root in roots)
-        raise UserError(f"--config-name {name}: no such config in {places}{nearest(name, known)}")
+        raise UserError(f"--config-name {name}: no such config in {places}{suggest(name, configs)}")
     return [holder] + [root for root in roots if root != holder]
 
 
 def config_names(root: Path) -> list[str]:
-    """The configs of whole runs in a directory: its own YAML files, and those of recipe/."""
+    """The names of the configs of whole runs in a directory: its YAML files, and those of recipe/."""
     files = [*root.glob("*.yaml"), *root.glob("recipe/*.yaml")]
     return sorted(str(path.relative_to(root).with_suffix("")) for path in files)
 
 
-def options(roots: Iterable[Path], group: str) -> list[str]:
+def group_choices(roots: Iterable[Path], group: str) -> list[str]:
     """The choices of a config group, such as generation: megatron, vllm, ..."""
     return sorted({path.stem for root in roots for path in (root / group).glob("*.yaml")})
 
 
-def nearest(given: str, known: Iterable[str]) -> str:
-    """The end of a message: '; did you mean X?' for the most similar name, in the same section if that is known."""
-    known = {name: name for name in known}
-    section, _, last = given.rpartition(".")
-    peers = [name for name in known if name.rpartition(".")[0] == section]
-    tails, own = ({name.rpartition(".")[2].rpartition("/")[2]: name for name in names} for names in (known, peers))
+def suggest(unknown: str, names: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean X?", else "; known: ..." with the names of the section, or all."""
+    names = {name: name for name in names}
+    section, _, last = unknown.rpartition(".")
+    peers = [name for name in names if name.rpartition(".")[0] == section]
+    tails, own = ({name.rpartition(".")[2].rpartition("/")[2]: name for name in group} for group in (names, peers))
     attempts = [(last, own, 0.6), (last, tails, 0.9)]
     if not section or not own:
-        section, own, attempts = "", {n: n for n in known if "." not in n}, [(given, known, 0.6), (last, tails, 0.6)]
-    for text, names, cutoff in attempts:
-        if close := difflib.get_close_matches(text, names, n=1, cutoff=cutoff):
-            return f"; did you mean {names[close[0]]}?"
-    return f"; known{section and f' in {section}'}: {', '.join(own or known)}" if known else ""
+        section, own, attempts = "", {n: n for n in names if "." not in n}, [(unknown, names, 0.6), (last, tails, 0.6)]
+    for text, candidates, cutoff in attempts:
+        if close := difflib.get_close_matches(text, candidates, n=1, cutoff=cutoff):
+            return f"; did you mean {candidates[close[0]]}?"
+    return f"; known{section and f' in {section}'}: {', '.join(own or names)}" if names else ""

@@ -1,6 +1,6 @@
 """Safe reading of YAML: refuses a text whose aliases or interpolations expand to more than memory can hold.
 
-Reads the files of config directories and a run's config.yaml; does not know what the keys mean.
+Reads the files of config directories and a run's config.yaml; knows nothing of the meaning of keys.
 """
 
 from __future__ import annotations
@@ -65,35 +65,35 @@ def check_interpolations(container: dict[Any, Any]) -> None:
 
     container: a config before its interpolations are resolved.
     """
-    known: dict[tuple[str, ...], float] = {}
+    sizes: dict[tuple[str, ...], float] = {}
 
     def size(key: tuple[str, ...], value: Any) -> float:
-        if key not in known:
-            known[key] = float("inf")  # until it is counted; if reached again before, it refers to itself
+        if key not in sizes:
+            sizes[key] = float("inf")  # until it is counted; if reached again before, it refers to itself
             if isinstance(value, dict | list):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
-                known[key] = 1 + sum(size((*key, str(name)), item) for name, item in items)
+                sizes[key] = 1 + sum(size((*key, str(name)), item) for name, item in items)
             else:
                 text = str(value)
                 targets = [_target(key, *match.groups()) for match in _REFERENCE.finditer(text)]
-                known[key] = len(text) + sum(size(to, _at(container, to)) for to in targets)
-            if known[key] > MAX_CHARACTERS:
-                target = "itself" if known[key] == float("inf") else f"more than {MAX_CHARACTERS:,} characters"
+                sizes[key] = len(text) + sum(size(to, _value_at(container, to)) for to in targets)
+            if sizes[key] > MAX_CHARACTERS:
+                target = "itself" if sizes[key] == float("inf") else f"more than {MAX_CHARACTERS:,} characters"
                 raise UserError(f"{'.'.join(key)}: its interpolations refer to {target}")
-        return known[key]
+        return sizes[key]
 
     for name, value in container.items():
         size((str(name),), value)
 
 
 def _target(key: tuple[str, ...], dots: str, name: str) -> tuple[str, ...]:
-    """The key that an interpolation in the value of `key` refers to: one leading dot: in its section, two: above."""
+    """The key that an interpolation in the value of `key` refers to; one leading dot is its section, two the parent."""
     parts = tuple(part for part in name.replace("[", ".").replace("]", "").split(".") if part)
     return (key[: max(len(key) - len(dots), 0)] if dots else ()) + parts
 
 
-def _at(container: Any, key: tuple[str, ...]) -> Any:
-    """Value of a key; "" if there is none, which resolving the interpolations reports."""
+def _value_at(container: Any, key: tuple[str, ...]) -> Any:
+    """Value of a key; "" if there is none, an error that is reported when the interpolations are resolved."""
     for part in key:
         if isinstance(container, list) and part.isdecimal() and int(part) < len(container):
             container = container[int(part)]
@@ -104,14 +104,14 @@ def _at(container: Any, key: tuple[str, ...]) -> Any:
     return container
 
 
-def _size(node: yaml.Node, known: dict[int, float]) -> float:
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
     """Number of values below a node with aliases expanded; infinite for a node that contains itself."""
-    if id(node) not in known:
-        known[id(node)] = float("inf")  # until it is counted; if reached again before, it contains itself
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")  # until it is counted; if reached again before, it contains itself
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             children = [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
-        known[id(node)] = 1 + sum(_size(child, known) for child in children)
-    return known[id(node)]
+        sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[id(node)]

@@ -43,7 +43,7 @@ class ExpManagerConfig(Section):
     resume_if_exists: bool
     checkpoint_every_n_steps: PositiveInt
     keep_checkpoints: PositiveInt
-    saved_rollouts: NonNegativeInt  # how many of a step's responses are written to rollouts/
+    saved_rollouts: NonNegativeInt  # number of a step's responses that are written to rollouts/
     tensorboard: bool
     wandb: bool
     mlflow: bool
@@ -63,7 +63,7 @@ class OptimConfig(Section):
     betas: tuple[float, float]
     eps: PositiveFloat
     moments_dtype: Literal["float32", "bfloat16"]  # bfloat16 needs Transformer Engine
-    offload: bool  # keep its state in host memory while an engine samples
+    offload: bool  # keep the optimizer's state in host memory while an engine samples
     sched: SchedConfig
 
 
@@ -80,13 +80,13 @@ class ModelConfig(Section):
     transformer_engine: bool | None  # layer implementation; null: true on CUDA where it is installed
     fp8: Literal["delayed", "current", "blockwise"] | None  # Transformer Engine's scaling; null is no FP8
     fp8_param_gather: bool  # keep and gather the weights in FP8 too
-    apply_rope_fusion: bool  # Transformer Engine's
-    bias_activation_fusion: bool  # megatron-core's
+    apply_rope_fusion: bool  # by Transformer Engine
+    bias_activation_fusion: bool  # by megatron-core
     optim: OptimConfig
 
     @property
     def fp8_tokens(self) -> int:
-        """A micro-batch's tokens must be a multiple of this for FP8 matrix products."""
+        """Divisor that FP8 matrix products require of a micro-batch's number of tokens; 1 without FP8."""
         return {None: 1, "delayed": 16, "current": 16, "blockwise": 128}[self.fp8]
 
 
@@ -102,11 +102,9 @@ class AlgorithmConfig(Section):
     parameters: dict[str, Any]  # more parameters of the objective; one named here wins over algorithm.NAME
     constraint: dict[str, Any]  # fields of algorithms.objectives.Constraint
     off_policy: dict[str, Any]  # fields of algorithms.objectives.off_policy.OffPolicy
-    threshold: FiniteFloat  # a response is correct when its reward is above
+    threshold: FiniteFloat  # a response is correct if its verdict is above this
     mini_batch_questions: PositiveInt  # questions per optimizer step
-    dynamic_sampling_rounds: (
-        NonNegativeInt  # sample more questions at most so many times, until enough groups are mixed
-    )
+    dynamic_sampling_rounds: NonNegativeInt  # the most times to sample more questions until enough groups are mixed
     reference_reset_steps: NonNegativeInt  # every so many steps the policy becomes the reference; 0: never
 
     def objective(self) -> dict[str, Any]:
@@ -140,7 +138,7 @@ class GenerationConfig(Section):
 
     @property
     def longest_response(self) -> int:
-        """The last limit, in tokens: memory and positions must hold it, and evaluation uses it."""
+        """Response limit in tokens at the end of the schedule, for memory and positions; evaluation uses it."""
         return max([self.max_response_length, *(limit for _, limit in self.response_length_schedule)])
 
 
@@ -150,9 +148,7 @@ class DataConfig(Section):
     questions_per_step: PositiveInt
     max_prompt_length: PositiveInt  # tokens, after the chat template
     too_long: Literal["error", "drop"]  # a longer question: stop, or drop it and log how many
-    max_bad_records: Annotated[
-        float, Field(ge=0, le=1)
-    ]  # share of a file's records that may be malformed; they are left out
+    max_bad_records: Annotated[float, Field(ge=0, le=1)]  # largest share of malformed records, which are left out
     if_changed: Literal["error", "restart"]  # questions differ from the checkpoint's: stop, or start over with the new
     prompt_suffix: str  # appended to the question's text
     system_prompt: str | None  # for questions without one of their own
@@ -175,7 +171,7 @@ class RewardConfig(Section):
     terms: RewardTermsConfig
     function: str | None  # module:function of your own, added to the terms; it takes a rewards.GradedResponse
     overlong_buffer: PositiveInt | None  # tokens; null is a fifth of the response limit
-    require_think: bool  # reward only what comes after </think>
+    require_think: bool  # reward only the text after </think>
     timeout: PositiveFloat  # seconds per answer
     workers: PositiveInt  # grader processes per node
 
@@ -196,8 +192,8 @@ class VerifyConfig(Section):
     rollouts: PathText | None  # read if the file exists, else written
     save_gradients: PathText | None  # safetensors file for one mini-batch's gradient, by Hugging Face names
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
-    max_mismatch: PositiveFloat  # of mean exp|trainer - engine| of the sampled tokens' log-probs
-    max_kl: PositiveFloat | None  # of their KL (k3), nats per token; null: by precision, algorithms/agreement.py
+    max_mismatch: PositiveFloat  # limit of the mean exp|trainer - engine| of the sampled tokens' log-probs
+    max_kl: PositiveFloat | None  # limit of their KL (k3), nats per token; null: by precision (agreement.py)
 
 
 class PlanConfig(Section):

@@ -12,10 +12,10 @@ from nemo_disco.runtime.logs import setup_logging
 
 
 def run(name: str, docstring: str | None, source: str, arguments: Sequence[str] | None, *, model: bool = False) -> int:
-    """Run the function of conversion.convert that has this name, and print the place of the result.
+    """Run the function of conversion.convert that has this name, and print the path of the result.
 
-    docstring: of the converter's script. source: help for the first argument. model: there is a --model option.
-    Returns the exit code: 0, or 2 for bad input (one line on stderr).
+    docstring: that of the converter's script. source: help text of the first argument. model: there is a --model
+    option. Returns the exit code: 0, or 2 for bad input (one line on stderr).
     """
     parser = argparse.ArgumentParser(prog=name, description=(docstring or "").split("\n\n", 1)[0])
     parser.add_argument("source", type=Path, help=source)

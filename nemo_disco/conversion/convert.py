@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_disco.conversion.nemo_context import TOKENIZER, write_context
-from nemo_disco.conversion.record import training_dtype, verify_files, write_record
+from nemo_disco.conversion.record import training_dtype, verify_files, write_converted_record
 from nemo_disco.conversion.torch_dist import TorchDistReader, TorchDistWriter
 from nemo_disco.models.architecture import EMBEDDING, OUTPUT
 from nemo_disco.models.hf_config import read_hf_config
@@ -25,25 +25,25 @@ from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.files import atomic_directory
 from nemo_disco.runtime.safetensor_writer import write_safetensors
 
-CARRIED = "hugging_face"  # in a converted checkpoint: config, tokenizer, chat template, generation config
+HF_FILES = "hugging_face"  # directory in a converted checkpoint: config, tokenizer, chat template, generation config
 
 
 def hf_to_megatron(source: Path, out: Path) -> Path:
-    """A Hugging Face directory -> a checkpoint directory, which loads at any layout. Raises UserError."""
+    """Convert a Hugging Face directory to a checkpoint, which loads at any layout. Returns `out`. Raises UserError."""
     config = read_hf_config(source)
-    with _new(out) as work:
+    with _new_directory(out) as work:
         _write_weights(source, work, model_shape(config))
-        write_record(work, source)
-        copy_companions(source, work / CARRIED, config)
+        write_converted_record(work, source)
+        copy_companions(source, work / HF_FILES, config)
     return out
 
 
 def megatron_to_hf(checkpoint: Path, out: Path, model: Path | None = None) -> Path:
-    """A checkpoint (of a run, of hf_to_megatron, of megatron-core) -> a Hugging Face directory.
+    """Convert a checkpoint (of a run, of hf_to_megatron, of megatron-core) to a Hugging Face directory. Returns `out`.
 
-    model: the Hugging Face directory whose config and tokenizer are copied (default: the one that the checkpoint or its
-    run names). Tensors keep their type; those of a training run get the type in the config, as in its export. Raises
-    UserError.
+    model: the Hugging Face directory whose config and tokenizer are copied (default: the one in the checkpoint, else
+    the one that its run names). Tensors keep their type; those of a training run get the type in the config, as in its
+    export. Raises UserError.
     """
     model = model or Path(model_source(str(checkpoint)).hugging_face)
     verify_files(checkpoint)
@@ -51,12 +51,12 @@ def megatron_to_hf(checkpoint: Path, out: Path, model: Path | None = None) -> Pa
 
 
 def hf_to_nemo(source: Path, out: Path) -> Path:
-    """A Hugging Face directory -> a NeMo 2.0 directory: weights/ in torch_dist, context/ with tokenizer and model.
+    """Convert a Hugging Face directory to a NeMo 2.0 one: weights/ in torch_dist, context/ with tokenizer and model.
 
-    Raises UserError.
+    Returns `out`. Raises UserError.
     """
     config = read_hf_config(source)
-    with _new(out) as work:
+    with _new_directory(out) as work:
         (work / "weights").mkdir()
         _write_weights(source, work / "weights", model_shape(config), nemo=True)
         copy_companions(source, work / "context" / TOKENIZER, config)
@@ -65,16 +65,16 @@ def hf_to_nemo(source: Path, out: Path) -> Path:
 
 
 def nemo_to_hf(source: Path, out: Path, model: Path | None = None) -> Path:
-    """A NeMo 2.0 directory -> a Hugging Face directory.
+    """Convert a NeMo 2.0 directory to a Hugging Face directory. Returns `out`.
 
     model: the Hugging Face directory whose config and tokenizer are copied (default: context/). Raises UserError.
     """
-    carried = source / "context" / TOKENIZER
-    if model is None and not (carried / "config.json").is_file():
-        raise UserError(f"{carried}: no config.json there; name the Hugging Face directory of this model with --model")
+    hf_files = source / "context" / TOKENIZER
+    if model is None and not (hf_files / "config.json").is_file():
+        raise UserError(f"{hf_files}: no config.json there; name the Hugging Face directory of this model with --model")
     if not (source / "weights").is_dir():
         raise UserError(f"{source}: no weights/ there; give a NeMo 2.0 directory (weights/ and context/)")
-    return _to_hf(source / "weights", model or carried, out, None)
+    return _to_hf(source / "weights", model or hf_files, out, None)
 
 
 def _write_weights(source: Path, work: Path, shape: ModelShape, nemo: bool = False) -> None:
@@ -111,7 +111,7 @@ def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> 
             for name, part in unshard(weight, [reader.read(key, row)]):
                 yield name, part if dtype is None else part.to(dtype)
 
-    with _new(out) as work:
+    with _new_directory(out) as work:
         write_safetensors(work, plan, tensors())
         copy_companions(model, work, config)
     return out
@@ -120,14 +120,14 @@ def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> 
 def _place(reader: TorchDistReader, weight: ModelWeight) -> tuple[str, int | None]:
     """Key and row (None: the whole tensor) of a weight, by the naming that the checkpoint uses."""
     keys = (weight.key, weight.local_key)
-    numbered = [(weight.numbered(key), None) for key in keys]
+    numbered = [(weight.full_name(key), None) for key in keys]
     places = [*((key, weight.layer) for key in keys), *numbered]
     return next((place for place in places if place[0] in reader.names()), places[0])
 
 
 @contextmanager
-def _new(out: Path) -> Iterator[Path]:
-    """A new directory that appears once it is complete. Raises UserError if it exists already."""
+def _new_directory(out: Path) -> Iterator[Path]:
+    """Context with a directory to write into, which becomes `out` once complete. Raises UserError if `out` exists."""
     if out.exists():
         raise UserError(f"{out} exists already: name a directory that does not")
     with atomic_directory(out) as work:

@@ -1,6 +1,6 @@
-"""context/io.json of a NeMo 2.0 directory, from which NeMo builds the model, in fiddle's serialization.
+"""Writer of context/io.json in a NeMo 2.0 directory, from which NeMo builds the model, in fiddle's serialization.
 
-Written without NeMo: the names of NeMo's classes and their arguments.
+Needs no NeMo: the file holds the names of NeMo's classes and their arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nemo_disco.models.shape import model_shape
 from nemo_disco.runtime.errors import UserError
 
 TOKENIZER = "nemo_tokenizer"  # the directory beside io.json
-# Fields of a rope in config.json and in NeMo.
+# Fields of a rope: name in config.json -> name in NeMo.
 _SCALINGS = {
     "factor": "scale_factor",
     "low_freq_factor": "low_freq_factor",

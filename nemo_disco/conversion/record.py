@@ -1,4 +1,4 @@
-"""checkpoint.json, the record by which a converted checkpoint can be loaded like a run's: written and verified."""
+"""Writes and verifies checkpoint.json, the record by which a converted checkpoint can be loaded like a run's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_disco.models.shape import read_shape
 from nemo_disco.runtime.errors import UserError
 
 
-def write_record(work: Path, source: Path) -> None:
+def write_converted_record(work: Path, source: Path) -> None:
     """Write the record of weights alone, without optimizer and loop state, once `work` has every other file."""
     config = load_hf_config(source)
     record: dict[str, Any] = {
@@ -29,8 +29,7 @@ def write_record(work: Path, source: Path) -> None:
         "random_state": [],
         "files": files.describe(work, 0),
     }
-    record = json.loads(json.dumps(record))
-    files.write_record(work, record)
+    files.write_record(work, json.loads(json.dumps(record)))
 
 
 def verify_files(checkpoint: Path) -> None:
@@ -45,7 +44,7 @@ def verify_files(checkpoint: Path) -> None:
 
 
 def training_dtype(checkpoint: Path, model: Path) -> torch.dtype | None:
-    """The type of a training run's exported weights, from the config; None (as stored) for any other checkpoint."""
+    """The type that the weights of a training run get, from the config; None (as stored) for any other checkpoint."""
     if not (checkpoint / files.RECORD).is_file() or files.read_record(checkpoint)["optimizer"] is None:
         return None
     dtype: torch.dtype | None = load_hf_config(model).dtype

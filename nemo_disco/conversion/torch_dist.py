@@ -76,7 +76,7 @@ class TorchDistReader:
             if index.fqn in self._tensors:
                 offset = tuple(index.offset or [0] * len(self._tensors[index.fqn].size))
                 if offset not in {tuple(chunk.offsets) for chunk in self._tensors[index.fqn].chunks}:
-                    raise FileError(directory / METADATA, f"damaged: a piece of {index.fqn} at {offset} is of no size")
+                    raise FileError(directory / METADATA, f"damaged: no size for the piece of {index.fqn} at {offset}")
                 self._pieces[index.fqn].append((offset, info))
         self.prefix = next((k.removesuffix(EMBEDDING.name) for k in self._tensors if k.endswith(EMBEDDING.name)), "")
 
@@ -130,7 +130,7 @@ class TorchDistReader:
             reason = one_line(error, 100) or type(error).__name__
             raise FileError(file, f"damaged ({reason})") from error
         if not isinstance(tensor, Tensor) or tensor.dtype != entry.properties.dtype or tensor.shape != tuple(size):
-            raise FileError(file, "damaged: a piece of a tensor is not of the size and type that the metadata says")
+            raise FileError(file, "damaged: a piece of a tensor does not have the size and type in the metadata")
         return tensor
 
 
@@ -145,7 +145,7 @@ class TorchDistWriter:
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, key: str, tensor: Tensor, layer: int | None = None, layers: int = 0) -> None:
-        """Write a tensor. layer: it is this row of the tensor that stacks all `layers`."""
+        """Write a tensor. layer: its row in the tensor `key`, which stacks all `layers`; None: it is `key` itself."""
         piece = tensor.detach() if layer is None else tensor.detach()[None]
         size = piece.shape if layer is None else torch.Size((layers, *tensor.shape))
         offset = torch.Size([layer or 0, *[0] * (piece.dim() - 1)])
@@ -181,7 +181,7 @@ class TorchDistWriter:
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file, as a file: torch.load then reads straight into the tensor's memory."""
+    """A part of a file, readable as a file: torch.load then reads straight into the tensor's memory."""
 
     def __init__(self, stream: Any, offset: int, length: int) -> None:
         self._stream, self._offset, self._length, self._at = stream, offset, length, 0

@@ -73,8 +73,8 @@ class RecordAnswers(NamedTuple):
 
 def lowercase_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields, with the names of question, answer and system fields in lower case (`Problem` -> `problem`)."""
-    known = {*QUESTION_FIELDS, *ANSWER_FIELDS, *SYSTEM_FIELDS}
-    renamed = {name: name.lower() for name in fields if name.lower() in known and name.lower() not in fields}
+    names = {*QUESTION_FIELDS, *ANSWER_FIELDS, *SYSTEM_FIELDS}
+    renamed = {name: name.lower() for name in fields if name.lower() in names and name.lower() not in fields}
     return {renamed.get(name, name): value for name, value in fields.items()} if renamed else fields
 
 

@@ -87,9 +87,9 @@ class QuestionOrder:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises UserError if it is of other questions or another seed."""
-        if changed := self.changes(state):
+        if lines := self.changes(state):
             raise UserError(
-                f"the checkpoint's data order was made with {'; '.join(changed)}; set it back, start a new run "
+                f"the checkpoint's data order was made with {'; '.join(lines)}; set it back, start a new run "
                 "directory, or set data.if_changed=restart to go on with the new questions from their first epoch"
             )
         taken = state["epoch"] * self._size + state["position"]
@@ -106,11 +106,11 @@ class QuestionOrder:
         """The differences between this order and the one of `state`, for a message."""
         before = {"questions_per_epoch": state["questions"], **state}
         now = {**self._identity(), "questions_per_epoch": self._size}
-        changed = [f"{key}={before[key]}, this run has {value}" for key, value in now.items() if before[key] != value]
+        lines = [f"{key}={before[key]}, this run has {value}" for key, value in now.items() if before[key] != value]
         # Checkpoints of earlier versions have no content.
-        if not changed and self._content and state.get("content", self._content) != self._content:
-            changed = [f"{self._n} questions of other content (text, answers or fields of data.train_files changed)"]
-        return changed
+        if not lines and self._content and state.get("content", self._content) != self._content:
+            lines = [f"{self._n} questions of other content (text, answers or fields of data.train_files changed)"]
+        return lines
 
     def _identity(self) -> dict[str, int]:
         identity = {"questions": self._n, "questions_per_step": self._per_step}

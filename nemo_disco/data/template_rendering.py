@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.host import set_limit
-from nemo_disco.runtime.signals import shield_children
+from nemo_disco.runtime.stop_signals import shield_children
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess

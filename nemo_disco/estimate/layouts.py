@@ -12,8 +12,8 @@ from math import gcd
 
 from nemo_disco.config.consistency import check_layout, divisors, format_numbers, longest_sequence
 from nemo_disco.config.schema import RunConfig
-from nemo_disco.estimate.memory import Layout, Memory, cache_per_response, estimate_memory
-from nemo_disco.estimate.timing import Needs, Seconds, step_seconds
+from nemo_disco.estimate.memory import Layout, Memory, Workload, cache_per_response, estimate_memory
+from nemo_disco.estimate.timing import Seconds, step_seconds
 from nemo_disco.models.shape import ModelShape
 from nemo_disco.runtime.errors import UserError
 
@@ -46,24 +46,22 @@ class Candidate:
         return self.memory.training <= USABLE * self.gpu_bytes and self.waves > 0
 
 
-def assess(
-    config: RunConfig, shape: ModelShape, layout: Layout, needs: Needs, gpu_bytes: float, gpus_per_node: int
-) -> Candidate:
-    """Memory and time of one layout."""
-    memory = estimate_memory(config, shape, layout, reference=needs.reference)
-    cache_bytes = CACHE * (USABLE * gpu_bytes - memory.sampling(offload=config.model.optim.offload))
-    seconds = step_seconds(config, shape, layout, needs, cache_bytes, gpus_per_node)
-    return Candidate(layout, memory, seconds, gpu_bytes, cache_bytes, cache_per_response(config, shape, layout))
+def assess(work: Workload, shape: ModelShape, layout: Layout, gpu_bytes: float, gpus_per_node: int) -> Candidate:
+    """Estimate the memory and time of one layout."""
+    memory = estimate_memory(work, shape, layout)
+    cache_bytes = CACHE * (USABLE * gpu_bytes - memory.sampling(offload=work.offload))
+    seconds = step_seconds(work, shape, layout, cache_bytes, gpus_per_node)
+    return Candidate(layout, memory, seconds, gpu_bytes, cache_bytes, cache_per_response(work, shape, layout))
 
 
-def candidates(config: RunConfig, shape: ModelShape, needs: Needs, gpu_bytes: float) -> list[Candidate]:
+def candidates(config: RunConfig, work: Workload, shape: ModelShape, gpu_bytes: float) -> list[Candidate]:
     """Every legal layout of the configuration's processes, each with the least recomputation that fits, else full;
     the fastest first, those that do not fit last."""
     gpus_per_node, world_size = config.trainer.devices, config.trainer.devices * config.trainer.num_nodes
     layouts = []
-    for layout in _legal(config, shape, world_size, gpus_per_node):
+    for layout in _legal_layouts(config, shape, world_size, gpus_per_node):
         variants = [replace(layout, recompute=recompute) for recompute in _RECOMPUTE]
-        options = [assess(config, shape, variant, needs, gpu_bytes, gpus_per_node) for variant in variants]
+        options = [assess(work, shape, variant, gpu_bytes, gpus_per_node) for variant in variants]
         layouts.append(next((c for c in options if c.fits), options[-1]))
     return sorted(layouts, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))
 
@@ -78,7 +76,7 @@ def recommend(layouts: list[Candidate]) -> Candidate | None:
 
 
 def check_shape(config: RunConfig, shape: ModelShape) -> None:
-    """Raises UserError if the layout does not divide the model, or the lengths exceed its positions."""
+    """Raises UserError if the run's or engine's layout does not divide the model, or lengths exceed its positions."""
     model = config.model
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     for heads, count in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads)):
@@ -107,19 +105,19 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         raise UserError(f"{sum_of} tokens, but the model has {shape.max_positions} positions; lower one of them")
 
 
-def _legal(config: RunConfig, shape: ModelShape, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Layouts that pass a run's checks, with TP within a node and with SP, and up to 4 virtual stages."""
+def _legal_layouts(config: RunConfig, shape: ModelShape, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
+    """Layouts that pass a run's checks: TP within a node and with SP, CP up to 8, and 1, 2 or 4 virtual stages."""
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
     for tensor, pipeline, context, virtual in product(sizes, sizes, sizes, (1, 2, 4)):
         if tensor > gpus_per_node or world_size % (tensor * pipeline * context) or context > 8:
             continue
-        changed = _with_layout(config, tensor, pipeline, context, virtual)
+        variant = _with_layout(config, tensor, pipeline, context, virtual)
         try:
-            check_layout(changed, world_size)
-            check_shape(changed, shape)
+            check_layout(variant, world_size)
+            check_shape(variant, shape)
         except UserError:
             continue
-        yield Layout.from_config(changed.model, world_size)
+        yield Layout.from_config(variant.model, world_size)
 
 
 def _with_layout(config: RunConfig, tensor: int, pipeline: int, context: int, virtual: int) -> RunConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_disco.config.schema import ModelConfig, RunConfig
+from nemo_disco.config.schema import ModelConfig
 from nemo_disco.models.shape import ModelShape
 
 # Bytes per number, by precision: weights and activations, megatron's gradient buffer, and Adam's state (two moments,
@@ -17,6 +17,29 @@ BYTES = {"bf16": (2, 4, 12), "32": (4, 4, 8), "64": (8, 8, 16)}
 _TILES = {True: 4096 * 8192, False: 512 * 1024}  # logits per tile of the log-probs (policy/log_probs.py), by CUDA
 LIBRARIES = {True: 4 << 30, False: 1 << 29}  # host memory of a process without its policy, by CUDA (assumed there)
 _VECTORS = 4 * 8  # old, new and generation log-probs and token weights of a step, at most 8 bytes each
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step's work, as the settings and the objective define it, whatever the layout. Limits are in tokens."""
+
+    questions: int  # per step
+    mini_batch_questions: int
+    group: int  # responses per question
+    prompt_limit: int
+    response_limit: int
+    token_budget: int  # of a micro-batch
+    precision: str
+    moments_dtype: str
+    offload: bool  # the optimizer's state is on the host while an engine samples
+    engine: str
+    two_passes: bool = True  # the objective is not separable: all mini-batches but the first take a pass for log-probs
+    reference: bool = False  # the objective needs a second, frozen policy
+
+    @property
+    def full_length(self) -> int:
+        """Tokens of a sequence of full length."""
+        return self.prompt_limit + self.response_limit
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,10 @@ class Layout:
         return self.tensor * self.pipeline * self.context
 
     @property
+    def ranks(self) -> int:
+        return self.model_ranks * self.data
+
+    @property
     def shares(self) -> int:
         """Ranks that share the distributed optimizer's state, and that sample different questions."""
         return self.data * self.context
@@ -58,9 +85,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. activations: kept for backward. log_probs: buffers of log-probs and final norm. layer: of one
-    layer's backward, once those are freed, with its recomputed activations if any. kv_cache: of all the rank's
-    responses at once, at full length."""
+    """Bytes of one rank, by part. activations: kept for backward. log_probs: buffers of log-probs and final norm.
+    layer: of one layer's backward, once log_probs is freed, with its recomputed activations if any. kv_cache: of all
+    the rank's responses at once, at full length."""
 
     weights: int
     gradients: int
@@ -73,7 +100,7 @@ class Memory:
 
     @property
     def training(self) -> int:
-        """The peak of a training step."""
+        """Bytes at the peak of a training step."""
         standing = self.weights + self.gradients + self.optimizer + self.reference
         return standing + self.activations + max(self.log_probs, self.layer)
 
@@ -93,50 +120,38 @@ def host_memory(memory: Memory, *, offload: bool, cuda: bool) -> int:
     return LIBRARIES[cuda] + on_host + (0 if cuda else memory.training)
 
 
-def estimate_memory(
-    config: RunConfig, shape: ModelShape, layout: Layout, *, reference: bool = False, cuda: bool = True
-) -> Memory:
-    """The memory of the fullest rank, at full micro-batches and full-length responses.
-
-    reference: the objective needs a second, frozen policy.
-    """
+def estimate_memory(work: Workload, shape: ModelShape, layout: Layout, *, cuda: bool = True) -> Memory:
+    """Estimate the memory of the fullest rank, at full micro-batches and full-length responses."""
     stages = {0, layout.pipeline - 1}
-    return max((_stage_memory(config, shape, layout, s, reference, cuda) for s in stages), key=lambda m: m.training)
+    return max((_stage_memory(work, shape, layout, s, cuda) for s in stages), key=lambda m: m.training)
 
 
-def full_length(config: RunConfig) -> int:
-    """Tokens of a sequence of full length."""
-    return config.data.max_prompt_length + config.generation.longest_response
-
-
-def cache_per_response(config: RunConfig, shape: ModelShape, layout: Layout) -> int:
+def cache_per_response(work: Workload, shape: ModelShape, layout: Layout) -> int:
     """Bytes of the keys and values of a sequence of full length on one rank."""
     layers = shape.layers // layout.pipeline
-    return 2 * BYTES[config.trainer.precision][0] * layers * shape.kv_width // layout.tensor * full_length(config)
+    return 2 * BYTES[work.precision][0] * layers * shape.kv_width // layout.tensor * work.full_length
 
 
-def responses_per_rank(config: RunConfig, layout: Layout) -> int:
+def responses_per_rank(work: Workload, layout: Layout) -> int:
     """Responses that a rank samples in a step; a question's responses stay together."""
-    return -(-config.data.questions_per_step // layout.shares) * config.generation.responses_per_question
+    return -(-work.questions // layout.shares) * work.group
 
 
-def micro_batches(config: RunConfig, layout: Layout, tokens: float) -> int:
+def micro_batches(work: Workload, layout: Layout, tokens: float) -> int:
     """Micro-batches per rank for so many tokens on all ranks; under VPP a multiple of PP."""
     multiple = layout.pipeline if layout.virtual > 1 else 1
-    count = max(1, -(-int(tokens) // (layout.data * config.model.token_budget)))
+    count = max(1, -(-int(tokens) // (layout.data * work.token_budget)))
     return -(-count // multiple) * multiple
 
 
-def _stage_memory(
-    config: RunConfig, shape: ModelShape, layout: Layout, stage: int, reference: bool, cuda: bool
-) -> Memory:
-    weight, gradient, optimizer = BYTES[config.trainer.precision]
-    if config.model.optim.moments_dtype == "bfloat16":
+def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int, cuda: bool) -> Memory:
+    weight, gradient, optimizer = BYTES[work.precision]
+    if work.moments_dtype == "bfloat16":
         optimizer -= 4
     parameters = _stage_parameters(shape, layout)
-    tokens = config.model.token_budget // layout.context
+    tokens = work.token_budget // layout.context
     # Without CUDA's kernels torch materializes the mask of context parallelism: over half of the sequence per query.
-    mask = 0 if cuda or layout.context == 1 else full_length(config) * (2 * layout.context + 1) // (4 * layout.context)
+    mask = 0 if cuda or layout.context == 1 else work.full_length * (2 * layout.context + 1) // (4 * layout.context)
     layer = _saved_by_layer(shape, layout, weight, cuda, mask)
     saved = weight * shape.hidden // _shards(layout) if layout.recompute == "full" else layer  # its input alone, or all
     head = 0
@@ -146,18 +161,18 @@ def _stage_memory(
         head = tokens * shape.hidden * (weight + wide) + shape.embedding_parameters // layout.tensor * weight
         head += 2 * wide * min(_TILES[cuda], tokens * shape.vocab // layout.tensor)
         head += tokens * _norm(shape, layout, weight, cuda)
-    responses = config.data.questions_per_step * config.generation.responses_per_question
+    responses = work.questions * work.group
     return Memory(
         weights=parameters * weight,
         gradients=parameters * gradient,
         optimizer=parameters * optimizer // layout.shares,
-        reference=parameters * weight if reference else 0,
-        activations=int(tokens * shape.layers // layout.pipeline * _in_flight(config, layout, stage) * saved),
-        log_probs=head + responses * config.generation.longest_response * _VECTORS,
+        reference=parameters * weight if work.reference else 0,
+        activations=int(tokens * shape.layers // layout.pipeline * _in_flight(work, layout, stage) * saved),
+        log_probs=head + responses * work.response_limit * _VECTORS,
         # The gradients of SwiGLU's two inputs, and of the layer's input, which is gathered anew under SP.
         layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden)
         + (tokens * layer if layout.recompute == "full" else 0),
-        kv_cache=responses_per_rank(config, layout) * cache_per_response(config, shape, layout),
+        kv_cache=responses_per_rank(work, layout) * cache_per_response(work, shape, layout),
     )
 
 
@@ -170,14 +185,14 @@ def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
     return (layers * (shape.layer_parameters - norms) + embeddings) // layout.tensor + layers * norms + shape.hidden
 
 
-def _in_flight(config: RunConfig, layout: Layout, stage: int) -> float:
+def _in_flight(work: Workload, layout: Layout, stage: int) -> float:
     """Micro-batches whose activations a stage keeps at once: 1F1B or interleaved (arXiv 2104.04473, 2.2)."""
-    mini_batch = config.algorithm.mini_batch_questions * config.generation.responses_per_question * full_length(config)
+    mini_batch = work.mini_batch_questions * work.group * work.full_length
     behind = layout.pipeline - stage
     if layout.virtual > 1:
         chunks = 2 * (behind - 1) + (layout.virtual - 1) * layout.pipeline + 1
-        return min(chunks / layout.virtual, micro_batches(config, layout, mini_batch))
-    return min(behind, micro_batches(config, layout, mini_batch))
+        return min(chunks / layout.virtual, micro_batches(work, layout, mini_batch))
+    return min(behind, micro_batches(work, layout, mini_batch))
 
 
 def _saved_by_layer(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool, mask: int) -> int:
@@ -185,9 +200,9 @@ def _saved_by_layer(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool
     query, kv, tensor = shape.query_width, shape.kv_width, layout.tensor
     # Queries, keys and values before and after rope, attention's output before and after packing, its log-sum-exp.
     attention = itemsize * (4 * query + 3 * kv) + 4 * shape.heads
-    if layout.context > 1:  # the projections go; what each of a sequence's two pieces attends to, on all ranks, stays
+    if layout.context > 1:  # the projections go; the gathered keys and values of each of a sequence's two pieces stay
         attention = itemsize * (3 * query + (2 * layout.context + 1) * kv + mask * tensor) + 4 * shape.heads
-    if layout.recompute == "selective":  # its inputs stay, what it computes goes
+    if layout.recompute == "selective":  # attention's inputs stay, its results go
         attention -= itemsize * query + 4 * shape.heads
     # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
     swiglu = itemsize * (3 if cuda else 4) * shape.ffn

@@ -1,6 +1,6 @@
 """`nemo-disco plan`: sizes, memory and time of a run, from its configuration alone. Nothing is built or sampled.
 
-Prints the batch vocabulary, a rank's memory by part, and the layouts that this cluster allows, one recommended.
+Prints the batch sizes, a rank's memory by part, and the layouts that this cluster allows, one recommended.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from rich.table import Table
 
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.layouts import CACHE, USABLE, Candidate, assess, candidates, check_shape, recommend
-from nemo_disco.estimate.memory import Layout, Memory, host_memory
-from nemo_disco.estimate.timing import ASSUMED, Needs
+from nemo_disco.estimate.memory import Layout, Memory, Workload, host_memory
+from nemo_disco.estimate.timing import ASSUMED
 from nemo_disco.models.shape import ModelShape, find_shape
 from nemo_disco.runtime.host import total_memory
 
@@ -20,27 +20,27 @@ _MOST_NODES = 128
 _GIB = 2**30
 
 
-def print_plan(config: RunConfig, world_size: int, needs: Needs, console: Console | None = None) -> None:
-    """Print the plan of a run. needs: of its objective. Imports torch.
+def print_plan(config: RunConfig, world_size: int, work: Workload, console: Console | None = None) -> None:
+    """Print the plan of a run. work: that of one of its steps. Imports torch.
 
     Raises UserError for a damaged model directory, and for a model that does not fit the layout.
     """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)  # a file has no width, and no cell may be cut
-    console.print(_vocabulary_table(config, world_size))
+    layout = Layout.from_config(config.model, world_size)
+    console.print(_batch_table(config, work, layout))
     shape, note = find_shape(config.model.path)
     if shape is not None:
         check_shape(config, shape)
         gigabytes, source = _gpu_memory(config)
-        layout = Layout.from_config(config.model, world_size)
-        configured = assess(config, shape, layout, needs, gigabytes * _GIB, config.trainer.devices)
-        layouts = candidates(config, shape, needs, gigabytes * _GIB)
+        configured = assess(work, shape, layout, gigabytes * _GIB, config.trainer.devices)
+        layouts = candidates(config, work, shape, gigabytes * _GIB)
         best = recommend(layouts)
         console.print(_memory_table(config, shape, configured.memory))
         console.print(_layout_table(layouts, configured, best, gigabytes))
         for line in (
-            _advice(config, shape, needs, layouts, configured, best),
+            _advice(config, work, shape, layouts, configured, best),
             f"Memory: GPUs of {gigabytes:g} GB ({source}), of which {USABLE:.0%} is assumed usable; keys and values "
             f"get {CACHE:.0%} of what weights and optimizer state leave (model.optim.offload moves the latter away).",
             _host_line(config, configured.memory),
@@ -75,44 +75,31 @@ def _gpu_memory(config: RunConfig) -> tuple[float, str]:
     return 80, "there is none here; plan.gpu_memory_gb=... changes it"
 
 
-def vocabulary(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
-    """(term, this run's number) for the sizes of a batch, largest first; numbers of tokens are limits."""
-    model, group = config.model, config.generation.responses_per_question
-    questions, mini = config.data.questions_per_step, config.algorithm.mini_batch_questions
-    ranks = world_size // (
-        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    )
-    prompt, response = config.data.max_prompt_length, config.generation.longest_response
-    longest = prompt + response
-    per_micro_batch = model.token_budget // longest
+def batch_sizes(work: Workload, layout: Layout, steps: int) -> list[tuple[str, str]]:
+    """(name, this run's number as text) of the sizes from a run to a micro-batch; numbers of tokens are limits."""
+    questions, mini, group, longest = work.questions, work.mini_batch_questions, work.group, work.full_length
+    ranks, per_micro_batch = layout.data, work.token_budget // longest
     micro_batches = -(-mini * group // (ranks * per_micro_batch))
-    steps = config.trainer.max_steps
-    layout = {
-        "TP": model.tensor_model_parallel_size,
-        "PP": model.pipeline_model_parallel_size,
-        "CP": model.context_parallel_size,
-        "DP": ranks,
-    }
+    sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "DP": ranks}
     return [
         ("steps", f"{steps:,}"),
-        ("processes", f"{world_size:,} = " + " x ".join(f"{name} {size}" for name, size in layout.items())),
+        ("processes", f"{layout.ranks:,} = " + " x ".join(f"{name} {size}" for name, size in sizes.items())),
         ("questions per step", f"{questions:,}"),
         ("responses per step", f"{questions * group:,} = {questions:,} questions x {group} responses"),
         ("mini-batches per step", f"{questions // mini:,} of {mini} questions, {mini * group:,} responses each"),
         ("optimizer steps in the run", f"{steps * (questions // mini):,}"),
-        ("tokens per response", f"<= {longest:,} = {prompt:,} prompt + {response:,} response"),
+        ("tokens per response", f"<= {longest:,} = {work.prompt_limit:,} prompt + {work.response_limit:,} response"),
         ("tokens per step", f"<= {questions * group * longest:,}"),
         ("tokens per rank and step", f"<= {-(-questions * group // ranks) * longest:,}"),
-        ("token budget of a micro-batch", f"{model.token_budget:,}: {per_micro_batch:,} full-length responses"),
+        ("token budget of a micro-batch", f"{work.token_budget:,}: {per_micro_batch:,} full-length responses"),
         ("micro-batches per mini-batch and rank", f"<= {micro_batches:,}"),
-    ]  # fmt: skip
+    ]
 
 
-def _vocabulary_table(config: RunConfig, world_size: int) -> Table:
-    table = Table(
-        "batch", "", title=f"{config.algorithm.name}, {config.generation.engine} engine", title_justify="left"
-    )
-    for name, size in vocabulary(config, world_size):
+def _batch_table(config: RunConfig, work: Workload, layout: Layout) -> Table:
+    title = f"{config.algorithm.name}, {config.generation.engine} engine"
+    table = Table("batch", "", title=title, title_justify="left")
+    for name, size in batch_sizes(work, layout, config.trainer.max_steps):
         table.add_row(name, size)
     return table
 
@@ -140,7 +127,7 @@ def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table
 def _layout_table(layouts: list[Candidate], configured: Candidate, best: Candidate | None, gigabytes: float) -> Table:
     """The fastest layouts, with the recommended and the configured one."""
     layout = configured.layout
-    title = f"layouts on {layout.model_ranks * layout.data} GPUs of {gigabytes:g} GB; seconds per step, estimated"
+    title = f"layouts on {layout.ranks} GPUs of {gigabytes:g} GB; seconds per step, estimated"
     table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0))
     for name in ("TP", "PP", "VPP", "CP", "DP"):
         table.add_column(name, justify="right")
@@ -148,10 +135,10 @@ def _layout_table(layouts: list[Candidate], configured: Candidate, best: Candida
     for name in ("GiB", "waves", "generate", "old lp", "pass 1", "train", "refit", "step", "comm."):
         table.add_column(name, justify="right")
     table.add_column("")
-    shown = [c for c in layouts if c.fits or best is None][:SHOWN]
-    shown += [c for c in (best,) if c is not None and c not in shown]
-    shown += [configured] if configured not in shown else []
-    for c in shown:
+    rows = [c for c in layouts if c.fits or best is None][:SHOWN]
+    rows += [c for c in (best,) if c is not None and c not in rows]
+    rows += [configured] if configured not in rows else []
+    for c in rows:
         notes = [note for note, applies in (("configured", c == configured), ("recommended", c == best)) if applies]
         table.add_row(*_cells(c), ", ".join([*notes, *([] if c.fits else ["does not fit"])]))
     return table
@@ -170,13 +157,13 @@ def _cells(c: Candidate) -> list[str]:
 
 def _advice(
     config: RunConfig,
+    work: Workload,
     shape: ModelShape,
-    needs: Needs,
     layouts: list[Candidate],
     configured: Candidate,
     best: Candidate | None,
 ) -> str:
-    """The recommended layout, its keys and the reason for it; or the number of nodes on which one would fit."""
+    """A line with the recommended layout's keys and the reason for it, or with a number of nodes on which one fits."""
     gpu = configured.gpu_bytes
     if best is None:
         least = min(layouts, key=lambda c: c.memory.training)
@@ -184,7 +171,7 @@ def _advice(
         nodes = config.trainer.num_nodes
         while (nodes := 2 * nodes) <= _MOST_NODES:
             more = config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_nodes": nodes})})
-            if (fits := recommend(candidates(more, shape, needs, gpu))) is not None:
+            if (fits := recommend(candidates(more, work, shape, gpu))) is not None:
                 return f"No layout fits: {need}. Would work: trainer.num_nodes={nodes} with {_keys(fits.layout)}."
         return f"No layout fits: {need}. Would work: GPUs with more memory, shorter responses or a lower token budget."
     if best == configured:
@@ -202,7 +189,7 @@ def _explain(layouts: list[Candidate], best: Candidate) -> str:
         return f"{speed}."
     if (rival := min(less_cut, key=lambda c: (not c.fits, c.seconds.step if c.fits else c.memory.training))).fits:
         return f"{speed}; {_name(rival.layout)}, which cuts the model less, takes {rival.seconds.step:.0f} s per step."
-    need = f"{rival.memory.training / _GIB:.1f} GiB" if rival.waves else "more than all memory at rest"
+    need = f"{rival.memory.training / _GIB:.1f} GiB" if rival.waves else "more memory than a GPU has while it samples"
     return f"{speed}; no layout that cuts the model less fits: {_name(rival.layout)} would need {need}."
 
 
@@ -212,7 +199,7 @@ def _name(layout: Layout) -> str:
 
 
 def _keys(layout: Layout) -> str:
-    """The overrides that choose a layout."""
+    """The command-line overrides that choose a layout."""
     virtual = layout.virtual if layout.virtual > 1 else "null"
     values = {
         "tensor_model_parallel_size": layout.tensor,

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.flops import DATASHEET, TRAINING
-from nemo_disco.estimate.memory import BYTES, Layout, cache_per_response, full_length, micro_batches, responses_per_rank
+from nemo_disco.estimate.memory import BYTES, Layout, Workload, cache_per_response, micro_batches, responses_per_rank
 from nemo_disco.models.shape import ModelShape
 
 # H100 SXM by its data sheet: dense FLOP/s at bf16 and TF32; bytes/s of memory, NVLink one way, a 400 Gb/s card.
@@ -31,15 +30,6 @@ ASSUMED = (
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Needs of an objective. two_passes: it is not separable, so every mini-batch but the first takes a forward pass
-    for its scores. reference: a reference policy."""
-
-    two_passes: bool = True
-    reference: bool = False
-
-
-@dataclass(frozen=True)
 class Seconds:
     """Seconds of one step by part; `communication` is contained in the others."""
 
@@ -55,53 +45,51 @@ class Seconds:
         return self.generate + self.log_probs + self.pass1 + self.train + self.refit
 
 
-def step_seconds(
-    config: RunConfig, shape: ModelShape, layout: Layout, needs: Needs, cache_bytes: float, gpus_per_node: int
-) -> Seconds:
+def step_seconds(work: Workload, shape: ModelShape, layout: Layout, cache_bytes: float, gpus_per_node: int) -> Seconds:
     """Seconds of one step. cache_bytes: a rank's memory for keys and values.
 
     As megatron numbers ranks, those of a TP group are neighbours, then those of CP, DP and PP.
     """
-    mini_batches = config.data.questions_per_step // config.algorithm.mini_batch_questions
-    mean = MEAN_LENGTH * full_length(config)
-    tokens = config.data.questions_per_step * config.generation.responses_per_question * mean
-    matrices, attention = _forward(config, shape, layout, tokens, mean)
-    exchange = _exchange(config, shape, layout, tokens, gpus_per_node)
+    mini_batches = work.questions // work.mini_batch_questions
+    mean = MEAN_LENGTH * work.full_length
+    tokens = work.questions * work.group * mean
+    matrices, attention = _forward(work, shape, layout, tokens, mean)
+    exchange = _exchange(work, shape, layout, tokens, gpus_per_node)
     # The pipeline fills and drains once per mini-batch.
-    count = micro_batches(config, layout, tokens / mini_batches)
+    count = micro_batches(work, layout, tokens / mini_batches)
     bubble = 1 + (layout.pipeline - 1) / (layout.virtual * count)
     one_pass = (matrices + attention + exchange) * bubble
     recomputed = {None: 0.0, "selective": attention, "full": matrices + attention + exchange}[layout.recompute]
-    reduce = mini_batches * _gradients(config, shape, layout, gpus_per_node)
+    reduce = mini_batches * _gradients(work, shape, layout, gpus_per_node)
     # Backward's communication is forward's, and SP's inputs gathered once more.
     backward = (TRAINING - 1) * (matrices + attention) + 1.5 * exchange + recomputed
     train = one_pass + backward * bubble + reduce
-    passes = 1 + needs.reference
-    pass1 = one_pass * (mini_batches - 1) / mini_batches if needs.two_passes else 0.0
-    generate, decoding = _generate(config, shape, layout, mean, cache_bytes)
-    moved = exchange * (passes + 1 + 1.5 + (layout.recompute == "full")) + reduce + decoding
+    passes = 1 + work.reference
+    pass1 = one_pass * (mini_batches - 1) / mini_batches if work.two_passes else 0.0
+    generate, decoding = _generate(work, shape, layout, mean, cache_bytes)
+    communication = exchange * (passes + 1 + 1.5 + (layout.recompute == "full")) + reduce + decoding
     return Seconds(
         generate=generate,
         log_probs=passes * one_pass,
         pass1=pass1,
         train=train,
-        refit=_refit(config, shape, layout, gpus_per_node),
-        communication=moved + exchange * (pass1 / one_pass),
+        refit=_refit(work, shape, layout, gpus_per_node),
+        communication=communication + exchange * (pass1 / one_pass),
     )
 
 
-def _forward(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float, mean: float) -> tuple[float, float]:
+def _forward(work: Workload, shape: ModelShape, layout: Layout, tokens: float, mean: float) -> tuple[float, float]:
     """Seconds of a rank's share of a forward pass over all tokens: matrix products, with 2 FLOPs per weight, and causal
     attention, with 2 n query_width FLOPs per layer for each of n tokens."""
-    peak = (PEAK if config.trainer.precision == "bf16" else PEAK_32) * layout.model_ranks * layout.data
+    peak = (PEAK if work.precision == "bf16" else PEAK_32) * layout.ranks
     matrices = 2 * tokens * (shape.layers * shape.matrix_parameters + shape.embedding_parameters)
     attention = 2 * tokens * SQUARES * mean * shape.query_width * shape.layers
     return matrices / (MATRICES * peak), attention / (ATTENTION * peak)
 
 
-def _exchange(config: RunConfig, shape: ModelShape, layout: Layout, tokens: float, gpus_per_node: int) -> float:
+def _exchange(work: Workload, shape: ModelShape, layout: Layout, tokens: float, gpus_per_node: int) -> float:
     """Seconds of TP and CP communication in a rank's forward pass over all its tokens."""
-    itemsize, layers = BYTES[config.trainer.precision][0], shape.layers // layout.pipeline
+    itemsize, layers = BYTES[work.precision][0], shape.layers // layout.pipeline
     local = tokens / layout.data / layout.context
     # Attention and MLP: an all-reduce each (under SP a gather and a scatter), twice the hidden states.
     tensor = 4 * shape.hidden * (layout.tensor - 1) / layout.tensor / _link(layout.tensor, gpus_per_node)
@@ -111,33 +99,33 @@ def _exchange(config: RunConfig, shape: ModelShape, layout: Layout, tokens: floa
     return local * layers * itemsize * (tensor + context)
 
 
-def _gradients(config: RunConfig, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
+def _gradients(work: Workload, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
     """Seconds per mini-batch to reduce the gradients and to gather the new weights."""
-    weight, gradient, _ = BYTES[config.trainer.precision]
+    weight, gradient, _ = BYTES[work.precision]
     parameters = shape.parameters / layout.tensor / layout.pipeline
-    moved = parameters * (weight + gradient) * (layout.shares - 1) / layout.shares
-    return moved / _link(layout.tensor * layout.shares, gpus_per_node)
+    volume = parameters * (weight + gradient) * (layout.shares - 1) / layout.shares
+    return volume / _link(layout.tensor * layout.shares, gpus_per_node)
 
 
 def _generate(
-    config: RunConfig, shape: ModelShape, layout: Layout, mean: float, cache_bytes: float
+    work: Workload, shape: ModelShape, layout: Layout, mean: float, cache_bytes: float
 ) -> tuple[float, float]:
     """Seconds to sample a rank's responses, in as many waves as the cache needs, and those of its all-reduces.
 
     Decoding a token reads the stage's weights once for all rows, and each row's keys and values; pipeline stages take
     turns. Prefill is a forward pass.
     """
-    itemsize = BYTES[config.trainer.precision][0]
-    rows = responses_per_rank(config, layout)
-    waves = -(-rows // max(1, int(cache_bytes // cache_per_response(config, shape, layout))))
-    limit, prompt = config.generation.longest_response, config.data.max_prompt_length * MEAN_LENGTH
+    itemsize = BYTES[work.precision][0]
+    rows = responses_per_rank(work, layout)
+    waves = -(-rows // max(1, int(cache_bytes // cache_per_response(work, shape, layout))))
+    limit, prompt = work.response_limit, work.prompt_limit * MEAN_LENGTH
     weights = itemsize * shape.parameters / layout.tensor / (HBM * BANDWIDTH)
     # A response's cache is read once at every length from the prompt's to its own.
     tokens_read = rows * SQUARES * mean**2 / 2
-    bytes_per_token = cache_per_response(config, shape, layout) * layout.pipeline / full_length(config)
+    bytes_per_token = cache_per_response(work, shape, layout) * layout.pipeline / work.full_length
     cache = tokens_read * bytes_per_token / (HBM * BANDWIDTH)
     decoded = 2 * rows * mean * shape.parameters / layout.tensor / (PEAK * MATRICES)
-    start = shape.layers * LAUNCH if config.generation.engine == "megatron" else 0.0
+    start = shape.layers * LAUNCH if work.engine == "megatron" else 0.0
     reduces = 2 * shape.layers * ALL_REDUCE if layout.tensor > 1 else 0.0
     prefill = 2 * rows * prompt * shape.parameters / layout.tensor / (PEAK * MATRICES)
     steps = waves * limit
@@ -146,14 +134,14 @@ def _generate(
     return reading + prefill + steps * (start + reduces), steps * reduces
 
 
-def _refit(config: RunConfig, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
+def _refit(work: Workload, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
     """Seconds to send the weights to an external engine; the embedded one reads the policy's."""
-    if config.generation.engine == "megatron":
+    if work.engine == "megatron":
         return 0.0
-    weights = BYTES[config.trainer.precision][0] * shape.parameters
-    return weights / _link(layout.model_ranks * layout.data, gpus_per_node)
+    weights = BYTES[work.precision][0] * shape.parameters
+    return weights / _link(layout.ranks, gpus_per_node)
 
 
 def _link(ranks: int, gpus_per_node: int) -> float:
-    """Bytes/s among so many neighbouring ranks."""
+    """Bytes/s of a link among this many neighbouring ranks."""
     return LINKS * (NVLINK if ranks <= gpus_per_node else NETWORK)

@@ -32,8 +32,8 @@ REPORTED: dict[str, tuple[float, ...]] = {
 
 
 def papers_table(results: Sequence[EvaluationResult], model: str | None) -> str:
-    """Pass@1 of each set, the papers' sets first and in their order, and the average over their six if all are there;
-    then the papers' rows, if `model` is the name of one of theirs."""
+    """Table of Pass@1 of each set, those of SETS first and in its order, and the average over SETS if all are there;
+    then the reported rows, if `model` is a key of REPORTED."""
     by_name = {result.name: result for result in results}
     names = [name for name in SETS if name in by_name] + [name for name in by_name if name not in SETS]
     titles = [SETS.get(name, name) for name in names]
@@ -66,7 +66,7 @@ def print_tables(
 
 def print_estimates(result: EvaluationResult) -> None:
     """Print every statistic of one set with its 95% interval, and pass@k for powers of two between 1 and K."""
-    print(f"{result.name}: {result.problems} problems x {result.samples} samples")
+    print(f"{result.name}: {result.questions} questions x {result.samples} samples")
     powers = [2**i for i in range(1, result.samples.bit_length()) if 2**i < result.samples]
     pass_k = {f"pass@{k}": bootstrap(pass_at_k(result.correct, k)) for k in powers}
     for name, e in {**result.estimates(), **pass_k}.items():
@@ -75,7 +75,7 @@ def print_estimates(result: EvaluationResult) -> None:
 
 
 def read_reference(directory: Path) -> dict[str, EvaluationResult]:
-    """Set -> its latest evaluation, in a run directory or a directory of evaluations. Raises UserError if none is."""
+    """Set -> its latest evaluation, from a run directory or one of evaluations. Raises UserError if there is none."""
     places = [directory / "evaluation", directory / "evaluate", directory]
     results = next((results for place in places if (results := read_evaluations(place))), None)
     if results is None:
@@ -89,15 +89,15 @@ def efficiency_table(results: Sequence[EvaluationResult], reference: Mapping[str
     for result in results:
         if (other := reference.get(result.name)) is None:
             continue
-        ours = float(result.lengths.mean()), float(avg_at_k(result.correct).mean())
-        theirs = float(other.lengths.mean()), float(avg_at_k(other.correct).mean())
-        if min(theirs) <= 0:
-            lines.append(f"{SETS.get(result.name, result.name):<16}  the reference has no correct answer: no score")
+        means = float(result.lengths.mean()), float(avg_at_k(result.correct).mean())
+        baseline = float(other.lengths.mean()), float(avg_at_k(other.correct).mean())
+        if min(baseline) <= 0:
+            lines.append(f"{SETS.get(result.name, result.name):<16}  no score: the reference has no correct answer")
             continue
-        scores.append(accuracy_efficiency_score(*ours, theirs))
+        scores.append(accuracy_efficiency_score(*means, baseline))
         lines.append(
-            f"{SETS.get(result.name, result.name):<16}{ours[0]:>10,.1f}{theirs[0]:>10,.1f}"
-            f"{ours[1]:>9.3f}{theirs[1]:>9.3f}{scores[-1]:>9.3f}"
+            f"{SETS.get(result.name, result.name):<16}{means[0]:>10,.1f}{baseline[0]:>10,.1f}"
+            f"{means[1]:>9.3f}{baseline[1]:>9.3f}{scores[-1]:>9.3f}"
         )
     if scores:
         lines.append(f"{'mean':<54}{np.mean(scores):>9.3f}")

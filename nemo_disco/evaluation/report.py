@@ -42,8 +42,8 @@ def write_report(run_dirs: list[Path], out: Path | None = None, reload_s: int | 
 
 
 def watch(runs: list[Path], out: Path | None) -> int:
-    """`report --watch`: rewrite the page until KeyboardInterrupt, then once more as a page that no longer reloads
-    itself. Returns 0. Raises UserError as write_report does.
+    """Rewrite the page whenever a run's files change, until KeyboardInterrupt; then once more, as a page that does not
+    reload itself. Returns 0, the exit code of `report --watch`. Raises UserError as write_report does.
     """
     last_state: object = None
     try:
@@ -101,8 +101,8 @@ def render(runs: list[Run], reload_s: int | None = None) -> str:
 def _accuracy_tables(runs: list[Run]) -> list[dict[str, Any]]:
     """A table for each run and set: its first evaluation against its last; no change for a set evaluated only once.
 
-    run: its number; name: of the set; steps: of the two evaluations; note: on differences between them apart from the
-    weights, or "".
+    run: the run's number; name: the set's; steps: those of the two evaluations; note: a sentence on differences between
+    them apart from the weights, or "".
     """
     tables = []
     for number, run in enumerate(runs):
@@ -112,7 +112,7 @@ def _accuracy_tables(runs: list[Run]) -> list[dict[str, Any]]:
             rows = compare(first, last)
             if first is last:
                 rows = [Row(row.metric, row.before, None, None) for row in rows]
-            table = {"run": number, "label": run.label, "name": name, "problems": first.problems, "rows": rows}
+            table = {"run": number, "label": run.label, "name": name, "questions": first.questions, "rows": rows}
             tables.append(table | {"steps": (first.step, last.step), "note": setup_differences(first, last)})
     return tables
 
@@ -137,14 +137,14 @@ def _accuracy(run: Run) -> dict[str, list[dict[str, Any]]]:
                 if value is not None:
                     by_step[step] = {"step": step, "value": value, "low": value, "high": value}
     for result in run.evaluations:
-        per_problem = result.per_problem()["pass@1"]
-        assert per_problem is not None
-        points.setdefault(result.name, {})[result.step] = {"step": result.step, **vars(bootstrap(per_problem))}
+        per_question = result.per_question()["pass@1"]
+        assert per_question is not None
+        points.setdefault(result.name, {})[result.step] = {"step": result.step, **vars(bootstrap(per_question))}
     return {name: [by_step[step] for step in sorted(by_step)] for name, by_step in points.items()}
 
 
 def _summarize(run: Run) -> dict[str, str]:
-    """A run's line in the overview. constraint: number of steps in which it was active."""
+    """A run's line in the overview, as text. constraint: number of steps in which the constraint was active."""
     times = [t for t in run.series("time/step") if t is not None]
     rewards = [r for r in run.series("reward/mean") if r is not None]
     active = [a for a in run.series("constraint/active") if a is not None]

@@ -42,12 +42,12 @@ class _SavedResult(TypedDict):
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Verdicts and lengths of K samples of each of P problems, in the set's order.
+    """Verdicts and lengths of K samples of each of P questions, in the set's order.
 
-    name: of the set; step: training step of the weights (0: before training).
+    name: the set's; step: training step of the weights (0: before training).
     correct [P, K] bool; lengths [P, K] int64, response tokens; truncated [P, K] bool: cut by the length limit.
     greedy_correct [P] bool, or None without greedy samples.
-    votes [P, K] int64, or None: samples of a problem with equal answers have equal numbers, those without an answer -1.
+    votes [P, K] int64, or None: equal numbers for equal answers to a question, -1 for samples without an answer.
     identity: all settings and data that decide samples and verdicts, as JSON; None in a file written by hand.
     Raises ValueError if the shapes disagree.
     """
@@ -75,21 +75,21 @@ class EvaluationResult:
             )
         if self.greedy_correct is not None and self.greedy_correct.shape != self.correct.shape[:1]:
             raise ValueError(
-                f"evaluation {self.name}: {self.greedy_correct.shape} greedy verdicts for {len(self.correct)} problems"
+                f"evaluation {self.name}: {self.greedy_correct.shape} greedy verdicts for {len(self.correct)} questions"
             )
 
     @property
-    def problems(self) -> int:
+    def questions(self) -> int:
         return len(self.correct)
 
     @property
     def samples(self) -> int:
         return len(self.correct[0])
 
-    def per_problem(self) -> dict[str, NDArray[np.float64] | None]:
-        """Statistic -> [P] its value for each problem, or None if it was not measured."""
+    def per_question(self) -> dict[str, NDArray[np.float64] | None]:
+        """Statistic -> [P] its value for each question, or None if it was not measured."""
         greedy = self.greedy_correct
-        # With one sample of each problem, pass@k would repeat Pass@1.
+        # With one sample of each question, pass@k would repeat Pass@1.
         pass_k = {f"pass@{self.samples}": pass_at_k(self.correct, self.samples)} if self.samples > 1 else {}
         if self.votes is not None and self.samples > 1:
             pass_k[f"maj@{self.samples}"] = maj_at_k(self.correct, self.votes)
@@ -102,12 +102,12 @@ class EvaluationResult:
         }
 
     def estimates(self) -> dict[str, Estimate | None]:
-        """Statistic -> its mean over problems with its bootstrap 95% interval, or None if it was not measured."""
-        return {name: None if v is None else bootstrap(v) for name, v in self.per_problem().items()}
+        """Statistic -> its mean over questions with its bootstrap 95% interval, or None if it was not measured."""
+        return {name: None if v is None else bootstrap(v) for name, v in self.per_question().items()}
 
     def metrics(self) -> dict[str, float]:
         """The statistics' means under their names in metrics.jsonl: eval/<set>/pass@1, ..."""
-        return {f"eval/{self.name}/{k}": float(v.mean()) for k, v in self.per_problem().items() if v is not None}
+        return {f"eval/{self.name}/{k}": float(v.mean()) for k, v in self.per_question().items() if v is not None}
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object, verdicts as 0 and 1, with a `summary` of the estimates for human readers."""
@@ -115,7 +115,7 @@ class EvaluationResult:
         return {
             "name": self.name,
             "step": self.step,
-            "problems": self.problems,
+            "problems": self.questions,
             "samples": self.samples,
             "summary": summary,
             "identity": self.identity,

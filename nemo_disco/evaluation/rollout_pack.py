@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_disco.evaluation.run_data import Run, finite
+from nemo_disco.evaluation.run_data import Run, to_finite
 from nemo_disco.evaluation.saved_tokens import unpack_values, unpack_widths
 
 SNIPPET = 140  # characters of a question in the list
 CHUNK = 1_500_000  # characters of text that the page unpacks at a time
-TEXT_BUDGET = 100_000_000  # characters of responses in one page: about 40 MB of HTML
+TEXT_BUDGET = 100_000_000  # characters of responses and token values in one page: about 40 MB of HTML
 TOKEN_COST = 4  # characters of text that take as much space as the values of one token
 COLUMNS = (
     *("run", "step", "question_id", "snippet", "chunk", "slot", "size"),  # of groups
@@ -43,12 +43,13 @@ class PackedRollouts:
 def pack_rollouts(runs: list[Run], budget: int = TEXT_BUDGET) -> PackedRollouts:
     """Pack the responses of all runs, in groups of one (run, step, question).
 
-    If the responses have more than `budget` characters in all, the longest ones are cut in their middle.
+    If they take more than `budget` characters in all, token values included (TOKEN_COST), the longest ones are cut in
+    their middle.
     """
     all_rollouts = [r for run in runs for _, rollouts in run.rollouts for r in rollouts]
     lengths = [len(_text(r.get("response"))) for r in all_rollouts]
-    values = TOKEN_COST * sum(int(finite(r.get("length")) or 0) for r in all_rollouts if "token_widths" in r)
-    limit = _length_limit(lengths, budget * sum(lengths) // max(1, sum(lengths) + values))
+    values_cost = TOKEN_COST * sum(int(to_finite(r.get("length")) or 0) for r in all_rollouts if "token_widths" in r)
+    limit = _length_limit(lengths, budget * sum(lengths) // max(1, sum(lengths) + values_cost))
     index: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     chunks: list[str] = []
     tokens: list[str] = []
@@ -68,7 +69,7 @@ def pack_rollouts(runs: list[Run], budget: int = TEXT_BUDGET) -> PackedRollouts:
             index[name].append(value)
         for rollout in group:
             for name in ("reward", "length"):
-                index[name].append(finite(rollout.get(name)))
+                index[name].append(to_finite(rollout.get(name)))
             for name in ("correct", "truncated"):
                 index[name].append(int(bool(rollout.get(name))))
         pending.append(group)

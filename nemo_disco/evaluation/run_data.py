@@ -1,4 +1,4 @@
-"""Reading of run directories for the report; missing and damaged parts are noted, never guessed.
+"""Reading of run directories for the report. Each missing or damaged file leaves a note; no value is made up.
 
 Only reads, and only files of the run directories that the caller names.
 """
@@ -42,19 +42,19 @@ class Run:
 
     def series(self, name: str) -> list[float | None]:
         """[steps] values of a metric; None where it is absent or not finite."""
-        return [finite(line.get(name)) for line in self.metrics]
+        return [to_finite(line.get(name)) for line in self.metrics]
 
     @property
     def names(self) -> list[str]:
         """Names of the metrics with at least one finite value, in order of appearance."""
-        names = dict.fromkeys(k for line in self.metrics for k, v in line.items() if finite(v) is not None)
+        names = dict.fromkeys(k for line in self.metrics for k, v in line.items() if to_finite(v) is not None)
         return [name for name in names if name != "step"]
 
     @property
     def delta(self) -> float | None:
         """The KL limit: the last logged one, else the configured one."""
         logged = [v for v in self.series("constraint/delta") if v is not None]
-        return logged[-1] if logged else finite(self.config.get("algorithm.constraint.delta"))
+        return logged[-1] if logged else to_finite(self.config.get("algorithm.constraint.delta"))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -79,7 +79,7 @@ def _read_run(path: Path, label: str) -> Run:
     files = [(int(m[1]), p) for p in run.directory.rollouts.glob("*.jsonl") if (m := ROLLOUT_FILE.search(p.name))]
     run.rollouts = [(step, _json_lines(file, run.notes, dict[str, Any])) for step, file in sorted(files)]
     if not run.rollouts:
-        run.notes.append("No saved rollouts: exp_manager.saved_rollouts says how many a step are kept.")
+        run.notes.append("No saved rollouts: exp_manager.saved_rollouts sets how many each step keeps.")
     return run
 
 
@@ -142,7 +142,7 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def finite(value: Any) -> float | None:
+def to_finite(value: Any) -> float | None:
     """The value as a float, or None if it is not a finite number."""
     small_int = isinstance(value, int) and abs(value) < 2**1000  # an int in JSON may be larger than any float
     return float(value) if small_int or (isinstance(value, float) and math.isfinite(value)) else None

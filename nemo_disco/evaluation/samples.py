@@ -62,7 +62,7 @@ class SampleFile:
             path.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps(identity, sort_keys=True).encode() + b"\n"
         if os.path.lexists(path):
-            self._move_if_replaced(head)
+            self._move_other_samples(head)
         self.batches, end = self._read(head, batch_sizes) if os.path.lexists(path) else ([], 0)
         self._file = AppendedFile(path)
         self._file.cut(end)
@@ -78,8 +78,8 @@ class SampleFile:
     def close(self) -> None:
         self._file.close()
 
-    def _move_if_replaced(self, head: bytes) -> None:
-        """Move the files below REPLACED if their identity is another one: their samples were expensive to make."""
+    def _move_other_samples(self, head: bytes) -> None:
+        """Move the files below REPLACED if they hold samples of another evaluation, which were expensive to make."""
         with open_file(self._path) as file, reading(self._path):
             old_head, first_sample = file.readline(LINE), file.readline(LINE)
         rank_files = [path for path in _rank_files(self._path) if path.lstat().st_size]
@@ -118,11 +118,11 @@ class SampleFile:
 
 
 class SampleStream:
-    """Samples of one evaluation on all ranks: rank 0's SampleFile of complete batches, and beside it a file a rank with
-    its samples of the unfinished batch. A context manager.
+    """Samples of one evaluation on all ranks: rank 0's SampleFile of complete batches, and beside it one file per rank
+    with that rank's samples of the unfinished batch. A context manager.
 
-    batches: the complete ones; recovered: samples of the unfinished one that an earlier process wrote, by row. Both are
-    the same on every rank.
+    batches: the complete batches; recovered: samples of the unfinished batch that an earlier process wrote, by row.
+    Both are the same on every rank.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class SampleStream:
         self._rank_file: AppendedFile | None = None
         self.batches: list[list[EvaluationSample]] = self._file.batches if self._file else []
         self.recovered: dict[int, EvaluationSample] = self._recover() if self._file else {}
-        # The identity too: it holds the times of the weights' files, which may differ from machine to machine.
+        # The identity is broadcast too: it holds the times of the weights' files, which may differ between machines.
         self.batches, self.recovered, self._identity = broadcast((self.batches, self.recovered, self._identity))
 
     def add(self, row: int, sample: EvaluationSample) -> None:
@@ -150,7 +150,7 @@ class SampleStream:
         self._rank_file.write(self._rank_line(row, sample))
 
     def append(self, samples: list[EvaluationSample]) -> None:
-        """Write the batch, now complete, and remove this rank's file of its samples."""
+        """Write the batch that is now complete, and remove this rank's file of samples of it."""
         if self._file is not None:
             self._file.append(samples)
         self.batches.append(samples)

@@ -18,7 +18,7 @@ FLOAT16_MAX = 65504.0
 
 
 def pack_widths(widths: Sequence[int]) -> str:
-    """Encode the number of characters of the response that each token adds, 0 for a token that adds none."""
+    """Encode the number of characters that each token adds to the response; 0 for a token that adds none."""
     return base64.b64encode(np.asarray(widths, "<u2").tobytes()).decode("ascii")
 
 

@@ -1,6 +1,6 @@
-"""Accuracy statistics of repeated samples, with bootstrap intervals over problems.
+"""Accuracy statistics of repeated samples, with bootstrap intervals over questions.
 
-Pure numpy on arrays [problems, samples]; deterministic under a seed. Must not import torch.
+Pure numpy on arrays [questions, samples]; deterministic under a seed. Must not import torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-# Resampled indices in memory at a time: limits a bootstrap to some tens of MB, whatever the number of problems.
+# Resampled indices in memory at a time: limits a bootstrap to some tens of MB, whatever the number of questions.
 INDICES_AT_ONCE = 2_000_000
 
 Vector = NDArray[np.float64]
@@ -21,7 +21,7 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and its 95% interval."""
+    """A mean over questions and its 95% interval."""
 
     value: float
     low: float
@@ -29,24 +29,24 @@ class Estimate:
 
 
 def avg_at_k(correct: ArrayLike) -> Vector:
-    """[problems] share of each problem's samples that are correct; its mean is Pass@1 (arXiv 2505.12366, section 5).
+    """[questions] share of each question's samples that are correct; its mean is Pass@1 (arXiv 2505.12366, section 5).
 
-    correct: bool [problems, samples]. Raises ValueError if it is empty or not two-dimensional.
+    correct: bool [questions, samples]. Raises ValueError if it is empty or not two-dimensional.
     """
     shares: Vector = _matrix(correct).mean(axis=1)
     return shares
 
 
 def pass_at_k(correct: ArrayLike, k: int) -> Vector:
-    """[problems] unbiased estimate of the chance that one of k samples is correct (arXiv 2107.03374, eq. 1).
+    """[questions] unbiased estimate of the chance that one of k samples is correct (arXiv 2107.03374, eq. 1).
 
-    1 - C(n - c, k) / C(n, k) for a problem with c correct samples of n.
-    correct: bool [problems, n]. Raises ValueError unless 1 <= k <= n.
+    1 - C(n - c, k) / C(n, k) for a question with c correct samples of n.
+    correct: bool [questions, n]. Raises ValueError unless 1 <= k <= n.
     """
     matrix = _matrix(correct)
     n = matrix.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} of {n} samples a problem: k must be between 1 and {n}")
+        raise ValueError(f"pass@{k} of {n} samples a question: k must be between 1 and {n}")
     counts, inverse = np.unique(matrix.sum(axis=1).astype(np.int64), return_inverse=True)
     # Exact integers: the binomials overflow floats already at usual values of n.
     chances: Vector = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c in counts.tolist()])[inverse]
@@ -54,21 +54,21 @@ def pass_at_k(correct: ArrayLike, k: int) -> Vector:
 
 
 def maj_at_k(correct: ArrayLike, votes: ArrayLike) -> Vector:
-    """[problems] 1 if the most frequent answer is correct, else 0 (arXiv 2203.11171); the mean over tied answers.
+    """[questions] 1 if the most frequent answer is correct, else 0 (arXiv 2203.11171); the mean over tied answers.
 
-    correct: bool [problems, samples]. votes: int [problems, samples], a number for each distinct answer of a problem,
-    -1 for a sample without an answer, which does not vote. A problem without votes counts 0.
+    correct: bool [questions, samples]. votes: int [questions, samples], a number for each distinct answer to a
+    question, -1 for a sample without an answer, which does not vote. A question without votes counts 0.
     Raises ValueError if the shapes differ.
     """
     matrix, ballots = _matrix(correct), np.asarray(votes, dtype=np.int64)
     if matrix.shape != ballots.shape:
         raise ValueError(f"{ballots.shape} votes for {matrix.shape} samples")
     shares = np.zeros(len(matrix))
-    for problem, ballot in enumerate(ballots):
+    for question, ballot in enumerate(ballots):
         answers, counts = np.unique(ballot[ballot >= 0], return_counts=True)
         winners = answers[counts == counts.max(initial=0)]
         if len(winners):
-            shares[problem] = np.mean([matrix[problem][ballot == answer].mean() for answer in winners])
+            shares[question] = np.mean([matrix[question][ballot == answer].mean() for answer in winners])
     return shares
 
 
@@ -85,13 +85,13 @@ def accuracy_efficiency_score(length: float, accuracy: float, reference: tuple[f
     return (reference_length - length) / reference_length - 10 * drop
 
 
-def bootstrap(per_problem: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """The mean over problems with its percentile bootstrap interval, from resampled problems (not samples).
+def bootstrap(per_question: ArrayLike, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """The mean over questions with its percentile bootstrap interval, from resampled questions (not samples).
 
-    per_problem: [problems]; for a single problem the interval has no width. Raises ValueError if it is empty or not
+    per_question: [questions]; for a single question the interval has no width. Raises ValueError if it is empty or not
     finite.
     """
-    values = np.asarray(per_problem, dtype=np.float64)
+    values = np.asarray(per_question, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"bootstrap needs a non-empty vector of finite values, not shape {values.shape}")
     rng = np.random.default_rng(seed)
@@ -110,5 +110,5 @@ def bootstrap(per_problem: ArrayLike, seed: int = 0, resamples: int = RESAMPLES)
 def _matrix(correct: ArrayLike) -> Vector:
     matrix = np.asarray(correct, dtype=np.float64)
     if matrix.ndim != 2 or not matrix.size:
-        raise ValueError(f"expected a non-empty [problems, samples] array, not shape {matrix.shape}")
+        raise ValueError(f"expected a non-empty [questions, samples] array, not shape {matrix.shape}")
     return matrix

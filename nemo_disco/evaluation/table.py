@@ -24,8 +24,8 @@ _TITLES = {"greedy": "greedy accuracy", "length": "response length (tokens)", "t
 
 @dataclass(frozen=True)
 class Row:
-    """One statistic. `change` is paired by problem, so its interval is narrower than the two others suggest; None if
-    the evaluations do not have the same problems."""
+    """One statistic before and after. `change` is paired by question, so its interval is narrower than the two others
+    suggest; None if the evaluations are not known to be of the same questions."""
 
     metric: str
     before: Estimate | None
@@ -46,14 +46,14 @@ def compare(before: EvaluationResult, after: EvaluationResult) -> list[Row]:
     """A row for each statistic of two evaluations of one set. Raises ValueError if they are of different sets."""
     if before.name != after.name:
         raise ValueError(f"cannot compare an evaluation of {before.name} with one of {after.name}")
-    old_statistics, new_statistics = before.per_problem(), after.per_problem()
+    old_statistics, new_statistics = before.per_question(), after.per_question()
     titles = {"pass@1": f"Pass@1 (avg@{after.samples})", **_TITLES}
     hashes = [(result.identity or {}).get("questions") for result in (before, after)]
-    same_problems = before.problems == after.problems and hashes[0] == hashes[1]
+    same_questions = before.questions == after.questions and hashes[0] == hashes[1]
     rows = []
     for name in dict.fromkeys((*old_statistics, *new_statistics)):
         old, new = old_statistics.get(name), new_statistics.get(name)
-        paired = old is not None and new is not None and same_problems
+        paired = old is not None and new is not None and same_questions
         rows.append(
             Row(
                 metric=titles.get(name, name),

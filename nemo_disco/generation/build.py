@@ -1,4 +1,4 @@
-"""Builds the configured engine on this rank: on the policy itself, or as the client of the replicas that it leads."""
+"""Builds the configured engine on this rank: on the policy itself, or as the client of the rank's replicas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.errors import UserError
 
 
-def leads(config: GenerationConfig) -> bool:
+def leads_replicas(config: GenerationConfig) -> bool:
     """True if this rank leads replicas: the first rank of its node, or rank 0 if generation.nodes names other hosts."""
     return is_first_rank() if config.nodes else int(os.environ.get("LOCAL_RANK", 0)) == 0
 
@@ -51,7 +51,7 @@ def build_engine(
         "sleeps": config.colocated and not config.nodes,
         "options": config.options,
     }
-    places = _places(config, logs.resolve()) if leads(config) else []
+    places = _places(config, logs.resolve()) if leads_replicas(config) else []
     return ExternalEngine([Replica(f"engine {config.engine}, replica {p.log.stem}", p, settings) for p in places])
 
 
@@ -76,8 +76,8 @@ def _places(config: GenerationConfig, logs: Path) -> list[Place]:
 
 
 def _gpu_names(numbers: range, on_this_node: bool) -> list[str]:
-    """A replica's GPUs as CUDA_VISIBLE_DEVICES names them. On this node `numbers` count the GPUs that this process may
-    use: with CUDA_VISIBLE_DEVICES=2,3, number 0 is the machine's third GPU."""
+    """A replica's GPUs as CUDA_VISIBLE_DEVICES names them. On this node `numbers` are positions among the GPUs that
+    this process may use: with CUDA_VISIBLE_DEVICES=2,3, number 0 is the machine's third GPU."""
     if not torch.cuda.is_available():
         return []
     if not on_this_node:

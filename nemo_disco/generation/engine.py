@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of a request. temperature 0 is greedy; top_k 0 and top_p 1.0 keep the whole vocabulary."""
+    """Sampling parameters of a request. Temperature 0 is greedy; top_k 0 and top_p 1.0 keep the whole vocabulary."""
 
     temperature: float
     max_response_length: int
@@ -39,9 +39,9 @@ class Response:
     weight_version: int
 
 
-# Called with (index of the prompt, response) when a response is finished, on exactly one rank.
-Finished = Callable[[int, Response], None]
-# Waits for the responses and returns them in order. Argument: the version of the policy's weights now. A collective.
+# Called with (index of the prompt, response) when a response is complete, on exactly one rank.
+Deliver = Callable[[int, Response], None]
+# Waits for the responses and returns them in order. Argument: the version of the policy's weights. A collective.
 PendingResponses = Callable[[int], list[Response]]
 
 
@@ -53,12 +53,12 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished | None = None,
+        deliver: Deliver | None = None,
     ) -> list[Response]:
-        """One response to each prompt, in order, all from the weights of the last update. Equal prompts in a row share
-        their prefix. The same (prompt, seed, sampling, weights) gives the same response whatever else is in the call,
-        as far as the engine's arithmetic does not depend on the batch. An engine that streams calls `finished` for
-        each response as it ends; other engines never call it."""
+        """Sample one response to each prompt from the weights of the last update; returns them in order. Equal prompts
+        in a row share their prefix. The same (prompt, seed, sampling, weights) gives the same response whatever else is
+        in the call, as far as the engine's arithmetic does not depend on the batch. An engine that streams calls
+        `deliver` for each response as it ends; other engines never call it."""
         ...
 
     def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:
@@ -87,9 +87,9 @@ class AsynchronousEngine(Engine, Protocol):
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished | None = None,
+        deliver: Deliver | None = None,
     ) -> PendingResponses:
-        """Start `generate` and return while it samples; another thread calls `finished`. Before any other request to
-        the engine the returned function must be called. The prompts that a lost replica had not answered are sampled
-        from the policy's weights at that call, and the responses have their version."""
+        """Start `generate` and return while it samples; another thread calls `deliver`. The returned function must be
+        called before any other request to the engine. It samples again the prompts that a lost replica did not answer,
+        from the policy's weights at that time, whose version these responses then have."""
         ...

@@ -72,10 +72,10 @@ LAYER = {
 class Architecture:
     """Properties that all networks of one model_type share.
 
-    absent: values of the fields that a config.json leaves out; rope_theta: the base of rope's angles there.
+    absent: values of the fields that a config.json leaves out; rope_theta: the base of rope's angles if it is left out.
     null_head_dim: a config.json may say `"head_dim": null`, for hidden_size / num_attention_heads. window_switch: its
     sliding_window counts only where use_sliding_window is true.
-    nemo: NeMo 2.0's name of the model; nemo_configs: its configuration class for each rope that it has.
+    nemo: NeMo 2.0's name of the model; nemo_configs: NeMo's configuration class for each type of rope that it has.
     """
 
     model_type: str

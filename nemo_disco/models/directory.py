@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.files import replaced
+from nemo_disco.runtime.files import backup_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Starts of the names of safetensors files in other formats: Mistral's and Meta's own, and LoRA's.
@@ -30,7 +30,7 @@ def explain(directory: Path) -> str | None:
         )
     if (directory / "config.json").exists():
         return None
-    return f"{directory}: no Hugging Face model there: {_without_config(directory)}"
+    return f"{directory}: no Hugging Face model there: {_explain_directory(directory)}"
 
 
 def safetensor_names(directory: Path) -> list[str]:
@@ -65,10 +65,10 @@ def _explain_missing(path: Path) -> str:
             f"{path}: no Hugging Face model there; if it is a name on the Hugging Face Hub: nothing is downloaded "
             f"here, so `hf download {path} --local-dir {_MODELS / path.name}` and give {_MODELS / path.name}"
         )
-    if replaced(path).is_dir():
+    if backup_path(path).is_dir():
         return (
-            f"{path}: no such directory, but {replaced(path)} is there: a run is replacing it, or was killed while it "
-            "did; try again in a moment, or start that run again, which puts it back"
+            f"{path}: no such directory, but {backup_path(path)} is there: a run is replacing it, or was killed while "
+            "it did; try again in a moment, or start that run again, which puts it back"
         )
     return f"{path}: no Hugging Face model there: no such directory; docs/model.md says how to get one"
 
@@ -79,8 +79,8 @@ def _explain_file(path: Path) -> str:
     return f"{path}: a file; give the Hugging Face directory that it is in ({path.parent})"
 
 
-def _without_config(directory: Path) -> str:
-    """A line on what a directory without config.json is."""
+def _explain_directory(directory: Path) -> str:
+    """A line on what a directory without config.json is, and what to give instead."""
     if snapshots := sorted(directory.glob("snapshots/*/config.json")):
         newest = max(snapshots, key=lambda p: p.stat().st_mtime).parent
         return f"it is a model's place in the Hugging Face cache; give the snapshot in it: {newest}"

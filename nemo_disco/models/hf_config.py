@@ -94,7 +94,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     except FileError as fault:
         raise UserError(f"{fault}; the model directory is damaged") from None
     try:
-        return _checked(config)
+        return _check(config)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -102,7 +102,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
 def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local directory.
 
-    Raises UserError as read_hf_config does, and for what transformers itself refuses.
+    Raises UserError as read_hf_config does, and for a config that transformers itself refuses.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -114,14 +114,14 @@ def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{path}/config.json: transformers refuses it: {' '.join(str(error).split())}") from error
 
 
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the values of absent fields. Raises UserError for a network that is not built."""
+def _check(config: dict[str, Any]) -> dict[str, Any]:
+    """Check a config, and return it with the values of absent fields. Raises UserError if its network is not built."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UserError(f"model_type {_shown(kind)} is not built; known: {', '.join(sorted(ARCHITECTURES))}")
+        raise UserError(f"model_type {_text(kind)} is not built; known: {', '.join(sorted(ARCHITECTURES))}")
     architecture = ARCHITECTURES[kind]
     _check_identity(config, kind)
-    _check_known(config, architecture)
+    _check_fields(config, architecture)
     config = {**_ABSENT, **architecture.absent, **config}
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config.get("num_attention_heads")
@@ -131,35 +131,35 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_identity(config: dict[str, Any], kind: str) -> None:
-    """Raises UserError unless it is transformers' own decoder with a language-model head."""
+    """Raises UserError unless the network is transformers' own decoder with a language-model head."""
     names = config.get("architectures") or [f"{kind}ForCausalLM"]
     if not isinstance(names, list) or not all(str(name).lower() == f"{kind}forcausallm" for name in names):
         raise UserError(
-            f"architectures={_shown(names)} is not built for model_type {kind!r}, only a decoder with a language-model "
+            f"architectures={_text(names)} is not built for model_type {kind!r}, only a decoder with a language-model "
             "head (...ForCausalLM)"
         )
     code = config.get("auto_map", {})
     if not isinstance(code, dict) or code.keys() - {"AutoTokenizer"}:
         raise UserError(
-            f"auto_map={_shown(code)} names code of the model's own, and the network built here is transformers' "
+            f"auto_map={_text(code)} names code of the model's own, and the network built here is transformers' "
             f"{kind}; remove the entry if the two are the same network"
         )
 
 
-def _check_known(config: dict[str, Any], architecture: Architecture) -> None:
+def _check_fields(config: dict[str, Any], architecture: Architecture) -> None:
     """Raises UserError for an unknown field, and for a value that makes another network than the one built here."""
     built = BUILT_VALUES | {"attention_bias": ((True,) if architecture.qkv_bias else (False, None), "")}
     unknown = [name for name in config if name not in READ_FIELDS and name not in HARMLESS and name not in built]
     if unknown:
-        named = ", ".join(f"{_shown(name, quote=False)}={_shown(config[name])}" for name in unknown[:3])
+        named = ", ".join(f"{_text(name, quote=False)}={_text(config[name])}" for name in unknown[:3])
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
             f"{named}{more}: not a field that is known here, and it may change the network; remove it if it does not"
         )
     for name, (values, hint) in built.items():
         if name in config and not any(_same(config[name], value) for value in values):
-            allowed = " or ".join(_shown(value) for value in values)
-            raise UserError(f"{name}={_shown(config[name])} is not built, only {allowed}" + (f"; {hint}" * bool(hint)))
+            allowed = " or ".join(_text(value) for value in values)
+            raise UserError(f"{name}={_text(config[name])} is not built, only {allowed}" + (f"; {hint}" * bool(hint)))
 
 
 def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
@@ -170,35 +170,35 @@ def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
     for name in _SIZES if null else (*_SIZES, "head_dim"):
         limit = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
         if not _is_size(config[name], limit):
-            raise UserError(f"{name}={_shown(config[name])} is not a whole number of at least 1 and at most {limit:,}")
+            raise UserError(f"{name}={_text(config[name])} is not a whole number of at least 1 and at most {limit:,}")
     heads, kv_heads, hidden = (config[n] for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads % kv_heads:
         raise UserError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     if config.get("head_dim") is None and hidden % heads:
         raise UserError(f"num_attention_heads={heads} does not divide hidden_size={hidden}, and there is no head_dim")
     if not _is_number(config["rms_norm_eps"]) or config["rms_norm_eps"] <= 0:
-        raise UserError(f"rms_norm_eps={_shown(config['rms_norm_eps'])} is not a number above 0")
+        raise UserError(f"rms_norm_eps={_text(config['rms_norm_eps'])} is not a number above 0")
     if not isinstance(config["tie_word_embeddings"], bool):
-        raise UserError(f"tie_word_embeddings={_shown(config['tie_word_embeddings'])} is neither true nor false")
+        raise UserError(f"tie_word_embeddings={_text(config['tie_word_embeddings'])} is neither true nor false")
 
 
 def _check_attention(config: dict[str, Any], architecture: Architecture) -> None:
-    """Raises UserError if attention has a sliding window. With the architecture's switch off, the window is ignored."""
+    """Raises UserError if attention has a sliding window; behind a switch, only if it is on and some layer uses it."""
     window, uses = config.get("sliding_window"), config.get("use_sliding_window", False)
     layers = config["num_hidden_layers"]
     if uses not in (True, False, None):
-        raise UserError(f"use_sliding_window={_shown(uses)} is neither true nor false")
+        raise UserError(f"use_sliding_window={_text(uses)} is neither true nor false")
     kinds = config.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * layers:
         raise UserError(
-            f"layer_types={_shown(kinds)} is not built, only 'full_attention' for each of num_hidden_layers={layers}"
+            f"layer_types={_text(kinds)} is not built, only 'full_attention' for each of num_hidden_layers={layers}"
         )
     if architecture.window_switch and (not uses or kinds is not None or config.get("max_window_layers", 28) >= layers):
         return
     if window is None:
         return
     raise UserError(
-        f"sliding_window={_shown(window)} is not built: attention here sees the whole sequence; set it to null if no "
+        f"sliding_window={_text(window)} is not built: attention here sees the whole sequence; set it to null if no "
         "sequence of yours is longer"
     )
 
@@ -209,11 +209,9 @@ def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, 
     dtypes = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
     for name, value in dtypes.items():
         if value not in _DTYPES:
-            raise UserError(
-                f"{name}={_shown(value)} is not a type of weights that is read; known: {', '.join(_DTYPES)}"
-            )
+            raise UserError(f"{name}={_text(value)} is not a type of weights that is read; known: {', '.join(_DTYPES)}")
     if len(set(dtypes.values())) > 1:
-        raise UserError(f"dtype={_shown(dtypes['dtype'])} and torch_dtype={_shown(dtypes['torch_dtype'])} contradict")
+        raise UserError(f"dtype={_text(dtypes['dtype'])} and torch_dtype={_text(dtypes['torch_dtype'])} contradict")
     for value in dtypes.values():
         both |= {"dtype": value, "torch_dtype": value}
     return both
@@ -232,7 +230,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-def _shown(value: Any, quote: bool = True) -> str:
+def _text(value: Any, quote: bool = True) -> str:
     """A value as JSON, on one line, cut to 60 characters."""
     text = json.dumps(value) if quote or not isinstance(value, str) else json.dumps(value)[1:-1]
     return text if len(text) <= 60 else text[:57] + "..."

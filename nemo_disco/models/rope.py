@@ -21,7 +21,7 @@ SCALINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """kind: a key of SCALINGS; theta: the base of the angles; scaling: the parameters of the kind."""
+    """A model's rope. kind: a key of SCALINGS; theta: the base of the angles; scaling: the parameters of the kind."""
 
     kind: str
     theta: float

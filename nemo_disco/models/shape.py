@@ -39,7 +39,7 @@ class ModelWeight:
         """Shape of the megatron-core tensor."""
         return (sum(shape[0] for _, shape in self.parts), *self.parts[0][1][1:])
 
-    def numbered(self, key: str) -> str:
+    def full_name(self, key: str) -> str:
         """megatron-core's name of the parameter in the whole model, from `key` or `local_key`."""
         return key if self.layer is None else key.replace("decoder.layers.", f"decoder.layers.{self.layer}.")
 
@@ -84,7 +84,7 @@ class ModelShape:
         return dict(part for weight in self.weights() for part in weight.parts)
 
     def modules_with_fp8_state(self) -> Iterator[tuple[str, int, int]]:
-        """(name, layer, layers) of what may hold FP8 state: Transformer Engine's linear layers, attention and norms."""
+        """(name, layer, layers) of Transformer Engine's modules with FP8 state: linear layers, attention and norms."""
         modules = [weight.name.rpartition(".")[0] for weight in self.architecture.layer.values()]
         for module in dict.fromkeys([*modules, "self_attention.core_attention"]):
             yield from ((f"decoder.layers.{module}", layer, self.layers) for layer in range(self.layers))
@@ -155,7 +155,7 @@ class ModelShape:
         return self.layers * self.layer_parameters + embeddings + self.hidden
 
 
-# Published shapes of the papers' models and their larger kin, so that `plan` works without their files.
+# Published shapes of the papers' models and of larger ones of their family, so that `plan` works without their files.
 # NAMES_BY_SIZE: their names by size (32b).
 _DISTILL: dict[str, Any] = {"tied": False, "max_positions": 131072}
 _QWEN2, _LLAMA = ({**_DISTILL, "architecture": ARCHITECTURES[name]} for name in ("qwen2", "llama"))
@@ -176,7 +176,7 @@ def published_name(shape: ModelShape) -> str | None:
 
 
 def find_shape(path: str) -> tuple[ModelShape | None, str]:
-    """The shape of the model at `path`, or the published one of a known name or size, and a line that says which it is.
+    """The shape of the model at `path`, or the published shape of a name or size, or None; and a line that says which.
 
     Raises UserError for a damaged directory.
     """
@@ -188,8 +188,8 @@ def find_shape(path: str) -> tuple[ModelShape | None, str]:
         return read_shape(path), f"Model: {path}."
     missing = explain(Path(path))
     name = NAMES_BY_SIZE.get(path.lower(), Path(path).name)
-    if (known := PUBLISHED.get(name)) is not None:
-        return known, f"Model: the published shape of {name}{'' if path.lower() in NAMES_BY_SIZE else f'; {missing}'}."
+    if (shape := PUBLISHED.get(name)) is not None:
+        return shape, f"Model: the published shape of {name}{'' if path.lower() in NAMES_BY_SIZE else f'; {missing}'}."
     sizes = ", ".join(NAMES_BY_SIZE)
     return None, f"Model: {missing}. So there is no estimate; known without files: model.path={sizes}."
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from nemo_disco.config.safe_yaml import read_yaml
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.saved_files import Count, check_shape, read_json
+from nemo_disco.runtime.saved_files import Count, check_types, read_json
 
 _STEP = re.compile(r"step_(\d+)(?:\.replaced)?")
 
@@ -27,7 +27,7 @@ class _Model(TypedDict):
 
 
 class _Config(TypedDict):
-    """The one key that is read of a run's configuration, which another version may have written."""
+    """The one key that is read from a run's configuration, which another version may have written."""
 
     model: _Model
 
@@ -63,7 +63,7 @@ def model_source(path: str) -> ModelSource:
 
 
 def _checkpoint_source(checkpoint: Path) -> ModelSource:
-    """A converted checkpoint has its model's Hugging Face files inside; a run's config.yaml names their directory."""
+    """The files of a checkpoint: a converted one contains Hugging Face's, else its run's config.yaml names them."""
     step = read_json(checkpoint / "checkpoint.json", _Step)["step"]
     hf_files = checkpoint / "hugging_face"
     if hf_files.is_dir():
@@ -72,7 +72,7 @@ def _checkpoint_source(checkpoint: Path) -> ModelSource:
     if not config.is_file():
         raise UserError(f"model.path={checkpoint}: no {config} says which model this is a checkpoint of")
     try:
-        path = check_shape(config, read_yaml(config), _Config)["model"]["path"]
+        path = check_types(config, read_yaml(config), _Config)["model"]["path"]
     except UserError as fault:
         raise UserError(f"{fault}; it says which model this is a checkpoint of") from None
     return ModelSource(path, checkpoint, step)

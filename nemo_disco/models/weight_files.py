@@ -19,7 +19,7 @@ from nemo_disco.data.tokenizer import adapt_tokenizer_config
 from nemo_disco.models import architecture
 from nemo_disco.models.directory import safetensor_names
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.safetensor_writer import Plan, write_safetensors
+from nemo_disco.runtime.safetensor_writer import TensorPlan, write_safetensors
 from nemo_disco.runtime.saved_files import FileError, check_file, read_json
 
 (EMBEDDING,), (OUTPUT,) = architecture.EMBEDDING.parts, architecture.OUTPUT.parts
@@ -40,8 +40,8 @@ COMPANIONS = (
 class SafetensorReader:
     """Reads the tensors of a Hugging Face directory by name, one at a time.
 
-    Their files, as in transformers: model.safetensors, else those that the index names, else every *.safetensors that
-    is not of another format. Buffers in old files that networks compute themselves are left out.
+    They are in the same files as for transformers: model.safetensors, else those that the index names, else every
+    *.safetensors that is not of another format. Buffers in old files that networks compute themselves are left out.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -174,7 +174,7 @@ def _require(directory: Path, names: list[str]) -> None:
 
 
 def _damage(file: Path, error: Exception) -> str:
-    """The fault of a file that does not open, and what to do about it."""
+    """A message on a file that does not open: its fault, and what to do about it."""
     try:
         with file.open("rb") as stream:
             pointer = stream.read(len(_LFS)) == _LFS
@@ -186,7 +186,7 @@ def _damage(file: Path, error: Exception) -> str:
 
 
 def save_hf_directory(
-    directory: Path, plan: Plan, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any], source: Path
+    directory: Path, plan: TensorPlan, tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any], source: Path
 ) -> None:
     """Write a model: its weights (with an index if in several files), config.json, and the other files of `source`.
 

@@ -16,10 +16,10 @@ from nemo_disco.models.shape import ModelWeight
 
 
 def shard(weight: ModelWeight, parts: Sequence[Tensor], rank: int = 0, ranks: int = 1) -> Tensor:
-    """The megatron-core tensor of one of so many tensor-parallel ranks, from the Hugging Face tensors of the weight.
+    """The megatron-core tensor of tensor-parallel rank `rank` of `ranks`, from the weight's Hugging Face tensors.
 
-    A vocabulary that `ranks` does not divide gets rows of zeros. Memory: a single part's is shared where that is
-    possible; for several parts the shard.
+    A vocabulary that `ranks` does not divide gets rows of zeros. Memory: none for a single part, where the shard can be
+    a view of it; else that of the shard.
     """
     if weight.split is not None:
         rows = [-part.shape[0] % ranks if weight.split == 0 else 0 for part in parts]

@@ -1,7 +1,7 @@
 """Core attention for megatron-core's local layer spec: causal attention inside each sequence of a packed micro-batch.
 
-For models without Transformer Engine: torch's flash kernel in half precision on CUDA (not run), else SDPA. Rope has
-been applied before.
+For models without Transformer Engine: torch's flash kernel in half precision on CUDA (not run), else SDPA. Queries and
+keys arrive with rope applied.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signa
 # cuDNN's kernel on Hopper (published as faster than FlashAttention 2, torch's kernel for packed sequences). None: all
 # are packed. Not run on a GPU; benchmarks/gpu measures both.
 LONG_FROM: int | None = None
-# They are padded on the right to a multiple of this many tokens: cuDNN needs tens of milliseconds for each new length.
+# Such a sequence is padded on the right to a multiple of this: cuDNN needs tens of milliseconds for each new length.
 LONG_MULTIPLE = 512
 LONG_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 # Under causal attention right-padding needs no mask (no real token attends to what follows it), so that neighbours of
@@ -59,7 +59,7 @@ class Bucket:
 
 @dataclass
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]
-    """The sequences of one micro-batch, back to back, ordered by length so that neighbours share a bucket.
+    """The sequences of one micro-batch, back to back, shortest first (padding last), so that neighbours share a bucket.
 
     The format stays "sbhd" with a batch of one: megatron then applies rope to the micro-batch as a whole (the model
     passes each token's own angle) instead of slicing it sequence by sequence.
@@ -71,12 +71,12 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     Under context parallelism each sequence is a multiple of 2 CP long and cut into 2 CP pieces, of which rank r has the
     r-th and the r-th from the end (equal work under causal attention). local [S / CP]: index of this rank's tokens in
     the whole micro-batch. keys: for each piece in turn, index of the keys that it attends to in the concatenated shares
-    of all ranks; the last of them are the piece's own. stretches: number of queries and of keys of each piece.
+    of all ranks; the last of them are the piece's own. piece_sizes: number of queries and of keys of each.
     """
 
     qkv_format: str = "sbhd"
     lengths: tuple[int, ...] = ()
-    stretches: tuple[tuple[int, int], ...] = ()
+    piece_sizes: tuple[tuple[int, int], ...] = ()
     starts: Tensor | None = None
     local: Tensor | None = None
     keys: Tensor | None = None
@@ -111,7 +111,7 @@ def _thd(starts: Tensor | None, longest: int) -> PackedSeqParams:
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:
-    """[n + 1] the start of each sequence, and the end of the last."""
+    """[n + 1] int32: the token at which each sequence starts, and the end of the last."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
@@ -134,12 +134,12 @@ def _cut(lengths: Sequence[int], rank: int, size: int) -> dict[str, Any]:
         "max_seqlen_kv": max(keys),
         "local": torch.cat(shares[rank]),
         "keys": places[torch.cat(ranges)],
-        "stretches": tuple(zip(queries, keys, strict=True)),
+        "piece_sizes": tuple(zip(queries, keys, strict=True)),
     }
 
 
 def _buckets(lengths: Sequence[int]) -> tuple[Bucket, ...]:
-    """Cut the sequences into buckets, each as long as its padding allows."""
+    """Put neighbouring sequences into buckets, each with as many as _MAX_PADDING allows."""
     buckets, first, start = [], 0, 0
     while first < len(lengths):
         end, total, width = first, 0, 0
@@ -167,7 +167,7 @@ def _bucket(start: int, lengths: Sequence[int], width: int) -> Bucket:
 
 
 def has_flash_kernel(query: Tensor) -> bool:
-    """True if torch's flash attention supports these tensors' type, device and width of a head. Not run."""
+    """True if torch's flash attention supports the queries' type, device and width of a head. Not run."""
     width = query.shape[-1]
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
 
@@ -189,7 +189,7 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedSequences,
         **__: Any,
     ) -> Tensor:
-        """[S, 1, heads * d]. The mask that megatron passes is ignored: packed_seq_params implies it."""
+        """Output [S, 1, heads * d]. The mask that megatron passes is ignored: packed_seq_params implies it."""
         packed = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         if packed.keys is not None:
@@ -205,11 +205,11 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
         elif packed.keys is None:
             out = torch.cat([self._attend(q, k, v, bucket) for bucket in packed.buckets])
         else:
-            out = self._attend_in_stretches(q, k, v, packed)
+            out = self._attend_by_piece(q, k, v, packed)
         return out.reshape(query.shape[0], 1, -1)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        """torch's flash kernel for ragged sequences; its causal mask is aligned to the last query and the last key."""
+        """Attention by torch's flash kernel for ragged sequences, whose mask is aligned to the last query and key."""
         sizes = packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
         out = varlen_attn(query, key, value, *sizes, scale=self.scale, window_size=(-1, 0), **_GROUPED)
         return cast(Tensor, out)
@@ -230,15 +230,15 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
         return torch.cat(pieces)
 
     def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one sequence, padded on the right, which no real token sees under a causal mask."""
+        """Attention of one sequence. It is padded on the right, where no real token attends under a causal mask."""
         tokens = len(query)
         extra = round_up(tokens, LONG_MULTIPLE) - tokens
         with sdpa_kernel(LONG_BACKENDS, set_priority=True):
             return self._sdpa(*(F.pad(x, (0, 0, 0, 0, 0, extra))[None] for x in (query, key, value)))[0, :tokens]
 
-    def _attend_in_stretches(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+    def _attend_by_piece(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Attention of this rank's pieces, one by one, to the gathered keys and values."""
-        queries, keys = (list(sizes) for sizes in zip(*packed.stretches, strict=True))
+        queries, keys = (list(sizes) for sizes in zip(*packed.piece_sizes, strict=True))
         parts = (torch.split(x, sizes) for x, sizes in ((query, queries), (key, keys), (value, keys)))
         return torch.cat([self._sdpa(*(x[None] for x in piece))[0] for piece in zip(*parts, strict=True)])
 

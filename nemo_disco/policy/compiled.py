@@ -20,20 +20,20 @@ def compiled(function: Function) -> Function:
     """`function`, compiled at its first call if CUDA is available."""
 
     @cache
-    def best() -> Callable[..., Any]:
+    def choose() -> Callable[..., Any]:
         if not torch.cuda.is_available():
             return function
         return torch.compile(function, options={"emulate_precision_casts": True})
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return best()(*args, **kwargs)
+        return choose()(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 @cache
 def compile_rope() -> None:
-    """Make megatron's rope one kernel on CUDA."""
+    """Make megatron's rope a compiled function, one kernel, if CUDA is available."""
     if torch.cuda.is_available():
         rope_utils._apply_rotary_pos_emb_bshd = compiled(rope_utils._apply_rotary_pos_emb_bshd)

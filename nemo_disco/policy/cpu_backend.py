@@ -26,7 +26,7 @@ _CUDA_LITERALS = (
     "optimizer.distrib_optimizer",
 )
 _FACTORIES = frozenset({"zeros", "ones", "empty", "tensor", "full", "arange", "empty_like"})
-# Option number of mallopt, and bytes: larger blocks are mapped separately; more free memory at the heap's end is freed.
+# Variable -> mallopt's option, bytes: larger blocks are mapped separately; more free memory at the heap's end is freed.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": (-3, 1 << 20), "MALLOC_TRIM_THRESHOLD_": (-1, 8 << 20)}
 _LARGE = 256 << 20  # bytes of weights
 _enabled = False
@@ -61,16 +61,16 @@ def enable() -> None:
     _use_cpu_random_state()
 
 
-def return_freed_memory(weights: int) -> None:
+def return_freed_memory(weight_bytes: int) -> None:
     """Make the allocator return freed tensors of 1 MiB and more to the system at once, on a CPU with at least 256 MiB
     of weights.
 
     By default glibc keeps freed blocks below 32 MiB wherever something newer lies above them: about a fifth of the
     memory that `plan` reports (tests/policy/test_cpu_memory.py compares a run with it). Mapping costs about a tenth of
-    the time at 135M parameters and twice as much at 4M (benchmarks/train_step.py, with _LARGE = 0), so that small
-    models go without. Does nothing with another C library, or if one of _ALLOCATOR's variables is set.
+    the time at 135M parameters and a fifth at 4M (benchmarks/train_step.py, with _LARGE = 0), so small models keep the
+    default. Does nothing with another C library, or if one of _ALLOCATOR's variables is set.
     """
-    if not _enabled or weights < _LARGE or any(name in os.environ for name in _ALLOCATOR):
+    if not _enabled or weight_bytes < _LARGE or any(name in os.environ for name in _ALLOCATOR):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -79,7 +79,7 @@ def return_freed_memory(weights: int) -> None:
 
 
 def _replace_cuda_calls() -> None:
-    """Give torch.cuda's queries, Tensor.cuda and Tensor.type what megatron-core expects, with the CPU as the device."""
+    """Replace torch.cuda's queries, Tensor.cuda and Tensor.type by functions for the CPU that megatron-core accepts."""
     cuda: Any = torch.cuda
     cpu = torch.device("cpu")
     cuda.current_device = lambda: cpu

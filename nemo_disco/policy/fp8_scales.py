@@ -22,8 +22,8 @@ _SCALED = {"fwd": 3, "bwd": 2}
 
 
 def sharded_scales(chunk: PolicyModel) -> dict[str, Any]:
-    """megatron's sharded tensors of the state, copies on the host; empty before the first FP8 pass. All ranks have the
-    same state, since they reduce their maxima."""
+    """Copies of the state on the host, as megatron's sharded tensors; empty before the first FP8 pass. All ranks have
+    the same state, since they reduce their maxima."""
     return {
         f"{key}.{name}": make_sharded_tensor_for_checkpoint(tensor, f"fp8.{key}.{name}")
         for key, layer in _layers(chunk)
@@ -32,7 +32,7 @@ def sharded_scales(chunk: PolicyModel) -> dict[str, Any]:
 
 
 def loadable_scales(chunk: PolicyModel) -> dict[str, Any]:
-    """The same tensors as `sharded_scales`, empty, to be filled from a checkpoint."""
+    """Uninitialised tensors in place of those of `sharded_scales`, to be filled from a checkpoint."""
     return {
         f"{key}.{name}": make_sharded_tensor_for_checkpoint(torch.empty(shape), f"fp8.{key}.{name}")
         for key, _ in _layers(chunk)

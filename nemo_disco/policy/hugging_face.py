@@ -25,13 +25,14 @@ from nemo_disco.models.shape import ModelShape, ModelWeight
 from nemo_disco.models.weight_layout import shard, unshard
 from nemo_disco.policy.layers import layer_spec
 from nemo_disco.policy.model import PolicyModel
+from nemo_disco.runtime.collectives import on_every_rank
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One megatron parameter of the whole model: the rank's stage and chunk that have it, its name there and shape."""
+    """One megatron parameter: its pipeline stage, chunk, name in the chunk, name in the model, and shape on a rank."""
 
     stage: int
     chunk: int
@@ -62,7 +63,7 @@ class HuggingFaceModel:
         self.shape, self.config, self.transformer_engine = shape, config, transformer_engine
         self.vocabulary = shape.vocab if vocabulary is None else vocabulary
         self._inv_freq = inverse_frequencies(hf_config)
-        self._weights = {w.numbered(key): w for w in shape.weights() for key in (w.key, w.local_key)}
+        self._weights = {w.full_name(key): w for w in shape.weights() for key in (w.key, w.local_key)}
         if shape.tied:  # the last pipeline stage has a copy of the embedding
             self._weights[OUTPUT.name] = self._weights[EMBEDDING.name]
         stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -85,7 +86,7 @@ class HuggingFaceModel:
         )
 
     def _all_entries(self) -> list[_Entry]:
-        """The parameters of all pipeline stages. A collective."""
+        """The parameters of all pipeline stages, without a tied output layer. A collective."""
         stage = parallel_state.get_pipeline_model_parallel_rank()
         mine = [
             _Entry(stage, index, local_name, name, tuple(parameter.shape))
@@ -93,8 +94,7 @@ class HuggingFaceModel:
             for local_name, name, parameter in _parameters(chunk)
             if not (self.shape.tied and name == OUTPUT.name)
         ]
-        stages: list[list[_Entry]] = [[]] * parallel_state.get_pipeline_model_parallel_world_size()
-        dist.all_gather_object(stages, mine, group=parallel_state.get_pipeline_model_parallel_group())
+        stages = on_every_rank(lambda: mine, parallel_state.get_pipeline_model_parallel_group())
         return [entry for entries in stages for entry in entries]
 
     def load(self, read: Callable[[str], Tensor]) -> None:
@@ -116,7 +116,7 @@ class HuggingFaceModel:
 
     def named_tensors(self, select: Callable[[Tensor], Tensor] = _plain) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the model under its Hugging Face name, whole, on every rank. Needs the memory of one megatron
-        parameter. select: the tensor to take of each parameter, itself or its gradient.
+        parameter. select: picks a tensor of each parameter, its values or its gradient.
 
         A collective: every rank of the model must run the iterator to its end.
         """
@@ -133,7 +133,7 @@ class HuggingFaceModel:
 
 
 def _parameters(chunk: PolicyModel) -> Iterator[tuple[str, str, Tensor]]:
-    """Name in the chunk, name in the whole model, and parameter."""
+    """Name in the chunk, name in the whole model, and tensor of each parameter."""
     for name, parameter in chunk.named_parameters():
         yield name, _LAYER.sub(lambda m: str(chunk.decoder.layers[int(m[0])].layer_number - 1), name), parameter
 

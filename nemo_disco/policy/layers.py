@@ -39,7 +39,7 @@ def uses_transformer_engine(config: ModelConfig) -> bool:
 def layer_spec(config: Any, transformer_engine: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers."""
     layer, norm = _transformer_engine_layer(config) if transformer_engine else _local_layer(config)
-    # megatron's own would launch dropout, which is 0.
+    # megatron's own version would launch a dropout kernel, though dropout is 0.
     layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
     if not config.bias_activation_fusion:
         # Despite its name, this is how megatron's MLP takes any module as its activation.
@@ -50,13 +50,13 @@ def layer_spec(config: Any, transformer_engine: bool, vp_stage: int | None = Non
 
 
 def residual_add(training: bool, fused: bool) -> Any:  # noqa: ARG001 - megatron's signature
-    """megatron's bias-dropout-add without bias and dropout."""
+    """Replacement for megatron's bias-dropout-add, without bias and dropout."""
     return lambda x_with_bias, residual, _: residual + x_with_bias[0]
 
 
 @compiled
 def swiglu(x: Tensor) -> Tensor:
-    """[..., 2 f] gate and up -> [..., f]."""
+    """silu(gate) * up [..., f]. x [..., 2 f]: gate and up, one after the other."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -1,8 +1,8 @@
 """Log-probs and entropies of tokens from hidden states, tile by tile over tokens and vocabulary.
 
 Touches tensors and a tensor-parallel group alone: no megatron, no configuration. At no time do the logits of more than
-one tile exist: backward computes them again. In half precision on CUDA the Triton kernels of log_probs_kernel never
-write any to memory.
+one tile exist: backward computes them again. In half precision on CUDA the Triton kernels of log_probs_kernel write no
+logits to memory at all.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ class _Tokens(NamedTuple):
 
 
 def _active_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor | None:
-    """Indices of the tokens with a non-zero gradient, None for all. Unmixed groups have weight 0, so that their logits
-    need not be computed again."""
+    """Indices of the tokens with a non-zero gradient; None for all tokens, as always on CUDA. The tokens of unmixed
+    groups have weight 0, so that their logits need not be computed again."""
     if not _is_on_host(grad_log_probs):
         return None
     active = grad_log_probs != 0
@@ -202,26 +202,27 @@ def _active_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor 
 
 
 def _kernel(hidden: Tensor, weight: Tensor) -> ModuleType | None:
-    """The module of Triton kernels if they can compute these, else None."""
+    """The module of Triton kernels, or None if they cannot compute log-probs from these tensors."""
     half = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
     return _triton_kernels() if half and hidden.is_contiguous() and weight.is_contiguous() else None
 
 
 @cache
 def _triton_kernels() -> ModuleType | None:
-    """None without Triton."""
+    """The module of Triton kernels; None without Triton."""
     return importlib.import_module("nemo_disco.policy.log_probs_kernel") if importlib.util.find_spec("triton") else None
 
 
 def _is_on_host(tensor: Tensor) -> bool:
-    """True if the values can be read without waiting for a GPU, which would be in the middle of the micro-batches."""
+    """True if the values can be read without waiting for a GPU, which would delay the next micro-batches."""
     return tensor.is_cpu
 
 
 def _accumulate_gradients(
     tokens: _Tokens, weight: Tensor, scale: float, grad_hidden: Tensor | None, grad_weight: Tensor | None
 ) -> None:
-    """Add to grad_hidden [n, h] (float32 or float64) and write the first rows of grad_weight (in the weight's dtype).
+    """Add the gradient of hidden to grad_hidden [n, h] (float32 or float64), and write that of the vocabulary rows in
+    `weight` to the first rows of grad_weight (in the weight's dtype). None: not needed.
 
     The outer loop is over the vocabulary: the float32 sum for a bf16 weight is then needed for one tile at a time.
     """

@@ -55,7 +55,7 @@ def _statistics(
     WIDTH: tl.constexpr, ENTROPIES: tl.constexpr, SPLITS_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, 4, n] float32: the statistics of log_probs._local_statistics for each `share` vocabulary rows."""
+    """Write to out [splits, 4, n] the statistics of log_probs._local_statistics of each `share` vocabulary rows."""
     split, block = tl.program_id(0 if SPLITS_FIRST else 1), tl.program_id(1 if SPLITS_FIRST else 0)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     first = split * share
@@ -93,7 +93,7 @@ def _gradients(
     WIDTH: tl.constexpr, ENTROPIES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """out [n, size]: g ([v = t] - p_v) - g_H p_v (log p_v + H), in its own dtype."""
+    """Write to out [n, size] the gradient by logits, g ([v = t] - p_v) - g_H p_v (log p_v + H), in out's dtype."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     target = tl.load(targets + rows, mask=rows < n, other=-1)

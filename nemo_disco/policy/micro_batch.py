@@ -44,8 +44,8 @@ class Padding:
 
     @classmethod
     def for_layout(cls, ranks: Ranks, sequence_parallel: bool, fp8_tokens: int) -> Padding:
-        """CP cuts each sequence into 2 CP pieces; under SP the TP ranks share the tokens of a CP rank.
-        fp8_tokens: number of which each rank's share must be a multiple."""
+        """Padding that a layout needs: CP cuts each sequence into 2 CP pieces; under SP the TP ranks share the tokens
+        of a CP rank. fp8_tokens: number of which each rank's share must be a multiple."""
         sequence = 2 * ranks.context_size if ranks.context_size > 1 else 1
         shares = ranks.context_size * (ranks.tensor_size if sequence_parallel else 1)
         return cls(sequence, math.lcm(sequence, shares * fp8_tokens))
@@ -62,7 +62,7 @@ def build_micro_batch(
     rollouts: Rollouts,
     responses: Sequence[int],
     *,
-    layout: Padding,
+    padding: Padding,
     device: torch.device,
     context_rank: int = 0,
     context_size: int = 1,
@@ -73,8 +73,8 @@ def build_micro_batch(
     """
     unpadded = sequence_lengths(rollouts)
     order = sorted(responses, key=lambda i: (unpadded[i], i))
-    lengths = [round_up(unpadded[i], layout.sequence) for i in order]
-    total = max(round_up(sum(lengths), layout.micro_batch), layout.micro_batch)
+    lengths = [round_up(unpadded[i], padding.sequence) for i in order]
+    total = max(round_up(sum(lengths), padding.micro_batch), padding.micro_batch)
     if total > sum(lengths):
         lengths.append(total - sum(lengths))  # one more sequence, which predicts nothing
     ids, targets, index = (torch.zeros(total, dtype=torch.int64) for _ in range(3))

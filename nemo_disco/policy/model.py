@@ -1,4 +1,4 @@
-"""The policy's network: megatron-core's GPTModel with log-probs of given tokens as its output instead of logits.
+"""The policy's network: megatron-core's GPTModel, whose output is log-probs of target tokens instead of logits.
 
 Uses megatron-core alone; its layers are those of layers.py.
 """
@@ -53,13 +53,13 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         return decoder_input, self.rope_angles(position_ids[0]), None, None, None, None
 
     def rope_angles(self, positions: Tensor) -> Tensor:
-        """[S] positions -> [S, 1, 1, d] angles, float32."""
+        """Rope's angles [S, 1, 1, d] at these positions [S], float32."""
         angles = torch.outer(positions.float(), self.inv_freq)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
-        """As in megatron, but Transformer Engine's own state (FP8 scales, computed anew in a step) may be missing: a
-        checkpoint of the local layers has none."""
+        """Load as megatron does, except that Transformer Engine's own state (FP8 scales, computed anew in a step) may
+        be missing: a checkpoint of the local layers has none."""
         own = {name: value for name, value in self.state_dict().items() if name.endswith("._extra_state")}
         return super().load_state_dict({**own, **state}, strict=strict, **kwargs)
 

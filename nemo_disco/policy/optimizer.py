@@ -39,7 +39,7 @@ class Optimizer:
         self.clip_grad = settings.clip_grad
         self.megatron = get_megatron_optimizer(settings, network)
         self._offloaded: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor on the device, its copy on the host)
-        # Not set while a checkpoint that is being written has still to read the live weights, or the live moments.
+        # Cleared while a checkpoint that is being written has yet to read the live weights, or the live moments.
         self.weights_read, self.moments_read = threading.Event(), threading.Event()
         self.weights_read.set()
         self.moments_read.set()
@@ -83,7 +83,7 @@ class Optimizer:
     def step(self) -> StepResult:
         """Clip and apply the gradient, and advance the schedule; do neither if the gradient is not finite.
 
-        Waits for a checkpoint that has still to read the weights or moments.
+        Waits for a checkpoint that has yet to read the weights or moments.
         """
         norm = self.gradient_norm()
         if not math.isfinite(norm):
@@ -100,7 +100,7 @@ class Optimizer:
         return StepResult(norm, applied=True, lr=lr)
 
     def offload(self) -> None:
-        """Move the moments and the float32 weights to the host; their memory on the device is free until `restore`."""
+        """Move moments and float32 weights to the host, once a checkpoint has read them; frees their device memory."""
         self.moments_read.wait()
         cuda = torch.cuda.is_available()
         buffers = {id(tensor): host for tensor, host in self._offloaded}
@@ -125,7 +125,7 @@ class Optimizer:
             tensor.copy_(host, non_blocking=True)
 
     def _state_tensors(self) -> list[torch.Tensor]:
-        """The moments, and for a bf16 model the float32 weights; a float32 model's are its own parameters."""
+        """The moments, and for a bf16 model the float32 weights (a float32 model trains its own parameters)."""
         tensors = []
         for part in self._parts:
             tensors += [t for state in part.optimizer.state.values() for t in state.values() if _is_large(t)]
@@ -146,7 +146,7 @@ class Optimizer:
         return sum(t.nbytes for t in self._state_tensors())
 
     def shards(self, *, copied: bool) -> list[Shards]:
-        """This rank's pieces of the state of each part: copies on the host, or the live tensors."""
+        """This rank's pieces of the state of each of megatron's optimizers: copies on the host, or the live tensors."""
         self._allocate()
         return [optimizer_shards.shards(part, copied=copied) for part in self._parts]
 
@@ -157,7 +157,7 @@ class Optimizer:
         return {str(i): optimizer_shards.assemble(part, model_state, own) for i, (part, own) in enumerate(pairs)}
 
     def loadable_state(self, model_state: dict[str, Any]) -> dict[str, Any]:
-        """The same tensors as `sharded_state`, empty, to be filled from a checkpoint."""
+        """Uninitialised tensors in place of those of `sharded_state`, to be filled from a checkpoint."""
         self._allocate()
         return {str(i): optimizer_shards.loadable(part, model_state) for i, part in enumerate(self._parts)}
 

@@ -58,7 +58,7 @@ def assemble(part: Any, model_state: dict[str, Any], own: Shards) -> dict[int, d
 
 
 def loadable(part: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Empty sharded tensors, to be filled from a checkpoint, of the parameters of which this rank has a piece."""
+    """Uninitialised sharded tensors, to be filled from a checkpoint, of parameters of which this rank has a piece."""
     rank, places = part.data_parallel_group_gloo.rank(), _by_parameter(model_state)
     state = {}
     for number, p, pieces in _parameters(part):
@@ -121,7 +121,7 @@ def _pieces(bucket: Any, start: int, end: int, ranks: int) -> list[_Piece]:
 
 
 def _gather(piece: Tensor | None, pieces: list[_Piece], owner: int, group: dist.ProcessGroup) -> Tensor | None:
-    """On the owner the whole parameter [n], float32, on the host; None on the other ranks."""
+    """The whole tensor [n] on the owner, float32, on the host if it was in pieces; None on the other ranks."""
     rank = group.rank()
     if rank != owner:
         if piece is not None:

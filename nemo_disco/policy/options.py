@@ -1,4 +1,4 @@
-"""megatron-core's settings for a run, from ours: network, data parallelism and optimizer.
+"""megatron-core's settings for a run, from this program's: network, data parallelism and optimizer.
 
 Builds nothing. Every fusion or overlap that is left off has its reason beside it.
 """
@@ -18,7 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from nemo_disco.config.schema import ModelConfig, OptimConfig
 from nemo_disco.models.shape import ModelShape
 
-# Ours -> Transformer Engine's number format and megatron's name of the recipe.
+# model.fp8 -> Transformer Engine's number format and megatron's name of the recipe.
 _FP8 = {"delayed": ("hybrid", "delayed"), "current": ("hybrid", "tensorwise"), "blockwise": ("e4m3", "blockwise")}
 # Steps over which delayed scaling takes the maximum: Transformer Engine's own default.
 _AMAX_HISTORY = 1024
@@ -60,13 +60,13 @@ def transformer_config(
         calculate_per_token_loss=True,  # sums, never means: the loss carries its own denominators
         finalize_model_grads_func=finalize,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=False,  # there is neither
+        bias_dropout_fusion=False,  # there are no biases and no dropout
         apply_rope_fusion=config.apply_rope_fusion,
         bias_activation_fusion=config.bias_activation_fusion,
         # Adds a matrix product straight into main_grad; the kernel is apex's.
         gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        # Interleaved stages send while they compute. Batched, the messages of two stages that are each other's next and
-        # previous one are mixed up where micro-batches differ in length.
+        # Interleaved stages send while they compute. Of two stages, each is both the next and the previous one of the
+        # other: sent in batches, their messages are mixed up where micro-batches differ in length.
         overlap_p2p_comm=config.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=False,
         **_fp8_options(config),

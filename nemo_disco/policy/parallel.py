@@ -67,7 +67,7 @@ def start(model: ModelConfig, seed: int = 0) -> None:
 
 
 def stop(*, failed: bool = False) -> None:
-    """Leave the process group. A failed rank does so only when its process ends: destroying it would wait for peers."""
+    """Leave the process group. A failed rank leaves when its process ends: destroying the group waits for peers."""
     global _watchdog
     if failed and "RANK" in os.environ:
         watchdog.limit_clean_up()
@@ -81,14 +81,14 @@ def stop(*, failed: bool = False) -> None:
 
 
 def _end_groups() -> None:
-    """End megatron-core's groups. It would only forget them, and each of gloo's has threads that wake all the time."""
+    """End megatron-core's groups. megatron only forgets them, and a gloo group has threads that wake all the time."""
     for group in (parallel_state._global_process_group_list or [])[1:]:  # the first is the default group
         dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
 def background_group() -> dist.ProcessGroup:
-    """All ranks over gloo, for one background thread: collectives of two threads must not mix in one group."""
+    """Group of all ranks over gloo for one background thread: collectives of two threads must not mix in one group."""
     assert _background is not None, "parallel.start has not run"
     return _background
 

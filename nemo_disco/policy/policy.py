@@ -1,7 +1,7 @@
 """The trained policy: a sharded megatron model and its optimizer. Its three main methods: log_probs, accumulate, step.
 
 Log-probs and gradients are the same, to rounding, at every layout and token budget. Knows no objective: `accumulate`
-is given a loss of per-token log-probs that is a sum over tokens.
+takes a loss of per-token log-probs that is a sum over tokens.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Policy:
         self.unscaled = {"forward", "backward"} if config.fp8 == "delayed" else set()
         self.optimizer: Optimizer | None = None
         if trainable:
-            self.network = [self._data_parallel(i, chunk, dtype) for i, chunk in enumerate(self.network)]
+            self.network = [self._wrap_in_ddp(i, chunk, dtype) for i, chunk in enumerate(self.network)]
             if with_optimizer and dtype is not torch.float64:  # megatron's optimizers know float32 and bfloat16
                 settings = optimizer_config(config.optim, dtype, clip_grad, config.fp8)
                 self.optimizer = Optimizer(self.network, config.optim, settings, total_optimizer_steps)
@@ -97,7 +97,7 @@ class Policy:
         """CUDA's name of the device; "cpu" without CUDA."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    def _data_parallel(self, index: int, chunk: Any, dtype: torch.dtype) -> DistributedDataParallel:
+    def _wrap_in_ddp(self, index: int, chunk: Any, dtype: torch.dtype) -> DistributedDataParallel:
         overlap = self.ranks.data_size * self.ranks.context_size > 1
         ddp = DistributedDataParallel(
             chunk.config, data_parallel_config(self.config, dtype, overlap), chunk, disable_bucketing=index > 0
@@ -236,9 +236,9 @@ class Policy:
         """Iterate over the gradient after accumulate(everywhere=True), with Hugging Face names. A collective."""
         return self.model.named_tensors(lambda p: p.main_grad)  # type: ignore[attr-defined]
 
-    def export(self, directory: str | Path, also: Mapping[str, str] = MappingProxyType({})) -> None:
+    def export(self, directory: str | Path, texts: Mapping[str, str] = MappingProxyType({})) -> None:
         """Write the policy as a Hugging Face directory, in the dtype of its config.json, with the tokenizer from
-        config.path. also: texts of further files, by name. A collective."""
+        config.path. texts: further files, by name. A collective."""
         if not is_first_rank():
             for _ in self.named_weights():
                 pass
@@ -248,7 +248,7 @@ class Policy:
             config = read_hf_config(self.config.path)
             with atomic_directory(directory) as work:
                 save_hf_directory(work, plan, self.named_weights(), config, Path(self.config.path))
-                for name, text in also.items():
+                for name, text in texts.items():
                     (work / name).write_text(text, encoding="utf-8")
         dist.barrier()
 
@@ -281,7 +281,7 @@ class Policy:
     ) -> None:
         """Run megatron's pipeline schedule on this rank's micro-batches; the last stage calls `use(batch, output)`."""
         ranks = self.ranks
-        build = partial(build_micro_batch, rollouts, layout=self._padding, device=self.device)
+        build = partial(build_micro_batch, rollouts, padding=self._padding, device=self.device)
         batches = [
             build(responses, context_rank=ranks.context, context_size=ranks.context_size)
             for responses in self.plan(rollouts)[ranks.data]

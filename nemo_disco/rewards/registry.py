@@ -38,26 +38,26 @@ def build_verifier(config: RewardConfig, workers: int) -> Grader:
     name, is_users_class = config.verifier, False
     if name in VERIFIERS:
         make = VERIFIERS[name]
-        known = list(inspect.signature(make).parameters)
+        keys = list(inspect.signature(make).parameters)
     elif ":" in name:
         code = user_pool.describe_code("reward.verifier", name)
         if code.kind not in ("class", "function", "callable"):
             raise UserError(f"reward.verifier={name} is of type {code.kind}, neither function nor class")
         is_users_class = code.kind == "class"
-        make, known = partial(UserFunction, name), code.parameters if is_users_class else _SETTINGS
+        make, keys = partial(UserFunction, name), code.parameters if is_users_class else _SETTINGS
     else:
         raise UserError(
             f"reward.verifier={name} is unknown; choose one of {', '.join(VERIFIERS)}, or module:name of your own"
         )
-    if unknown := [key for key in config.parameters if key not in known]:
-        settable = sorted(set(known) - {*_SETTINGS})
+    if unknown := [key for key in config.parameters if key not in keys]:
+        settable = sorted(set(keys) - {*_SETTINGS})
         raise UserError(
             f"reward.parameters: {name} takes no {unknown[0]!r}; it takes {', '.join(settable) or 'no parameters'}"
         )
     settings = {"require_think": config.require_think, "timeout": config.timeout, "workers": workers}
-    arguments = {key: value for key, value in settings.items() if key in known} | config.parameters
+    arguments = {key: value for key, value in settings.items() if key in keys} | config.parameters
     if is_users_class:
-        return UserClass(name, arguments | ({"workers": 1} if "workers" in known else {}), config.timeout, workers)
+        return UserClass(name, arguments | ({"workers": 1} if "workers" in keys else {}), config.timeout, workers)
     grader: Grader = make(**arguments)
     return grader
 

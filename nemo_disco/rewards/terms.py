@@ -114,10 +114,10 @@ class Rewards:
     def _load_column(self, column: str, name: str) -> Term | UserPool:
         if ":" in name:
             return self._load_function(f"algorithm.{column}", name)
-        known = list(type(self._config.terms).model_fields)
-        if name not in known:
+        names = list(type(self._config.terms).model_fields)
+        if name not in names:
             raise UserError(
-                f"algorithm.{column}: there is no reward term {name!r}; known: {', '.join(known)}, or "
+                f"algorithm.{column}: there is no reward term {name!r}; known: {', '.join(names)}, or "
                 "module:function of your own"
             )
         return self._build_term(name)

@@ -27,7 +27,7 @@ from typing import Any
 
 import nemo_disco
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import StoppedError, seconds_since_stop, shield_children
+from nemo_disco.runtime.stop_signals import StoppedError, seconds_since_stop, shield_children
 
 START_S = 600.0  # limit for importing the module, and again for building the class
 POLL_S = 0.1
@@ -64,7 +64,7 @@ def rank_workers(workers: int) -> int:
 
 class UserPool:
     """Calls `name`, module:function or module:class, in at most `workers` processes, each call within `timeout` seconds
-    by the clock. After a request to stop (signals.StopRequest) all calls together may take `grace` seconds more."""
+    by the clock. After a request to stop (StopRequest) all calls together may take `grace` seconds more."""
 
     def __init__(
         self,

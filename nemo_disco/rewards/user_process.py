@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import call_for_number, call_guarded, check_number, load, user_methods
+from nemo_disco.runtime.user_code import call_for_number, call_guarded, check_number, load_object, user_methods
 
 PR_SET_PDEATHSIG = 1
 
@@ -63,7 +63,7 @@ def build_call(key: str, name: str, code: Any, settings: dict[str, Any] | None) 
 def serve(key: str, name: str, requests: Iterator[bytes]) -> Iterator[Any]:
     """The replies: the code's description, once it is imported; None, once a class is built by the first request; then
     the result of each call."""
-    code = load(key, name)
+    code = load_object(key, name)
     yield describe(code)
     call = build_call(key, name, code, pickle.loads(base64.b64decode(next(requests))))
     yield None

@@ -22,8 +22,8 @@ from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.responses import ResponseTexts, pack_responses
 from nemo_disco.rollout.rewarding import Signal, compute_column, reward_rollouts
-from nemo_disco.runtime.signals import StoppedError
-from nemo_disco.runtime.timing import span
+from nemo_disco.runtime.spans import span
+from nemo_disco.runtime.stop_signals import StoppedError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """The next step's request, made while the policy trains; `receive` sets batch. state: the collector's before it."""
+    """The next step's request, made while the policy trains. state: the collector's before it; `receive` sets batch."""
 
     indices: list[int]
     state: dict[str, Any]
@@ -80,7 +80,7 @@ class Collector:
     """Collects each step's rollouts. Its memory (the order of the questions, signals) is its state.
 
     log: prints a line for the user. dynamic_sampling_rounds: at most so many further requests a step.
-    restart_if_changed: begin the questions anew where a checkpoint's were others (data.if_changed=restart).
+    restart_if_changed: begin the questions anew if a checkpoint has other ones (data.if_changed=restart).
     """
 
     generation: GenerationConfig

@@ -18,23 +18,20 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from nemo_disco.config.schema import EvaluationConfig, RunConfig
+from nemo_disco.config.schema import EvaluationConfig
 from nemo_disco.evaluation.result import EvaluationResult
 from nemo_disco.evaluation.samples import EvaluationSample, SampleStream
 from nemo_disco.generation.engine import Engine, Response, SamplingParams
 from nemo_disco.models.source import ModelSource
 from nemo_disco.rewards.grader import Grader
-from nemo_disco.rewards.registry import hash_verifier
 from nemo_disco.rewards.votes import assign_votes
 from nemo_disco.rollout.grading import EarlyGrading
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.response_warnings import ResponseWarnings
-from nemo_disco.runtime.collectives import first, is_first_rank
-from nemo_disco.runtime.signals import StoppedError
+from nemo_disco.runtime.collectives import is_first_rank, on_first_rank
+from nemo_disco.runtime.stop_signals import StoppedError
 
 log = logging.getLogger(__name__)
-_ENGINE = ("engine", "quantization", "options", "tensor_parallel_size")
-_MODEL = ("fp8", "transformer_engine", "apply_rope_fusion", "bias_activation_fusion", "trust_remote_code")
 BATCH = 2048  # samples requested together
 GREEDY = -1  # in place of a sample's number
 
@@ -43,7 +40,7 @@ GREEDY = -1  # in place of a sample's number
 class Evaluator:
     """Samples and grades responses to the prompts of a set. The same seeds at every step.
 
-    threshold: a response is correct when its grade is above. settings: `identity_settings`.
+    threshold: a response is correct when its grade is above. settings: others that decide the samples.
     """
 
     config: EvaluationConfig
@@ -91,7 +88,7 @@ class Evaluator:
         sequence = np.random.SeedSequence((self.seed, 2**32 - 1))
         seeds = sequence.generate_state(len(prompts) * k, np.uint64) >> 1
         sizes = [len(batch) * (k + 1) for batch in batches]
-        with SampleStream(path, identity, sizes, dist.get_rank(), lambda value: first(lambda: value)) as samples:
+        with SampleStream(path, identity, sizes, dist.get_rank(), lambda item: on_first_rank(lambda: item)) as samples:
             for number in range(len(samples.batches), len(batches)):
                 if must_stop():
                     return None
@@ -163,28 +160,17 @@ def _result(
     name: str, step: int, samples: list[EvaluationSample], k: int, identity: dict[str, Any]
 ) -> EvaluationResult:
     drawn = [s for s in samples if s["sample"] != "greedy"]
-    problems = [drawn[i : i + k] for i in range(0, len(drawn), k)]
+    questions = [drawn[i : i + k] for i in range(0, len(drawn), k)]
     return EvaluationResult(
         name=name,
         step=step,
-        correct=np.array([[s["correct"] for s in problem] for problem in problems]),
-        lengths=np.array([[s["length"] for s in problem] for problem in problems]),
-        truncated=np.array([[s["truncated"] for s in problem] for problem in problems]),
+        correct=np.array([[s["correct"] for s in question] for question in questions]),
+        lengths=np.array([[s["length"] for s in question] for question in questions]),
+        truncated=np.array([[s["truncated"] for s in question] for question in questions]),
         greedy_correct=np.array([s["correct"] for s in samples if s["sample"] == "greedy"]),
-        votes=np.array([assign_votes([s["response"] for s in problem]) for problem in problems]),
+        votes=np.array([assign_votes([s["response"] for s in question]) for question in questions]),
         identity=identity,
     )
-
-
-def identity_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings outside evaluation.* that decide samples and verdicts, for `Evaluator.identity`."""
-    return {
-        "engine": config.generation.model_dump(include=set(_ENGINE)),
-        "precision": config.trainer.precision,
-        "model": config.model.model_dump(include=set(_MODEL)),
-        "reward": config.reward.model_dump(include={"verifier", "parameters", "require_think", "timeout"}),
-        "verifier_code": hash_verifier(config.reward),
-    }
 
 
 def weights_identity(source: ModelSource) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from nemo_disco.generation.engine import Response
 from nemo_disco.rewards.grader import Grader
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.rollout.responses import ResponseTexts
-from nemo_disco.runtime.collectives import every, on_shares
+from nemo_disco.runtime.collectives import on_every_rank, on_shares
 
 OnGraded = Callable[[int, Response, str, float], None]
 
@@ -44,7 +44,7 @@ class EarlyGrading:
         self._waiting.put((index, response))
 
     def collect(self, responses: Sequence[Response]) -> list[float]:
-        """The grades of all responses: those of the threads of all ranks, and of the rest, graded now, a share a rank.
+        """The grades of all responses: from all ranks' threads; the rest is graded now, an equal share on each rank.
 
         Raises the grader's error; a user's error or a StoppedError on every rank. A collective.
         """
@@ -52,7 +52,7 @@ class EarlyGrading:
             self._waiting.put(None)
             self._thread.join()
         self.texts.fill(responses)
-        grades = {index: grade for share in every(self._own_grades) for index, grade in share.items()}
+        grades = {index: grade for share in on_every_rank(self._own_grades) for index, grade in share.items()}
         rest = [i for i in range(len(responses)) if i not in grades]
         if rest:
             late = on_shares(len(rest), lambda share: self._grade([rest[i] for i in share]))

@@ -1,5 +1,5 @@
-"""Set aside files that an earlier process of a run wrote beyond the step from which this one resumes: they would be
-taken for this one's.
+"""Sets aside files that an earlier process of a run wrote beyond the step from which this process resumes: they would
+be taken for results of this process.
 
 Moves and removes files of one run directory, under its lock.
 """
@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nemo_disco.runtime.files import first_free, remove, writing
-from nemo_disco.runtime.rundir import RunDirectory, read_record
+from nemo_disco.runtime.rundir import RunDirectory, read_model_record
 from nemo_disco.runtime.sinks import MLFLOW_ID, WANDB_ID
 
 EARLIER = "earlier"
@@ -24,9 +24,9 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
     """Clear files of steps beyond `step`. Returns a line for the log, or "". Raises UserError for an error of the disk.
 
     After a checkpoint they are removed, since these steps are taken again; but export/, which took the whole run, is
-    moved to RUN/earlier/N. At step 0 there is no checkpoint, so that all files are another run's, if only of one that
-    was killed early: they are moved there too. Evaluations before training stay if their set is one of `sets` (as named
-    in file names): each file records its weights. best/ is left to algorithms/best_weights.py.
+    moved to RUN/earlier/N, and best/ is left to algorithms/best_weights.py. At step 0 there is no checkpoint, so all
+    files are of another run, perhaps one that was killed early, and are moved there too. Evaluations before training
+    stay if their set is one of `sets` (as named in file names): each file records its weights.
     """
     with writing(run.path):
         evaluations = [p for p in _entries(run.evaluation) if _is_stale(_EVALUATION, p, step, sets)]
@@ -37,10 +37,10 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
             names = ", ".join(f"{path.parent.name}/{path.name}" for path in (*evaluations, *rollouts)[:3])
             more = len(evaluations) + len(rollouts)
             notes = [f"{more} files of an earlier process that went beyond step {step} were removed ({names} ...)"]
-            exported = read_record(run.export)
-            if exported is not None and exported["step"] > step:
+            export_record = read_model_record(run.export)
+            if export_record is not None and export_record["step"] > step:
                 place = _move(run, [run.export]) / run.export.name
-                notes.append(f"{run.export} is of step {exported['step']}: it is now {place}")
+                notes.append(f"{run.export} is of step {export_record['step']}: it is now {place}")
             return "; ".join(notes if more else notes[1:])
         files = [run.metrics, run.config, run.report, *_entries(run.tensorboard)]
         files += [run.path / WANDB_ID, run.path / MLFLOW_ID]
@@ -48,11 +48,11 @@ def set_aside(run: RunDirectory, step: int, sets: Collection[str]) -> str:
         if not any(path.exists() for path in results) and not (run.metrics.is_file() and run.metrics.stat().st_size):
             return ""
         place = _move(run, [*files, *results])
-    return f"no checkpoint in {run.checkpoints}: training starts at step 0; what another run left there is in {place}"
+    return f"no checkpoint in {run.checkpoints}: training starts at step 0; files of another run are now in {place}"
 
 
 def _move(run: RunDirectory, paths: Sequence[Path]) -> Path:
-    """Move those of the paths that exist to RUN/earlier/N, N the first free number. Returns that directory."""
+    """Move the paths that exist to RUN/earlier/N, with the first free number N. Returns that directory."""
     place = first_free(run.path / EARLIER / str(n) for n in itertools.count(1))
     for path in paths:
         if path.exists() or path.is_symlink():

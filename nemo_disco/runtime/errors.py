@@ -1,4 +1,4 @@
-"""UserError, the one exception for mistakes that a user can correct."""
+"""UserError, the exception for mistakes that a user can correct."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class UserError(Exception):
 
 
 def printable(text: str, max_length: int) -> str:
-    """The text with unprintable characters escaped as in a Python string, and without its middle if too long."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    if len(shown) <= max_length:
-        return shown
+    """The text with unprintable characters escaped as in a Python string, and without its middle if it is too long."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    if len(escaped) <= max_length:
+        return escaped
     half = max_length // 2
-    return f"{shown[:half]} [...] {shown[-half:]}"
+    return f"{escaped[:half]} [...] {escaped[-half:]}"
 
 
-def one_line(error: BaseException, longest: int | None = None) -> str:
-    """The error's message on one line, cut after `longest` characters."""
-    return " ".join(str(error).split())[:longest]
+def one_line(error: BaseException, max_length: int | None = None) -> str:
+    """The error's message on one line, cut after `max_length` characters."""
+    return " ".join(str(error).split())[:max_length]

@@ -26,7 +26,7 @@ from nemo_disco.runtime.errors import UserError
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
 _REPLACED = ".replaced"
 _SCRATCH = "nemo-disco-"
-# A scratch directory is locked a moment after it was made: younger ones are left alone.
+# A scratch directory is locked a moment after it was made, so younger ones are left alone.
 _SETTLED_S = 60.0
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
@@ -46,8 +46,8 @@ def writing(path: Path | str) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {reason}; mend that, then run the same command again") from error
 
 
-def refusal_of_disk(error: Exception) -> UserError | None:
-    """A disk error as a UserError that names its file; None for any other error, which may be a bug."""
+def describe_disk_error(error: Exception) -> UserError | None:
+    """The UserError that describes a disk error and names its file; None for any other error, which may be a bug."""
     if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
         return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; mend that, then run the same command again")
     return None
@@ -106,11 +106,11 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, final: Path) -> None:
-    """Rename the directory `work` to `final`, on the disk, replacing what has that name: a reader finds the old one or
-    the new. Raises OSError.
+    """Rename the directory `work` to `final`, on the disk, in place of an older one: a reader finds the old one or the
+    new. Raises OSError.
 
     File systems that cannot exchange two names (NFS) need two renames: in between, the old one is final.replaced, and
-    after a crash there `sweep` renames it back.
+    after a crash at that moment `sweep` renames it back.
     """
     for directory, _, names in os.walk(work):
         for name in names:
@@ -121,7 +121,7 @@ def put_in_place(work: Path, final: Path) -> None:
     elif _exchange(work, final):
         remove(work)
     else:
-        old = replaced(final)
+        old = backup_path(final)
         remove(old)
         final.rename(old)
         try:
@@ -133,8 +133,8 @@ def put_in_place(work: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def replaced(final: Path) -> Path:
-    """The name under which put_in_place keeps the old directory for a moment, if the file system needs it."""
+def backup_path(final: Path) -> Path:
+    """The path at which put_in_place keeps the old directory for a moment, if the file system needs it."""
     return final.with_name(final.name + _REPLACED)
 
 
@@ -206,7 +206,7 @@ class AppendedFile:
                 os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close. A thread that still writes gets a UserError, since the descriptor may soon be another file's."""
+        """Close. A thread that still writes then gets a UserError; its bytes never reach another file."""
         descriptor, self._descriptor = self._descriptor, -1
         with writing(self._path):  # NFS may refuse only now
             os.close(descriptor)
@@ -269,8 +269,8 @@ def sweep_scratch() -> None:
     for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError):
             status = path.lstat()
-            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-            if ours and time.time() - status.st_mtime > _SETTLED_S and not _is_locked(path, unknown=True):
+            is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            if is_own and time.time() - status.st_mtime > _SETTLED_S and not _is_locked(path, unknown=True):
                 remove(path)
 
 
@@ -279,13 +279,13 @@ def _temporary_name(path: Path) -> Path:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock until the descriptor is closed, which the death of this process does too."""
+    """Lock a file until its descriptor is closed, as the end of this process does too."""
     with contextlib.suppress(OSError):  # a file system without flock
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_locked(path: Path, unknown: bool = False) -> bool:
-    """True if a living process has locked it; `unknown` if the file system cannot tell."""
+    """True if a living process has locked the path; `unknown` if the file system cannot tell."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         descriptor = os.open(path, flags)

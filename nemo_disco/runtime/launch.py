@@ -1,6 +1,6 @@
-"""Launcher for one machine without torchrun or srun: starts the ranks, watches them, and names the one that fails.
+"""Launcher for one machine without torchrun or srun: starts the ranks, watches them, and names a rank that fails.
 
-It ends the others within seconds. Starts nothing if RANK is set (torchrun, srun). Touches environment variables,
+It ends the other ranks within seconds. Starts nothing if RANK is set (torchrun, srun). Touches environment variables,
 signals and child processes; must not import torch.
 """
 
@@ -24,11 +24,11 @@ from typing import Any
 from nemo_disco.runtime import srun
 from nemo_disco.runtime.errors import UserError, one_line
 from nemo_disco.runtime.files import Scratch
-from nemo_disco.runtime.signals import STOP_SIGNALS, is_ignored
+from nemo_disco.runtime.stop_signals import STOP_SIGNALS, is_ignored
 
 FORWARDED = (signal.SIGINT, *STOP_SIGNALS)
 POLL_S = 0.05
-# Peers of a dead rank notice closed connections and end by themselves; one that has not after this time is stuck.
+# Peers of a dead rank notice closed connections and end by themselves; a rank that has not after this time is stuck.
 GRACE_S = 2.0
 INTERRUPT_GRACE_S = 10.0
 # Signals of the kernel or a user. Not SIGABRT: when a peer fails, NCCL's watchdog aborts ranks that did not.
@@ -54,10 +54,10 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def world_size(devices: int, num_nodes: int, overridden: bool) -> int:
+def world_size(devices: int, num_nodes: int, set_by_user: bool) -> int:
     """The number of ranks: WORLD_SIZE under a launcher, else devices x num_nodes.
 
-    Raises UserError if the two differ and the user has set the latter (`overridden`), or for several nodes without a
+    Raises UserError if the two differ and the user has set the latter (`set_by_user`), or for several nodes without a
     launcher.
     """
     configured = devices * num_nodes
@@ -73,7 +73,7 @@ def world_size(devices: int, num_nodes: int, overridden: bool) -> int:
         raise UserError(
             "RANK is set but WORLD_SIZE is not a number: start with torchrun or srun, or unset RANK"
         ) from error
-    if overridden and size != configured:
+    if set_by_user and size != configured:
         raise UserError(
             f"trainer.devices={devices} x trainer.num_nodes={num_nodes} makes {configured} processes, but the launcher "
             f"started {size} (WORLD_SIZE): leave both settings out, or make them agree"
@@ -90,7 +90,7 @@ def spawn(processes: int, command: Sequence[str]) -> int:
     with contextlib.closing(Scratch()) as scratch:
         reports = scratch.path
         children: list[subprocess.Popen[bytes]] = []
-        with _forward_signals(children) as received:
+        with _forward_signals(children) as signals:
             try:
                 with socket.socket() as probe:  # a free port
                     probe.bind(("127.0.0.1", 0))
@@ -101,10 +101,10 @@ def spawn(processes: int, command: Sequence[str]) -> int:
                         # A process group of its own, so that Ctrl-C reaches each rank once: through this process.
                         subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
                     )
-                exits = _watch(children, received, reports)
+                exits = _watch(children, signals, reports)
             finally:
                 _kill(children)
-        return _exit_code(exits, received, reports)
+        return _exit_code(exits, signals, reports)
 
 
 def die_with_launcher() -> None:
@@ -163,26 +163,27 @@ def _rank_environment(rank: int, processes: int, reports: str) -> dict[str, str]
 
 @contextlib.contextmanager
 def _forward_signals(children: list[subprocess.Popen[bytes]]) -> Iterator[list[signal.Signals]]:
-    """Forward signals to the children inside the `with`; yields the list of those received."""
-    received: list[signal.Signals] = []
+    """Forward signals to the children inside the `with`; yields the list of the received signals."""
+    signals: list[signal.Signals] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number))
+        signals.append(signal.Signals(number))
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
 
     numbers = [number for number in FORWARDED if not is_ignored(number)]
-    earlier: dict[signal.Signals, Any] = {number: signal.signal(number, forward) for number in numbers}
+    handlers: dict[signal.Signals, Any] = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield received
+        yield signals
     finally:
-        for number, handler in earlier.items():
+        for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signals], reports: Path) -> dict[int, _Exit]:
-    """Exits by rank, once all have ended, a rank reports a UserError, or a grace period follows a failure or Ctrl-C."""
+def _watch(children: list[subprocess.Popen[bytes]], signals: list[signal.Signals], reports: Path) -> dict[int, _Exit]:
+    """Wait until all ranks end, one reports a UserError, or a grace period after a failure or Ctrl-C is over. Returns
+    the exits by rank."""
     exits: dict[int, _Exit] = {}
     deadline: float | None = None
     while True:
@@ -194,7 +195,7 @@ def _watch(children: list[subprocess.Popen[bytes]], received: list[signal.Signal
             return exits
         if deadline is None and any(end.code for end in exits.values()):
             deadline = time.monotonic() + GRACE_S
-        if deadline is None and signal.SIGINT in received:
+        if deadline is None and signal.SIGINT in signals:
             deadline = time.monotonic() + INTERRUPT_GRACE_S
         time.sleep(POLL_S)
 
@@ -212,9 +213,9 @@ def _read_reports(directory: Path) -> dict[int, dict[str, Any]]:
     return {int(path.name): json.loads(path.read_text()) for path in directory.iterdir() if path.suffix == ""}
 
 
-def _exit_code(exits: dict[int, _Exit], received: list[signal.Signals], directory: Path) -> int:
-    """The exit code of the run. Prints a line with the rank that failed first, and why."""
-    if signal.SIGINT in received:
+def _exit_code(exits: dict[int, _Exit], signals: list[signal.Signals], directory: Path) -> int:
+    """The exit code of the run. Prints which rank failed first, and why."""
+    if signal.SIGINT in signals:
         return 128 + signal.SIGINT
     failures = {rank: end for rank, end in exits.items() if end.code}
     reports = _read_reports(directory)
@@ -232,7 +233,7 @@ def _exit_code(exits: dict[int, _Exit], received: list[signal.Signals], director
     if report is not None and report["kind"] == "user":
         print(f"error: {report['message']}", file=sys.stderr)
         return 2
-    if -code in received:
+    if -code in signals:
         return 128 - code
     if code < 0:
         why = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import TextIO
 
-# Their warnings about missing kernels are left out, since `nemo-disco doctor` lists these in full.
+# Libraries whose warnings are left out; `nemo-disco doctor` lists missing kernels in full.
 NOISY = (
     "apex",
     "datasets",
@@ -39,8 +39,8 @@ class _Stderr(logging.StreamHandler[TextIO]):
 def setup_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
     """Set up the root logger. Call it before the heavy imports: megatron-core warns while it is imported.
 
-    Rank 0 logs from `level` and the other ranks from WARNING, so that a message does not appear once per rank. Of the
-    libraries in NOISY and LIBRARIES only errors are logged.
+    Rank 0 logs from `level` and the other ranks from WARNING, so that a message does not appear once per rank. The
+    libraries in NOISY and LIBRARIES log only errors.
     """
     handler = _Stderr()
     prefix = f"[rank {rank}] " if world_size > 1 else ""

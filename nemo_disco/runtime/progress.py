@@ -23,7 +23,7 @@ HISTORY = 32
 
 
 class Progress:
-    """Context manager around the loop; call `update` once per step. delta: the objective's KL limit, None without."""
+    """Context manager around the loop; call `update` once per step. delta: the objective's limit on KL, or None."""
 
     def __init__(
         self, max_steps: int, start_step: int = 0, delta: float | None = None, console: Console | None = None
@@ -60,7 +60,7 @@ class Progress:
             values = "  ".join(f"{name} {value.plain}" for name, value in self._values().items())
             self._console.print(f"step {self._step}/{self._max_steps}  {values}  {self._time_left()} left")
 
-    def message(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the live display, or between the plain lines."""
         self._console.print(Text(text))
 

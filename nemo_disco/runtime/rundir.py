@@ -34,16 +34,16 @@ HEARTBEAT_S = 5.0
 # Where flock does not work, a holder is taken for dead after this long without a heartbeat.
 SILENCE_S = 60.0
 # A heartbeat that cannot be written, or a lock that cannot be examined, is tried again (a file server restarts), but
-# for less time than after which others take this process for dead.
+# for less time than other processes wait before they take this one for dead.
 PATIENCE_S = 30.0
 RETRY_S = 0.5
 NO_FLOCK_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 # Leftovers of versions before the atomic writer of files.py.
-_LEFT = re.compile(
+_OLD_LEFTOVERS = re.compile(
     r"\.(config\.yaml|metrics\.jsonl|report\.html|mlflow\.run_id|best|export|step_\d+\.jsonl|.+\.step_\d+\.json)"
     r"\.\d+(\.tmp|\.old)?"
 )
-_MEETING = ".meeting.*"  # srun.py's; left behind by a rank that is killed while the ranks meet
+_MEETING = ".meeting.*"  # files of srun.py, left behind by a rank that is killed while the ranks meet
 _MEETING_S = 24 * 3600.0
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ MODEL_RECORD = "nemo_disco.json"
 
 
 class ModelRecord(TypedDict):
-    """The file MODEL_RECORD in a model directory that a run wrote (export/, best/), by which a run that resumes at an
-    earlier step tells which directories are of its own past.
+    """The file MODEL_RECORD in a model directory that a run wrote (export/, best/). A run that resumes at an earlier
+    step reads it to tell whether the directory is of a later step.
 
-    step: of training. best/ also has score, its mean Pass@1, and of, a hash of the sets of that score.
+    step: of training. best/ also has score, its mean Pass@1, and of, a hash of the evaluation sets of that score.
     """
 
     step: Count
@@ -63,11 +63,11 @@ class ModelRecord(TypedDict):
 
 
 def as_files(record: ModelRecord) -> dict[str, str]:
-    """The record as files of the directory: name -> text."""
+    """The record as files of a model directory: text by name."""
     return {MODEL_RECORD: json.dumps(record) + "\n"}
 
 
-def read_record(directory: Path) -> ModelRecord | None:
+def read_model_record(directory: Path) -> ModelRecord | None:
     """The record of a directory; None if there is no such directory, or no readable record in it."""
     with contextlib.suppress(FileError):
         return read_json(directory / MODEL_RECORD, ModelRecord)
@@ -101,7 +101,7 @@ class RunDirectory:
         return self.rollouts / f"step_{step}.jsonl"
 
     def create(self) -> None:
-        """Make the layout. Raises UserError if any of it cannot be made or written."""
+        """Make the directories. Raises UserError if one of them cannot be made or written."""
         # Not best/ and export/: they are renamed into place when complete.
         directories = (self.tensorboard, self.checkpoints, self.rollouts, self.evaluation)
         for directory in (self.path, *directories):
@@ -118,30 +118,30 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self, silence_s: float = SILENCE_S) -> Iterator[None]:
-        """Create the layout and lock it. Raises UserError naming the holder if another live process has the lock.
+        """Make the directories and lock the run. Raises UserError naming the holder if a living process has the lock.
 
-        flock decides on one machine, and on file systems that share it between machines. On others the record of a
-        holder on another machine is watched for `silence_s` seconds: a holder without a heartbeat has died.
+        flock decides on one machine, and on file systems that share it between machines. On other file systems the
+        record of a holder on another machine is watched for `silence_s` seconds: without a heartbeat it has died.
         """
         self.create()
         descriptor = open_regular(self.lock_file, os.O_RDWR | os.O_CREAT)
-        _held.add(descriptor)
+        _lock_descriptors.add(descriptor)
         try:
             if not (self._flock(descriptor) and self._holder().get("host", HOST) == HOST):
                 self._refuse_beating_holder(silence_s)
             self._descriptor = descriptor
-            self.check_lock()  # it may have been removed between its opening and its lock
+            self.check_lock()  # the file may have been removed after it was opened and before it was locked
             with self._heartbeat(descriptor):
                 self._sweep()
                 yield
         finally:
             self._descriptor = None
-            _held.discard(descriptor)
+            _lock_descriptors.discard(descriptor)
             os.close(descriptor)
 
     def check_lock(self) -> None:
-        """Call before any file of the run is written. Raises UserError if this process had the lock, and the directory
-        or the lock file was removed or replaced since: the files there may be another run's.
+        """Raise UserError if this process had the lock and the directory or the lock file was removed or replaced: the
+        files there may be another run's. Call it before any file of the run is written.
 
         A file system that does not answer (NFS: ESTALE, EIO, ETIMEDOUT) is tried again: nothing was removed.
         """
@@ -152,7 +152,7 @@ class RunDirectory:
                 state = self._state_of_lock(self._descriptor)
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise self._lost(f"could not be examined for {PATIENCE_S:g} s ({error.strerror})") from error
+                    raise self._lost_error(f"could not be examined for {PATIENCE_S:g} s ({error.strerror})") from error
                 if not warned:
                     words = "%s cannot be examined (%s): trying again for %g s"
                     log.warning(words, self.lock_file, error.strerror, PATIENCE_S)
@@ -160,19 +160,19 @@ class RunDirectory:
                 time.sleep(RETRY_S)
                 continue
             if state:
-                raise self._lost(state)
+                raise self._lost_error(state)
             return
 
     def _state_of_lock(self, descriptor: int) -> str:
-        """ "was removed", "was replaced", or "" if the lock file is still ours. Raises OSError if that is not known."""
+        """Change of the lock file: "was removed", "was replaced", or "" for none. Raises OSError if it is unknown."""
         try:
             present = os.stat(self.lock_file, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return "was removed"
-        held = os.fstat(descriptor)
-        return "" if (present.st_dev, present.st_ino) == (held.st_dev, held.st_ino) else "was replaced"
+        locked = os.fstat(descriptor)
+        return "" if (present.st_dev, present.st_ino) == (locked.st_dev, locked.st_ino) else "was replaced"
 
-    def _lost(self, event: str) -> UserError:
+    def _lost_error(self, event: str) -> UserError:
         return UserError(
             f"{self.lock_file}, by which this run holds its directory, {event}: another run may be writing there, and "
             "this one ends; start it again to go on from its last checkpoint, if that is still there"
@@ -181,18 +181,18 @@ class RunDirectory:
     def _sweep(self) -> None:
         """Remove half-written files of killed processes."""
         for directory in (self.path, self.rollouts, self.evaluation, self.path / "evaluate"):
-            sweep(directory, also=_LEFT)
+            sweep(directory, also=_OLD_LEFTOVERS)
         for path in self.path.glob(_MEETING):
             if time.time() - path.lstat().st_mtime > _MEETING_S:
                 path.unlink(missing_ok=True)
 
     def _flock(self, descriptor: int) -> bool:
-        """True if flock was granted; False if the file system has none. Raises UserError if it is taken."""
+        """True if flock granted the lock; False if the file system has no flock. Raises UserError if another has it."""
         with writing(self.lock_file):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise self._taken() from None
+                raise self._taken_error() from None
             except OSError as error:
                 if error.errno not in NO_FLOCK_HERE:
                     raise
@@ -205,7 +205,7 @@ class RunDirectory:
         except FileError:
             return {}
 
-    def _taken(self) -> UserError:
+    def _taken_error(self) -> UserError:
         holder = self._holder()
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')} (since {holder.get('started', '?')})"
         return UserError(
@@ -216,17 +216,17 @@ class RunDirectory:
         first = self._holder()
         if not first:
             return
-        log.info("%s was last held on %s: watching it for %.0f s", self.path, first.get("host"), silence_s)
+        log.info("%s was last locked on %s: watching it for %.0f s", self.path, first.get("host"), silence_s)
         deadline = time.monotonic() + silence_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, silence_s / 10))
             if self._holder() != first:
-                raise self._taken()
+                raise self._taken_error()
 
     @contextlib.contextmanager
     def _heartbeat(self, descriptor: int) -> Iterator[None]:
-        """Write the holder's record, count it up while the lock is held, empty it at the end. Losing the lock ends the
-        process at once."""
+        """Write the holder's record, raise its `beat` until the exit, then empty it. Ends the process if the lock is
+        lost or the record cannot be written for PATIENCE_S."""
         record: dict[str, Any] = {
             "host": HOST,
             "pid": os.getpid(),
@@ -241,7 +241,7 @@ class RunDirectory:
                 os.fsync(descriptor)
 
         def beat() -> None:
-            written = time.monotonic()
+            last_write = time.monotonic()
             while not ended.wait(HEARTBEAT_S):
                 record["beat"] += 1
                 try:
@@ -250,9 +250,9 @@ class RunDirectory:
                     _end(error)
                 try:
                     write()
-                    written = time.monotonic()
+                    last_write = time.monotonic()
                 except UserError as error:
-                    if time.monotonic() - written > PATIENCE_S:
+                    if time.monotonic() - last_write > PATIENCE_S:
                         _end(error)
 
         write()
@@ -267,17 +267,17 @@ class RunDirectory:
                 os.ftruncate(descriptor, 0)
 
 
-# Descriptors that a forked worker closes: else it would keep the lock of a parent that was killed.
-_held: set[int] = set()
+# Locked descriptors, which a forked worker closes: else it would keep the lock of a parent that was killed.
+_lock_descriptors: set[int] = set()
 
 
-def _drop_in_child() -> None:
-    for descriptor in _held:
+def _close_in_child() -> None:
+    for descriptor in _lock_descriptors:
         os.close(descriptor)
-    _held.clear()
+    _lock_descriptors.clear()
 
 
-os.register_at_fork(after_in_child=_drop_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _end(error: UserError) -> None:

@@ -1,4 +1,4 @@
-"""Writes sharded safetensors tensor by tensor, with the memory of one tensor.
+"""Writes safetensors files tensor by tensor, with the memory of one tensor.
 
 The shapes are known in advance, so each shard's header is written first. Touches files alone; the umask decides who may
 read them (safetensors' own writer makes them readable by their owner alone).
@@ -21,20 +21,20 @@ _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-Plan = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
+TensorPlan = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
 
 
 def write_safetensors(
-    directory: Path, plan: Plan, tensors: Iterable[tuple[str, Tensor]], shard: int = SHARD_BYTES
+    directory: Path, plan: TensorPlan, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `tensors`, in the order of `plan` (name, shape, dtype), as model*.safetensors in shards of at most `shard`
-    bytes, with an index if there are several. Raises ValueError for a tensor that differs from the plan.
+    """Write `tensors`, in the order of `plan` (name, shape, dtype), as model*.safetensors in shards of at most
+    `shard_bytes`, with an index if there are several. Raises ValueError for a tensor that differs from the plan.
     """
     shards: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
     shard_size = 0
     for item in plan:
         size = _bytes(item[1], item[2])
-        if shards[-1] and shard_size + size > shard:
+        if shards[-1] and shard_size + size > shard_bytes:
             shards.append([])
             shard_size = 0
         shards[-1].append(item)
@@ -55,7 +55,7 @@ def write_safetensors(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write one file, with no memory beyond the tensors. Raises OSError."""
+    """Write tensors by name as one file, with no memory beyond theirs. Raises OSError."""
     # The widest types first: readers want each tensor to begin at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     plan = [(name, tuple(tensors[name].shape), tensors[name].dtype) for name in names]
@@ -63,7 +63,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         _write_shard(stream, plan, ((name, tensors[name].detach().cpu()) for name in names))
 
 
-def _write_shard(stream: BinaryIO, items: Plan, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _write_shard(stream: BinaryIO, items: TensorPlan, tensors: Iterable[tuple[str, Tensor]]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype in items:

@@ -26,7 +26,7 @@ LINE = 16 << 20  # bytes of one line of JSON lines
 
 
 class FileError(UserError):
-    """A problem with a file. path: the file; problem: the message without its name."""
+    """A problem with a file. path: the file; problem: the message without the path."""
 
     def __init__(self, path: Path | str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -55,7 +55,7 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def open_file(path: Path | str, *, links: bool = False) -> BufferedReader:
-    """A regular file, open for reading. Raises FileError for anything else, at once.
+    """Open a regular file for reading. Raises FileError for anything else, at once.
 
     links: follow a symbolic link, which a model's directory may hold; a run's own files are no links.
     """
@@ -73,12 +73,12 @@ def open_file(path: Path | str, *, links: bool = False) -> BufferedReader:
 
 
 def check_file(path: Path | str, *, links: bool = False) -> None:
-    """Raises FileError unless it is a regular file that can be read; for files that a library opens."""
+    """Raise FileError unless the path is a regular file that can be read; for files that a library opens."""
     open_file(path, links=links).close()
 
 
 def check_directory(path: Path | str) -> None:
-    """Raises FileError if a directory, or one in it, holds a FIFO, a device or a socket: a library that opened it would
+    """Raise FileError if a directory, or one in it, holds a FIFO, a device or a socket: a library that opened it would
     wait for ever."""
     with reading(path):
         entries = [*Path(path).iterdir(), *Path(path).glob("*/*")]
@@ -109,44 +109,44 @@ def read_text(path: Path | str, limit: int = DOCUMENT, *, links: bool = False) -
         raise FileError(path, f"not UTF-8 text: byte 0x{content[error.start]:02x} at {error.start:,}") from None
 
 
-def read_json(path: Path | str, shape: type[T], *, links: bool = False) -> T:
-    """The JSON document of a file. shape: a TypedDict, or any type that pydantic checks. Raises FileError."""
-    return parse_json(path, read_bytes(path, links=links), shape)
+def read_json(path: Path | str, schema: type[T], *, links: bool = False) -> T:
+    """The JSON document of a file. schema: a TypedDict, or any type that pydantic checks. Raises FileError."""
+    return parse_json(path, read_bytes(path, links=links), schema)
 
 
-def check_shape(path: Path | str, value: Any, shape: type[T]) -> T:
-    """`value`, which was read from the file, if it has the shape. Raises FileError as `parse_json` does."""
+def check_types(path: Path | str, value: Any, schema: type[T]) -> T:
+    """Return `value`, which was read from the file, if it fits the schema. Raises FileError as `parse_json` does."""
     try:
-        checked: T = _adapter(shape).validate_python(value, strict=True)
+        checked: T = _adapter(schema).validate_python(value, strict=True)
     except ValidationError as error:
-        raise FileError(path, _first(error)) from None
+        raise FileError(path, _first_complaint(error)) from None
     return checked
 
 
-def parse_json(path: Path | str, content: bytes, shape: type[T]) -> T:
-    """The JSON value of the bytes. Types are strict, keys that the shape does not name are kept, depth is at most 200.
+def parse_json(path: Path | str, content: bytes, schema: type[T]) -> T:
+    """The JSON value of the bytes. Types are strict, keys that the schema does not name are kept, depth is at most 200.
 
     Raises FileError, whose `problem` names the first key with a wrong type.
     """
     try:
-        value: T = _adapter(shape).validate_json(content, strict=True)
+        value: T = _adapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
-        raise FileError(path, _first(error)) from None
+        raise FileError(path, _first_complaint(error)) from None
     return value
 
 
-def read_json_lines(path: Path | str, shape: type[Any]) -> Iterator[Line]:
-    """The lines of a file of JSON lines, blank ones too; one that is not of the shape has a `fault`. Ends at a line
-    that is too long, of which it keeps the beginning. Raises FileError if there is no such file."""
+def read_json_lines(path: Path | str, schema: type[Any]) -> Iterator[Line]:
+    """The lines of a file of JSON lines, blank ones too; a line that does not fit the schema has a `fault`. Ends at
+    a line that is too long, and yields only its beginning. Raises FileError if there is no such file."""
     with open_file(path) as file, reading(path):
         number = 0
         while raw := file.readline(LINE):
             number += 1
             if len(raw) == LINE and not raw.endswith(b"\n"):
-                yield Line(number, raw[:100], None, f"longer than {LINE:,} bytes; what follows is left out")
+                yield Line(number, raw[:100], None, f"longer than {LINE:,} bytes; the rest of the file is left out")
                 return
             try:
-                yield Line(number, raw, parse_json(path, raw, shape), "")
+                yield Line(number, raw, parse_json(path, raw, schema), "")
             except FileError as fault:
                 yield Line(number, raw, None, fault.problem)
 
@@ -154,14 +154,14 @@ def read_json_lines(path: Path | str, shape: type[Any]) -> Iterator[Line]:
 _adapters: dict[Any, TypeAdapter[Any]] = {}
 
 
-def _adapter(shape: Any) -> TypeAdapter[Any]:
-    if shape not in _adapters:
-        _adapters[shape] = TypeAdapter(shape)
-    return _adapters[shape]
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    if schema not in _adapters:
+        _adapters[schema] = TypeAdapter(schema)
+    return _adapters[schema]
 
 
-def _first(error: ValidationError) -> str:
-    """pydantic's first complaint, in a few words."""
+def _first_complaint(error: ValidationError) -> str:
+    """pydantic's first complaint as a short message."""
     detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(map(str, detail["loc"]))
     complaint = detail["msg"].replace("Input should be", "it should be").replace("Field required", "it is missing")

@@ -43,10 +43,10 @@ class Sink(Protocol):
     """Takes the metrics of one step at a time."""
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        """Take one step's metrics; when it returns, they survive the death of this process."""
+        """Take one step's metrics; after the return they survive the death of this process."""
 
     def close(self) -> None:
-        """Write what is buffered, and end."""
+        """Write buffered metrics and close the sink."""
 
 
 class JsonlSink:
@@ -92,7 +92,7 @@ class TensorBoardSink:
             directory.mkdir(parents=True, exist_ok=True)
         self._file = AppendedFile(directory / name)
         self._writer: Any = RecordWriter(self._file)
-        # TensorBoard hides everything from that step on that an earlier process of the run wrote.
+        # TensorBoard hides the events from this step on that an earlier process of the run wrote.
         first = 0 if resume_step is None else resume_step + 1
         self._add(step=first, file_version="brain.Event:2")
         self._add(step=first, session_log=SessionLog(status=SessionLog.START))
@@ -111,17 +111,17 @@ class TensorBoardSink:
 class WandbSink:
     """Weights & Biases, in the mode of its own variables (WANDB_MODE=offline writes into the run directory).
 
-    A resumed run continues under its id, kept in wandb.run_id; steps beyond the checkpoint that a killed process has
-    logged stay as they are in W&B. Raises UserError if wandb is not installed.
+    A resumed run continues under its id, kept in wandb.run_id; steps beyond the checkpoint that a killed process logged
+    stay as they are in W&B. Raises UserError if wandb is not installed.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         """settings: the run's configuration, which W&B shows and compares."""
         with _importing("W&B", "'nemo-disco[wandb]'", "wandb"):
             import wandb
-        known = directory / WANDB_ID
-        identity = _read_id(known) if os.path.lexists(known) else secrets.token_hex(8)
-        write_atomically(known, identity + "\n")
+        id_file = directory / WANDB_ID
+        identity = _read_id(id_file) if os.path.lexists(id_file) else secrets.token_hex(8)
+        write_atomically(id_file, identity + "\n")
         self._run: Any = wandb.init(
             project="nemo_disco",
             name=directory.name,
@@ -153,14 +153,14 @@ class MLflowSink:
             os.close(open_regular(database, os.O_RDWR | os.O_CREAT))  # SQLite would follow a link
             place = f"sqlite:///{database}"
         self._client: Any = mlflow.MlflowClient(place)
-        known = directory / MLFLOW_ID
-        if os.path.lexists(known):
-            self._id = _read_id(known)
+        id_file = directory / MLFLOW_ID
+        if os.path.lexists(id_file):
+            self._id = _read_id(id_file)
         else:
             experiment = self._client.get_experiment_by_name("nemo_disco")
             number = experiment.experiment_id if experiment else self._client.create_experiment("nemo_disco")
             self._id = self._client.create_run(number, run_name=directory.name).info.run_id
-            write_atomically(known, self._id + "\n")
+            write_atomically(id_file, self._id + "\n")
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
         for name, value in _numbers(metrics).items():
@@ -187,13 +187,13 @@ def open_sinks(
         "wandb": lambda: WandbSink(run.path, settings),
         "mlflow": lambda: MLflowSink(run.path),
     }
-    with ExitStack() as opened:
-        yield [opened.enter_context(closing(makers[name]())) for name in ("jsonl", *also)]
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(makers[name]())) for name in ("jsonl", *also)]
 
 
 @contextmanager
 def _importing(name: str, package: str, key: str) -> Iterator[None]:
-    """Turn an ImportError of this block into a UserError. key: of exp_manager.*, by which the user does without."""
+    """Turn an ImportError of this block into a UserError. key: of exp_manager, to turn the sink off."""
     try:
         yield
     except ImportError as error:
@@ -203,7 +203,7 @@ def _importing(name: str, package: str, key: str) -> Iterator[None]:
 
 
 def _read_id(path: Path) -> str:
-    """The id of the run at a service. Raises FileError."""
+    """Read the id that the run has at a service. Raises FileError."""
     identity = read_text(path, 100).strip()
     if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", identity):
         raise FileError(path, "damaged: not the id of a run; remove it, and the service begins another run")
@@ -222,7 +222,7 @@ def strict_metrics(metrics: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _strict(value: Value) -> Value:
-    """JSON has neither NaN nor infinity."""
+    """The value with null for NaN and infinities, which JSON lacks."""
     if isinstance(value, (list, tuple)):
         return [{name: _strict(part) for name, part in entry.items()} for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Ranks under srun: a task's RANK and the like, and the meeting file that tells the other ranks rank 0's address.
+"""Ranks under srun: each task's RANK and the like, and the meeting file that tells the other ranks rank 0's address.
 
 Touches environment variables and that file, in the run directory; must not import torch. Does nothing where RANK is
 already set, by torchrun or launch.spawn.
@@ -21,8 +21,8 @@ POLL_S = 0.2
 
 
 def set_rank_variables(run_directory: Path | str, environment: Mapping[str, str] = os.environ) -> None:
-    """In a task of a step with several tasks, set RANK and its like, and MEETING, the path of the meeting file. A shell
-    under salloc, a batch script and a step of one task are left alone."""
+    """In a task of a step with several tasks, set RANK and its like, and without MASTER_ADDR also MEETING, the path of
+    the meeting file. A shell under salloc, a batch script and a step of one task are left alone."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return
     rank, size = environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"]
@@ -68,7 +68,7 @@ def publish_address(meeting: Path, host: str, port: int) -> None:
 
 
 def wait_for_address(meeting: Path, timeout_s: float) -> tuple[str, int]:
-    """Wait for the meeting file; return rank 0's host and port. Raises UserError after `timeout_s`."""
+    """Wait for the meeting file; return rank 0's host and port. Raises UserError after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     # List the directory: NFS caches for a while that a file does not exist.
     while not (meeting.parent.is_dir() and meeting.name in os.listdir(meeting.parent)):

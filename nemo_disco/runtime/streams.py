@@ -22,7 +22,7 @@ class ReaderLeftError(Exception):
 
 
 class _Raw(io.FileIO):
-    """A descriptor that becomes /dev/null at the first failure to write, which stdout reports."""
+    """A descriptor that becomes /dev/null at the first failure to write; for stdout the failure is reported."""
 
     tolerant = False  # for all instances: see ignore_closed_output
 
@@ -33,9 +33,9 @@ class _Raw(io.FileIO):
     def write(self, data: Any, /) -> int:
         size = memoryview(data).nbytes
         try:
-            while (written := super().write(data)) is None:  # its reader made it non-blocking, and it is full
+            while (count := super().write(data)) is None:  # its reader made it non-blocking, and it is full
                 select.select([], [self], [])
-            return written
+            return count
         except OSError as error:
             with open(os.devnull, "w") as null:
                 os.dup2(null.fileno(), self.fileno())
@@ -55,8 +55,8 @@ class _Raw(io.FileIO):
 
 
 def guard() -> None:
-    """From now on a failure to write standard output raises UserError or ReaderLeftError, and one to write standard
-    error is ignored. Closed streams become /dev/null, or the next file that is opened would get their descriptor."""
+    """Make failures to write standard output raise UserError or ReaderLeftError, and ignore those of standard error.
+    Closed streams become /dev/null: else the next file that is opened would get their descriptor."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -80,5 +80,5 @@ def guard() -> None:
 
 
 def ignore_closed_output() -> None:
-    """From now on a failure to write standard output raises nothing; one warning on standard error reports it."""
+    """Make later failures to write standard output raise nothing; one warning on standard error reports them."""
     _Raw.tolerant = True

@@ -19,7 +19,7 @@ from typing import Any
 from nemo_disco.runtime.errors import UserError, one_line
 
 
-def load(key: str, name: str) -> Any:
+def load_object(key: str, name: str) -> Any:
     """Import and return the object that a configuration's `key` names as `module:attribute`, also from the working
     directory. Raises UserError if there is none."""
     module_name, _, attribute = name.partition(":")
@@ -73,7 +73,7 @@ def format_error(functions: list[Callable[..., Any]], error: BaseException) -> s
 
 
 def call_guarded(label: str, functions: list[Callable[..., Any]], call: Callable[[], Any]) -> Any:
-    """Return `call()`. An error becomes a UserError that names the label, and file and line in one of the user's
+    """Return `call()`. Turns an error into a UserError that names the label, and file and line in one of the user's
     functions; a UserError stays as it is."""
     try:
         return call()
@@ -88,10 +88,10 @@ def check_number(key: str, name: str, place: str, value: object) -> float:
     try:
         if isinstance(value, Real) and math.isfinite(value):
             return float(value)
-        shown = f"{value!r:.80}"
+        text = f"{value!r:.80}"
     except OverflowError:
-        shown = "a whole number that is too large for a float"
-    raise UserError(f"{key}={name}: {place} must return a finite number; it returned {shown}")
+        text = "a whole number that is too large for a float"
+    raise UserError(f"{key}={name}: {place} must return a finite number; it returned {text}")
 
 
 def call_for_number(key: str, name: str, function: Callable[..., Any], *args: object) -> float:

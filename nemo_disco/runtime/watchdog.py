@@ -1,7 +1,7 @@
 """Detects dead ranks and nodes by heartbeats: rank 0 watches all other ranks, and they watch rank 0.
 
-A connection to a node without power breaks only after minutes or hours; this takes SILENCE_S. Uses two daemon threads
-and a key-value store; must not import torch.
+A connection to a node without power breaks only after minutes or hours; the watchdog needs SILENCE_S. Uses two daemon
+threads and a key-value store; must not import torch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Watchdog:
         threading.Thread(target=self._count_silence, name="watchdog-silence", daemon=True).start()
 
     def stop(self) -> None:
-        """Tell the others that this rank's silence is now intended. Rank 0, which has the store, leaves last."""
+        """Tell the other ranks that this rank ends on purpose. Rank 0, which has the store, leaves last."""
         self._stopped.set()
         self._beat_thread.join(FAREWELL_S)
 
@@ -87,7 +87,7 @@ class Watchdog:
                 time.sleep(0.02)
 
     def _count_silence(self) -> None:
-        """Counts checks without a new beat, not seconds, so that a job that was suspended as a whole goes on."""
+        """Count checks without a new beat, not seconds, so that a job that was suspended as a whole goes on."""
         previous, silent = self._beats, dict.fromkeys(self._watched, 0)
         while not self._stopped.wait(BEAT_S):
             beats = self._beats

@@ -1,4 +1,4 @@
-"""Mini-batches that an objective meets, the odd ones first of all, and every objective with its reference."""
+"""Mini-batches for the tests of objectives, ordinary and degenerate, and a reference function for every objective."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_disco.algorithms import MiniBatch, build_objective
 
 from . import reference as ref
 from . import reference_length as length
-from .reference import Answer, Case
+from .reference import Case, ExpectedOutput
 
 HINGE = {"kind": "squared_hinge", "beta": 1e3, "delta": 1e-4, "convention": "paper"}
 NONE = {"kind": "none", "beta": 0.0, "delta": 0.0, "convention": "paper"}
@@ -24,11 +24,11 @@ PENALTIES = {
     "none": NONE,
 }
 RATIO = {"score": "likelihood_ratio"}
-TRUNCATED = {"kind": "truncated_importance_sampling"}
-MASKED = {"kind": "sequence_mask", "cap": 1.03}
+TRUNCATED_SAMPLING = {"kind": "truncated_importance_sampling"}
+SEQUENCE_MASK = {"kind": "sequence_mask", "cap": 1.03}
 
-# name: (what build_objective is given, the reference)
-OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], Answer]]] = {
+# A variant's name -> (the mapping for build_objective, the reference function).
+OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], ExpectedOutput]]] = {
     "disco": ({"name": "disco"}, ref.disco),
     "disco ratio": ({"name": "disco"} | RATIO, functools.partial(ref.disco, **RATIO)),
     "disco tau": ({"name": "disco", "tau": 0.3}, functools.partial(ref.disco, tau=0.3)),
@@ -57,45 +57,61 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], Answer]]] = {
     "trpa": ({"name": "trpa"}, ref.trpa),
     "gpg": ({"name": "gpg"}, ref.gpg),
     "rloo": ({"name": "rloo"}, functools.partial(ref.grpo, advantage=ref.rloo_advantage)),
-    "drpo own": ({"name": "drpo", "preference": "format"}, functools.partial(ref.drpo, own=True)),
+    "drpo own": ({"name": "drpo", "preference": "format"}, functools.partial(ref.drpo, custom_preference=True)),
     "rloo_lp": ({"name": "rloo_lp"}, length.rloo_lp),
     "alp": ({"name": "alp"}, length.alp),
     "alp strong": ({"name": "alp", "beta": 0.03}, functools.partial(length.alp, beta=0.03)),
     "hapo": ({"name": "hapo"}, length.hapo),
     "hapo strong": ({"name": "hapo", "length_weight": 1.0}, functools.partial(length.hapo, weight=1.0)),
     "grpo_lead": ({"name": "grpo_lead"}, length.grpo_lead),
-    "disco truncated": ({"name": "disco", "off_policy": TRUNCATED}, functools.partial(length.truncated, ref.disco)),
-    "grpo truncated": ({"name": "grpo", "off_policy": TRUNCATED}, functools.partial(length.truncated, ref.grpo)),
-    "disco masked": ({"name": "disco", "off_policy": MASKED}, functools.partial(length.masked, ref.disco, cap=1.03)),
-    "grpo masked": ({"name": "grpo", "off_policy": MASKED}, functools.partial(length.masked, ref.grpo, cap=1.03)),
+    "disco truncated": (
+        {"name": "disco", "off_policy": TRUNCATED_SAMPLING},
+        functools.partial(length.truncated_importance_sampling, ref.disco),
+    ),
+    "grpo truncated": (
+        {"name": "grpo", "off_policy": TRUNCATED_SAMPLING},
+        functools.partial(length.truncated_importance_sampling, ref.grpo),
+    ),
+    "disco masked": (
+        {"name": "disco", "off_policy": SEQUENCE_MASK},
+        functools.partial(length.sequence_mask, ref.disco, cap=1.03),
+    ),
+    "grpo masked": (
+        {"name": "grpo", "off_policy": SEQUENCE_MASK},
+        functools.partial(length.sequence_mask, ref.grpo, cap=1.03),
+    ),
 }
 SEPARABLE = [name for name in OBJECTIVES if name.split()[0] not in ("disco", "drpo", "trpa")]
 
 
-def objective(name: str, penalty: dict[str, Any], **rest: Any) -> Any:
-    return build_objective(OBJECTIVES[name][0] | {"constraint": penalty} | rest)
+def make_objective(name: str, penalty: dict[str, Any], **parameters: Any) -> Any:
+    """The package's objective of that name in OBJECTIVES, with `penalty` as its constraint and further parameters."""
+    return build_objective(OBJECTIVES[name][0] | {"constraint": penalty} | parameters)
 
 
-def expected(name: str, case: Case, penalty: dict[str, Any]) -> Answer:
-    answer = OBJECTIVES[name][1](case)
-    answer.penalise(**penalty)
-    return answer
+def reference_output(name: str, case: Case, penalty: dict[str, Any]) -> ExpectedOutput:
+    """The output of the reference function of that name in OBJECTIVES, with `penalty` as its constraint."""
+    output = OBJECTIVES[name][1](case)
+    output.add_penalty(**penalty)
+    return output
 
 
-def batch_of(case: Case, dtype: torch.dtype = torch.float64) -> MiniBatch:
-    def tokens(values: list[float]) -> torch.Tensor:
+def to_mini_batch(case: Case, dtype: torch.dtype = torch.float64) -> MiniBatch:
+    """The case as the package's MiniBatch; dtype is that of its per-token tensors."""
+
+    def per_token(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype)
 
     return MiniBatch(
-        log_probs=tokens(case.lp),
-        old_log_probs=tokens(case.old),
+        log_probs=per_token(case.lp),
+        old_log_probs=per_token(case.old),
         lengths=torch.tensor(case.lengths),
         question_ids=torch.tensor(case.questions),
         rewards=torch.tensor(case.rewards, dtype=torch.float64),
         max_response_length=case.limit,
-        entropies=tokens(case.entropies),
-        reference_log_probs=tokens(case.reference),
-        generation_log_probs=tokens(case.generation),
+        entropies=per_token(case.entropies),
+        reference_log_probs=per_token(case.reference),
+        generation_log_probs=per_token(case.generation),
         correct=None if case.correct is None else torch.tensor(case.correct),
         columns={
             "preference": torch.tensor(case.preferences, dtype=torch.float64),
@@ -110,9 +126,12 @@ def random_case(
     lengths: list[int] | None = None,
     rewards: list[float] | None = None,
     spread: float = 0.3,
-    **rest: Any,
+    **fields: Any,
 ) -> Case:
-    """Ragged groups in any order, unless said otherwise; spread is the scale of the log-ratios."""
+    """A random mini-batch: by default 17 responses of 1 to 9 tokens to up to 5 questions in mixed order, 40% right.
+
+    spread: scale of the log-ratios lp - old. fields: further fields of Case.
+    """
     rng = random.Random(seed)
     questions = questions if questions is not None else rng.choices([7, -3, 12, 4, 10**12], k=17)
     n = len(questions)
@@ -127,10 +146,11 @@ def random_case(
         "preferences": [rng.uniform(-1, 1) for _ in lengths],
         "shortest": [q % 4 * 2 for q in questions],
     }
-    return Case(lp, old, lengths, questions, rewards, rest.pop("limit", 16), entropies, reference, **(more | rest))
+    return Case(lp, old, lengths, questions, rewards, fields.pop("limit", 16), entropies, reference, **(more | fields))
 
 
 def odd_cases() -> dict[str, Case]:
+    """Mini-batches by a description of their peculiarity: ragged or one-sided groups, empty responses, odd rewards."""
     eight = [0, 0, 0, 0, 1, 1, 1, 1]
     return {
         "ragged": random_case(1),

@@ -1,5 +1,8 @@
-"""The objectives once more, from the papers' formulas alone: loops over floats, gradients by hand, group statistics in
-exact fractions. Shares nothing with nemo_disco.algorithms, not even torch.
+"""Independent float64 reference of the objectives: the papers' formulas as loops over floats, with gradients by hand.
+
+Group statistics are exact fractions. Shares nothing with nemo_disco.algorithms, not even torch. Notation, as in the
+papers: o a response of |o| tokens to a question q; S+, S- the right and the wrong responses to q that are not empty;
+rho_t = exp(lp_t - old_t); N responses, T tokens and |B| questions in the mini-batch; C the maximum response length.
 """
 
 from __future__ import annotations
@@ -12,7 +15,14 @@ from fractions import Fraction
 
 @dataclass
 class Case:
-    """One mini-batch as plain lists."""
+    """One mini-batch as plain lists.
+
+    [T], one number for each response token: lp, old, reference, generation, its log-prob under the current policy, the
+    policy that sampled, the frozen reference and the engine; entropies, of the current policy.
+    [N], one for each response: lengths |o|; questions, any integers; rewards r; preferences, DRPO's r(o); shortest,
+    HAPO's h; correct, the grader's verdicts (None: a response is right if its reward is above the threshold).
+    limit: C.
+    """
 
     lp: list[float]
     old: list[float]
@@ -29,33 +39,44 @@ class Case:
     shortest: list[int] = field(default_factory=list)
 
     def tokens(self, i: int) -> range:
+        """Positions of response i's tokens among the T tokens."""
         start = sum(self.lengths[:i])
         return range(start, start + self.lengths[i])
 
     def group(self, question: int) -> list[int]:
+        """Positions of the question's responses among the N responses."""
         return [i for i, q in enumerate(self.questions) if q == question]
 
-    def right(self, i: int) -> bool:
+    def is_right(self, i: int) -> bool:
         return self.rewards[i] > self.threshold if self.correct is None else self.correct[i]
 
 
 @dataclass
-class Answer:
-    """J, its gradient in lp and in the entropies, and after `penalise` the loss with its gradient."""
+class ExpectedOutput:
+    """An objective's value J and its gradient; after `add_penalty` also KL_hat and the loss, whose gradient it then is.
+
+    token_gradient, entropy_gradient [T]: the derivatives with respect to each token's lp and entropy.
+    """
 
     case: Case
     value: float = 0.0
-    lp: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
+    token_gradient: list[float] = field(default_factory=list)
+    entropy_gradient: list[float] = field(default_factory=list)
     loss: float = 0.0
     kl: float = 0.0
 
     def __post_init__(self) -> None:
-        self.lp = [0.0] * len(self.case.lp)
-        self.entropies = [0.0] * len(self.case.lp)
+        self.token_gradient = [0.0] * len(self.case.lp)
+        self.entropy_gradient = [0.0] * len(self.case.lp)
 
-    def penalise(self, kind: str, beta: float, delta: float, convention: str) -> None:
-        total = max(len(self.lp), 1)
+    def add_penalty(self, kind: str, beta: float, delta: float, convention: str) -> None:
+        """Set loss = penalty(KL_hat) - J, and replace J's gradient by the loss's (arXiv 2505.12366, Algorithm 1).
+
+        KL_hat = (1/T) sum_t (old_t - lp_t). The penalty is beta max(KL_hat - delta, 0)^2 (squared_hinge; in the
+        convention of the released code beta max(KL_hat - delta, 0) KL_hat with the first factor held constant), or
+        beta KL_hat (kl_regularization), or 0 (none).
+        """
+        total = max(len(self.case.lp), 1)
         self.kl = math.fsum(o - x for o, x in zip(self.case.old, self.case.lp, strict=True)) / total
         penalty = slope = 0.0
         if kind == "kl_regularization":
@@ -67,104 +88,138 @@ class Answer:
             else:
                 penalty, slope = beta * excess * self.kl, beta * excess
         self.loss = penalty - self.value
-        self.lp = [-g - slope / total for g in self.lp]
-        self.entropies = [-g for g in self.entropies]
+        self.token_gradient = [-g - slope / total for g in self.token_gradient]
+        self.entropy_gradient = [-g for g in self.entropy_gradient]
+
+
+# Scores and their means (arXiv 2505.12366)
 
 
 def token_score(score: str, lp: float, old: float) -> tuple[float, float]:
-    """A token's score and its derivative."""
+    """(score of one token, its derivative in lp): lp_t or rho_t (arXiv 2505.12366, section 4.1)."""
     return (lp, 1.0) if score == "log_likelihood" else (math.exp(lp - old), math.exp(lp - old))
 
 
 def response_score(case: Case, score: str, i: int) -> float:
+    """s(o, q) of response i, the mean of its tokens' scores (arXiv 2505.12366, section 4.1)."""
     return math.fsum(token_score(score, case.lp[t], case.old[t])[0] for t in case.tokens(i)) / case.lengths[i]
 
 
-def clipped(advantage: float, lp: float, old: float, low: float, high: float) -> tuple[float, float]:
-    """min(rho A, clip(rho) A) and its derivative in lp."""
-    rho = math.exp(lp - old)
-    bounded = min(max(rho, 1 - low), 1 + high)
-    if rho * advantage <= bounded * advantage:
-        return rho * advantage, rho * advantage
-    return bounded * advantage, 0.0
-
-
-def contrastive(case: Case, score: str, right_weights: Callable, wrong_part: Callable, question_weight: bool) -> Answer:
-    """mean over questions of sum_{S+} w s - D(S-): both parts give (their value, the weights of the scores in them)."""
-    answer = Answer(case)
-    questions = sorted(set(case.questions))
-    for q in questions:
-        scored = [i for i in case.group(q) if case.lengths[i]]
-        right, wrong = [i for i in scored if case.right(i)], [i for i in scored if not case.right(i)]
-        if not right or not wrong:
-            continue
-        p = len(right) / len(scored)
-        scale = (math.sqrt(p * (1 - p)) if question_weight else 1.0) / len(questions)
-        weights = right_weights(right)
-        value, wrong_weights = wrong_part([response_score(case, score, i) for i in wrong])
-        plus = math.fsum(w * response_score(case, score, i) for w, i in zip(weights, right, strict=True))
-        answer.value += scale * (plus - value)
-        coefficients = list(zip(right, weights, strict=True)) + [
-            (i, -w) for i, w in zip(wrong, wrong_weights, strict=True)
-        ]
-        for i, w in coefficients:
-            for t in case.tokens(i):
-                answer.lp[t] = scale * w * token_score(score, case.lp[t], case.old[t])[1] / case.lengths[i]
-    return answer
-
-
 def plain_mean(scores: list[float]) -> tuple[float, list[float]]:
+    """(mean s, its derivative in each s): the term of S- in DisCO-b (arXiv 2505.12366)."""
     return math.fsum(scores) / len(scores), [1 / len(scores)] * len(scores)
 
 
 def log_mean_exp(scores: list[float], tau: float) -> tuple[float, list[float]]:
+    """(tau log mean exp(s / tau), its derivative in each s): the term of S- in DisCO (arXiv 2505.12366)."""
     top = max(scores)
     exps = [math.exp((s - top) / tau) for s in scores]
     total = math.fsum(exps)
     return top + tau * math.log(total / len(scores)), [e / total for e in exps]
 
 
-def disco_b(case: Case, score: str = "log_likelihood", question_weight: bool = False) -> Answer:
-    return contrastive(case, score, lambda right: [1 / len(right)] * len(right), plain_mean, question_weight)
+# DisCO-b, DisCO (arXiv 2505.12366), DRPO (arXiv 2510.04474)
 
 
-def disco(case: Case, score: str = "log_likelihood", tau: float | None = None) -> Answer:
+def contrast_scores(
+    case: Case, score: str, right_weights: Callable, wrong_mean: Callable, question_weight: bool
+) -> ExpectedOutput:
+    """J = (1/|B|) sum_q d_q [sum_{S+} w_o s(o) - D(S-)], over the questions that have both S+ and S-.
+
+    right_weights(S+): the weights w_o. wrong_mean(scores of S-): D and its derivatives in the scores. d_q is 1, or with
+    question_weight sqrt(p (1 - p)), where p = |S+| / (|S+| + |S-|).
+    """
+    output = ExpectedOutput(case)
+    questions = sorted(set(case.questions))
+    for q in questions:
+        scored = [i for i in case.group(q) if case.lengths[i]]
+        right, wrong = [i for i in scored if case.is_right(i)], [i for i in scored if not case.is_right(i)]
+        if not right or not wrong:
+            continue
+        p = len(right) / len(scored)
+        scale = (math.sqrt(p * (1 - p)) if question_weight else 1.0) / len(questions)
+        weights = right_weights(right)
+        negative, wrong_weights = wrong_mean([response_score(case, score, i) for i in wrong])
+        positive = math.fsum(w * response_score(case, score, i) for w, i in zip(weights, right, strict=True))
+        output.value += scale * (positive - negative)
+        coefficients = list(zip(right, weights, strict=True)) + [
+            (i, -w) for i, w in zip(wrong, wrong_weights, strict=True)
+        ]
+        for i, w in coefficients:
+            for t in case.tokens(i):
+                derivative = token_score(score, case.lp[t], case.old[t])[1]
+                output.token_gradient[t] = scale * w * derivative / case.lengths[i]
+    return output
+
+
+def disco_b(case: Case, score: str = "log_likelihood", question_weight: bool = False) -> ExpectedOutput:
+    """DisCO-b: J1 = (1/|B|) sum_q [mean_{S+} s - mean_{S-} s] (arXiv 2505.12366).
+
+    question_weight: the paper's ablation, which multiplies each question's term by sqrt(p (1 - p)).
+    """
+    return contrast_scores(case, score, lambda right: [1 / len(right)] * len(right), plain_mean, question_weight)
+
+
+def disco(case: Case, score: str = "log_likelihood", tau: float | None = None) -> ExpectedOutput:
+    """DisCO: J2 = (1/|B|) sum_q [mean_{S+} s - tau log mean_{S-} exp(s / tau)] (arXiv 2505.12366, Algorithm 1).
+
+    Computed as DRPO at lambda = infinity, where the weights of S+ are equal. tau: by default the authors', 10 for
+    log_likelihood and 1 for likelihood_ratio.
+    """
     return drpo(case, score, tau, math.inf)
 
 
 def drpo(
-    case: Case, score: str = "log_likelihood", tau: float | None = None, lambda_: float = 0.1, own: bool = False
-) -> Answer:
+    case: Case,
+    score: str = "log_likelihood",
+    tau: float | None = None,
+    lambda_: float = 0.1,
+    custom_preference: bool = False,
+) -> ExpectedOutput:
+    """DRPO: J = (1/|B|) sum_q [sum_{S+} w_o s(o) - tau log mean_{S-} exp(s / tau)] (arXiv 2510.04474).
+
+    w = softmax over S+ of r(o) / lambda, with r(o) = 1 - |o|/C, or `case.preferences` with custom_preference.
+    """
     tau = tau or {"log_likelihood": 10.0, "likelihood_ratio": 1.0}[score]
 
     def right_weights(right: list[int]) -> list[float]:
-        preferences = [(case.preferences[i] if own else 1 - case.lengths[i] / case.limit) / lambda_ for i in right]
+        preferences = [
+            (case.preferences[i] if custom_preference else 1 - case.lengths[i] / case.limit) / lambda_ for i in right
+        ]
         exps = [math.exp(r - max(preferences)) for r in preferences]
         return [e / math.fsum(exps) for e in exps]
 
-    return contrastive(case, score, right_weights, lambda scores: log_mean_exp(scores, tau), False)
+    return contrast_scores(case, score, right_weights, lambda scores: log_mean_exp(scores, tau), False)
 
 
-def disco_b_clipped(case: Case, low: float, high: float) -> Answer:
-    """DisCO-b with f+ and f-: an advantage of the sign of the side, through PPO's minimum."""
-    answer = Answer(case)
+def disco_b_clipped(case: Case, low: float, high: float) -> ExpectedOutput:
+    """DisCO-b with clipped ratios: (1/|B|) sum_q [mean_{S+} f+ - mean_{S-} f-] (arXiv 2505.12366, Proposition 1).
+
+    f+ and f- are a response's token means of min(rho, 1 + high) and of max(rho, 1 - low). Computed as PPO's clipped
+    term with the advantage 1/|S+| or -1/|S-|.
+    """
+    output = ExpectedOutput(case)
     questions = sorted(set(case.questions))
     for q in questions:
         scored = [i for i in case.group(q) if case.lengths[i]]
-        right = [i for i in scored if case.right(i)]
+        right = [i for i in scored if case.is_right(i)]
         if not 0 < len(right) < len(scored):
             continue
         for i in scored:
-            side = 1 / len(right) if case.right(i) else -1 / (len(scored) - len(right))
+            advantage = 1 / len(right) if case.is_right(i) else -1 / (len(scored) - len(right))
+            weight = advantage / len(questions) / case.lengths[i]
             for t in case.tokens(i):
-                value, slope = clipped(side / len(questions) / case.lengths[i], case.lp[t], case.old[t], low, high)
-                answer.value += value
-                answer.lp[t] = slope
-    return answer
+                value, slope = clipped_term(weight, case.lp[t], case.old[t], low, high)
+                output.value += value
+                output.token_gradient[t] = slope
+    return output
 
 
-def centre(case: Case, i: int) -> tuple[float, float]:
-    """r_i minus the mean of its group, and the group's unbiased standard deviation."""
+# Advantages of response i, from the rewards r of its group
+
+
+def center_reward(case: Case, i: int) -> tuple[float, float]:
+    """(r_i - mean of the group's rewards, their unbiased standard deviation, which is 0 for a group of one)."""
     rewards = [Fraction(case.rewards[j]) for j in case.group(case.questions[i])]
     mean = sum(rewards) / len(rewards)
     variance = sum((r - mean) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
@@ -172,71 +227,111 @@ def centre(case: Case, i: int) -> tuple[float, float]:
 
 
 def grpo_advantage(case: Case, i: int) -> float:
-    difference, std = centre(case, i)
+    """GRPO: A_i = (r_i - mean) / (std + 1e-6) (arXiv 2402.03300)."""
+    difference, std = center_reward(case, i)
     return difference / (std + 1e-6)
 
 
 def grpo_rw_advantage(case: Case, i: int) -> float:
-    verdicts = [case.right(j) for j in case.group(case.questions[i])]
+    """GRPO_RW: GRPO's A_i / sqrt(p (1 - p)), 0 where p is 0 or 1 (ablation of arXiv 2505.12366).
+
+    p: the share of the group's responses, empty ones included, that are right.
+    """
+    verdicts = [case.is_right(j) for j in case.group(case.questions[i])]
     p = sum(verdicts) / len(verdicts)
     return grpo_advantage(case, i) / math.sqrt(p * (1 - p)) if 0 < p < 1 else 0.0
 
 
 def rloo_advantage(case: Case, i: int) -> float:
+    """RLOO: A_i = r_i - mean of the rewards of the group's other responses, 0 for a group of one (arXiv 2402.14740)."""
     others = [Fraction(case.rewards[j]) for j in case.group(case.questions[i]) if j != i]
     return float(Fraction(case.rewards[i]) - sum(others) / len(others)) if others else 0.0
 
 
 def gpg_advantage(case: Case, i: int) -> float:
+    """GPG: A_i = alpha (r_i - mean), alpha = N / (N - M), 0 if M = N (arXiv 2504.02546).
+
+    M: the number of responses in degenerate groups, those whose rewards are all equal.
+    """
     n = len(case.rewards)
     degenerate = sum(len({case.rewards[k] for k in case.group(case.questions[j])}) == 1 for j in range(n))
-    return n / (n - degenerate) * centre(case, i)[0] if degenerate < n else 0.0
+    return n / (n - degenerate) * center_reward(case, i)[0] if degenerate < n else 0.0
 
 
-def surrogate(case: Case, advantage: Callable, divisor: Callable, low: float = 0.2, high: float = 0.2) -> Answer:
-    """sum over responses of the clipped surrogate over a divisor of the response's length."""
-    answer = Answer(case)
+# Policy gradients
+
+
+def clipped_term(advantage: float, lp: float, old: float, low: float, high: float) -> tuple[float, float]:
+    """(min(rho A, clip(rho, 1 - low, 1 + high) A), its derivative in lp): a token's term in GRPO (arXiv 2402.03300)."""
+    rho = math.exp(lp - old)
+    bounded = min(max(rho, 1 - low), 1 + high)
+    if rho * advantage <= bounded * advantage:
+        return rho * advantage, rho * advantage
+    return bounded * advantage, 0.0
+
+
+def sum_clipped_terms(
+    case: Case, advantage: Callable, divisor: Callable, low: float = 0.2, high: float = 0.2
+) -> ExpectedOutput:
+    """J = sum_o (1/divisor(|o|)) sum_t min(rho_t A_o, clip(rho_t, 1 - low, 1 + high) A_o), A_o = advantage(case, o)."""
+    output = ExpectedOutput(case)
     for i in range(len(case.lengths)):
         a = advantage(case, i)
         for t in case.tokens(i):
-            value, slope = clipped(a, case.lp[t], case.old[t], low, high)
-            answer.value += value / divisor(case.lengths[i])
-            answer.lp[t] = slope / divisor(case.lengths[i])
-    return answer
+            value, slope = clipped_term(a, case.lp[t], case.old[t], low, high)
+            output.value += value / divisor(case.lengths[i])
+            output.token_gradient[t] = slope / divisor(case.lengths[i])
+    return output
 
 
 def grpo(
     case: Case, advantage: Callable = grpo_advantage, kl: float = 0.0, entropy: float = 0.0, **clip: float
-) -> Answer:
-    answer = surrogate(case, advantage, lambda length: len(case.lengths) * length, **clip)
+) -> ExpectedOutput:
+    """GRPO: J = (1/N) sum_o (1/|o|) sum_t min(rho A, clip(rho) A) - kl KL + entropy H (arXiv 2402.03300).
+
+    KL = (1/T) sum_t [exp(d) - d - 1], d = reference_t - lp_t (Schulman's k3), and H = (1/T) sum_t of the entropies.
+    entropy > 0 is GRPO-ER (baseline of arXiv 2505.12366). RLOO and GRPO_RW differ in the advantage alone.
+    """
+    output = sum_clipped_terms(case, advantage, lambda length: len(case.lengths) * length, **clip)
     total = len(case.lp)
     for t in range(total):
         d = case.reference[t] - case.lp[t]
-        answer.value += (entropy * case.entropies[t] - kl * (math.exp(d) - d - 1)) / total
-        answer.lp[t] += kl * (math.exp(d) - 1) / total
-        answer.entropies[t] = entropy / total
-    return answer
+        output.value += (entropy * case.entropies[t] - kl * (math.exp(d) - d - 1)) / total
+        output.token_gradient[t] += kl * (math.exp(d) - 1) / total
+        output.entropy_gradient[t] = entropy / total
+    return output
 
 
-def dr_grpo(case: Case) -> Answer:
-    return surrogate(case, lambda c, i: centre(c, i)[0], lambda _: len(case.lengths) * case.limit)
+def dr_grpo(case: Case) -> ExpectedOutput:
+    """Dr. GRPO: J = (1/N) sum_o (1/C) sum_t min(rho A, clip(rho) A), A = r - mean (arXiv 2503.20783)."""
+    return sum_clipped_terms(case, lambda c, i: center_reward(c, i)[0], lambda _: len(case.lengths) * case.limit)
 
 
-def dapo(case: Case) -> Answer:
-    return surrogate(case, grpo_advantage, lambda _: len(case.lp), 0.2, 0.28)
+def dapo(case: Case) -> ExpectedOutput:
+    """DAPO: J = (1/T) sum_o sum_t min(rho A, clip(rho, 0.8, 1.28) A), A as in GRPO (arXiv 2503.14476)."""
+    return sum_clipped_terms(case, grpo_advantage, lambda _: len(case.lp), 0.2, 0.28)
 
 
-def gpg(case: Case) -> Answer:
-    answer = Answer(case)
+def gpg(case: Case) -> ExpectedOutput:
+    """GPG: J = (1/N) sum_o (1/|o|) sum_t lp_t A (arXiv 2504.02546)."""
+    output = ExpectedOutput(case)
     for i, length in enumerate(case.lengths):
         for t in case.tokens(i):
-            answer.lp[t] = gpg_advantage(case, i) / len(case.lengths) / length
-            answer.value += answer.lp[t] * case.lp[t]
-    return answer
+            output.token_gradient[t] = gpg_advantage(case, i) / len(case.lengths) / length
+            output.value += output.token_gradient[t] * case.lp[t]
+    return output
 
 
-def trpa(case: Case, beta: float = 0.1, kl: float = 1e-3) -> Answer:
-    answer = Answer(case)
+# Pairwise preferences
+
+
+def trpa(case: Case, beta: float = 0.1, kl: float = 1e-3) -> ExpectedOutput:
+    """TRPA: J = mean over pairs of log sigmoid(beta [rise(better) - rise(worse)]) - kl KL (arXiv 2504.04524).
+
+    rise(o) = (1/|o|) sum_t (lp_t - old_t). Pairs: all pairs of non-empty responses to one question with different
+    rewards. KL = (1/T) sum_t [exp(d) - d - 1], d = old_t - lp_t (Schulman's k3).
+    """
+    output = ExpectedOutput(case)
     scored = [i for i, length in enumerate(case.lengths) if length]
     rise = {i: math.fsum(case.lp[t] - case.old[t] for t in case.tokens(i)) / case.lengths[i] for i in scored}
     pairs = [
@@ -246,14 +341,15 @@ def trpa(case: Case, beta: float = 0.1, kl: float = 1e-3) -> Answer:
         if case.questions[i] == case.questions[j] and case.rewards[i] > case.rewards[j]
     ]
     for i, j in pairs:
-        m = beta * (rise[i] - rise[j])
-        answer.value += (min(m, 0.0) - math.log1p(math.exp(-abs(m)))) / len(pairs)
-        pull = 1 / (1 + math.exp(m)) if m < 0 else math.exp(-m) / (1 + math.exp(-m))
+        margin = beta * (rise[i] - rise[j])
+        output.value += (min(margin, 0.0) - math.log1p(math.exp(-abs(margin)))) / len(pairs)
+        # sigmoid(-margin), the derivative of log sigmoid(margin), without overflow for either sign
+        slope = 1 / (1 + math.exp(margin)) if margin < 0 else math.exp(-margin) / (1 + math.exp(-margin))
         for k, sign in ((i, 1), (j, -1)):
             for t in case.tokens(k):
-                answer.lp[t] += sign * pull * beta / case.lengths[k] / len(pairs)
+                output.token_gradient[t] += sign * slope * beta / case.lengths[k] / len(pairs)
     for t in range(len(case.lp)):
         d = case.old[t] - case.lp[t]
-        answer.value -= kl * (math.exp(d) - d - 1) / len(case.lp)
-        answer.lp[t] += kl * (math.exp(d) - 1) / len(case.lp)
-    return answer
+        output.value -= kl * (math.exp(d) - d - 1) / len(case.lp)
+        output.token_gradient[t] += kl * (math.exp(d) - 1) / len(case.lp)
+    return output

@@ -1,4 +1,4 @@
-"""The mismatch of two engines against numpy, the tokens it names and the causes it guesses."""
+"""Mismatch of engine and policy: figures equal numpy's; the worst tokens, likely cause and limits are reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from bare_trainer import bare_trainer
+from bare_trainer import build_bare_trainer
 from tiny_models import random_rollouts
 
 from nemo_disco.algorithms import build_objective
@@ -23,101 +23,111 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.runtime.errors import UserError
 
 
-def rollouts(generation: torch.Tensor | None = None) -> Rollouts:
-    drawn = random_rollouts(questions=8)
-    return drawn if generation is None else replace(drawn, generation_log_probs=generation.float())
+def make_rollouts(generation: torch.Tensor | None = None) -> Rollouts:
+    """Random rollouts, always the same; generation [T]: the engine's log-probs, 0 by default."""
+    rollouts = random_rollouts(questions=8)
+    return rollouts if generation is None else replace(rollouts, generation_log_probs=generation.float())
 
 
 @pytest.fixture
 def trainer() -> torch.Tensor:
-    total = int(rollouts().response_lengths.sum())
+    """The trainer's log-probs [T] of the rollouts."""
+    total = int(make_rollouts().response_lengths.sum())
     return -torch.rand(total, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3 - 0.1
 
 
 def noise(like: torch.Tensor, scale: float) -> torch.Tensor:
+    """Normal noise of that standard deviation, in the shape of `like`."""
     return scale * torch.randn(like.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
-def gate(config: RunConfig, policy: Any) -> Agreement:
+def build_agreement(config: RunConfig, policy: Any) -> Agreement:
     return Agreement(config.verify, config.generation, policy, Mock(**{"decode.return_value": "x"}))
 
 
-def test_the_figures_are_numpys(trainer: torch.Tensor) -> None:
+def test_the_figures_equal_numpys(trainer: torch.Tensor) -> None:
     engine = trainer + noise(trainer, 0.1)
     delta = (trainer - engine).numpy()
-    found = mismatch(trainer, engine)
-    assert found["mismatch/mean_abs"] == pytest.approx(np.abs(delta).mean())
-    assert found["mismatch/max_abs"] == pytest.approx(np.abs(delta).max())
-    assert found["mismatch/mean_exp_abs"] == pytest.approx(np.exp(np.abs(delta)).mean())
-    assert found["mismatch/kl_k1"] == pytest.approx(-delta.mean())
-    assert found["mismatch/kl_k3"] == pytest.approx((np.exp(delta) - 1 - delta).mean())
+    figures = mismatch(trainer, engine)
+    assert figures["mismatch/mean_abs"] == pytest.approx(np.abs(delta).mean())
+    assert figures["mismatch/max_abs"] == pytest.approx(np.abs(delta).max())
+    assert figures["mismatch/mean_exp_abs"] == pytest.approx(np.exp(np.abs(delta)).mean())
+    assert figures["mismatch/kl_k1"] == pytest.approx(-delta.mean())
+    assert figures["mismatch/kl_k3"] == pytest.approx((np.exp(delta) - 1 - delta).mean())
 
 
 def test_the_worst_tokens_are_found_in_their_responses(trainer: torch.Tensor) -> None:
-    engine, drawn = trainer.clone(), rollouts()
-    response = int(drawn.response_lengths.argmax())
-    at = int(drawn.response_offsets[response]) + 4
-    engine[at] -= 2.0
-    engine[at - 1] += 1.0
-    worst = worst_tokens(trainer, rollouts(engine), 2)
+    engine, rollouts = trainer.clone(), make_rollouts()
+    response = int(rollouts.response_lengths.argmax())
+    t = int(rollouts.response_offsets[response]) + 4
+    engine[t] -= 2.0
+    engine[t - 1] += 1.0
+    worst = worst_tokens(trainer, make_rollouts(engine), 2)
     assert [(w.response, w.place) for w in worst] == [(response, 4), (response, 3)]
-    assert worst[0].token == int(drawn.response(response)[4])
+    assert worst[0].token == int(rollouts.response(response)[4])
     assert worst[0].engine == pytest.approx(worst[0].trainer - 2.0)
 
 
-def causes(trainer: torch.Tensor) -> dict[str, torch.Tensor]:
-    drawn = rollouts()
-    place = torch.cat([torch.arange(int(n)) for n in drawn.response_lengths])
-    tokens = torch.cat([drawn.response(i) for i in range(len(drawn))])
+def faulty_log_probs(trainer: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The log-probs [T] of an engine with a fault, by words of the cause that is reported."""
+    rollouts = make_rollouts()
+    position = torch.cat([torch.arange(int(n)) for n in rollouts.response_lengths])
+    tokens = torch.cat([rollouts.response(i) for i in range(len(rollouts))])
     return {
-        "ignore the temperature": plain(trainer),
-        "rope": trainer + noise(trainer, 0.02) * place,
+        "ignore the temperature": at_temperature_1(trainer),
+        "rope": trainer + noise(trainer, 0.02) * position,
         "the output layer": trainer + 3.0 * (tokens == tokens.mode().values),
         "precision": trainer + noise(trainer, 0.02),
         "other weights": trainer + noise(trainer, 1.0),
     }
 
 
-def plain(trainer: torch.Tensor) -> torch.Tensor:
+def at_temperature_1(trainer: torch.Tensor) -> torch.Tensor:
+    """Log-probs [T] that stand for the trainer's on logits which are not divided by the temperature."""
     return trainer * 0.6 - 0.3
 
 
 @pytest.mark.parametrize("cause", ["ignore the temperature", "rope", "the output layer", "precision", "other weights"])
-def test_the_cause_is_told_by_the_shape_of_the_difference(cause: str, trainer: torch.Tensor) -> None:
-    drawn = rollouts(causes(trainer)[cause])
-    assert cause in likely_cause(trainer, drawn, plain_log_probs=plain(trainer), dtype=torch.bfloat16)
+def test_the_cause_is_recognized_by_the_pattern_of_the_difference(cause: str, trainer: torch.Tensor) -> None:
+    rollouts = make_rollouts(faulty_log_probs(trainer)[cause])
+    assert cause in likely_cause(trainer, rollouts, plain_log_probs=at_temperature_1(trainer), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("cause", ["ignore the temperature", "rope", "generation.quantization=fp8", "other weights"])
 def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, trainer: torch.Tensor) -> None:
-    drawn = rollouts({**causes(trainer), "generation.quantization=fp8": causes(trainer)["precision"]}[cause])
+    engine = faulty_log_probs(trainer)["precision" if cause == "generation.quantization=fp8" else cause]
     assert cause in likely_cause(
-        trainer, drawn, plain_log_probs=plain(trainer), dtype=torch.bfloat16, quantization="fp8"
+        trainer,
+        make_rollouts(engine),
+        plain_log_probs=at_temperature_1(trainer),
+        dtype=torch.bfloat16,
+        quantization="fp8",
     )
 
 
 def test_the_first_step_refuses_and_each_later_one_warns_in_one_line(trainer: torch.Tensor) -> None:
-    said: list[str] = []
-    policy = Mock(temperature=0.6, dtype=torch.float32, **{"log_probs.return_value": (plain(trainer), None)})
-    agreement = gate(compose("quickstart"), policy)
+    warnings: list[str] = []
+    policy = Mock(temperature=0.6, dtype=torch.float32, **{"log_probs.return_value": (at_temperature_1(trainer), None)})
+    agreement = build_agreement(compose("quickstart"), policy)
 
-    def check(step: int, apart: float, version: int | None = None, policy_log_probs: torch.Tensor = trainer) -> None:
-        drawn = rollouts(trainer + noise(trainer, apart))
-        versions = torch.full_like(drawn.weight_versions, step if version is None else version)
-        if warning := agreement.check_step(step, replace(drawn, weight_versions=versions), policy_log_probs):
-            said.append(warning)
+    def check(step: int, scale: float, version: int | None = None, policy_log_probs: torch.Tensor = trainer) -> None:
+        """Check a step whose engine differs by noise of that scale, and keep the warning."""
+        rollouts = make_rollouts(trainer + noise(trainer, scale))
+        versions = torch.full_like(rollouts.weight_versions, step if version is None else version)
+        if warning := agreement.check_step(step, replace(rollouts, weight_versions=versions), policy_log_probs):
+            warnings.append(warning)
 
     with pytest.raises(UserError, match=r"engine megatron disagree: mean e\^\|d\| 1\.\d+ \(verify.max_mismatch=1.05\)"):
         check(0, 0.2)
     assert policy.temperature == 0.6
     check(0, 0.001)
-    check(1, 0.2, policy_log_probs=trainer * torch.nan)  # the policy's own fault, whose mini-batches are skipped
-    check(1, 0.2, version=0)  # sampled by the weights before
-    assert said == []
-    for step, apart in ((2, 0.2), (3, 0.2), (4, 0.001), (5, 0.2)):
-        check(step, apart)
-    assert [line.split(": trainer")[0] for line in said] == [f"step {n}: warning" for n in (3, 4, 6)]
-    assert not any("\n" in line for line in said)
+    check(1, 0.2, policy_log_probs=trainer * torch.nan)  # the policy's fault: its mini-batches are skipped
+    check(1, 0.2, version=0)  # sampled from older weights
+    assert warnings == []
+    for step, scale in ((2, 0.2), (3, 0.2), (4, 0.001), (5, 0.2)):
+        check(step, scale)
+    assert [line.split(": trainer")[0] for line in warnings] == [f"step {n}: warning" for n in (3, 4, 6)]
+    assert not any("\n" in line for line in warnings)
 
 
 @pytest.mark.parametrize(
@@ -132,58 +142,61 @@ def test_the_first_step_refuses_and_each_later_one_warns_in_one_line(trainer: to
         (torch.bfloat16, ["verify.max_mismatch=1.04"], "0.01 in bfloat16"),
     ],
 )
-def test_the_limits_follow_the_settings_and_the_precision_and_say_so(
+def test_the_limits_follow_the_settings_and_the_precision_and_are_explained(
     dtype: torch.dtype, overrides: list[str], limit: str | None, trainer: torch.Tensor
 ) -> None:
-    """The engine is as far away as bfloat16's rounding of a real model: KL 0.0015, mean e^|d| 1.045."""
+    """The engine differs as much as a real model in bfloat16 does by rounding: KL 0.0015, mean e^|d| 1.045.
+
+    limit: part of the message about the limit that is exceeded; None if none is.
+    """
     config = compose("quickstart", [*overrides, *["generation.python=python"] * bool(overrides[1:])])
-    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (plain(trainer), None)})
-    agreement = gate(config, policy)
-    drawn = rollouts(trainer + noise(trainer, 0.055))
-    drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
+    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (at_temperature_1(trainer), None)})
+    agreement = build_agreement(config, policy)
+    rollouts = make_rollouts(trainer + noise(trainer, 0.055))
+    rollouts = replace(rollouts, weight_versions=torch.zeros_like(rollouts.weight_versions))
     figures = r"e\^\|d\| 1\.04\d+ \(verify.max_mismatch=1\.0\d\), KL 0\.001\d+ \("
     with nullcontext() if limit is None else pytest.raises(UserError, match=rf"{figures}.*{limit}"):
-        agreement.check_step(0, drawn, trainer)
+        agreement.check_step(0, rollouts, trainer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kl_like_that_of_a_missing_norm_is_refused_in_every_precision(
     dtype: torch.dtype, trainer: torch.Tensor
 ) -> None:
-    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (plain(trainer), None)})
+    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (at_temperature_1(trainer), None)})
     config = compose("quickstart", ["verify.max_mismatch=1e9"])
-    agreement = gate(config, policy)
-    drawn = rollouts(trainer + noise(trainer, 0.4))
-    drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
+    agreement = build_agreement(config, policy)
+    rollouts = make_rollouts(trainer + noise(trainer, 0.4))
+    rollouts = replace(rollouts, weight_versions=torch.zeros_like(rollouts.weight_versions))
     with pytest.raises(UserError, match="disagree"):
-        agreement.check_step(0, drawn, trainer)
+        agreement.check_step(0, rollouts, trainer)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
-    ("whose", "message"),
+    ("source", "message"),
     [
         ("policy", "the policy gives 1 of .* overflow in bfloat16: try trainer.precision=32"),
         ("engine", "the engine meg"),
     ],
 )
 def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the_limits(
-    whose: str, message: str, bad: float, trainer: torch.Tensor
+    source: str, message: str, bad: float, trainer: torch.Tensor
 ) -> None:
     config = compose("quickstart", ["verify.max_mismatch=1e9", "verify.max_kl=1e9"])
-    agreement = gate(config, Mock(dtype=torch.bfloat16))
-    sides = {"policy": trainer.clone(), "engine": trainer.clone()}
-    sides[whose][5] = bad
-    drawn = rollouts(sides["engine"])
-    drawn = replace(drawn, weight_versions=torch.zeros_like(drawn.weight_versions))
+    agreement = build_agreement(config, Mock(dtype=torch.bfloat16))
+    log_probs = {"policy": trainer.clone(), "engine": trainer.clone()}
+    log_probs[source][5] = bad
+    rollouts = make_rollouts(log_probs["engine"])
+    rollouts = replace(rollouts, weight_versions=torch.zeros_like(rollouts.weight_versions))
     with pytest.raises(UserError, match=message) as raised:
-        agreement.check_step(0, drawn, sides["policy"])
+        agreement.check_step(0, rollouts, log_probs["policy"])
     assert "number 5 of response 0" in str(raised.value)
 
 
-def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
+def test_a_noise_floor_near_delta_is_warned_about_once_in_a_life() -> None:
     hinge = build_objective({"name": "disco", "constraint": {"kind": "squared_hinge", "delta": 1e-4}})
-    trainer = bare_trainer(compose("quickstart"), objective=hinge)
+    trainer = build_bare_trainer(compose("quickstart"), objective=hinge)
     trainer.warnings.new_warnings.return_value = []
     for noise in (math.nan, 2.9e-5, 3.1e-5, 1.0):
         trainer._warn(Mock(), {"policy/noise_floor": noise, "groups/mixed": 1.0})
@@ -191,13 +204,13 @@ def test_a_noise_floor_near_delta_is_warned_of_once_a_life() -> None:
     assert "warning: the noise floor, 3.10e-05, is above 0.3 of delta (0.0001)" in line
 
 
-def test_a_signal_that_came_to_another_rank_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    algorithm = bare_trainer(compose("quickstart"), policy=Mock(device="cpu"))
+def test_a_signal_that_only_another_rank_received_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build_bare_trainer(compose("quickstart"), policy=Mock(device="cpu"))
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.fill_(0))
-    assert not algorithm._must_stop() and not algorithm.stop.number
+    assert not trainer._must_stop() and not trainer.stop.number
     monkeypatch.setattr("torch.distributed.all_reduce", lambda votes, **_: votes.copy_(torch.tensor([15, 0])))
-    assert algorithm._must_stop() and algorithm.stop.signal_name == "SIGTERM"
+    assert trainer._must_stop() and trainer.stop.signal_name == "SIGTERM"
 
 
-def test_without_a_hinge_no_noise_is_too_much() -> None:
+def test_without_a_hinge_there_is_no_warning_about_noise() -> None:
     assert noise_warning(1.0, build_objective({"name": "grpo"}).constraint) == ""

@@ -1,4 +1,4 @@
-"""build_objective: defaults, a user's own objective, and one clear line for everything that it refuses."""
+"""build_objective: its defaults, users' own objectives, and an error of one line for invalid settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from user_module import beside_us
+from user_module import write_user_module
 
 from nemo_disco.algorithms import MiniBatch, Objective, build_objective
 from nemo_disco.algorithms.objectives import OBJECTIVES
@@ -18,7 +18,7 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.rollout.rewarding import compute_column
 from nemo_disco.runtime.errors import UserError
 
-from .cases import batch_of, random_case
+from .cases import random_case, to_mini_batch
 
 ALL = ["disco", "disco_b", "drpo", "grpo", "grpo_er", "grpo_rw", "dr_grpo", "dapo", "trpa", "gpg", "rloo"]
 ALL += ["rloo_lp", "alp", "hapo", "grpo_lead"]
@@ -40,29 +40,29 @@ def test_the_constraint_by_default(name: str) -> None:
     assert build_objective({"name": name, "constraint": {"kind": "kl_regularization"}}).constraint.strength == 1e-3
 
 
-def test_none_means_the_default() -> None:
+def test_a_parameter_that_is_none_has_its_default() -> None:
     unset = {"score": None, "tau": None, "lambda": None, "clip_low": None, "clip_high": None, "threshold": None}
     constraint = {"kind": None, "beta": None, "delta": None, "convention": None}
     for name in ALL:
         assert build_objective({"name": name, "constraint": constraint} | unset) == build_objective({"name": name})
 
 
-def test_part_of_a_constraint_keeps_the_rest() -> None:
+def test_a_constraint_with_some_parameters_has_defaults_for_the_others() -> None:
     constraint = build_objective({"name": "disco", "constraint": {"delta": 3e-3}}).constraint
     assert (constraint.kind, constraint.strength, constraint.delta) == ("squared_hinge", 1e3, 3e-3)
 
 
 @pytest.mark.parametrize(("score", "tau"), [("log_likelihood", 10.0), ("likelihood_ratio", 1.0)])
 def test_tau_by_default(score: str, tau: float) -> None:
-    batch = batch_of(random_case(61))
+    batch = to_mini_batch(random_case(61))
     for name in ("disco", "drpo"):
-        given = {"name": name, "score": score}
-        default, explicit = build_objective(given)(batch), build_objective(given | {"tau": tau})(batch)
+        settings = {"name": name, "score": score}
+        default, explicit = build_objective(settings)(batch), build_objective(settings | {"tau": tau})(batch)
         assert default.token_weights.equal(explicit.token_weights)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("settings", "message"),
     [
         ({}, r"algorithm.name is missing; known: .*disco"),
         ({"name": "disko"}, r"no objective 'disko'; known: disco, .*grpo.*module:Class"),
@@ -115,13 +115,13 @@ def test_tau_by_default(score: str, tau: float) -> None:
         ({"name": "math:sqrt"}, r"algorithm.name=math:sqrt must be a subclass of nemo_disco.algorithms.Objective"),
     ],
 )
-def test_bad_input_is_one_clear_line(given: dict[str, Any], message: str) -> None:
+def test_bad_input_is_one_clear_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        build_objective(given)
+        build_objective(settings)
     assert "\n" not in str(error.value)
 
 
-MINE = """
+USER_OBJECTIVES = """
 from dataclasses import dataclass
 
 import torch
@@ -198,28 +198,30 @@ class EndsWhenAsked(Vector):
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return beside_us(tmp_path / "my_objectives_of_this_test.py", MINE, monkeypatch)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a user's module with the objectives of USER_OBJECTIVES, ready to be imported."""
+    return write_user_module(tmp_path / "my_objectives_of_this_test.py", USER_OBJECTIVES, monkeypatch)
 
 
-def test_a_users_own_objective(mine: Path) -> None:
-    own = build_objective({"name": f"{mine.stem}:Reinforce", "scale": 2.0, "constraint": {"kind": "squared_hinge"}})
-    assert isinstance(own, Objective)
-    assert own.name == "Reinforce"
-    assert not own.separable
+def test_a_users_own_objective(module: Path) -> None:
+    settings = {"name": f"{module.stem}:Reinforce", "scale": 2.0, "constraint": {"kind": "squared_hinge"}}
+    objective = build_objective(settings)
+    assert isinstance(objective, Objective)
+    assert objective.name == "Reinforce"
+    assert not objective.separable
     case = random_case(62, spread=0.0)
-    output = own(batch_of(case))
+    output = objective(to_mini_batch(case))
     n = len(case.lengths)
-    wanted = [-2.0 * case.rewards[i] / n / case.lengths[i] for i in range(n) for _ in case.tokens(i)]
-    torch.testing.assert_close(output.token_weights, torch.tensor(wanted, dtype=torch.float64))
+    expected = [-2.0 * case.rewards[i] / n / case.lengths[i] for i in range(n) for _ in case.tokens(i)]
+    torch.testing.assert_close(output.token_weights, torch.tensor(expected, dtype=torch.float64))
     with pytest.raises(UserError, match="Reinforce: scale must be above 0"):
-        build_objective({"name": f"{mine.stem}:Reinforce", "scale": 0})
+        build_objective({"name": f"{module.stem}:Reinforce", "scale": 0})
 
 
 @pytest.mark.parametrize("cls", ["EndsWhenMade", "EndsWhenAsked"])
-def test_a_users_objective_that_exits_before_it_is_called_is_named_too(mine: Path, cls: str) -> None:
-    with pytest.raises(UserError, match=rf"objective {cls} raised SystemExit at {mine}:\d+: 0"):
-        build_objective({"name": f"{mine.stem}:{cls}"})
+def test_a_users_objective_that_exits_while_it_is_built_is_named_too(module: Path, cls: str) -> None:
+    with pytest.raises(UserError, match=rf"objective {cls} raised SystemExit at {module}:\d+: 0"):
+        build_objective({"name": f"{module.stem}:{cls}"})
 
 
 @pytest.mark.parametrize(
@@ -231,17 +233,17 @@ def test_a_users_objective_that_exits_before_it_is_called_is_named_too(mine: Pat
         ("Vector", r"objective Vector: value must return a 0-d tensor; its shape is \[\d+\]"),
     ],
 )
-def test_a_users_mistake_is_named_with_file_and_line(mine: Path, cls: str, message: str) -> None:
-    own = build_objective({"name": f"{mine.stem}:{cls}"})
-    with pytest.raises(UserError, match=message.format(path=mine)):
-        own(batch_of(random_case(63)))
+def test_a_users_mistake_is_named_with_file_and_line(module: Path, cls: str, message: str) -> None:
+    objective = build_objective({"name": f"{module.stem}:{cls}"})
+    with pytest.raises(UserError, match=message.format(path=module)):
+        objective(to_mini_batch(random_case(63)))
 
 
-def test_an_objective_in_one_file_brings_its_signal(mine: Path) -> None:
-    """A column of the user's own: computed for each step's rollouts, and read by the objective."""
-    config = compose("quickstart", ["algorithm=base", f"algorithm.name={mine.stem}:Fresh"])
-    own = build_run_objective(config)
-    [signal] = own.signals()
+def test_a_users_objective_may_declare_a_signal_of_its_own(module: Path) -> None:
+    """The signal's column is computed for each step's rollouts, and the objective reads it."""
+    config = compose("quickstart", ["algorithm=base", f"algorithm.name={module.stem}:Fresh"])
+    objective = build_run_objective(config)
+    [signal] = objective.signals()
     rollouts = Rollouts.pack([[1]] * 3, [[2], [3, 4], [5]], [[0.0], [0.0] * 2, [0.0]], [7, 8, 7], [False] * 3)
     assert [compute_column(signal, rollouts).tolist() for _ in range(2)] == [[0, 0, 0], [1, 1, 1]]
     batch = MiniBatch(
@@ -253,6 +255,6 @@ def test_an_objective_in_one_file_brings_its_signal(mine: Path) -> None:
         max_response_length=2,
         columns={"repeats": torch.tensor([0, 1, 3])},
     )
-    assert own(batch).token_weights.tolist() == [-1.0, -0.25, -0.25, -0.25]
+    assert objective(batch).token_weights.tolist() == [-1.0, -0.25, -0.25, -0.25]
     with pytest.raises(UserError, match="objective Unknown needs weather, which nothing computes"):
-        build_run_objective(compose("quickstart", ["algorithm=base", f"algorithm.name={mine.stem}:Unknown"]))
+        build_run_objective(compose("quickstart", ["algorithm=base", f"algorithm.name={module.stem}:Unknown"]))

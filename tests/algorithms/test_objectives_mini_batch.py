@@ -1,4 +1,4 @@
-"""MiniBatch: what it refuses, by name, and the table of its groups."""
+"""MiniBatch refuses invalid fields by name, and groups responses by question into a table."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_disco.algorithms import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.objectives.mini_batch import Groups
 
-from .cases import HINGE, OBJECTIVES, batch_of, objective, random_case
+from .cases import HINGE, OBJECTIVES, make_objective, random_case, to_mini_batch
 
 
-def small(**changes: Any) -> MiniBatch:
+def build_mini_batch(**changes: Any) -> MiniBatch:
+    """A mini-batch of 3 responses with 1, 0 and 2 tokens, after changes of its fields."""
     fields: dict[str, Any] = {
         "log_probs": torch.tensor([-1.0, -2.0, -3.0]),
         "old_log_probs": torch.tensor([-1.0, -2.0, -3.0]),
@@ -51,9 +52,9 @@ def small(**changes: Any) -> MiniBatch:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+def test_a_field_that_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        small(**changes)
+        build_mini_batch(**changes)
 
 
 @pytest.mark.parametrize("field", ["log_probs", "old_log_probs", "reference_log_probs", "entropies"])
@@ -61,17 +62,17 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: 
 def test_a_log_prob_that_is_not_finite_is_refused_by_name(field: str, bad: float) -> None:
     message = rf"{field} is {bad} at token 2 \(number 1 of response 2, question 8\)"
     with pytest.raises(NonFiniteError, match=message):
-        small(**{field: torch.tensor([-1.0, -2.0, bad])})
+        build_mini_batch(**{field: torch.tensor([-1.0, -2.0, bad])})
 
 
 def test_an_engines_log_prob_may_be_minus_infinity() -> None:
-    assert small(generation_log_probs=torch.tensor([-1.0, -2.0, -math.inf])).n_tokens == 3
+    assert build_mini_batch(generation_log_probs=torch.tensor([-1.0, -2.0, -math.inf])).n_tokens == 3
 
 
-def test_an_overflowing_ratio_is_said_and_never_a_weight() -> None:
-    batch = small(log_probs=torch.tensor([-1.0, -2.0, 900.0]), question_ids=torch.tensor([7, 7, 7]))
+def test_an_overflowing_ratio_is_an_error_and_never_a_weight() -> None:
+    batch = build_mini_batch(log_probs=torch.tensor([-1.0, -2.0, 900.0]), question_ids=torch.tensor([7, 7, 7]))
     with pytest.raises(NonFiniteError, match=r"moved most, by 903, is token 2 \(number 1 of response 2"):
-        objective("disco ratio", HINGE)(batch)
+        make_objective("disco ratio", HINGE)(batch)
 
 
 def test_groups_are_a_table_whatever_the_order() -> None:
@@ -83,24 +84,24 @@ def test_groups_are_a_table_whatever_the_order() -> None:
     assert groups.flat(groups.table(values)).equal(values)
 
 
-def test_token_means_and_their_inverse() -> None:
-    batch = small()
+def test_token_means_and_the_spreading_of_values_over_tokens() -> None:
+    batch = build_mini_batch()
     assert batch.token_mean(batch.log_probs).tolist() == [-1.0, 0.0, -2.5]
     assert batch.spread(torch.tensor([5, 6, 7])).tolist() == [5, 7, 7]
 
 
 def test_ids_and_lengths_of_any_integer_type() -> None:
     case = random_case(71, questions=[3, 1, 3, 1])
-    batch = batch_of(case)
+    batch = to_mini_batch(case)
     narrow = MiniBatch(
         batch.log_probs, batch.old_log_probs, batch.lengths.int(), batch.question_ids.int(), batch.rewards.int(), 16
     )
-    one, other = objective("grpo", HINGE)(batch), objective("grpo", HINGE)(narrow)
-    assert one.token_weights.equal(other.token_weights)
+    objective = make_objective("grpo", HINGE)
+    assert objective(batch).token_weights.equal(objective(narrow).token_weights)
 
 
 class CountOperations(TorchDispatchMode):
-    """The number of torch operations that run."""
+    """Counts the torch operations that run within the `with` block."""
 
     count = 0
 
@@ -111,12 +112,12 @@ class CountOperations(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_no_loop_over_tokens_responses_or_questions(name: str) -> None:
-    built, counts = objective(name, HINGE), []
+    objective, counts = make_objective(name, HINGE), []
     for groups, length in ((2, 3), (32, 50)):
         questions = list(range(groups)) * 4
         rewards = [1.0] * groups + [0.0] * 3 * groups
-        batch = batch_of(random_case(72, questions=questions, lengths=[length] * 4 * groups, rewards=rewards))
+        batch = to_mini_batch(random_case(72, questions=questions, lengths=[length] * 4 * groups, rewards=rewards))
         with CountOperations() as operations:
-            built(batch)
+            objective(batch)
         counts.append(operations.count)
     assert counts[0] == counts[1] > 0

@@ -1,4 +1,4 @@
-"""One pass: a separable objective's token losses, over any split of the tokens, are its loss."""
+"""One pass: the token losses of a separable objective add up to its loss, however the tokens are split."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .cases import NONE, OBJECTIVES, PENALTIES, SEPARABLE, batch_of, objective, odd_cases, random_case
+from .cases import NONE, OBJECTIVES, PENALTIES, SEPARABLE, make_objective, odd_cases, random_case, to_mini_batch
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_what_is_separable(name: str, penalty: str) -> None:
-    built = objective(name, PENALTIES[penalty])
-    assert built.separable == (name in SEPARABLE and penalty in ("none", "kl"))
+def test_objectives_that_are_sums_over_tokens_are_separable_without_a_hinge(name: str, penalty: str) -> None:
+    objective = make_objective(name, PENALTIES[penalty])
+    assert objective.separable == (name in SEPARABLE and penalty in ("none", "kl"))
 
 
 @pytest.mark.parametrize("case", ["ragged", "some empty", "extreme ratios", "shaped rewards, own verdicts"])
 @pytest.mark.parametrize("penalty", ["none", "kl"])
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_any_split_of_the_tokens_gives_the_loss_and_its_gradient(name: str, penalty: str, case: str) -> None:
-    batch = batch_of(odd_cases()[case])
-    built = objective(name, PENALTIES[penalty])
-    whole = built(batch)
-    # A separable objective must not look at the log-probs of the batch, which the step does not have yet.
-    token_loss = built.token_loss(replace(batch, log_probs=batch.old_log_probs - 1, entropies=None))
+    batch = to_mini_batch(odd_cases()[case])
+    objective = make_objective(name, PENALTIES[penalty])
+    whole = objective(batch)
+    # token_loss must not read the batch's log-probs, which the step does not have yet: wrong ones change nothing.
+    token_loss = objective.token_loss(replace(batch, log_probs=batch.old_log_probs - 1, entropies=None))
     order = torch.randperm(batch.n_tokens, generator=torch.Generator().manual_seed(1))
     log_probs, entropies = batch.log_probs.clone().requires_grad_(), batch.entropies.clone().requires_grad_()
     total = 0.0
@@ -43,27 +43,27 @@ def test_any_split_of_the_tokens_gives_the_loss_and_its_gradient(name: str, pena
 
 
 def test_the_gradient_comes_back_in_the_policys_own_dtype() -> None:
-    batch = batch_of(random_case(51), torch.float32)
-    token_loss = objective("grpo", NONE).token_loss(batch)
+    batch = to_mini_batch(random_case(51), torch.float32)
+    token_loss = make_objective("grpo", NONE).token_loss(batch)
     log_probs = batch.log_probs.clone().requires_grad_()
     token_loss(torch.arange(batch.n_tokens), log_probs).sum().backward()
     assert log_probs.grad.dtype == torch.float32
-    wanted = objective("grpo", NONE)(batch).token_weights
-    torch.testing.assert_close(log_probs.grad.double(), wanted, rtol=1e-6, atol=1e-12)
+    expected = make_objective("grpo", NONE)(batch).token_weights
+    torch.testing.assert_close(log_probs.grad.double(), expected, rtol=1e-6, atol=1e-12)
 
 
 def test_a_penalty_on_the_whole_mini_batch_has_no_token_loss() -> None:
-    batch = batch_of(random_case(52))
+    batch = to_mini_batch(random_case(52))
     with pytest.raises(ValueError, match="grpo is not separable under squared_hinge"):
-        objective("grpo", PENALTIES["paper"]).token_loss(batch)
+        make_objective("grpo", PENALTIES["paper"]).token_loss(batch)
 
 
-def test_what_an_objective_requires_is_asked_for_by_name() -> None:
-    batch = replace(batch_of(random_case(53)), entropies=None, reference_log_probs=None)
-    with_entropy, with_reference = objective("grpo_er", NONE), objective("grpo reference", NONE)
+def test_a_missing_field_that_an_objective_needs_is_refused_by_name() -> None:
+    batch = replace(to_mini_batch(random_case(53)), entropies=None, reference_log_probs=None)
+    with_entropy, with_reference = make_objective("grpo_er", NONE), make_objective("grpo reference", NONE)
     assert with_entropy.needs == {"entropies"}
     assert with_reference.needs == {"reference_log_probs"}
-    assert objective("disco", NONE).needs == objective("grpo", NONE).needs == frozenset()
+    assert make_objective("disco", NONE).needs == make_objective("grpo", NONE).needs == frozenset()
     with pytest.raises(ValueError, match="grpo_er needs the mini-batch's entropies"):
         with_entropy(batch)
     with pytest.raises(ValueError, match="grpo needs the mini-batch's reference_log_probs"):
@@ -73,14 +73,15 @@ def test_what_an_objective_requires_is_asked_for_by_name() -> None:
         token_loss(torch.arange(2), batch.log_probs[:2])
 
 
-def test_the_weights_do_not_touch_the_callers_tensors() -> None:
-    """Pass 1 may run in inference mode and the caller's log-probs may be part of a graph: neither leaks in or out."""
+def test_the_callers_inference_mode_and_graph_do_not_matter() -> None:
+    """The caller may be in inference mode, and its log-probs may be part of a graph: the output is the same."""
     with torch.inference_mode():
-        batch = batch_of(random_case(54))
-        output = objective("disco", NONE)(batch)
+        batch = to_mini_batch(random_case(54))
+        output = make_objective("disco", NONE)(batch)
     assert output.token_weights.any()
-    attached = replace(batch_of(random_case(54)), log_probs=batch_of(random_case(54)).log_probs.requires_grad_() * 1)
-    again = objective("disco", NONE)(attached)
+    batch = to_mini_batch(random_case(54))
+    attached = replace(batch, log_probs=batch.log_probs.clone().requires_grad_() * 1)
+    again = make_objective("disco", NONE)(attached)
     assert again.token_weights.equal(output.token_weights)
     assert not again.loss.requires_grad
     assert not again.token_weights.requires_grad

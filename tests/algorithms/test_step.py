@@ -1,6 +1,6 @@
-"""The promise: one mini-batch's gradient is that of one dense autograd pass through transformers' model, hinge active.
+"""A mini-batch's gradient equals that of one dense autograd pass through transformers' model, with an active hinge.
 
-The loss here is written a second time, densely and in loops, on transformers' logits; nothing of ours is in it.
+The reference loss is computed here from transformers' logits, densely and in loops, without the package's objectives.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from bare_trainer import bare_trainer
+from bare_trainer import build_bare_trainer
 from safetensors.torch import load_file
-from tiny_models import model_config, random_rollouts, reference_log_probs, reference_model, save_model
+from tiny_models import load_transformers_model, model_config, random_rollouts, save_model, transformers_log_probs
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldValues, accumulate_gradient
@@ -35,28 +35,32 @@ def rollouts() -> Rollouts:
     return random_rollouts(questions=32, group=8, longest=LIMIT)
 
 
-def perturbed(model_path: Path) -> dict[str, torch.Tensor]:
+def perturb_weights(model_path: Path) -> dict[str, torch.Tensor]:
+    """The model's weights plus noise, in float64, by their names in its file: the policy after some training."""
     generator = torch.Generator().manual_seed(9)
     weights = load_file(model_path / "model.safetensors")
     return {n: w.double() - 2e-3 * torch.randn(w.shape, generator=generator).double() for n, w in weights.items()}
 
 
-def disco_loss(scores: torch.Tensor, old: torch.Tensor, rollouts: Rollouts, kind: str) -> tuple[torch.Tensor, float]:
-    """arXiv 2505.12366: -J2 + beta max(KL - delta, 0)^2, by loops; and KL."""
+def disco_loss(log_probs: torch.Tensor, old: torch.Tensor, rollouts: Rollouts, kind: str) -> tuple[torch.Tensor, float]:
+    """DisCO's loss -J2 + beta max(KL_hat - delta, 0)^2 with delta = KL_hat / 2 (arXiv 2505.12366), and KL_hat.
+
+    log_probs, old [T]: of the tokens under the policy and before the step. kind: the score.
+    """
     start, value = 0, torch.zeros((), dtype=torch.float64)
     groups: dict[int, dict[bool, list[torch.Tensor]]] = {}
     for i, length in enumerate(rollouts.response_lengths.tolist()):
-        lp, was = scores[start : start + length], old[start : start + length]
+        lp, old_lp = log_probs[start : start + length], old[start : start + length]
         start += length
         group = groups.setdefault(int(rollouts.question_ids[i]), {True: [], False: []})
         if length:
-            score = lp.mean() if kind == "log_likelihood" else (lp - was).exp().mean()
+            score = lp.mean() if kind == "log_likelihood" else (lp - old_lp).exp().mean()
             group[bool(rollouts.rewards[i] > 0.5)].append(score)
     for group in groups.values():
         if group[True] and group[False]:
             negatives = torch.stack(group[False])
             value = value + torch.stack(group[True]).mean() - TAU * (negatives / TAU).exp().mean().log()
-    kl = (old - scores).mean()
+    kl = (old - log_probs).mean()
     delta = 0.5 * float(kl)
     return -value / len(groups) + BETA * (kl - delta).clamp(min=0) ** 2, float(kl)
 
@@ -65,20 +69,20 @@ def disco_loss(scores: torch.Tensor, old: torch.Tensor, rollouts: Rollouts, kind
 def reference(
     request: pytest.FixtureRequest, model_path: Path, rollouts: Rollouts
 ) -> tuple[str, dict[str, Any], torch.Tensor, float]:
-    """The score, the dense float64 gradient at perturbed weights, the old log-probs and KL there."""
-    model = reference_model(model_path)
+    """(the score, the dense float64 gradient at perturbed weights by name, the old log-probs [T], KL_hat)."""
+    model = load_transformers_model(model_path)
     with torch.no_grad():
-        old = reference_log_probs(model, rollouts, TEMPERATURE)
-        weights = perturbed(model_path)
+        old = transformers_log_probs(model, rollouts, TEMPERATURE)
+        weights = perturb_weights(model_path)
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-    loss, kl = disco_loss(reference_log_probs(model, rollouts, TEMPERATURE), old, rollouts, request.param)
+    loss, kl = disco_loss(transformers_log_probs(model, rollouts, TEMPERATURE), old, rollouts, request.param)
     loss.backward()
     return request.param, {n: p.grad for n, p in model.named_parameters()}, old, kl
 
 
 @pytest.mark.parametrize(
-    ("dtype", "budget", "overall", "worst"),
+    ("dtype", "budget", "whole_tolerance", "tensor_tolerance"),
     [
         (torch.float64, 128, 1e-9, 1e-9),
         (torch.float64, 2048, 1e-9, 1e-9),
@@ -92,16 +96,17 @@ def test_gradient_equals_the_dense_pass(
     rollouts: Rollouts,
     dtype: torch.dtype,
     budget: int,
-    overall: float,
-    worst: float,
+    whole_tolerance: float,
+    tensor_tolerance: float,
 ) -> None:
+    """The relative errors of the whole gradient and of each tensor's are within the tolerances."""
     score, expected, _, kl = reference
-    assert kl > 0  # else the hinge would not act
+    assert kl > 0, "the hinge is not active, so that its gradient would not be tested"
     config = model_config(model_path, token_budget=budget)
     parallel.start(config)
     policy = Policy(config, dtype=dtype, temperature=TEMPERATURE)
     old, _ = policy.log_probs(rollouts)
-    policy.load(perturbed(model_path).__getitem__)
+    policy.load(perturb_weights(model_path).__getitem__)
     objective = build_objective(
         {"name": "disco", "score": score, "tau": TAU, "constraint": {"beta": BETA, "delta": 0.5 * kl}}
     )
@@ -111,8 +116,8 @@ def test_gradient_equals_the_dense_pass(
     errors = {n: float((gradients[n] - g).norm() / g.norm()) for n, g in expected.items()}
     difference = torch.cat([(gradients[n] - g).flatten() for n, g in expected.items()]).norm()
     whole = torch.cat([g.flatten() for g in expected.values()]).norm()
-    assert difference <= overall * whole
-    assert max(errors.values()) <= worst, max(errors, key=errors.__getitem__)
+    assert difference <= whole_tolerance * whole
+    assert max(errors.values()) <= tensor_tolerance, max(errors, key=errors.__getitem__)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gpg", "rloo", "grpo_er"])
@@ -121,22 +126,22 @@ def test_one_pass_gives_the_gradient_and_metrics_of_two(model_path: Path, rollou
     parallel.start(config)
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
     old, entropies = policy.log_probs(rollouts, entropies=True)
-    policy.load(perturbed(model_path).__getitem__)
+    policy.load(perturb_weights(model_path).__getitem__)
     objective = build_objective({"name": name})
     assert objective.separable
     old_policy = OldValues(old, entropies)
-    one = accumulate_gradient(policy, objective, rollouts, old_policy)
+    one_pass = accumulate_gradient(policy, objective, rollouts, old_policy)
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
 
     class InTwoPasses:
-        """The same objective, of which the step sees only that it can be called."""
+        """The same objective without `separable` and `token_loss`, so that the step needs two passes."""
 
         needs, __call__ = objective.needs, staticmethod(objective.__call__)
 
-    two = accumulate_gradient(policy, InTwoPasses(), rollouts, old_policy)  # type: ignore[arg-type]
-    assert one.metrics == pytest.approx(two.metrics, rel=1e-9, abs=1e-12)
-    torch.testing.assert_close(one.log_probs, two.log_probs, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(one.token_weights, two.token_weights, rtol=1e-9, atol=1e-12)
+    two_passes = accumulate_gradient(policy, InTwoPasses(), rollouts, old_policy)  # type: ignore[arg-type]
+    assert one_pass.metrics == pytest.approx(two_passes.metrics, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(one_pass.log_probs, two_passes.log_probs, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(one_pass.token_weights, two_passes.token_weights, rtol=1e-9, atol=1e-12)
     for n, gradient in policy.named_gradients():
         torch.testing.assert_close(gradients[n], gradient, rtol=1e-9, atol=1e-12)
 
@@ -149,32 +154,32 @@ def test_the_first_mini_batch_needs_no_forward_pass(
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
     old = OldValues(*policy.log_probs(rollouts))
     objective = build_objective({"name": "disco"})
-    with_pass = accumulate_gradient(policy, objective, rollouts, old).metrics
+    expected = accumulate_gradient(policy, objective, rollouts, old).metrics
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
-    monkeypatch.setattr(policy, "log_probs", None)
-    without = accumulate_gradient(policy, objective, rollouts, old, first=True).metrics
-    assert without.pop("policy/noise_floor") < 1e-12
-    assert without == pytest.approx(with_pass, rel=1e-9, abs=1e-12)
+    monkeypatch.setattr(policy, "log_probs", None)  # a forward pass alone would raise
+    metrics = accumulate_gradient(policy, objective, rollouts, old, first=True).metrics
+    assert metrics.pop("policy/noise_floor") < 1e-12
+    assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
     for n, gradient in policy.named_gradients():
         torch.testing.assert_close(gradients[n], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["disco", "grpo"])  # in two passes and in one
-def test_the_noise_floor_is_how_far_the_policy_is_from_itself(name: str, model_path: Path, rollouts: Rollouts) -> None:
+def test_the_noise_floor_is_the_kl_of_the_policy_to_itself(name: str, model_path: Path, rollouts: Rollouts) -> None:
     config = model_config(model_path, token_budget=512)
     parallel.start(config)
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
     log_probs, entropies = policy.log_probs(rollouts, entropies=True)
     old = OldValues(log_probs - 3e-5, entropies)
-    found = accumulate_gradient(policy, build_objective({"name": name}), rollouts, old, first=True)
-    assert found.metrics["policy/noise_floor"] == pytest.approx(3e-5, rel=1e-6)
+    result = accumulate_gradient(policy, build_objective({"name": name}), rollouts, old, first=True)
+    assert result.metrics["policy/noise_floor"] == pytest.approx(3e-5, rel=1e-6)
 
 
-def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_more(
+def test_every_mini_batch_but_the_first_takes_one_more_forward_pass(
     model_path: Path, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old log-probs of all, scores of the second to the fourth mini-batch, and the backward passes' own forwards. The
-    warning of an engine that disagrees is logged."""
+    """A step's passes: the old log-probs of all responses, then for each of 4 mini-batches the scores (which are known
+    for the first) and forward and backward together. A warning about the engine is logged."""
     config = compose(
         overrides=[
             f"model.path={model_path}",
@@ -192,12 +197,12 @@ def test_a_step_runs_the_model_forward_over_all_mini_batches_but_the_first_once_
     passes: list[tuple[bool, int]] = []
     schedule = policy._schedule
 
-    def counted(part: Rollouts, *args: Any, forward_only: bool, **options: Any) -> None:
+    def record_pass(part: Rollouts, *args: Any, forward_only: bool, **options: Any) -> None:
         passes.append((forward_only, len(part)))
         schedule(part, *args, forward_only=forward_only, **options)
 
-    monkeypatch.setattr(policy, "_schedule", counted)
-    trainer = bare_trainer(config, policy=policy, objective=build_objective({"name": "disco"}))
+    monkeypatch.setattr(policy, "_schedule", record_pass)
+    trainer = build_bare_trainer(config, policy=policy, objective=build_objective({"name": "disco"}))
     trainer.agreement.check_step.return_value = "step 1: warning: apart"
     trainer.run_training(rollouts)
     trainer.journal.log.assert_called_once_with("step 1: warning: apart")

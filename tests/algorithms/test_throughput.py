@@ -1,4 +1,4 @@
-"""Tokens and model FLOPs a second of a step's training part."""
+"""Throughput: tokens and model FLOPs per second and device during the training part of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = ModelShape(4, 64, 128, 8, 4, 8, 130, tied=True, architecture=ARCHITECTUR
 
 def test_rates_are_per_device_and_of_the_tokens_that_were_read() -> None:
     rollouts = random_rollouts(longest=3)
-    assert 0 in rollouts.response_lengths, "an empty response is not run"
+    assert 0 in rollouts.response_lengths, "the rollouts must have an empty response, which the policy does not read"
     lengths = [int(rollouts.total_lengths[i]) - 1 for i in range(len(rollouts)) if rollouts.response_lengths[i]]
     throughput = Throughput(SHAPE, devices=2, peak_flops=1e9)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Of a mini-batch's tokens, those of the responses that are saved, under the step's own numbering."""
+"""TokenValues keeps the token values of the responses that are saved, by their index in the step."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from nemo_disco.data.rollouts import Rollouts
 LENGTHS = [3, 0, 2, 4]
 
 
-def test_values_go_to_the_responses_that_are_wanted():
+def test_values_are_kept_for_the_responses_to_save():
     rollouts = Rollouts.pack(
         [[1]] * 4, [[5] * n for n in LENGTHS], [[0.0] * n for n in LENGTHS], [7, 7, 8, 8], [False] * 4
     )
@@ -19,8 +19,8 @@ def test_values_go_to_the_responses_that_are_wanted():
     values = TokenValues(range(1, 4))
     for responses in (torch.tensor([3, 0]), torch.tensor([1, 2])):
         index = rollouts.token_index(responses)
-        taken = MiniBatchResult({}, log_probs[index], weights[index])
-        values.add(responses, rollouts.select(responses), taken, old[index])
+        result = MiniBatchResult({}, log_probs[index], weights[index])
+        values.add(responses, rollouts.select(responses), result, old[index])
     assert sorted(values.by_response) == [1, 2, 3]
     for row in (1, 2, 3):
         index = rollouts.token_index([row])

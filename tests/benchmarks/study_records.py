@@ -1,4 +1,4 @@
-"""Made-up finished runs of a grid, with a known order of the methods."""
+"""Records of finished runs with made-up results, in which the methods have the accuracies that a test chooses."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.study import grid as grids
-from benchmarks.study.record import CURVE
+from benchmarks.study.record import CURVES
 
 QUESTIONS, SAMPLES, STEPS = 24, 16, 6
 
 
-def made_up(item: grids.Item, accuracy: float, length: float = 30.0) -> dict[str, Any]:
-    """The record of a run whose held-out accuracy is about `accuracy`."""
-    rng = random.Random(item.name)
+def make_record(run: grids.PlannedRun, accuracy: float, length: float = 30.0) -> dict[str, Any]:
+    """The record of a run whose held-out accuracy is about `accuracy`, with responses of `length` tokens."""
+    rng = random.Random(run.name)
     correct = [sum(rng.random() < accuracy for _ in range(SAMPLES)) for _ in range(QUESTIONS)]
     record = {
-        "part": item.part,
-        "method": item.method,
-        "of": item.of,
-        "seed": item.seed,
-        "learning_rate": item.learning_rate or 1e-3,
+        "part": run.part,
+        "method": run.method,
+        "of": run.tuned_method,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate or 1e-3,
         "evaluation": {"set": "test", "samples": SAMPLES, "correct": correct, "length": [length] * QUESTIONS},
         "processor_seconds": 20.0,
         "version": "0000000",
     }
-    if item.part == grids.BASE:
+    if run.part == grids.BASE:
         return record
-    names = (*CURVE, "all_wrong", "all_right")
+    names = (*CURVES, "all_wrong", "all_right")
     return record | {"curve": {name: [0.1 + 0.01 * step for step in range(STEPS)] for name in names}}
 
 
-def all_of(grid: Mapping[str, Any], accuracies: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Every run of the grid; a method that is not in `accuracies` has 0.5."""
-    return [made_up(item, accuracies.get(item.method, 0.5)) for item in grids.items(grid)]
+def make_all_records(grid: Mapping[str, Any], accuracies: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The records of all runs of the grid. accuracies: method -> its accuracy, 0.5 if it is not there."""
+    return [make_record(run, accuracies.get(run.method, 0.5)) for run in grids.list_runs(grid)]

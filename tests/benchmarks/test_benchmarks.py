@@ -1,5 +1,7 @@
-"""Each benchmark runs to its end at a tiny size, and measures what it says: the same work on both sides, and lengths
-that spread as they should. Speed itself is not tested here."""
+"""Each benchmark runs to its end at a tiny size, gives its sides equal work, and has the lengths that it promises.
+
+Speed itself is not tested.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import common  # noqa: E402 - a script's neighbour, not a package
+import common  # noqa: E402 - in the directory added above, not in a package
 import train_step  # noqa: E402
 
 
 def run(script: str, tmp_path: Path, *options: str) -> dict[str, Any]:
+    """Run a benchmark once on a tiny model, and return the record that it writes."""
     output = tmp_path / "record.json"
     subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *options, "--hidden=64", "--repeats=1", f"--output={output}"],
@@ -48,13 +51,13 @@ def test_the_model_ends_by_chance_alone(tmp_path: Path, ends: bool) -> None:
 def test_both_sides_read_the_same_prompts(tmp_path: Path) -> None:
     common.make_model(tmp_path, 40, ends=True, hidden=64)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    asked = common.prompts(5)
-    assert sorted(map(len, asked)) == [16, 28, 40, 52, 64]
-    assert tokenizer([common.as_text(prompt) for prompt in asked])["input_ids"] == asked
+    prompts = common.make_prompts(5)
+    assert sorted(map(len, prompts)) == [16, 28, 40, 52, 64]
+    assert tokenizer([common.as_text(prompt) for prompt in prompts])["input_ids"] == prompts
 
 
 def test_lengths_are_a_third_of_the_limit_and_half_of_the_responses_right() -> None:
-    rollouts = train_step.made_up_rollouts(questions=200, limit=300)
+    rollouts = train_step.make_random_rollouts(questions=200, limit=300)
     assert 0.31 < rollouts.response_lengths.double().mean() / 300 < 0.36
     assert rollouts.response_lengths.max() <= 300
     assert 0.45 < rollouts.rewards.mean() < 0.55
@@ -71,15 +74,15 @@ def test_a_checkpoint_in_the_background_blocks_less(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_train_step(tmp_path: Path) -> None:
     record = run("train_step.py", tmp_path, "--questions=4", "--limit=24", "--mini-batches=2", "--micro-batch=4")
-    ours, padded = record["runs"]["ours"][0], record["runs"]["padded"][0]
-    assert ours["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
-    assert 0 < ours["pass1_share"] < 1 and record["result"]["speedup"] > 0
-    assert 0 < ours["added_mb"] < ours["peak_mb"]
+    packed, padded = record["runs"]["ours"][0], record["runs"]["padded"][0]
+    assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
+    assert 0 < packed["pass1_share"] < 1 and record["result"]["speedup"] > 0
+    assert 0 < packed["added_mb"] < packed["peak_mb"]
 
 
 @pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
-    """The script itself refuses layouts that come to different gradients."""
+    """Equal gradients are not checked here, since the script itself stops if the layouts' gradients differ."""
     sizes = ["--questions=4", "--limit=24", "--mini-batches=2"]
     record = run("scaling.py", tmp_path, *sizes, "--layouts", "DP 1", "TP 2")
     one, two = (record["result"][layout] for layout in ("DP 1", "TP 2"))

@@ -1,4 +1,4 @@
-"""Files for a GPU machine: pieces that arrive in any order, and a Python for an engine."""
+"""Files for a GPU machine: packages in pieces that arrive in any order, an engine's Python, and questions."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ import unpack  # noqa: E402
 
 
 def test_pieces_become_the_folder_again_once_all_are_there(tmp_path: Path) -> None:
-    folder, carried = tmp_path / "folder", tmp_path / "carry"
+    folder, carry = tmp_path / "folder", tmp_path / "carry"
     (folder / "site" / "package").mkdir(parents=True)
     (folder / "site" / "package" / "code.py").write_text("x = 1\n")
     (folder / "data").write_bytes(os.urandom(5000))
-    pieces = pack.split("set", folder, carried, 1500)
+    pieces = pack.split_into_pieces("set", folder, carry, 1500)
     assert len(pieces) >= 4 and all(sum(f.stat().st_size for f in p.iterdir()) < 1600 for p in pieces)
     store = tmp_path / "store"
     late = tmp_path / "late"
     late.mkdir()
     pieces[1].rename(late / pieces[1].name)
-    assert unpack.unpack(carried, store) == [f"set: not whole yet, {len(pieces) - 1} pieces are here"]
+    (line,) = unpack.unpack(carry, store)
+    assert line.startswith("set: not unpacked") and line.endswith(f"{len(pieces) - 1} are here")
     assert unpack.unpack(late, store) == [f"set: unpacked to {store / 'set'}"]
     for file in ("site/package/code.py", "data"):
         assert (store / "set" / file).read_bytes() == (folder / file).read_bytes()
@@ -41,14 +42,14 @@ def test_a_damaged_piece_is_not_unpacked(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "data").write_bytes(os.urandom(5000))
-    piece = pack.split("set", folder, tmp_path / "carry", 1500)[1]
+    piece = pack.split_into_pieces("set", folder, tmp_path / "carry", 1500)[1]
     file = next(piece.iterdir())
     file.write_bytes(file.read_bytes()[::-1])
-    assert "not whole" in unpack.unpack(tmp_path / "carry", tmp_path / "store")[0]
+    assert "not unpacked" in unpack.unpack(tmp_path / "carry", tmp_path / "store")[0]
 
 
 def test_an_engines_python_finds_torch_and_what_was_carried(tmp_path: Path) -> None:
-    """As a run starts it: without PYTHONPATH."""
+    """PYTHONPATH is not set, as when a run starts its engine."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "carried_package.py").write_text("import torch\n")
     command = [sys.executable, str(GPU / "engine_python.py"), str(tmp_path / "engine"), str(tmp_path / "site")]
@@ -59,9 +60,9 @@ def test_an_engines_python_finds_torch_and_what_was_carried(tmp_path: Path) -> N
 
 
 def test_questions_differ_and_are_answered() -> None:
-    found = smol.questions(600)
-    assert len({q["problem"] for q in found}) == 600
-    sums = [q for q in found if "buys" in q["problem"] and "loses" not in q["problem"]]
+    questions = smol.make_questions(600)
+    assert len({q["problem"] for q in questions}) == 600
+    sums = [q for q in questions if "buys" in q["problem"] and "loses" not in q["problem"]]
     for q in sums:
         numbers = [int(word) for word in q["problem"].replace(".", " ").split() if word.isdigit()]
         assert int(q["answer"]) == sum(numbers)
@@ -70,16 +71,16 @@ def test_questions_differ_and_are_answered() -> None:
 
 @pytest.mark.parametrize("script", ["engine_python.py", "smol.py"])
 def test_a_script_without_arguments_says_how_it_is_called(script: str) -> None:
-    done = subprocess.run([sys.executable, str(GPU / script)], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("usage: ") and "Traceback" not in done.stderr
+    process = subprocess.run([sys.executable, str(GPU / script)], capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.startswith("usage: ") and "Traceback" not in process.stderr
 
 
 def test_the_wheels_that_are_carried_are_what_setup_asks_for() -> None:
-    """Their versions stand in pack.py, which needs no environment of the project."""
+    """pack.py repeats the versions, because it must run without the project's environment."""
     tree = ast.parse((GPU.parents[1] / "setup.py").read_text())
-    (asked,) = (k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "install_requires")
-    wanted = {r.name: r.specifier for r in map(Requirement, ast.literal_eval(asked))}
-    carried = {r.name: next(iter(r.specifier)).version for r in map(Requirement, pack.BASE)}
-    shared = wanted.keys() & carried.keys()
+    (requirements,) = (k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "install_requires")
+    allowed = {r.name: r.specifier for r in map(Requirement, ast.literal_eval(requirements))}
+    versions = {r.name: next(iter(r.specifier)).version for r in map(Requirement, pack.BASE)}
+    shared = allowed.keys() & versions.keys()
     assert shared >= {"megatron-core", "hydra-core", "omegaconf", "pydantic", "math-verify"}
-    assert {name for name in shared if carried[name] not in wanted[name]} == set()
+    assert {name for name in shared if versions[name] not in allowed[name]} == set()

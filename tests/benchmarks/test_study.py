@@ -1,4 +1,7 @@
-"""The study's queue ends, resumes and pauses; its report says what its runs say. How well methods learn is not here."""
+"""The study's queue finishes, resumes and pauses, and its report shows the results of its runs.
+
+How well the methods learn is not tested.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from study_records import all_of, made_up
+from study_records import make_all_records, make_record
 
 from benchmarks.study import claims, prepare, report, statistics, tables, task, work_queue
 from benchmarks.study import grid as grids
 from benchmarks.study.objectives import PerMicroBatch
-from benchmarks.study.runs import Runs
+from benchmarks.study.runs import FinishedRuns
 from nemo_disco.algorithms import MiniBatch, build_objective
 from nemo_disco.commands.checks import check_objective
 from nemo_disco.config.compose import compose
@@ -27,35 +30,36 @@ from nemo_disco.config.consistency import check_consistency
 from tools.quickstart import warm_start
 
 REPO = Path(__file__).parents[2]
-GRID = grids.load()
+GRID = grids.load_grid()
 
 
 @pytest.mark.slow
 def test_every_item_of_the_grid_is_a_run_that_the_product_takes(tmp_path: Path) -> None:
-    items = grids.items(GRID)
-    assert len({item.name for item in items}) == len(items)
-    assert items[0].part == grids.BASE
-    assert [i.seed for i in items if i.part == grids.MAIN] == sorted(i.seed for i in items if i.part == grids.MAIN)
-    for item in {item.overrides: item for item in items}.values():
-        name, config_path, *overrides = item.arguments(tmp_path, 1e-3)[1::2][:2] + item.arguments(tmp_path, 1e-3)[4:]
+    runs = grids.list_runs(GRID)
+    assert len({run.name for run in runs}) == len(runs)
+    assert runs[0].part == grids.BASE
+    main_seeds = [run.seed for run in runs if run.part == grids.MAIN]
+    assert main_seeds == sorted(main_seeds)
+    for run in {run.overrides: run for run in runs}.values():
+        _, name, _, config_path, *overrides = run.arguments(tmp_path, 1e-3)
         config = compose(name, [*overrides, f"exp_manager.explicit_log_dir={tmp_path}"], config_path)
         check_consistency(config, 1)
         check_objective(config)
-        assert Path(config.evaluation.files[0]).stem == ("development" if item.part == grids.TUNING else "test")
+        assert Path(config.evaluation.files[0]).stem == ("development" if run.part == grids.TUNING else "test")
 
 
 def test_the_learning_rate_is_the_best_of_all_or_none_yet() -> None:
-    tuned = [i for i in grids.items(GRID) if i.part == grids.TUNING and i.method == "grpo"]
+    tuning = [run for run in grids.list_runs(GRID) if run.part == grids.TUNING and run.method == "grpo"]
     accuracies = (0.2, 0.8, 0.5)
-    records = [made_up(item, accuracy) for item, accuracy in zip(tuned, accuracies, strict=True)]
-    assert grids.best_learning_rate("grpo", records[:2], 3) is None
-    assert grids.best_learning_rate("grpo", records, 3) == tuned[1].learning_rate
+    records = [make_record(run, accuracy) for run, accuracy in zip(tuning, accuracies, strict=True)]
+    assert grids.choose_learning_rate("grpo", records[:2], 3) is None
+    assert grids.choose_learning_rate("grpo", records, 3) == tuning[1].learning_rate
     records[1]["failed"] = "diverged"
-    assert grids.best_learning_rate("grpo", records, 3) == tuned[2].learning_rate
+    assert grids.choose_learning_rate("grpo", records, 3) == tuning[2].learning_rate
 
 
 def test_no_held_out_question_is_trained_on() -> None:
-    test, development, train, supervised = prepare.splits(warm_start.Recipe(batch=8, max_steps=100))
+    test, development, train, supervised = prepare.split_problems(warm_start.Recipe(batch=8, max_steps=100))
     held_out = {p.numbers for p in (*test, *development)}
     assert len(held_out) == 2 * prepare.HELD_OUT
     assert not held_out & {p.numbers for p in (*train, *supervised)}
@@ -70,25 +74,26 @@ def test_a_worked_solution_is_right_however_it_is_worked() -> None:
         assert all(eval(step.replace("=", "==")) for step in steps)
 
 
-def mini_batch(seed: int, questions: int) -> MiniBatch:
+def make_mini_batch(seed: int, questions: int) -> MiniBatch:
+    """A random mini-batch of 4 responses to each question, 2 of them right, whose log-probs are below the old ones."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (questions * 4,), generator=rng)
     old = -torch.rand(int(lengths.sum()), generator=rng).double()
-    moved = old - 0.3 * torch.rand(len(old), generator=rng).double()
+    new = old - 0.3 * torch.rand(len(old), generator=rng).double()
     rewards = (torch.arange(questions * 4) % 4 < 2).double()
     ids = torch.arange(questions).repeat_interleave(4)
-    return MiniBatch(moved, old, lengths, ids, rewards, max_response_length=9)
+    return MiniBatch(new, old, lengths, ids, rewards, max_response_length=9)
 
 
 def test_per_micro_batch_is_disco_where_there_is_one_and_the_mean_of_their_penalties_where_there_are_more() -> None:
     exact = build_objective({"name": "disco", "constraint": {"delta": 0.01, "beta": 7.0}})
-    batch = mini_batch(0, questions=4)
+    batch = make_mini_batch(0, questions=4)
     whole, halves = (PerMicroBatch(beta=7.0, delta=0.01, questions=n)(batch) for n in (4, 2))
     torch.testing.assert_close(whole.loss, exact(batch).loss)
     torch.testing.assert_close(whole.token_weights, exact(batch).token_weights)
-    ends = int(batch.lengths[:8].sum())
-    moved = batch.old_log_probs - batch.log_probs
-    penalties = [7.0 * max(float(part.mean()) - 0.01, 0) ** 2 for part in (moved[:ends], moved[ends:])]
+    middle = int(batch.lengths[:8].sum())
+    log_ratios = batch.old_log_probs - batch.log_probs
+    penalties = [7.0 * max(float(half.mean()) - 0.01, 0) ** 2 for half in (log_ratios[:middle], log_ratios[middle:])]
     free = build_objective({"name": "disco", "constraint": {"kind": "none"}})(batch).loss
     assert float(halves.loss - free) == pytest.approx(sum(penalties) / 2, rel=1e-9)
 
@@ -96,23 +101,23 @@ def test_per_micro_batch_is_disco_where_there_is_one_and_the_mean_of_their_penal
 def test_a_difference_is_by_question_and_over_common_seeds() -> None:
     a = {1: np.array([1.0, 0.5]), 2: np.array([0.5, 0.5]), 3: np.array([0.0, 0.0])}
     b = {1: np.array([0.5, 0.0]), 2: np.array([0.0, 0.0])}
-    found = statistics.difference(a, b)
-    assert found is not None and (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
-    assert statistics.difference({1: a[1]}, {2: b[2]}) is None
-    assert statistics.aes(0.8, 60, 0.8, 100) == pytest.approx(0.4)
-    assert statistics.aes(0.72, 50, 0.8, 100) == pytest.approx(0.5 - 1.0)
+    difference = statistics.estimate_difference(a, b)
+    assert difference is not None and (difference.value, difference.low, difference.high) == (0.5, 0.5, 0.5)
+    assert statistics.estimate_difference({1: a[1]}, {2: b[2]}) is None
+    assert statistics.compute_aes(0.8, 60, 0.8, 100) == pytest.approx(0.4)
+    assert statistics.compute_aes(0.72, 50, 0.8, 100) == pytest.approx(0.5 - 1.0)
 
 
 def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
     accuracies = {"disco_logl": 0.9, "grpo": 0.3, "grpo_rw": 0.3, "disco_b_lratio.clip_0.2": 0.95}
-    records = all_of(GRID, accuracies)
+    records = make_all_records(GRID, accuracies)
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    page = report.write(tmp_path).read_text()
+    page = report.write_report(tmp_path).read_text()
     assert "Nothing was cut" in page
-    ablated = len(GRID["ablations"]["seeds"])
+    ablation_seeds = len(GRID["ablations"]["seeds"])
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if line.startswith("| ")}
     assert rows["DisCO log-L above GRPO"].endswith("| 5 | holds |")
-    assert rows["not clipping is better than 0.2, 0.2"].endswith(f"| {ablated} | the opposite |")
+    assert rows["not clipping is better than 0.2, 0.2"].endswith(f"| {ablation_seeds} | the opposite |")
     assert rows["dividing GRPO's question weight out (GRPO_RW) is better"].endswith("| 5 | not decided |")
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == {"curves.png", "kl.png", "wins.png", "ablations.png", "lengths.png"}
@@ -121,14 +126,17 @@ def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:
 
 def test_a_study_that_was_cut_says_so_and_decides_nothing_by_one_seed() -> None:
     records = [
-        r for r in all_of(GRID, {"disco_logl": 0.9, "grpo": 0.2}) if r["part"] != grids.LENGTH and r["seed"] != 2
+        r
+        for r in make_all_records(GRID, {"disco_logl": 0.9, "grpo": 0.2})
+        if r["part"] != grids.LENGTH and r["seed"] in (1, GRID["tuning"]["seed"])
     ]
-    cut = Runs([r for r in records if r["seed"] in (1, GRID["tuning"]["seed"])], GRID)
-    assert f"length: 0 of {cut.planned(grids.LENGTH)} runs" in report._cut(cut)
-    assert "| 1 | one seed: not decided |" in claims.table(cut)
-    assert "| not run |" in claims.table(Runs([r for r in cut.records if r["part"] == grids.MAIN], GRID))
-    assert "holds" not in claims.table(cut)
-    assert tables.length_points(cut).keys() <= {"GRPO", "DisCO log-L"}
+    cut = FinishedRuns(records, GRID)
+    assert f"length: 0 of {cut.count_planned(grids.LENGTH)} runs" in report._describe_missing_runs(cut)
+    assert "| 1 | one seed: not decided |" in claims.tabulate_claims(cut)
+    main_only = FinishedRuns([r for r in records if r["part"] == grids.MAIN], GRID)
+    assert "| not run |" in claims.tabulate_claims(main_only)
+    assert "holds" not in claims.tabulate_claims(cut)
+    assert tables.collect_length_points(cut).keys() <= {"GRPO", "DisCO log-L"}
 
 
 TINY = """
@@ -140,15 +148,16 @@ main: {seeds: [1]}
 """
 
 
-# At its own priority a run would never end beside other tests.
+# Runs keep normal priority here, since at the lowest one they would not end beside other tests.
 START = """
 from benchmarks.study import __main__, processes
-processes.lower = lambda pid: None
+processes.lower_priority = lambda pid: None
 __main__.main()
 """
 
 
-def start(work: Path, grid: Path) -> subprocess.Popen[bytes]:
+def start_study(work: Path, grid: Path) -> subprocess.Popen[bytes]:
+    """Start `python -m benchmarks.study run` with the grid, one run at a time."""
     command = [sys.executable, "-c", START, "run", str(work), "--grid", str(grid), "--jobs=1"]
     return subprocess.Popen(command, cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})
 
@@ -158,31 +167,31 @@ def test_two_items_through_pause_end_resume_and_report(tmp_path: Path) -> None:
     work, grid = tmp_path / "work", tmp_path / "grid.yaml"
     grid.write_text(TINY)
     work.mkdir()
-    prepare.prepare(work, warm_start.Recipe(batch=4, check_from=1, check_every=1, stop_at=0.0, max_steps=1))
+    prepare.prepare_inputs(work, warm_start.Recipe(batch=4, check_from=1, check_every=1, stop_at=0.0, max_steps=1))
     assert load_file(work / "model" / "model.safetensors")
     (work / "pause").touch()
-    paused = start(work, grid)
+    study = start_study(work, grid)
     time.sleep(15)
-    assert paused.poll() is None and not [*(work / "logs").glob("*")], "nothing starts while it is paused"
+    assert study.poll() is None and not [*(work / "logs").glob("*")], "a run started while the study was paused"
     (work / "pause").unlink()
-    tuned = work / "results" / "tuning.grpo.lr_0.001.seed_7.json"
-    while not tuned.exists():
-        assert paused.poll() is None, [p.read_text() for p in (work / "logs").glob("*")]
+    tuning = work / "results" / "tuning.grpo.lr_0.001.seed_7.json"
+    while not tuning.exists():
+        assert study.poll() is None, [p.read_text() for p in (work / "logs").glob("*")]
         time.sleep(0.2)
-    paused.send_signal(signal.SIGTERM)
-    assert paused.wait(60) == 1
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == 1
     (work / "results" / "main.grpo.seed_1.json").unlink(missing_ok=True)
-    before = tuned.stat().st_mtime_ns
-    assert start(work, grid).wait(300) == 0
-    assert tuned.stat().st_mtime_ns == before, "what is there is not run again"
+    before = tuning.stat().st_mtime_ns
+    assert start_study(work, grid).wait(300) == 0
+    assert tuning.stat().st_mtime_ns == before, "a finished run was run again"
     record = json.loads((work / "results" / "main.grpo.seed_1.json").read_text())
     assert record["learning_rate"] == 1e-3 and len(record["curve"]["reward"]) == 2
     assert len(record["evaluation"]["correct"]) == prepare.HELD_OUT and not [*(work / "runs").iterdir()]
-    page = report.write(tmp_path / "out", work).read_text()
+    page = report.write_report(tmp_path / "out", work).read_text()
     assert "3 runs" in page and (tmp_path / "out" / "curves.png").exists()
 
 
 def test_an_item_whose_learning_rate_is_not_known_waits(tmp_path: Path) -> None:
-    queue = work_queue.Queue(tmp_path, GRID, tmp_path / "pause", 1)
-    queue.waiting = [item for item in queue.waiting if item.part == grids.MAIN]
+    queue = work_queue.RunQueue(tmp_path, GRID, tmp_path / "pause", 1)
+    queue.waiting = [run for run in queue.waiting if run.part == grids.MAIN]
     assert not queue._start_next() and queue.waiting

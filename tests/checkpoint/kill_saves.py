@@ -1,7 +1,7 @@
-"""Trains and saves in the background, in a loop, in a child process that is killed at a random moment; the next child
-resumes and checks what it finds. The last child saves once and ends by itself.
+"""A training loop with background saves that is killed at random moments: kill_saves.py MODEL CHECKPOINTS.
 
-Run by test_checkpoint.py: kill_saves.py MODEL CHECKPOINTS. The children are forks, which need not import again.
+The loop runs in a child process, which is killed; the next child resumes, and checks that it has the weights that were
+saved. The last child saves once and ends by itself. Children are forks, since importing everything takes seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ sys.modules["psutil"] = None  # type: ignore[assignment]  # without it megatron'
 
 
 def resume_and_save(model: Path, directory: Path, reports: int, *, saves: int | None) -> None:
-    """Resume, then train and save `saves` times (None: until killed). reports: a pipe, which gets a line of JSON after
-    resuming and a dot for each complete save."""
+    """Resume, then train and save `saves` times (None: until killed).
+
+    reports: a pipe that gets a line of JSON after resuming (the step and the number of unfinished checkpoints), and a
+    dot for each complete save.
+    """
     torch.set_num_threads(1)
     unfinished = len(list(directory.glob("*.tmp-*"))) if directory.exists() else 0
     config = model_config(model)
@@ -37,14 +40,15 @@ def resume_and_save(model: Path, directory: Path, reports: int, *, saves: int | 
     policy = Policy(config)
     start, state = checkpoint.load_latest(policy, directory) or (0, {})
     step = start
-    assert step == 0 or state["fingerprint"] == fingerprint(policy), "not the weights that were saved"
+    intact = step == 0 or state["fingerprint"] == fingerprint(policy)
+    assert intact, "the weights or the optimizer's state are not those that were saved"
     os.write(reports, json.dumps({"resumed_from": step, "left_unfinished": unfinished}).encode() + b"\n")
     writer = CheckpointWriter()
     while saves is None or step < start + saves:
         train(policy, [step])
         step += 1
         writer.save(policy, directory, step, {"fingerprint": fingerprint(policy)}, keep=2)
-        if step > start + 1:  # the one before is complete
+        if step > start + 1:  # the save before this one is complete
             os.write(reports, b".")
     writer.wait()
 

@@ -1,4 +1,4 @@
-"""Saving and loading a policy on one rank: bit-exact; damaged files are named; no planted code is executed."""
+"""Saving and loading a policy on one rank is bit-exact; damaged files are named, and planted code is not executed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def build(path: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Pol
 
 
 @pytest.fixture(scope="module")
-def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact_checkpoints(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the checkpoints step_1 and step_2, which no test may change."""
     policy, directory = build(model), tmp_path_factory.mktemp("checkpoints")
     for step in (1, 2):
         train(policy, [step])
@@ -49,13 +50,13 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def saved(written: Path, tmp_path: Path) -> Path:
-    """A copy of checkpoints/ with step_1 and step_2, for a test to damage."""
-    return shutil.copytree(written, tmp_path / "checkpoints")
+def checkpoints(intact_checkpoints: Path, tmp_path: Path) -> Path:
+    """A copy of the directory with step_1 and step_2, which a test may damage."""
+    return shutil.copytree(intact_checkpoints, tmp_path / "checkpoints")
 
 
-def record_again(path: Path) -> None:
-    """Make every checksum match again, as an attacker does after changing a file."""
+def update_checksums(path: Path) -> None:
+    """Write the present sizes and checksums into the checkpoint's record, as an attacker would who changed a file."""
     record = json.loads((path / checkpoint_files.RECORD).read_text())
     for name, entry in record["files"].items():
         entry |= {"bytes": (path / name).stat().st_size, "sha256": checkpoint_files._hash(path / name)}
@@ -64,7 +65,7 @@ def record_again(path: Path) -> None:
 
 
 class Planted:
-    """Unpickles as the command `touch FILE`."""
+    """Unpickling this object runs the command `touch FILE`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -87,11 +88,11 @@ SCHEDULE = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resuming_is_bit_exact(model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    straight = build(model, dtype, optim=SCHEDULE)
-    train(straight, range(3))
-    checkpoint.save(straight, tmp_path, 3, {"step": 3}, keep=1)
+    uninterrupted = build(model, dtype, optim=SCHEDULE)
+    train(uninterrupted, range(3))
+    checkpoint.save(uninterrupted, tmp_path, 3, {"step": 3}, keep=1)
     draws = torch.rand(5)
-    train(straight, range(3, 6))
+    train(uninterrupted, range(3, 6))
 
     torch.manual_seed(1)
     resumed = build(model, dtype, optim=SCHEDULE)
@@ -100,38 +101,38 @@ def test_resuming_is_bit_exact(model: Path, tmp_path: Path, dtype: torch.dtype) 
     assert torch.equal(torch.rand(5), draws)
     assert resumed.optimizer is not None and resumed.optimizer.steps == 3
     train(resumed, range(3, 6))
-    assert fingerprint(resumed) == fingerprint(straight)
+    assert fingerprint(resumed) == fingerprint(uninterrupted)
 
 
-def test_a_checkpoint_before_the_first_step(model: Path, tmp_path: Path) -> None:
-    straight = build(model)
-    checkpoint.save(straight, tmp_path, 0, {}, keep=1)
-    train(straight, range(2))
+def test_a_checkpoint_from_before_the_first_step_is_loaded(model: Path, tmp_path: Path) -> None:
+    uninterrupted = build(model)
+    checkpoint.save(uninterrupted, tmp_path, 0, {}, keep=1)
+    train(uninterrupted, range(2))
     resumed = build(model)
     checkpoint.load(resumed, tmp_path / "step_0")
     train(resumed, range(2))
-    assert fingerprint(resumed) == fingerprint(straight)
+    assert fingerprint(resumed) == fingerprint(uninterrupted)
 
 
-def test_a_policy_without_an_optimizer_takes_the_weights(model: Path, saved: Path) -> None:
-    trained, reader = build(model), build(model, torch.float64)
-    checkpoint.load(trained, saved / "step_2")
-    assert checkpoint.load(reader, saved / "step_2") == {"step": 2}
+def test_a_policy_without_an_optimizer_loads_the_weights_alone(model: Path, checkpoints: Path) -> None:
+    float32, float64 = build(model), build(model, torch.float64)
+    checkpoint.load(float32, checkpoints / "step_2")
+    assert checkpoint.load(float64, checkpoints / "step_2") == {"step": 2}
     rollouts = random_rollouts()
-    expected, _ = trained.log_probs(rollouts)
-    torch.testing.assert_close(reader.log_probs(rollouts)[0], expected.double(), rtol=0, atol=1e-5)
+    expected, _ = float32.log_probs(rollouts)
+    torch.testing.assert_close(float64.log_probs(rollouts)[0], expected.double(), rtol=0, atol=1e-5)
 
 
-def test_the_record_names_step_dtype_layout_optimizer_model_code_and_files(saved: Path) -> None:
-    record = json.loads((saved / "step_2" / "checkpoint.json").read_text())
+def test_the_record_names_step_dtype_layout_optimizer_model_code_and_files(checkpoints: Path) -> None:
+    record = json.loads((checkpoints / "step_2" / "checkpoint.json").read_text())
     assert record["step"] == 2
     assert record["dtype"] == "float32"
     assert record["layout"]["tensor_model_parallel_size"] == 1
     assert record["optimizer"] == {"name": "adam", "steps": 2}
     assert record["model"]["num_layers"] == 4
     assert record["code"]["megatron_core"]
-    assert set(record["files"]) == {p.name for p in (saved / "step_2").iterdir()} - {"checkpoint.json"}
-    assert checkpoint.latest(saved) == saved / "step_2"
+    assert set(record["files"]) == {p.name for p in (checkpoints / "step_2").iterdir()} - {"checkpoint.json"}
+    assert checkpoint.latest(checkpoints) == checkpoints / "step_2"
 
 
 def test_a_loop_state_that_is_not_json_is_refused_before_writing(model: Path, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_no_checkpoint_is_no_error(model: Path, tmp_path: Path) -> None:
     assert checkpoint.load_latest(build(model), tmp_path / "none") is None
 
 
-# --- damage ---
+# --- damaged files ---
 
 
 def truncate(file: Path) -> None:
@@ -161,36 +162,36 @@ def flip_a_bit(file: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("name", ["__0_0.distcp", METADATA, "checkpoint.json"])
 def test_a_damaged_checkpoint_is_skipped_and_its_file_named(
-    model: Path, saved: Path, damage: Callable[[Path], None], name: str, caplog: pytest.LogCaptureFixture
+    model: Path, checkpoints: Path, damage: Callable[[Path], None], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    damage(saved / "step_2" / name)
+    damage(checkpoints / "step_2" / name)
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.load_latest(build(model), saved) == (1, {"step": 1})
+        assert checkpoint.load_latest(build(model), checkpoints) == (1, {"step": 1})
     assert f"step_2: {name}" in caplog.text
     with pytest.raises(UserError, match=f"step_2: {name}"):
-        checkpoint.load(build(model), saved / "step_2")
+        checkpoint.load(build(model), checkpoints / "step_2")
 
 
-def test_if_all_are_damaged_the_error_names_each(model: Path, saved: Path) -> None:
+def test_if_all_are_damaged_the_error_names_each(model: Path, checkpoints: Path) -> None:
     for step in (1, 2):
-        truncate(saved / f"step_{step}" / "__0_0.distcp")
+        truncate(checkpoints / f"step_{step}" / "__0_0.distcp")
     with pytest.raises(UserError, match=r"no intact checkpoint .*step_2: __0_0.distcp .*step_1: __0_0.distcp"):
-        checkpoint.load_latest(build(model), saved)
+        checkpoint.load_latest(build(model), checkpoints)
 
 
-def test_a_run_resumed_from_the_previous_checkpoint_replaces_the_damaged_one(model: Path, saved: Path) -> None:
-    truncate(saved / "step_2" / "__0_0.distcp")
+def test_a_run_resumed_from_the_previous_checkpoint_replaces_the_damaged_one(model: Path, checkpoints: Path) -> None:
+    truncate(checkpoints / "step_2" / "__0_0.distcp")
     policy = build(model)
-    checkpoint.load_latest(policy, saved)
+    checkpoint.load_latest(policy, checkpoints)
     train(policy, [2])
-    checkpoint.save(policy, saved, 2, {"step": 2}, keep=3)
-    assert checkpoint.load_latest(build(model), saved) == (2, {"step": 2})
+    checkpoint.save(policy, checkpoints, 2, {"step": 2}, keep=3)
+    assert checkpoint.load_latest(build(model), checkpoints) == (2, {"step": 2})
 
 
-def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(checkpoints: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", "qwen2", tied=True, intermediate_size=96)
     with pytest.raises(UserError, match=r"another model .*ffn_hidden_size is 128 there and 96 here"):
-        checkpoint.load_latest(build(other), saved)
+        checkpoint.load_latest(build(other), checkpoints)
 
 
 def test_a_checkpoint_of_a_run_that_had_diverged_is_refused(model: Path, tmp_path: Path) -> None:
@@ -202,60 +203,60 @@ def test_a_checkpoint_of_a_run_that_had_diverged_is_refused(model: Path, tmp_pat
         checkpoint.load_latest(build(model), tmp_path)
 
 
-def test_a_checkpoint_of_another_dtype_is_refused(model: Path, saved: Path) -> None:
+def test_a_checkpoint_of_another_dtype_is_refused(model: Path, checkpoints: Path) -> None:
     with pytest.raises(UserError, match="dtype float32, this run has bfloat16"):
-        checkpoint.load_latest(build(model, torch.bfloat16), saved)
+        checkpoint.load_latest(build(model, torch.bfloat16), checkpoints)
 
 
 # --- malicious files ---
 
 
-def test_a_planted_command_in_the_metadata_is_refused(model: Path, saved: Path, tmp_path: Path) -> None:
-    metadata = read_metadata(saved / "step_2" / METADATA)
+def test_a_planted_command_in_the_metadata_is_refused(model: Path, checkpoints: Path, tmp_path: Path) -> None:
+    metadata = read_metadata(checkpoints / "step_2" / METADATA)
     metadata.planner_data = Planted(tmp_path / "executed")
-    (saved / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
-    record_again(saved / "step_2")
+    (checkpoints / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
+    update_checksums(checkpoints / "step_2")
     with pytest.raises(UserError, match=r"names posix\.system"):
-        checkpoint.load_latest(build(model), saved)
+        checkpoint.load_latest(build(model), checkpoints)
     assert not (tmp_path / "executed").exists()
-    pickle.loads((saved / "step_2" / METADATA).read_bytes())
-    assert (tmp_path / "executed").exists()  # an ordinary unpickler would have run the command
+    pickle.loads((checkpoints / "step_2" / METADATA).read_bytes())
+    assert (tmp_path / "executed").exists()  # an ordinary unpickler runs the command
 
 
-def test_byte_objects_which_torch_unpickles_freely_are_refused(model: Path, saved: Path) -> None:
-    metadata = read_metadata(saved / "step_2" / METADATA)
+def test_byte_objects_which_torch_unpickles_freely_are_refused(model: Path, checkpoints: Path) -> None:
+    metadata = read_metadata(checkpoints / "step_2" / METADATA)
     metadata.state_dict_metadata["decoder.final_layernorm.weight"] = BytesStorageMetadata()
-    (saved / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
-    record_again(saved / "step_2")
+    (checkpoints / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
+    update_checksums(checkpoints / "step_2")
     with pytest.raises(UserError, match="BytesStorageMetadata"):
-        checkpoint.load(build(model), saved / "step_2")
+        checkpoint.load(build(model), checkpoints / "step_2")
 
 
-def test_metadata_that_points_elsewhere_is_refused(model: Path, saved: Path) -> None:
-    metadata = read_metadata(saved / "step_2" / METADATA)
+def test_metadata_that_points_elsewhere_is_refused(model: Path, checkpoints: Path) -> None:
+    metadata = read_metadata(checkpoints / "step_2" / METADATA)
     next(iter(metadata.storage_data.values())).relative_path = "../step_1/__0_0.distcp"
-    (saved / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
-    record_again(saved / "step_2")
+    (checkpoints / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
+    update_checksums(checkpoints / "step_2")
     with pytest.raises(UserError, match=r"points at '\.\./step_1/__0_0\.distcp'"):
-        checkpoint.load(build(model), saved / "step_2")
+        checkpoint.load(build(model), checkpoints / "step_2")
 
 
-def test_a_planted_command_in_common_pt_is_never_opened(model: Path, saved: Path, tmp_path: Path) -> None:
-    torch.save(Planted(tmp_path / "executed"), saved / "step_2" / "common.pt")
-    record_again(saved / "step_2")
-    assert checkpoint.load(build(model), saved / "step_2") == {"step": 2}
+def test_a_planted_command_in_common_pt_is_never_opened(model: Path, checkpoints: Path, tmp_path: Path) -> None:
+    torch.save(Planted(tmp_path / "executed"), checkpoints / "step_2" / "common.pt")
+    update_checksums(checkpoints / "step_2")
+    assert checkpoint.load(build(model), checkpoints / "step_2") == {"step": 2}
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_planted_command_in_place_of_a_tensor_is_refused(model: Path, saved: Path, tmp_path: Path) -> None:
-    metadata, shards = read_metadata(saved / "step_2" / METADATA), saved / "step_2" / "__0_0.distcp"
+def test_a_planted_command_in_place_of_a_tensor_is_refused(model: Path, checkpoints: Path, tmp_path: Path) -> None:
+    metadata, shards = read_metadata(checkpoints / "step_2" / METADATA), checkpoints / "step_2" / "__0_0.distcp"
     torch.save(Planted(tmp_path / "executed"), shards)
     for info in metadata.storage_data.values():
         info.offset, info.length = 0, shards.stat().st_size
-    (saved / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
-    record_again(saved / "step_2")
+    (checkpoints / "step_2" / METADATA).write_bytes(pickle.dumps(metadata))
+    update_checksums(checkpoints / "step_2")
     with pytest.raises(CheckpointException, match="Weights only load failed"):
-        checkpoint.load(build(model), saved / "step_2")
+        checkpoint.load(build(model), checkpoints / "step_2")
     assert not (tmp_path / "executed").exists()
 
 
@@ -263,7 +264,7 @@ def test_a_planted_command_in_place_of_a_tensor_is_refused(model: Path, saved: P
 
 
 def test_killed_at_any_moment_the_last_complete_one_is_usable(model: Path, tmp_path: Path) -> None:
-    """kill_saves.py kills its own processes while they save; each new process checks what the last one left."""
+    """kill_saves.py kills its own processes while they save; each new one checks the checkpoint it resumes from."""
     script = Path(__file__).with_name("kill_saves.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -277,6 +278,6 @@ def test_killed_at_any_moment_the_last_complete_one_is_usable(model: Path, tmp_p
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) >= 5
     assert rounds[-1]["resumed_from"] > rounds[1]["resumed_from"] >= 1
-    assert any(r["left_unfinished"] for r in rounds), "no kill fell into a save"
-    left = {f"step_{rounds[-1]['resumed_from'] + more}" for more in (0, 1)}
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == left
+    assert any(r["left_unfinished"] for r in rounds), "no process was killed during a save"
+    last_two = {f"step_{rounds[-1]['resumed_from'] + more}" for more in (0, 1)}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == last_two

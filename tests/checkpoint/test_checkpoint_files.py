@@ -19,10 +19,11 @@ RECORD = {"format": 1, "code": {}, "dtype": "float32", "optimizer": None, "model
 
 
 class KilledError(BaseException):
-    """Simulates kill -9: not caught by handlers of Exception."""
+    """Stands for kill -9; handlers of Exception do not catch it."""
 
 
 def write(directory: Path, step: int, content: str, keep: int = 2) -> None:
+    """Write a checkpoint with one file of that content, and rotate: the newest `keep` checkpoints stay."""
     work = files.begin(directory, step)
     (work / "__0_0.distcp").write_text(content)
     files.commit(work, directory / f"step_{step}", RECORD | {"step": step, "files": files.describe(work, 0)})
@@ -30,6 +31,7 @@ def write(directory: Path, step: int, content: str, keep: int = 2) -> None:
 
 
 def content(path: Path) -> str:
+    """The content of a checkpoint's file, after a check of the checkpoint."""
     record = files.read_record(path)
     files.check(path, record["files"], record["files"])
     assert path.name.removesuffix(".replaced") == f"step_{record['step']}"
@@ -44,18 +46,20 @@ def names(directory: Path) -> list[str]:
 def test_killed_after_any_file_operation_the_last_complete_one_is_usable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, exchanges: bool
 ) -> None:
-    """step 2 replaces the newest checkpoint, step 3 adds one and rotates another out. exchanges: whether the file
-    system can exchange two names."""
+    """Step 2 replaces the newest checkpoint; step 3 adds one and rotates the oldest out.
+
+    exchanges: whether the file system can exchange two names.
+    """
     exchange = runtime_files._exchange if exchanges else lambda *_: False
-    seen = set()
-    for survived in range(100):
-        directory = tmp_path / str(survived)
+    contents = set()
+    for operations in range(100):
+        directory = tmp_path / str(operations)
         write(directory, 1, "one")
         write(directory, 2, "two")
         with monkeypatch.context() as patch:
-            left = survived
+            left = operations
 
-            def dies_after(operation):  # type: ignore[no-untyped-def]
+            def kill_when_none_is_left(operation):  # type: ignore[no-untyped-def]
                 def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
                     nonlocal left
                     if left == 0:
@@ -66,9 +70,9 @@ def test_killed_after_any_file_operation_the_last_complete_one_is_usable(
                 return counted
 
             for module, name in ((Path, "rename"), (Path, "mkdir"), (Path, "open"), (os, "unlink"), (os, "rmdir")):
-                patch.setattr(module, name, dies_after(getattr(module, name)))
-            patch.setattr(runtime_files, "sync", dies_after(runtime_files.sync))
-            patch.setattr(runtime_files, "_exchange", dies_after(exchange))
+                patch.setattr(module, name, kill_when_none_is_left(getattr(module, name)))
+            patch.setattr(runtime_files, "sync", kill_when_none_is_left(runtime_files.sync))
+            patch.setattr(runtime_files, "_exchange", kill_when_none_is_left(exchange))
             try:
                 write(directory, step, "new")
                 killed = False
@@ -76,15 +80,15 @@ def test_killed_after_any_file_operation_the_last_complete_one_is_usable(
                 killed = True
         newest = content(next(reversed(files.list_checkpoints(directory).values())))
         assert newest in ("two", "new")
-        seen.add(newest)
-        write(directory, step, "newer")  # the run that comes next
+        contents.add(newest)
+        write(directory, step, "newer")  # the run that resumes
         assert names(directory) == (["step_1", "step_2"] if step == 2 else ["step_2", "step_3"])
         assert content(directory / f"step_{step}") == "newer"
         if not killed:
             break
     assert not killed
-    assert survived > 10
-    assert seen == {"two", "new"}
+    assert operations > 10
+    assert contents == {"two", "new"}
 
 
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
@@ -108,21 +112,21 @@ def test_other_files_are_not_removed(tmp_path: Path) -> None:
     assert list(files.list_checkpoints(tmp_path)) == [5]
 
 
-def test_no_directory_has_no_checkpoints(tmp_path: Path) -> None:
+def test_a_missing_directory_has_no_checkpoints(tmp_path: Path) -> None:
     assert files.list_checkpoints(tmp_path / "none") == {}
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
     write(tmp_path, 1, "some content")
-    sound = tmp_path / "step_1"
+    intact = tmp_path / "step_1"
 
-    def damaged(name: str) -> Path:
-        shutil.copytree(sound, tmp_path / name)
+    def copy(name: str) -> Path:
+        shutil.copytree(intact, tmp_path / name)
         return tmp_path / name
 
-    (damaged("missing") / "__0_0.distcp").unlink()
-    (damaged("truncated") / "__0_0.distcp").write_text("some")
-    (damaged("altered") / "__0_0.distcp").write_text("some contend")
+    (copy("missing") / "__0_0.distcp").unlink()
+    (copy("truncated") / "__0_0.distcp").write_text("some")
+    (copy("altered") / "__0_0.distcp").write_text("some contend")
     for kind, message in (
         ("missing", "__0_0.distcp is missing"),
         ("truncated", "__0_0.distcp has 4 bytes, 12 were written"),
@@ -133,7 +137,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (lambda _: None, "is missing"),
         (lambda text: text[: len(text) // 2], "not valid JSON"),
@@ -143,10 +147,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (lambda text: text.replace('"step": 1', '"step": 7'), "was altered"),
     ],
 )
-def test_a_damaged_record_is_named(tmp_path: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_record_is_named(tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
     write(tmp_path, 1, "content")
     file = tmp_path / "step_1" / files.RECORD
-    text = spoil(file.read_text())
+    text = damage(file.read_text())
     if text is None:
         file.unlink()
     else:
@@ -172,11 +176,11 @@ def test_the_record_is_plain_json_and_exact(tmp_path: Path) -> None:
 
 
 def test_a_record_without_a_required_field_is_damaged(tmp_path: Path) -> None:
-    """... though its checksum is right."""
+    """The record's checksum is right, so only the missing field gives the damage away."""
     for number, name in enumerate(RECORD.keys() | {"files", "step"}):
         work = files.begin(tmp_path, number)
-        whole = RECORD | {"step": number, "files": {}}
-        files.commit(work, tmp_path / f"step_{number}", {key: value for key, value in whole.items() if key != name})
+        record = RECORD | {"step": number, "files": {}}
+        files.commit(work, tmp_path / f"step_{number}", {key: value for key, value in record.items() if key != name})
         with pytest.raises(files.DamagedError, match=f"{files.RECORD} damaged: `{name}`"):
             files.read_record(tmp_path / f"step_{number}")
 
@@ -185,16 +189,16 @@ def test_an_entry_that_is_not_a_regular_file_is_refused_at_once(tmp_path: Path) 
     """Opening a FIFO would block, and a device could be read for ever."""
     write(tmp_path, 1, "content")
     shard = tmp_path / "step_1/__0_0.distcp"
-    for spoil in (lambda: os.mkfifo(shard), lambda: shard.symlink_to("/dev/zero"), shard.mkdir):
+    for replace in (lambda: os.mkfifo(shard), lambda: shard.symlink_to("/dev/zero"), shard.mkdir):
         shard.unlink()
-        spoil()
+        replace()
         with pytest.raises(files.DamagedError, match=r"__0_0.distcp (a FIFO|a symbolic link|a directory) stands"):
             content(tmp_path / "step_1")
         shard.rmdir() if shard.is_dir() else shard.unlink()
         shard.touch()
 
 
-def test_a_file_or_link_with_a_checkpoints_name_is_no_checkpoint_and_is_replaced(tmp_path: Path) -> None:
+def test_a_file_with_a_checkpoints_name_is_no_checkpoint_and_is_replaced_like_a_link(tmp_path: Path) -> None:
     write(tmp_path / "archive", 1, "one")
     runs = tmp_path / "run"
     runs.mkdir()

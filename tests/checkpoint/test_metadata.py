@@ -25,19 +25,20 @@ from nemo_disco.conversion.torch_dist import _ADMITTED
 from nemo_disco.runtime.errors import UserError
 
 
-def intact(protocol: int) -> bytes:
+def pickle_metadata(protocol: int) -> bytes:
+    """The content of an intact `.metadata` file: 40 tensors of two chunks each."""
     size = torch.Size([4, 3])
     chunks = [ChunkStorageMetadata(torch.Size([2 * i, 0]), torch.Size([2, 3])) for i in range(2)]
     tensors = {f"t{i}": TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, chunks) for i in range(40)}
-    places = {
+    locations = {
         MetadataIndex(name, chunk.offsets, i): _StorageInfo("__0_0.distcp", 100 * i, 100)
         for name in tensors
         for i, chunk in enumerate(chunks)
     }
-    return pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places), protocol)
+    return pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=locations), protocol)
 
 
-INTACT = {protocol: intact(protocol) for protocol in (2, 4)}
+INTACT = {protocol: pickle_metadata(protocol) for protocol in (2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +67,16 @@ def test_a_length_beyond_the_files_size_is_refused_before_allocating(file: Path,
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="damaged"):
         read_metadata(file)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "kilobytes"
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kilobytes
+    assert growth < 64 << 10, "reading the file took 64 MB or more"
 
 
 @pytest.mark.parametrize(
     "pickled",
     [
-        b"\x80\x02}K\x01" + b"\x85" * 100_000 + b"K\x02s.",  # the key of a dict: hashing it ends the process
+        b"\x80\x02}K\x01" + b"\x85" * 100_000 + b"K\x02s.",  # a dict's key, whose hash would overflow the stack
         b"\x80\x02}(" + b"(" * 100_000 + b"K\x01" + b"t" * 100_000 + b"K\x02u.",
-        b"\x80\x02}K\x01" + b"".join(b"\x85q\x000h\x00" for _ in range(1000)) + b"K\x02s.",  # through the memo
+        b"\x80\x02}K\x01" + b"".join(b"\x85q\x000h\x00" for _ in range(1000)) + b"K\x02s.",  # nested through the memo
     ],
 )
 def test_deeply_nested_tuples_are_refused(file: Path, pickled: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The commands: exit codes, one line for bad input, nothing heavy for --help, and how a run is started."""
+"""The commands: exit codes, errors of one line for bad input, a fast --help, and the start of a run's processes."""
 
 import errno
 import json
@@ -21,6 +21,7 @@ COMMANDS = ("train", "evaluate", "verify", "plan", "grade", "doctor", "report", 
 
 
 def run(*arguments, **environment):
+    """The finished process of `nemo-disco ARGUMENTS`, with these further environment variables."""
     command = [sys.executable, "-m", "nemo_disco", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
@@ -30,7 +31,7 @@ RUNS = ("train", "evaluate", "verify")
 
 @pytest.fixture
 def usable(tmp_path):
-    """Overrides of the quickstart that name files that are there (a model of a shape and an empty weights file)."""
+    """Overrides of the quickstart that name existing files: questions, and a tiny model whose weights file is empty."""
     sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
              "num_key_value_heads": 4, "vocab_size": 300, "max_position_embeddings": 4096}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes}))
@@ -46,40 +47,41 @@ def usable(tmp_path):
 
 
 @pytest.fixture
-def rooms(monkeypatch):
-    """The functions that the commands call, replaced by ones that note their configuration."""
-    called = {}
+def configurations(monkeypatch):
+    """The configuration of each command that was run, by the command's name. The commands do nothing and return 7."""
+    configurations = {}
     for name in RUNS:
         module = types.ModuleType(f"nemo_disco.commands.{name}")
-        module.main = lambda config, name=name: called.update({name: config}) or 7
+        module.main = lambda config, name=name: configurations.update({name: config}) or 7
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(module.__name__, module, raising=False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(launch, "set_torch_defaults", lambda: None)
-    return called
+    return configurations
 
 
 @pytest.mark.parametrize("command", RUNS)
-def test_one_process_runs_the_command_here(command, rooms, usable):
+def test_with_one_device_the_command_runs_in_this_process(command, configurations, usable):
     assert cli.main([command, "trainer.max_steps=3", *usable, "trainer.devices=1", "seed=5"]) == 7
-    config = rooms[command]
-    assert (config.trainer.max_steps, config.trainer.devices, config.seed) == (3, 1, 5)  # overrides may stand anywhere
+    config = configurations[command]
+    # Overrides before and after the options count.
+    assert (config.trainer.max_steps, config.trainer.devices, config.seed) == (3, 1, 5)
 
 
-def test_several_devices_start_several_processes_of_the_same_command(rooms, usable, monkeypatch):
+def test_several_devices_start_several_processes_of_the_same_command(configurations, usable, monkeypatch):
     started = []
     monkeypatch.setattr(launch, "spawn", lambda count, command: started.append((count, command)) or 0)
     arguments = ["train", *usable, "trainer.devices=2"]
     assert cli.main(arguments) == 0
     assert started == [(2, [sys.executable, "-m", "nemo_disco", *arguments])]
-    assert not rooms
+    assert not configurations
 
 
-def test_under_torchrun_the_rank_runs_in_this_process(rooms, usable, monkeypatch, capsys):
+def test_under_torchrun_the_rank_runs_in_this_process(configurations, usable, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert cli.main(["train", *usable]) == 7  # quickstart's 2 devices were not asked for
-    assert "train" in rooms
+    assert cli.main(["train", *usable]) == 7  # the quickstart's default of 2 devices does not count
+    assert "train" in configurations
     assert cli.main(["train", *usable, "trainer.devices=2"]) == 2
     assert "makes 2 processes, but the launcher started 3" in capsys.readouterr().err
 
@@ -122,9 +124,9 @@ def test_bad_input_is_one_line_and_exit_2(arguments, capsys):
     ],
 )
 def test_a_wrong_command_line_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ending:
         cli.main(arguments)
-    assert ended.value.code == 2
+    assert ending.value.code == 2
     assert "usage" in capsys.readouterr().err
 
 
@@ -142,7 +144,7 @@ def test_an_interrupt_exits_with_130_and_a_bug_is_not_hidden(monkeypatch):
         cli.main(["doctor"])
 
 
-def test_a_rank_leaves_word_of_its_error_for_the_launcher(monkeypatch, tmp_path, capsys):
+def test_a_rank_leaves_its_error_message_for_the_launcher(monkeypatch, tmp_path, capsys):
     def refuse(_):
         raise UserError("a line\nand more")
 
@@ -151,7 +153,7 @@ def test_a_rank_leaves_word_of_its_error_for_the_launcher(monkeypatch, tmp_path,
     monkeypatch.setenv("NEMO_DISCO_REPORTS", str(tmp_path))
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == ""
-    assert json.loads((tmp_path / "1").read_text())["message"] == r"a line\nand more"  # printable, on one line
+    assert json.loads((tmp_path / "1").read_text())["message"] == r"a line\nand more"  # an escaped line break
 
 
 def test_plan_prints_the_vocabulary_and_the_memory(capsys):
@@ -173,17 +175,17 @@ def test_grade_prints_a_reward_and_a_reason_a_line(tmp_path, capsys):
 
 
 def test_grade_replaces_its_output_when_all_is_graded(tmp_path, capsys, monkeypatch):
-    """An earlier one stays where the answers cannot be read, to their end too; the error names what was at fault."""
+    """Earlier output stays if the answers cannot be read, even if reading fails late; the error names the file."""
     file, out = tmp_path / "answers.jsonl", tmp_path / "out.jsonl"
     file.write_text('{"response": "\\\\boxed{4}", "answer": "4"}\n')
     out.write_text("earlier")
     assert cli.main(["grade", str(tmp_path / "none.jsonl"), "--out", str(out)]) == 2
-    broken = types.SimpleNamespace(reads=0)
+    counter = types.SimpleNamespace(reads=0)
 
     def read_lines(path):
-        broken.reads += 1
+        counter.reads += 1
         with reading(path):
-            if broken.reads == 2:  # all lines were checked
+            if counter.reads == 2:  # the first reading checks all lines
                 raise OSError(errno.EIO, "Input/output error")
             yield from record_files.read_lines(path)
 
@@ -191,11 +193,11 @@ def test_grade_replaces_its_output_when_all_is_graded(tmp_path, capsys, monkeypa
     assert cli.main(["grade", str(file), "--out", str(out)]) == 2
     assert f"error: {file}: cannot be read (Input/output error)" in capsys.readouterr().err
     assert out.read_text() == "earlier" and len(list(tmp_path.iterdir())) == 2
-    assert cli.main(["grade", str(file), "--out", str(file)]) == 0  # in its place
+    assert cli.main(["grade", str(file), "--out", str(file)]) == 0  # in place
     assert json.loads(file.read_text())["reward"] == 1.0
 
 
-def test_help_is_there_at_once_and_imports_nothing_heavy():
+def test_help_is_fast_and_imports_nothing_heavy():
     heavy = ("torch", "transformers", "hydra", "omegaconf", "pydantic", "megatron", "numpy", "rich", "sympy")
     code = (
         "import sys\nfrom nemo_disco.cli import main\n"
@@ -210,7 +212,7 @@ def test_help_is_there_at_once_and_imports_nothing_heavy():
 
 
 def fastest(*arguments):
-    """Seconds of processor time of the fastest of five runs: what else the machine does only slows runs down."""
+    """Seconds of processor time of the fastest of five runs of Python; other work on the machine only adds time."""
     times = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -222,7 +224,7 @@ def fastest(*arguments):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ending:
         cli.main([command, "--help"])
-    assert ended.value.code == 0
+    assert ending.value.code == 0
     assert f"nemo-disco {command}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`nemo-disco doctor` with parts that are there, missing, of a wrong version or broken; the report for an issue."""
+"""`nemo-disco doctor` names parts that are present, missing, of a wrong version or broken, and writes a report."""
 
 import importlib.metadata
 import re
@@ -11,24 +11,28 @@ import pytest
 from nemo_disco import __version__, cli
 from nemo_disco.commands import doctor
 from nemo_disco.commands.doctor import Part
-from nemo_disco.config.paths import packaged
+from nemo_disco.config.paths import packaged_directory
 
 
 @pytest.fixture
 def parts():
-    """A machine that has everything."""
+    """All parts by name, each present: a machine that has everything."""
     engines = (f"{name}'s Python" for name in doctor.ENGINE_PYTHONS)
     names = ("NVIDIA GPU", "torch with CUDA", *doctor.PACKAGES, *engines, "SLURM")
     return {name: Part(name, "1.0") for name in names}
 
 
 def missing(parts):
+    """The missing parts of each feature, as text, by the feature's name; "" if it has all."""
     return {feature.name: feature.missing for feature in doctor.list_features(parts)}
 
 
 @pytest.fixture
 def diagnose(capsys, monkeypatch):
-    """diagnose(ARGUMENTS...) -> (whether every run's parts are there, the output), of `nemo-disco doctor`."""
+    """A function that runs `nemo-disco doctor ARGUMENTS` and returns (whether its exit code is 0, its output).
+
+    The code is 0 if every part that any run needs is usable.
+    """
     monkeypatch.setenv("COLUMNS", "160")
 
     def call(*arguments):
@@ -69,7 +73,7 @@ def test_a_missing_part_is_named_for_the_feature_that_needs_it(parts, part, feat
     assert missing(parts)[feature] == part
 
 
-def test_either_of_two_parts_will_do_for_fused_kernels(parts):
+def test_either_of_two_parts_suffices_for_fused_kernels(parts):
     parts["apex"] = Part("apex", None)
     assert missing(parts)["fused optimizer and norms"] == ""
     parts["transformer-engine"] = Part("transformer-engine", "2.10", "does not import")
@@ -93,16 +97,16 @@ def test_a_wrong_version_is_a_problem(monkeypatch, diagnose):
     ],
 )
 def test_a_torch_that_the_tests_did_not_run_with_is_a_warning(monkeypatch, diagnose, version, healthy, warning):
-    """2.11 is what a GPU machine may have; its varlen_attn and the rest are asked for what they take."""
-    known = importlib.metadata.version
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version if name == "torch" else known(name))
+    """A GPU machine may have torch 2.11, whose functions are inspected for the arguments that they accept."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: version if name == "torch" else real(name))
     part = doctor.examine()["torch"]
     assert part.usable == healthy and (part.problem or part.note) == warning
     assert diagnose()[0] == healthy
 
 
 def test_a_transformer_engine_that_raises_runtime_error_is_a_problem(tmp_path, monkeypatch, diagnose):
-    """Its core wheel without cuDNN; megatron-core expects ImportError and crashes."""
+    """Its core wheel raises RuntimeError without cuDNN; megatron-core expects ImportError and crashes."""
     broken = tmp_path / "transformer_engine"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise RuntimeError('libcudnn.so not found in [/usr/lib]')\n")
@@ -115,12 +119,12 @@ def test_a_transformer_engine_that_raises_runtime_error_is_a_problem(tmp_path, m
     part = doctor.examine()["transformer-engine"]
     assert part.detail == "2.10.0" and not part.usable
     assert "RuntimeError: libcudnn.so not found" in part.problem and "megatron-core fails with it" in part.problem
-    assert "in [/usr/lib])" in diagnose()[1]  # not read as markup of the terminal
+    assert "in [/usr/lib])" in diagnose()[1]  # the brackets are not taken for markup
     (broken / "__init__.py").write_text("")
     assert doctor.examine()["transformer-engine"].usable
 
 
-def test_nothing_that_is_looked_for_is_imported():
+def test_examining_the_parts_imports_none_of_them():
     heavy = ("torch", "transformers", "megatron", "math_verify", "pyarrow", "tensorboard")
     code = (
         "import sys; from nemo_disco.commands.doctor import examine; examine(); "
@@ -130,9 +134,9 @@ def test_nothing_that_is_looked_for_is_imported():
     assert done.stdout.strip() == "[]"
 
 
-def test_engines_are_looked_for_where_their_configs_look():
+def test_the_engines_pythons_are_those_of_their_configs():
     for name, path in doctor.ENGINE_PYTHONS.items():
-        assert f"\npython: {path}" in (packaged("conf") / f"generation/{name}.yaml").read_text()
+        assert f"\npython: {path}" in (packaged_directory("conf") / f"generation/{name}.yaml").read_text()
 
 
 def test_a_report_is_markdown_with_versions_parts_and_missing_parts(diagnose):
@@ -147,7 +151,7 @@ def test_a_report_is_markdown_with_versions_parts_and_missing_parts(diagnose):
 
 
 def test_a_report_names_the_commit_of_a_checkout(diagnose):
-    git = ("git", "-C", packaged("conf").parent, "rev-parse", "HEAD")
+    git = ("git", "-C", packaged_directory("conf").parent, "rev-parse", "HEAD")
     done = subprocess.run(git, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("this is no checkout")

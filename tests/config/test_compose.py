@@ -1,4 +1,4 @@
-"""Composition of a config: effects of overrides, the search path of configs, one clear line for each mistake."""
+"""Composition of a configuration: effects of overrides, the search path, and one clear line for each mistake."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_disco.config import paths
-from nemo_disco.config.compose import compose, load_run_config, overridden, to_yaml
+from nemo_disco.config.compose import compose, load_run_config, overridden_keys, to_yaml
 from nemo_disco.runtime.errors import UserError
 
 
@@ -19,11 +19,11 @@ def test_overrides_and_groups_set_their_keys():
     assert config.model.optim.lr == 2e-6
     assert config.data.train_files == ["a.json", "b.json"]
     assert config.algorithm.name == "grpo"
-    assert config.algorithm.constraint["delta"] is None  # quickstart's is the DisCO methods' own
+    assert config.algorithm.constraint["delta"] is None  # the quickstart's delta is for DisCO's methods alone
 
 
 @pytest.mark.parametrize(
-    ("override", "read"),
+    ("override", "is_applied"),
     [
         ("trainer.precision=32", lambda c: c.trainer.precision == "32"),
         ("algorithm.lambda=inf", lambda c: math.isinf(c.algorithm.objective()["lambda"])),
@@ -34,8 +34,8 @@ def test_overrides_and_groups_set_their_keys():
         ('exp_manager.explicit_log_dir="a=b c"', lambda c: c.exp_manager.explicit_log_dir == "a=b c"),
     ],
 )
-def test_hydra_syntax(override, read):
-    assert read(compose("quickstart", [override]))
+def test_hydra_syntax(override, is_applied):
+    assert is_applied(compose("quickstart", [override]))
 
 
 def test_a_tilde_is_the_home_directory_wherever_a_path_begins(monkeypatch):
@@ -44,18 +44,18 @@ def test_a_tilde_is_the_home_directory_wherever_a_path_begins(monkeypatch):
     config = compose("quickstart", overrides)
     assert (config.model.path, config.exp_manager.explicit_log_dir) == ("/home/ada/m", "/home/ada/r")
     assert config.data.train_files == ["/home/ada/a.json", "b.json"]
-    assert compose("quickstart", ['data.prompt_suffix="[~/a,~/b]"']).data.prompt_suffix == "[~/a,~/b]"  # no path
+    assert compose("quickstart", ['data.prompt_suffix="[~/a,~/b]"']).data.prompt_suffix == "[~/a,~/b]"  # not a path
 
 
 @pytest.mark.parametrize(
-    ("override", "mended"),
+    ("override", "quoted"),
     [
         ("data.train_files=[a (1).json,b.json]", 'data.train_files=["a (1).json","b.json"]'),
         ("exp_manager.explicit_log_dir=runs/a (1)", 'exp_manager.explicit_log_dir="runs/a (1)"'),
         ("exp_manager.explicit_log_dir=2024", 'exp_manager.explicit_log_dir="2024"'),
     ],
 )
-def test_quoting_as_the_message_advises_works(override, mended):
+def test_quoting_as_the_message_advises_works(override, quoted):
     """For a list the quotes go around each item, not around the whole list."""
     with pytest.raises(UserError, match="quotes") as raised:
         compose("quickstart", [override])
@@ -63,9 +63,9 @@ def test_quoting_as_the_message_advises_works(override, mended):
         override.partition("=")[2][0]
     ]
     assert advice in str(raised.value)
-    key, _, value = mended.partition("=")
+    key, _, value = quoted.partition("=")
     section, name = key.split(".")
-    config = getattr(getattr(compose("quickstart", [mended]), section), name)
+    config = getattr(getattr(compose("quickstart", [quoted]), section), name)
     assert config == (["a (1).json", "b.json"] if "[" in value else value.strip('"'))
 
 
@@ -119,7 +119,7 @@ def test_a_mistake_in_an_override_is_one_clear_line(override, line):
     assert "\n" not in str(raised.value)
 
 
-def test_every_mistake_of_types_is_listed():
+def test_every_value_of_a_wrong_type_is_listed():
     with pytest.raises(UserError, match=r"^seed: .*; trainer\.devices: .*$"):
         compose("quickstart", ["seed=-1", "trainer.devices=x"])
 
@@ -143,16 +143,16 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_config_path_comes_before_conf_here_and_the_packaged_one(tmp_path, monkeypatch):
+def test_config_path_comes_before_conf_in_the_working_directory_and_the_packaged_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mine = "defaults: [config, _self_]\nmodel: {path: m}\ndata: {train_files: [q.json]}\nseed: %d\n"
-    write(tmp_path / "conf" / "mine.yaml", mine % 11)
+    yaml = "defaults: [config, _self_]\nmodel: {path: m}\ndata: {train_files: [q.json]}\nseed: %d\n"
+    write(tmp_path / "conf" / "mine.yaml", yaml % 11)
     write(tmp_path / "conf" / "algorithm" / "own.yaml", "defaults: [base, _self_]\nname: gpg\n")
-    write(tmp_path / "elsewhere" / "mine.yaml", mine % 12)
+    write(tmp_path / "elsewhere" / "mine.yaml", yaml % 12)
     assert compose("mine").seed == 11
     assert compose("mine", config_path="elsewhere").seed == 12
     assert compose("mine.yaml", ["algorithm=own"]).algorithm.name == "gpg"
-    # A ./conf without the named config falls through, and its groups can still be chosen.
+    # A config that is not in ./conf is the packaged one, and a group's choice may still be from ./conf.
     assert compose("quickstart", ["algorithm=own"]).algorithm.name == "gpg"
 
 
@@ -200,7 +200,7 @@ def test_config_path_must_be_a_directory(tmp_path):
         compose("quickstart", config_path=str(tmp_path / "nowhere"))
 
 
-def test_the_written_config_reads_back_equal(tmp_path):
+def test_a_config_that_was_written_is_read_back_equal(tmp_path):
     config = compose(
         "recipe/disco_lratio_llama_8b", ["algorithm.lambda=inf", "model.optim.lr=1e-7", "data.shuffle=false"]
     )
@@ -209,7 +209,7 @@ def test_the_written_config_reads_back_equal(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "seed: 1\n", "seed: [", None, "\0"])
-def test_a_damaged_written_config_is_one_clear_line(tmp_path, text):
+def test_a_damaged_config_of_a_run_is_one_clear_line(tmp_path, text):
     file = tmp_path / "config.yaml"
     if text is not None:
         file.write_text(text)
@@ -219,12 +219,13 @@ def test_a_damaged_written_config_is_one_clear_line(tmp_path, text):
 
 
 def test_overridden_keys():
-    assert overridden(["trainer.devices=2", "+seed=1", "algorithm=grpo"]) == {"trainer.devices", "seed", "algorithm"}
+    keys = overridden_keys(["trainer.devices=2", "+seed=1", "algorithm=grpo"])
+    assert keys == {"trainer.devices", "seed", "algorithm"}
 
 
 def test_assets_are_the_packaged_ones_in_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert compose("quickstart").model.path == str(paths.packaged("assets") / "quickstart" / "model")
+    assert compose("quickstart").model.path == str(paths.packaged_directory("assets") / "quickstart" / "model")
 
 
 @pytest.mark.parametrize("override", ["algorithm.parameters.scale=2", "algorithm.parameters={scale: 2}"])

@@ -1,4 +1,4 @@
-"""Keys that contradict each other are refused before anything is built; the message names values that would work."""
+"""Keys that contradict each other are refused before anything is built, with a message that names values that work."""
 
 import pytest
 
@@ -7,7 +7,8 @@ from nemo_disco.config.compose import compose
 from nemo_disco.config.consistency import check_consistency
 from nemo_disco.runtime.errors import UserError
 
-CLASHES = [
+# (overrides, number of processes, part of the message about the contradiction, part about the remedy).
+CONTRADICTIONS = [
     (["model.tensor_model_parallel_size=2", "model.context_parallel_size=2"], 6,
      "TP 2 x PP 1 x CP 2 needs a multiple of 4 processes, but there are 6", "would work: 4, 8"),
     (["model.pipeline_model_parallel_size=4"], 2, "but there are 2", "would work: 4"),
@@ -45,11 +46,11 @@ CLASHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "world_size", "clash", "remedy"), CLASHES)
-def test_keys_that_contradict_each_other(overrides, world_size, clash, remedy):
+@pytest.mark.parametrize(("overrides", "world_size", "contradiction", "remedy"), CONTRADICTIONS)
+def test_keys_that_contradict_each_other_are_refused(overrides, world_size, contradiction, remedy):
     with pytest.raises(UserError) as raised:
         check_consistency(compose("quickstart", overrides), world_size)
-    assert clash in str(raised.value)
+    assert contradiction in str(raised.value)
     assert remedy in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -86,7 +87,7 @@ def test_consistent_keys_pass(overrides):
         (["algorithm.tau=0"], "tau must be above 0"),
     ],
 )
-def test_the_objective_is_made_before_the_model(overrides, line):
+def test_an_objective_that_cannot_be_built_is_refused_before_the_model_is_read(overrides, line):
     with pytest.raises(UserError, match=line):
         check_objective(compose("quickstart", overrides))
 
@@ -104,7 +105,7 @@ def test_the_objective_is_made_before_the_model(overrides, line):
         (["generation.max_response_length=400"], "data.max_prompt_length=128 .* = 528 tokens, but .* 512 positions"),
     ],
 )
-def test_a_layout_or_length_that_the_model_cannot_have(overrides, line, model_directory):
+def test_a_layout_or_length_that_the_model_cannot_have_is_refused(overrides, line, model_directory):
     config = compose("quickstart", [f"model.path={model_directory()}", "data.max_prompt_length=128", *overrides])
     with pytest.raises(UserError, match=line):
         check_files(config, "verify")
@@ -112,7 +113,7 @@ def test_a_layout_or_length_that_the_model_cannot_have(overrides, line, model_di
 
 @pytest.fixture
 def usable(model_directory, tmp_path):
-    """Overrides under which every file exists."""
+    """Overrides that name existing files and a run directory that can be created."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"problem": "1+1", "answer": "2"}\n')
     return [
@@ -170,7 +171,7 @@ def test_a_model_without_safetensors_is_refused_naming_the_file_it_has(usable, m
         ("[]", "not a JSON object"),
     ],
 )
-def test_a_damaged_model_config(usable, model_directory, text, line):
+def test_a_damaged_model_config_is_refused(usable, model_directory, text, line):
     (model_directory() / "config.json").write_text(text)
     with pytest.raises(UserError, match=line) as raised:
         check_files(compose("quickstart", usable), "train")
@@ -178,7 +179,7 @@ def test_a_damaged_model_config(usable, model_directory, text, line):
 
 
 @pytest.mark.parametrize("schedule", ["[[5,64]]", "[[5,100],[5,110]]", "[[5,100],[9,90]]"])
-def test_a_response_limit_that_does_not_rise(schedule):
+def test_a_schedule_whose_steps_or_response_limits_do_not_rise_is_refused(schedule):
     with pytest.raises(UserError, match=r"generation.response_length_schedule: \[\d+, \d+\] after .* must both rise"):
         check_consistency(compose("quickstart", [f"generation.response_length_schedule={schedule}"]), 2)
 

@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from in_process import ends_well
-from user_module import beside_us
+from in_process import run_in_process
+from user_module import write_user_module
 
 from nemo_disco.algorithms.objectives import OBJECTIVES, Objective
 from nemo_disco.algorithms.objectives.parameters import key_of
@@ -38,9 +38,9 @@ YAML = "defaults: [base, _self_]\nname: scaled_by_a_user:Scaled\nscale: 2.0\nfla
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A --config-path with algorithm/scaled.yaml; the module of its objective is in the working directory."""
-    beside_us(tmp_path / "scaled_by_a_user.py", OBJECTIVE, monkeypatch)
+def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A directory for --config-path with algorithm/scaled.yaml; the objective's module is in the working directory."""
+    write_user_module(tmp_path / "scaled_by_a_user.py", OBJECTIVE, monkeypatch)
     (tmp_path / "mine" / "algorithm").mkdir(parents=True)
     (tmp_path / "mine" / "algorithm" / "scaled.yaml").write_text(YAML)
     return str(tmp_path / "mine")
@@ -58,16 +58,17 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (["algorithm.weights=[3,4]", "algorithm.constraint.kind=kl_regularization"], 2.0),
     ],
 )
-def test_a_new_parameter_is_set_from_the_command_line(own, overrides, scale):
-    config = compose("quickstart", ["algorithm=scaled", *overrides], own)
+def test_a_new_parameter_is_set_from_the_command_line(config_path, overrides, scale):
+    config = compose("quickstart", ["algorithm=scaled", *overrides], config_path)
     objective = check_objective(config)
     assert (objective.name, objective.scale) == ("Scaled", scale)
     Path("config.yaml").write_text(to_yaml(config))
     assert load_run_config("config.yaml") == config
-    assert not ends_well(["plan", "--config-path", own, "--config-name=quickstart", "algorithm=scaled", *overrides])
+    command = ["plan", "--config-path", config_path, "--config-name=quickstart", "algorithm=scaled"]
+    assert run_in_process([*command, *overrides]) == ""
 
 
-@pytest.mark.usefixtures("own")
+@pytest.mark.usefixtures("config_path")
 def test_a_parameter_needs_no_yaml():
     overrides = ["algorithm=base", "algorithm.name=scaled_by_a_user:Scaled", "algorithm.scale=3"]
     assert check_objective(compose("quickstart", overrides)).scale == 3
@@ -101,26 +102,26 @@ def test_a_parameter_needs_no_yaml():
         ("tau=3", "unknown key tau; did you mean algorithm.tau?"),
     ],
 )  # fmt: skip
-def test_bounds_types_and_misspelt_keys_are_refused_in_one_line(own, override, line):
-    command = ["plan", "--config-path", own, "--config-name=quickstart", "algorithm=scaled"]
-    assert line in ends_well([*command, override])
+def test_bounds_types_and_misspelt_keys_are_refused_in_one_line(config_path, override, line):
+    command = ["plan", "--config-path", config_path, "--config-name=quickstart", "algorithm=scaled"]
+    assert line in run_in_process([*command, override])
 
 
-def test_a_mistake_in_a_yaml_file_is_refused_too(own):
-    file = Path(own) / "algorithm" / "scaled.yaml"
+def test_a_mistake_in_a_yaml_file_is_refused_too(config_path):
+    file = Path(config_path) / "algorithm" / "scaled.yaml"
     file.write_text(YAML.replace("flavour", "flavor"))
     with pytest.raises(UserError, match="does not take 'flavor'; it takes: flavour, "):
-        check_objective(compose("quickstart", ["algorithm=scaled"], own))
+        check_objective(compose("quickstart", ["algorithm=scaled"], config_path))
 
 
 def test_the_config_of_an_older_run_loads(tmp_path):
-    """An older config.yaml has a null for each parameter of the other objectives; null is not a change on resuming."""
+    """An older config.yaml has a null for each parameter of other objectives, which is no change of a setting."""
     config = compose("quickstart")
     lines = to_yaml(config).splitlines()
     others = ("lambda", "clip_low", "kl_coefficient", "question_weight", "preference", "alpha", "length_weight")
     unset = [f"  {key}: null" for key in others if f"  {key}: null" not in lines]
-    at = lines.index("algorithm:") + 1
-    (tmp_path / "config.yaml").write_text("\n".join([*lines[:at], *unset, *lines[at:]]))
+    start = lines.index("algorithm:") + 1
+    (tmp_path / "config.yaml").write_text("\n".join([*lines[:start], *unset, *lines[start:]]))
     older = load_run_config(tmp_path / "config.yaml")
     assert changes(older, config) == []
     assert check_objective(older) == check_objective(config)
@@ -128,9 +129,9 @@ def test_the_config_of_an_older_run_loads(tmp_path):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_shipped_yaml_lists_the_parameters_that_its_objective_declares(name):
-    written = read_yaml(paths.packaged("conf") / "algorithm" / f"{name}.yaml")
+    settings = read_yaml(paths.packaged_directory("conf") / "algorithm" / f"{name}.yaml")
     shared = {key_of(f) for f in fields(Objective)} | {"name", "defaults"}
     declared = {key_of(f): f.default for f in fields(OBJECTIVES[name]) if key_of(f) not in shared}
-    assert set(written) - shared == set(declared)
+    assert set(settings) - shared == set(declared)
     for key, default in declared.items():
-        assert written[key] in (None, default)
+        assert settings[key] in (None, default)

@@ -1,11 +1,11 @@
-"""Any override and any config file is either applied or refused in one printable line: no traceback, no hang."""
+"""Any override and any config file is applied or refused in one printable line, without a traceback or a hang."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from in_process import ends_well
+from in_process import run_in_process
 
 from nemo_disco.config.compose import compose, load_run_config, to_yaml
 from nemo_disco.config.consistency import check_consistency
@@ -43,7 +43,7 @@ OVERRIDES = st.builds(
 
 
 def assert_applied_or_refused(read) -> None:
-    """`read` returns, or raises UserError with one short printable line."""
+    """Call `read`, which must return or raise UserError with one short printable line."""
     try:
         read()
         line = ""
@@ -56,11 +56,12 @@ def assert_applied_or_refused(read) -> None:
 @settings(max_examples=40, deadline=20_000, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(OVERRIDES)
 def test_any_override_is_applied_or_refused_in_one_line(override):
-    ends_well(["plan", "--config-name=quickstart", override])
+    run_in_process(["plan", "--config-name=quickstart", override])
 
 
-REFERRING = ", ".join(f'a{i}: "{f"${{.a{i - 1}}}" * 10}"' for i in range(1, 12))
-LAUGHS = f"algorithm.parameters={{a0: 0123456789, {REFERRING}}}"
+INTERPOLATIONS = ", ".join(f'a{i}: "{f"${{.a{i - 1}}}" * 10}"' for i in range(1, 12))
+# Each value is ten times the one before, so that the last would have 10^12 characters.
+EXPONENTIAL = f"algorithm.parameters={{a0: 0123456789, {INTERPOLATIONS}}}"
 
 
 @pytest.mark.parametrize(
@@ -81,14 +82,14 @@ LAUGHS = f"algorithm.parameters={{a0: 0123456789, {REFERRING}}}"
         ("seed=${model}", "seed: expected an integer of at least 0, got {"),
         ("seed=${seed}", "seed: its interpolations refer to itself"),
         ("model.optim.eps=${..optim}", "its interpolations refer to itself"),
-        (LAUGHS, "its interpolations refer to more than 1,000,000 characters"),
+        (EXPONENTIAL, "its interpolations refer to more than 1,000,000 characters"),
     ],
 )
 def test_input_that_once_gave_a_traceback_or_a_hang(override, line):
     with pytest.raises(UserError) as raised:
         check_consistency(compose("quickstart", [override]), 2)
     assert line in str(raised.value)
-    assert len(str(raised.value)) < 700  # a section of keys or a long number is not shown whole
+    assert len(str(raised.value)) < 700  # a section of keys or a long number is shortened
 
 
 def test_divisors_of_a_huge_number_are_found_quickly():
@@ -98,6 +99,7 @@ def test_divisors_of_a_huge_number_are_found_quickly():
         )
 
 
+# YAML whose aliases expand to 9^10 values.
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
 )
@@ -143,9 +145,9 @@ def test_aliases_that_expand_to_too_much_are_refused_naming_the_file(tmp_path, t
 
 
 def test_aliases_that_expand_to_little_are_accepted(tmp_path):
-    whole = to_yaml(compose("quickstart"))
+    text = to_yaml(compose("quickstart"))
     (tmp_path / "config.yaml").write_text(
-        whole.replace("seed: 1", "seed: &n 3").replace("max_steps: 60", "max_steps: *n")
+        text.replace("seed: 1", "seed: &n 3").replace("max_steps: 60", "max_steps: *n")
     )
     config = load_run_config(tmp_path / "config.yaml")
     assert config.seed == config.trainer.max_steps == 3

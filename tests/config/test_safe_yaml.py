@@ -1,4 +1,4 @@
-"""Any config.yaml of a run is read as OmegaConf reads it, or refused with UserError."""
+"""read_yaml reads a config.yaml as OmegaConf does, or raises UserError."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from nemo_disco.config.safe_yaml import read_yaml
 from nemo_disco.runtime.errors import UserError
 
+# YAML whose aliases expand to 9^29 values.
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
 
 

@@ -1,4 +1,4 @@
-"""Every shipped config composes, is consistent and names an existing objective."""
+"""Every configuration in conf/ composes, is consistent and names an existing objective; recipes follow their papers."""
 
 import pytest
 
@@ -7,24 +7,26 @@ from nemo_disco.config import paths
 from nemo_disco.config.compose import compose
 from nemo_disco.config.consistency import check_consistency
 
-CONF = paths.packaged("conf")
+CONF = paths.packaged_directory("conf")
 RUNS = [name for name in paths.config_names(CONF) if name != "config"]
-FILLED = ["model.path=m", "data.train_files=[q.json]"]
+# Values for the keys that have no default.
+REQUIRED = ["model.path=m", "data.train_files=[q.json]"]
 CHOICES = [(group, choice) for group in ("algorithm", "data", "evaluation", "model", "reward", "generation")
-           for choice in paths.options([CONF], group) if choice != "base"]  # fmt: skip
+           for choice in paths.group_choices([CONF], group) if choice != "base"]  # fmt: skip
+# The authors' tau, by score.
 TAU = {"log_likelihood": 10.0, "likelihood_ratio": 1.0}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_composes_and_is_consistent(name):
-    config = compose(name, [] if name != "recipe/authors" else FILLED)
+    config = compose(name, [] if name != "recipe/authors" else REQUIRED)
     check_consistency(config, config.trainer.devices * config.trainer.num_nodes)
     check_objective(config)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_a_group_choice_composes(group, choice):
-    config = compose(overrides=[f"{group}={choice}", *FILLED])
+    config = compose(overrides=[f"{group}={choice}", *REQUIRED])
     check_objective(config)
     if group == "algorithm":
         assert config.algorithm.name == choice
@@ -36,8 +38,8 @@ def test_a_group_choice_composes(group, choice):
 @pytest.mark.parametrize("score", ["log_likelihood", "likelihood_ratio"])
 @pytest.mark.parametrize("name", ["disco", "disco_b"])
 def test_the_recipes_have_the_papers_hyperparameters(name, score, size):
-    short = {"log_likelihood": "logl", "likelihood_ratio": "lratio"}[score]
-    config = compose(f"recipe/{name}_{short}_{size}")
+    abbreviation = {"log_likelihood": "logl", "likelihood_ratio": "lratio"}[score]
+    config = compose(f"recipe/{name}_{abbreviation}_{size}")
     objective, optim = check_objective(config), config.model.optim
     constraint = objective.constraint
     assert (objective.name, objective.score) == (name, score)

@@ -1,5 +1,8 @@
-"""Converts directories, as `python peak_memory.py CONVERSION SOURCE OUT [MODEL] / CONVERSION ...`, and prints for each
-by how many bytes the process's own memory (without page cache) grew at most. Each runs in a fresh process."""
+"""Peak memory of conversions: `python peak_memory.py CONVERSION SOURCE OUT [MODEL] / CONVERSION ...`.
+
+Runs each conversion in a process of its own, and prints by how many bytes that process's own memory (without page
+cache) grew at most.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,20 @@ from pathlib import Path
 from nemo_disco.conversion import convert
 
 
-def anonymous() -> int:
+def anonymous_memory() -> int:
+    """Bytes of this process's resident memory, without pages of files."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def measure(name: str, source: str, out: str, *model: str) -> None:
-    done, peak = threading.Event(), [anonymous()]
+    """Run a conversion of nemo_disco.conversion.convert, and print the growth of memory in bytes."""
+    done, peak = threading.Event(), [anonymous_memory()]
     begin = peak[0]
 
     def watch() -> None:
         while not done.wait(0.001):
-            peak[0] = max(peak[0], anonymous())
+            peak[0] = max(peak[0], anonymous_memory())
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -1,4 +1,4 @@
-"""Conversions: bit for bit there and back, for every architecture; whatever does not fit is named."""
+"""Conversions to Megatron and NeMo and back are exact for every architecture; input that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), 
 @pytest.fixture(params=MODELS, ids=lambda m: f"{m[0]}{'-tied' if m[1] else ''}")
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     architecture, tied = request.param
-    return with_companions(save_model(tmp_path / "model", architecture, tied=tied))
+    return add_other_files(save_model(tmp_path / "model", architecture, tied=tied))
 
 
 @pytest.fixture(autouse=True)
-def ends() -> Iterator[None]:
+def stop_parallel() -> Iterator[None]:
+    """Destroy the process groups after a test."""
     yield
     if dist.is_initialized():
         parallel.stop()
 
 
-def with_companions(directory: Path) -> Path:
+def add_other_files(directory: Path) -> Path:
+    """Add the files of a Hugging Face directory that a conversion copies. Returns the directory."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (directory / name).write_text(f'{{"of": "{name}"}}')
     (directory / "additional_chat_templates").mkdir()
@@ -55,24 +57,26 @@ def with_companions(directory: Path) -> Path:
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    """All tensors of a directory's safetensors files, by name."""
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
-def assert_same(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[n].dtype == theirs[n].dtype and torch.equal(ours[n], theirs[n]) for n in ours)
-    for file in (f for f in one.rglob("*") if f.is_file() and f.suffix != ".safetensors"):
+def assert_same(source: Path, converted: Path) -> None:
+    """Check that a Hugging Face directory has the weights, bit for bit, and the other files of its source."""
+    expected, actual = weights(source), weights(converted)
+    assert expected.keys() == actual.keys()
+    assert all(expected[n].dtype == actual[n].dtype and torch.equal(expected[n], actual[n]) for n in expected)
+    for file in (f for f in source.rglob("*") if f.is_file() and f.suffix != ".safetensors"):
         if file.name == "config.json":
-            assert json.loads((other / file.name).read_text()) == read_hf_config(one)
+            assert json.loads((converted / file.name).read_text()) == read_hf_config(source)
         elif "index" not in file.name:
-            assert (other / file.relative_to(one)).read_bytes() == file.read_bytes(), file.name
+            assert (converted / file.relative_to(source)).read_bytes() == file.read_bytes(), file.name
 
 
-def test_there_and_back_is_the_same_bit_for_bit(
+def test_converting_a_model_there_and_back_changes_no_bit(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     megatron, nemo = tmp_path / "megatron", tmp_path / "nemo"
@@ -85,11 +89,11 @@ def test_there_and_back_is_the_same_bit_for_bit(
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "two")
 
 
-def test_bfloat16_and_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = with_companions(save_model(tmp_path / "model", "qwen2", tied=False))
+def test_bfloat16_weights_and_several_shards_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = add_other_files(save_model(tmp_path / "model", "qwen2", tied=False))
     save_file({n: t.bfloat16() for n, t in weights(source).items()}, source / "model.safetensors")
     convert.hf_to_megatron(source, tmp_path / "megatron")
-    monkeypatch.setattr(convert, "write_safetensors", lambda *a: write_safetensors(*a, shard=50_000))
+    monkeypatch.setattr(convert, "write_safetensors", lambda *a: write_safetensors(*a, shard_bytes=50_000))
     convert.megatron_to_hf(tmp_path / "megatron", tmp_path / "out", source)
     assert_same(source, tmp_path / "out")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
@@ -101,7 +105,7 @@ def test_bfloat16_and_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert {index["weight_map"][name] for name in handle.keys()} == {file.name}  # noqa: SIM118
 
 
-def test_megatron_cores_own_reader_opens_it(model: Path, tmp_path: Path) -> None:
+def test_megatron_cores_own_reader_opens_a_converted_checkpoint(model: Path, tmp_path: Path) -> None:
     convert.hf_to_megatron(model, tmp_path / "megatron")
     parallel.start(model_config(model))
     tensors = dist_checkpointing.load_plain_tensors(str(tmp_path / "megatron"))
@@ -120,16 +124,16 @@ def test_a_nemo_directory_has_all_that_a_megatron_model_loads(model: Path, tmp_p
     loaded = dist_checkpointing.load(state, str(nemo / "weights"), strict=StrictHandling.RAISE_UNEXPECTED)
     policy.model.chunks[0].load_state_dict({name.removeprefix("module."): value for name, value in loaded.items()})
     expected = weights(model)
-    found = dict(policy.named_weights())
-    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    actual = dict(policy.named_weights())
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[n], expected[n]) for n in expected)
 
 
 def test_nemos_context_names_the_class_that_has_the_models_rope(model: Path, tmp_path: Path) -> None:
-    """NeMo 2.7.3 itself has opened these: its logits are transformers' (docs/cluster.md)."""
+    """NeMo 2.7.3 has opened such directories, and its logits were those of transformers (docs/cluster.md)."""
     io = json.loads((convert.hf_to_nemo(model, tmp_path / "nemo") / "context/io.json").read_text())
     kind = json.loads((model / "config.json").read_text())["model_type"]
-    wanted = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "Llama31Config", "mistral": "MistralConfig7B"}
-    (config,) = [o for key, o in io["objects"].items() if key.startswith(wanted[kind].lower() + "_")]
+    classes = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "Llama31Config", "mistral": "MistralConfig7B"}
+    (config,) = [o for key, o in io["objects"].items() if key.startswith(classes[kind].lower() + "_")]
     values = {name: value["value"] for name, value in config["items"]}
     assert values["Attr(name='num_layers')"] == 4 and values["Attr(name='hidden_size')"] == 64
     assert ("Attr(name='scale_factor')" in values) == (kind == "llama")
@@ -147,10 +151,12 @@ def test_a_rope_that_nemo_does_not_have_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nemo").exists()
 
 
-def test_the_policy_loads_it_and_what_the_policy_writes_is_read(model: Path, tmp_path: Path) -> None:
-    """... by megatron-core's own names and layouts."""
+def test_the_policy_loads_a_converted_checkpoint_and_its_own_checkpoints_are_converted(
+    model: Path, tmp_path: Path
+) -> None:
+    """Both have megatron-core's own names and layouts."""
     megatron = convert.hf_to_megatron(model, tmp_path / "megatron")
-    config = model_config(megatron / convert.CARRIED)
+    config = model_config(megatron / convert.HF_FILES)
     parallel.start(config)
     policy = Policy(config, trainable=False, read_weights=False)
     checkpoint.load(policy, megatron)
@@ -170,21 +176,21 @@ def test_padded_rows_of_the_vocabulary_are_left_out(tmp_path: Path) -> None:
     megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
     reader = TorchDistReader(megatron)
     assert reader.shape("output_layer.weight") == (VOCABULARY, 64)
-    padded = load_file(source / "model.safetensors")
-    # As megatron writes it at TP 4.
+    expected = load_file(source / "model.safetensors")
+    # A checkpoint as megatron writes it at TP 4: the vocabulary is padded by two rows.
     (tmp_path / "padded").mkdir()
     writer = TorchDistWriter(tmp_path / "padded")
     for name in sorted(reader.names()):
-        whole = reader.read(name)
+        tensor = reader.read(name)
         vocabulary = name in ("output_layer.weight", "embedding.word_embeddings.weight")
-        writer.add(f"module.{name}", torch.cat([whole, whole.new_zeros(2, 64)]) if vocabulary else whole)
+        writer.add(f"module.{name}", torch.cat([tensor, tensor.new_zeros(2, 64)]) if vocabulary else tensor)
     writer.close()
     back = weights(convert.megatron_to_hf(tmp_path / "padded", tmp_path / "out", source))
-    assert all(torch.equal(back[n], padded[n]) for n in padded)
+    assert all(torch.equal(back[n], expected[n]) for n in expected)
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         (lambda t: t.pop("model.layers.3.mlp.up_proj.weight"), r"missing model\.layers\.3\.mlp\.up_proj\.weight \(1\)"),
         (lambda t: t.update(extra=torch.zeros(1)), r"unexpected extra \(1\)"),
@@ -195,20 +201,20 @@ def test_padded_rows_of_the_vocabulary_are_left_out(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_name(change, complaint, tmp_path, capsys):  # type: ignore[no-untyped-def]
+def test_weights_that_do_not_fit_are_refused_by_name(change, message, tmp_path, capsys):  # type: ignore[no-untyped-def]
     source = save_model(tmp_path / "model", "qwen2", tied=False)
     capsys.readouterr()
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         convert.hf_to_megatron(source, tmp_path / "out")
     assert hf_to_nemo.main([str(source), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]  # nothing is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]  # no unfinished output is left
 
 
-def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_refused(tmp_path: Path) -> None:
     source = save_model(tmp_path / "model", "qwen2", tied=False)
     megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
     deeper = save_model(tmp_path / "deeper", "qwen2", tied=False, num_hidden_layers=5)
@@ -230,11 +236,13 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 class Attack:
+    """Unpickling this object creates the file `hacked`."""
+
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (Path.touch, (Path("hacked"),))  # type: ignore[return-value]
 
 
-def test_metadata_that_holds_anything_else_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metadata_with_any_other_object_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(UserError, match="it is not opened"):

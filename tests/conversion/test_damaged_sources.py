@@ -1,4 +1,4 @@
-"""Loading or converting a damaged checkpoint or model directory works, or ends in an error of one line."""
+"""Loading or converting a damaged checkpoint or model directory succeeds or ends in an error of one line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from damage import spoil
+from damage import damage_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from in_process import ends_well
+from in_process import run_in_process
 from tiny_models import model_config, save_model
 
 from nemo_disco import checkpoint
@@ -30,31 +30,35 @@ from tools.convert import hf_to_megatron, hf_to_nemo, megatron_to_hf, nemo_to_hf
 
 
 @pytest.fixture(autouse=True)
-def ends() -> Iterator[None]:
+def stop_parallel() -> Iterator[None]:
+    """Destroy the process groups after a test."""
     yield
     if dist.is_initialized():
         parallel.stop()
 
 
-def damaged(sound: Path, copy: Path, use: Callable[[Path], object], examples: int) -> None:
-    """Use copies of a directory with one or two of its files damaged; only UserError may be raised."""
-    names = sorted(str(path.relative_to(sound)) for path in sound.rglob("*") if path.is_file())
+def use_damaged_copies(intact: Path, copy: Path, use: Callable[[Path], object], examples: int) -> None:
+    """Call `use` on copies of a directory, each with one or two files damaged; only UserError may be raised.
+
+    copy: where each copy is made.
+    """
+    names = sorted(str(path.relative_to(intact)) for path in intact.rglob("*") if path.is_file())
 
     @settings(max_examples=examples, derandomize=True, deadline=20_000, suppress_health_check=list(HealthCheck))
     @given(st.data())
-    def spoiled(data: st.DataObject) -> None:
+    def use_one(data: st.DataObject) -> None:
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(sound, copy)
+        shutil.copytree(intact, copy)
         for name in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True)):
-            spoil(copy / name, data)
+            damage_file(copy / name, data)
         with contextlib.suppress(UserError):
             use(copy)
 
-    spoiled()
+    use_one()
 
 
 def test_a_damaged_checkpoint_is_loaded_resumed_from_or_refused(tmp_path: Path) -> None:
-    """`load` is what `evaluate` does with a checkpoint, `load_latest` what a resumed run does."""
+    """`evaluate` loads a checkpoint by `load`; a run that resumes does so by `load_latest`."""
     config = model_config(save_model(tmp_path / "model", "qwen2", tied=True))
     parallel.start(config)
     policy = Policy(config, dtype=torch.float32, total_optimizer_steps=20)
@@ -65,7 +69,7 @@ def test_a_damaged_checkpoint_is_loaded_resumed_from_or_refused(tmp_path: Path) 
             checkpoint.load(policy, copy / "step_1")
         checkpoint.load_latest(policy, copy)
 
-    damaged(tmp_path / "checkpoints", tmp_path / "copy", use, 40)
+    use_damaged_copies(tmp_path / "checkpoints", tmp_path / "copy", use, 40)
 
 
 def test_a_damaged_source_is_converted_or_refused(tmp_path: Path) -> None:
@@ -78,10 +82,10 @@ def test_a_damaged_source_is_converted_or_refused(tmp_path: Path) -> None:
     }
     for command, source in sources.items():
 
-        def convert_to_new(copy: Path, command: Any = command) -> None:
+        def convert_copy(copy: Path, command: Any = command) -> None:
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            ends_well([str(copy), str(tmp_path / "out")], command.main)
+            run_in_process([str(copy), str(tmp_path / "out")], command.main)
 
-        assert ends_well([str(source), str(tmp_path / "sound")], command.main) == ""
-        shutil.rmtree(tmp_path / "sound")
-        damaged(source, tmp_path / "copy", convert_to_new, 15)
+        assert run_in_process([str(source), str(tmp_path / "intact")], command.main) == ""
+        shutil.rmtree(tmp_path / "intact")
+        use_damaged_copies(source, tmp_path / "copy", convert_copy, 15)

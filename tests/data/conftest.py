@@ -22,7 +22,10 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer_dir(tmp_path):
-    """A tokenizer of 256 bytes, EOS (256) and `</think>` (257). Plain encoding puts EOS first, as Llama's puts BOS."""
+    """Directory of a tokenizer of 256 bytes, EOS (256) and `</think>` (257).
+
+    Encoding without a chat template puts EOS first, as Llama's tokenizer puts BOS.
+    """
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +53,7 @@ def tokenizer(tokenizer_dir):
 def write(tmp_path):
     """A function that writes a question file: bytes or text unchanged, a list as JSON or JSONL by the file's suffix."""
 
-    def to_file(name, content):
+    def write_file(name, content):
         path = tmp_path / name
         if isinstance(content, list):
             lines = [json.dumps(record) for record in content]
@@ -58,4 +61,4 @@ def write(tmp_path):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 
-    return to_file
+    return write_file

@@ -1,4 +1,4 @@
-"""Prompts, decoding and token widths; stop tokens; and messages that name what a tokenizer directory lacks."""
+"""Prompts, decoding, token widths and stop tokens, and the errors for an incomplete tokenizer directory."""
 
 import json
 
@@ -15,7 +15,7 @@ from nemo_disco.runtime.errors import UserError
 EOS, THINK = 256, 257
 
 
-def ask(text, number=1):
+def make_question(text, number=1):
     return Question(number, text, ("2",), f"q.json, record {number}")
 
 
@@ -38,7 +38,7 @@ def test_a_prompt_is_the_template_up_to_the_response(tokenizer):
 
 
 def test_token_ids_are_those_of_transformers_own_template_call(tokenizer):
-    (prompt,), _ = encode(tokenizer, ask("Größe? 数"))
+    (prompt,), _ = encode(tokenizer, make_question("Größe? 数"))
     expected = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Größe? 数"}], add_generation_prompt=True, return_dict=False
     )
@@ -58,13 +58,13 @@ def test_token_ids_are_those_of_transformers_own_template_call(tokenizer):
 )
 def test_the_suffix_is_appended_to_the_last_user_turn_once(tokenizer, text, suffix, turn):
     turns = (Message("user", "0?"), Message("assistant", "0"), Message("user", text))
-    prompts, _ = encode(tokenizer, ask(text), Question(2, turns, ("2",), ""), suffix=suffix)
+    prompts, _ = encode(tokenizer, make_question(text), Question(2, turns, ("2",), ""), suffix=suffix)
     assert tokenizer.decode(prompts[0].token_ids) == f"<user>{turn}\n<assistant>"
     assert tokenizer.decode(prompts[1].token_ids) == f"<user>0?\n<assistant>0\n<user>{turn}\n<assistant>"
 
 
 def test_a_prompt_over_the_limit_is_refused_or_dropped_and_named(tokenizer):
-    fits, over = ask("x" * 9, 1), ask("x" * 10, 2)  # the template adds 18 tokens
+    fits, over = make_question("x" * 9, 1), make_question("x" * 10, 2)  # the template adds 18 tokens
     with pytest.raises(UserError, match=r"q\.json, record 2: the prompt has 28 tokens, data\.max_prompt_length is 27"):
         encode(tokenizer, fits, over, limit=27)
     prompts, (note,) = encode(tokenizer, fits, over, limit=27, too_long="drop")
@@ -75,7 +75,7 @@ def test_a_prompt_over_the_limit_is_refused_or_dropped_and_named(tokenizer):
 
 def test_dropping_every_question_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"2 of 2 questions are over it, the longest has 30 tokens\); raise it$"):
-        encode(tokenizer, ask("x" * 10), ask("x" * 12), limit=20, too_long="drop")
+        encode(tokenizer, make_question("x" * 10), make_question("x" * 12), limit=20, too_long="drop")
 
 
 def test_no_questions_make_no_prompts(tokenizer):
@@ -91,7 +91,7 @@ def test_a_conversation_refused_by_the_template_is_named(tokenizer):
 def test_an_empty_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{{ '' }}"
     with pytest.raises(UserError, match=r"q\.json, record 1: the tokenizer's chat template returns no text"):
-        encode(tokenizer, ask("?"))
+        encode(tokenizer, make_question("?"))
 
 
 def test_decoding_keeps_special_tokens_and_spaces(tokenizer):
@@ -170,9 +170,9 @@ def test_a_missing_model_directory_is_not_searched_on_the_hub(tmp_path):
 
 def test_code_in_a_model_directory_runs_only_with_trust_remote_code(tokenizer_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    ran = tokenizer_dir / "ran"
+    marker = tokenizer_dir / "ran"
     code = (
-        f"open({str(ran)!r}, 'w').close()\n"
+        f"open({str(marker)!r}, 'w').close()\n"
         "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n"
     )
     (tokenizer_dir / "own.py").write_text(code)
@@ -184,8 +184,8 @@ def test_code_in_a_model_directory_runs_only_with_trust_remote_code(tokenizer_di
     )
     with pytest.raises(UserError, match=r"set model\.trust_remote_code=true if you trust it"):
         load_tokenizer(tokenizer_dir)
-    assert not ran.exists()
-    assert type(load_tokenizer(tokenizer_dir, trust_remote_code=True)).__name__ == "Own" and ran.exists()
+    assert not marker.exists()
+    assert type(load_tokenizer(tokenizer_dir, trust_remote_code=True)).__name__ == "Own" and marker.exists()
 
 
 @pytest.mark.parametrize("text", ["1+1=2</think> 2", "Größe 数 🙂!", "", "a🙂"])

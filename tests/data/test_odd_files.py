@@ -1,4 +1,4 @@
-"""Any content of a question file gives questions or an error of one line; loaded questions can be written."""
+"""Any content of a question file gives questions, which can be written again, or an error of one line."""
 
 import datetime
 import json
@@ -31,24 +31,25 @@ VALUES = st.recursive(
 RECORDS = st.dictionaries(st.sampled_from([*QUESTION_FIELDS, *ANSWER_FIELDS, "system", "\udc80"]), VALUES, max_size=4)
 
 
-def questions_or_one_line(path):
-    loaded = or_one_line(lambda: load_questions([path], max_bad_records=1.0))
+def check_loading(path):
+    """Check that the file gives questions, which can be written and read back, or an error of one line."""
+    loaded = result_or_none(lambda: load_questions([path], max_bad_records=1.0))
     if loaded is None:
         return
     assert loaded.questions and all(q.answers and q.messages for q in loaded.questions)
     for name in ("out.jsonl", "out.parquet"):
         out = path.with_name(name)
-        if or_one_line(lambda out=out: write_questions(out, loaded.questions) or True) is None:
-            assert name == "out.parquet"  # whose columns have one type
+        if result_or_none(lambda out=out: write_questions(out, loaded.questions) or True) is None:
+            assert name == "out.parquet"  # a column of Parquet has one type
             continue
         again = load_questions([out]).questions
         assert [(q.text, q.answers) for q in again] == [(q.text, q.answers) for q in loaded.questions]
 
 
-def or_one_line(work):
-    """The result of `work`; None if it raises a UserError, which must be one line."""
+def result_or_none(action):
+    """Result of `action()`; None if it raises a UserError, whose message must be one line."""
     try:
-        return work()
+        return action()
     except UserError as error:
         line = str(error)
     assert "\n" not in line
@@ -61,7 +62,7 @@ def test_any_record_is_loaded_or_refused_in_one_line(records, suffix):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / f"q{suffix}"
         path.write_text("\n".join(map(json.dumps, records)) if suffix == ".jsonl" else json.dumps(records))
-        questions_or_one_line(path)
+        check_loading(path)
 
 
 @settings(max_examples=100, deadline=None)
@@ -78,17 +79,18 @@ def test_any_damaged_file_is_loaded_or_refused_in_one_line(data, suffix):
         for _ in range(data.draw(st.integers(1, 4))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
-        questions_or_one_line(path)
+        check_loading(path)
 
 
-def parquet_with(tmp_path, **column):
+def write_parquet(tmp_path, **column):
+    """Write a Parquet file of 11 questions with this column added or replaced. Returns its path."""
     table = pa.table({"problem": ["?"] * 11, "answer": ["1"] * 11} | column)
     pq.write_table(table, tmp_path / "q.parquet", store_schema=True)
     return tmp_path / "q.parquet"
 
 
 def text_column(values):
-    """A column of text with the given bytes, UTF-8 or not."""
+    """Arrow column of text with these bytes, which need not be UTF-8."""
     return pa.array(values, pa.binary()).view(pa.string())
 
 
@@ -101,7 +103,7 @@ def text_column(values):
     ],
 )
 def test_an_unreadable_parquet_row_is_left_out_and_named(tmp_path, name, column):
-    path = parquet_with(tmp_path, **{name: column})
+    path = write_parquet(tmp_path, **{name: column})
     loaded = load_questions([path])
     assert len(loaded.questions) == 10
     (note,) = loaded.notes
@@ -115,12 +117,12 @@ def test_an_unreadable_parquet_row_is_left_out_and_named(tmp_path, name, column)
 def test_dates_and_surrogate_halves_are_written(write, tmp_path):
     lines = ['{"problem": "?", "answer": "1", "note": "\\udc80 \\u00e9"}', '{"problem": "!", "answer": "2"}']
     questions = load_questions([write("q.jsonl", "\n".join(lines))]).questions
-    dated = load_questions([parquet_with(tmp_path, day=pa.array([datetime.date(2026, 1, 2)] * 11))]).questions
+    dated = load_questions([write_parquet(tmp_path, day=pa.array([datetime.date(2026, 1, 2)] * 11))]).questions
     for name in ("a.jsonl", "a.json", "a.parquet"):
-        for some in (questions, dated):
-            write_questions(tmp_path / name, some)
+        for expected in (questions, dated):
+            write_questions(tmp_path / name, expected)
             again = load_questions([tmp_path / name]).questions
-            assert [q.text for q in again] == [q.text for q in some]
+            assert [q.text for q in again] == [q.text for q in expected]
     write_questions(tmp_path / "a.jsonl", questions)
     assert load_questions([tmp_path / "a.jsonl"]).questions[0].metadata == {"note": "\udc80 é"}
 

@@ -1,4 +1,4 @@
-"""The packing plan's invariants, numbered as in packing.py; then its aims on lengths as real rollouts have them."""
+"""The packing plan: its invariants, numbered as in packing.py, and its aims on lengths like those of real rollouts."""
 
 import time
 from itertools import product
@@ -17,7 +17,7 @@ SHAPES = ("lognormal", "exponential", "beta", "uniform", "bimodal")
 
 @st.composite
 def problems(draw):
-    """Lengths and options of plan_micro_batches, such that every sequence fits."""
+    """Draws lengths and options for plan_micro_batches with which every sequence fits into its token budget."""
     options = {
         "data_parallel_size": draw(st.integers(1, 5)),
         "sequence_multiple": draw(st.sampled_from([1, 4])),
@@ -41,12 +41,15 @@ def all_micro_batches(plan):
 
 
 def fill(plan, lengths, budget):
-    """The responses' tokens over the tokens that all micro-batches could hold."""
+    """Share of the micro-batches' token budgets that the sequences fill, without padding."""
     return sum(lengths) / (len(all_micro_batches(plan)) * budget)
 
 
 def imbalance(plan, lengths, span, multiple=1):
-    """Cost of the most loaded rank over the mean; n tokens, padded, cost n + n^2 / span."""
+    """Cost of the most loaded rank over the mean of the ranks. A sequence costs n + n^2 / span.
+
+    n is its length in tokens, rounded up to `multiple`; span is the attention span.
+    """
     costs = [n + n * n / span for n in (round_up(length, multiple) for length in lengths)]
     loads = [sum(costs[i] for batch in rank for i in batch) for rank in plan]
     return max(loads) * len(loads) / sum(loads)
@@ -64,7 +67,7 @@ def test_1_every_rank_has_the_same_number_of_micro_batches(problem):
 
 @quick
 @holds_for_every_problem
-def test_2_every_response_is_in_exactly_one(problem):
+def test_2_every_response_is_in_exactly_one_micro_batch(problem):
     lengths, options = problem
     assert sorted(i for batch in all_micro_batches(plan_micro_batches(lengths, **options)) for i in batch) == list(
         range(len(lengths))
@@ -73,7 +76,7 @@ def test_2_every_response_is_in_exactly_one(problem):
 
 @quick
 @holds_for_every_problem
-def test_3_none_is_over_the_budget_padding_included(problem):
+def test_3_no_micro_batch_is_over_the_budget_padding_included(problem):
     lengths, options = problem
     plan = plan_micro_batches(lengths, **options)
     totals = [
@@ -94,21 +97,21 @@ def test_3_holds_after_full_bins_are_split_anew():
 
 @pytest.mark.parametrize(("seed", "ranks"), list(product(range(3), (2, 8, 16))))
 def test_3_holds_after_exchanges_between_full_micro_batches(seed, ranks):
-    lengths = real_lengths("lognormal", seed)
+    lengths = realistic_lengths("lognormal", seed)
     plan = plan_micro_batches(lengths, token_budget=LONGEST, data_parallel_size=ranks, attention_span=3000)
     assert max(sum(lengths[i] for i in batch) for batch in all_micro_batches(plan)) <= LONGEST
 
 
 @quick
 @holds_for_every_problem
-def test_4_one_is_empty_only_if_there_are_fewer_responses_than_micro_batches(problem):
+def test_4_a_micro_batch_is_empty_only_if_there_are_fewer_responses_than_micro_batches(problem):
     lengths, options = problem
     filled = [bool(batch) for batch in all_micro_batches(plan_micro_batches(lengths, **options))]
     assert sum(filled) == min(len(lengths), len(filled))
 
 
 def test_4_holds_if_the_sequences_fit_in_fewer_micro_batches():
-    """Nine micro-batches hold them, the count must be even, and longest-first placement fails with ten."""
+    """Nine micro-batches would do, but their number must be even, and placing the longest first fails with ten."""
     lengths = [30, 30, 29, 28, 27, 26, 25, 24, 24, 23, 22, 22, 21, 20, 19, 19, 18, 17, 17, 17, 16]
     plan = plan_micro_batches(lengths, token_budget=60, count_multiple=2, attention_span=20)
     assert len(plan[0]) == 10 and all(all_micro_batches(plan))
@@ -128,8 +131,11 @@ def test_5_the_lengths_in_each_micro_batch_do_not_depend_on_the_order_of_the_res
     assert plan_micro_batches(lengths, **options) == plan_micro_batches(lengths, **options)
 
 
-def real_lengths(shape, seed, n=256, longest=LONGEST):
-    """Lengths of prompts of 40 to 300 tokens with responses whose mean is a third of the limit, cut at the limit."""
+def realistic_lengths(shape, seed, n=256, longest=LONGEST):
+    """Lengths in tokens of n prompts with their responses, like those of real rollouts.
+
+    Prompts have 40 to 300 tokens; the mean response is a third of the response limit, at which responses are cut.
+    """
     rng = np.random.default_rng(seed)
     limit = longest - 300
     draws = {
@@ -144,21 +150,22 @@ def real_lengths(shape, seed, n=256, longest=LONGEST):
 
 
 @pytest.fixture(scope="module")
-def real_plans():
-    """(plan, lengths, budget, ranks) for the settings of real runs."""
+def realistic_plans():
+    """Tuples (plan, lengths, budget, ranks) for settings like those of real runs."""
     plans = []
     for shape, seed, ranks, factor in product(SHAPES, range(8), (2, 3, 4, 8, 12, 16), (1, 1.25, 1.5, 2, 3, 4)):
-        lengths, budget = real_lengths(shape, seed), int(factor * LONGEST)
+        lengths, budget = realistic_lengths(shape, seed), int(factor * LONGEST)
         plan = plan_micro_batches(lengths, token_budget=budget, data_parallel_size=ranks, attention_span=12 * 1536)
         plans.append((plan, lengths, budget, ranks))
     return plans
 
 
-def needed(lengths, budget):
+def least_micro_batches(lengths, budget):
     """Lower bound of the number of micro-batches: L2 of Martello and Toth (Knapsack Problems, 1990, 8.3.2).
 
-    For each small size a: sequences that leave less than a free are alone; no two above half the budget share a bin;
-    the remaining ones, down to size a, fill the space beside those or need more bins.
+    For each size a up to half the budget: a sequence that leaves less than a free has a bin of its own; no two
+    sequences above half the budget share a bin; the other sequences of at least a fill the space beside those, or need
+    more bins.
     """
 
     def bound(a):
@@ -170,21 +177,21 @@ def needed(lengths, budget):
     return max(bound(a) for a in {0, *(n for n in lengths if n <= budget / 2)})
 
 
-def test_the_cost_is_balanced_over_the_ranks(real_plans):
-    assert max(imbalance(plan, lengths, 12 * 1536) for plan, lengths, *_ in real_plans) <= 1.05
+def test_the_cost_is_balanced_over_the_ranks(realistic_plans):
+    assert max(imbalance(plan, lengths, 12 * 1536) for plan, lengths, *_ in realistic_plans) <= 1.05
 
 
-def test_the_fill_is_close_to_its_upper_bound(real_plans):
-    """For bounds up to 99.8%. The bound cuts sequences: beyond that, most cases cannot be packed so full at all."""
-    missed = []
-    for plan, lengths, budget, ranks in real_plans:
+def test_the_fill_is_close_to_its_upper_bound(realistic_plans):
+    """The bound is that of sequences which may be cut; where it exceeds 99.8%, whole sequences may fall short of it."""
+    misses = []
+    for plan, lengths, budget, ranks in realistic_plans:
         possible = sum(lengths) / round_up(sum(lengths), ranks * budget)
-        if fill(plan, lengths, budget) < 0.97 * possible and needed(lengths, budget) <= round_up(
+        if fill(plan, lengths, budget) < 0.97 * possible and least_micro_batches(lengths, budget) <= round_up(
             -(-sum(lengths) // budget), ranks
         ):
-            missed.append(possible)
-    assert all(possible > 0.998 for possible in missed)
-    assert len(missed) <= 0.002 * len(real_plans)
+            misses.append(possible)
+    assert all(possible > 0.998 for possible in misses)
+    assert len(misses) <= 0.002 * len(realistic_plans)
 
 
 @pytest.mark.parametrize(
@@ -198,22 +205,22 @@ def test_the_fill_is_close_to_its_upper_bound(real_plans):
 )
 @pytest.mark.parametrize("ranks", [2, 8, 16])
 def test_padded_layouts_are_as_balanced_and_as_full(layout, ranks):
-    """The bound is then that of the padded lengths, in as many micro-batches as the layout allows."""
+    """The bound on the fill counts padded lengths and rounds the number of micro-batches up as the layout asks."""
     for shape, seed in product(SHAPES, range(4)):
-        lengths, budget = real_lengths(shape, seed), 2 * LONGEST
+        lengths, budget = realistic_lengths(shape, seed), 2 * LONGEST
         plan = plan_micro_batches(
             lengths, token_budget=budget, data_parallel_size=ranks, attention_span=12 * 1536, **layout
         )
         assert imbalance(plan, lengths, 12 * 1536, layout.get("sequence_multiple", 1)) <= 1.05
         step = ranks * layout.get("count_multiple", 1)
         assert len(plan[0]) * ranks % step == 0
-        whole = sum(round_up(n, layout.get("sequence_multiple", 1)) for n in lengths)
-        assert fill(plan, lengths, budget) >= 0.97 * sum(lengths) / round_up(-(-whole // budget), step) / budget
+        padded_total = sum(round_up(n, layout.get("sequence_multiple", 1)) for n in lengths)
+        assert fill(plan, lengths, budget) >= 0.97 * sum(lengths) / round_up(-(-padded_total // budget), step) / budget
 
 
 @pytest.mark.parametrize(("shape", "factor"), list(product(SHAPES, (1, 2))))
 def test_1024_responses_are_planned_within_50_ms(shape, factor):
-    lengths = real_lengths(shape, 0, n=1024)
+    lengths = realistic_lengths(shape, 0, n=1024)
 
     def seconds():
         start = time.process_time()
@@ -231,7 +238,7 @@ def test_sequences_of_awkward_length_get_as_many_micro_batches_as_needed(size, p
 
 
 def test_an_added_micro_batch_takes_its_share():
-    """The tokens would fit in two micro-batches, the sequences need three; the third is not left nearly empty."""
+    """The tokens would fit into two micro-batches, but the sequences need three; the third is not nearly empty."""
     plan = plan_micro_batches([51, 51, 51, 10, 10, 10, 10], token_budget=100)
     assert [len(batch) for batch in all_micro_batches(plan)] == [3, 2, 2]
 
@@ -251,13 +258,13 @@ def test_attention_cost_changes_the_balance():
 
 def test_numpy_lengths_give_the_same_plan():
     """NumPy integers would overflow in the bit shifts of the subset sums."""
-    lengths = np.array(real_lengths("uniform", 1))
+    lengths = np.array(realistic_lengths("uniform", 1))
     options = {"token_budget": LONGEST, "data_parallel_size": 4}
     assert plan_micro_batches(lengths, **options) == plan_micro_batches(lengths.tolist(), **options)
 
 
 @pytest.mark.parametrize(
-    ("length", "options", "needed"),
+    ("length", "options", "suggestion"),
     [
         (101, {}, 101),
         (98, {"sequence_multiple": 16}, 112),
@@ -265,12 +272,12 @@ def test_numpy_lengths_give_the_same_plan():
         (97, {"sequence_multiple": 4, "micro_batch_multiple": 16}, 112),
     ],
 )
-def test_a_sequence_over_the_budget_is_refused_and_the_suggested_budget_works(length, options, needed):
+def test_a_sequence_over_the_budget_is_refused_and_the_suggested_budget_works(length, options, suggestion):
     with pytest.raises(
-        UserError, match=f"a sequence of {length} tokens.*token_budget is 100; raise it to .* {needed},"
+        UserError, match=f"a sequence of {length} tokens.*token_budget is 100; raise it to .* {suggestion},"
     ):
         plan_micro_batches([5, length], token_budget=100, **options)
-    assert plan_micro_batches([5, length], token_budget=needed, **options)
+    assert plan_micro_batches([5, length], token_budget=suggestion, **options)
 
 
 @pytest.mark.parametrize("wrong", [{"token_budget": 0}, {"data_parallel_size": 0}, {"count_multiple": 0}])

@@ -1,4 +1,4 @@
-"""The papers' own question sets (collected only if they are there): every record is loaded or named."""
+"""The papers' own question files (collected only if they are present): every record is loaded or named."""
 
 import pytest
 

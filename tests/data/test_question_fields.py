@@ -60,7 +60,7 @@ def test_final_answers_are_extracted_from_gsm8k_solutions_and_noted(write):
 
 
 def test_every_form_of_gsm8k_solution_is_read(write):
-    """20 records like openai/gsm8k's: calculator marks, blank lines, thousands, signs, decimals, line ends."""
+    """20 records like those of openai/gsm8k: calculator marks, blank lines, thousands, signs, decimals, line ends."""
     ends = ["72", "10", "5", "-42", "624", "1,450", "160,000", "1,234,567", "0", "3.5", "-1,000", "12.50", "$18", "25%"]
     ends += ["7 ", " 8", "1/2", "109,200,000", "6", "990"]
     solution = (
@@ -80,7 +80,7 @@ def test_a_long_solution_needs_a_final_answer(write):
     solutions = ["So it is\n\\boxed{42}.", "It can be shown\nthat it is 42.", "42"]
     path = write("q.json", [{"problem": "?", "solution": s} for s in solutions])
     loaded = load_questions([path])
-    assert [q.answers for q in loaded.questions] == [(solutions[0],), ("42",)]  # verifiers look into the box
+    assert [q.answers for q in loaded.questions] == [(solutions[0],), ("42",)]  # the graders read the box
     left_out, boxed = loaded.notes
     assert "1 of 3 records left out" in left_out and left_out.endswith("record 2")
     assert "the last \\boxed{} is the answer" in boxed

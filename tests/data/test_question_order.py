@@ -1,4 +1,4 @@
-"""The order of the questions: complete epochs, no repetition in a step, and a position that is everything."""
+"""The question order: epochs are complete, no step repeats a question, and the saved position restores it."""
 
 import json
 from collections import Counter
@@ -15,8 +15,8 @@ sizes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1
 settings.register_profile("quick", max_examples=60, deadline=None)
 
 
-def take(sampler, steps):
-    return [sampler.next() for _ in range(steps)]
+def take(order, steps):
+    return [order.next() for _ in range(steps)]
 
 
 @settings(settings.get_profile("quick"))
@@ -33,14 +33,14 @@ def test_an_epoch_has_every_question_once_and_no_step_repeats_one(size, seed, sh
 @settings(settings.get_profile("quick"))
 @given(size=sizes, steps=st.integers(0, 50), shuffle=st.booleans())
 def test_a_resumed_order_continues_where_it_was(size, steps, shuffle):
-    sampler = QuestionOrder(*size, seed=1, shuffle=shuffle)
-    take(sampler, steps)
-    state = json.loads(json.dumps(sampler.state_dict()))
+    order = QuestionOrder(*size, seed=1, shuffle=shuffle)
+    take(order, steps)
+    state = json.loads(json.dumps(order.state_dict()))
     resumed = QuestionOrder(*size, seed=1, shuffle=shuffle)
     take(resumed, 3)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
-    assert take(resumed, 20) == take(sampler, 20)
+    assert take(resumed, 20) == take(order, 20)
 
 
 def test_without_shuffling_the_order_is_that_of_the_files():
@@ -75,24 +75,24 @@ def test_the_state_of_another_order_is_refused(other, complaint):
 
 
 def test_a_position_inside_a_step_is_refused_and_changes_nothing():
-    sampler = QuestionOrder(6, 4, 0, True)
-    before = sampler.state_dict()
+    order = QuestionOrder(6, 4, 0, True)
+    before = order.state_dict()
     with pytest.raises(UserError, match="epoch 0, question 3"):
-        sampler.load_state_dict(before | {"position": 3})
-    assert sampler.state_dict() == before
+        order.load_state_dict(before | {"position": 3})
+    assert order.state_dict() == before
 
 
 def test_weights_set_how_often_an_epoch_has_a_question():
-    """Ten questions twice, ten once, ten every other epoch: over two epochs exactly so."""
+    """Ten questions are in an epoch twice, ten once, and ten in every other epoch."""
     weights = [2.0] * 10 + [1.0] * 10 + [0.5] * 10
-    sampler = QuestionOrder(30, 5, 0, True, weights)
-    steps = take(sampler, 14)  # 35 questions an epoch
+    order = QuestionOrder(30, 5, 0, True, weights)
+    steps = take(order, 14)  # 35 questions an epoch
     assert all(len(set(step)) == 5 for step in steps)
     asked = Counter(i for step in steps for i in step)
-    # A question that a step skipped comes right after it, so that it may slip over the end of the second epoch.
+    # A question that a step skips comes right after that step, which may be after the end of the second epoch.
     expected = [4] * 10 + [2] * 10 + [1] * 10
     assert sum(abs(asked[i] - n) for i, n in enumerate(expected)) <= 2
-    assert sampler.state_dict() == {
+    assert order.state_dict() == {
         "epoch": 1, "position": 35, "questions": 30, "questions_per_step": 5, "seed": 0, "shuffle": True,
         "questions_per_epoch": 35,
     }  # fmt: skip
@@ -100,12 +100,12 @@ def test_weights_set_how_often_an_epoch_has_a_question():
 
 def test_a_weighted_order_resumes():
     weights = [3.0, 1.0, 0.4, 0.4, 1.0, 1.0, 1.0, 0.4]
-    sampler, resumed = (QuestionOrder(8, 2, 1, True, weights) for _ in range(2))
-    take(sampler, 17)
-    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
-    assert take(resumed, 30) == take(sampler, 30)
+    order, resumed = (QuestionOrder(8, 2, 1, True, weights) for _ in range(2))
+    take(order, 17)
+    resumed.load_state_dict(json.loads(json.dumps(order.state_dict())))
+    assert take(resumed, 30) == take(order, 30)
     with pytest.raises(UserError, match="questions_per_epoch"):
-        QuestionOrder(8, 2, 1, True).load_state_dict({**sampler.state_dict(), "questions_per_epoch": 9})
+        QuestionOrder(8, 2, 1, True).load_state_dict({**order.state_dict(), "questions_per_epoch": 9})
 
 
 @pytest.mark.parametrize("weights", [[100.0, 1.0, 1.0, 1.0], [0.01] * 4])
@@ -120,5 +120,6 @@ def test_a_run_does_not_resume_with_changed_questions() -> None:
     same.load_state_dict(state)
     with pytest.raises(UserError, match=r"other content.*data\.if_changed=restart"):
         other.load_state_dict(state)
-    earlier = {key: value for key, value in state.items() if key != "content"}  # of a version that had none
+    # An earlier version did not save the content.
+    earlier = {key: value for key, value in state.items() if key != "content"}
     other.load_state_dict(earlier)

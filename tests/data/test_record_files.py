@@ -27,7 +27,8 @@ def save_dataset(path, table, shards=2):
 
 
 @pytest.fixture(params=["json", "jsonl", "blank_lines", "bom", "parquet", "dataset"])
-def same_records(request, write, tmp_path):
+def records_file(request, write, tmp_path):
+    """Path of a file, or saved dataset, that holds RECORDS in one of the formats."""
     table = pa.Table.from_pylist(RECORDS)
     if request.param == "json":
         return write("q.json", RECORDS)
@@ -43,8 +44,8 @@ def same_records(request, write, tmp_path):
     return tmp_path / "q.parquet"
 
 
-def test_all_file_formats_give_the_same_records(same_records):
-    assert [r.fields for r in read_records(same_records)] == RECORDS
+def test_all_file_formats_give_the_same_records(records_file):
+    assert [r.fields for r in read_records(records_file)] == RECORDS
 
 
 def test_places_count_from_one_and_lines_include_blank_ones(write):
@@ -100,7 +101,7 @@ def test_a_file_with_a_corrupt_parquet_page_is_named(tmp_path):
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.list_(pa.binary()), pa.struct([("x", pa.large_binary())])])
 def test_columns_of_bytes_are_refused(tmp_path, kind):
-    """They may hold pickled objects."""
+    """Such a column may hold pickled objects."""
     table = pa.table({"problem": pa.array(["?"]), "blob": pa.nulls(1, kind)})
     pq.write_table(table, tmp_path / "q.parquet")
     save_dataset(tmp_path / "saved", table, shards=1)

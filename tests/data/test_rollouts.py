@@ -1,4 +1,4 @@
-"""The packed arithmetic of Rollouts against plain lists."""
+"""Rollouts: the packed tensors hold the same as plain lists, and inconsistent or damaged ones are refused."""
 
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ def rollouts():
 
 
 def equal(a, b):
+    """Whether two Rollouts have the same values, types and columns."""
     if a.max_response_length != b.max_response_length or a.columns.keys() != b.columns.keys():
         return False
     names = [name for name in Rollouts.__annotations__ if name not in ("max_response_length", "columns")]
@@ -47,19 +48,19 @@ def test_token_index_follows_the_order_of_its_argument(rollouts):
 
 
 def test_select_equals_packing_only_the_selected_responses(rollouts):
-    picked = [3, 1, 0]
+    indices = [3, 1, 0]
     expected = Rollouts.pack(
-        [PROMPTS[i] for i in picked],
-        [RESPONSES[i] for i in picked],
-        [LOG_PROBS[i] for i in picked],
+        [PROMPTS[i] for i in indices],
+        [RESPONSES[i] for i in indices],
+        [LOG_PROBS[i] for i in indices],
         [9, 7, 7],
         [False] * 3,
         [5] * 3,
         9,
     ).with_columns({"length_before": torch.tensor([7, 4, 4])})
-    selected = rollouts.select(picked)
+    selected = rollouts.select(indices)
     assert equal(selected, expected)
-    assert equal(rollouts.select(torch.tensor(picked)), expected)
+    assert equal(rollouts.select(torch.tensor(indices)), expected)
     assert equal(Rollouts.concatenate([rollouts.select([3]), rollouts.select([1, 0])]), expected)
     responses = [np.array(r, dtype=np.int64) for r in RESPONSES]
     log_probs = [np.array(lp, dtype=np.float32) for lp in LOG_PROBS]

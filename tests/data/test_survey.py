@@ -1,4 +1,4 @@
-"""`nemo-disco data`: every fault is found and named, filters remove only their questions, all formats hold the same."""
+"""`nemo-disco data`: every fault is named, filters remove only their questions, and all formats are equivalent."""
 
 import json
 
@@ -27,7 +27,8 @@ RECORDS = [
 
 
 @pytest.fixture
-def findings(write):
+def survey(write):
+    """Survey of RECORDS against an evaluation file, with a stub of the tokenizer and of the math grader."""
     held_out = write("test.json", [{"problem": "Name a  SET", "answer": "1"}, {"problem": "Other?", "answer": "1"}])
     return survey_questions(
         [write("train.jsonl", RECORDS)],
@@ -37,23 +38,23 @@ def findings(write):
     )
 
 
-def test_the_survey_has_every_fault(findings):
-    assert findings.duplicates == {1: 0, 2: 0}
-    assert findings.conflicting == [2]
-    assert {i: q.text for i, q in findings.contaminated.items()} == {3: "Name a  SET"}
-    assert findings.unparsable == {4: "unparsable answer"}
-    assert [i for i, n in enumerate(findings.lengths) if n > 100] == [4]
+def test_the_survey_has_every_fault(survey):
+    assert survey.duplicates == {1: 0, 2: 0}
+    assert survey.conflicting == [2]
+    assert {i: q.text for i, q in survey.contaminated.items()} == {3: "Name a  SET"}
+    assert survey.unparsable == {4: "unparsable answer"}
+    assert [i for i, n in enumerate(survey.lengths) if n > 100] == [4]
 
 
-def test_the_description_names_records(findings):
-    text = describe(findings)
+def test_the_description_names_records(survey):
+    text = describe(survey)
     assert "5 questions" in text and "max 312" in text
     assert "duplicates (repeating an earlier question): 2 of 5" in text and "line 3 = " in text
     assert "x^{" in text and "contaminated (also in an evaluation file): 1 of 5" in text
 
 
 @pytest.mark.parametrize(
-    ("drop", "tokens", "left"),
+    ("drop", "tokens", "expected"),
     [
         ([], None, [0, 1, 2, 3, 4]),
         (["duplicates"], None, [0, 3, 4]),
@@ -63,21 +64,21 @@ def test_the_description_names_records(findings):
         (["duplicates", "contaminated"], 312, [0, 4]),
     ],
 )
-def test_each_filter_removes_only_its_questions(findings, drop, tokens, left):
-    remaining, notes = filter_questions(findings, drop, tokens)
-    assert [q.id for q in remaining] == left
-    assert bool(notes) == (len(left) < 5)
+def test_each_filter_removes_only_its_questions(survey, drop, tokens, expected):
+    remaining, notes = filter_questions(survey, drop, tokens)
+    assert [q.id for q in remaining] == expected
+    assert bool(notes) == (len(expected) < 5)
 
 
 def test_questions_that_are_always_right_or_always_wrong_are_removed(write):
     verdicts = {"What is $1+1$?": [True, True], "Name a set.": [False], "A long one: " + "x" * 300: [True, False]}
-    lines = [{"question": q, "correct": v} for q, of in verdicts.items() for v in of]
+    lines = [{"question": q, "correct": v} for q, values in verdicts.items() for v in values]
     rollouts = [write("step_1.jsonl", lines[:2]), write("step_2.jsonl", lines[2:])]
-    findings = survey_questions([write("train.jsonl", RECORDS)], rollouts=rollouts)
-    assert findings.pass_rates == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 0.5}
-    assert [q.id for q in filter_questions(findings, [], None)[0]] == [4]
-    assert "always wrong 1, always right 3" in describe(findings)
-    # A question that no rollout measured stays.
+    survey = survey_questions([write("train.jsonl", RECORDS)], rollouts=rollouts)
+    assert survey.pass_rates == {0: 1.0, 1: 1.0, 2: 1.0, 3: 0.0, 4: 0.5}
+    assert [q.id for q in filter_questions(survey, [], None)[0]] == [4]
+    assert "always wrong 1, always right 3" in describe(survey)
+    # A question without rollouts stays.
     assert len(filter_questions(survey_questions([write("new.json", [RECORDS[3], {"problem": "New", "answer": 1}])],
                            rollouts=rollouts), [], None)[0]) == 1  # fmt: skip
 
@@ -90,9 +91,10 @@ def test_rollouts_match_a_question_with_a_system_prompt(write):
 
 def test_malformed_records_are_noted_however_many_they_are(write):
     bad = write("bad.jsonl", [{"problem": 7, "answer": 1}, {"problem": 8, "answer": 1}, RECORDS[0]])
-    findings = survey_questions([bad], against=[bad])
-    assert len(findings.questions) == 1
-    assert len([note for note in findings.notes if "2 of 3 records left out, malformed" in note]) == 2  # of each file
+    survey = survey_questions([bad], against=[bad])
+    assert len(survey.questions) == 1
+    # The file is read twice, as training file and as evaluation file.
+    assert len([note for note in survey.notes if "2 of 3 records left out, malformed" in note]) == 2
 
 
 def test_a_line_that_is_no_rollout_is_named(write):
@@ -110,9 +112,9 @@ def test_converted_questions_are_the_same_questions(name, write, tmp_path):
     assert after[0].metadata["level"] in (1, "1")
 
 
-def test_unusable_targets_are_refused(findings, tmp_path):
+def test_unusable_targets_are_refused(survey, tmp_path):
     with pytest.raises(UserError, match=r"name it \.jsonl, \.json, \.parquet"):
-        write_questions(tmp_path / "out.csv", findings.questions)
+        write_questions(tmp_path / "out.csv", survey.questions)
     with pytest.raises(UserError, match="the filters left no question"):
         write_questions(tmp_path / "out.json", [])
 
@@ -133,23 +135,23 @@ def test_the_key_ignores_only_typesetting(one, other, same):
 
 def test_the_command_prints_and_writes(write, tokenizer_dir, tmp_path, capsys):
     file, out = write("train.jsonl", RECORDS), tmp_path / "out.json"
-    more = ["--drop", "unparsable", "--max-tokens", "300"]
-    assert cli.main(["data", str(file), "--model", str(tokenizer_dir), "--out", str(out), *more]) == 0
+    options = ["--drop", "unparsable", "--max-tokens", "300"]
+    assert cli.main(["data", str(file), "--model", str(tokenizer_dir), "--out", str(out), *options]) == 0
     printed = capsys.readouterr().out
     assert "prompt tokens: min" in printed and "(unparsable answer): x^{" in printed
     assert f"{out}: 4 questions" in printed and len(json.loads(out.read_text())) == 4
 
 
 @pytest.mark.parametrize(
-    ("more", "line"),
+    ("options", "line"),
     [
         (["--drop", "duplicates"], "name the file with --out"),
         (["--drop", "contaminated", "--out", "clean.jsonl"], "name them with --against"),
     ],
 )
-def test_a_filter_that_could_do_nothing_is_refused(write, capsys, more, line):
+def test_a_filter_that_could_do_nothing_is_refused(write, capsys, options, line):
     file = write("q.jsonl", RECORDS[:1])
-    assert cli.main(["data", str(file), *more]) == 2
+    assert cli.main(["data", str(file), *options]) == 2
     assert line in capsys.readouterr().err
 
 

@@ -17,8 +17,8 @@ TOOLS = "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
 
 
 @pytest.fixture
-def prompts(write, tokenizer):
-    """A function that returns the prompt of each record, and all notes."""
+def make_prompts(write, tokenizer):
+    """A function that returns the prompts of records, or of a file, as text, and all notes."""
 
     def encode(*records, template="", name="q.json", **settings):
         tokenizer.chat_template += template
@@ -30,39 +30,39 @@ def prompts(write, tokenizer):
     return encode
 
 
-def test_a_records_template_arguments_override_the_configs(prompts):
+def test_a_records_template_arguments_override_the_configs(make_prompts):
     records = [
         {"problem": "a"},
         {"problem": "b", "enable_thinking": True},
         {"problem": "c", "chat_template_kwargs": {"enable_thinking": False, "depth": None}},
         {"problem": "d", "chat_template_kwargs": '{"enable_thinking": true}'},
     ]
-    texts, notes = prompts(*records, template=THINKS, template_arguments={"enable_thinking": False})
+    texts, notes = make_prompts(*records, template=THINKS, template_arguments={"enable_thinking": False})
     assert [prompt.endswith("</think>") for prompt in texts] == [True, False, True, False]
     assert not notes
 
 
-def test_each_field_that_the_template_does_not_read_is_noted_once(prompts):
+def test_each_field_that_the_template_does_not_read_is_noted_once(make_prompts):
     records = [{"problem": c, "enable_thinking": False, "tools": [ADD]} for c in "ab"]
-    _, notes = prompts(*records, template="{# enable_thinking #}{% set enable_thinking_ = thinking_tools %}")
+    _, notes = make_prompts(*records, template="{# enable_thinking #}{% set enable_thinking_ = thinking_tools %}")
     assert len(notes) == 2
     assert all("2 of 2 prompts are without `" in line and "record 1" in line for line in notes)
     assert "chat_template_kwargs.enable_thinking" in notes[0] and "tools" in notes[1]
 
 
-def test_turns_that_the_template_drops_are_noted(prompts, tokenizer):
+def test_turns_that_the_template_drops_are_noted(make_prompts, tokenizer):
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     calls = [{"function": {"name": "add"}}]
     turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
     turns.append({"role": "tool", "content": "two"})
-    _, notes = prompts({"messages": turns}, system="Be brief.")
+    _, notes = make_prompts({"messages": turns}, system="Be brief.")
     assert len(notes) == 3
     for part in ("`tool_calls`", "a system turn", "a tool turn"):
         assert sum(part in line for line in notes) == 1
 
 
-def test_tools_reach_the_template_from_every_file_format(prompts, write, tmp_path):
-    """Also from JSON text, and from tables, in which each record has the field names of all records."""
+def test_tools_reach_the_template_from_every_file_format(make_prompts, write, tmp_path):
+    """Tools may also be JSON text, or be in a table, where each row has the field names of all rows."""
     other = {"type": "function", "function": {"name": "sub", "strict": True}}
     records = [{"problem": "a", "answer": "2", "tools": [ADD]}, {"problem": "b", "answer": "2", "tools": [other]}]
     table, text = tmp_path / "t.parquet", tmp_path / "out.parquet"
@@ -70,7 +70,7 @@ def test_tools_reach_the_template_from_every_file_format(prompts, write, tmp_pat
     write_questions(text, load_questions([write("q.json", records)]).questions)
     for path in (write("q.json", records), table, text):
         assert [q.metadata["tools"] for q in load_questions([path]).questions] == [[ADD], [other]]
-    texts, notes = prompts(template=TOOLS, name=text)
+    texts, notes = make_prompts(template=TOOLS, name=text)
     assert [prompt.rpartition(">")[2] for prompt in texts] == ["[add]", "[sub]"] and not notes
 
 
@@ -93,14 +93,14 @@ def test_a_field_that_cannot_be_used_is_refused_by_name(write, fields, complaint
     assert "record 1: " in str(error.value) and complaint in str(error.value)
 
 
-def test_an_argument_that_the_program_sets_is_refused(prompts):
+def test_an_argument_that_the_program_sets_is_refused(make_prompts):
     with pytest.raises(UserError, match=r"record 1: chat_template_kwargs\.tokenize: set by this program"):
-        prompts({"problem": "a", "chat_template_kwargs": {"tokenize": True}})
+        make_prompts({"problem": "a", "chat_template_kwargs": {"tokenize": True}})
 
 
-def test_a_misspelt_argument_is_refused_even_if_it_is_part_of_another_name(prompts):
+def test_a_misspelt_argument_is_refused_even_if_it_is_part_of_another_name(make_prompts):
     with pytest.raises(UserError, match=r"data\.chat_template_kwargs\.thinking: "):
-        prompts({"problem": "a"}, template=THINKS, template_arguments={"thinking": False})
+        make_prompts({"problem": "a"}, template=THINKS, template_arguments={"thinking": False})
 
 
 def test_each_field_that_is_not_part_of_the_prompt_is_noted_once(write):
@@ -116,13 +116,13 @@ def test_each_field_that_is_not_part_of_the_prompt_is_noted_once(write):
         assert sum(f"1 of 2 records have `{name}` beside the question" in note for note in notes) == 1
 
 
-def test_converted_files_give_the_same_prompts(prompts, tmp_path):
+def test_converted_files_give_the_same_prompts(make_prompts, tmp_path):
     records = [
         {"question": "a", "system": "S", "enable_thinking": False, "tools": [ADD]},
         {"question": "b", "Answer": 1},
     ]
-    before = prompts(*records, template=TOOLS + THINKS)
+    before = make_prompts(*records, template=TOOLS + THINKS)
     for name in ("out.jsonl", "out.json", "out.parquet"):
         write_questions(tmp_path / name, load_questions([tmp_path / "q.json"]).questions)
-        assert prompts(name=tmp_path / name) == before
+        assert make_prompts(name=tmp_path / name) == before
     assert json.loads((tmp_path / "out.json").read_text())[0]["chat_template_kwargs"] == {"enable_thinking": False}

@@ -13,7 +13,8 @@ from nemo_disco.runtime.errors import UserError
 NESTED = "".join(f"{{% for {c} in range(99999) %}}" for c in "abcd") + "{% endfor %}" * 4
 
 
-def prompts(tokenizer, question="1+1?", **settings):
+def render_prompts(tokenizer, question="1+1?", **settings):
+    """The question's prompt as text, in a list."""
     questions = [Question(0, question, ("2",), "q.json, record 1")]
     encoded, _ = encode_prompts(tokenizer, questions, "", 1000, "error", **settings)
     return [tokenizer.decode(prompt.token_ids) for prompt in encoded]
@@ -25,7 +26,7 @@ def prompts(tokenizer, question="1+1?", **settings):
         ("{{ 1 + 'a' }}", "fails with TypeError"),
         ("{{ 1 // 0 }}", "fails with ZeroDivisionError"),
         ("{{ 'a' * 10 ** 15 }}", "fails with MemoryError"),
-        ("{{ 'a' * 10 ** 10 }}", "fails with MemoryError"),  # within the memory of many a machine
+        ("{{ 'a' * 10 ** 10 }}", "fails with MemoryError"),  # many a machine has that much memory
         ("{{ 'a' * 10 ** 8 }}", "100,000,000 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails with RecursionError"),
         ("{{ messages[7].content.x }}", "refuses this question: "),
@@ -36,7 +37,7 @@ def prompts(tokenizer, question="1+1?", **settings):
 def test_a_failing_template_is_reported_in_one_line(tokenizer, text, complaint):
     tokenizer.chat_template = text
     with pytest.raises(UserError) as error:
-        prompts(tokenizer)
+        render_prompts(tokenizer)
     line = str(error.value)
     assert line.startswith("q.json, record 1: the tokenizer's chat template") and complaint in line
     assert "\n" not in line and len(line) < 500
@@ -50,7 +51,7 @@ def test_an_endless_template_is_stopped_in_any_thread(tokenizer, text, monkeypat
 
     def ask():
         with pytest.raises(UserError) as error:
-            prompts(tokenizer)
+            render_prompts(tokenizer)
         lines.append(str(error.value))
 
     thread = threading.Thread(target=ask)
@@ -61,18 +62,19 @@ def test_an_endless_template_is_stopped_in_any_thread(tokenizer, text, monkeypat
 
 def test_arguments_and_a_system_prompt_reach_the_template(tokenizer):
     tokenizer.chat_template += "{% if not enable_thinking | default(true) %}</think>{% endif %}"
-    thinking, not_thinking = prompts(tokenizer), prompts(tokenizer, template_arguments={"enable_thinking": False})
+    thinking = render_prompts(tokenizer)
+    not_thinking = render_prompts(tokenizer, template_arguments={"enable_thinking": False})
     assert not_thinking == [thinking[0] + "</think>"]
-    assert prompts(tokenizer, system="Be brief.") == ["<system>Be brief.\n<user>1+1?\n<assistant>"]
-    own = (Message("system", "Own."), Message("user", "1+1?"))
-    assert prompts(tokenizer, own, system="Be brief.") == ["<system>Own.\n<user>1+1?\n<assistant>"]
+    assert render_prompts(tokenizer, system="Be brief.") == ["<system>Be brief.\n<user>1+1?\n<assistant>"]
+    turns = (Message("system", "Own."), Message("user", "1+1?"))
+    assert render_prompts(tokenizer, turns, system="Be brief.") == ["<system>Own.\n<user>1+1?\n<assistant>"]
 
 
 @pytest.mark.parametrize("name", ["enable_thinkng", "tokenize", "messages"])
 def test_an_unknown_or_reserved_argument_is_refused(tokenizer, name):
     tokenizer.chat_template += "{# enable_thinking tokenize #}"
     with pytest.raises(UserError, match=rf"data\.chat_template_kwargs\.{name}: "):
-        prompts(tokenizer, template_arguments={name: False})
+        render_prompts(tokenizer, template_arguments={name: False})
 
 
 def test_tool_turns_reach_the_template(tokenizer):

@@ -56,7 +56,7 @@ def test_a_tokenizer_that_transformers_would_change_is_loaded_from_its_file(llam
     original = Tokenizer.from_file(str(llama_dir / "tokenizer.json"))
     expected = original.encode(TEXT, add_special_tokens=False).ids
     rebuilt = AutoTokenizer.from_pretrained(llama_dir, local_files_only=True)
-    assert rebuilt(TEXT, add_special_tokens=False)["input_ids"] != expected  # else this test shows nothing
+    assert rebuilt(TEXT, add_special_tokens=False)["input_ids"] != expected  # otherwise this test would show nothing
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer(llama_dir)
     (line,) = caplog.messages
@@ -70,13 +70,15 @@ def test_a_tokenizer_that_transformers_would_change_is_loaded_from_its_file(llam
 
 
 def test_transformers_loads_an_exported_tokenizer_as_the_policy_does(llama_dir, tmp_path_factory, caplog):
-    """... from a directory whose own tokenizer it changes; the rest of tokenizer_config.json is kept."""
+    """transformers would change the tokenizer of the original directory. The rest of its configuration is kept."""
     export = tmp_path_factory.mktemp("exported") / "export"
     copy_companions(llama_dir, export, json.loads((llama_dir / "config.json").read_text()))
-    ours, theirs = load_tokenizer(llama_dir), AutoTokenizer.from_pretrained(export, local_files_only=True)
-    assert theirs(TEXT)["input_ids"] == ours(TEXT)["input_ids"]
-    assert theirs.get_vocab() == ours.get_vocab()
-    assert (theirs.bos_token, theirs.eos_token, theirs.chat_template) == ("<|begin|>", "<|end|>", ours.chat_template)
+    original = load_tokenizer(llama_dir)
+    exported = AutoTokenizer.from_pretrained(export, local_files_only=True)
+    assert exported(TEXT)["input_ids"] == original(TEXT)["input_ids"]
+    assert exported.get_vocab() == original.get_vocab()
+    assert (exported.bos_token, exported.eos_token) == ("<|begin|>", "<|end|>")
+    assert exported.chat_template == original.chat_template
     before, after = (json.loads((d / "tokenizer_config.json").read_text()) for d in (llama_dir, export))
     assert {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)} == {"tokenizer_class"}
     caplog.clear()
@@ -85,7 +87,7 @@ def test_transformers_loads_an_exported_tokenizer_as_the_policy_does(llama_dir, 
 
 
 def test_an_exported_tokenizer_can_be_read_by_transformers_4(tokenizer_dir, tmp_path):
-    """... though transformers 5 saved it; the rest is kept, and a second export is the same file."""
+    """transformers 5 saved the original. The rest of its configuration is kept; a second export gives the same file."""
     name = "tokenizer_config.json"
     before = json.loads((tokenizer_dir / name).read_text())
     assert before.pop("tokenizer_class") == "TokenizersBackend"
@@ -95,8 +97,8 @@ def test_an_exported_tokenizer_can_be_read_by_transformers_4(tokenizer_dir, tmp_
     expected = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["</think>"]}
     assert json.loads((tmp_path / "export" / name).read_text()) == before | expected
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "export" / name).read_bytes()
-    ours, theirs = (load_tokenizer(directory) for directory in (tokenizer_dir, tmp_path / "export"))
-    assert theirs.all_special_tokens == ours.all_special_tokens == ["<|end|>", "</think>"]
+    original, exported = (load_tokenizer(directory) for directory in (tokenizer_dir, tmp_path / "export"))
+    assert exported.all_special_tokens == original.all_special_tokens == ["<|end|>", "</think>"]
 
 
 def test_a_tokenizer_that_agrees_with_its_file_causes_no_warning(tokenizer_dir, caplog):
@@ -108,8 +110,8 @@ def test_a_tokenizer_that_agrees_with_its_file_causes_no_warning(tokenizer_dir, 
 def test_a_configuration_that_changes_tokenizer_json_is_refused(tokenizer_dir):
     file = tokenizer_dir / "tokenizer_config.json"
     config = json.loads(file.read_text())
-    moved = {"content": "a", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    decoder = {str(EOS): moved | {"content": "<|end|>", "special": True}, "258": moved | {"content": "def"}}
+    fields = {"content": "a", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    decoder = {str(EOS): fields | {"content": "<|end|>", "special": True}, "258": fields | {"content": "def"}}
     file.write_text(json.dumps(config | {"added_tokens_decoder": decoder}))
     with pytest.raises(UserError, match=r"tokenizer\.json: what transformers loads is another tokenizer .*'def f"):
         load_tokenizer(tokenizer_dir)
@@ -131,7 +133,7 @@ def test_an_unusable_tokenizer_is_reported_in_one_line(tokenizer_dir, name, key,
 
 
 def test_a_directory_without_a_tokenizer_is_named(tokenizer_dir):
-    """transformers would make an empty tokenizer."""
+    """transformers would make an empty tokenizer for it."""
     (tokenizer_dir / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer there; fetch its tokenizer\.json"):
         load_tokenizer(tokenizer_dir)
@@ -177,5 +179,5 @@ def test_tokens_beyond_the_embedding_are_named(tokenizer, tmp_path):
 
 
 def test_the_vocabulary_ends_with_the_last_token(tokenizer):
-    """... which is `</think>`, an added token."""
+    """The last token is `</think>`, an added one."""
     assert vocabulary_size(tokenizer) == 258

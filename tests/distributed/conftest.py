@@ -1,4 +1,4 @@
-"""Run a function of a test module on several real processes."""
+"""Fixtures that run a function of a test module on several real processes."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ multiprocessing.set_forkserver_preload(HEAVY)  # the process starts with the fir
 
 
 @pytest.fixture
-def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """on_ranks(world_size, function, *arguments) -> the function's results by rank.
+def run_on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """A function that calls another one on every rank: run_on_ranks(world_size, function, *arguments) -> results.
 
-    The function is at the top level of a module (it is imported again in processes that have imported libraries alone)
-    and is called within a process group. If a rank raises, or after TIMEOUT_S, all are ended and the test fails.
+    The results are listed by rank. The function must be at the top level of a module, because the processes, which have
+    imported only libraries, import it again; it is called within a process group. If a rank raises, or if TIMEOUT_S
+    pass, all ranks are ended and the test fails.
     """
-    return _runner(tmp_path, "forkserver")
+    return _make_runner(tmp_path, "forkserver")
 
 
 @pytest.fixture
-def on_new_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """As on_ranks, in processes that are started anew and not forked, with this process's environment."""
-    return _runner(tmp_path, "spawn")
+def run_on_new_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Like run_on_ranks, but each rank is a new interpreter with this process's environment instead of a fork."""
+    return _make_runner(tmp_path, "spawn")
 
 
-def _runner(tmp_path: Path, start_method: str) -> Callable[..., list[Any]]:
+def _make_runner(tmp_path: Path, start_method: str) -> Callable[..., list[Any]]:
     def run(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         meeting = tmp_path / f"meeting-{secrets.token_hex(4)}"
         context = torch.multiprocessing.start_processes(

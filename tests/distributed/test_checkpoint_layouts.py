@@ -1,6 +1,7 @@
-"""A checkpoint of any layout can be resumed at any other; at its own, bit for bit. Real processes over gloo.
+"""A checkpoint of any layout can be resumed at any other layout, and at its own bit for bit: real processes over gloo.
 
-One launch writes at every layout of a world size; a second one, with new processes, reads each at every layout.
+One launch saves a checkpoint at every layout of a world size; a second launch, of new processes, loads each of these
+checkpoints at every layout.
 """
 
 from __future__ import annotations
@@ -43,26 +44,28 @@ def build(model: str, layout: Layout, dtype: torch.dtype) -> Policy:
     return Policy(config, dtype=dtype, total_optimizer_steps=10)
 
 
-def name(world_size: int, layout: Layout) -> str:
+def layout_name(world_size: int, layout: Layout) -> str:
     return f"world{world_size}_tp{layout[0]}_pp{layout[1]}_vpp{layout[2]}_cp{layout[3]}"
 
 
 def write(model: str, root: str, world_size: int, layouts: list[Layout], dtype: torch.dtype) -> dict[str, Any]:
-    """Train 2 steps, save, and train 2 more. Returns for each layout the loss after 2 steps, and the loss and this
-    rank's fingerprint after 4."""
+    """Train 2 steps, save, and train 2 more at each layout.
+
+    Returns by the layout's name: the loss after 2 steps, the loss after 4, and this rank's fingerprint after 4.
+    """
     outcome = {}
     for layout in layouts:
         policy = build(model, layout, dtype)
         train(policy, range(2))
-        checkpoint.save(policy, Path(root) / name(world_size, layout), 2, {"step": 2}, keep=1)
+        checkpoint.save(policy, Path(root) / layout_name(world_size, layout), 2, {"step": 2}, keep=1)
         next_loss = loss(policy, 2)
         train(policy, range(2, 4))
-        outcome[name(world_size, layout)] = next_loss, loss(policy, 4), fingerprint(policy)
+        outcome[layout_name(world_size, layout)] = next_loss, loss(policy, 4), fingerprint(policy)
     return outcome
 
 
 def write_and_fill_the_disk(model: str, root: str, *rest: Any) -> dict[str, Any]:
-    """`write`; then a save that fails on the other ranks than the first: it must fail on all and leave no files."""
+    """Call `write`; then check that a save which fails on all ranks but the first fails on each and leaves no files."""
     outcome = write(model, root, *rest)
     policy = build(model, ONE[0], torch.float32)
     original = files.describe
@@ -82,7 +85,10 @@ def write_and_fill_the_disk(model: str, root: str, *rest: Any) -> dict[str, Any]
 
 
 def read(model: str, root: str, world_size: int, layouts: list[Layout], dtype: torch.dtype) -> dict[str, Any]:
-    """Resume every checkpoint in `root` at every layout and train 2 steps. Returns the same figures as `write`."""
+    """Resume every checkpoint in `root` at every layout and train 2 steps.
+
+    Returns the figures of `write` by the names of the checkpoint's layout and of this one.
+    """
     outcome = {}
     for layout in layouts:
         for directory in sorted(Path(root).iterdir()):
@@ -90,22 +96,25 @@ def read(model: str, root: str, world_size: int, layouts: list[Layout], dtype: t
             assert checkpoint.load_latest(policy, directory) == (2, {"step": 2})
             next_loss = loss(policy, 2)
             train(policy, range(2, 4))
-            outcome[directory.name, name(world_size, layout)] = next_loss, loss(policy, 4), fingerprint(policy)
+            outcome[directory.name, layout_name(world_size, layout)] = next_loss, loss(policy, 4), fingerprint(policy)
     return outcome
 
 
-def compare(written: list[dict[str, Any]], resumed: list[dict[str, Any]], least: int) -> None:
-    """Compare the figures of `read` with those of `write`. least: number per rank that must agree bit for bit."""
+def compare(saved_figures: list[dict[str, Any]], resumed_figures: list[dict[str, Any]], same_layouts: int) -> None:
+    """Compare the figures of `read` with those of `write`, both listed by rank.
+
+    same_layouts: number of checkpoints that a rank resumed at their own layout, where the bits must be equal.
+    """
     exact = 0
-    for rank, outcome in enumerate(resumed):
-        for (source, here), (next_loss, later_loss, bits) in outcome.items():
-            expected, expected_later, expected_bits = written[rank if source == here else 0][source]
+    for rank, outcome in enumerate(resumed_figures):
+        for (source, here), (next_loss, later_loss, checksum) in outcome.items():
+            expected, expected_later, expected_checksum = saved_figures[rank if source == here else 0][source]
             assert next_loss == pytest.approx(expected, abs=TOLERANCE), (source, here)
             assert later_loss == pytest.approx(expected_later, abs=TOLERANCE), (source, here)
             if source == here:
-                assert bits == expected_bits, f"{source} is not bit-exact on rank {rank}"
+                assert checksum == expected_checksum, f"{source} is not bit-exact on rank {rank}"
                 exact += 1
-    assert exact == least * len(resumed)
+    assert exact == same_layouts * len(resumed_figures)
 
 
 @pytest.fixture
@@ -119,24 +128,24 @@ def root(tmp_path: Path) -> str:
     return str(tmp_path / "checkpoints")
 
 
-def test_one_and_two_processes(on_ranks: Callable[..., list[Any]], model: str, root: str) -> None:
-    written = on_ranks(2, write_and_fill_the_disk, model, root, 2, TWO, torch.float32)
-    alone = write(model, root, 1, ONE, torch.float32)
-    for outcome in written:
-        outcome |= alone
-    compare(written, on_ranks(2, read, model, root, 2, TWO, torch.float32), least=len(TWO))
-    compare([alone | written[0]], [read(model, root, 1, ONE, torch.float32)], least=1)
+def test_one_and_two_processes(run_on_ranks: Callable[..., list[Any]], model: str, root: str) -> None:
+    saved_figures = run_on_ranks(2, write_and_fill_the_disk, model, root, 2, TWO, torch.float32)
+    one_process = write(model, root, 1, ONE, torch.float32)
+    for outcome in saved_figures:
+        outcome |= one_process
+    compare(saved_figures, run_on_ranks(2, read, model, root, 2, TWO, torch.float32), same_layouts=len(TWO))
+    compare([one_process | saved_figures[0]], [read(model, root, 1, ONE, torch.float32)], same_layouts=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_four_processes(on_ranks: Callable[..., list[Any]], model: str, root: str, dtype: torch.dtype) -> None:
-    written = on_ranks(4, write, model, root, 4, FOUR, dtype)
+def test_four_processes(run_on_ranks: Callable[..., list[Any]], model: str, root: str, dtype: torch.dtype) -> None:
+    saved_figures = run_on_ranks(4, write, model, root, 4, FOUR, dtype)
     if dtype is torch.float32:
-        compare(written, on_ranks(4, read, model, root, 4, FOUR, dtype), least=len(FOUR))
-        compare([written[0]], [read(model, root, 1, ONE, dtype)], least=0)
-    else:  # in bf16 the losses of different layouts differ by its rounding
-        for rank, outcome in enumerate(on_ranks(4, read, model, root, 4, FOUR, dtype)):
+        compare(saved_figures, run_on_ranks(4, read, model, root, 4, FOUR, dtype), same_layouts=len(FOUR))
+        compare([saved_figures[0]], [read(model, root, 1, ONE, dtype)], same_layouts=0)
+    else:  # in bf16, rounding alone makes the losses of two layouts differ
+        for rank, outcome in enumerate(run_on_ranks(4, read, model, root, 4, FOUR, dtype)):
             for layout in FOUR:
-                here = name(4, layout)
-                assert outcome[here, here] == written[rank][here]
+                here = layout_name(4, layout)
+                assert outcome[here, here] == saved_figures[rank][here]

@@ -1,5 +1,5 @@
-"""The state of FP8 delayed scaling is the same on all ranks with a piece of a layer (they reduce their maxima), so that
-a checkpoint can be resumed at any layout. Real processes over gloo, with stand-ins of the layers (fused_layers.py)."""
+"""A checkpoint with FP8 delayed scaling can be resumed at any layout, because all ranks with a part of a layer hold the
+same scaling state (they reduce their maxima). Real processes over gloo, with the stand-in layers of fused_layers.py."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def build(model: str, layout: Layout) -> Policy:
     return Policy(config, total_optimizer_steps=10)
 
 
-def scales(policy: Policy) -> dict[str, dict[str, Tensor]]:
-    """The scaling state of this rank's layers, by layer and name."""
+def copy_scales(policy: Policy) -> dict[str, dict[str, Tensor]]:
+    """Scaling state of this rank's layers: tensors by the layer's key and their name."""
     return {
         key: {name: tensor.clone() for name, tensor in fp8_scales._state(layer).items()}
         for chunk in policy.model.chunks
@@ -50,60 +50,65 @@ def scales(policy: Policy) -> dict[str, dict[str, Tensor]]:
 
 
 def write(model: str, root: str, layouts: list[Layout]) -> dict[str, Any]:
-    """Train 2 steps, save, and train 1 more. Returns for each layout the saved scales, the loss after 2 steps and this
-    rank's fingerprint after 3."""
+    """Train 2 steps, save, and train 1 more at each layout.
+
+    Returns by layout: the scales that were saved, the loss after 2 steps, and this rank's fingerprint after 3.
+    """
     outcome = {}
     for layout in layouts:
         policy = build(model, layout)
         train(policy, range(2))
         checkpoint.save(policy, Path(root) / str(layout), 2, {}, keep=1)
-        saved = scales(policy)
+        saved_scales = copy_scales(policy)
         next_loss = loss(policy, 2)
         train(policy, [2])
-        outcome[str(layout)] = saved, next_loss, fingerprint(policy)
+        outcome[str(layout)] = saved_scales, next_loss, fingerprint(policy)
     return outcome
 
 
 def read(model: str, root: str, layouts: list[Layout]) -> dict[tuple[str, str], Any]:
-    """Resume every checkpoint at every layout and train 1 step. Returns the same figures as `write`."""
+    """Resume every checkpoint at every layout and train 1 step.
+
+    Returns the figures of `write` by the layouts of the checkpoint and of the policy.
+    """
     outcome = {}
     for layout in layouts:
         for directory in sorted(Path(root).iterdir()):
             policy = build(model, layout)
             checkpoint.load_latest(policy, directory)
-            assert not policy.unscaled, "the loaded scales serve the first pass"
-            loaded = scales(policy)
+            assert not policy.unscaled, "the policy does not use the loaded scales in the first pass"
+            loaded_scales = copy_scales(policy)
             next_loss = loss(policy, 2)
             train(policy, [2])
-            outcome[directory.name, str(layout)] = loaded, next_loss, fingerprint(policy)
+            outcome[directory.name, str(layout)] = loaded_scales, next_loss, fingerprint(policy)
     return outcome
 
 
-def compare(written: list[dict[str, Any]], resumed: list[dict[tuple[str, str], Any]]) -> None:
+def compare(saved_figures: list[dict[str, Any]], resumed_figures: list[dict[tuple[str, str], Any]]) -> None:
     exact = 0
-    for rank, outcome in enumerate(resumed):
-        for (source, here), (loaded, next_loss, bits) in outcome.items():
-            saved = {key: tensors for ranks in written for key, tensors in ranks[source][0].items()}
-            assert saved.keys() == LAYERS and loaded.keys() <= LAYERS and loaded
-            for key, tensors in loaded.items():
-                assert tensors.keys() == saved[key].keys()
-                assert all(torch.equal(tensors[name], saved[key][name]) for name in tensors), (source, here, key)
-            assert next_loss == pytest.approx(written[0][source][1], abs=2e-3), (source, here)
-            if source == here and len(resumed) == len(written):
-                assert bits == written[rank][source][2], f"{source} is not bit-exact on rank {rank}"
+    for rank, outcome in enumerate(resumed_figures):
+        for (source, here), (loaded_scales, next_loss, checksum) in outcome.items():
+            saved_scales = {key: tensors for ranks in saved_figures for key, tensors in ranks[source][0].items()}
+            assert saved_scales.keys() == LAYERS and loaded_scales.keys() <= LAYERS and loaded_scales
+            for key, tensors in loaded_scales.items():
+                assert tensors.keys() == saved_scales[key].keys()
+                assert all(torch.equal(tensors[name], saved_scales[key][name]) for name in tensors), (source, here, key)
+            assert next_loss == pytest.approx(saved_figures[0][source][1], abs=2e-3), (source, here)
+            if source == here and len(resumed_figures) == len(saved_figures):
+                assert checksum == saved_figures[rank][source][2], f"{source} is not bit-exact on rank {rank}"
                 exact += 1
-    assert exact == (len(TWO) * len(resumed) if len(resumed) == len(written) else 0)
+    assert exact == (len(TWO) * len(resumed_figures) if len(resumed_figures) == len(saved_figures) else 0)
 
 
 @pytest.mark.slow
-def test_scales_can_be_loaded_at_any_layout(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_scales_can_be_loaded_at_any_layout(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     model = str(save_model(tmp_path / "model", "qwen2", tied=True))
     root = str(tmp_path / "checkpoints")
-    written = on_ranks(2, write, model, root, TWO)
+    saved_figures = run_on_ranks(2, write, model, root, TWO)
     for layout in map(str, TWO):
-        first, second = (ranks[layout][0] for ranks in written)
-        for key in first.keys() & second.keys():  # of one stage
+        first, second = (ranks[layout][0] for ranks in saved_figures)
+        for key in first.keys() & second.keys():  # both ranks hold these layers: they are of one pipeline stage
             assert all(torch.equal(first[key][name], second[key][name]) for name in first[key]), (layout, key)
-        assert any(float(state["scale_fwd"][0]) != 1 for state in first.values()), "nothing was scaled"
-    compare(written, on_ranks(2, read, model, root, TWO))
-    compare(written, on_ranks(1, read, model, root, [(1, 1, 1)]))
+        assert any(float(state["scale_fwd"][0]) != 1 for state in first.values()), "all scales are still 1"
+    compare(saved_figures, run_on_ranks(2, read, model, root, TWO))
+    compare(saved_figures, run_on_ranks(1, read, model, root, [(1, 1, 1)]))

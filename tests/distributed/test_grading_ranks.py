@@ -15,31 +15,31 @@ from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.runtime.errors import UserError
 
 
-class Words:
+class WordTokenizer:
     def decode(self, tokens: list[int], **_: Any) -> str:
         return " ".join(map(str, tokens))
 
 
-class Broken:
+class FailingGrader:
     def grade(self, texts: Any, answers: Any) -> list[float]:
         raise UserError(f"my_rewards.py line 3: {texts[0]} is none of {len(answers)}")
 
 
-SEVEN = Response(np.array([7]), np.zeros(1, np.float32), "length", 0)
+RESPONSE = Response(np.array([7]), np.zeros(1, np.float32), "length", 0)
 
 
-def message() -> str:
-    """The message of the error that this rank gets."""
-    prompts = PromptSet("q", [Question(0, "0?", ("1",), "s")] * 2, [[0]] * 2, Words())
-    early = EarlyGrading(Broken(), prompts)  # type: ignore[arg-type]
+def collect_error() -> str:
+    """Message of the error that collecting the verdicts raises on this rank; empty if there is none."""
+    prompts = PromptSet("q", [Question(0, "0?", ("1",), "s")] * 2, [[0]] * 2, WordTokenizer())
+    early = EarlyGrading(FailingGrader(), prompts)  # type: ignore[arg-type]
     if dist.get_rank() == 0:
-        early.finished(1, SEVEN)
+        early.finished(1, RESPONSE)
     try:
-        early.collect([SEVEN] * 2)
+        early.collect([RESPONSE] * 2)
     except UserError as error:
         return str(error)
     return ""
 
 
-def test_an_error_of_early_grading_is_raised_on_every_rank(on_ranks: Callable[..., list[Any]]) -> None:
-    assert on_ranks(2, message) == ["my_rewards.py line 3: 7 is none of 1"] * 2
+def test_an_error_of_early_grading_is_raised_on_every_rank(run_on_ranks: Callable[..., list[Any]]) -> None:
+    assert run_on_ranks(2, collect_error) == ["my_rewards.py line 3: 7 is none of 1"] * 2

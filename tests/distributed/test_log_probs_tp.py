@@ -14,11 +14,12 @@ from torch import Tensor
 from nemo_disco.policy.log_probs import token_log_probs
 
 TOKENS, HIDDEN = 700, 6
-# Vocabulary, and rows with padding: an even split; padding within the last rank; TP 4's last rank all padding.
+# (vocabulary, rows with padding): an even split; padding on part of the last rank; the last rank of TP 4 all padding.
 VOCABULARIES = [(2400, 2400), (2397, 2400), (1800, 2400)]
 
 
-def problem(vocab: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(vocab: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight, targets, and the gradients of the loss by log-probs and by entropies [2, TOKENS]."""
     generator = torch.Generator().manual_seed(vocab)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
     weight = torch.randn(rows, HIDDEN, generator=generator, dtype=torch.float64) * 3
@@ -28,9 +29,12 @@ def problem(vocab: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, targets, upstream
 
 
-def values_and_gradients(vocab: int, rows: int, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """log-probs, entropies and this rank's gradients of hidden and of its rows of the weight."""
-    hidden, weight, targets, upstream = problem(vocab, rows)
+def compute_values_and_gradients(vocab: int, rows: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Log-probs, entropies, and this rank's gradients by the hidden states and by its rows of the weight.
+
+    group: the tensor-parallel ranks; None computes all on this process.
+    """
+    hidden, weight, targets, upstream = make_inputs(vocab, rows)
     ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
     shard = weight.chunk(ranks)[rank].clone().requires_grad_()
     hidden.requires_grad_()
@@ -49,7 +53,8 @@ def values_and_gradients(vocab: int, rows: int, group: dist.ProcessGroup | None)
     return [log_probs.detach(), entropies.detach(), *torch.autograd.grad(loss, [hidden, shard])]
 
 
-def worker(rank: int, ranks: int, folder: str) -> None:
+def save_results(rank: int, ranks: int, folder: str) -> None:
+    """Compute every case with TP 4, and with TP 2 in each half of the ranks, and save this rank's results."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(minutes=5)
@@ -57,25 +62,24 @@ def worker(rank: int, ranks: int, folder: str) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for tp, group in ((4, dist.group.WORLD), (2, pairs[rank // 2])):
         for i, (vocab, rows) in enumerate(VOCABULARIES):
-            log_probs, entropies, grad_hidden, grad_weight = values_and_gradients(vocab, rows, group)
-            dist.all_reduce(grad_hidden, group=group)  # megatron's part: each rank has a partial sum
+            log_probs, entropies, grad_hidden, grad_weight = compute_values_and_gradients(vocab, rows, group)
+            dist.all_reduce(grad_hidden, group=group)  # as megatron does: each rank has a partial sum
             torch.save([log_probs, entropies, grad_hidden, grad_weight], f"{folder}/tp{tp}_{i}_{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the results of four processes: with TP 4, then with TP 2 in each half (where group ranks differ from
-    global ranks)."""
+    """Directory with the results of four processes. With TP 2, ranks in the second group differ from global ranks."""
     folder = tmp_path_factory.mktemp("tp")
-    mp.start_processes(worker, args=(4, str(folder)), nprocs=4, start_method="forkserver")
+    mp.start_processes(save_results, args=(4, str(folder)), nprocs=4, start_method="forkserver")
     return folder
 
 
 @pytest.mark.parametrize("case", range(len(VOCABULARIES)), ids=[str(v) for v in VOCABULARIES])
 @pytest.mark.parametrize(("tp", "first"), [(2, 0), (2, 2), (4, 0)])
 def test_equals_one_process(tp: int, first: int, case: int, results: Path) -> None:
-    expected = values_and_gradients(*VOCABULARIES[case], None)
+    expected = compute_values_and_gradients(*VOCABULARIES[case], None)
     ranks = [torch.load(results / f"tp{tp}_{case}_{rank}.pt") for rank in range(first, first + tp)]
     for rank in ranks:
         for value, expected_value in zip(rank[:3], expected[:3], strict=True):

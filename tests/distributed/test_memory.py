@@ -1,8 +1,8 @@
-"""The plan's memory model against real processes: the peak of resident memory during a training step.
+"""The plan's memory estimate agrees with the peak resident memory of real processes during a training step.
 
-VmHWM counts all touched pages, also those that no tensor library reports; the kernel resets it before each phase. It
-is meaningful only if freed tensors are returned to the kernel at once (MALLOC_*). The baseline is the resident memory
-before the policy is built, after everything has been imported and run once.
+The peak is VmHWM, which counts all touched pages, also those that no tensor library reports, and which is reset before
+each step. It is meaningful only if freed tensors are returned to the kernel at once (MALLOC_*). The baseline is the
+resident memory before the policy is built, after everything has been imported and run once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import pytest
 import torch
 from tiny_models import model_config, save_model
 
+from nemo_disco.commands.checks import check_objective
+from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.estimate.memory import Layout, Memory, estimate_memory
@@ -27,11 +29,12 @@ PROMPT, RESPONSE, BUDGET = 64, 449, 4096  # the model reads 512 tokens of each s
 GROUP = 4
 SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_key_value_heads": 2}
-WORDY = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_key_value_heads": 4}
-HEADS = SMALL | {"intermediate_size": 128, "head_dim": 128}
+# Most of its weights are the embedding and the output layer.
+SHALLOW = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_key_value_heads": 4}
+WIDE_HEADS = SMALL | {"intermediate_size": 128, "head_dim": 128}
 
 
-def rollouts(questions: int) -> Rollouts:
+def make_rollouts(questions: int) -> Rollouts:
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
@@ -43,38 +46,39 @@ def rollouts(questions: int) -> Rollouts:
     return Rollouts.pack(prompts, responses, zeros, [i // GROUP for i in range(len(prompts))], [False] * len(zeros))
 
 
-def bytes_of(field: str) -> int:
+def read_status(field: str) -> int:
+    """Bytes of a memory field of /proc/self/status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def train(policy: Policy, questions: int) -> int:
-    """Peak bytes of the second of two optimizer steps; the first one allocates the optimizer's state."""
-    batch = rollouts(questions)
+    """Take two optimizer steps. Returns the peak bytes during the second; the first allocates the optimizer's state."""
+    batch = make_rollouts(questions)
     weights = torch.randn(len(batch) * RESPONSE) * 1e-6
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         policy.log_probs(batch, entropies=True)
         policy.accumulate(batch, lambda index, log_probs, _: weights[index] * log_probs)
         assert policy.step().applied
-    return bytes_of("VmHWM")
+    return read_status("VmHWM")
 
 
 def measure(small: str, model: str, layouts: list[dict[str, Any]], dtype: torch.dtype, questions: int) -> list[int]:
-    """Peak bytes above the baseline of each layout, on this rank."""
+    """This rank's peak bytes above the baseline, for each layout. The model `small` runs first to import all."""
     peaks = []
     for path, changes in [(small, layouts[0]), *((model, changes) for changes in layouts)]:
         config = model_config(Path(path), token_budget=BUDGET, **changes)
         parallel.start(config)
         gc.collect()
-        before = bytes_of("VmRSS")
+        before = read_status("VmRSS")
         policy = Policy(config, dtype=dtype)
         peaks.append(train(policy, questions if path == model else 1) - before)
         del policy
     return peaks[1:]
 
 
-def estimated(model: str, changes: dict[str, Any], world_size: int, precision: str, questions: int) -> Memory:
+def estimate(model: str, changes: dict[str, Any], world_size: int, precision: str, questions: int) -> Memory:
     overrides = [
         f"model.path={model}",
         "data.train_files=[none]",
@@ -88,11 +92,12 @@ def estimated(model: str, changes: dict[str, Any], world_size: int, precision: s
         *(f"model.{key}={value}" for key, value in changes.items()),
     ]
     config = compose(overrides=overrides)
-    return estimate_memory(config, read_shape(model), Layout.from_config(config.model, world_size), cuda=False)
+    work = find_workload(config, check_objective(config))
+    return estimate_memory(work, read_shape(model), Layout.from_config(config.model, world_size), cuda=False)
 
 
 def check(
-    on_new_ranks: Callable[..., list[Any]],
+    run_on_new_ranks: Callable[..., list[Any]],
     directory: Path,
     shape: dict[str, int],
     world_size: int,
@@ -101,20 +106,20 @@ def check(
     questions: int = 4,
     architecture: str = "qwen2",
 ) -> None:
-    """Compare measured and estimated peaks within 15%. questions: two of them fill a micro-batch."""
+    """Check that measured and estimated peaks agree within 15%. questions: of a mini-batch; two fill a micro-batch."""
     sizes = {"vocab_size": 4096, "max_position_embeddings": 1024, "num_attention_heads": 8}
     model = str(save_model(directory / "model", architecture, tied=False, **(sizes | shape)))
     small = str(save_model(directory / "small", "qwen2", tied=False, **(sizes | {"hidden_size": 64})))
     dtype = {"32": torch.float32, "bf16": torch.bfloat16}[precision]
-    ranks = on_new_ranks(world_size, measure, small, model, layouts, dtype, questions)
+    ranks = run_on_new_ranks(world_size, measure, small, model, layouts, dtype, questions)
     for changes, *peaks in zip(layouts, *ranks, strict=True):
-        expected = estimated(model, changes, world_size, precision, questions)
+        expected = estimate(model, changes, world_size, precision, questions)
         figures = f"{changes}: measured {[p >> 20 for p in peaks]} MiB, estimated {expected.training >> 20}: {expected}"
         assert expected.training == pytest.approx(max(peaks), rel=0.15), figures
 
 
 @pytest.fixture(autouse=True)
-def _pages_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def _return_freed_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
 
@@ -125,28 +130,28 @@ SP = TP | {"sequence_parallel": True}
 VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
 
 
-def test_one_process(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    """A model with norms of queries and keys."""
-    check(on_new_ranks, tmp_path, HEADS, 1, [{}], questions=2, architecture="qwen3")
+def test_one_process(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """The model has norms of queries and keys."""
+    check(run_on_new_ranks, tmp_path, WIDE_HEADS, 1, [{}], questions=2, architecture="qwen3")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [WIDE, WORDY], ids=["wide", "wordy"])
-def test_two_processes(on_new_ranks: Callable[..., list[Any]], tmp_path: Path, shape: dict[str, int]) -> None:
-    check(on_new_ranks, tmp_path, shape, 2, [{}, FULL, TP, TP | FULL, SP, SP | SELECTIVE, PP, PP | FULL, CP])
+@pytest.mark.parametrize("shape", [WIDE, SHALLOW], ids=["wide", "shallow"])
+def test_two_processes(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path, shape: dict[str, int]) -> None:
+    check(run_on_new_ranks, tmp_path, shape, 2, [{}, FULL, TP, TP | FULL, SP, SP | SELECTIVE, PP, PP | FULL, CP])
 
 
 @pytest.mark.slow
-def test_four_processes(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    check(on_new_ranks, tmp_path, WIDE, 4, [SP | PP, TP | FULL, PP, VPP], questions=16)
+def test_four_processes(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(run_on_new_ranks, tmp_path, WIDE, 4, [SP | PP, TP | FULL, PP, VPP], questions=16)
 
 
 @pytest.mark.slow
-def test_bfloat16(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    check(on_new_ranks, tmp_path, WIDE, 1, [{}, FULL, SELECTIVE], "bf16")
+def test_bfloat16(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(run_on_new_ranks, tmp_path, WIDE, 1, [{}, FULL, SELECTIVE], "bf16")
 
 
 @pytest.mark.slow
-def test_norms_of_queries_and_keys(on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    check(on_new_ranks, tmp_path, HEADS, 1, [{}, FULL, SELECTIVE], "bf16", architecture="qwen3")
-    check(on_new_ranks, tmp_path, HEADS, 2, [TP, SP, CP], architecture="qwen3")
+def test_norms_of_queries_and_keys(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(run_on_new_ranks, tmp_path, WIDE_HEADS, 1, [{}, FULL, SELECTIVE], "bf16", architecture="qwen3")
+    check(run_on_new_ranks, tmp_path, WIDE_HEADS, 2, [TP, SP, CP], architecture="qwen3")

@@ -32,9 +32,9 @@ FOUR: list[dict[str, Any]] = [
 ]
 
 
-def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: bool) -> tuple[Any, ...]:
-    """Train four steps. Returns the number of buckets and the weights as seen by the optimizer (fingerprint), a forward
-    pass, decoding, and the export."""
+def run_training(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: bool) -> tuple[Any, ...]:
+    """Train four steps. Returns the number of buckets, and the results of all that reads the trained weights: the
+    optimizer's fingerprint, log-probs [T], decoded responses, and the exported weights by name."""
     original = DistributedDataParallelConfig
     changes = {"bucket_size": BUCKET_SIZE} | ({} if overlap else {"overlap_param_gather": False})
     options.DistributedDataParallelConfig = lambda **settings: original(**settings | changes)
@@ -48,30 +48,30 @@ def outcome(model: str, layout: dict[str, Any], dtype: torch.dtype, overlap: boo
     train(policy, [2])
     responses = MegatronEngine(policy, [1]).generate([[5, 6], [7]], [1, 2], SamplingParams(1.0, 8))
     train(policy, [3])
-    named = {name: weight.clone() for name, weight in policy.named_weights()}
+    weights = {name: weight.clone() for name, weight in policy.named_weights()}
     buckets = sum(len(ddp.bucket_groups) for ddp in policy.network)
-    return buckets, fingerprint(policy), log_probs, [r.tokens.tolist() for r in responses], named
+    return buckets, fingerprint(policy), log_probs, [r.tokens.tolist() for r in responses], weights
 
 
 def compare(models: list[str], layouts: list[dict[str, Any]], dtype: torch.dtype) -> None:
     for model, layout in product(models, layouts):
-        buckets, bits, log_probs, responses, named = outcome(model, layout, dtype, overlap=True)
-        waited = outcome(model, layout, dtype, overlap=False)
+        buckets, checksum, log_probs, responses, weights = run_training(model, layout, dtype, overlap=True)
+        expected = run_training(model, layout, dtype, overlap=False)
         # megatron gives later pipeline stages one bucket each, since a step does not wait for their communication.
         later = parallel_state.get_pipeline_model_parallel_rank() > 0
-        assert buckets > 1 or later, "one bucket overlaps with nothing"
-        assert (bits, responses) == (waited[1], waited[3]), layout
-        assert torch.equal(log_probs, waited[2]), layout
-        assert all(torch.equal(weight, waited[4][name]) for name, weight in named.items()), layout
+        assert buckets > 1 or later, "there is only one bucket, so nothing can overlap"
+        assert (checksum, responses) == (expected[1], expected[3]), layout
+        assert torch.equal(log_probs, expected[2]), layout
+        assert all(torch.equal(weight, expected[4][name]) for name, weight in weights.items()), layout
 
 
-def test_two_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_two_processes(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     models = [str(save_model(tmp_path / str(tied), "qwen2", tied=tied)) for tied in (True, False)]
-    on_ranks(2, compare, models, TWO, torch.float32)
+    run_on_ranks(2, compare, models, TWO, torch.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_four_processes(on_ranks: Callable[..., list[Any]], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_four_processes(run_on_ranks: Callable[..., list[Any]], tmp_path: Path, dtype: torch.dtype) -> None:
     models = [str(save_model(tmp_path / str(tied), "qwen2", tied=tied)) for tied in (True, False)]
-    on_ranks(4, compare, models, FOUR, dtype)
+    run_on_ranks(4, compare, models, FOUR, dtype)

@@ -1,4 +1,4 @@
-"""A refit from any training layout: the engine's process receives the policy's weights, bit for bit."""
+"""A refit from any training layout gives the engine's process the policy's weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BUCKET_BYTES = 1  # gives the smallest possible bucket, so that most tensors com
 
 
 def refit_twice(source: Path, work: Path, layout: dict[str, int]) -> None:
-    """Refit an engine of the first rank twice. The engine's last weights are saved in work/kept, the policy's in
-    work/export."""
+    """Refit the first rank's engine twice, with a change of the weights in between. The engine's last weights are saved
+    in work/kept, the policy's in work/export."""
     config = model_config(source, **layout)
     parallel.start(config)
     policy = Policy(config)
@@ -44,22 +44,22 @@ def refit_twice(source: Path, work: Path, layout: dict[str, int]) -> None:
     policy.export(work / "export")
 
 
-def check(tensor: int, pipeline: int, tied: bool, work: Path, on_ranks: Callable[..., list[Any]]) -> None:
+def check(tensor: int, pipeline: int, tied: bool, work: Path, run_on_ranks: Callable[..., list[Any]]) -> None:
     source = save_model(work / "model", "qwen2", tied=tied)
     layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
-    on_ranks(tensor * pipeline, refit_twice, source, work, layout)
-    received, exported = load_file(work / "kept"), load_file(work / "export/model.safetensors")
+    run_on_ranks(tensor * pipeline, refit_twice, source, work, layout)
+    engine_weights, policy_weights = load_file(work / "kept"), load_file(work / "export/model.safetensors")
     expected = {name: 1.5 * weight for name, weight in load_file(source / "model.safetensors").items()}
     if tied:
         expected.pop("lm_head.weight", None)
-        exported.pop("lm_head.weight", None)
-    assert received.keys() == expected.keys() == exported.keys()
-    for name, weight in received.items():
-        assert torch.equal(weight, expected[name]) and torch.equal(weight, exported[name]), name
+        policy_weights.pop("lm_head.weight", None)
+    assert engine_weights.keys() == expected.keys() == policy_weights.keys()
+    for name, weight in engine_weights.items():
+        assert torch.equal(weight, expected[name]) and torch.equal(weight, policy_weights[name]), name
 
 
-def test_the_engine_receives_the_policys_weights(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
-    check(2, 2, True, tmp_path, on_ranks)
+def test_the_engine_receives_the_policys_weights(tmp_path: Path, run_on_ranks: Callable[..., list[Any]]) -> None:
+    check(2, 2, True, tmp_path, run_on_ranks)
 
 
 @pytest.mark.slow
@@ -67,6 +67,6 @@ def test_the_engine_receives_the_policys_weights(tmp_path: Path, on_ranks: Calla
     ("tensor", "pipeline", "tied"), [(2, 2, False), (2, 1, True), (2, 1, False), (1, 2, True), (1, 2, False)]
 )
 def test_the_engine_receives_the_policys_weights_at_every_layout(
-    tensor: int, pipeline: int, tied: bool, tmp_path: Path, on_ranks: Callable[..., list[Any]]
+    tensor: int, pipeline: int, tied: bool, tmp_path: Path, run_on_ranks: Callable[..., list[Any]]
 ) -> None:
-    check(tensor, pipeline, tied, tmp_path, on_ranks)
+    check(tensor, pipeline, tied, tmp_path, run_on_ranks)

@@ -1,4 +1,4 @@
-"""Commands and snippets of README and docs/, as a reader would copy them, and the settings of a command."""
+"""Reads the commands and snippets of README and docs/, as a reader would copy them, and checks a command's settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, or a block of lines indented by four spaces, whose language is ""."""
+    """A block of code in a document: a fenced one, or lines indented by four spaces, whose language is ""."""
 
     document: Path
     language: str
     text: str
 
 
-def blocks(document: Path) -> list[Block]:
+def read_blocks(document: Path) -> list[Block]:
+    """The document's blocks: the fenced ones, then the indented ones."""
     text = document.read_text(encoding="utf-8")
     fenced = [Block(document, language, body) for language, body in _FENCE.findall(text)]
     plain = _FENCE.sub("\n", text)
@@ -35,29 +36,29 @@ def blocks(document: Path) -> list[Block]:
     return fenced + [Block(document, "", re.sub(r"^    ", "", body, flags=re.MULTILINE)) for body in indented]
 
 
-def commands(document: Path) -> list[str]:
-    """Each command on one line, comments included (bash ignores them). Lines of output beside them are left out."""
+def read_commands(document: Path) -> list[str]:
+    """The document's calls of PROGRAMS, each on one line, with its comment; bash ignores comments."""
     lines = [
         line
-        for block in blocks(document)
+        for block in read_blocks(document)
         if block.language in ("", "bash", "sh")
         for line in block.text.replace("\\\n", " ").splitlines()
     ]
     return [line.strip() for line in lines if line.strip().split(" ")[0].removeprefix(".venv/bin/") in PROGRAMS]
 
 
-def words(command: str) -> list[str]:
+def split_command(command: str) -> list[str]:
     return shlex.split(command, comments=True)
 
 
-def settings(arguments: list[str]) -> RunConfig:
-    """The settings of train, evaluate, verify or plan, checked as the command would before it starts."""
+def check_settings(arguments: list[str]) -> RunConfig:
+    """The configuration of train, evaluate, verify or plan with these arguments, checked as the command itself does."""
     options, rest = cli._parser().parse_known_args(["plan", *arguments])
     overrides = [word for word in [*options.overrides, *rest] if word != "..."]
     assert not [word for word in overrides if word.startswith("-") or "=" not in word], overrides
-    given = {word.partition("=")[0] for word in overrides}
-    filled = {"model.path": "m", "data.train_files": "[q.json]"}
-    more = [f"{k}={v}" for k, v in filled.items() if k not in given] if options.config_name == "config" else []
-    config = compose(options.config_name, [*overrides, *more], options.config_path)
+    keys = {word.partition("=")[0] for word in overrides}
+    required = {"model.path": "m", "data.train_files": "[q.json]"}
+    missing = [f"{k}={v}" for k, v in required.items() if k not in keys] if options.config_name == "config" else []
+    config = compose(options.config_name, [*overrides, *missing], options.config_path)
     consistency.check_consistency(config, config.trainer.devices * config.trainer.num_nodes)
     return config

@@ -16,8 +16,8 @@ REWARD = "def brief(response, answers):\n    return 1.0\n"
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: question files, the quickstart's model, a user's reward."""
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a test, with question files, the quickstart's assets and a user's reward."""
     for name in ("questions.jsonl", "heldout.jsonl", "more.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS[name == "heldout.jsonl" :]))
     (tmp_path / "answers.jsonl").write_text(json.dumps({"response": r"\boxed{4}", "answer": "4"}) + "\n")
@@ -28,10 +28,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def runs(place: Path) -> None:
-    """The run directories of two finished runs, quickstart and grpo."""
+def runs(directory: Path) -> None:
+    """Run directories as two finished runs, quickstart and grpo, leave them."""
     for name in ("quickstart", "grpo"):
-        run = place / "runs" / name
+        run = directory / "runs" / name
         (run / "rollouts").mkdir(parents=True)
         (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
         line = {"question": QUESTIONS[1]["problem"], "response": "2", "reward": 1.0, "correct": True}

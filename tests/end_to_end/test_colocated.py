@@ -1,10 +1,10 @@
-"""The order of a run's steps with an engine on the training GPUs, as an engine in a process of its own sees it."""
+"""The order of operations in a run with a colocated engine, as a fake engine in a process of its own records them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from commands import at
+from commands import run_directory
 from fake_engine import ANY_MISMATCH, fake_python
 
 MODULE = """
@@ -28,13 +28,13 @@ def coin(response, answer):
 
 
 def test_the_engine_sleeps_while_the_policy_trains(commands, tmp_path: Path) -> None:
-    notes, told = tmp_path / "notes", tmp_path / "told"
+    notes, settings_file = tmp_path / "notes", tmp_path / "told"
     (tmp_path / "noted.py").write_text(MODULE.replace("NOTES", str(notes)))
     settings = (
         "generation=vllm",
         *ANY_MISMATCH,
         f"generation.python={fake_python(tmp_path)}",
-        f"generation.options={{notes: '{notes}', told: '{told}'}}",
+        f"generation.options={{notes: '{notes}', settings_file: '{settings_file}'}}",
         "algorithm.name=noted:Noted",
         "reward.verifier=noted:coin",
         "reward.require_think=false",
@@ -42,10 +42,10 @@ def test_the_engine_sleeps_while_the_policy_trains(commands, tmp_path: Path) -> 
         "evaluation.enabled=true",
         "evaluation.samples=1",
     )
-    commands("train", *settings, at(tmp_path / "run"), PYTHONPATH=str(tmp_path)).ok()
-    assert '"sleeps": true' in told.read_text()
-    seen = notes.read_text().split()
-    once = [word for i, word in enumerate(seen) if i == 0 or word != seen[i - 1]]
-    probe = ["begin", "commit", "generate", "sleep", "wake"]  # before the evaluation
+    commands("train", *settings, run_directory(tmp_path / "run"), PYTHONPATH=str(tmp_path)).ok()
+    assert '"sleeps": true' in settings_file.read_text()
+    operations = notes.read_text().split()
+    changes = [word for i, word in enumerate(operations) if i == 0 or word != operations[i - 1]]
+    probe = ["begin", "commit", "generate", "sleep", "wake"]  # the check of the engine before the first evaluation
     steps = ["begin", "commit", "generate", "sleep", "train", "wake"] * 2
-    assert once == [*probe, *steps, "begin", "commit", "generate"]
+    assert changes == [*probe, *steps, "begin", "commit", "generate"]

@@ -1,10 +1,10 @@
-"""Every objective and constraint trains through the whole loop: one step, weights moved, its own metrics."""
+"""Every objective and constraint trains a step through the whole loop: it has a gradient and moves the weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from commands import QUICKSTART, at, metrics
+from commands import QUICKSTART, read_metrics, run_directory
 from safetensors.torch import load_file
 
 KINDS = {
@@ -28,8 +28,8 @@ KINDS = {
 def test_a_step_moves_the_weights(kind, commands, tmp_path):
     run = tmp_path / "run"
     more = "generation.responses_per_question=8"  # so that some are right
-    commands("train", *KINDS[kind], more, at(run)).ok()
-    (line,) = metrics(run)
+    commands("train", *KINDS[kind], more, run_directory(run)).ok()
+    (line,) = read_metrics(run)
     assert line["mini_batches/skipped"] == 0
     assert line["groups/mixed"] > 0 and line["grad_norm"] > 0
     before, after = load_file(QUICKSTART / "model/model.safetensors"), load_file(run / "export/model.safetensors")
@@ -39,8 +39,8 @@ def test_a_step_moves_the_weights(kind, commands, tmp_path):
 def test_the_reference_holds_the_policy_back(commands, tmp_path):
     for name, coefficient in (("free", 0.0), ("held", 1.0)):
         overrides = ("algorithm=grpo", f"algorithm.kl_coefficient={coefficient}", "trainer.max_steps=2")
-        commands("train", *overrides, at(tmp_path / name)).ok()
-    free, held = (load_file(tmp_path / name / "export/model.safetensors") for name in ("free", "held"))
-    assert any(not torch.equal(free[name], held[name]) for name in free)
-    first, second = ([line["grad_norm"] for line in metrics(tmp_path / name)] for name in ("free", "held"))
+        commands("train", *overrides, run_directory(tmp_path / name)).ok()
+    free, penalized = (load_file(tmp_path / name / "export/model.safetensors") for name in ("free", "held"))
+    assert any(not torch.equal(free[name], penalized[name]) for name in free)
+    first, second = ([line["grad_norm"] for line in read_metrics(tmp_path / name)] for name in ("free", "held"))
     assert first != second

@@ -1,4 +1,4 @@
-"""A response that no machine can evaluate costs its time limit and its reward, and the run goes on."""
+"""A response whose answer no machine can evaluate gets reward 0 after the grader's time limit, and the run goes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from commands import QUICKSTART, at, metrics
+from commands import QUICKSTART, read_metrics, run_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_disco.data.chat import encode_prompts
@@ -17,8 +17,8 @@ TOWER = "</think>\n\\boxed{9^{9^{9^{9}}}}"
 
 
 @pytest.fixture
-def obsessed(commands, tmp_path):
-    """The quickstart's model after some steps on one response: now it answers every question with it."""
+def tower_model(commands, tmp_path):
+    """The quickstart's model after some steps on the response TOWER, with which it now answers most questions."""
     model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "model")
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "model")
     prompts, _ = encode_prompts(
@@ -38,14 +38,14 @@ def obsessed(commands, tmp_path):
     return tmp_path / "obsessed"
 
 
-def test_a_power_tower_costs_its_time_limit(obsessed, commands, tmp_path):
+def test_a_power_tower_costs_its_time_limit(tower_model, commands, tmp_path):
     run = tmp_path / "run"
     overrides = ("reward.timeout=1", "reward.workers=2", "generation.temperature=0.1", "trainer.max_steps=2")
-    commands("train", f"model.path={obsessed}", *overrides, at(run)).ok()
+    commands("train", f"model.path={tower_model}", *overrides, run_directory(run)).ok()
     saved = [json.loads(line) for n in (1, 2) for line in (run / f"rollouts/step_{n}.jsonl").read_text().splitlines()]
     towers = [line for line in saved if line["response"] == TOWER]
     assert len(towers) > len(saved) / 2
     assert {line["reward"] for line in towers} == {0.0}
-    # Four questions a step, so four answers to compare with the tower, two at a time, of a second each: of processor
-    # time, and this machine may be busy. One that were not ended by it would be after a minute by the clock.
-    assert all(1 < line["time/grade"] < 50 for line in metrics(run))
+    # Four questions a step are four answers to compare with the tower, two at a time, with a limit of one second of
+    # processor time each; a busy machine takes longer. Without that limit, a comparison would be ended after a minute.
+    assert all(1 < line["time/grade"] < 50 for line in read_metrics(run))

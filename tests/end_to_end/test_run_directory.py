@@ -1,4 +1,4 @@
-"""Accidents of a run's directory: a disk that refuses, a lock that is taken away, links in the way of its files."""
+"""Accidents of a run's directory: a disk that refuses to write, a replaced lock, and links in place of its files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import errno
 import os
 
 import pytest
-from commands import at, on_fsync
+from commands import act_at_fsync, run_directory
 
 from nemo_disco.runtime.files import _exchange
 
-EVALUATED = ("evaluation.enabled=true", "evaluation.samples=1", "exp_manager.tensorboard=true")
+WITH_EVALUATION = ("evaluation.enabled=true", "evaluation.samples=1", "exp_manager.tensorboard=true")
 
 
 @pytest.mark.parametrize(
-    ("command", "broken", "number", "named"),
+    ("command", "file", "number", "name"),
     [
         ("train", "/metrics.jsonl", errno.ENOSPC, "metrics.jsonl"),
         ("train", "/rollouts/.step_1.jsonl", errno.EDQUOT, "rollouts/step_1.jsonl"),
@@ -24,29 +24,30 @@ EVALUATED = ("evaluation.enabled=true", "evaluation.samples=1", "exp_manager.ten
         ("evaluate", "/evaluation/test.step_0.samples.jsonl", errno.ENOSPC, "evaluation/test.step_0.samples.jsonl"),
     ],
 )
-def test_a_disk_that_refuses_is_one_line_with_the_file(command, broken, number, named, commands, tmp_path):
+def test_a_disk_that_refuses_to_write_is_one_line_with_the_file(command, file, number, name, commands, tmp_path):
     run = tmp_path / "run"
-    broke = on_fsync(tmp_path, broken, f"raise OSError({number}, os.strerror({number}))")  # as the kernel says it
-    done = commands(command, *EVALUATED, at(run), **broke)
-    assert done.code == 2, done.err
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in done.err
-    assert errors[0].startswith(f"error: {run}/{named}")
+    # The error of number `number` is raised as the kernel would report it.
+    environment = act_at_fsync(tmp_path, file, f"raise OSError({number}, os.strerror({number}))")
+    result = commands(command, *WITH_EVALUATION, run_directory(run), **environment)
+    assert result.code == 2, result.err
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.err
+    assert errors[0].startswith(f"error: {run}/{name}")
     assert f"cannot be written: {os.strerror(number)}" in errors[0]
 
 
-def test_a_directory_that_is_taken_away_ends_the_run_and_stays_anothers(commands, tmp_path):
+def test_a_directory_that_is_replaced_ends_the_run_which_leaves_the_new_one_alone(commands, tmp_path):
     run = tmp_path / "run"
-    started = commands.start("train", "trainer.max_steps=1000000", at(run), devices=2)
-    started.wait_for(run / "rollouts/step_1.jsonl")
+    command = commands.start("train", "trainer.max_steps=1000000", run_directory(run), devices=2)
+    command.wait_for(run / "rollouts/step_1.jsonl")
     other = tmp_path / "other"
     other.mkdir()
     (other / ".lock").touch()
-    assert _exchange(other, run)  # at once, or the run finds no directory for a moment
-    done = started.wait()
-    assert done.code == 2
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in done.err
+    assert _exchange(other, run)  # in one operation, or the run would find no directory for a moment
+    result = command.wait()
+    assert result.code == 2
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.err
     assert errors[0].startswith(f"error: {run}/.lock, by which this run holds its directory, was replaced")
     assert [path.name for path in run.iterdir()] == [".lock"] and not (run / ".lock").read_text()
 
@@ -59,6 +60,6 @@ def test_what_a_link_points_at_is_left_alone(command, name, commands, tmp_path):
     (run / name).parent.mkdir(parents=True)
     (tmp_path / "precious").write_text("precious")
     (run / name).symlink_to(tmp_path / "precious")
-    done = commands(command, at(run))
-    assert done.code == 2 and f"error: {run}/{name}" in done.err and "a symbolic link" in done.err
+    result = commands(command, run_directory(run))
+    assert result.code == 2 and f"error: {run}/{name}" in result.err and "a symbolic link" in result.err
     assert (tmp_path / "precious").read_text() == "precious"

@@ -1,39 +1,48 @@
-"""Layouts of a cluster: the legal and the fitting ones, a step's seconds, and the recommendation."""
+"""Layouts on a cluster: which are legal, which fit into memory, how long a step takes, and which is recommended."""
 
 from dataclasses import replace
 from functools import cache
 
 import pytest
 
+from nemo_disco.commands.checks import check_objective
+from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.layouts import USABLE, assess, candidates, recommend
 from nemo_disco.estimate.memory import Layout
-from nemo_disco.estimate.timing import Needs
 from nemo_disco.models.shape import NAMES_BY_SIZE, PUBLISHED
 
 GIB = 2**30
-DISCO = Needs()
 
 
 @cache
-def recipe(nodes=1):
+def compose_recipe(nodes=1):
     return compose("recipe/disco_logl_7b", [f"trainer.num_nodes={nodes}"])
 
 
-def known_shape(size):
+@cache
+def recipe_workload():
+    """The work of a step of the recipe, which does not depend on the number of GPUs."""
+    return find_workload(compose_recipe(), check_objective(compose_recipe()))
+
+
+def published_shape(size):
     return PUBLISHED[NAMES_BY_SIZE[size]]
 
 
-def seconds(layout, needs=DISCO, gpu=80):
-    """Seconds of a step of the 7B model on four nodes."""
+def estimate_seconds(layout, gpu=80, **changes):
+    """Estimated seconds of a step of the 7B model on four nodes, by part.
+
+    gpu: memory of a GPU in GiB; changes: of the workload.
+    """
     layout = replace(layout, data=32 // layout.model_ranks)
-    return assess(recipe(nodes=4), known_shape("7b"), layout, needs, gpu * GIB, 8).seconds
+    return assess(replace(recipe_workload(), **changes), published_shape("7b"), layout, gpu * GIB, 8).seconds
 
 
 @pytest.mark.parametrize("size", list(NAMES_BY_SIZE))
 def test_every_layout_listed_is_legal_and_the_fitting_come_first(size):
-    shape = known_shape(size)
-    layouts = candidates(recipe(nodes=4), shape, DISCO, 80 * GIB)
+    shape = published_shape(size)
+    layouts = candidates(compose_recipe(nodes=4), recipe_workload(), shape, 80 * GIB)
     assert len(layouts) == len({c.layout for c in layouts}) > 4
     for c in layouts:
         layout = c.layout
@@ -49,7 +58,7 @@ def test_every_layout_listed_is_legal_and_the_fitting_come_first(size):
 
 @pytest.mark.parametrize(("size", "nodes"), [("1.5b", 1), ("7b", 1), ("8b", 1), ("32b", 4), ("70b", 8)])
 def test_each_size_has_a_layout_on_nodes_of_eight_80_gb_gpus(size, nodes):
-    layouts = candidates(recipe(nodes=nodes), known_shape(size), DISCO, 80 * GIB)
+    layouts = candidates(compose_recipe(nodes=nodes), recipe_workload(), published_shape(size), 80 * GIB)
     best = recommend(layouts)
     assert best is not None and best.fits
     assert best.seconds.step <= 1.05 * layouts[0].seconds.step
@@ -60,23 +69,25 @@ def test_each_size_has_a_layout_on_nodes_of_eight_80_gb_gpus(size, nodes):
 
 
 def test_none_is_recommended_where_none_fits():
-    assert recommend(candidates(recipe(), known_shape("70b"), DISCO, 80 * GIB)) is None
-    assert recommend(candidates(recipe(), known_shape("70b"), DISCO, 400 * GIB)) is not None
+    assert recommend(candidates(compose_recipe(), recipe_workload(), published_shape("70b"), 80 * GIB)) is None
+    assert recommend(candidates(compose_recipe(), recipe_workload(), published_shape("70b"), 400 * GIB)) is not None
 
 
 def test_recomputation_is_the_least_that_fits():
-    def recomputed(gigabytes):
-        layouts = candidates(recipe(), known_shape("1.5b"), DISCO, gigabytes * GIB)
+    def least_recomputation(gigabytes):
+        layouts = candidates(compose_recipe(), recipe_workload(), published_shape("1.5b"), gigabytes * GIB)
         return next(c.layout.recompute for c in layouts if c.layout.model_ranks == 1)
 
-    assert recomputed(80) == "full" and recomputed(400) is None
+    assert least_recomputation(80) == "full" and least_recomputation(400) is None
 
 
 def test_training_flops_by_hand():
-    """One GPU: 6 FLOPs per weight and token (arXiv 2001.08361, 2.1), and three times attention's 2 n q per layer."""
-    layout, config = Layout(data=1), compose("recipe/disco_logl_7b", ["trainer.devices=1"])
-    shape, tokens = known_shape("7b"), 128 * 8 * 9216 / 3
-    estimate = assess(config, shape, layout, DISCO, 400 * GIB, 1).seconds
+    """On one GPU: 6 FLOPs per weight and token (arXiv 2001.08361, 2.1), and three times attention's 2 n q per layer.
+
+    n is the length of a sequence, q the width of the queries.
+    """
+    shape, tokens = published_shape("7b"), 128 * 8 * 9216 / 3
+    estimate = assess(recipe_workload(), shape, Layout(), 400 * GIB, 1).seconds
     weights = shape.parameters - shape.embedding_parameters  # the embedding is looked up
     attention = 2 * tokens * 1.6 * (9216 / 3) * 28 * 28 * 128
     expected = 6 * tokens * weights / (0.4 * 989e12) + 3 * attention / (0.25 * 989e12)
@@ -87,12 +98,15 @@ def test_training_flops_by_hand():
 
 
 def test_decoding_is_bound_by_bandwidth():
-    """Each token reads all weights: fewer with TP, not with PP, whose stages take turns; each wave reads them again."""
-    alone, halves = seconds(Layout()).generate, seconds(Layout(tensor=2)).generate
+    """Each decoded token reads all weights of a rank: fewer with TP, but PP saves nothing, as its stages take turns.
+
+    Each further wave of responses reads the weights again.
+    """
+    alone, halves = estimate_seconds(Layout()).generate, estimate_seconds(Layout(tensor=2)).generate
     assert alone > 8192 * 2 * 7.6e9 / (0.6 * 3.35e12)
     assert alone > halves
-    assert seconds(Layout(pipeline=2)).generate >= alone
-    assert seconds(Layout(pipeline=2), gpu=40).generate > 1.5 * seconds(Layout(pipeline=2)).generate
+    assert estimate_seconds(Layout(pipeline=2)).generate >= alone
+    assert estimate_seconds(Layout(pipeline=2), gpu=40).generate > 1.5 * estimate_seconds(Layout(pipeline=2)).generate
 
 
 @pytest.mark.parametrize(
@@ -107,15 +121,15 @@ def test_decoding_is_bound_by_bandwidth():
     ],
 )
 def test_a_layout_with_more_work_takes_longer(slower, faster, part):
-    assert getattr(seconds(slower), part) > getattr(seconds(faster), part)
+    assert getattr(estimate_seconds(slower), part) > getattr(estimate_seconds(faster), part)
 
 
 def test_an_objectives_extra_passes_take_time():
-    whole, separable = seconds(Layout()), seconds(Layout(), needs=Needs(two_passes=False))
-    assert separable.pass1 == 0 < whole.pass1 and separable.train == whole.train
-    assert seconds(Layout(), needs=Needs(reference=True)).log_probs == pytest.approx(2 * whole.log_probs)
+    two_pass, separable = estimate_seconds(Layout()), estimate_seconds(Layout(), two_passes=False)
+    assert separable.pass1 == 0 < two_pass.pass1 and separable.train == two_pass.train
+    assert estimate_seconds(Layout(), reference=True).log_probs == pytest.approx(2 * two_pass.log_probs)
 
 
 def test_a_layout_beyond_a_node_pays_for_the_network():
-    near = seconds(Layout(context=8)).log_probs
-    assert seconds(Layout(tensor=4, context=8)).log_probs > near
+    near = estimate_seconds(Layout(context=8)).log_probs
+    assert estimate_seconds(Layout(tensor=4, context=8)).log_probs > near

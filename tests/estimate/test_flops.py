@@ -42,11 +42,11 @@ def test_packed_sequences_cost_what_each_costs_alone() -> None:
     alone = sum(forward_flops(SHAPE, [n], predicted=0) for n in lengths)
     assert forward_flops(SHAPE, lengths, predicted=0) == alone
     one_row = forward_flops(SHAPE, [sum(lengths)], predicted=0)
-    assert alone < one_row, "attention across sequences is not work"
+    assert alone < one_row, "one sequence of the same length has more attention than the packed sequences"
 
 
 def test_flops_are_six_n_and_attention() -> None:
-    """The rule of thumb, on a published shape: 6 N D for what multiplies every token, plus 6 L d n^2 of attention."""
+    """Rule of thumb on a published shape: 6 N D for the weights that multiply each token, 6 L d n^2 for attention."""
     shape, n = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"], 8192
     parameters = shape.parameters - shape.embedding_parameters
     expected = 6 * parameters * n + 6 * shape.layers * shape.query_width * n**2

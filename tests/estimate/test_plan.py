@@ -1,27 +1,33 @@
-"""The plan: published parameter counts, and memory computed by hand."""
+"""The plan: parameter counts are the published ones, memory is as computed by hand, and its text names the choices."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from nemo_disco.commands.checks import check_objective
-from nemo_disco.commands.plan import find_needs
+from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate_memory, host_memory
-from nemo_disco.estimate.plan import print_plan, vocabulary
+from nemo_disco.estimate.plan import batch_sizes, print_plan
 from nemo_disco.models.shape import PUBLISHED, find_shape, read_shape
 from nemo_disco.runtime.errors import UserError
 
 
-def printed(config, world_size):
+def build_workload(config):
+    return find_workload(config, check_objective(config))
+
+
+def render_plan(config, world_size):
+    """The plan as text."""
     console = Console(file=io.StringIO(), width=140)
-    print_plan(config, world_size, find_needs(check_objective(config)), console)
+    print_plan(config, world_size, build_workload(config), console)
     return console.file.getvalue()
 
 
-def rank_memory(config, shape, world_size=8, **options):
-    return estimate_memory(config, shape, Layout.from_config(config.model, world_size), **options)
+def estimate_rank(config, shape, world_size=8):
+    return estimate_memory(build_workload(config), shape, Layout.from_config(config.model, world_size))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +58,9 @@ def test_a_shape_counts_what_transformers_builds(model_directory):
         assert read_shape(directory).parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_the_batch_vocabulary_of_the_papers():
-    terms = dict(vocabulary(compose("recipe/disco_logl_1.5b"), world_size=8))
+def test_the_batch_sizes_of_the_papers():
+    config = compose("recipe/disco_logl_1.5b")
+    terms = dict(batch_sizes(build_workload(config), Layout(data=8), config.trainer.max_steps))
     assert terms["responses per step"] == "1,024 = 128 questions x 8 responses"
     assert terms["mini-batches per step"] == "4 of 32 questions, 256 responses each"
     assert terms["optimizer steps in the run"] == "5,600"
@@ -65,11 +72,13 @@ def test_the_batch_vocabulary_of_the_papers():
 def test_weights_gradients_and_optimizer_state_by_hand():
     config = compose("recipe/disco_logl_1.5b")
     shape = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"]
-    memory = rank_memory(config, shape)
+    memory = estimate_rank(config, shape)
     assert memory.weights == 2 * shape.parameters
     assert memory.gradients == 4 * shape.parameters
     assert memory.optimizer == 12 * shape.parameters // 8
-    assert memory.reference == 0 and rank_memory(config, shape, reference=True).reference == memory.weights
+    layout = Layout.from_config(config.model, 8)
+    with_reference = estimate_memory(replace(build_workload(config), reference=True), shape, layout)
+    assert memory.reference == 0 and with_reference.reference == memory.weights
     assert memory.kv_cache == 128 * 9216 * 28 * 2 * 256 * 2  # responses, tokens, layers, K and V, width, bytes
 
 
@@ -87,8 +96,8 @@ def test_weights_gradients_and_optimizer_state_by_hand():
 )
 def test_a_layout_shrinks_what_it_splits(overrides, part, least, most):
     shape = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"]
-    whole = rank_memory(compose("recipe/disco_logl_1.5b"), shape)
-    split = rank_memory(compose("recipe/disco_logl_1.5b", overrides), shape)
+    whole = estimate_rank(compose("recipe/disco_logl_1.5b"), shape)
+    split = estimate_rank(compose("recipe/disco_logl_1.5b", overrides), shape)
     assert least <= getattr(split, part) / getattr(whole, part) <= most
 
 
@@ -96,7 +105,7 @@ def test_every_recipe_fits_an_80_gb_gpu_by_its_own_estimate():
     for size in ("1.5b", "7b", "llama_8b"):
         config = compose(f"recipe/disco_logl_{size}")
         shape, _ = find_shape(config.model.path)
-        assert rank_memory(config, shape).training < 60 * 2**30  # with room for the KV cache
+        assert estimate_rank(config, shape).training < 60 * 2**30  # with room for the KV cache
 
 
 def test_activations_of_a_layer_by_hand():
@@ -106,34 +115,35 @@ def test_activations_of_a_layer_by_hand():
     shape = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"]
     layer = 2 * (4 * 1536 + 4 * 1536 + 3 * 256 + 3 * 8960 + 4 * 128) + 4 * 12
     config = compose("recipe/disco_logl_1.5b", ["model.activations_checkpoint_granularity=null"])
-    kept, full = rank_memory(config, shape), rank_memory(compose("recipe/disco_logl_1.5b"), shape)
-    assert kept.activations == 36864 * 28 * layer
+    plain, full = estimate_rank(config, shape), estimate_rank(compose("recipe/disco_logl_1.5b"), shape)
+    assert plain.activations == 36864 * 28 * layer
     assert full.activations == 36864 * 28 * 2 * 1536
-    assert full.layer == kept.layer + 36864 * layer
+    assert full.layer == plain.layer + 36864 * layer
 
 
 def test_the_first_stage_of_a_pipeline_is_the_fullest():
-    """It keeps a micro-batch for itself and each later stage, so the activations of as many layers as without a
-    pipeline; virtual stages keep PP - 1 more micro-batches of a virtual stage (arXiv 2104.04473)."""
+    """The first stage keeps a micro-batch for itself and one for each later stage, so the activations of as many layers
+    as without a pipeline. Virtual stages keep PP - 1 more micro-batches of a virtual stage (arXiv 2104.04473).
+    """
     plain = ["model.activations_checkpoint_granularity=null", "model.pipeline_model_parallel_size=4"]
     shape = PUBLISHED["DeepSeek-R1-Distill-Llama-8B"]
     name, virtual = "recipe/disco_logl_llama_8b", "model.virtual_pipeline_model_parallel_size=2"
-    alone = rank_memory(compose(name, plain[:1]), shape, world_size=32)
-    piped = rank_memory(compose(name, plain), shape, world_size=32)
-    interleaved = rank_memory(compose(name, [*plain, virtual]), shape, world_size=32)
+    alone = estimate_rank(compose(name, plain[:1]), shape, world_size=32)
+    piped = estimate_rank(compose(name, plain), shape, world_size=32)
+    interleaved = estimate_rank(compose(name, [*plain, virtual]), shape, world_size=32)
     assert piped.activations == pytest.approx(alone.activations, rel=0.01)
     assert interleaved.activations == pytest.approx(piped.activations * (1 + 3 / 8), rel=0.01)
 
 
 def test_the_plan_names_its_model(model_directory):
-    text = printed(compose("recipe/disco_logl_7b"), 8)
+    text = render_plan(compose("recipe/disco_logl_7b"), 8)
     assert "7,615,616,512 parameters" in text
     assert "the published shape of DeepSeek-R1-Distill-Qwen-7B" in text and "no such directory" in text
-    assert "DeepSeek-R1-Distill-Qwen-7B." in printed(compose("recipe/disco_logl_7b", ["model.path=7b"]), 8)
+    assert "DeepSeek-R1-Distill-Qwen-7B." in render_plan(compose("recipe/disco_logl_7b", ["model.path=7b"]), 8)
     lengths = ["data.max_prompt_length=64", "generation.max_response_length=64"]
-    text = printed(compose("quickstart", [f"model.path={model_directory()}", *lengths]), 2)
+    text = render_plan(compose("quickstart", [f"model.path={model_directory()}", *lengths]), 2)
     assert "optimizer state" in text and f"Model: {model_directory()}" in text
-    text = printed(compose("quickstart", ["model.path=nowhere"]), 2)
+    text = render_plan(compose("quickstart", ["model.path=nowhere"]), 2)
     assert "nowhere: no Hugging Face model there" in text and "optimizer state" not in text
     assert "no estimate; known without files: model.path=1.5b, 7b, 8b, 32b, 70b" in text
 
@@ -141,7 +151,7 @@ def test_the_plan_names_its_model(model_directory):
 @pytest.mark.parametrize("hub_id", ["Qwen/Qwen3-0.6B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"])
 def test_the_plan_of_a_hub_id_says_how_to_fetch_it(hub_id):
     name = hub_id.rpartition("/")[2]
-    text = printed(compose("quickstart", [f"model.path={hub_id}", "model.token_budget=8192"]), 2)
+    text = render_plan(compose("quickstart", [f"model.path={hub_id}", "model.token_budget=8192"]), 2)
     assert f"hf download {hub_id} --local-dir models/{name}" in text
 
 
@@ -151,14 +161,14 @@ def test_a_path_that_cannot_be_looked_up_is_one_line():
 
 
 def test_the_plan_recommends_a_layout_and_states_its_assumptions():
-    text = printed(compose("recipe/disco_logl_7b", ["trainer.num_nodes=4"]), 32)
+    text = render_plan(compose("recipe/disco_logl_7b", ["trainer.num_nodes=4"]), 32)
     assert "layouts on 32 GPUs of 80 GB" in text and "configured" in text and "recommended" in text
     assert "Recommended: model.tensor_model_parallel_size=" in text
     assert "estimated, not measured. Assumed: an H100 SXM" in text
 
 
 def test_the_plan_says_how_many_nodes_a_model_needs():
-    text = printed(compose("recipe/disco_logl_7b", ["model.path=70b"]), 8)
+    text = render_plan(compose("recipe/disco_logl_7b", ["model.path=70b"]), 8)
     assert "No layout fits: TP 8 x PP 1 x CP 1 x DP 1 needs least" in text
     assert "Would work: trainer.num_nodes=4 with model.tensor_model_parallel_size=8" in text
     assert "does not fit" in text
@@ -166,21 +176,21 @@ def test_the_plan_says_how_many_nodes_a_model_needs():
 
 def test_a_reference_policy_is_counted():
     overrides = ["model.path=8b", "data.train_files=[q.json]", "model.token_budget=16384"]
-    assert "reference policy" in printed(
+    assert "reference policy" in render_plan(
         compose(overrides=["algorithm=grpo", "algorithm.kl_coefficient=0.01", *overrides]), 1
     )
-    assert "reference policy" not in printed(compose(overrides=overrides), 1)
+    assert "reference policy" not in render_plan(compose(overrides=overrides), 1)
 
 
 def test_host_memory_counts_training_and_a_checkpoints_copy(monkeypatch):
     config = compose("recipe/disco_logl_7b", ["model.path=7b", "data.train_files=[q.json]"])
-    memory = rank_memory(config, PUBLISHED["DeepSeek-R1-Distill-Qwen-7B"])
-    beside = host_memory(memory, offload=False, cuda=True)
-    assert beside == LIBRARIES[True] + memory.optimizer
-    assert host_memory(memory, offload=True, cuda=True) == beside + memory.optimizer
+    memory = estimate_rank(config, PUBLISHED["DeepSeek-R1-Distill-Qwen-7B"])
+    host = host_memory(memory, offload=False, cuda=True)
+    assert host == LIBRARIES[True] + memory.optimizer
+    assert host_memory(memory, offload=True, cuda=True) == host + memory.optimizer
     assert host_memory(memory, offload=False, cuda=False) == LIBRARIES[False] + memory.optimizer + memory.training
-    for have, short in ((2000, False), (64, True)):
-        monkeypatch.setattr("nemo_disco.estimate.plan.total_memory", lambda have=have: have << 30)
-        text = printed(config, 8)
-        assert f"Host memory: {beside / 2**30:.1f} GiB per process" in text and f"this host has {have}." in text
-        assert ("training waits until they are written" in text) == short
+    for gibibytes, waits in ((2000, False), (64, True)):
+        monkeypatch.setattr("nemo_disco.estimate.plan.total_memory", lambda gibibytes=gibibytes: gibibytes << 30)
+        text = render_plan(config, 8)
+        assert f"Host memory: {host / 2**30:.1f} GiB per process" in text and f"this host has {gibibytes}." in text
+        assert ("training waits until they are written" in text) == waits

@@ -17,17 +17,19 @@ from nemo_disco.runtime.rundir import RunDirectory
 
 @pytest.fixture
 def make_result() -> Callable[..., EvaluationResult]:
-    def make(accuracy: float = 0.4, step: int = 0, name: str = "arithmetic", problems: int = 64) -> EvaluationResult:
+    """A function that makes a result with random verdicts and lengths; `accuracy` is the mean over the questions."""
+
+    def make(accuracy: float = 0.4, step: int = 0, name: str = "arithmetic", questions: int = 64) -> EvaluationResult:
         rng = np.random.default_rng(7)
-        chance = np.clip(accuracy + 0.2 * rng.normal(size=problems), 0, 1)
-        correct = rng.random((problems, 8)) < chance[:, None]
+        chance = np.clip(accuracy + 0.2 * rng.normal(size=questions), 0, 1)
+        correct = rng.random((questions, 8)) < chance[:, None]
         lengths = rng.integers(20, 80, size=correct.shape)
         return EvaluationResult(name, step, correct, lengths, lengths > 75, chance > 0.5)
 
     return make
 
 
-def metrics_line(step: int) -> dict[str, Any]:
+def make_metrics_line(step: int) -> dict[str, Any]:
     phases = {"generate": 1.0, "grade": 0.1, "log_probs": 0.2, "train": 0.9, "refit": 0.0}
     return {
         "step": step,
@@ -45,7 +47,7 @@ def metrics_line(step: int) -> dict[str, Any]:
     }
 
 
-def rollout(step: int, question: int, sample: int) -> dict[str, Any]:
+def make_rollout(step: int, question: int, sample: int) -> dict[str, Any]:
     right = sample % 2 == 0
     return {
         "question": f"What is {question} + {step}?",
@@ -60,8 +62,8 @@ def rollout(step: int, question: int, sample: int) -> dict[str, Any]:
     }
 
 
-def with_tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with token values: tokens of five characters and an EOS, one weight, log-ratios from 0.4 to -0.4."""
+def add_token_values(row: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the row with token values: tokens of five characters and an EOS, one weight, log-ratios 0.4 to -0.4."""
     text = row["response"]
     widths = [len(text[at : at + 5]) for at in range(0, len(text), 5)] + [0]
     ratios = np.linspace(0.4, -0.4, len(widths))
@@ -82,12 +84,12 @@ def make_run(tmp_path: Path, make_result: Callable[..., EvaluationResult]) -> Ca
         run.config.write_text(
             f"seed: 1\nmodel:\n  optim: {{lr: {lr}, betas: [0.9, 0.95]}}\nalgorithm:\n  constraint: {{delta: 3e-3}}\n"
         )
-        run.metrics.write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(1, steps + 1)))
+        run.metrics.write_text("".join(json.dumps(make_metrics_line(s)) + "\n" for s in range(1, steps + 1)))
         for step, accuracy in ((0, 0.35), (steps, 0.85)):
             write_evaluation(run.evaluation, make_result(accuracy, step))
         for step in range(1, steps + 1):
-            rows = [rollout(step, q, i) for q in range(questions) for i in range(samples)]
-            rows = [with_tokens(row) for row in rows] if tokens else rows
+            rows = [make_rollout(step, q, i) for q in range(questions) for i in range(samples)]
+            rows = [add_token_values(row) for row in rows] if tokens else rows
             run.rollout_file(step).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return run.path
 

@@ -38,19 +38,22 @@ class Elements(HTMLParser):
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
 
-def page_data(page: str) -> dict[str, Any]:
+def parse_data(page: str) -> dict[str, Any]:
+    """The data that the page's scripts read."""
     match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert match is not None
     data: dict[str, Any] = json.loads(match[1])
     return data
 
 
-def page_texts(page: str) -> list[dict[str, Any]]:
+def unpack_texts(page: str) -> list[dict[str, Any]]:
+    """The page's groups: the texts of their question, answer and responses."""
     chunks = re.findall(r'<script type="text/plain" id="chunk-\d+">(.*?)</script>', page, re.DOTALL)
     return [group for chunk in chunks for group in json.loads(gzip.decompress(base64.b64decode(chunk)))]
 
 
-def visible(page: str) -> str:
+def extract_text(page: str) -> str:
+    """The visible text of the page, without what its scripts draw."""
     body = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
@@ -60,7 +63,7 @@ def test_the_page_shows_the_runs_data(make_run: MakeRun) -> None:
     path = write_report([run])
     assert path == run / "report.html"
     page = path.read_text()
-    (run_data,) = page_data(page)["runs"]
+    (run_data,) = parse_data(page)["runs"]
     assert run_data["steps"] == list(range(1, 41))
     assert run_data["series"]["reward/mean"][9] == pytest.approx(0.35)
     assert run_data["series"]["grad_norm"][2] is None
@@ -68,23 +71,23 @@ def test_the_page_shows_the_runs_data(make_run: MakeRun) -> None:
     points = run_data["accuracy"]["arithmetic"]
     assert [p["step"] for p in points] == [0, 40]
     assert all(p["low"] < p["value"] < p["high"] for p in points)
-    text = visible(page)
-    for part in ("Pass@1 (avg@8)", "64 problems", "step 0 → 40", "greedy accuracy", "10 of 40", "2.4 s", "1.6 min"):
+    text = extract_text(page)
+    for part in ("Pass@1 (avg@8)", "64 questions", "step 0 → 40", "greedy accuracy", "10 of 40", "2.4 s", "1.6 min"):
         assert part in text
 
 
 def test_two_evaluations_that_were_made_differently_are_noted(make_run: MakeRun) -> None:
     run = make_run()
-    assert "made differently" not in visible(write_report([run]).read_text())
+    assert "made differently" not in extract_text(write_report([run]).read_text())
     for file, precision in zip(sorted((run / "evaluation").glob("*.json")), ("<b>32", "bf16"), strict=True):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"identity": {"precision": precision}}))
-    assert "made differently" in visible(page := write_report([run]).read_text()) and "<b>32" not in page
+    assert "made differently" in extract_text(page := write_report([run]).read_text()) and "<b>32" not in page
 
 
 def test_every_rollout_is_in_the_page_unchanged(make_run: MakeRun) -> None:
     run = make_run(steps=5)
     page = write_report([run]).read_text()
-    index, texts = page_data(page)["index"], page_texts(page)
+    index, texts = parse_data(page)["index"], unpack_texts(page)
     assert index["size"] == [4] * 15 and len(index["reward"]) == 60
     saved = [json.loads(line) for s in range(1, 6) for line in (run / f"rollouts/step_{s}.jsonl").open()]
     assert [r for group in texts for r in group["responses"]] == [row["response"] for row in saved]
@@ -115,7 +118,7 @@ def test_several_runs_have_distinct_labels_and_differing_settings(make_run: Make
     out = tmp_path / "compared.html"
     assert write_report(runs, out) == out
     page = out.read_text()
-    assert [run["label"] for run in page_data(page)["runs"]] == ["a/run", "b/run"]
+    assert [run["label"] for run in parse_data(page)["runs"]] == ["a/run", "b/run"]
     differing = page[page.index("Settings that differ between the runs") : page.index("settings</summary>")]
     assert "model.optim.lr" in differing and "0.0001" in differing and "0.0002" in differing
     assert "seed" not in differing and "betas" not in differing
@@ -127,14 +130,14 @@ def test_missing_parts_are_noted(make_run: MakeRun, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": 2, "rew')
-    text = visible(write_report([bare]).read_text())
+    text = extract_text(write_report([bare]).read_text())
     for part in ("No config.yaml", "No evaluation results", "No saved rollouts", "line 2 is left out", "incomplete"):
         assert part in text
     run = make_run(steps=2)
     (run / "metrics.jsonl").unlink()
     (run / "config.yaml").write_text("a: [unclosed")
     (run / "evaluation" / "odd.json").write_text("{}")
-    text = visible(write_report([run]).read_text())
+    text = extract_text(write_report([run]).read_text())
     for part in ("No metrics.jsonl", "config.yaml: not a usable YAML file", "odd.json: damaged"):
         assert part in text
 
@@ -146,10 +149,10 @@ def test_malformed_rollouts_do_not_break_the_page(make_run: MakeRun) -> None:
     lines += [json.dumps({"question_id": 4, "response": "lone \ud800 surrogate"})]
     (run / "rollouts" / "step_2.jsonl").write_text("\n".join(lines) + "\n")
     page = write_report([run]).read_text()
-    index, texts = page_data(page)["index"], page_texts(page)
+    index, texts = parse_data(page)["index"], unpack_texts(page)
     assert index["size"][-3:] == [1, 1, 1] and index["reward"][-3:] == [None, None, None]
     assert [group["answer"] for group in texts[-3:]] == ["", "1  or  2", ""]
-    assert all(f"step_2.jsonl: line {number} is left out" in visible(page) for number in (3, 5))
+    assert all(f"step_2.jsonl: line {number} is left out" in extract_text(page) for number in (3, 5))
 
 
 def test_a_page_has_a_size_limit_and_notes_what_it_left_out(make_run: MakeRun) -> None:

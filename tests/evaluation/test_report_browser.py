@@ -1,4 +1,4 @@
-"""The page in a real browser, if Chromium is installed: what its scripts draw, also of 20,000 rollouts."""
+"""What the page's scripts draw in a real browser, if Chromium is installed; also for 20,000 rollouts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FLAGS = (
 )
 
 
-def dom(page: Path, profile: Path) -> str:
-    """The document after its scripts have run."""
+def render_dom(page: Path, profile: Path) -> str:
+    """HTML of the page in Chromium, after its scripts have run."""
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", page.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-def with_colour(page: Path, value: int, search: str = "") -> Path:
-    """A copy of the page in which a script chooses a colouring and enters a search, as a user would."""
+def copy_with_colouring(page: Path, value: int, search: str = "") -> Path:
+    """A copy of the page, with a script that chooses a colouring and enters a search, as a user would."""
     choose = (
         "const set = (name, value) => { const e = document.querySelector(name); e.value = value;"
         ' e.dispatchEvent(new Event(e.type === "search" ? "input" : "change")); };'
@@ -46,7 +46,7 @@ if CHROMIUM:
 
     def test_curves_times_and_a_groups_responses_are_drawn(make_run: Callable[..., Path], tmp_path: Path) -> None:
         page = write_report([make_run("a"), make_run("b", lr=2e-4)], tmp_path / "page.html")
-        document = dom(page, tmp_path / "profile")
+        document = render_dom(page, tmp_path / "profile")
         charts = re.findall(r'<svg [^>]*aria-label="([^"]+)"', document)
         for title in (
             "Reward",
@@ -69,7 +69,7 @@ if CHROMIUM:
         make_run: Callable[..., Path], tmp_path: Path
     ) -> None:
         page = write_report([make_run(steps=50, questions=50, samples=8, tokens=True)])
-        document = dom(with_colour(page, 2), tmp_path / "profile")
+        document = render_dom(copy_with_colouring(page, 2), tmp_path / "profile")
         assert "2,500 of 2,500 groups, 20,000 responses" in document
         assert 5 <= document.count('class="row"') <= 60
         assert document.count('<div class="response">') == 8
@@ -77,7 +77,7 @@ if CHROMIUM:
 
     def test_tokens_are_coloured_by_log_ratio_or_weight(make_run: Callable[..., Path], tmp_path: Path) -> None:
         page = write_report([make_run(tokens=True)])
-        by_ratio = dom(with_colour(page, 2, "bold"), tmp_path / "profile")
+        by_ratio = render_dom(copy_with_colouring(page, 2, "bold"), tmp_path / "profile")
         first = by_ratio[by_ratio.index('<div class="response">') :].partition('<div class="response">')[2]
         first = first.partition('<div class="response">')[0]
         shades = re.findall(r'<span class="(up|down)-(\d)" title="log-ratio ([^"]+)">', first)
@@ -88,6 +88,6 @@ if CHROMIUM:
         assert "less likely than when sampled" in by_ratio
         # Matches of the search are marked within the coloured tokens.
         assert re.search(r'<span class="up-4"[^>]*>&lt;b&gt;<mark>bo</mark></span><span[^>]*><mark>ld</mark>', first)
-        by_weight = dom(with_colour(page, 1), tmp_path / "profile")
+        by_weight = render_dom(copy_with_colouring(page, 1), tmp_path / "profile")
         texts = re.findall(r'<div class="text"><span class="([^"]+)" title="weight ([^"]+)">', by_weight)
         assert texts == [("up-4", "+1.5"), ("down-1", "\u22120.5")] * 2

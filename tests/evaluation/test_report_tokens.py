@@ -19,23 +19,26 @@ from nemo_disco.evaluation.saved_tokens import pack_values, pack_widths
 MakeRun = Callable[..., Path]
 
 
-def unpacked(chunk: str) -> Any:
+def unpack(chunk: str) -> Any:
     return json.loads(gzip.decompress(base64.b64decode(chunk)))
 
 
 def pack_one(run: Path, **changes: Any) -> tuple[PackedRollouts, str, dict[str, Any] | None]:
-    """Packed rollouts of a run with one response, some fields changed; its text and its token values in them."""
+    """Reduce a run to one response, some of whose fields are changed, and pack its rollouts.
+
+    Returns the packed rollouts, and the response's text and token values in them.
+    """
     path = run / "rollouts" / "step_1.jsonl"
     row = json.loads(path.read_text().splitlines()[0]) | changes
     path.write_text(json.dumps(row) + "\n")
     packed = pack_rollouts(read_runs([run]), budget=400)
-    tokens = unpacked(packed.tokens[0])[0][0] if packed.tokens[0] else None
-    return packed, unpacked(packed.chunks[0])[0]["responses"][0], tokens
+    tokens = unpack(packed.tokens[0])[0][0] if packed.tokens[0] else None
+    return packed, unpack(packed.chunks[0])[0]["responses"][0], tokens
 
 
 def test_token_values_match_their_texts(make_run: MakeRun) -> None:
     packed = pack_rollouts(read_runs([make_run(steps=2, tokens=True)]))
-    (texts,), (groups,) = map(unpacked, packed.chunks), map(unpacked, packed.tokens)
+    (texts,), (groups,) = map(unpack, packed.chunks), map(unpack, packed.tokens)
     assert len(groups) == 6
     for group, text in zip(groups, texts, strict=True):
         for sample, (tokens, response) in enumerate(zip(group, text["responses"], strict=True)):

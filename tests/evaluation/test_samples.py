@@ -11,9 +11,9 @@ from nemo_disco.runtime.files import remove
 
 IDENTITY = {"set": "s", "seed": 1}
 BATCHES = [2, 2, 1]
-REST = {"question_id": 1, "question": "?", "answer": ["1"], "sample": 0, "reward": 1.0, "correct": True}
+FIELDS = {"question_id": 1, "question": "?", "answer": ["1"], "sample": 0, "reward": 1.0, "correct": True}
 SAMPLES: list[list[EvaluationSample]] = [
-    [{**REST, "length": 3, "truncated": False, "response": f"é{i}{j}"} for j in range(size)]  # type: ignore[typeddict-item]
+    [{**FIELDS, "length": 3, "truncated": False, "response": f"é{i}{j}"} for j in range(size)]  # type: ignore[typeddict-item]
     for i, size in enumerate(BATCHES)
 ]
 
@@ -56,7 +56,7 @@ def test_an_evaluation_with_another_identity_starts_over(tmp_path: Path) -> None
 def test_samples_of_another_identity_are_moved_and_can_be_moved_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """... each time, those of the unfinished batch too."""
+    """This happens at each change of the identity, and to the samples of the unfinished batch too."""
     path = tmp_path / "s.jsonl"
     for seed in (1, 2):
         with SampleStream(path, IDENTITY | {"seed": seed}, BATCHES) as stream:
@@ -74,18 +74,18 @@ def test_samples_of_another_identity_are_moved_and_can_be_moved_back(
 
 
 def test_samples_of_an_unfinished_batch_survive_repeated_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are always in some file, also while rank 0 gathers them in its own."""
+    """The samples are in some file at any time, also while rank 0 gathers them in its own file."""
     path = tmp_path / "s.jsonl"
     for rank, row in ((0, 1), (1, 0)):
-        SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda value: ([], {}, value[2])).add(row, SAMPLES[0][row])
 
-    def killed(path: Path) -> None:
+    def remove_and_die(path: Path) -> None:
         remove(path)
         if path.name == "s.rank_1.jsonl":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_disco.evaluation.samples.remove", killed)
+        patch.setattr("nemo_disco.evaluation.samples.remove", remove_and_die)
         with pytest.raises(KeyboardInterrupt):
             SampleStream(path, IDENTITY, BATCHES)
     for _ in range(2):
@@ -101,21 +101,21 @@ def test_a_batch_with_a_damaged_sample_is_sampled_again(tmp_path: Path, junk: by
         file.append(batch)
     file.close()
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:4], junk, *lines[5:]]))  # the second of the second batch
+    path.write_bytes(b"".join([*lines[:4], junk, *lines[5:]]))  # the second sample of the second batch
     file = open_file(path)
     assert file.batches == SAMPLES[:1]
     file.close()
 
 
 def test_samples_of_an_unfinished_batch_survive_a_kill(tmp_path: Path) -> None:
-    """... whichever rank wrote them; those of another evaluation, or of another batch, do not."""
+    """This holds whichever rank wrote them, but not for samples of another evaluation or of another batch."""
     path = tmp_path / "s.jsonl"
     for rank, row in ((0, 1), (1, 0)):
-        SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda value: ([], {}, value[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY | {"seed": 2}, BATCHES) as other:
         assert other.recovered == {}
     for rank, row in ((0, 1), (1, 0)):
-        SampleStream(path, IDENTITY, BATCHES, rank, lambda mine: ([], {}, mine[2])).add(row, SAMPLES[0][row])
+        SampleStream(path, IDENTITY, BATCHES, rank, lambda value: ([], {}, value[2])).add(row, SAMPLES[0][row])
     with SampleStream(path, IDENTITY, BATCHES) as stream:
         assert dict(stream.recovered) == {0: SAMPLES[0][0], 1: SAMPLES[0][1]}
         stream.append(SAMPLES[0])
@@ -124,10 +124,10 @@ def test_samples_of_an_unfinished_batch_survive_a_kill(tmp_path: Path) -> None:
 
 
 def test_ranks_whose_weight_files_differ_only_in_time_share_an_evaluation(tmp_path: Path) -> None:
-    """As for a model that was copied to each machine: the samples of a rank there survive a kill too."""
+    """The times differ if the model was copied to each machine. The samples of a rank there survive a kill too."""
     path = tmp_path / "s.jsonl"
     shared: list[object] = []
-    SampleStream(path, IDENTITY, BATCHES, 0, lambda mine: shared.append(mine) or mine)
+    SampleStream(path, IDENTITY, BATCHES, 0, lambda value: shared.append(value) or value)
     SampleStream(path, IDENTITY | {"weights": 2}, BATCHES, 1, lambda _: shared[0]).add(1, SAMPLES[0][1])
     with SampleStream(path, IDENTITY, BATCHES) as stream:
         assert dict(stream.recovered) == {1: SAMPLES[0][1]}

@@ -1,4 +1,4 @@
-"""Token values survive packing to three digits; other data is recognised."""
+"""Token values keep three digits when they are packed; data of other kinds unpacks to None."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_values_are_restored_to_three_digits() -> None:
     again = unpack_values(pack_values(values), 6)
     assert again is not None
     np.testing.assert_allclose(again[:5], values[:5], rtol=5e-4)
-    assert again[5] == 65504  # the largest that half precision holds, rather than infinity
+    assert again[5] == 65504  # the largest number of half precision, instead of infinity
 
 
 def test_equal_values_are_packed_as_one_number() -> None:

@@ -55,9 +55,9 @@ def test_the_interval_agrees_with_the_normal_approximation() -> None:
 
 def test_the_interval_covers_the_truth_at_its_confidence() -> None:
     rng = np.random.default_rng(2)
-    runs = [bootstrap(rng.binomial(8, 0.4, size=64) / 8, seed=i, resamples=1000) for i in range(300)]
-    covered = np.mean([e.low <= 0.4 <= e.high for e in runs])
-    assert 0.91 <= covered <= 0.98
+    estimates = [bootstrap(rng.binomial(8, 0.4, size=64) / 8, seed=i, resamples=1000) for i in range(300)]
+    coverage = np.mean([e.low <= 0.4 <= e.high for e in estimates])
+    assert 0.91 <= coverage <= 0.98
 
 
 def test_the_bootstrap_depends_on_its_seed_but_not_on_its_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:

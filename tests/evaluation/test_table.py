@@ -23,11 +23,11 @@ def test_a_written_result_is_read_back(tmp_path: Path, make_result: Make) -> Non
     result = make_result(step=40, name="math/500 test")
     path = write_evaluation(tmp_path, result)
     assert path.name == "math_500_test.step_40.json"
-    read = read_evaluation(path)
-    assert (read.name, read.step) == ("math/500 test", 40)
+    loaded = read_evaluation(path)
+    assert (loaded.name, loaded.step) == ("math/500 test", 40)
     for name in ("correct", "lengths", "truncated", "greedy_correct"):
-        mine, theirs = getattr(result, name), getattr(read, name)
-        assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
+        expected, actual = getattr(result, name), getattr(loaded, name)
+        assert actual.dtype == expected.dtype and np.array_equal(actual, expected)
     summary = json.loads(path.read_text())["summary"]
     assert summary["pass@1"][0] == pytest.approx(result.correct.mean())
     assert summary["pass@1"][1] < summary["pass@1"][0] < summary["pass@1"][2]
@@ -35,9 +35,9 @@ def test_a_written_result_is_read_back(tmp_path: Path, make_result: Make) -> Non
 
 def test_a_result_may_lack_greedy_verdicts(tmp_path: Path, make_result: Make) -> None:
     result = replace(make_result(), greedy_correct=None)
-    read = read_evaluation(write_evaluation(tmp_path, result))
-    assert read.greedy_correct is None
-    assert "eval/arithmetic/greedy" not in read.metrics()
+    loaded = read_evaluation(write_evaluation(tmp_path, result))
+    assert loaded.greedy_correct is None
+    assert "eval/arithmetic/greedy" not in loaded.metrics()
 
 
 def test_a_runs_evaluations_are_sorted_by_set_and_step(tmp_path: Path, make_result: Make) -> None:
@@ -56,10 +56,10 @@ def test_a_file_that_is_not_an_evaluation_is_named(tmp_path: Path, text: str) ->
 
 
 def test_shapes_that_disagree_are_refused(make_result: Make) -> None:
-    result = make_result(problems=8)
+    result = make_result(questions=8)
     with pytest.raises(ValueError, match="one shape"):
         replace(result, lengths=result.lengths[:4])
-    with pytest.raises(ValueError, match="8 problems"):
+    with pytest.raises(ValueError, match="8 questions"):
         replace(result, greedy_correct=np.ones(4, dtype=bool))
 
 
@@ -90,7 +90,7 @@ def test_the_table_has_a_row_for_each_statistic(make_result: Make) -> None:
 
 
 def test_a_paired_change_is_narrower_than_the_two_intervals(make_result: Make) -> None:
-    before = make_result(0.5, problems=200)
+    before = make_result(0.5, questions=200)
     better = before.correct.copy()
     better[:20, 0] = True
     row = compare(before, replace(before, correct=better))[0]
@@ -98,8 +98,8 @@ def test_a_paired_change_is_narrower_than_the_two_intervals(make_result: Make) -
     assert row.change.high - row.change.low < 0.2 * (row.before.high - row.before.low)
 
 
-def test_different_problems_are_not_paired(make_result: Make) -> None:
-    rows = compare(make_result(problems=64), make_result(problems=32))
+def test_different_questions_are_not_paired(make_result: Make) -> None:
+    rows = compare(make_result(questions=64), make_result(questions=32))
     assert all(row.change is None for row in rows)
     old, new, new_again = (replace(make_result(), identity={"questions": hash}) for hash in ("a", "b", "b"))
     assert all(row.change is None for row in compare(old, new)), "as many questions, but other ones"
@@ -118,11 +118,13 @@ def test_the_table_shows_every_cell(make_result: Make) -> None:
 
 
 def test_differences_in_setup_are_named(make_result: Make) -> None:
-    how = {"step": 0, "precision": "32-true", "engine": {"name": "megatron", "tp": 1}, "verifier_code": "a" * 64}
-    now = how | {"step": 9, "weights": [], "precision": "bf16", "engine": {"name": "vllm", "tp": 1}}
+    identity = {"step": 0, "precision": "32-true", "engine": {"name": "megatron", "tp": 1}, "verifier_code": "a" * 64}
+    other_identity = identity | {"step": 9, "weights": [], "precision": "bf16", "engine": {"name": "vllm", "tp": 1}}
     before, after = make_result(), make_result(step=9)
-    assert setup_differences(before, after) == "", "no identities to compare"
-    assert setup_differences(replace(before, identity=how), replace(after, identity=how | {"step": 9})) == ""
-    line = setup_differences(replace(before, identity=how), replace(after, identity=now | {"verifier_code": "b" * 64}))
+    assert setup_differences(before, after) == "", "there are no identities to compare"
+    assert setup_differences(replace(before, identity=identity), replace(after, identity=identity | {"step": 9})) == ""
+    line = setup_differences(
+        replace(before, identity=identity), replace(after, identity=other_identity | {"verifier_code": "b" * 64})
+    )
     assert 'precision ("32-true", then "bf16")' in line and 'engine.name ("megatron", then "vllm")' in line
     assert "verifier_code" in line and "engine.tp" not in line and "step" not in line and "\n" not in line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fake_engine import answer
+from fake_engine import response_tokens
 from response_values import token_lists
 from torch import Tensor
 
@@ -15,12 +15,12 @@ SEEDS = list(range(len(PROMPTS)))
 SAMPLING = SamplingParams(1.0, 20)
 
 
-def sampled(engine: ExternalEngine) -> list[Response]:
+def sample(engine: ExternalEngine) -> list[Response]:
     return engine.generate(PROMPTS, SEEDS, SAMPLING)
 
 
-def right(responses: list[Response], tensors: dict[str, Tensor], version: int) -> bool:
-    """True if all responses were sampled from exactly these weights and have this version."""
+def come_from(responses: list[Response], tensors: dict[str, Tensor], version: int) -> bool:
+    """True if all responses were sampled from exactly these weights and carry this version."""
     sums = {name: checksum(t) for name, t in tensors.items()}
-    expected = [answer(sums, p, s, SAMPLING.max_response_length) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    expected = [response_tokens(sums, p, s, SAMPLING.max_response_length) for p, s in zip(PROMPTS, SEEDS, strict=True)]
     return token_lists(responses) == expected and {r.weight_version for r in responses} == {version}

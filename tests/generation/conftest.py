@@ -19,6 +19,7 @@ from nemo_disco.policy import parallel
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny Qwen2 with tied embeddings."""
     path = save_model(tmp_path_factory.mktemp("model"), "qwen2", tied=True)
     parallel.start(model_config(path))
     return path
@@ -26,6 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tensors(model: Path) -> dict[str, Tensor]:
+    """The model's weights by name, without the output layer that is tied to the embeddings."""
     weights = load_file(model / "model.safetensors")
     weights.pop("lm_head.weight", None)
     return weights
@@ -33,7 +35,7 @@ def tensors(model: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def start(model: Path, tmp_path: Path) -> Iterator[Callable[..., ExternalEngine]]:
-    """start(replicas, **options) starts an engine without weights; options are FakeEngine's."""
+    """start(replicas, **options) starts an engine that has no weights yet; the options are FakeEngine's."""
     started: list[ExternalEngine] = []
 
     def build(

@@ -2,7 +2,7 @@
 
 LLM and _collective_rpc: tensorrt_llm/llmapi/llm.py; the extension: tensorrt_llm/llmapi/rlhf_utils.py at 04762f3;
 sleep and wakeup by tags: tensorrt_llm/_torch/async_llm.py at 0acd798; SamplingParams: tensorrt_llm/sampling_params.py
-at 000a01d, to which 1.2 added logprobs_mode. Sleeping is enable_sleep in 1.2 and sleep_config in 1.3.
+at 000a01d, to which 1.2 added logprobs_mode. Sleep is allowed by enable_sleep in 1.2 and by sleep_config in 1.3.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 from torch import Tensor
 
 COMMON = ("orchestrator_type", "ray_worker_extension_cls", "backend", "load_format", "max_seq_len", "kv_cache_config")
+# The keyword arguments of LLM in each version.
 VERSIONS = {"1.1.0": (), "1.2.0": (*COMMON, "enable_sleep"), "1.3.0rc1": (*COMMON, "sleep_config", "quant_config")}
 
 
@@ -54,7 +55,7 @@ class KvCacheConfig:
 
 
 class WorkerExtension:
-    """A rank with update_weights, sleep and wakeup."""
+    """One rank's weights, with the methods update_weights, sleep and wakeup."""
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
@@ -86,14 +87,14 @@ class RequestOutput:
         self.outputs = outputs
 
     def __await__(self) -> Any:
-        async def done() -> RequestOutput:
+        async def get_output() -> RequestOutput:
             return self
 
-        return done().__await__()
+        return get_output().__await__()
 
 
 class LLM:
-    last: LLM
+    last: LLM  # the LLM that was built last
 
     def __init__(
         self,
@@ -110,8 +111,8 @@ class LLM:
     ) -> None:
         assert (tokenizer, tokenizer_mode, revision, tokenizer_revision) == (None, "auto", None, None)
         assert skip_tokenizer_init and not trust_remote_code and tensor_parallel_size == 1 and dtype == "bfloat16"
-        known = VERSIONS[sys.modules["tensorrt_llm"].__version__]
-        assert set(kwargs) <= set(known), f"unknown arguments: {set(kwargs) - set(known)}"
+        names = VERSIONS[sys.modules["tensorrt_llm"].__version__]
+        assert set(kwargs) <= set(names), f"this version of LLM has no arguments {set(kwargs) - set(names)}"
         assert kwargs["orchestrator_type"] == "ray" and kwargs["load_format"] == "dummy"
         self.model, self.kwargs, self.rank, self.requests = model, kwargs, WorkerExtension(), []
         LLM.last = self

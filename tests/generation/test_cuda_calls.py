@@ -1,5 +1,5 @@
-"""The arguments that C libraries receive from cuda.py, and the ranks that call it. Without a GPU: C functions with the
-prototypes of CUDA 13.0's cuda_runtime_api.h and NCCL 2.32's nccl.h stand in for libcudart and libnccl."""
+"""The arguments that cuda.py passes to C libraries, and the ranks of the engines that call it. No GPU is needed: C
+functions with the prototypes of CUDA 13.0's cuda_runtime_api.h and NCCL 2.32's nccl.h replace libcudart and libnccl."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nemo_disco.generation.worker.rollout_worker.tensorrt_llm import TensorRtLlm
 from nemo_disco.generation.worker.rollout_worker.tensors import Assembly, checksum
 
 CPU = torch.device("cpu")
-STREAM = 0x5EA  # of the fake torch.cuda
-HANDLE, UNIQUE_ID = bytes(range(64)), bytes(range(1, 129))  # with a zero byte, which ends a C string
+STREAM = 0x5EA  # the current stream of the fake torch.cuda
+HANDLE, UNIQUE_ID = bytes(range(64)), bytes(range(1, 129))  # the handle has a zero byte, which would end a C string
 
 
 class IpcHandle(ctypes.Structure):
@@ -42,48 +42,49 @@ PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ncclBroadcast": (c_void_p, c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p),
     "ncclCommAbort": (c_void_p,),
 }
-POINTED = 0x7F11_0000_5678  # an address that the functions return, larger than an int
+ADDRESS = 0x7F11_0000_5678  # the pointer that the functions return; it does not fit into an int
 
 
 class Libraries:
-    """libcudart and libnccl. calls: each call's name and arguments. codes: return values other than 0, by name."""
+    """Fakes of libcudart and libnccl. calls: each call's name and arguments. codes: nonzero return codes by name."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.codes: dict[str, int] = {}
-        self.kept = []
+        self.functions = []  # ctypes does not keep them alive
         for name, types in PROTOTYPES.items():
             function = ctypes.CFUNCTYPE(c_int, *types)(self._recorder(name))
-            self.kept.append(function)
-            # Called like a library's function: by its address, without a prototype.
+            self.functions.append(function)
+            # cuda.py must call it like a library's function, by its address and without a prototype.
             setattr(self, name, ctypes.CFUNCTYPE(c_int)(ctypes.cast(function, c_void_p).value))
 
     def _recorder(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
-            seen = []
+            values = []
             for argument in arguments:
                 if isinstance(argument, ctypes.Structure):
-                    seen.append(bytes(argument))
+                    values.append(bytes(argument))
                 elif isinstance(argument, ctypes._Pointer):
                     self._fill(argument)
                 else:
-                    seen.append(argument)
-            self.calls.append((name, *seen))
+                    values.append(argument)
+            self.calls.append((name, *values))
             return self.codes.get(name, 0)
 
         return call
 
     @staticmethod
     def _fill(out: Any) -> None:
+        """Write an output argument, as the C function does."""
         if out._type_ is c_void_p:
-            out[0] = POINTED
+            out[0] = ADDRESS
         else:
             ctypes.memmove(out, UNIQUE_ID if out._type_ is UniqueId else HANDLE, ctypes.sizeof(out._type_))
 
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Libraries:
-    """The fake libraries, in use, and a fake torch.cuda with GPUs 0 and 1."""
+    """Fake libraries, which cuda.py calls during the test, and a fake torch.cuda with GPUs 0 and 1."""
     fakes = Libraries()
 
     @contextlib.contextmanager
@@ -104,7 +105,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Libraries:
 def test_memory_is_shared_by_its_handle(libraries: Libraries) -> None:
     memory = IpcMemory.allocate(4096, 1)
     assert memory.handle == HANDLE
-    assert libraries.calls == [("device", 1), ("cudaMalloc", 4096), ("cudaIpcGetMemHandle", POINTED)]
+    assert libraries.calls == [("device", 1), ("cudaMalloc", 4096), ("cudaIpcGetMemHandle", ADDRESS)]
     libraries.calls.clear()
     opened = IpcMemory.open({"uuid": "GPU-1", "handle": HANDLE.hex(), "size": 4096})
     assert libraries.calls == [("device", 1), ("cudaIpcOpenMemHandle", HANDLE, 1)]
@@ -130,9 +131,9 @@ def test_a_broadcast_sends_bytes_from_rank_0(libraries: Libraries) -> None:
     assert libraries.calls == [
         ("device", CPU),
         ("ncclCommInitRank", 3, UNIQUE_ID, 1),
-        ("ncclBroadcast", address, address, 3072, uint8, 0, POINTED, STREAM),
+        ("ncclBroadcast", address, address, 3072, uint8, 0, ADDRESS, STREAM),
         ("synchronize",),
-        ("ncclCommAbort", POINTED),
+        ("ncclCommAbort", ADDRESS),
     ]
 
 
@@ -170,15 +171,15 @@ def test_a_colocated_rank_of_vllm_allocates_on_its_own_gpu() -> None:
 
 
 def test_tensorrt_llm_joins_as_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, seen = object.__new__(TensorRtLlm), []
+    engine, calls = object.__new__(TensorRtLlm), []
 
     def broadcast(*arguments: Any) -> Any:
-        seen.append(arguments)
-        return lambda memory: seen.append(memory.tolist())
+        calls.append(arguments)
+        return lambda memory: calls.append(memory.tolist())
 
     monkeypatch.setattr(tensorrt_llm, "Broadcast", broadcast)
     engine.slots, engine.broadcast = torch.arange(4).view(2, 2), None
     engine.receive(0)
     engine.join(UNIQUE_ID, 2)
     engine.receive(1)
-    assert seen == [(UNIQUE_ID, 1, 2, CPU), [2, 3]]
+    assert calls == [(UNIQUE_ID, 1, 2, CPU), [2, 3]]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from arithmetic import PROMPTS, SAMPLING, SEEDS, right, sampled
-from fake_engine import answer
+from arithmetic import PROMPTS, SAMPLING, SEEDS, come_from, sample
+from fake_engine import response_tokens
 from response_values import as_tuples
 from torch import Tensor
 
@@ -33,28 +33,28 @@ def test_two_replicas_sample_from_the_newest_weights(
     start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
 ) -> None:
     engine = start(2)
-    seen: dict[int, Response] = {}
+    arrivals: dict[int, Response] = {}
     for version in (0, 1):
         engine.update_weights(tensors.items, version)
-        seen.clear()
-        responses = engine.generate(PROMPTS, SEEDS, SAMPLING, seen.__setitem__)
-        assert right(responses, tensors, version)
-        assert as_tuples(seen[i] for i in range(len(PROMPTS))) == as_tuples(responses)  # `finished` was called for each
+        arrivals.clear()
+        responses = engine.generate(PROMPTS, SEEDS, SAMPLING, arrivals.__setitem__)
+        assert come_from(responses, tensors, version)
+        assert as_tuples(arrivals[i] for i in range(len(PROMPTS))) == as_tuples(responses)  # every one was announced
         for tensor in tensors.values():
             tensor.mul_(1.5)
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     engine.sleep()
     engine.wake()
     engine.update_weights(tensors.items, 2)
-    assert right(sampled(engine), tensors, 2)
+    assert come_from(sample(engine), tensors, 2)
 
 
 def test_many_small_buckets_are_one_refit(start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]) -> None:
     engine = start(bucket_bytes=1)
     slot = engine.replicas[0].ready["staging"]["shape"][1]
-    assert slot < max(t.nbytes for t in tensors.values()) / 4  # most come in pieces
+    assert slot < max(t.nbytes for t in tensors.values()) / 4  # most tensors come in pieces
     engine.update_weights(tensors.items, 7)
-    assert right(sampled(engine), tensors, 7)
+    assert come_from(sample(engine), tensors, 7)
 
 
 def test_nothing_is_sampled_before_a_full_refit(start: Callable[..., ExternalEngine]) -> None:
@@ -64,24 +64,24 @@ def test_nothing_is_sampled_before_a_full_refit(start: Callable[..., ExternalEng
         engine.replicas[0].receive()
 
 
-def _without_last(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _omit_last(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     return list(tensors.items())[:-1]
 
 
-def _transposed(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _transpose_k_proj(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     return [(n, t.T if n.endswith("k_proj.weight") else t) for n, t in tensors.items()]
 
 
-def _twice(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _repeat_first(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     return [*tensors.items(), *list(tensors.items())[:1]]
 
 
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        (_without_last, r"1 of \d+ tensors were never sent: model\.\S+"),
-        (_transposed, r"k_proj.weight has shape \[64, 32\], the model's is \[32, 64\]"),
-        pytest.param(_twice, r"model\.\S+ came twice", marks=pytest.mark.slow),
+        (_omit_last, r"1 of \d+ tensors were never sent: model\.\S+"),
+        (_transpose_k_proj, r"k_proj.weight has shape \[64, 32\], the model's is \[32, 64\]"),
+        pytest.param(_repeat_first, r"model\.\S+ came twice", marks=pytest.mark.slow),
         pytest.param(
             lambda t: [*t.items(), ("extra.weight", torch.ones(3))],
             "the model has no extra.weight",
@@ -98,23 +98,23 @@ def test_a_wrong_stream_stops_with_the_tensors_name(
         engine.update_weights(lambda: stream(tensors), 1)
 
 
-def _drop(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _drop_first(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return entries[1:]
 
 
 def _swap(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two tensors of one shape under each other's names."""
+    """Exchange the names of two tensors that have the same shape."""
     for a in entries:
         for b in entries:
             if a["name"] < b["name"] and a["shape"] == b["shape"]:
                 a["name"], b["name"] = b["name"], a["name"]
                 return entries
-    raise AssertionError("no two tensors of one shape")
+    raise AssertionError("no two tensors have the same shape: this test needs a model with such a pair")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(_drop, "1 of .* were sent but did not arrive"), (_swap, "2 of .* tensors arrived with other values")],
+    [(_drop_first, "1 of .* were sent but did not arrive"), (_swap, "2 of .* tensors arrived with other values")],
 )
 def test_weights_that_are_lost_or_swapped_on_the_way_are_sent_again(
     spoil: Any,
@@ -125,18 +125,18 @@ def test_weights_that_are_lost_or_swapped_on_the_way_are_sent_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = start()
-    flush, spoilt = refit.Sender._flush, []
+    flush, faults = refit.Sender._flush, []
 
-    def once(sender: refit.Sender) -> None:
-        if sender._entries and not spoilt:
+    def flush_with_one_fault(sender: refit.Sender) -> None:
+        if sender._entries and not faults:
             sender._entries = spoil(sender._entries)
-            spoilt.append(True)
+            faults.append(True)
         flush(sender)
 
-    monkeypatch.setattr(refit.Sender, "_flush", once)
+    monkeypatch.setattr(refit.Sender, "_flush", flush_with_one_fault)
     engine.update_weights(tensors.items, 1)
-    assert spoilt and any(re.search(message, line) for line in caplog.messages)
-    assert right(sampled(engine), tensors, 1)
+    assert faults and any(re.search(message, line) for line in caplog.messages)
+    assert come_from(sample(engine), tensors, 1)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_an_engine_that_fails_half_way_is_given_all_weights_again(
 ) -> None:
     engine = start(2, fault=where, at=at, how=how)
     engine.update_weights(tensors.items, 4)
-    seen: list[int] = []
-    responses = engine.generate(PROMPTS, SEEDS, SAMPLING, lambda i, _: seen.append(i))
-    assert right(responses, tensors, 4)
-    assert sorted(seen) == list(range(len(PROMPTS)))  # answered prompts are not sampled again
+    arrivals: list[int] = []
+    responses = engine.generate(PROMPTS, SEEDS, SAMPLING, lambda i, _: arrivals.append(i))
+    assert come_from(responses, tensors, 4)
+    assert sorted(arrivals) == list(range(len(PROMPTS)))  # answered prompts are not sampled again
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_an_engine_that_always_dies_stops_the_run_with_one_line(
     engine = start(fault="generate", at=0, how="kill", always=True)
     engine.update_weights(tensors.items, 0)
     with pytest.raises(UserError, match=r"generation failed 3 times in a row: replica 0 was killed by SIGKILL.*\.log$"):
-        sampled(engine)
+        sample(engine)
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_hanging_engine_is_ended_and_started_again(
     monkeypatch.setattr(replica.Replica.receive, "__defaults__", (1.0,))
     engine = start(fault="generate", at=2, how="hang")
     engine.update_weights(tensors.items, 0)
-    assert right(sampled(engine), tensors, 0)
+    assert come_from(sample(engine), tensors, 0)
 
 
 def test_responses_from_another_version_of_the_weights_are_refused(
@@ -188,14 +188,14 @@ def test_responses_from_another_version_of_the_weights_are_refused(
     engine = start()
     engine.update_weights(tensors.items, 1)
     stale = {name: t.clone() for name, t in tensors.items()}
-    engine.version = 2  # the trainer has another version, and the engine has not been given it
+    engine.version = 2  # the trainer has a newer version, which the engine has not received
     engine._weights = stale.items
-    assert right(sampled(engine), stale, 2)
+    assert come_from(sample(engine), stale, 2)
     assert "sampled with the weights of version 1, not 2" in caplog.text
 
 
-def start_generating(engine: ExternalEngine, seen: dict[int, Response]) -> PendingResponses:
-    return engine.start_generating(PROMPTS, SEEDS, SAMPLING, seen.__setitem__)
+def start_generating(engine: ExternalEngine, arrivals: dict[int, Response]) -> PendingResponses:
+    return engine.start_generating(PROMPTS, SEEDS, SAMPLING, arrivals.__setitem__)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -210,16 +210,16 @@ def test_start_generating_samples_before_the_responses_are_waited_for(
 ) -> None:
     engine = start(2)
     engine.update_weights(tensors.items, 0)
-    expected = as_tuples(sampled(engine))
-    seen: dict[int, Response] = {}
-    pending = start_generating(engine, seen)
-    wait_for(lambda: len(seen) == len(PROMPTS))
-    with pytest.raises(AssertionError, match="before its last responses were waited for"):
-        sampled(engine)
-    with pytest.raises(AssertionError, match="before its responses were waited for"):
+    expected = as_tuples(sample(engine))
+    arrivals: dict[int, Response] = {}
+    pending = start_generating(engine, arrivals)
+    wait_for(lambda: len(arrivals) == len(PROMPTS))
+    with pytest.raises(AssertionError, match="request was made while responses are pending"):
+        sample(engine)
+    with pytest.raises(AssertionError, match="refit was requested while responses are pending"):
         engine.update_weights(tensors.items, 1)
-    assert as_tuples(pending(1)) == expected == as_tuples(seen[i] for i in range(len(PROMPTS)))
-    assert right(sampled(engine), tensors, 0)
+    assert as_tuples(pending(1)) == expected == as_tuples(arrivals[i] for i in range(len(PROMPTS)))
+    assert come_from(sample(engine), tensors, 0)
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("raise", marks=pytest.mark.slow)])
@@ -229,20 +229,20 @@ def test_prompts_lost_while_the_policy_trains_are_sampled_from_its_new_weights_u
     engine = start(2, fault="generate", at=5, how=how)
     engine.update_weights(tensors.items, 3)
     old = {name: checksum(t) for name, t in tensors.items()}
-    seen: dict[int, Response] = {}
-    pending = start_generating(engine, seen)
-    wait_for(lambda: len(seen) >= 5 + len(PROMPTS) // 2)  # one replica has failed at its sixth, the other is done
+    arrivals: dict[int, Response] = {}
+    pending = start_generating(engine, arrivals)
+    wait_for(lambda: len(arrivals) >= 5 + len(PROMPTS) // 2)  # one replica failed at its sixth, the other is done
     for tensor in tensors.values():
         tensor.mul_(1.5)
     responses = pending(4)
     new = {name: checksum(t) for name, t in tensors.items()}
     assert sorted({r.weight_version for r in responses}) == [3, 4]
     for prompt, seed, r in zip(PROMPTS, SEEDS, responses, strict=True):
-        assert r.tokens.tolist() == answer(
+        assert r.tokens.tolist() == response_tokens(
             {3: old, 4: new}[r.weight_version], prompt, seed, SAMPLING.max_response_length
         )
     engine.update_weights(tensors.items, 4)
-    assert right(sampled(engine), tensors, 4)
+    assert come_from(sample(engine), tensors, 4)
 
 
 def test_an_engine_closed_while_it_samples_ends_at_once(
@@ -250,9 +250,9 @@ def test_an_engine_closed_while_it_samples_ends_at_once(
 ) -> None:
     engine = start(slow=60)
     engine.update_weights(tensors.items, 0)
-    seen: dict[int, Response] = {}
-    start_generating(engine, seen)
-    wait_for(lambda: len(seen) > 0)
+    arrivals: dict[int, Response] = {}
+    start_generating(engine, arrivals)
+    wait_for(lambda: len(arrivals) > 0)
     process, (reader,) = engine.replicas[0]._process, [t for t in threading.enumerate() if t.name == "rollouts"]
     engine.close()
     reader.join(60)
@@ -268,7 +268,7 @@ def test_a_worker_ends_with_its_run(start: Callable[..., ExternalEngine]) -> Non
     engine = start()
     process = engine.replicas[0]._process
     assert process is not None and process.stdin is not None
-    process.stdin.close()  # as the end of the run does, however it ends
+    process.stdin.close()  # as the operating system does when the run ends, however it ends
     wait_for(lambda: process.poll() is not None)
 
 
@@ -286,19 +286,19 @@ def test_a_replica_on_another_host_gets_the_weights_and_an_unauthenticated_peer_
         with contextlib.suppress(OSError):
             stranger.authenticate(b"of another run", b"worker")
 
-    def with_a_stranger(this: Replica) -> Any:
+    def listen_with_a_stranger(this: Replica) -> Any:
         address = listen(this)
         strangers.append(Channel(connect(address)))  # before the worker can
         threading.Thread(target=greet, args=(strangers[0],)).start()
         return address
 
-    monkeypatch.setattr(replica.Replica, "_listen", with_a_stranger)
+    monkeypatch.setattr(replica.Replica, "_listen", listen_with_a_stranger)
     engine = start(host=other_host)
     assert "a connection was refused: the peer does not know this run's secret" in caplog.text
     with pytest.raises(OSError):
         strangers[0].receive()
     engine.update_weights(tensors.items, 3)
-    assert right(sampled(engine), tensors, 3)
+    assert come_from(sample(engine), tensors, 3)
 
 
 def test_the_worker_expects_the_weights_in_the_model_directory(model: Path, tensors: dict[str, Tensor]) -> None:

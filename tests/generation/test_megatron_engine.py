@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from response_values import as_tuples, token_lists
-from tiny_models import FAMILIES, VOCABULARY, answered, model_config, reference_log_probs, reference_model, save_family
+from tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    load_transformers_model,
+    model_config,
+    save_family,
+    to_rollouts,
+    transformers_log_probs,
+)
 from transformers import AutoModelForCausalLM
 
 from nemo_disco.generation.engine import Response, SamplingParams
@@ -46,6 +54,7 @@ one_family = pytest.mark.parametrize("model_path", ["qwen3-untied"], indirect=Tr
 
 
 def prompts(count: int = 6, copies: int = 1) -> list[list[int]]:
+    """Random prompts of 1 to 19 tokens, each repeated `copies` times in a row."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, 20, (count,), generator=generator).tolist()
     return [p for n in lengths for p in [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()] * copies]
@@ -70,11 +79,11 @@ def check_log_probs(engine: MegatronEngine, model_path: Path, vocabulary: int) -
     """Sample responses, compare their log-probs with the policy's and transformers', and return all their tokens."""
     requests = [[token % 100 for token in prompt] for prompt in prompts(copies=4)]
     responses = engine.generate(requests, range(len(requests)), SamplingParams(0.6, 50))
-    rollouts = answered(requests, responses)
+    rollouts = to_rollouts(requests, responses)
     log_probs, _ = engine.policy.log_probs(rollouts)
     torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
     with torch.no_grad():
-        expected = reference_log_probs(reference_model(model_path), rollouts, 0.6, vocabulary)
+        expected = transformers_log_probs(load_transformers_model(model_path), rollouts, 0.6, vocabulary)
     torch.testing.assert_close(rollouts.generation_log_probs.double(), expected, rtol=0, atol=1e-4)
     return [token for tokens in token_lists(responses) for token in tokens]
 
@@ -133,59 +142,59 @@ def test_responses_come_from_changed_weights_at_once(engine: MegatronEngine) -> 
 def test_decoding_in_place_gives_the_same_responses(
     engine: MegatronEngine, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The steps that CUDA replays as a graph, run one by one: rows end, leave the batch, and the cache grows."""
+    """The steps that CUDA replays as a graph run one by one here: rows end and leave the batch, and the cache grows."""
     requests, seeds = prompts(copies=8), range(48)
     expected = engine.generate(requests, seeds, sampling)
     monkeypatch.setattr(in_place_decoding, "_CHECK_STEPS", 7)
     engine.in_place = True
-    selected = []
+    selections = []
     select = Rows.select
-    monkeypatch.setattr(Rows, "select", lambda rows, keep: selected.append(len(keep)) or select(rows, keep))
+    monkeypatch.setattr(Rows, "select", lambda rows, keep: selections.append(len(keep)) or select(rows, keep))
     in_place = engine.generate(requests, seeds, sampling)
     assert token_lists(in_place) == token_lists(expected)
     assert [r.finish_reason for r in in_place] == [r.finish_reason for r in expected]
-    for ours, theirs in zip(in_place, expected, strict=True):
-        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
-    assert selected or sampling.temperature == 0.0, "no row ever left the batch"
+    for actual, reference in zip(in_place, expected, strict=True):
+        np.testing.assert_allclose(actual.log_probs, reference.log_probs, rtol=0, atol=1e-4)
+    assert selections or sampling.temperature == 0.0, "no row ever left the batch"
 
 
-def in_order(streamed: list[tuple[int, Response, int]]) -> list[Any]:
-    """The responses that `finished` was called with, in the order of the prompts; each must occur once."""
-    assert sorted(place for place, _, _ in streamed) == list(range(len(streamed)))
-    return as_tuples(response for _, response, _ in sorted(streamed, key=lambda entry: entry[0]))
+def in_order(arrivals: list[tuple[int, Response, int]]) -> list[Any]:
+    """The responses that `deliver` received, in the order of the prompts; each prompt must occur exactly once."""
+    assert sorted(place for place, _, _ in arrivals) == list(range(len(arrivals)))
+    return as_tuples(response for _, response, _ in sorted(arrivals, key=lambda entry: entry[0]))
 
 
 @one_family
 @pytest.mark.parametrize("in_place", [False, True], ids=["plain", "in place"])
-def test_finished_is_called_once_for_each_response_when_its_row_ends(
+def test_deliver_is_called_once_for_each_response_when_its_row_ends(
     engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decoding in place calls it at the next check of the rows. The same holds for several waves."""
+    """Decoding in place calls `deliver` at the next check of the rows. Several waves call it as one wave does."""
     check_steps, limit, calls = 7, 40, 0
     monkeypatch.setattr(in_place_decoding, "_CHECK_STEPS", check_steps)
     forward = engine.decoder.forward
 
-    def counted(*arguments: Any) -> Any:
+    def count_call(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         return forward(*arguments)
 
-    monkeypatch.setattr(engine.decoder, "forward", counted)
+    monkeypatch.setattr(engine.decoder, "forward", count_call)
     engine.in_place = in_place
     requests, seeds, sampling = prompts(copies=8), range(48), SamplingParams(1.0, limit)
     expected = engine.generate(requests, seeds, sampling)
     assert {r.finish_reason for r in expected} == {"stop", "length"}
-    streamed: list[tuple[int, Response, int]] = []
+    arrivals: list[tuple[int, Response, int]] = []
     calls = 0
-    responses = engine.generate(requests, seeds, sampling, lambda i, r: streamed.append((i, r, calls)))
+    responses = engine.generate(requests, seeds, sampling, lambda i, r: arrivals.append((i, r, calls)))
     assert as_tuples(responses) == as_tuples(expected)
-    assert in_order(streamed) == as_tuples(responses)
-    for _, response, steps in streamed:
+    assert in_order(arrivals) == as_tuples(responses)
+    for _, response, steps in arrivals:
         assert 0 <= steps - len(response.tokens) < (check_steps if in_place else 1)
     monkeypatch.setattr(megatron_engine, "_CPU_CACHE_BYTES", 200_000)  # a few rows a wave
-    streamed.clear()
-    responses = engine.generate(requests, seeds, sampling, lambda i, r: streamed.append((i, r, calls)))
-    assert in_order(streamed) == as_tuples(responses)
+    arrivals.clear()
+    responses = engine.generate(requests, seeds, sampling, lambda i, r: arrivals.append((i, r, calls)))
+    assert in_order(arrivals) == as_tuples(responses)
 
 
 @one_family
@@ -193,7 +202,7 @@ def test_finished_is_called_once_for_each_response_when_its_row_ends(
 def test_attention_masks_are_aligned_and_cudnn_is_off(
     engine: MegatronEngine, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA copies a mask whose rows do not begin at multiples of 8 numbers; cuDNN would make a plan at every token."""
+    """CUDA copies a mask unless its rows begin at multiples of 8 elements; cuDNN would make a plan for every token."""
     attention = torch.nn.functional.scaled_dot_product_attention
     strides = set()
 
@@ -209,15 +218,15 @@ def test_attention_masks_are_aligned_and_cudnn_is_off(
     assert strides and all(stride % 8 == 0 for stride in strides)
 
 
-def _bias(model: Any) -> None:
+def _add_bias(model: Any) -> None:
     model.decoder.layers[2].self_attention.linear_proj.bias = torch.nn.Parameter(torch.zeros(64))
 
 
-def _module(model: Any) -> None:
+def _add_module(model: Any) -> None:
     model.decoder.layers[1].mlp.router = torch.nn.Identity()
 
 
-def _setting(model: Any) -> None:
+def _set_window(model: Any) -> None:
     model.config.window_size = (128, 0)
 
 
@@ -225,9 +234,9 @@ def _setting(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (_bias, r"the parameter decoder\.layers\.2\.self_attention\.linear_proj\.bias"),
-        (_module, r"the module decoder\.layers\.1\.mlp\.router"),
-        (_setting, r"window_size=\(128, 0\)"),
+        (_add_bias, r"the parameter decoder\.layers\.2\.self_attention\.linear_proj\.bias"),
+        (_add_module, r"the module decoder\.layers\.1\.mlp\.router"),
+        (_set_window, r"window_size=\(128, 0\)"),
     ],
 )
 def test_a_network_with_a_part_that_is_not_decoded_is_refused_by_name(

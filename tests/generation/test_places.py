@@ -12,7 +12,8 @@ from nemo_disco.runtime.errors import UserError
 
 @pytest.fixture
 def places(monkeypatch, tmp_path):
-    """places(visible, *overrides) returns each replica's GPUs; visible: CUDA_VISIBLE_DEVICES of this process."""
+    """places(visible, *overrides) returns each replica's GPUs. visible: CUDA_VISIBLE_DEVICES of this process; trainers:
+    training processes on this machine; count: GPUs that CUDA reports, if not all of `visible`."""
 
     def gpus(visible: str | None, *overrides: str, trainers: int = 1, count: int = 0) -> list[list[str]]:
         monkeypatch.setattr(build.torch.cuda, "is_available", lambda: True)
@@ -36,7 +37,7 @@ def test_gpus_are_counted_in_this_processs_visible_devices(places):
     assert places("4,5,6,7", *two, "generation.colocated=false", trainers=2) == [["6"], ["7"]]
     assert places("2,-1,3", count=1) == [["2"]]  # CUDA ignores the list from the -1 on
     assert places(None, *two, "generation.colocated=false", trainers=4) == [["4"], ["5"]]
-    assert places("2,3", "generation.nodes=[other]") == [["0"]]  # on another machine the numbers are its own
+    assert places("2,3", "generation.nodes=[other]") == [["0"]]  # another machine numbers its GPUs from 0
 
 
 def test_a_replica_with_more_gpus_than_the_node_has_is_refused(places):

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from arithmetic import right, sampled
+from arithmetic import come_from, sample
 from torch import Tensor
 
 from nemo_disco.generation.external.engine import ExternalEngine
@@ -16,8 +16,8 @@ from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 Start = Callable[..., ExternalEngine]
 
 
-def refuses(engine: ExternalEngine) -> bool:
-    """True if the engine's only replica refuses to sample and is known to have no weights."""
+def refuses_to_sample(engine: ExternalEngine) -> bool:
+    """True if the engine's only replica is recorded as having no weights. It must refuse to sample."""
     (replica,) = engine.replicas
     replica.send({"op": "generate", "lengths": [], "seeds": [], "sampling": {}})
     with pytest.raises(RefusedError, match="a full refit must be committed first"):
@@ -28,15 +28,15 @@ def refuses(engine: ExternalEngine) -> bool:
 def test_between_sleep_and_the_commit_of_a_refit_nothing_is_sampled(start: Start, tensors: dict[str, Tensor]) -> None:
     engine = start()
     engine.update_weights(tensors.items, 0)
-    assert right(sampled(engine), tensors, 0)
+    assert come_from(sample(engine), tensors, 0)
     engine.sleep()
-    assert refuses(engine)
+    assert refuses_to_sample(engine)
     engine.wake()
-    assert refuses(engine)
+    assert refuses_to_sample(engine)
     engine.replicas[0].call(op="begin", version=1)
-    assert refuses(engine)
+    assert refuses_to_sample(engine)
     engine.update_weights(tensors.items, 1)
-    assert right(sampled(engine), tensors, 1)
+    assert come_from(sample(engine), tensors, 1)
 
 
 def test_a_replica_lost_while_asleep_is_started_again(
@@ -51,7 +51,7 @@ def test_a_replica_lost_while_asleep_is_started_again(
     engine.wake()
     assert "wake: replica 0 was killed by SIGKILL" in caplog.text
     engine.update_weights(tensors.items, 1)
-    assert right(sampled(engine), tensors, 1)
+    assert come_from(sample(engine), tensors, 1)
     assert [replica._process for replica in engine.replicas][1] is other
 
 
@@ -63,8 +63,8 @@ def test_a_replica_that_cannot_sleep_or_wake_is_started_again(
     engine = start(fault=where, how=how)
     engine.update_weights(tensors.items, 0)
     engine.sleep()
-    assert refuses(engine) and len(caplog.messages) == (where == "sleep")
+    assert refuses_to_sample(engine) and len(caplog.messages) == (where == "sleep")
     engine.wake()
     assert [message.partition(":")[0] for message in caplog.messages] == [where]
     engine.update_weights(tensors.items, 1)
-    assert right(sampled(engine), tensors, 1)
+    assert come_from(sample(engine), tensors, 1)

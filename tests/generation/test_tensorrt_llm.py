@@ -18,7 +18,7 @@ from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 
 class OnCpu(adapter.TensorRtLlm):
-    """The engine with the parts that need a GPU replaced: staging in plain memory, and handles of that memory."""
+    """The engine without the two methods that need a GPU: it stages weights in plain memory and shares that memory."""
 
     def open_staging(self, _path: str, shape: tuple[int, int], _remote: bool) -> list[dict[str, Any]]:
         self.broadcast = None
@@ -63,7 +63,7 @@ def refit(engine: OnCpu, model: Path, version: int) -> RefitReceiver:
         raw = tensor.reshape(-1).view(torch.uint8)
         engine.slots[i % 2, ALIGNMENT : ALIGNMENT + len(raw)] = raw
         piece = {"name": name, "shape": list(tensor.shape), "offset": ALIGNMENT, "first": 0, "bytes": len(raw)}
-        weights.bucket(i % 2, [piece], bytearray())
+        weights.load_bucket(i % 2, [piece], bytearray())
         checksums[name] = checksum(tensor)
     weights.commit(version, checksums)
     return weights
@@ -103,7 +103,7 @@ def test_requests_have_the_sampling_parameters_and_processed_log_probs(
     requests = sorted(fake.LLM.last.requests, key=lambda p: p.seed)
     assert [p.seed for p in requests] == [11, 12]
     for parameters in requests:
-        assert not parameters.greedy  # top_k and top_p both None would be
+        assert not parameters.greedy  # it would be greedy if top_k and top_p were both None
         assert (parameters.temperature, parameters.max_tokens, parameters.logprobs_mode) == (0.6, 9, "processed")
         assert parameters.include_stop_str_in_output and parameters.stop_token_ids == [1, 7]
     engine.generate([[5]], [0], sampling | {"temperature": 0.0}, deliver, lambda: None)

@@ -12,6 +12,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
 
 
 def frequencies(sampling: SamplingParams, draws: int = 40_000) -> torch.Tensor:
+    """The share of each of the 5 tokens in many samples from LOGITS."""
     uniform = uniforms(torch.arange(draws), 0)
     tokens, _ = sample(LOGITS.expand(draws, -1), sampling, uniform)
     return torch.bincount(tokens, minlength=5) / draws
@@ -30,9 +31,9 @@ def test_top_k_keeps_the_k_likeliest() -> None:
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     probs = LOGITS.softmax(-1)  # .64 .24 .09 .03 .004
-    kept = frequencies(SamplingParams(1.0, 1, top_p=0.7))
+    actual = frequencies(SamplingParams(1.0, 1, top_p=0.7))
     expected = torch.where(torch.arange(5) < 2, probs, 0.0) / probs[:2].sum()
-    assert (kept - expected).abs().max() < 0.01
+    assert (actual - expected).abs().max() < 0.01
 
 
 def test_greedy_takes_the_likeliest_with_its_plain_log_prob() -> None:

@@ -24,37 +24,37 @@ WORDS = ROW // 8
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Channel, Channel]]:
-    """The run's and the worker's end of a TCP connection on this machine."""
+def channels() -> Iterator[tuple[Channel, Channel]]:
+    """The run's and the worker's end of a TCP connection on this machine, in this order."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        theirs = connect(list(server.getsockname()))
-        mine, _ = server.accept()
-    for end in (mine, theirs):
-        end.settimeout(10)
-    yield Channel(mine), Channel(theirs)
-    mine.close()
-    theirs.close()
+        worker_socket = connect(list(server.getsockname()))
+        run_socket, _ = server.accept()
+    for connection in (run_socket, worker_socket):
+        connection.settimeout(10)
+    yield Channel(run_socket), Channel(worker_socket)
+    run_socket.close()
+    worker_socket.close()
 
 
 def authenticate(run: Channel, worker: Channel, secrets: tuple[bytes, bytes] = (SECRET, SECRET)) -> list[str | None]:
-    """Each side's authentication error, None if it accepted the other."""
+    """Authenticate both ends; return the run's error and the worker's, None for an end that accepted the other."""
     errors: list[str | None] = [None, None]
 
-    def side(index: int, channel: Channel, role: bytes) -> None:
+    def authenticate_end(index: int, channel: Channel, role: bytes) -> None:
         try:
             channel.authenticate(secrets[index], role)
         except WireError as error:
             errors[index] = str(error)
 
-    other = threading.Thread(target=side, args=(1, worker, b"worker"))
+    other = threading.Thread(target=authenticate_end, args=(1, worker, b"worker"))
     other.start()
-    side(0, run, b"run")
+    authenticate_end(0, run, b"run")
     other.join()
     return errors
 
 
-def test_messages_arrive_between_peers_that_know_the_secret(ends: tuple[Channel, Channel]) -> None:
-    run, worker = ends
+def test_messages_arrive_between_peers_that_know_the_secret(channels: tuple[Channel, Channel]) -> None:
+    run, worker = channels
     assert authenticate(run, worker) == [None, None]
     run.send({"op": "bucket", "slot": 1}, memoryview(b"\x00\xff" * 1000))
     assert worker.receive() == ({"op": "bucket", "slot": 1}, bytearray(b"\x00\xff" * 1000))
@@ -64,13 +64,13 @@ def test_messages_arrive_between_peers_that_know_the_secret(ends: tuple[Channel,
 
 @pytest.mark.parametrize("secrets", [(SECRET, b"t" * 32), (b"", SECRET)])
 def test_a_peer_with_another_secret_is_refused_by_both_sides(
-    secrets: tuple[bytes, bytes], ends: tuple[Channel, Channel]
+    secrets: tuple[bytes, bytes], channels: tuple[Channel, Channel]
 ) -> None:
-    assert authenticate(*ends, secrets) == ["the peer does not know this run's secret"] * 2
+    assert authenticate(*channels, secrets) == ["the peer does not know this run's secret"] * 2
 
 
-def test_a_peer_that_echoes_the_proof_is_refused(ends: tuple[Channel, Channel]) -> None:
-    run, thief = ends
+def test_a_peer_that_echoes_the_proof_is_refused(channels: tuple[Channel, Channel]) -> None:
+    run, thief = channels
 
     def echo() -> None:
         for size in (wire._HELLO.size, 32):
@@ -83,8 +83,8 @@ def test_a_peer_that_echoes_the_proof_is_refused(ends: tuple[Channel, Channel]) 
     other.join()
 
 
-def test_peers_with_another_protocol_version_or_none_are_refused(ends: tuple[Channel, Channel]) -> None:
-    run, stranger = ends
+def test_peers_with_another_protocol_version_or_none_are_refused(channels: tuple[Channel, Channel]) -> None:
+    run, stranger = channels
     stranger.socket.sendall(wire._HELLO.pack(wire._MAGIC, wire.PROTOCOL + 1, bytes(32)))
     with pytest.raises(WireError, match=rf"speaks rollout protocol {wire.PROTOCOL + 1}, this side {wire.PROTOCOL}"):
         run.authenticate(SECRET, b"run")
@@ -93,13 +93,13 @@ def test_peers_with_another_protocol_version_or_none_are_refused(ends: tuple[Cha
         run.authenticate(SECRET, b"run")
 
 
-def test_authentication_has_one_deadline_however_slowly_the_peer_sends(ends: tuple[Channel, Channel]) -> None:
-    run, stranger = ends
-    over = threading.Event()
+def test_authentication_has_one_deadline_however_slowly_the_peer_sends(channels: tuple[Channel, Channel]) -> None:
+    run, stranger = channels
+    stop = threading.Event()
 
     def drip() -> None:
         for byte in wire._HELLO.pack(wire._MAGIC, wire.PROTOCOL, bytes(32)):
-            if over.wait(0.2):
+            if stop.wait(0.2):
                 return
             stranger.socket.sendall(bytes([byte]))
 
@@ -108,13 +108,13 @@ def test_authentication_has_one_deadline_however_slowly_the_peer_sends(ends: tup
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         run.authenticate(SECRET, b"run", seconds=0.3)
-    assert time.monotonic() - began < 5  # all bytes at this rate take over 7 s, and the proof as long again
-    over.set()
+    assert time.monotonic() - began < 5  # at this rate the greeting takes over 7 s, and the proof as long again
+    stop.set()
     other.join()
 
 
-def test_memory_grows_with_the_received_bytes_not_with_the_announced_size(ends: tuple[Channel, Channel]) -> None:
-    run, worker = ends
+def test_memory_grows_with_the_received_bytes_not_with_the_announced_size(channels: tuple[Channel, Channel]) -> None:
+    run, worker = channels
     worker.socket.sendall(wire._HEAD.pack(2, 1 << 31) + b"{}" + b"x" * 1000)
     worker.socket.shutdown(socket.SHUT_WR)
     tracemalloc.start()
@@ -125,7 +125,7 @@ def test_memory_grows_with_the_received_bytes_not_with_the_announced_size(ends: 
 
 
 @pytest.mark.parametrize(
-    ("sent", "complaint"),
+    ("data", "message"),
     [
         (wire._HEAD.pack(1 << 31, 0), "announced a message of 2,147,483,648"),
         (wire._HEAD.pack(2, 1 << 40) + b"{}", "announced a message of 2 and 1,099,511,627,776 bytes"),
@@ -135,11 +135,11 @@ def test_memory_grows_with_the_received_bytes_not_with_the_announced_size(ends: 
     ],
 )
 def test_malformed_or_too_large_messages_are_refused_at_once(
-    ends: tuple[Channel, Channel], sent: bytes, complaint: str
+    channels: tuple[Channel, Channel], data: bytes, message: str
 ) -> None:
-    run, worker = ends
-    worker.socket.sendall(sent)
-    with pytest.raises(WireError, match=complaint):
+    run, worker = channels
+    worker.socket.sendall(data)
+    with pytest.raises(WireError, match=message):
         run.receive()
 
 
@@ -156,10 +156,10 @@ def test_announced_staging_memory_is_checked_against_the_model_and_the_file(tmp_
 
 
 def test_a_message_of_several_pieces_arrives_whole(
-    ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+    channels: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "_PIECE", 1000)
-    run, worker = ends
+    run, worker = channels
     payload = bytes(range(256)) * 37
     run.send({"op": "bucket"}, payload)
     assert worker.receive() == ({"op": "bucket"}, bytearray(payload))
@@ -171,9 +171,9 @@ def test_a_checksum_finds_every_changed_element(count: int) -> None:
     before = checksum(tensor)
     assert checksum(tensor.clone()) == before
     for place in {0, count // 2, count - 1}:
-        changed = tensor.clone()
-        changed[place] = torch.nextafter(changed[place], torch.tensor(9.0))  # one bit
-        assert checksum(changed) != before
+        copy = tensor.clone()
+        copy[place] = torch.nextafter(copy[place], torch.tensor(9.0))  # one bit
+        assert checksum(copy) != before
 
 
 def test_a_checksum_finds_rows_out_of_order_and_a_shift() -> None:

@@ -1,4 +1,4 @@
-"""config.json of published models, as their makers uploaded them, and one as transformers 5 saves it."""
+"""The config.json of published models, as their makers uploaded them; one is as transformers 5 saves it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LLAMA3 = {
     "rope_type": "llama3",
 }
 
-REAL: dict[str, dict[str, Any]] = {
+REAL_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": {
         "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
         "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,

@@ -1,4 +1,4 @@
-"""Descriptions of architectures: nothing else knows a model_type, and their weights are those of both libraries."""
+"""Descriptions of architectures: no other code names a model_type, and their weights are as in both libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_configs import REAL
+from real_configs import REAL_CONFIGS
 from tiny_models import FAMILIES, model_config, save_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,36 +31,36 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return save_family(tmp_path, request.param)
 
 
-def texts(file: Path) -> Iterator[str]:
+def string_constants(file: Path) -> Iterator[str]:
     """The string constants of a source file, without its docstrings."""
     tree = ast.parse(file.read_text())
-    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.value
 
 
 def test_no_file_outside_models_names_a_model_type() -> None:
     names = re.compile(rf"\b({'|'.join(ARCHITECTURES)})\b")
-    files = {file for file in PACKAGE.rglob("*.py") if any(names.search(text) for text in texts(file))}
+    files = {file for file in PACKAGE.rglob("*.py") if any(names.search(text) for text in string_constants(file))}
     assert PACKAGE / "models" / "architecture.py" in files
     assert {file.relative_to(PACKAGE).parts[0] for file in files} == {"models"}
 
 
 def test_every_architecture_is_among_the_tested_ones() -> None:
     assert {family.split("-")[0] for family in FAMILIES} == ARCHITECTURES.keys()
-    assert {config["model_type"] for config in REAL.values()} == ARCHITECTURES.keys()
+    assert {config["model_type"] for config in REAL_CONFIGS.values()} == ARCHITECTURES.keys()
 
 
 def test_names_and_shapes_are_transformers(directory: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shape = read_shape(directory)
     assert shape.tied == (model.lm_head.weight is model.model.embed_tokens.weight)
     if shape.tied:
-        theirs.pop("lm_head.weight")
-    assert shape.tensors() == theirs
+        expected.pop("lm_head.weight")
+    assert shape.tensors() == expected
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     layer = {name: p for name, p in model.named_parameters() if name.startswith("model.layers.1.")}
     assert shape.layer_parameters == sum(p.numel() for p in layer.values())
@@ -72,17 +72,17 @@ def test_names_shapes_and_cuts_are_megatrons(directory: Path) -> None:
     config = model_config(directory)
     parallel.start(config)
     (chunk,) = Policy(config, trainable=False, read_weights=False).model.chunks
-    theirs = {
+    expected = {
         name: (tuple(p.shape), p.partition_dim if getattr(p, "tensor_model_parallel", False) else None)
         for name, p in chunk.named_parameters()
     }
-    ours = {w.numbered(w.local_key): (w.shape, w.split) for w in read_shape(directory).weights()}
-    assert ours == theirs
+    actual = {w.full_name(w.local_key): (w.shape, w.split) for w in read_shape(directory).weights()}
+    assert actual == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_shards_come_back_whole_bit_for_bit(directory: Path, ranks: int) -> None:
-    """... with a vocabulary that 4 ranks do not divide."""
+    """The number of rows of the vocabulary is not a multiple of 4."""
     for weight in read_shape(directory).weights():
         parts = {name: torch.randn(shape) for name, shape in weight.parts}
         shards = [shard(weight, [*parts.values()], rank, ranks) for rank in range(ranks)]
@@ -92,7 +92,7 @@ def test_shards_come_back_whole_bit_for_bit(directory: Path, ranks: int) -> None
 
 
 def test_a_rank_has_whole_groups_of_heads_and_both_halves_of_the_mlp() -> None:
-    shape = model_shape(REAL["Qwen2.5-0.5B"])
+    shape = model_shape(REAL_CONFIGS["Qwen2.5-0.5B"])
     sizes = {"hidden": 32, "ffn": 24, "heads": 8, "kv_heads": 4, "head_dim": 4}
     weights = {w.key.split(".", 2)[2]: w for w in replace(shape, layers=1, **sizes).weights() if w.layer == 0}
     for kind in ("weight", "bias"):
@@ -106,10 +106,10 @@ def test_a_rank_has_whole_groups_of_heads_and_both_halves_of_the_mlp() -> None:
 
 
 def test_one_description_adds_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here one with biases and norms of queries and keys, whose configs may leave out the size of a head."""
+    """This one has biases and norms of queries and keys, and its configs may leave out the size of a head."""
     new = Architecture("new", "New", {}, qkv_bias=True, qk_norm=True, absent={"head_dim": 16}, rope_theta=5e5)
     monkeypatch.setitem(ARCHITECTURES, "new", new)
-    config = {k: v for k, v in REAL["Qwen2.5-0.5B"].items() if k != "rope_theta"}
+    config = {k: v for k, v in REAL_CONFIGS["Qwen2.5-0.5B"].items() if k != "rope_theta"}
     config |= {"model_type": "new", "architectures": ["NewForCausalLM"], "sliding_window": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_hf_config(tmp_path)["rope_theta"] == 5e5
@@ -126,5 +126,5 @@ def test_one_description_adds_an_architecture(tmp_path: Path, monkeypatch: pytes
     [("DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-1.5B"), ("Qwen2.5-0.5B", None)],
 )
 def test_a_published_model_is_known_by_its_shape(model: str, name: str | None, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(REAL[model]))
+    (tmp_path / "config.json").write_text(json.dumps(REAL_CONFIGS[model]))
     assert published_name(read_shape(tmp_path)) == name

@@ -1,4 +1,4 @@
-"""Paths that are not a Hugging Face model: the error says what they are and what to do."""
+"""Paths that are no Hugging Face model: the error says what the path is and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_disco.models.hf_config import read_hf_config
 from nemo_disco.runtime.errors import UserError
 
 
-def make(root: Path, *names: str) -> Path:
+def make_files(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")
@@ -36,13 +36,15 @@ def make(root: Path, *names: str) -> Path:
     ],
 )  # fmt: skip
 def test_a_directory_without_a_model(files: Iterable[str], hint: str, tmp_path: Path) -> None:
-    directory = make(tmp_path, *files)
-    with pytest.raises(UserError, match=hint) as raised:
+    directory = make_files(tmp_path, *files)
+    with pytest.raises(UserError, match=hint) as error:
         read_hf_config(directory)
-    assert str(raised.value).startswith(f"{directory}: ") and "\n" not in str(raised.value)
+    assert str(error.value).startswith(f"{directory}: ") and "\n" not in str(error.value)
 
 
-def test_the_place_for_models_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_the_directory_for_models_is_not_taken_for_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"Qwen3-0.6B: no Hugging Face model there: no such directory"):
         read_hf_config("models/Qwen3-0.6B")
@@ -50,7 +52,7 @@ def test_the_place_for_models_is_no_name_on_the_hub(tmp_path: Path, monkeypatch:
 
 def test_a_path_that_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    make(tmp_path, "models/x.gguf", "models/model.safetensors")
+    make_files(tmp_path, "models/x.gguf", "models/model.safetensors")
     for path, hint in {
         "Qwen/Qwen3-0.6B": "nothing is downloaded here, so `hf download Qwen/Qwen3-0.6B --local-dir models/Qwen3-0.6B`",
         "models/typo": "no such directory; docs/model.md says how to get one",
@@ -59,6 +61,6 @@ def test_a_path_that_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "models/model.safetensors": r"a file; give the Hugging Face directory that it is in \(models\)",
         "x" * 300: "cannot be read",
     }.items():
-        with pytest.raises(UserError, match=hint) as raised:
+        with pytest.raises(UserError, match=hint) as error:
             read_hf_config(path)
-        assert str(raised.value).startswith(path)
+        assert str(error.value).startswith(path)

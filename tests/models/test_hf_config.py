@@ -1,4 +1,4 @@
-"""config.json: those of published models are read as transformers reads them; other networks are refused by name."""
+"""The config.json of published models is read as transformers reads it; networks that are not built are refused."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from real_configs import REAL
+from real_configs import REAL_CONFIGS
 
+from nemo_disco.commands.checks import check_objective
+from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.plan import print_plan
-from nemo_disco.estimate.timing import Needs
 from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.hf_config import BUILT_VALUES, HARMLESS, READ_FIELDS, read_hf_config
 from nemo_disco.runtime.errors import UserError
 
-LLAMA3 = REAL["Llama-3.1-8B-Instruct"]["rope_scaling"]
-QWEN2, LLAMA, MISTRAL = (REAL[n] for n in ("Qwen2.5-0.5B", "Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"))
+LLAMA3 = REAL_CONFIGS["Llama-3.1-8B-Instruct"]["rope_scaling"]
+QWEN2, LLAMA, MISTRAL = (REAL_CONFIGS[n] for n in ("Qwen2.5-0.5B", "Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"))
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -28,8 +29,8 @@ SIZES = (
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """written(config) -> a directory with that config.json."""
+def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """write_config(config) -> directory with this config.json."""
 
     def write(config: dict[str, Any]) -> Path:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -39,80 +40,85 @@ def written(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
 
 
 def assert_transformers_reads(directory: Path, config: dict[str, Any]) -> None:
-    """transformers reads the network of `config` from `directory`."""
+    """Assert that transformers reads the network of `config` from `directory`."""
     from transformers import AutoConfig
 
-    theirs = AutoConfig.from_pretrained(directory)
-    assert {name: getattr(theirs, name) for name in SIZES} == {name: config[name] for name in SIZES}
-    rope = {name: value for name, value in theirs.rope_parameters.items() if name != "type"}  # rope_type's older name
+    network = AutoConfig.from_pretrained(directory)
+    assert {name: getattr(network, name) for name in SIZES} == {name: config[name] for name in SIZES}
+    # `type` is the older name of rope_type.
+    rope = {name: value for name, value in network.rope_parameters.items() if name != "type"}
     assert rope == config["rope_parameters"]
-    head_dim = getattr(theirs, "head_dim", None)
+    head_dim = getattr(network, "head_dim", None)
     assert head_dim in (None, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     if config.get("dtype"):
-        assert str(theirs.dtype) == f"torch.{config['dtype']}"
+        assert str(network.dtype) == f"torch.{config['dtype']}"
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_published_models_are_read_as_transformers_reads_them(name: str, written: Callable[..., Path]) -> None:
-    config = read_hf_config(written(REAL[name]))
-    assert_transformers_reads(written(REAL[name]), config)
-    assert config.items() >= {k: v for k, v in REAL[name].items() if k != "rope_scaling"}.items()
+@pytest.mark.parametrize("name", REAL_CONFIGS)
+def test_published_models_are_read_as_transformers_reads_them(name: str, write_config: Callable[..., Path]) -> None:
+    config = read_hf_config(write_config(REAL_CONFIGS[name]))
+    assert_transformers_reads(write_config(REAL_CONFIGS[name]), config)
+    assert config.items() >= {k: v for k, v in REAL_CONFIGS[name].items() if k != "rope_scaling"}.items()
     assert config["torch_dtype"] == config["dtype"]
     rope = config["rope_scaling"] or {"rope_type": "default"}
     assert rope | {"rope_theta": config["rope_theta"]} == config["rope_parameters"]
-    assert_transformers_reads(written(config), config)  # both spellings in one file
-    assert read_hf_config(written(config)) == config
+    assert_transformers_reads(write_config(config), config)  # both spellings in one file
+    assert read_hf_config(write_config(config)) == config
 
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
-def test_what_transformers_saves_is_accepted(kind: str, written: Callable[..., Path]) -> None:
-    """With every field, also those with default values."""
+def test_what_transformers_saves_is_accepted(kind: str, write_config: Callable[..., Path]) -> None:
+    """transformers saves every field, also those with default values."""
     from transformers import AutoConfig
 
     saved = AutoConfig.for_model(kind, **({"sliding_window": None} if kind == "mistral" else {}))
-    assert_transformers_reads(written(saved.to_dict()), read_hf_config(written(saved.to_dict())))
+    assert_transformers_reads(write_config(saved.to_dict()), read_hf_config(write_config(saved.to_dict())))
 
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
-def test_fields_that_are_left_out_have_transformers_values(kind: str, written: Callable[..., Path]) -> None:
+def test_fields_that_are_left_out_have_transformers_values(kind: str, write_config: Callable[..., Path]) -> None:
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     config: dict[str, Any] = dict.fromkeys(needed, 64) | {"model_type": kind, "num_attention_heads": 32}
     if kind == "mistral":
         config["sliding_window"] = None
-    assert_transformers_reads(written(config), read_hf_config(written(config)))
+    assert_transformers_reads(write_config(config), read_hf_config(write_config(config)))
     for name in needed:
         with pytest.raises(UserError, match=f"config.json: {name} is missing"):
-            read_hf_config(written({k: v for k, v in config.items() if k != name}))
+            read_hf_config(write_config({k: v for k, v in config.items() if k != name}))
 
 
-json_values = st.recursive(
+JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KNOWN = READ_FIELDS | set(HARMLESS) | set(BUILT_VALUES) | {"attention_bias"}
+KNOWN_FIELDS = READ_FIELDS | set(HARMLESS) | set(BUILT_VALUES) | {"attention_bias"}
 
 
-@given(name=st.text(max_size=30).filter(lambda n: n not in KNOWN), value=json_values, real=st.sampled_from(list(REAL)))
+@given(
+    name=st.text(max_size=30).filter(lambda n: n not in KNOWN_FIELDS),
+    value=JSON_VALUES,
+    real=st.sampled_from(list(REAL_CONFIGS)),
+)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_field_that_is_not_known_is_refused_by_name(
-    name: str, value: Any, real: str, written: Callable[..., Path]
+    name: str, value: Any, real: str, write_config: Callable[..., Path]
 ) -> None:
-    with pytest.raises(UserError) as raised:
-        read_hf_config(written(REAL[real] | {name: value}))
-    assert "\n" not in str(raised.value)
-    assert "not a field that is known" in str(raised.value)
-    assert f"config.json: {json.dumps(name)[1:-1]}="[:50] in str(raised.value)
+    with pytest.raises(UserError) as error:
+        read_hf_config(write_config(REAL_CONFIGS[real] | {name: value}))
+    assert "\n" not in str(error.value)
+    assert "not a field that is known" in str(error.value)
+    assert f"config.json: {json.dumps(name)[1:-1]}="[:50] in str(error.value)
 
 
-@given(name=st.sampled_from(sorted(KNOWN)), value=json_values)
+@given(name=st.sampled_from(sorted(KNOWN_FIELDS)), value=JSON_VALUES)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
-    name: str, value: Any, written: Callable[..., Path]
+    name: str, value: Any, write_config: Callable[..., Path]
 ) -> None:
     refusal = None
     try:
-        config = read_hf_config(written(LLAMA | {name: value}))
+        config = read_hf_config(write_config(LLAMA | {name: value}))
     except UserError as error:
         refusal = str(error)
     if refusal is None:
@@ -125,7 +131,7 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
     ("base", "changes", "complaint"),
     [
         (LLAMA, {"attention_bias": True}, "attention_bias=true is not built"),
-        (REAL["Qwen3-0.6B"], {"attention_bias": True}, "attention_bias=true is not built"),
+        (REAL_CONFIGS["Qwen3-0.6B"], {"attention_bias": True}, "attention_bias=true is not built"),
         (QWEN2, {"attention_bias": False}, "attention_bias=false is not built"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias=true is not built"),
         (LLAMA, {"hidden_act": "gelu"}, 'hidden_act="gelu" is not built, only "silu"'),
@@ -164,12 +170,12 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
     ],
 )  # fmt: skip
 def test_a_network_that_is_not_built_is_refused_by_field_and_value(
-    base: dict[str, Any], changes: dict[str, Any], complaint: str, written: Callable[..., Path]
+    base: dict[str, Any], changes: dict[str, Any], complaint: str, write_config: Callable[..., Path]
 ) -> None:
-    directory = written(base | changes)
-    with pytest.raises(UserError, match=complaint) as raised:
+    directory = write_config(base | changes)
+    with pytest.raises(UserError, match=complaint) as error:
         read_hf_config(directory)
-    assert str(raised.value).startswith(f"{directory}/config.json: ")
+    assert str(error.value).startswith(f"{directory}/config.json: ")
 
 
 @pytest.mark.parametrize(
@@ -185,10 +191,10 @@ def test_a_network_that_is_not_built_is_refused_by_field_and_value(
     ],
 )  # fmt: skip
 def test_values_that_change_nothing_are_accepted(
-    base: dict[str, Any], changes: dict[str, Any], written: Callable[..., Path]
+    base: dict[str, Any], changes: dict[str, Any], write_config: Callable[..., Path]
 ) -> None:
     config = {k: v for k, v in (base | changes).items() if k != "rope_theta" or v is not None}
-    assert_transformers_reads(written(config), read_hf_config(written(config)))
+    assert_transformers_reads(write_config(config), read_hf_config(write_config(config)))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000, '"text"'])
@@ -198,7 +204,7 @@ def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path) -> None:
         read_hf_config(tmp_path)
 
 
-def test_plan_refuses_it_too(written: Callable[..., Path]) -> None:
-    directory = written(QWEN2 | {"logit_scale": 2.0})
+def test_the_plan_refuses_a_field_that_is_not_known_too(write_config: Callable[..., Path]) -> None:
+    config = compose("quickstart", [f"model.path={write_config(QWEN2 | {'logit_scale': 2.0})}"])
     with pytest.raises(UserError, match=r"logit_scale=2\.0: not a field that is known"):
-        print_plan(compose("quickstart", [f"model.path={directory}"]), 1, Needs(two_passes=True, reference=False))
+        print_plan(config, 1, find_workload(config, check_objective(config)))

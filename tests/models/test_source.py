@@ -1,4 +1,4 @@
-"""The models that model.path may name when it is evaluated."""
+"""The directories that model.path may name in an evaluation, and the model and checkpoint that are then evaluated."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nemo_disco.runtime.errors import UserError
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
+    """Directory of a run of some/model with (empty) checkpoints of steps 2 and 10."""
     for step in (2, 10):
         directory = tmp_path / f"run/checkpoints/step_{step}"
         directory.mkdir(parents=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_model
 
-from nemo_disco.config.paths import packaged
+from nemo_disco.config.paths import packaged_directory
 
 # Frees every second block of 4 MiB, after a larger one (which raises glibc's threshold for mapping a block separately),
 # and prints how many of the 128 MiB freed were not returned.
@@ -24,7 +24,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 cpu_backend.enable()
-cpu_backend.return_freed_memory(weights=1 << 30)
+cpu_backend.return_freed_memory(weight_bytes=1 << 30)
 torch.ones(7 << 20)
 before = resident()
 blocks = [torch.ones(1 << 20) for _ in range(64)]
@@ -32,7 +32,7 @@ kept = blocks[1::2]
 del blocks
 print((resident() - before >> 20) - 128)
 """
-OF_135M = {
+SHAPE_OF_135M = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -42,25 +42,28 @@ OF_135M = {
 }
 
 
-def own_environment() -> dict[str, str]:
+def environment_without_malloc() -> dict[str, str]:
+    """This process's environment without its settings of malloc."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 
 
-def command(*arguments: str) -> list[str]:
+def build_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "nemo_disco", *arguments]
 
 
 def test_freed_tensors_are_returned_to_the_system() -> None:
-    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, env=own_environment())
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 16
+    result = subprocess.run(
+        [sys.executable, "-c", HOLES], capture_output=True, text=True, env=environment_without_malloc()
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 16
 
 
 @pytest.mark.slow
 def test_a_runs_peak_is_at_most_a_fifth_above_the_plans_figure(tmp_path: Path) -> None:
     """135M parameters in float32, two steps with saves; the plan's figure excludes libraries and checkpoints."""
-    quickstart = packaged("assets") / "quickstart"
-    model = save_model(tmp_path / "model", "llama", tied=True, **OF_135M)
+    quickstart = packaged_directory("assets") / "quickstart"
+    model = save_model(tmp_path / "model", "llama", tied=True, **SHAPE_OF_135M)
     for file in (quickstart / "model").iterdir():
         if "token" in file.name or "template" in file.name:
             shutil.copy(file, model)
@@ -79,12 +82,14 @@ def test_a_runs_peak_is_at_most_a_fifth_above_the_plans_figure(tmp_path: Path) -
         "generation.max_response_length=128",
         "model.token_budget=1024",
     ]
-    plan = subprocess.run(command("plan", *settings), capture_output=True, text=True, check=True).stdout
-    planned = float(re.search(r"training, at its peak\s*│\s*([\d.]+)", plan)[1])  # type: ignore[index]
+    plan = subprocess.run(build_command("plan", *settings), capture_output=True, text=True, check=True).stdout
+    plan_gib = float(re.search(r"training, at its peak\s*│\s*([\d.]+)", plan)[1])  # type: ignore[index]
     with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(command("train", *settings), stdout=output, stderr=output, env=own_environment())
-        _, status, used = os.wait4(process.pid, 0)
+        process = subprocess.Popen(
+            build_command("train", *settings), stdout=output, stderr=output, env=environment_without_malloc()
+        )
+        _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, (tmp_path / "output").read_text()
-    peak = used.ru_maxrss / (1 << 20)
-    assert planned == pytest.approx(3.5, abs=0.1)
-    assert peak < 1.2 * planned, f"{peak:.2f} GiB, planned {planned}"
+    peak = usage.ru_maxrss / (1 << 20)
+    assert plan_gib == pytest.approx(3.5, abs=0.1)
+    assert peak < 1.2 * plan_gib, f"the peak is {peak:.2f} GiB, the plan says {plan_gib}"

@@ -1,4 +1,4 @@
-"""The flash path of attention on packed sequences, with a stand-in of the kernel, which needs a GPU."""
+"""The flash path of attention on packed sequences, with a stand-in for the kernel, which needs a GPU."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from nemo_disco.policy.policy import Policy
 def test_the_flash_path_gives_the_same_log_probs_and_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_from: int | None
 ) -> None:
-    """long_from: longer sequences of a micro-batch are computed one by one."""
+    """Sequences of at least `long_from` tokens are computed one by one."""
     monkeypatch.setattr(attention, "LONG_FROM", long_from)
-    alone = []
+    single_lengths = []
     attend = attention.PackedCausalAttention._attend_alone
     monkeypatch.setattr(
-        attention.PackedCausalAttention, "_attend_alone", lambda *qkv: alone.append(len(qkv[1])) or attend(*qkv)
+        attention.PackedCausalAttention,
+        "_attend_alone",
+        lambda *qkv: single_lengths.append(len(qkv[1])) or attend(*qkv),
     )
     config = model_config(save_model(tmp_path, "qwen2", tied=True))
     rollouts, results = random_rollouts(), []
     for use_flash in (False, True):
         if use_flash:
-            flash.pretend(monkeypatch)
+            flash.install_stand_in(monkeypatch)
         parallel.start(config)
         policy = Policy(config, dtype=torch.float64)
         log_probs, _ = policy.log_probs(rollouts)
@@ -41,7 +43,7 @@ def test_the_flash_path_gives_the_same_log_probs_and_gradient(
     torch.testing.assert_close(flash_log_probs, expected, rtol=0, atol=1e-12)
     for name, gradient in gradients.items():
         torch.testing.assert_close(flash_gradients[name], gradient, rtol=1e-10, atol=1e-12)
-    longer = set(alone)
+    longer = set(single_lengths)
     assert not longer if long_from is None else len(longer) > 1 and min(longer) >= long_from
 
 
@@ -59,7 +61,7 @@ def test_the_layers_move_no_tensor_to_the_device(monkeypatch: pytest.MonkeyPatch
     for context_size in (1, 2):
         packed = PackedSequences.from_lengths([4, 8], context_size=context_size)
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "to", lambda *_, **__: pytest.fail("moved inside the layers"))
+            patch.setattr(torch.Tensor, "to", lambda *_, **__: pytest.fail("a tensor is moved inside the layers"))
             assert packed.whole.cu_seqlens_q is packed.starts
 
 

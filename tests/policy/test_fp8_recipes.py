@@ -1,6 +1,6 @@
-"""FP8 with each recipe: the settings that megatron-core and Transformer Engine get, and training on stand-ins of its
-layers (plain torch that rounds as they do), which is that of float32 up to FP8's error. The state of delayed scaling:
-test_fp8_scales.py."""
+"""FP8 with each recipe: the settings that megatron-core and Transformer Engine get, and training, which agrees with
+float32 up to FP8's error. The layers are stand-ins in plain torch that round as Transformer Engine's do. The state of
+delayed scaling is tested in test_fp8_scales.py."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Policy]:
+    """build(fp8, **changes) -> policy with stand-ins for Transformer Engine's layers; `changes` are of ModelConfig."""
     monkeypatch.setattr(layers, "_transformer_engine_layer", fused_layers.fused_layer)
     monkeypatch.setattr(policy_module, "uses_transformer_engine", lambda _: True)
 
@@ -82,8 +83,8 @@ def test_without_fp8_megatron_gets_no_recipe(build: Callable[..., Policy]) -> No
     assert [part.config.fp8_recipe for part in policy.optimizer._parts] == [None]
 
 
-def recipe_class(name: str, *parameters: str) -> type:
-    """A stand-in of a recipe of Transformer Engine 2.11, with its parameters."""
+def make_recipe_class(name: str, *parameters: str) -> type:
+    """A stand-in for a recipe class of Transformer Engine 2.11, which takes the same parameters."""
 
     def init(self: Any, **arguments: Any) -> None:
         assert arguments.keys() <= set(parameters), f"{name} has {parameters}, not {sorted(arguments)}"
@@ -93,33 +94,33 @@ def recipe_class(name: str, *parameters: str) -> type:
 
 
 @dataclass
-class Engine:
-    """The arguments with which megatron entered Transformer Engine's two contexts."""
+class TransformerEngineCalls:
+    """The arguments with which megatron entered Transformer Engine's two contexts, and the module that enters them."""
 
-    computing: dict[str, Any]
-    building: dict[str, Any]
-    megatron: Any
+    autocast: dict[str, Any]
+    model_init: dict[str, Any]
+    fp8_utils: Any
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """megatron's own fp8_utils, imported again with a stand-in of Transformer Engine that records its calls."""
-    calls = Engine({}, {}, None)
+def calls(monkeypatch: pytest.MonkeyPatch) -> TransformerEngineCalls:
+    """Records of a stand-in for Transformer Engine, and megatron's own fp8_utils, imported again with that stand-in."""
+    calls = TransformerEngineCalls({}, {}, None)
 
     @contextmanager
     def fp8_autocast(**arguments: Any) -> Any:
-        calls.computing = arguments
+        calls.autocast = arguments
         yield
 
     @contextmanager
     def fp8_model_init(enabled: bool, recipe: Any, preserve_high_precision_init_val: bool) -> Any:
-        calls.building = {"enabled": enabled, "recipe": recipe, "preserves": preserve_high_precision_init_val}
+        calls.model_init = {"enabled": enabled, "recipe": recipe, "preserves": preserve_high_precision_init_val}
         yield
 
     recipes = SimpleNamespace(
         Format=SimpleNamespace(E4M3="e4m3", HYBRID="e4m3 and e5m2"),
-        Float8CurrentScaling=recipe_class("Float8CurrentScaling", "fp8_format", "fp8_dpa", "fp8_mha"),
-        Float8BlockScaling=recipe_class("Float8BlockScaling", "fp8_format", "fp8_dpa", "fp8_mha"),
+        Float8CurrentScaling=make_recipe_class("Float8CurrentScaling", "fp8_format", "fp8_dpa", "fp8_mha"),
+        Float8BlockScaling=make_recipe_class("Float8BlockScaling", "fp8_format", "fp8_dpa", "fp8_mha"),
     )
     names: dict[str, dict[str, Any]] = {
         "transformer_engine": {"__version__": "2.11.0", "common": SimpleNamespace(recipe=recipes)},
@@ -135,18 +136,18 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
         monkeypatch.setitem(sys.modules, name, module)
     vars(sys.modules["transformer_engine"])["pytorch"] = sys.modules["transformer_engine.pytorch"]
     monkeypatch.setattr(megatron_utils, "_te_version", Version("2.11.0"))
-    delayed = recipe_class("TEDelayedScaling", "config", "fp8_format", "override_linear_precision")
+    delayed = make_recipe_class("TEDelayedScaling", "config", "fp8_format", "override_linear_precision")
     monkeypatch.setattr(extensions, "TEDelayedScaling", delayed)
     spec = importlib.util.spec_from_file_location("fp8_utils_beside_an_engine", fp8_utils.__file__)
     assert spec is not None and spec.loader is not None
-    calls.megatron = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(calls.megatron)
+    calls.fp8_utils = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(calls.fp8_utils)
     return calls
 
 
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize(
-    ("fp8", "expected", "numbers"),
+    ("fp8", "expected", "number_format"),
     [
         ("delayed", "TEDelayedScaling", "e4m3 and e5m2"),
         ("current", "Float8CurrentScaling", "e4m3 and e5m2"),
@@ -154,18 +155,23 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     ],
 )
 def test_megatron_builds_transformer_engines_recipe_from_the_settings(
-    build: Callable[..., Policy], engine: Engine, fp8: str, expected: str, numbers: str, gather: bool
+    build: Callable[..., Policy],
+    calls: TransformerEngineCalls,
+    fp8: str,
+    expected: str,
+    number_format: str,
+    gather: bool,
 ) -> None:
     config = build(fp8, fp8_param_gather=gather).model.chunks[0].config
-    with engine.megatron.get_fp8_context(config, 0), engine.megatron.get_fp8_context(config, 0, is_init=True):
+    with calls.fp8_utils.get_fp8_context(config, 0), calls.fp8_utils.get_fp8_context(config, 0, is_init=True):
         pass
-    recipe = engine.computing["fp8_recipe"]
-    assert (type(recipe).__name__, recipe.fp8_format, engine.computing["enabled"]) == (expected, numbers, True)
-    assert not getattr(recipe, "fp8_dpa", False), "attention stays in bf16"
+    recipe = calls.autocast["fp8_recipe"]
+    assert (type(recipe).__name__, recipe.fp8_format, calls.autocast["enabled"]) == (expected, number_format, True)
+    assert not getattr(recipe, "fp8_dpa", False), "attention would not stay in bf16"
     if gather:  # the optimizer starts from the weights before rounding
-        assert type(engine.building["recipe"]).__name__ == expected and engine.building["preserves"]
+        assert type(calls.model_init["recipe"]).__name__ == expected and calls.model_init["preserves"]
     else:
-        assert not engine.building
+        assert not calls.model_init
 
 
 # --- micro-batches ---
@@ -177,17 +183,17 @@ def test_micro_batches_are_padded_to_the_multiple_that_the_recipe_needs(
 ) -> None:
     sizes, make = [], policy_module.build_micro_batch
 
-    def measured(*args: Any, **kwargs: Any) -> Any:
+    def build_and_measure(*args: Any, **kwargs: Any) -> Any:
         batch = make(*args, **kwargs)
         sizes.append(batch.input_ids.shape[1])
         return batch
 
-    monkeypatch.setattr(policy_module, "build_micro_batch", measured)
+    monkeypatch.setattr(policy_module, "build_micro_batch", build_and_measure)
     train(build(fp8), [1])
     assert len(sizes) > 1 and all(size % multiple == 0 for size in sizes)
     sizes.clear()
     train(build(None), [1])
-    assert any(size % 16 for size in sizes), "without FP8 nothing needs padding"
+    assert any(size % 16 for size in sizes), "micro-batches are padded without FP8"
 
 
 # --- training ---
@@ -199,31 +205,32 @@ def test_the_stand_ins_round_as_fp8_does(scale: float) -> None:
     x = torch.randn(130, 300, generator=torch.Generator().manual_seed(0)) * scale
     large = x.clone()
     large[0, 0] = 1e7 * scale
-    for rounding, lost in ((fused_layers.ROUNDED["blockwise"][0], 1), (fused_layers.ROUNDED["blockwise"][1], 128)):
+    for rounding, rows in ((fused_layers.ROUNDINGS["blockwise"][0], 1), (fused_layers.ROUNDINGS["blockwise"][1], 128)):
         assert float((rounding(x) - x).norm() / x.norm()) < 0.04
-        changed = rounding(large) != rounding(x)
-        assert changed[:lost, :128].float().mean() > 0.9
-        changed[:lost, :128] = False
-        assert not changed.any()
-    assert float((fused_layers.ROUNDED["tensorwise"][0](x) - x).norm() / x.norm()) < 0.04
-    assert not fused_layers.ROUNDED["tensorwise"][0](large)[1:].any()
+        difference = rounding(large) != rounding(x)
+        assert difference[:rows, :128].float().mean() > 0.9
+        difference[:rows, :128] = False
+        assert not difference.any()
+    assert float((fused_layers.ROUNDINGS["tensorwise"][0](x) - x).norm() / x.norm()) < 0.04
+    assert not fused_layers.ROUNDINGS["tensorwise"][0](large)[1:].any()
 
 
-def gradient(policy: Policy) -> torch.Tensor:
+def compute_gradient(policy: Policy) -> torch.Tensor:
+    """The whole gradient of a very small loss, as one vector."""
     policy.accumulate(random_rollouts(), lambda _, log_probs, __: 1e-9 * log_probs)
     return torch.cat([g.flatten().clone() for _, g in policy.named_gradients()])
 
 
 @pytest.mark.parametrize("fp8", STATELESS)
 def test_the_gradient_is_that_of_float32_up_to_the_error_of_fp8(build: Callable[..., Policy], fp8: str) -> None:
-    """From the first pass on, however small the gradient: no pass depends on those before."""
+    """This holds from the first pass on, however small the gradient is, since no pass depends on earlier ones."""
     plain = build(None)
-    expected, expected_log_probs = gradient(plain), plain.log_probs(random_rollouts())[0]
+    expected, expected_log_probs = compute_gradient(plain), plain.log_probs(random_rollouts())[0]
     policy = build(fp8)
     assert not policy.unscaled
     log_probs, again = (policy.log_probs(random_rollouts())[0] for _ in "ab")
     assert torch.equal(log_probs, again)
-    actual, again = gradient(policy), gradient(policy)
+    actual, again = compute_gradient(policy), compute_gradient(policy)
     assert torch.equal(actual, again)
     # The bounds of benchmarks/gpu/correctness.py.
     for value, reference, bound in ((log_probs, expected_log_probs, 0.1), (actual, expected, 0.3)):
@@ -238,7 +245,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     policy = build(fp8)
     train(policy, [1, 2])
     path = checkpoint.save(policy, tmp_path, 2, {}, keep=1)
-    assert checkpoint_files.read_record(path)["fp8_scales"] is False, "there is no state"
+    assert checkpoint_files.read_record(path)["fp8_scales"] is False, "the recipe has no scales to save"
     resumed = build(fp8)
     checkpoint.load_latest(resumed, tmp_path)
     assert fingerprint(resumed) == fingerprint(policy)
@@ -257,7 +264,7 @@ def test_a_checkpoint_of_one_recipe_can_be_resumed_with_another(
     expected = policy.log_probs(random_rollouts())[0]
     other = build(after)
     checkpoint.load_latest(other, tmp_path)
-    assert bool(other.unscaled) == (after == "delayed"), "delayed scaling has no history yet"
+    assert bool(other.unscaled) == (after == "delayed"), "only delayed scaling must begin without a history"
     actual = other.log_probs(random_rollouts())[0]
     assert float((actual - expected).norm() / expected.norm()) < 0.1
     train(other, [3])

@@ -1,5 +1,5 @@
-"""FP8 with delayed scaling, on stand-ins of Transformer Engine's layers in plain torch: its state is in checkpoints,
-and the first pass is as precise as the following ones."""
+"""FP8 with delayed scaling: its state is in checkpoints, and the first pass is as precise as the following ones. The
+layers are stand-ins for Transformer Engine's in plain torch."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_a_checkpoint_before_the_first_pass_has_no_scales(build: Callable[[], Po
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_the_first_pass_is_as_precise_as_the_second(build: Callable[[], Policy], prepared: bool) -> None:
-    """With delayed scaling's initial scale, all gradients as small as these would be 0. prepared: a first pass sets the
-    scales, as in a run."""
+    """With delayed scaling's initial scale, gradients as small as these would all be 0. prepared: as in a run, the
+    scales are set by a pass before the first one."""
     policy, rollouts = build(), random_rollouts()
     assert policy.unscaled
     if not prepared:

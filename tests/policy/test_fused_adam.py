@@ -1,4 +1,4 @@
-"""Transformer Engine's Adam (a stand-in) instead of torch's: checkpoints, bfloat16 moments, reloaded weights."""
+"""Transformer Engine's Adam, by a stand-in, instead of torch's: checkpoints, bfloat16 moments and loaded weights."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(path: Path, patch: pytest.MonkeyPatch, moments: str | None) -> Policy:
-    """moments: their dtype in Transformer Engine's Adam; None: torch's AdamW."""
+    """A policy with Transformer Engine's Adam, whose moments have this dtype; None: with torch's AdamW."""
     config = model_config(path)
     optim = config.optim.model_copy(update={"moments_dtype": moments or "float32"})
     config = config.model_copy(update={"optim": optim})
     parallel.start(config)
-    with patch.context() as here:
+    with patch.context() as local_patch:
         if moments is not None:
-            fused_adam.pretend(here)
-            here.setattr(policy_module, "uses_transformer_engine", lambda _: False)
+            fused_adam.install_stand_in(local_patch)
+            local_patch.setattr(policy_module, "uses_transformer_engine", lambda _: False)
         return Policy(config, dtype=torch.bfloat16)
 
 
-def state(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
-    """Float32 weights and moments of every parameter."""
+def read_state(policy: Policy) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's float32 weight and moments of each parameter, by its name."""
     assert policy.optimizer is not None
     names = {p: name for name, p in policy.model.chunks[0].named_parameters()}
     return {names[p]: tensors for part in policy.optimizer.shards(copied=True) for p, tensors in part.items()}
 
 
 def assert_same(actual: Policy, expected: Policy) -> None:
-    torch.testing.assert_close(state(actual), state(expected), rtol=0, atol=0)
+    torch.testing.assert_close(read_state(actual), read_state(expected), rtol=0, atol=0)
     for (_, weight), (_, expected_weight) in zip(actual.named_weights(), expected.named_weights(), strict=True):
         assert torch.equal(weight, expected_weight)
 
@@ -52,7 +52,7 @@ def assert_same(actual: Policy, expected: Policy) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str
 ) -> None:
-    fused_adam.pretend(monkeypatch)
+    fused_adam.install_stand_in(monkeypatch)
     policy = build(model_path, monkeypatch, moments)
     train(policy, [1, 2])
     checkpoint.save(policy, tmp_path, 2, {}, keep=1)
@@ -68,7 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 def test_a_checkpoint_before_the_first_step_can_be_resumed(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str
 ) -> None:
-    fused_adam.pretend(monkeypatch)
+    fused_adam.install_stand_in(monkeypatch)
     policy = build(model_path, monkeypatch, moments)
     checkpoint.save(policy, tmp_path, 1, {}, keep=1)
     resumed = build(model_path, monkeypatch, moments)
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_torchs_adam_loads_into_transformer_engines(
     plain = build(model_path, monkeypatch, None)
     train(plain, [1, 2])
     checkpoint.save(plain, tmp_path, 2, {}, keep=1)
-    fused_adam.pretend(monkeypatch)
+    fused_adam.install_stand_in(monkeypatch)
     fused = build(model_path, monkeypatch, "float32")
     checkpoint.load_latest(fused, tmp_path)
     assert_same(fused, plain)
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_torchs_adam_loads_into_transformer_engines(
 def test_the_next_step_starts_from_weights_that_were_loaded(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, moments: str, trained: bool
 ) -> None:
-    fused_adam.pretend(monkeypatch)
+    fused_adam.install_stand_in(monkeypatch)
     policy = build(model_path, monkeypatch, moments)
     if trained:
         train(policy, [1])

@@ -1,4 +1,4 @@
-"""Local layers and (stand-ins of) Transformer Engine's: the same model, the same names in checkpoints and HF files."""
+"""Local layers and stand-ins for Transformer Engine's give the same model, and the same names in all files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """build(fused) -> a policy of local layers, or of fused ones in place of Transformer Engine's."""
+    """build(fused) -> policy of local layers, or of fused ones that stand in for Transformer Engine's."""
     monkeypatch.setattr(layers, "_transformer_engine_layer", fused_layers.fused_layer)
 
     def make(fused: bool) -> Policy:
@@ -42,7 +42,7 @@ def build(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_megatron_fuses_norm_and_linear_in_transformer_engines_layers() -> None:
-    """The fused layers of these tests assume it."""
+    """The stand-ins for these layers are built on this assumption."""
     assert TESpecProvider().fuse_layernorm_and_linear()
 
 
@@ -114,7 +114,7 @@ def test_the_activation_is_one_function_of_the_first_matrix(model_path: Path) ->
 def test_weights_are_rounded_to_the_models_type_before_they_are_stored(
     model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A parameter in FP8 quantizes what is copied into it: the same numbers, whatever the type of the file."""
+    """A parameter in FP8 quantizes the values copied into it, which must be the same whatever the type of the file."""
     config = model_config(model_path)
     parallel.start(config)
     policy = Policy(config, dtype=torch.bfloat16, trainable=False)
@@ -126,7 +126,7 @@ def test_weights_are_rounded_to_the_models_type_before_they_are_stored(
 
 
 def test_weights_in_fp8_are_exported_as_ordinary_numbers(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With model.fp8_param_gather. The test's "FP8" is every matrix, stored at half its value."""
+    """Weights are in FP8 with model.fp8_param_gather. As a stand-in, every matrix is taken as FP8 at half its value."""
     config = model_config(model_path)
     parallel.start(config)
     policy = Policy(config, trainable=False)

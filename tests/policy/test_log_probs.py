@@ -1,4 +1,5 @@
-"""token_log_probs against a materialised float64 log_softmax: values, gradients, padding, memory, refusals."""
+"""token_log_probs agrees with a materialised float64 log_softmax in values and gradients, also with padding; it takes
+little memory and refuses inputs that do not fit."""
 
 from __future__ import annotations
 
@@ -22,8 +23,11 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def problem(n: int, vocab: int, h: int, dtype: torch.dtype, spread: float = 6.0) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight (logits have a standard deviation of `spread`) and targets, half of them the likeliest token."""
+def make_inputs(n: int, vocab: int, h: int, dtype: torch.dtype, spread: float = 6.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [n, h], weight [vocab, h] and targets [n], of which half are the likeliest token.
+
+    The logits have a standard deviation of `spread`.
+    """
     generator = torch.Generator().manual_seed(n + vocab + h)
     hidden = torch.randn(n, h, generator=generator, dtype=torch.float64)
     weight = torch.randn(vocab, h, generator=generator, dtype=torch.float64) * spread / h**0.5
@@ -32,18 +36,18 @@ def problem(n: int, vocab: int, h: int, dtype: torch.dtype, spread: float = 6.0)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies by their definition, in float64, with all logits in memory."""
+def compute_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs [n] and entropies [n] by their definition, in float64, with all logits in memory."""
     log_p = (hidden.double() @ weight.double().T / temperature).log_softmax(1)
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error relative to the largest entry."""
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest absolute error, relative to the largest expected entry."""
     return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-def upstream(n: int) -> tuple[Tensor, Tensor]:
+def random_weights(n: int) -> tuple[Tensor, Tensor]:
     """Token weights and entropy weights of both signs."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, n, generator=generator, dtype=torch.float64).unbind()
@@ -53,13 +57,13 @@ def upstream(n: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 # 1100 tokens and 2300 rows are three tiles of each, the last ones ragged; the other two are smaller than one tile.
 @pytest.mark.parametrize(("n", "vocab", "h"), [(1100, 2300, 8), (64, 512, 32), (1, 40, 4)])
-def test_values_and_gradients(
+def test_values_and_gradients_equal_the_reference(
     n: int, vocab: int, h: int, temperature: float, dtype: torch.dtype, value_tol: float, grad_tol: float
 ) -> None:
-    hidden, weight, targets = problem(n, vocab, h, dtype)
-    w, v = upstream(n)
+    hidden, weight, targets = make_inputs(n, vocab, h, dtype)
+    w, v = random_weights(n)
     for entropy_weight in (0.0, 1.0):
-        expected = reference(hidden, weight, targets, temperature)
+        expected = compute_reference(hidden, weight, targets, temperature)
         expected_grads = torch.autograd.grad(
             (expected[0] * w + entropy_weight * expected[1] * v).sum(), [hidden, weight]
         )
@@ -76,11 +80,11 @@ def test_values_and_gradients(
         else:
             assert entropy is None
         for actual, grad in zip(torch.autograd.grad(loss, [hidden, weight]), expected_grads, strict=True):
-            assert actual.dtype == dtype and error(actual, grad) < grad_tol
+            assert actual.dtype == dtype and relative_error(actual, grad) < grad_tol
 
 
 def test_gradcheck_through_both_outputs() -> None:
-    hidden, weight, targets = problem(4, 7, 3, torch.float64, spread=2.0)
+    hidden, weight, targets = make_inputs(4, 7, 3, torch.float64, spread=2.0)
 
     def both(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         return token_log_probs(hidden, weight, targets, temperature=0.7, vocab_size=7, entropies=True)
@@ -89,13 +93,13 @@ def test_gradcheck_through_both_outputs() -> None:
 
 
 def test_gradient_of_entropy_alone() -> None:
-    hidden, weight, targets = problem(30, 40, 5, torch.float64)
-    _, v = upstream(30)
-    expected = torch.autograd.grad((reference(hidden, weight, targets, 1.0)[1] * v).sum(), [hidden, weight])
+    hidden, weight, targets = make_inputs(30, 40, 5, torch.float64)
+    _, v = random_weights(30)
+    expected = torch.autograd.grad((compute_reference(hidden, weight, targets, 1.0)[1] * v).sum(), [hidden, weight])
     _, entropy = token_log_probs(hidden, weight, targets, temperature=1.0, entropies=True)
     assert entropy is not None
     for actual, grad in zip(torch.autograd.grad((entropy * v).sum(), [hidden, weight]), expected, strict=True):
-        assert error(actual, grad) < 1e-12
+        assert relative_error(actual, grad) < 1e-12
 
 
 def test_on_a_gpu_logits_are_not_rounded_to_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +111,8 @@ def test_on_a_gpu_logits_are_not_rounded_to_half_precision(monkeypatch: pytest.M
         product = a.to(out_dtype) @ b.to(out_dtype)
         return product if out is None else out.copy_(product)
 
-    hidden, weight, targets = problem(300, 3000, 64, torch.bfloat16)
-    expected = reference(hidden, weight, targets, 0.6)
+    hidden, weight, targets = make_inputs(300, 3000, 64, torch.bfloat16)
+    expected = compute_reference(hidden, weight, targets, 0.6)
     gradients = torch.autograd.grad(sum(x.sum() for x in expected), (hidden, weight))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
     monkeypatch.setattr(torch, "mm", mm)
@@ -123,27 +127,27 @@ def test_on_a_gpu_logits_are_not_rounded_to_half_precision(monkeypatch: pytest.M
 
 
 def test_bf16_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over 625 tiles a bf16 sum is 8% off (measured); in float32 only the products' own rounding is left, 0.5%."""
+    """Over 625 tiles a bf16 sum is 8% off (measured); in float32 only the rounding of the products is left, 0.5%."""
     monkeypatch.setattr(module, "_CPU_TILE", module._Tile(tokens=32, vocab=16))
-    hidden, weight, targets = problem(20_000, 64, 8, torch.bfloat16, spread=1.0)
-    expected = reference(hidden, weight, targets, 1.0)
+    hidden, weight, targets = make_inputs(20_000, 64, 8, torch.bfloat16, spread=1.0)
+    expected = compute_reference(hidden, weight, targets, 1.0)
     grads = torch.autograd.grad(expected[0].sum(), [hidden, weight])
     log_probs, _ = token_log_probs(hidden, weight, targets, temperature=1.0)
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.double(), expected[0], rtol=0, atol=3e-2)
     for actual, grad in zip(torch.autograd.grad(log_probs.sum(), [hidden, weight]), grads, strict=True):
-        assert actual.dtype == torch.bfloat16 and error(actual, grad) < 1e-2
+        assert actual.dtype == torch.bfloat16 and relative_error(actual, grad) < 1e-2
 
 
 @pytest.mark.parametrize("offset", [-2000.0, 2000.0])
 def test_extreme_logits_stay_finite(offset: float) -> None:
     """A large offset to all logits changes nothing; the last column of hidden adds `offset` to each."""
-    hidden, weight, targets = problem(20, 1500, 4, torch.float32, spread=3.0)
+    hidden, weight, targets = make_inputs(20, 1500, 4, torch.float32, spread=3.0)
     column = torch.ones(20, 1)
     shifted = torch.cat([hidden, column], 1).detach().requires_grad_()
     shifted_weight = torch.cat([weight, torch.full((1500, 1), offset)], 1).detach().requires_grad_()
     log_probs, entropy = token_log_probs(shifted, shifted_weight, targets, temperature=1.0, entropies=True)
-    expected = reference(hidden, weight, targets, 1.0)
+    expected = compute_reference(hidden, weight, targets, 1.0)
     assert entropy is not None
     torch.testing.assert_close(log_probs.double(), expected[0], rtol=0, atol=2e-3)  # float32 at 2000: 1.2e-4 per logit
     torch.testing.assert_close(entropy.double(), expected[1], rtol=0, atol=2e-3)
@@ -153,46 +157,46 @@ def test_extreme_logits_stay_finite(offset: float) -> None:
 
 def test_padding_rows_have_no_probability_and_no_gradient() -> None:
     """Padding with huge logits must not matter; nor must NaN, which uninitialised padding can be."""
-    hidden, weight, targets = problem(50, 1100, 6, torch.float64)
+    hidden, weight, targets = make_inputs(50, 1100, 6, torch.float64)
     padded = torch.cat([weight.detach(), torch.full((60, 6), torch.nan, dtype=torch.float64)]).requires_grad_()
-    w, _ = upstream(50)
-    expected = reference(hidden, weight, targets, 1.0)
+    w, _ = random_weights(50)
+    expected = compute_reference(hidden, weight, targets, 1.0)
     grads = torch.autograd.grad((expected[0] * w).sum(), [hidden, weight])
     log_probs, _ = token_log_probs(hidden, padded, targets, temperature=1.0, vocab_size=1100)
     torch.testing.assert_close(log_probs, expected[0], rtol=1e-12, atol=1e-12)
     actual = torch.autograd.grad((log_probs * w).sum(), [hidden, padded])
-    assert error(actual[0], grads[0]) < 1e-12 and error(actual[1][:1100], grads[1]) < 1e-12
+    assert relative_error(actual[0], grads[0]) < 1e-12 and relative_error(actual[1][:1100], grads[1]) < 1e-12
     assert not actual[1][1100:].any()
 
 
 def test_tokens_of_weight_zero_are_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, targets = problem(2000, 50, 4, torch.float64)
-    w, v = upstream(2000)
+    hidden, weight, targets = make_inputs(2000, 50, 4, torch.float64)
+    w, v = random_weights(2000)
     w[:1300], v[:1200] = 0, 0
-    expected = reference(hidden, weight, targets, 1.0)
+    expected = compute_reference(hidden, weight, targets, 1.0)
     grads = torch.autograd.grad((expected[0] * w + expected[1] * v).sum(), [hidden, weight])
     log_probs, entropy = token_log_probs(hidden, weight, targets, temperature=1.0, entropies=True)
     assert entropy is not None
-    seen: list[int] = []
+    counts: list[int] = []
     logits = module._Scratch.logits
 
     def count(self: module._Scratch, hidden: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-        seen.append(len(hidden))
+        counts.append(len(hidden))
         return logits(self, hidden, weight, scale)
 
     monkeypatch.setattr(module._Scratch, "logits", count)
     actual = torch.autograd.grad((log_probs * w + entropy * v).sum(), [hidden, weight])
-    assert sum(seen) == 800
-    assert error(actual[0], grads[0]) < 1e-12 and error(actual[1], grads[1]) < 1e-12
+    assert sum(counts) == 800
+    assert relative_error(actual[0], grads[0]) < 1e-12 and relative_error(actual[1], grads[1]) < 1e-12
 
 
 def test_frozen_inputs_get_no_gradient_and_nothing_is_kept_without_gradients() -> None:
-    hidden, weight, targets = problem(30, 40, 5, torch.float64)
-    expected = torch.autograd.grad(reference(hidden, weight, targets, 1.0)[0].sum(), [hidden, weight])
+    hidden, weight, targets = make_inputs(30, 40, 5, torch.float64)
+    expected = torch.autograd.grad(compute_reference(hidden, weight, targets, 1.0)[0].sum(), [hidden, weight])
     frozen, _ = token_log_probs(hidden, weight.detach(), targets, temperature=1.0)
-    assert error(torch.autograd.grad(frozen.sum(), hidden)[0], expected[0]) < 1e-12
+    assert relative_error(torch.autograd.grad(frozen.sum(), hidden)[0], expected[0]) < 1e-12
     frozen, _ = token_log_probs(hidden.detach(), weight, targets, temperature=1.0)
-    assert error(torch.autograd.grad(frozen.sum(), weight)[0], expected[1]) < 1e-12
+    assert relative_error(torch.autograd.grad(frozen.sum(), weight)[0], expected[1]) < 1e-12
     with torch.no_grad():
         states = hidden * 2
         reference_to_states = weakref.ref(states)
@@ -234,7 +238,7 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, object], message: 
 
 
 def measure(variant: str, tokens: int) -> dict[str, float]:
-    """Results of one variant of the benchmark, in its own process, so that the peak memory is this variant's."""
+    """The figures of one variant of the benchmark. It runs in its own process, so that the peak memory is its own."""
     sizes = ["--tokens", str(tokens), "--vocab", "151936", "--hidden", "32"]
     command = [sys.executable, str(BENCHMARK), "--one", variant, *sizes]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

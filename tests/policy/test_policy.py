@@ -1,4 +1,4 @@
-"""The policy against transformers: the same logits, log-probs and gradient, and the same weights when exported."""
+"""The policy has the logits, log-probs and gradient of the same model in transformers, and exports the same weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import (
     LLAMA3_ROPE,
-    below,
+    limit_vocabulary,
+    load_transformers_model,
     model_config,
     random_rollouts,
-    reference_log_probs,
-    reference_model,
     save_model,
+    transformers_log_probs,
 )
 from transformers import AutoModelForCausalLM
 
@@ -63,22 +63,22 @@ def test_log_probs_and_entropies_equal_transformers(model_path: Path, dtype: tor
     rollouts = random_rollouts()
     log_probs, entropies = build(model_path, dtype).log_probs(rollouts, entropies=True)
     with torch.no_grad():
-        reference = reference_log_probs(reference_model(model_path), rollouts, TEMPERATURE)
+        reference = transformers_log_probs(load_transformers_model(model_path), rollouts, TEMPERATURE)
     assert log_probs.dtype == dtype
     torch.testing.assert_close(log_probs.double(), reference, rtol=0, atol=tolerance)
     assert entropies is not None
     assert float(entropies.min()) > 0
 
 
-# Without padding, and with rows beyond the tokenizer's.
+# The last vocabulary is smaller than the number of rows of the embedding.
 @pytest.mark.parametrize(("budget", "vocabulary"), [(64, 130), (200, 130), (100_000, 130), (200, 100)])
 def test_gradient_does_not_depend_on_the_token_budget(model_path: Path, budget: int, vocabulary: int) -> None:
-    rollouts = below(random_rollouts(), vocabulary)
+    rollouts = limit_vocabulary(random_rollouts(), vocabulary)
     weights = torch.randn(int(rollouts.response_lengths.sum()), generator=torch.Generator().manual_seed(3)).double()
     policy = build(model_path, torch.float64, vocabulary, token_budget=budget)
     policy.accumulate(rollouts, lambda index, log_probs, _: weights[index] * log_probs)
-    reference = reference_model(model_path)
-    expected_log_probs = reference_log_probs(reference, rollouts, TEMPERATURE, vocabulary)
+    reference = load_transformers_model(model_path)
+    expected_log_probs = transformers_log_probs(reference, rollouts, TEMPERATURE, vocabulary)
     torch.testing.assert_close(policy.log_probs(rollouts)[0], expected_log_probs, rtol=0, atol=1e-12)
     (weights * expected_log_probs).sum().backward()
     gradients = dict(policy.named_gradients())
@@ -157,7 +157,8 @@ def test_bfloat16_gradient_points_where_float32_does(qwen2: Path) -> None:
     assert torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.999
 
 
-def broken(directory: Path, source: Path, edit: str) -> Path:
+def copy_and_damage(directory: Path, source: Path, edit: str) -> Path:
+    """Copy a model into `directory` and damage the copy. Returns its directory."""
     for file in source.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     config = json.loads((directory / "config.json").read_text())
@@ -198,13 +199,13 @@ def broken(directory: Path, source: Path, edit: str) -> Path:
     ],
 )
 def test_a_broken_model_directory_is_refused(qwen2: Path, tmp_path: Path, edit: str, message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)) as raised:
-        build(broken(tmp_path, qwen2, edit))
-    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        build(copy_and_damage(tmp_path, qwen2, edit))
+    assert "\n" not in str(error.value)
 
 
 def test_a_weight_that_is_not_finite_is_detected_even_if_no_log_prob_depends_on_it(qwen2: Path) -> None:
-    """A weight of a token that is in no response; it may be the only sign that an update overflowed."""
+    """The weight is of a token that is in no response; it may be the only sign that an update overflowed."""
     policy = build(qwen2)
     assert policy.has_finite_weights()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""While an engine samples, the memory of gradient and optimizer is free; training is not changed by it."""
+"""While an engine samples, the policy frees the memory of gradient and optimizer, which does not change training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(path: Path, dtype: torch.dtype, offload: bool) -> Policy:
     return Policy(config, dtype=dtype)
 
 
-def memory(policy: Policy) -> tuple[int, int]:
+def measure_memory(policy: Policy) -> tuple[int, int]:
     """Bytes on the device of the gradients and of the optimizer's state."""
     assert policy.optimizer is not None
     gradients = [buffer.grad_data for chunk in policy.network for buffer in chunk.buffers]
@@ -39,7 +39,7 @@ def test_resting_frees_memory_and_changes_nothing(model_path: Path, dtype: torch
     policy = build(model_path, dtype, offload)
     for seed in (1, 2, 3):
         with policy.resting():
-            gradients, state = memory(policy)
+            gradients, state = measure_memory(policy)
             assert gradients == 0
             assert (state == 0) == (offload or (seed == 1 and dtype is torch.float32))
             weights = [w.clone() for _, w in policy.named_weights()]

@@ -1,4 +1,4 @@
-"""Between a step's micro-batches the program never reads a value of a tensor: on a GPU it would wait for all its work.
+"""Between a step's micro-batches the program reads no value of a tensor, since on a GPU it would wait for all work.
 
 As nothing waits on a CPU, the tests forbid the calls that would wait on a GPU while megatron's schedule runs.
 """
@@ -27,6 +27,8 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique",
 
 
 class NoWaiting(TorchDispatchMode):
+    """Forbids operators that would wait for the device, and counts all calls."""
+
     calls = 0
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -38,32 +40,34 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class NothingFromTheHost(TorchFunctionMode):
-    """Forbids copies of tensors from the host, for which CUDA waits if memory is not page-locked. As a CPU's tensors
-    are all on one device, the functions that would copy are refused by name; a single number on the host is allowed."""
+class NoCopiesFromHost(TorchFunctionMode):
+    """Forbids copies of tensors from the host, for which CUDA waits if the memory is not page-locked. All tensors are
+    on one device here, so the functions that would copy are refused by name; a single number on the host is allowed."""
 
     MAKERS = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange)
     COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.cuda)
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        device = given.get("device")
+        keywords = kwargs or {}
+        device = keywords.get("device")
         if func in self.MAKERS:
             assert device is not None, f"{func} without a device is on the host"
         elif func in self.COPIES:
             assert func is torch.tensor and isinstance(args[0], int) and device is None, f"{func} is a copy"
         elif func is torch.Tensor.to:
-            named = [x for x in (*args[1:], *given.values()) if isinstance(x, str | torch.device)]
-            assert not named, f"to({named}) may be a copy from the host"
-        return func(*args, **given)
+            devices = [x for x in (*args[1:], *keywords.values()) if isinstance(x, str | torch.device)]
+            assert not devices, f"to({devices}) may be a copy from the host"
+        return func(*args, **keywords)
 
 
 @contextmanager
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Context in which every call that would wait on a GPU fails."""
+
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a tensor was read on the host")
 
-    with monkeypatch.context() as patch, NoWaiting(), NothingFromTheHost():
+    with monkeypatch.context() as patch, NoWaiting(), NoCopiesFromHost():
         for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
             patch.setattr(torch.Tensor, method, refuse)
         yield
@@ -71,7 +75,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Policy:
-    """A policy whose schedule runs under no_waiting, and whose log-probs take the path of a GPU."""
+    """A policy whose schedule runs under no_waiting, and which computes log-probs as on a GPU."""
     config = model_config(save_model(tmp_path, "qwen2", tied=True), token_budget=64)
     parallel.start(config)
     schedule: Callable[..., Any] = policy_module.get_forward_backward_func()
@@ -95,7 +99,7 @@ def test_log_probs_and_gradients_never_wait(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "call",
     [
         torch.Tensor.item,
         torch.nonzero,
@@ -106,13 +110,15 @@ def test_log_probs_and_gradients_never_wait(policy: Policy) -> None:
         lambda x: x.to("cpu"),
     ],
 )
-def test_the_guard_detects_calls_that_wait(ask: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_detects_calls_that_wait(
+    call: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AssertionError), no_waiting(monkeypatch):
-        ask(torch.ones(1))
+        call(torch.ones(1))
 
 
-class Copies(TorchFunctionMode):
-    """Asserts that every copy to another device is from page-locked memory (a stand-in) and non-blocking."""
+class CopyCheck(TorchFunctionMode):
+    """Asserts that every copy to a device is non-blocking and from page-locked memory, which is a stand-in here."""
 
     def __init__(self, pinned: list[torch.Tensor]) -> None:
         super().__init__()
@@ -126,19 +132,20 @@ class Copies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
+def iterate_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a tensor, tuple or dataclass, however deep."""
     if isinstance(value, torch.Tensor):
         yield value
     parts = value if isinstance(value, tuple) else vars(value).values() if is_dataclass(value) else ()
     for part in parts:
-        yield from tensors(part)
+        yield from iterate_tensors(part)
 
 
 @pytest.mark.parametrize("context_size", [1, 2])
 def test_all_tensors_of_a_micro_batch_are_copied_to_the_device(
     monkeypatch: pytest.MonkeyPatch, context_size: int
 ) -> None:
-    """Those that attention by SDPA reads too. The device is torch's "meta", which has shapes and no numbers."""
+    """They include the tensors that attention by SDPA reads. The device is torch's "meta", which has shapes alone."""
     pinned: list[torch.Tensor] = []
 
     def pin(x: torch.Tensor) -> torch.Tensor:
@@ -146,17 +153,17 @@ def test_all_tensors_of_a_micro_batch_are_copied_to_the_device(
         return pinned[-1]
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    rollouts, layout = random_rollouts(), Padding(sequence=2 * context_size)
+    rollouts, padding = random_rollouts(), Padding(sequence=2 * context_size)
 
     def build(device: str) -> MicroBatch:
-        of = {"device": torch.device(device), "context_rank": context_size - 1, "context_size": context_size}
-        return build_micro_batch(rollouts, range(8), layout=layout, **of)  # type: ignore[arg-type]
+        options = {"device": torch.device(device), "context_rank": context_size - 1, "context_size": context_size}
+        return build_micro_batch(rollouts, range(8), padding=padding, **options)  # type: ignore[arg-type]
 
-    with Copies(pinned) as copies:
+    with CopyCheck(pinned) as copies:
         on_device, on_host = build("meta"), build("cpu")
-    copied, expected = list(tensors(on_device)), list(tensors(on_host))
-    assert [(x.shape, x.dtype) for x in copied] == [(x.shape, x.dtype) for x in expected]
-    assert all(x.device.type == "meta" for x in copied) and copies.count == len(pinned) == len(copied)
+    actual, expected = list(iterate_tensors(on_device)), list(iterate_tensors(on_host))
+    assert [(x.shape, x.dtype) for x in actual] == [(x.shape, x.dtype) for x in expected]
+    assert all(x.device.type == "meta" for x in actual) and copies.count == len(pinned) == len(actual)
     assert all(torch.equal(x, y) for x, y in zip(pinned, expected, strict=True))
     assert (on_device.sequences.keys is not None) == (context_size > 1)
     assert any(bucket.gather is not None for bucket in on_device.sequences.buckets) == (context_size == 1)

@@ -1,4 +1,5 @@
-"""The quickstart assets are what README.md there says: held out, verifiable, byte-level, of a shape that divides."""
+"""The quickstart assets are as their README.md says: held-out test questions, right answers, a byte-level tokenizer,
+and a small model whose shape TP 4 and PP 4 divide."""
 
 import json
 import unicodedata
@@ -18,12 +19,12 @@ ASSETS = Path(__file__).parents[2] / "assets" / "quickstart"
 MODEL = ASSETS / "model"
 
 
-def rows(name):
+def read_rows(name):
     return [json.loads(line) for line in (ASSETS / name).read_text().splitlines()]
 
 
-def numbers(row):
-    """The numbers of a question, in any order: what makes two questions the same."""
+def sorted_numbers(row):
+    """The sorted numbers in a question's text; two questions with the same numbers count as the same."""
     return tuple(sorted(int(n) for n in "".join(c if c.isdigit() else " " for c in row["problem"]).split()))
 
 
@@ -33,39 +34,39 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def supervised():
+def warm_start_problems():
     """Every question that the warm start could have seen, drawn again from the seed."""
     return make_assets.splits(warm_start.Recipe())[3]
 
 
-def test_no_test_question_is_in_training_in_any_order_or_wording(supervised):
-    test = Counter(numbers(row) for row in rows("test.jsonl"))
+def test_no_test_question_is_in_training_in_any_order_or_wording(warm_start_problems):
+    test = Counter(sorted_numbers(row) for row in read_rows("test.jsonl"))
     assert len(test) >= 256 and set(test.values()) == {1}
-    training = rows("train.jsonl") + [p.row() for p in supervised]
+    training = read_rows("train.jsonl") + [p.row() for p in warm_start_problems]
     assert len(training) > 4000
-    assert not test.keys() & {numbers(row) for row in training}
+    assert not test.keys() & {sorted_numbers(row) for row in training}
 
 
 def test_a_held_out_question_in_training_is_refused():
     problems = list(islice(task.stream(1), 20))
-    moved = task.Problem(tuple(reversed(problems[3].numbers)), task.STORIES[0])
+    reordered = task.Problem(tuple(reversed(problems[3].numbers)), task.STORIES[0])
     with pytest.raises(ValueError, match="1 held-out problems are in training"):
-        task.check_held_out(problems[:5], [*problems[10:], moved])
+        task.check_held_out(problems[:5], [*problems[10:], reordered])
 
 
 def test_the_committed_questions_are_those_of_the_seed():
     test, _, train, _ = make_assets.splits(warm_start.Recipe())
-    assert rows("test.jsonl") == [p.row() for p in test]
-    assert rows("train.jsonl") == [p.row() for p in train]
+    assert read_rows("test.jsonl") == [p.row() for p in test]
+    assert read_rows("train.jsonl") == [p.row() for p in train]
 
 
 def test_every_answer_is_right():
-    for row in rows("test.jsonl") + rows("train.jsonl"):
-        assert int(row["answer"]) == sum(numbers(row))
+    for row in read_rows("test.jsonl") + read_rows("train.jsonl"):
+        assert int(row["answer"]) == sum(sorted_numbers(row))
 
 
-def test_every_worked_solution_adds_up_and_ends_in_the_boxed_answer(supervised):
-    for problem in supervised[:500]:
+def test_every_worked_solution_adds_up_and_ends_in_the_boxed_answer(warm_start_problems):
+    for problem in warm_start_problems[:500]:
         thought, _, boxed = problem.solution.partition("\n</think>\n")
         assert boxed == f"\\boxed{{{sum(problem.numbers)}}}"
         for line in thought.splitlines():
@@ -110,8 +111,8 @@ def test_thinking_survives_decoding_without_special_tokens(tokenizer):
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "2+3=5\n</think>\n\\boxed{5}"
 
 
-def test_prompts_and_solutions_are_short(tokenizer, supervised):
-    for p in supervised[:300]:
+def test_prompts_and_solutions_are_short(tokenizer, warm_start_problems):
+    for p in warm_start_problems[:300]:
         assert len(tokenizer.encode(warm_start.prompt(tokenizer, p))) <= 64
         assert len(tokenizer.encode(p.solution)) < warm_start.MAX_RESPONSE
 
@@ -134,7 +135,7 @@ def test_the_weights_are_a_few_megabytes_of_finite_fp32():
 
 
 def test_the_warm_start_is_right_sometimes_but_not_often(tokenizer):
-    """Sampled on 64 test questions x 4: README.md's Pass@1 within four standard errors, and room to double."""
+    """Pass@1 on 64 test questions of 4 samples each is within four standard errors of README.md's, and can double."""
     torch.manual_seed(0)
     problems = make_assets.splits(warm_start.Recipe())[0][:64]
     model = Qwen2ForCausalLM.from_pretrained(MODEL)

@@ -1,3 +1,5 @@
+"""The math grader that the tests of rewards share."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,6 +11,6 @@ from nemo_disco.rewards import MathGrader
 
 @pytest.fixture(scope="session")
 def grader() -> Iterator[MathGrader]:
-    """A grader shared by all tests that do not try to break it; its time limit is far above any fair answer's."""
+    """The grader of all tests that do not try to break it; its time limit is far above what an honest answer needs."""
     with MathGrader(timeout=30.0, workers=2) as grader:
         yield grader

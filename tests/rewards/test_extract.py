@@ -1,4 +1,4 @@
-"""The final answer is the response's last box: a box in the thinking, or one that was taken back, earns nothing."""
+"""The final answer is the response's last box: a box in the thinking, or before a later box, earns nothing."""
 
 from __future__ import annotations
 

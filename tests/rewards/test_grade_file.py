@@ -1,3 +1,5 @@
+"""`nemo-disco grade`: a verdict for each line of a file, or an error that names the first bad line."""
+
 from __future__ import annotations
 
 import io
@@ -33,7 +35,7 @@ def test_one_verdict_a_line_in_order(tmp_path: Path) -> None:
     ]
 
 
-def test_a_byte_order_mark_and_blank_lines_are_read_over(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "responses.jsonl"
     one = lines({"response": r"\boxed{1}", "answer": "1"})
     file.write_bytes(b"\xef\xbb\xbf" + (one + "\r\n  \n" + one + "\n").encode())
@@ -43,7 +45,7 @@ def test_a_byte_order_mark_and_blank_lines_are_read_over(tmp_path: Path) -> None
 
 
 def test_the_answer_of_a_whole_solution_follows_its_hashes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As question files take it; what does not end so is an answer as it stands."""
+    """Question files are read in the same way. An answer without `####` is taken as it stands."""
     file = tmp_path / "responses.jsonl"
     solution = "In all she sold 48+24 = <<48+1024=1072>>72 clips.\n#### 1,072"
     records = [{"response": rf"\boxed{{{n}}}", "answer": a} for n, a in ((1072, solution), (24, solution), (3, "3"))]
@@ -51,8 +53,8 @@ def test_the_answer_of_a_whole_solution_follows_its_hashes(tmp_path: Path, caplo
     out = io.StringIO()
     grade_file(file, out, timeout=30.0)
     assert [json.loads(line)["reward"] for line in out.getvalue().splitlines()] == [1.0, 0.0, 1.0]
-    (said,) = caplog.messages
-    assert f"{file}: 2 answers" in said and "####" in said
+    (warning,) = caplog.messages
+    assert f"{file}: 2 answers" in warning and "####" in warning
 
 
 @pytest.mark.parametrize(

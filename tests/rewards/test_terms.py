@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from user_module import beside_us
+from user_module import write_user_module
 
 from nemo_disco.config.schema import RewardConfig
 from nemo_disco.rewards import GradedResponse, Rewards
@@ -26,7 +26,8 @@ RIGHT = GradedResponse(
 WRONG = replace(RIGHT, response=r"No. </think> \boxed{3}", verdict=0.0, correct=False)
 
 
-def rewards(preference: str | None = None, function: str | None = None, **terms: float) -> Rewards:
+def build(preference: str | None = None, function: str | None = None, **terms: float) -> Rewards:
+    """Rewards with these weights of the terms, 0 for the others."""
     weights = {"correctness": 0.0, "format": 0.0, "length": 0.0, "overlong": 0.0} | terms
     settings: dict[str, Any] = {
         "verifier": "math",
@@ -39,16 +40,16 @@ def rewards(preference: str | None = None, function: str | None = None, **terms:
     return Rewards(RewardConfig(terms=weights, function=function, overlong_buffer=None, **settings), columns)
 
 
-def reward(terms: Rewards, response: GradedResponse) -> float:
-    return terms.compute([response])[0][0]
+def reward(rewards: Rewards, response: GradedResponse) -> float:
+    return rewards.compute([response])[0][0]
 
 
-def preference(terms: Rewards, response: GradedResponse) -> float:
-    return terms.compute([response])[0][1]
+def preference(rewards: Rewards, response: GradedResponse) -> float:
+    return rewards.compute([response])[0][1]
 
 
 def test_the_verdict_alone_is_the_reward_by_default() -> None:
-    assert [reward(rewards(correctness=1.0), r) for r in (RIGHT, WRONG)] == [1.0, 0.0]
+    assert [reward(build(correctness=1.0), r) for r in (RIGHT, WRONG)] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -64,28 +65,28 @@ def test_the_verdict_alone_is_the_reward_by_default() -> None:
     ],
 )
 def test_format_is_1_for_a_complete_box_right_or_wrong(response: str, value: float) -> None:
-    assert reward(rewards(format=1.0), replace(WRONG, response=response)) == value
+    assert reward(build(format=1.0), replace(WRONG, response=response)) == value
 
 
 @pytest.mark.parametrize(("length", "expected"), [(0, 0.0), (32, 0.0), (33, -0.125), (36, -0.5), (40, -1.0)])
 def test_overlong_falls_to_minus_one_over_the_last_fifth(length: int, expected: float) -> None:
-    assert reward(rewards(overlong=1.0), replace(RIGHT, length=length)) == expected
+    assert reward(build(overlong=1.0), replace(RIGHT, length=length)) == expected
 
 
 def test_length_is_drpos_length_reward() -> None:
-    assert [reward(rewards(length=1.0), replace(RIGHT, length=n)) for n in (0, 10, 40)] == [1.0, 0.75, 0.0]
+    assert [reward(build(length=1.0), replace(RIGHT, length=n)) for n in (0, 10, 40)] == [1.0, 0.75, 0.0]
 
 
 def test_terms_add_up() -> None:
-    weighted = rewards(correctness=1.0, format=0.1, length=-0.2)
-    assert reward(weighted, RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
-    assert reward(weighted, WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
-    assert weighted.compute([RIGHT]) == [(reward(weighted, RIGHT),)]  # no column
+    rewards = build(correctness=1.0, format=0.1, length=-0.2)
+    assert reward(rewards, RIGHT) == pytest.approx(1 + 0.1 - 0.2 * 0.75)
+    assert reward(rewards, WRONG) == pytest.approx(0.1 - 0.2 * 0.75)
+    assert rewards.compute([RIGHT]) == [(reward(rewards, RIGHT),)]  # no columns were declared
 
 
 @pytest.mark.parametrize(("name", "expected"), [("correctness", 0.0), ("format", 1.0), ("length", 0.75)])
 def test_a_preference_is_any_of_the_terms(name: str, expected: float) -> None:
-    assert preference(rewards(name, correctness=1.0), WRONG) == expected
+    assert preference(build(name, correctness=1.0), WRONG) == expected
 
 
 FUNCTIONS = """
@@ -123,20 +124,20 @@ CONSTANT = 1
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return beside_us(tmp_path / "my_rewards_of_this_test.py", FUNCTIONS, monkeypatch)
+    return write_user_module(tmp_path / "my_rewards_of_this_test.py", FUNCTIONS, monkeypatch)
 
 
 def test_a_users_function_gets_the_response_and_its_questions_metadata(module: Path) -> None:
     function = f"{module.stem}:by_level"
-    assert reward(rewards(function=function, correctness=1.0), RIGHT) == pytest.approx(1.3)
-    assert reward(rewards(function=function), WRONG) == -14.0
-    assert preference(rewards(function), RIGHT) == pytest.approx(0.3)
+    assert reward(build(function=function, correctness=1.0), RIGHT) == pytest.approx(1.3)
+    assert reward(build(function=function), WRONG) == -14.0
+    assert preference(build(function), RIGHT) == pytest.approx(0.3)
 
 
 def test_a_users_function_that_hangs_gives_0_with_a_warning(module: Path, caplog: pytest.LogCaptureFixture) -> None:
     function = f"{module.stem}:hangs_on_wrong"
-    weighted = rewards(function, function=function, correctness=1.0)
-    assert weighted.compute([RIGHT, WRONG, RIGHT]) == [(6.0, 5.0), (0.0, 0.0), (6.0, 5.0)]
+    rewards = build(function, function=function, correctness=1.0)
+    assert rewards.compute([RIGHT, WRONG, RIGHT]) == [(6.0, 5.0), (0.0, 0.0), (6.0, 5.0)]
     for key in ("reward.function", "algorithm.preference"):
         assert f"{key}={function} took longer than reward.timeout" in caplog.text
 
@@ -151,9 +152,9 @@ def test_a_users_function_that_hangs_gives_0_with_a_warning(module: Path, caplog
     ],
 )
 def test_an_error_in_a_users_function_is_reported_with_file_and_line(module: Path, name: str, message: str) -> None:
-    terms = rewards(function=f"{module.stem}:{name}")
+    rewards = build(function=f"{module.stem}:{name}")
     with pytest.raises(UserError, match=message.format(path=module)) as error:
-        reward(terms, RIGHT)
+        reward(rewards, RIGHT)
     assert "\n" not in str(error.value)
 
 
@@ -170,4 +171,4 @@ def test_an_error_in_a_users_function_is_reported_with_file_and_line(module: Pat
 )
 def test_an_unknown_function_or_preference_is_refused_by_name(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        rewards(**arguments)  # type: ignore[arg-type]
+        build(**arguments)  # type: ignore[arg-type]

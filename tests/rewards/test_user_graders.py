@@ -1,4 +1,4 @@
-"""Graders of the user's own, a function or a class, and the choice of a grader by `reward.verifier`."""
+"""Graders that a user writes, as a function or a class, and the choice of a grader by `reward.verifier`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from user_module import beside_us
+from user_module import write_user_module
 
 from nemo_disco.config.compose import compose
 from nemo_disco.rewards import user_pool
 from nemo_disco.rewards.registry import VERIFIERS, build_verifier
 from nemo_disco.rewards.user_graders import UserFunction
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import StoppedError
+from nemo_disco.runtime.stop_signals import StoppedError
 
 FUNCTIONS = """
 import os, time
@@ -41,7 +41,7 @@ def together(response, answers):
 
 @pytest.fixture
 def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return beside_us(tmp_path / "my_functions.py", FUNCTIONS, monkeypatch)
+    return write_user_module(tmp_path / "my_functions.py", FUNCTIONS, monkeypatch)
 
 
 def test_a_users_function_gets_the_whole_response_and_may_give_any_reward(functions: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_users_function_gets_the_whole_response_and_may_give_any_reward(functi
 
 @pytest.mark.usefixtures("functions")
 def test_a_users_function_that_hangs_gives_only_its_response_0(caplog: pytest.LogCaptureFixture) -> None:
-    """Its process and what it started are killed. A function that ends its process ends the run."""
+    """The call's process and those that it started are killed. A function that ends its own process ends the run."""
     began = time.monotonic()
     with UserFunction("my_functions:slow", timeout=2.0, workers=2) as slow:
         verdicts = slow.grade_with_reasons(["a", "hang", "b", "hang", "c"], ["x"] * 5)
@@ -72,7 +72,7 @@ def test_a_users_function_that_hangs_gives_only_its_response_0(caplog: pytest.Lo
 
 @pytest.mark.usefixtures("functions")
 def test_after_a_request_to_stop_hanging_calls_get_one_more_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One limit for all calls together, those that have not begun included; `close` waits for none of them."""
+    """All calls share this one limit, also those that have not begun; `close` waits for none of them."""
     with UserFunction("my_functions:slow", timeout=600.0, workers=1) as slow:
         threading.Timer(1.0, lambda: monkeypatch.setattr(user_pool, "seconds_since_stop", lambda: 601.0)).start()
         began = time.monotonic()
@@ -95,16 +95,16 @@ def judge(response, answers):
 def test_a_users_module_is_imported_in_other_processes_only_and_within_a_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = beside_us(tmp_path / "my_import.py", IMPORT, monkeypatch)
+    file = write_user_module(tmp_path / "my_import.py", IMPORT, monkeypatch)
     monkeypatch.setenv("IMPORT_S", "0")
-    chosen = settings("reward.verifier=my_import:judge", "reward.require_think=false")
-    with build_verifier(chosen, workers=1) as judge:
+    config = settings("reward.verifier=my_import:judge", "reward.require_think=false")
+    with build_verifier(config, workers=1) as judge:
         assert judge.grade(["a"], ["x"]) == [1.0]
     assert file.stem not in sys.modules
     monkeypatch.setenv("IMPORT_S", "1000")
     monkeypatch.setattr(user_pool, "START_S", 0.2)
     with pytest.raises(UserError, match=r"reward.verifier=my_import:judge: its import took longer than 0.2 s"):
-        build_verifier(chosen, workers=1)
+        build_verifier(config, workers=1)
 
 
 @pytest.mark.usefixtures("functions")
@@ -143,12 +143,12 @@ def test_a_users_grader_is_imported_from_the_working_directory(tmp_path: Path, m
     assert function.grade(["YES", "no"], ["", ""]) == [1.0, 0.0]
     with pytest.raises(UserError, match="neither function nor class"):
         build_verifier(settings("reward.verifier=my_reward:number"), workers=1)
-    chosen = ("reward.verifier=my_reward:Strict", "reward.parameters.limit=3")
-    with build_verifier(settings(*chosen, "reward.timeout=60"), workers=1) as mine:
-        verdicts = mine.grade_with_reasons(["</think> \\boxed{4}", "</think> \\boxed{5}"], ["4", ["5", "6"]])
+    config = settings("reward.verifier=my_reward:Strict", "reward.parameters.limit=3", "reward.timeout=60")
+    with build_verifier(config, workers=1) as grader:
+        verdicts = grader.grade_with_reasons(["</think> \\boxed{4}", "</think> \\boxed{5}"], ["4", ["5", "6"]])
         assert [(v.reward, v.reason) for v in verdicts] == [(0.0, "over 3"), (1.0, "correct")]
         with pytest.raises(UserError, match=rf"my_reward:Strict raised KeyError at {tmp_path}/my_reward.py:\d+: 'odd'"):
-            mine.grade(["odd"], ["1"])
+            grader.grade(["odd"], ["1"])
 
 
 HANGS = """
@@ -168,9 +168,9 @@ class Judge:
 def test_a_users_class_that_hangs_gives_only_its_response_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    beside_us(tmp_path / "my_hanging_judge.py", HANGS, monkeypatch)
-    chosen = ("reward.verifier=my_hanging_judge:Judge", "reward.parameters.factor=0.5", "reward.timeout=2")
-    with build_verifier(settings(*chosen), workers=2) as judge:
+    write_user_module(tmp_path / "my_hanging_judge.py", HANGS, monkeypatch)
+    config = settings("reward.verifier=my_hanging_judge:Judge", "reward.parameters.factor=0.5", "reward.timeout=2")
+    with build_verifier(config, workers=2) as judge:
         assert judge.grade(["a", "hang", "b"], ["x"] * 3) == [0.5, 0.0, 0.5]
         assert [v.reason for v in judge.grade_with_reasons(["hang", "c"], ["x"] * 2)] == ["timeout", "mine"]
     assert "reward.verifier=my_hanging_judge:Judge took longer than reward.timeout" in caplog.text

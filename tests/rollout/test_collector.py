@@ -1,4 +1,4 @@
-"""Collecting a step's rollouts: dynamic sampling and its bound, limits that rise, HAPO's memory, mismatch."""
+"""The rollouts of a step: dynamic sampling and its bound, a rising response limit, HAPO's memory, and the mismatch."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from nemo_disco.config.compose import compose
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.questions import Question
 from nemo_disco.data.rollouts import Rollouts
-from nemo_disco.generation.engine import Finished, PendingResponses, Response, SamplingParams
+from nemo_disco.generation.engine import Deliver, PendingResponses, Response, SamplingParams
 from nemo_disco.policy import parallel
 from nemo_disco.rewards import Rewards
 from nemo_disco.rollout.collector import Collector
 from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import StoppedError
+from nemo_disco.runtime.stop_signals import StoppedError
 
 
 class Tokenizer:
+    """Decodes each token as its number."""
+
     def decode(self, tokens: Sequence[int], **_: Any) -> str:
         return " ".join(map(str, tokens))
 
 
 class Scripted:
-    """An engine whose responses to a prompt [q] are q and the response's number among those to q, padded to its length;
-    and a grader for them."""
+    """A fake engine and the grader of its responses. A response to the prompt [q] has the tokens q, its number among
+    the responses to q, and zeros up to its length."""
 
     def __init__(self, right: dict[int, int], lengths: dict[int, int]) -> None:
-        """right: how many of its responses are right, by question; lengths in tokens, else 3."""
+        """right: number of right responses by question. lengths: of responses by question, in tokens; 3 if missing."""
         self.right, self.lengths, self.limits, self.version = right, lengths, [], 0
 
     def generate(
@@ -45,15 +47,15 @@ class Scripted:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished,  # noqa: ARG002
+        deliver: Deliver,  # noqa: ARG002
     ) -> list[Response]:
         assert len(set(seeds)) == len(seeds)
         self.limits.append(sampling.max_response_length)
-        seen: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         responses = []
         for (question,) in prompts:
-            seen[question] = seen.get(question, -1) + 1
-            tokens = [question, seen[question]] + [0] * (self.lengths.get(question, 3) - 2)
+            numbers[question] = numbers.get(question, -1) + 1
+            tokens = [question, numbers[question]] + [0] * (self.lengths.get(question, 3) - 2)
             responses.append(Response(np.array(tokens), -np.ones(len(tokens), np.float32), "length", self.version))
         return responses
 
@@ -67,17 +69,19 @@ class Scripted:
 
 
 @pytest.fixture
-def collector(tmp_path: Path) -> Any:
+def make_collector(tmp_path: Path) -> Any:
+    """make_collector(right, *overrides) returns a collector of 8 questions, 2 a step with 2 responses each; its fake
+    engine; and the lines that it logs."""
     parallel.start(model_config(tmp_path))
-    said: list[str] = []
+    lines: list[str] = []
 
-    def make(right: dict[int, int], *overrides: str, lengths: dict[int, int] | None = None, **more: Any) -> Any:
+    def make(right: dict[int, int], *overrides: str, lengths: dict[int, int] | None = None, **options: Any) -> Any:
         n = 8
         group = "generation.responses_per_question=2"
         step = ("data.questions_per_step=2", "algorithm.mini_batch_questions=2", "data.shuffle=false")
         config = compose("quickstart", [group, *step, *overrides])
         script = Scripted(right, lengths or {})
-        made = Collector(
+        collector = Collector(
             config.generation,
             engine=script,  # type: ignore[arg-type]
             grader=script,  # type: ignore[arg-type]
@@ -85,150 +89,156 @@ def collector(tmp_path: Path) -> Any:
                 "q", [Question(i, f"{i}?", ("",), "") for i in range(n)], [[i] for i in range(n)], Tokenizer()
             ),
             order=QuestionOrder(n, 2, 1, False),
-            log=said.append,
+            log=lines.append,
             rewards=Rewards(config.reward),
             seed=config.seed,
             threshold=config.algorithm.threshold,
             dynamic_sampling_rounds=config.algorithm.dynamic_sampling_rounds,
             restart_if_changed=config.data.if_changed == "restart",
-            **more,
+            **options,
         )
-        return made, script, said
+        return collector, script, lines
 
     return make
 
 
-def asked(rollouts: Rollouts) -> list[int]:
+def question_ids(rollouts: Rollouts) -> list[int]:
     return list(dict.fromkeys(rollouts.question_ids.tolist()))
 
 
 DYNAMIC = "algorithm.dynamic_sampling_rounds=2"
 
 
-def test_questions_are_asked_until_enough_groups_are_mixed(collector: Any) -> None:
-    made, _, said = collector({0: 2, 1: 1, 2: 0, 3: 1}, DYNAMIC)
-    sampled = made.collect(0)
-    assert asked(sampled.rollouts) == [1, 3]
-    assert [q.id for q in sampled.prompts.questions] == [1, 1, 3, 3]
-    assert list(sampled.texts) == ["1 0 0", "1 1 0", "3 0 0", "3 1 0"]
-    assert sampled.rollouts.rewards.tolist() == [1, 0, 1, 0]
-    assert sampled.counts == {"groups/sampled": 4, "groups/dropped": 2}
-    assert said == ["step 1: dynamic sampling: 2 of 4 groups dropped as all right or all wrong"]
-    assert made.order.next() == [4, 5]  # a next step goes on after what was asked
+def test_questions_are_asked_until_enough_groups_are_mixed(make_collector: Any) -> None:
+    collector, _, lines = make_collector({0: 2, 1: 1, 2: 0, 3: 1}, DYNAMIC)
+    batch = collector.collect(0)
+    assert question_ids(batch.rollouts) == [1, 3]
+    assert [q.id for q in batch.prompts.questions] == [1, 1, 3, 3]
+    assert list(batch.texts) == ["1 0 0", "1 1 0", "3 0 0", "3 1 0"]
+    assert batch.rollouts.rewards.tolist() == [1, 0, 1, 0]
+    assert batch.counts == {"groups/sampled": 4, "groups/dropped": 2}
+    assert lines == ["step 1: dynamic sampling: 2 of 4 groups dropped as all right or all wrong"]
+    assert collector.order.next() == [4, 5]  # the next step continues after the last requested question
 
 
-def test_mixed_groups_beyond_the_step_are_counted_too(collector: Any) -> None:
-    made, _, said = collector({0: 2, 1: 1, 2: 1, 3: 1}, DYNAMIC)
-    assert asked(made.collect(0).rollouts) == [1, 2]
-    assert said[0].endswith(
+def test_mixed_groups_beyond_the_step_are_counted_too(make_collector: Any) -> None:
+    collector, _, lines = make_collector({0: 2, 1: 1, 2: 1, 3: 1}, DYNAMIC)
+    assert question_ids(collector.collect(0).rollouts) == [1, 2]
+    assert lines[0].endswith(
         "1 of 4 groups dropped as all right or all wrong; 1 mixed ones dropped beyond the 2 of the step"
     )
 
 
-def test_the_bound_ends_it_and_the_step_keeps_its_size(collector: Any) -> None:
-    made, script, said = collector({5: 1}, DYNAMIC)
-    sampled = made.collect(0)
+def test_dynamic_sampling_ends_at_its_bound_and_the_step_keeps_its_size(make_collector: Any) -> None:
+    collector, script, lines = make_collector({5: 1}, DYNAMIC)
+    batch = collector.collect(0)
     assert len(script.limits) == 3
-    assert asked(sampled.rollouts) == [0, 5]
-    assert sampled.counts == {"groups/sampled": 6, "groups/dropped": 4}
-    assert said[0].endswith("4 of 6 groups dropped as all right or all wrong; only 1 are mixed: 1 others stay")
+    assert question_ids(batch.rollouts) == [0, 5]
+    assert batch.counts == {"groups/sampled": 6, "groups/dropped": 4}
+    assert lines[0].endswith("4 of 6 groups dropped as all right or all wrong; only 1 are mixed: 1 others stay")
 
 
-def test_no_question_is_asked_twice_in_a_step(collector: Any) -> None:
-    made, script, _ = collector({}, "algorithm.dynamic_sampling_rounds=9")
-    sampled = made.collect(0)
-    assert len(script.limits) == 4 and sampled.counts["groups/sampled"] == 8
+def test_no_question_is_asked_twice_in_a_step(make_collector: Any) -> None:
+    collector, script, _ = make_collector({}, "algorithm.dynamic_sampling_rounds=9")
+    batch = collector.collect(0)
+    assert len(script.limits) == 4 and batch.counts["groups/sampled"] == 8
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
-def test_where_all_are_mixed_nothing_is_dropped(collector: Any, rounds: int) -> None:
-    made, script, said = collector({0: 1, 1: 1}, f"algorithm.dynamic_sampling_rounds={rounds}")
-    assert asked(made.collect(0).rollouts) == [0, 1]
-    assert len(script.limits) == 1 and said == []
+def test_where_all_are_mixed_nothing_is_dropped(make_collector: Any, rounds: int) -> None:
+    collector, script, lines = make_collector({0: 1, 1: 1}, f"algorithm.dynamic_sampling_rounds={rounds}")
+    assert question_ids(collector.collect(0).rollouts) == [0, 1]
+    assert len(script.limits) == 1 and lines == []
 
 
-def test_the_limit_rises_by_step(collector: Any) -> None:
-    made, script, _ = collector({}, "generation.response_length_schedule=[[2,80],[5,96]]", "reward.terms.length=1")
-    rewards = [made.collect(step).rollouts.rewards.tolist()[0] for step in (0, 1, 2, 4, 5)]
+def test_the_limit_rises_by_step(make_collector: Any) -> None:
+    collector, script, _ = make_collector(
+        {}, "generation.response_length_schedule=[[2,80],[5,96]]", "reward.terms.length=1"
+    )
+    rewards = [collector.collect(step).rollouts.rewards.tolist()[0] for step in (0, 1, 2, 4, 5)]
     assert script.limits == [64, 64, 80, 80, 96]
     assert rewards == pytest.approx([1 - 3 / limit for limit in script.limits])  # a term sees the step's own limit
 
 
-def test_the_shortest_right_answer_is_remembered_from_the_next_step_on(collector: Any) -> None:
-    made, script, _ = collector({0: 1, 1: 2}, lengths={0: 7, 1: 5}, signals=[ShortestCorrect()])
-    known = [made._sample([0, 1, 2], step, 0).rollouts.columns["shortest_correct"].tolist() for step in (0, 1)]
-    assert known == [[0] * 6, [7, 7, 5, 5, 0, 0]]
+def test_the_shortest_right_answer_is_remembered_from_the_next_step_on(make_collector: Any) -> None:
+    collector, script, _ = make_collector({0: 1, 1: 2}, lengths={0: 7, 1: 5}, signals=[ShortestCorrect()])
+    columns = [collector._sample([0, 1, 2], step, 0).rollouts.columns["shortest_correct"].tolist() for step in (0, 1)]
+    assert columns == [[0] * 6, [7, 7, 5, 5, 0, 0]]
     script.lengths = {0: 4, 1: 9}
-    made._sample([0, 1], 2, 0)
-    again, _, _ = collector({}, signals=[ShortestCorrect()])
-    again.load_state_dict(made.state_dict())
-    assert again.state_dict() == made.state_dict()
-    assert again._sample([0, 1], 3, 0).rollouts.columns["shortest_correct"].tolist() == [4, 4, 5, 5]
+    collector._sample([0, 1], 2, 0)
+    resumed, _, _ = make_collector({}, signals=[ShortestCorrect()])
+    resumed.load_state_dict(collector.state_dict())
+    assert resumed.state_dict() == collector.state_dict()
+    assert resumed._sample([0, 1], 3, 0).rollouts.columns["shortest_correct"].tolist() == [4, 4, 5, 5]
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
-def test_asked_ahead_a_step_is_the_same(collector: Any, rounds: int) -> None:
+def test_a_step_requested_ahead_has_the_same_rollouts(make_collector: Any, rounds: int) -> None:
     right = {0: 1, 1: 1, 2: 1, 3: 0, 5: 1}
     steps = [], []
-    for ahead, found in zip((False, True), steps, strict=True):
-        made, _, _ = collector(right, f"algorithm.dynamic_sampling_rounds={rounds}", signals=[ShortestCorrect()])
-        found.append(made.collect(0))
+    for ahead, batches in zip((False, True), steps, strict=True):
+        collector, _, _ = make_collector(
+            right, f"algorithm.dynamic_sampling_rounds={rounds}", signals=[ShortestCorrect()]
+        )
+        batches.append(collector.collect(0))
         if ahead:
-            made.request_ahead(1)
-            made.receive(1)
-        found.append(made.collect(1))
+            collector.request_ahead(1)
+            collector.receive(1)
+        batches.append(collector.collect(1))
     for one, other in zip(*steps, strict=True):
         assert list(one.texts) == list(other.texts) and one.counts == other.counts
         assert torch.equal(one.rollouts.columns["shortest_correct"], other.rollouts.columns["shortest_correct"])
 
 
-def test_further_rounds_of_what_was_asked_ahead_sample_from_newer_weights(collector: Any) -> None:
-    made, script, _ = collector({0: 1, 1: 2, 2: 1}, DYNAMIC)
-    made.request_ahead(0)
+def test_further_rounds_of_a_step_requested_ahead_sample_from_newer_weights(make_collector: Any) -> None:
+    collector, script, _ = make_collector({0: 1, 1: 2, 2: 1}, DYNAMIC)
+    collector.request_ahead(0)
     script.version = 1
-    made.receive(1)
-    rollouts = made.collect(0).rollouts
-    assert asked(rollouts) == [0, 2] and rollouts.weight_versions.tolist() == [0, 0, 1, 1]
+    collector.receive(1)
+    rollouts = collector.collect(0).rollouts
+    assert question_ids(rollouts) == [0, 2] and rollouts.weight_versions.tolist() == [0, 0, 1, 1]
 
 
-def test_until_its_turn_what_was_asked_ahead_leaves_no_trace_in_the_state(collector: Any) -> None:
-    """So that a run that is resumed in between asks the same questions, and remembers nothing of their answers."""
-    made, _, _ = collector({0: 1, 2: 1}, signals=[ShortestCorrect()])
-    made.collect(0)
-    before = made.state_dict()
-    made.request_ahead(1)
-    assert made.state_dict() == before
-    made.receive(1)
-    assert made.state_dict() == before
-    again, _, _ = collector({0: 1, 2: 1}, signals=[ShortestCorrect()])
-    again.load_state_dict(before)
-    assert list(again.collect(1).texts) == list(made.collect(1).texts)
-    assert again.state_dict() == made.state_dict() != before
+def test_a_step_requested_ahead_leaves_no_trace_in_the_state_until_it_is_collected(make_collector: Any) -> None:
+    """A run that is resumed in between must request the same questions, and remember nothing of the responses."""
+    collector, _, _ = make_collector({0: 1, 2: 1}, signals=[ShortestCorrect()])
+    collector.collect(0)
+    before = collector.state_dict()
+    collector.request_ahead(1)
+    assert collector.state_dict() == before
+    collector.receive(1)
+    assert collector.state_dict() == before
+    resumed, _, _ = make_collector({0: 1, 2: 1}, signals=[ShortestCorrect()])
+    resumed.load_state_dict(before)
+    assert list(resumed.collect(1).texts) == list(collector.collect(1).texts)
+    assert resumed.state_dict() == collector.state_dict() != before
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_step_that_is_given_up_leaves_no_trace_in_the_state(ahead: bool, collector: Any, monkeypatch: Any) -> None:
-    """The next life asks the same questions, and remembers nothing of the answers that were graded before."""
-    made, script, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, signals=[ShortestCorrect()])
-    again, _, _ = collector({0: 1, 2: 1, 4: 1}, DYNAMIC, signals=[ShortestCorrect()])
-    for one in (made, again):
+def test_a_step_that_is_given_up_leaves_no_trace_in_the_state(
+    ahead: bool, make_collector: Any, monkeypatch: Any
+) -> None:
+    """The next life must request the same questions, and remember nothing of the responses that were graded before."""
+    collector, script, _ = make_collector({0: 1, 2: 1, 4: 1}, DYNAMIC, signals=[ShortestCorrect()])
+    resumed, _, _ = make_collector({0: 1, 2: 1, 4: 1}, DYNAMIC, signals=[ShortestCorrect()])
+    for one in (collector, resumed):
         one.collect(0)
-    before, calls, theirs = made.state_dict(), iter(range(9)), script.grade
+    before, calls, real_grade = collector.state_dict(), iter(range(9)), script.grade
 
     def grade(*request: Any) -> Any:
         if next(calls) == (0 if ahead else 1):
             raise StoppedError
-        return theirs(*request)
+        return real_grade(*request)
 
     monkeypatch.setattr(script, "grade", grade)
     if ahead:
-        made.request_ahead(1)
-        made.receive(1)
+        collector.request_ahead(1)
+        collector.receive(1)
     else:
         with pytest.raises(StoppedError):
-            made.collect(1)
-    assert made.state_dict() == before
-    assert list(made.collect(1).texts) == list(again.collect(1).texts)
+            collector.collect(1)
+    assert collector.state_dict() == before
+    assert list(collector.collect(1).texts) == list(resumed.collect(1).texts)
 
 
 def test_an_empty_response_is_no_shortest_answer() -> None:
@@ -238,38 +248,38 @@ def test_an_empty_response_is_no_shortest_answer() -> None:
     assert history.state_dict() == {}
 
 
-def test_without_a_method_that_reads_it_nothing_is_remembered(collector: Any) -> None:
-    made, _, _ = collector({0: 1})
-    made.collect(0)
-    assert list(made.state_dict()) == ["sampler"]
+def test_without_a_method_that_reads_it_nothing_is_remembered(make_collector: Any) -> None:
+    collector, _, _ = make_collector({0: 1})
+    collector.collect(0)
+    assert list(collector.state_dict()) == ["sampler"]
 
 
 def test_mismatch_of_two_engines() -> None:
-    old, theirs = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -2.9], dtype=torch.float64)
-    found = mismatch(old, theirs)
+    old, generation = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -2.9], dtype=torch.float64)
+    metrics = mismatch(old, generation)
     delta = [0.5, 0.0, -0.1]
-    assert found["mismatch/mean_abs"] == pytest.approx(0.2)
-    assert found["mismatch/max_abs"] == pytest.approx(0.5)
-    assert found["mismatch/mean_exp_abs"] == pytest.approx(sum(math.exp(abs(d)) for d in delta) / 3)
-    assert found["mismatch/kl_k1"] == pytest.approx(-0.4 / 3)
-    assert found["mismatch/kl_k3"] == pytest.approx(sum(math.exp(d) - 1 - d for d in delta) / 3)
-    assert set(mismatch(old[:0], theirs[:0]).values()) == {0.0, 1.0}
+    assert metrics["mismatch/mean_abs"] == pytest.approx(0.2)
+    assert metrics["mismatch/max_abs"] == pytest.approx(0.5)
+    assert metrics["mismatch/mean_exp_abs"] == pytest.approx(sum(math.exp(abs(d)) for d in delta) / 3)
+    assert metrics["mismatch/kl_k1"] == pytest.approx(-0.4 / 3)
+    assert metrics["mismatch/kl_k3"] == pytest.approx(sum(math.exp(d) - 1 - d for d in delta) / 3)
+    assert set(mismatch(old[:0], generation[:0]).values()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("changed", [{"content": "new"}, {"questions": 9}])
-def test_other_questions_are_refused_or_begun_anew(collector: Any, changed: dict[str, Any]) -> None:
-    old, _, _ = collector({}, signals=[ShortestCorrect()])
+@pytest.mark.parametrize("changes", [{"content": "new"}, {"questions": 9}])
+def test_other_questions_are_refused_or_begin_anew(make_collector: Any, changes: dict[str, Any]) -> None:
+    old, _, _ = make_collector({}, signals=[ShortestCorrect()])
     old.order._content = "old"
     old.collect(0)
     state = old.state_dict()
-    state["sampler"] |= changed
+    state["sampler"] |= changes
     state["shortest_correct"] = {"0": 3}
-    refusing, _, _ = collector({}, signals=[ShortestCorrect()])
-    refusing.order._content = "old"
+    resumed, _, _ = make_collector({}, signals=[ShortestCorrect()])
+    resumed.order._content = "old"
     with pytest.raises(UserError, match=r"data\.if_changed=restart"):
-        refusing.load_state_dict(state)
-    restarting, _, said = collector({}, "data.if_changed=restart", signals=[ShortestCorrect()])
-    restarting.order._content = "old"
-    restarting.load_state_dict(state)
-    assert restarting.order.next() == [0, 1] and "the new questions begin" in said[-1]
-    assert restarting.signals[0].state_dict() == {}, "nothing is remembered of the old ones"
+        resumed.load_state_dict(state)
+    resumed, _, lines = make_collector({}, "data.if_changed=restart", signals=[ShortestCorrect()])
+    resumed.order._content = "old"
+    resumed.load_state_dict(state)
+    assert resumed.order.next() == [0, 1] and "the new questions begin" in lines[-1]
+    assert resumed.signals[0].state_dict() == {}, "the responses to the old questions are still remembered"

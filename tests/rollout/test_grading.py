@@ -1,4 +1,4 @@
-"""Grading while others are sampled: every response graded once, overlapping, and a grader's error is the run's."""
+"""Grading while other responses are sampled: each response is graded once, and a grader's error ends the step."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from nemo_disco.rollout.prompts import PromptSet
 
 
 class Tokenizer:
+    """Decodes each token as its number."""
+
     def decode(self, tokens: list[int], **_: Any) -> str:
         return " ".join(map(str, tokens))
 
 
 class Grader:
-    """1 where the text is the answer."""
+    """Gives 1 to a text that is one of the answers, 0 to others; raises an error for "13"."""
 
     def __init__(self) -> None:
-        self.graded: list[str] = []
-        self.began = threading.Event()
+        self.texts: list[str] = []
+        self.started = threading.Event()
 
     def grade(self, texts: Any, answers: Any) -> list[float]:
-        self.began.set()
-        self.graded += texts
+        self.started.set()
+        self.texts += texts
         if "13" in texts:
             raise ValueError("no thirteen")
         return [float(text in gold) for text, gold in zip(texts, answers, strict=True)]
@@ -50,28 +52,28 @@ def response(*tokens: int) -> Response:
     return Response(np.array(tokens), np.zeros(len(tokens), np.float32), "length", 0)
 
 
-def test_what_is_finished_is_graded_while_the_rest_is_sampled(prompts: PromptSet) -> None:
+def test_finished_responses_are_graded_while_the_rest_is_sampled(prompts: PromptSet) -> None:
     grader = Grader()
     early = EarlyGrading(grader, prompts)  # type: ignore[arg-type]
     early.finished(4, response(14))
-    assert grader.began.wait(10)  # nobody has collected yet
+    assert grader.started.wait(10)  # before `collect`
     early.finished(1, response(99))
     responses = [response(10), response(99), response(0), response(0), response(14), response(15)]
     assert early.collect(responses) == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
     assert list(early.texts) == ["10", "99", "0", "0", "14", "15"]
-    assert sorted(grader.graded[:2]) == ["14", "99"]
-    assert grader.graded[2:] == ["10", "0", "0", "15"]  # those that the engine did not hand over
+    assert sorted(grader.texts[:2]) == ["14", "99"]
+    assert grader.texts[2:] == ["10", "0", "0", "15"]  # those that were not passed to `finished`
 
 
 def test_a_response_is_decoded_once(prompts: PromptSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    monkeypatch.setattr(Tokenizer, "decode", lambda _, tokens, **__: decoded.append(list(tokens)) or str(tokens[0]))
+    calls = []
+    monkeypatch.setattr(Tokenizer, "decode", lambda _, tokens, **__: calls.append(list(tokens)) or str(tokens[0]))
     early = EarlyGrading(Grader(), prompts)  # type: ignore[arg-type]
     early.finished(2, response(22))
     early.collect([response(20 + i) for i in range(6)])
-    both = early.texts.join([early.texts.select([2, 0]), early.texts.select([5])])
-    assert list(both) == ["22", "20", "25"]
-    assert sorted(decoded) == [[20 + i] for i in range(6)]
+    texts = early.texts.join([early.texts.select([2, 0]), early.texts.select([5])])
+    assert list(texts) == ["22", "20", "25"]
+    assert sorted(calls) == [[20 + i] for i in range(6)]
 
 
 def test_a_graders_error_is_raised_where_the_grades_are_collected(prompts: PromptSet) -> None:

@@ -1,9 +1,9 @@
-"""A step from which nothing is learned is said, once."""
+"""Each warning about a step from which nothing is learned is given once."""
 
 from nemo_disco.rollout.response_warnings import ResponseWarnings
 
 
-def test_each_caution_is_given_once_and_only_where_it_holds():
+def test_each_warning_is_given_once_and_only_where_it_holds():
     warnings = ResponseWarnings(require_think=True)
     assert warnings.new_warnings(["a</think>b", "c"], mixed=0.5) == []
     (thinking,) = warnings.new_warnings(["a", "b"], mixed=0.5)
@@ -13,5 +13,5 @@ def test_each_caution_is_given_once_and_only_where_it_holds():
     assert warnings.new_warnings(["a"], mixed=0.0) == []
 
 
-def test_thinking_is_asked_for_only_where_rewards_need_it():
+def test_missing_thinking_is_reported_only_where_rewards_need_it():
     assert ResponseWarnings(require_think=False).new_warnings(["a"], mixed=1.0) == []

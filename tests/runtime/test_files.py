@@ -1,4 +1,5 @@
-"""Whole or not at all, through no link, nothing left behind: on real files, with readers and kills."""
+"""Files and directories are written whole or not at all, through no link, and leave nothing behind: tested on real
+files, with readers at the same time and with killed writers."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ from nemo_disco.runtime.safetensor_writer import save_tensors
 
 
 def fill(directory: Path, text: str) -> None:
+    """Write a directory of two files that contain the text."""
     with atomic_directory(directory) as work:
         for name in ("a", "b"):
             (work / name).write_text(text)
@@ -54,24 +56,24 @@ def test_a_failed_write_leaves_the_old_text_and_nothing_else(tmp_path: Path, mon
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(files, "sync", lambda path: said.append(f"sync {path.name}"))
-    monkeypatch.setattr(files, "_exchange", lambda _, final: said.append(f"exchange {final.name}") or False)
+    events: list[str] = []
+    monkeypatch.setattr(files, "sync", lambda path: events.append(f"sync {path.name}"))
+    monkeypatch.setattr(files, "_exchange", lambda _, final: events.append(f"exchange {final.name}") or False)
     (tmp_path / "best").mkdir()
     fill(tmp_path / "best", "new")
-    exchange = said.index("exchange best")
-    assert {"sync a", "sync b"} < set(said[:exchange])
-    assert said[exchange - 1].startswith("sync .best.tmp-") and said[exchange + 1 :] == [f"sync {tmp_path.name}"]
+    exchange = events.index("exchange best")
+    assert {"sync a", "sync b"} < set(events[:exchange])
+    assert events[exchange - 1].startswith("sync .best.tmp-") and events[exchange + 1 :] == [f"sync {tmp_path.name}"]
 
 
 def test_a_reader_always_finds_a_whole_directory(tmp_path: Path) -> None:
-    """Exchanging the names needs a file system that can (not NFS), as those of a test's directories can."""
+    """The file system must be able to exchange two names: NFS is not, those of temporary directories are."""
     best = tmp_path / "best"
     fill(best, "0")
-    ended, missing, mixed, reads = threading.Event(), [], [], [0]
+    stop, missing, mixed, reads = threading.Event(), [], [], [0]
 
     def read() -> None:
-        while not ended.is_set():
+        while not stop.is_set():
             reads[0] += 1
             try:
                 descriptor = os.open(best, os.O_RDONLY)
@@ -82,7 +84,7 @@ def test_a_reader_always_finds_a_whole_directory(tmp_path: Path) -> None:
                 names = [Path(f"/proc/self/fd/{descriptor}/{name}").read_text() for name in ("a", "b")]
                 mixed.extend(names if names[0] != names[1] else [])
             except FileNotFoundError:
-                pass  # the old one, which is being removed
+                pass  # the old directory, which is being removed
             finally:
                 os.close(descriptor)
 
@@ -92,7 +94,7 @@ def test_a_reader_always_finds_a_whole_directory(tmp_path: Path) -> None:
     while i < 99 or (reads[0] <= 100 and i < 10_000):
         i += 1
         fill(best, str(i))
-    ended.set()
+    stop.set()
     thread.join()
     assert reads[0] > 100 and (missing, mixed) == ([], [])
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
@@ -107,8 +109,8 @@ def test_where_names_cannot_be_exchanged_two_renames_do(tmp_path: Path, monkeypa
 
 
 @pytest.fixture
-def second_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
-    """Names cannot be exchanged, and the rename that lets the new directory appear raises."""
+def fail_second_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """fail_second_rename(error): from now on names cannot be exchanged, and the rename of a new directory raises."""
 
     def fail(error: BaseException) -> None:
         real = Path.rename
@@ -124,14 +126,14 @@ def second_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], 
     return fail
 
 
-def test_what_a_kill_between_two_renames_left_is_put_back_by_the_next_start(
-    tmp_path: Path, second_rename: Callable[[BaseException], None]
+def test_the_next_start_restores_a_directory_after_a_kill_between_two_renames(
+    tmp_path: Path, fail_second_rename: Callable[[BaseException], None]
 ) -> None:
     run = RunDirectory(tmp_path)
     fill(run.best, "old")
     fill(run.path / "export.replaced", "old")
     fill(run.export, "new")
-    second_rename(KeyboardInterrupt())
+    fail_second_rename(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         fill(run.best, "new")
     assert not run.best.exists()
@@ -143,10 +145,10 @@ def test_what_a_kill_between_two_renames_left_is_put_back_by_the_next_start(
 
 
 def test_a_rename_that_is_refused_leaves_the_old_directory_in_its_place(
-    tmp_path: Path, second_rename: Callable[[BaseException], None]
+    tmp_path: Path, fail_second_rename: Callable[[BaseException], None]
 ) -> None:
     fill(tmp_path / "best", "old")
-    second_rename(OSError(5, "Input/output error"))
+    fail_second_rename(OSError(5, "Input/output error"))
     with pytest.raises(UserError, match=r"best cannot be written: Input/output error"):
         fill(tmp_path / "best", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["best"] and (tmp_path / "best/a").read_text() == "old"
@@ -162,7 +164,7 @@ def test_a_directory_that_cannot_be_removed_is_named(
     monkeypatch.setattr(os, "rmdir", busy)
     remove(tmp_path / "step_1")
     assert f"{tmp_path}/step_1" in caplog.text and "Device or resource busy" in caplog.text
-    assert not list((tmp_path / "step_1").iterdir())  # what can be removed is
+    assert not list((tmp_path / "step_1").iterdir())  # its files are removed all the same
 
 
 KILLED = """
@@ -190,31 +192,31 @@ def test_left_overs_go_when_their_owner_is_dead(tmp_path: Path, monkeypatch: pyt
     try:
         assert process.stdout is not None
         scratch = Path(process.stdout.readline().strip())
-        mine = [".export.123", "notes.tmp", ".keep.tmp-zzzzzzzz"]  # nobody's left-overs
-        for name in mine:
+        others = [".export.123", "notes.tmp", ".keep.tmp-zzzzzzzz"]  # similar names, but nobody's left-overs
+        for name in others:
             (run / name).touch()
         sweep(run)
         files.sweep_scratch()
-        assert scratch.is_dir() and len(list(run.iterdir())) == 2 + len(mine)
+        assert scratch.is_dir() and len(list(run.iterdir())) == 2 + len(others)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    fill(run / "export", "new")  # outside a run's directory nobody else clears them away
-    assert len(list(run.iterdir())) == 2 + len(mine)
+    fill(run / "export", "new")  # removes the left-over of its dead writer, for directories that nobody sweeps
+    assert len(list(run.iterdir())) == 2 + len(others)
     sweep(run)
     files.sweep_scratch()
-    assert sorted(p.name for p in run.iterdir()) == sorted([*mine, "export"])
+    assert sorted(p.name for p in run.iterdir()) == sorted([*others, "export"])
     assert not scratch.exists()
 
 
-def test_scratch_goes_with_its_end() -> None:
+def test_scratch_is_removed_when_it_is_closed() -> None:
     with contextlib.closing(Scratch()) as scratch:
         (scratch.path / "file").touch()
     assert not scratch.path.exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "device"])
-def test_nothing_is_written_through_what_is_no_regular_file(kind: str, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_path_that_is_no_regular_file(kind: str, tmp_path: Path) -> None:
     target, path = tmp_path / "precious", tmp_path / "metrics.jsonl"
     if kind == "link":
         target.write_text("precious")
@@ -227,39 +229,40 @@ def test_nothing_is_written_through_what_is_no_regular_file(kind: str, tmp_path:
     for flags in (os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND | os.O_CREAT):
         with pytest.raises(UserError, match=rf"{path} is a symbolic link, a pipe or a device"):
             open_regular(path, flags)
-    if kind != "device":  # were it replaced, by root, every other program would suffer
+    if kind != "device":  # root could replace the device, which every other program needs
         with pytest.raises(UserError, match=rf"{path} is a symbolic link, a pipe or a device"):
             write_atomically(path, "new")
     assert target.exists() == (kind == "link") and (kind != "link" or target.read_text() == "precious")
 
 
 def test_a_thread_that_writes_after_the_end_writes_into_no_other_file(tmp_path: Path) -> None:
-    ended = AppendedFile(tmp_path / "samples.jsonl")
-    ended.close()
+    closed = AppendedFile(tmp_path / "samples.jsonl")
+    closed.close()
     with (tmp_path / "metrics.jsonl").open("wb") as other:
         with pytest.raises(UserError, match=r"samples.jsonl cannot be written"):
-            ended.write(b"late")
+            closed.write(b"late")
         assert os.fstat(other.fileno()).st_size == 0
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    with full_disk.small(tmp_path / "disk", "64k") as place:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory with 64 KiB of space."""
+    with full_disk.mount_small_disk(tmp_path / "disk", "64k") as place:
         yield place
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(small: Path) -> None:
-    write_atomically(small / "file", "old")
-    grows = AppendedFile(small / "metrics.jsonl")
-    fill(small / "best", "old")
+def test_a_full_disk_is_one_line_and_costs_nothing(small_disk: Path) -> None:
+    write_atomically(small_disk / "file", "old")
+    metrics = AppendedFile(small_disk / "metrics.jsonl")
+    fill(small_disk / "best", "old")
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device"):
-        grows.write(b"x" * 100_000)
+        metrics.write(b"x" * 100_000)
     with pytest.raises(UserError, match=r"file cannot be written: No space left on device"):
-        write_atomically(small / "file", "x" * 100_000)
+        write_atomically(small_disk / "file", "x" * 100_000)
     with pytest.raises(UserError, match=r"best cannot be written: No space left on device"):
-        fill(small / "best", "x" * 100_000)
+        fill(small_disk / "best", "x" * 100_000)
     with pytest.raises(OSError, match="No space left on device"):
-        save_tensors({"a": torch.zeros(100_000)}, small / "best/model.safetensors")
-    grows.close()
-    assert (small / "file").read_text() == "old" and (small / "best/a").read_text() == "old"
-    assert {"best", "file", "metrics.jsonl"} == {p.name for p in small.iterdir()}
+        save_tensors({"a": torch.zeros(100_000)}, small_disk / "best/model.safetensors")
+    metrics.close()
+    assert (small_disk / "file").read_text() == "old" and (small_disk / "best/a").read_text() == "old"
+    assert {"best", "file", "metrics.jsonl"} == {p.name for p in small_disk.iterdir()}

@@ -1,4 +1,4 @@
-"""Free memory is the machine's, or its control group's if that is less, shared equally by the ranks."""
+"""A rank's free memory is an equal share of the machine's, or of its control group's if that is less."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_control_group_limits_memory(monkeypatch, tmp_path):
     for name, text in (
         ("memory.max", f"{16 * GB}\n"),
         ("memory.current", f"{14 * GB}\n"),
-        ("memory.stat", f"anon {9 * GB}\ninactive_file {5 * GB}\n"),  # the page cache goes when it must
+        ("memory.stat", f"anon {9 * GB}\ninactive_file {5 * GB}\n"),  # page cache, which can be freed
     ):
         (tmp_path / name).write_text(text)
     assert host.total_memory() == 16 * GB

@@ -18,16 +18,17 @@ log.warning("a warning")
 logging.getLogger("megatron.core").warning("chatter")
 logging.getLogger("megatron.core").error("a megatron error")
 warnings.warn_explicit("Apex is not installed", UserWarning, "x.py", 1, module="megatron.core.models")
-warnings.warn_explicit("ours matters", UserWarning, "y.py", 1, module="nemo_disco.policy")
-warnings.warn_explicit("not torch's", UserWarning, "z.py", 1, module="torchlike")
+warnings.warn_explicit("a warning of ours", UserWarning, "y.py", 1, module="nemo_disco.policy")
+warnings.warn_explicit("a warning of torchlike", UserWarning, "z.py", 1, module="torchlike")
 """
 
 
 def stderr(rank: int, world: int) -> str:
+    """The log of PROGRAM as this rank of `world` ranks."""
     program = PROGRAM.format(rank=rank, world=world)
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert done.stdout == ""
-    return done.stderr
+    process = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert process.stdout == ""
+    return process.stderr
 
 
 def test_rank_zero_logs_each_message_once() -> None:
@@ -35,8 +36,8 @@ def test_rank_zero_logs_each_message_once() -> None:
     for part in (
         "[rank 0] INFO an info",
         "[rank 0] WARNING a warning",
-        "ours matters",
-        "not torch's",
+        "a warning of ours",
+        "a warning of torchlike",
         "a megatron error",
     ):
         assert log.count(part) == 1

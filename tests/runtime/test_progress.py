@@ -25,16 +25,17 @@ def console(terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False, soft_wrap=True)
 
 
-def text(of: Console) -> str:
-    assert isinstance(of.file, io.StringIO)
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", of.file.getvalue())
+def text(out: Console) -> str:
+    """What the console printed, without escape sequences."""
+    assert isinstance(out.file, io.StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.file.getvalue())
 
 
 def test_one_plain_line_a_step_without_a_terminal() -> None:
     out = console(terminal=False)
     with Progress(10, start_step=2, delta=1e-3, console=out) as progress:
         progress.update(METRICS)
-        progress.message("step 4: the gradient is NaN [skipped]")
+        progress.print_line("step 4: the gradient is NaN [skipped]")
         progress.update({**METRICS, "step": 4, "policy/kl": 1e-4})
     first, message, second = text(out).splitlines()
     assert first.startswith(
@@ -57,9 +58,9 @@ def test_the_terminal_shows_the_same_numbers() -> None:
     out = console(terminal=True)
     with Progress(10, delta=1e-3, console=out) as progress:
         progress.update(METRICS)
-    shown = text(out)
+    output = text(out)
     for part in ("step 3/10", "0.531", "2.50e-03 > delta 1.0e-03", "0.410", "1,312", "2,500", "left"):
-        assert part in shown
+        assert part in output
 
 
 def test_the_time_left_counts_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One run directory, one job: refused at once while a holder lives, free at once when it was killed."""
+"""The lock of a run directory: a second job is refused at once while the holder lives, and a killed holder frees it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ with RunDirectory(sys.argv[1]).lock():
     {body}
 """
 
-Holder = Callable[..., subprocess.Popen[str]]
+StartHolder = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[Holder]:
-    """Starts a process that holds tmp_path's lock and then runs `body`."""
+def start_holder(tmp_path: Path) -> Iterator[StartHolder]:
+    """start_holder(body) starts a process that holds the lock of tmp_path and then runs `body`."""
     started: list[subprocess.Popen[str]] = []
 
     def start(body: str = "time.sleep(60)") -> subprocess.Popen[str]:
@@ -49,7 +49,7 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
 
     yield start
     for process in started:
-        with contextlib.suppress(ProcessLookupError):  # the test killed it, and it had no children
+        with contextlib.suppress(ProcessLookupError):  # the test killed the process, and it had no children
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -65,33 +65,33 @@ def test_the_layout(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written.*exp_manager.explicit_log_dir") as caught:
+    with pytest.raises(UserError, match=r"cannot be written.*exp_manager.explicit_log_dir") as error:
         RunDirectory(tmp_path / "file" / "run").create()
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(**_: object) -> None:
+    def fail(**_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nemo_disco.runtime.rundir.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("nemo_disco.runtime.rundir.tempfile.TemporaryFile", fail)
     with pytest.raises(UserError, match="No space left on device"):
         RunDirectory(tmp_path).create()
 
 
-def test_the_second_job_is_told_who_holds_it(tmp_path: Path, holder: Holder) -> None:
-    process = holder()
+def test_the_second_job_is_told_who_holds_the_lock(tmp_path: Path, start_holder: StartHolder) -> None:
+    process = start_holder()
     with (
         pytest.raises(UserError, match=rf"in use by process {process.pid} on {re.escape(rundir.HOST)} \(since "),
         RunDirectory(tmp_path).lock(),
     ):
         pass
     with pytest.raises(UserError, match=str(process.pid)), RunDirectory(tmp_path).lock():
-        pass  # being refused does not free it
+        pass  # the refused job does not free the lock
 
 
-def test_a_killed_holder_leaves_it_free(tmp_path: Path, holder: Holder) -> None:
-    process = holder()
+def test_a_killed_holder_leaves_the_lock_free(tmp_path: Path, start_holder: StartHolder) -> None:
+    process = start_holder()
     process.kill()
     process.wait()
     with RunDirectory(tmp_path).lock():
@@ -99,8 +99,8 @@ def test_a_killed_holder_leaves_it_free(tmp_path: Path, holder: Holder) -> None:
     assert (tmp_path / ".lock").read_text() == ""
 
 
-def test_a_forked_worker_does_not_keep_a_dead_parents_lock(tmp_path: Path, holder: Holder) -> None:
-    process = holder("import os; os.fork() or print('up', flush=True); time.sleep(60)")
+def test_a_forked_worker_does_not_keep_a_dead_parents_lock(tmp_path: Path, start_holder: StartHolder) -> None:
+    process = start_holder("import os; os.fork() or print('up', flush=True); time.sleep(60)")
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.kill()
@@ -109,7 +109,7 @@ def test_a_forked_worker_does_not_keep_a_dead_parents_lock(tmp_path: Path, holde
         pass
 
 
-def test_an_error_inside_frees_it(tmp_path: Path) -> None:
+def test_an_error_inside_frees_the_lock(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path).lock():
         raise ZeroDivisionError
     with RunDirectory(tmp_path).lock():
@@ -117,7 +117,8 @@ def test_an_error_inside_frees_it(tmp_path: Path) -> None:
 
 
 def write_record(path: Path, beat: int) -> None:
-    """beat: of one digit, so that the next is written over it and a reader always finds a whole record."""
+    """Write the lock's record as a holder on another machine does. beat: one digit, so that every write has the same
+    length and a reader always finds a whole record."""
     record = {"host": "another-node", "pid": 4242, "started": "2026-01-01 00:00:00", "beat": beat}
     with path.open("r+" if path.exists() else "w") as file:
         file.write(json.dumps(record))
@@ -125,18 +126,18 @@ def write_record(path: Path, beat: int) -> None:
 
 def test_a_silent_holder_on_another_machine_died(tmp_path: Path) -> None:
     write_record(tmp_path / ".lock", 3)
-    begun = time.monotonic()
+    start = time.monotonic()
     with RunDirectory(tmp_path).lock(silence_s=0.3):
-        assert time.monotonic() - begun >= 0.3
+        assert time.monotonic() - start >= 0.3
 
 
 def test_a_beating_holder_on_another_machine_is_alive(tmp_path: Path) -> None:
     write_record(tmp_path / ".lock", 3)
-    over = threading.Event()
+    stop = threading.Event()
 
     def beat() -> None:
         for number in itertools.cycle(range(4, 10)):
-            if over.wait(0.2):
+            if stop.wait(0.2):
                 return
             write_record(tmp_path / ".lock", number)
 
@@ -144,7 +145,7 @@ def test_a_beating_holder_on_another_machine_is_alive(tmp_path: Path) -> None:
     other.start()
     with pytest.raises(UserError, match="process 4242 on another-node"), RunDirectory(tmp_path).lock(silence_s=10):
         pass
-    over.set()
+    stop.set()
     other.join()
 
 
@@ -159,17 +160,17 @@ def test_the_holder_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_left_overs_of_killed_lives_are_swept_under_the_lock(tmp_path: Path) -> None:
     RunDirectory(tmp_path).create()
-    left = [".export.4242.tmp/model", ".best.4242.old/model", ".best.tmp-0123abcd/model", ".report.html.4242"]
-    left += [".metrics.jsonl.4242", ".metrics.jsonl.tmp-0123abcd", "rollouts/.step_3.jsonl.4242"]
-    left += ["evaluation/.test.step_3.json.4242", ".meeting.1.0.0"]
-    kept = ["notes.4242", ".hidden", "export/model", ".meeting.2.0.0"]
-    for name in (*left, *kept):
+    stale = [".export.4242.tmp/model", ".best.4242.old/model", ".best.tmp-0123abcd/model", ".report.html.4242"]
+    stale += [".metrics.jsonl.4242", ".metrics.jsonl.tmp-0123abcd", "rollouts/.step_3.jsonl.4242"]
+    stale += ["evaluation/.test.step_3.json.4242", ".meeting.1.0.0"]
+    others = ["notes.4242", ".hidden", "export/model", ".meeting.2.0.0"]
+    for name in (*stale, *others):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     os.utime(tmp_path / ".meeting.1.0.0", (0, 0))
     with RunDirectory(tmp_path).lock():
-        assert [name for name in left if (tmp_path / name).parent.exists() and (tmp_path / name).exists()] == []
-        assert all((tmp_path / name).exists() for name in kept)
+        assert [name for name in stale if (tmp_path / name).parent.exists() and (tmp_path / name).exists()] == []
+        assert all((tmp_path / name).exists() for name in others)
 
 
 def remove_lock(path: Path) -> None:
@@ -197,7 +198,7 @@ TAKE = [remove_lock, replace_lock, remove_directory, replace_directory]
 @pytest.mark.parametrize("take", TAKE)
 def test_a_lock_that_is_taken_away_stops_the_next_write(take: Callable[[Path], None], tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.check_lock()  # without the lock there is nothing to lose
+    run.check_lock()  # does nothing without a lock
     with run.lock():
         run.check_lock()
         take(run.path)
@@ -212,7 +213,7 @@ def test_a_file_server_that_is_away_for_a_while_ends_nothing(
     monkeypatch.setattr(rundir, "RETRY_S", 0.01)
     real, answers = os.stat, [errno.ESTALE, errno.EIO, errno.ETIMEDOUT]
 
-    def away(path: Path, **options: bool) -> os.stat_result:
+    def fail_or_stat(path: Path, **options: bool) -> os.stat_result:
         if Path(path).name == ".lock" and answers:
             number = answers.pop() if len(answers) > 1 or not forever else answers[0]
             raise OSError(number, os.strerror(number))
@@ -221,7 +222,7 @@ def test_a_file_server_that_is_away_for_a_while_ends_nothing(
     forever = False
     run = RunDirectory(tmp_path)
     with run.lock():
-        monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", away)
+        monkeypatch.setattr("nemo_disco.runtime.rundir.os.stat", fail_or_stat)
         run.check_lock()
         assert caplog.text.count("cannot be examined") == 1 and answers == []
         forever, answers[:] = True, [errno.ESTALE]
@@ -237,9 +238,9 @@ def test_a_lock_that_is_taken_away_ends_a_process_that_writes_nothing(tmp_path: 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     (tmp_path / ".lock").unlink()
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert re.fullmatch(r"error: .*/.lock, .* was removed: .*\n", said)
+    assert re.fullmatch(r"error: .*/.lock, .* was removed: .*\n", stderr)
     assert not (tmp_path / ".lock").exists()
 
 
@@ -253,21 +254,21 @@ def test_the_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
 
 def test_a_beat_that_cannot_be_written_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rundir, "HEARTBEAT_S", 0.01)
-    ended: list[UserError] = []
-    monkeypatch.setattr(rundir, "_end", ended.append)
+    errors: list[UserError] = []
+    monkeypatch.setattr(rundir, "_end", errors.append)
     with RunDirectory(tmp_path).lock():
         real = os.pwrite
 
-        def full(*_: object) -> int:
+        def fail(*_: object) -> int:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("nemo_disco.runtime.rundir.os.pwrite", full)
+        monkeypatch.setattr("nemo_disco.runtime.rundir.os.pwrite", fail)
         time.sleep(0.1)
-        assert ended == []
+        assert errors == []
         monkeypatch.setattr(rundir, "PATIENCE_S", 0.0)
         deadline = time.monotonic() + 60
-        while not ended:
+        while not errors:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         monkeypatch.setattr("nemo_disco.runtime.rundir.os.pwrite", real)
-    assert ".lock cannot be written: No space left on device" in str(ended[0])
+    assert ".lock cannot be written: No space left on device" in str(errors[0])

@@ -1,4 +1,4 @@
-"""The one reader of what stands on disk: damage is a line, and nothing is waited for."""
+"""The reader of saved files: damage is reported in one line, and no file makes it wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nemo_disco.runtime.saved_files import (
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "message"),
     [
         (b"", "not valid JSON"),
         (b"\0\0\0", "not valid JSON"),
@@ -31,16 +31,16 @@ from nemo_disco.runtime.saved_files import (
         (b'{"b": 1}', "`a`: it should be a valid integer"),
     ],
 )
-def test_json_that_is_not_of_its_shape_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+def test_json_of_another_shape_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "f.json"
     file.write_bytes(content.replace(b'"b"', b'"a": null, "b"'))
-    with pytest.raises(FileError, match=what) as caught:
+    with pytest.raises(FileError, match=message) as error:
         read_json(file, dict[str, Any] if b"b" not in content else dict[str, int])
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "it travels between ranks"
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value), "pickling changes the error"
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_path_that_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "directory").mkdir()
     (tmp_path / "target").write_text("{}")
@@ -74,7 +74,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 
 
 def test_text_is_utf8_without_nul(tmp_path: Path) -> None:
-    for content, what in ((b"a\0b", "NUL"), (b"a: \xe9", "not UTF-8 text: byte 0xe9 at 3")):
+    for content, message in ((b"a\0b", "NUL"), (b"a: \xe9", "not UTF-8 text: byte 0xe9 at 3")):
         (tmp_path / "f").write_bytes(content)
-        with pytest.raises(FileError, match=what):
+        with pytest.raises(FileError, match=message):
             read_text(tmp_path / "f")

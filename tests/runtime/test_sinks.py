@@ -1,4 +1,4 @@
-"""The history of a resumed run is that of a run that was never stopped."""
+"""A resumed run has the same history of metrics as a run that was never stopped."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from nemo_disco.runtime.sinks import JsonlSink, open_sinks
 
 
 def write_steps(path: Path, steps: range, resume_step: int | None) -> None:
+    """Write metrics of these steps, after a resumption from resume_step if it is not None."""
     sink = JsonlSink(path, resume_step)
     for step in steps:
         sink.write(step, {"reward/mean": step / 3, "policy/kl": 0.1 * step})
@@ -24,11 +25,11 @@ def write_steps(path: Path, steps: range, resume_step: int | None) -> None:
 
 
 def test_resuming_continues_exactly(tmp_path: Path) -> None:
-    straight, broken = tmp_path / "straight.jsonl", tmp_path / "broken.jsonl"
-    write_steps(straight, range(1, 9), None)
-    write_steps(broken, range(1, 7), None)  # died after step 6; the last checkpoint is of step 4
-    write_steps(broken, range(5, 9), 4)
-    assert broken.read_bytes() == straight.read_bytes()
+    uninterrupted, resumed = tmp_path / "straight.jsonl", tmp_path / "broken.jsonl"
+    write_steps(uninterrupted, range(1, 9), None)
+    write_steps(resumed, range(1, 7), None)  # died after step 6; the last checkpoint is of step 4
+    write_steps(resumed, range(5, 9), 4)
+    assert resumed.read_bytes() == uninterrupted.read_bytes()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -80,8 +81,8 @@ def test_strict_json_and_every_bit_of_a_float(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     (line,) = path.read_text().splitlines()
-    read = json.loads(line, parse_constant=refuse)
-    assert read == {
+    record = json.loads(line, parse_constant=refuse)
+    assert record == {
         "step": 1,
         "a": None,
         "b": None,
@@ -91,7 +92,7 @@ def test_strict_json_and_every_bit_of_a_float(tmp_path: Path) -> None:
         "f": True,
         "g": [{"h": None, "i": 2.5}],
     }
-    assert next(iter(read)) == "step"
+    assert next(iter(record)) == "step"
 
 
 def test_a_written_step_survives_a_kill(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_written_step_survives_a_kill(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"step": 1, "x": 1.0}
 
 
-def test_tensorboard_forgets_what_a_resumed_run_redoes(tmp_path: Path) -> None:
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for resume_step, steps, offset in [(None, range(1, 7), 0.0), (4, range(5, 9), 100.0)]:
@@ -132,7 +133,7 @@ def test_tensorboard_is_imported_only_when_opened() -> None:
 @pytest.mark.parametrize("service", ["wandb", "mlflow"])
 @pytest.mark.parametrize("content", [b"", b"a/b", b"\xff", b"x" * 65])
 def test_a_damaged_id_is_named(service: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, service, SimpleNamespace(MlflowClient=str))  # nothing is asked of it
+    monkeypatch.setitem(sys.modules, service, SimpleNamespace(MlflowClient=str))  # the service is never called
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere")
     (tmp_path / f"{service}.run_id").write_bytes(content)
     with pytest.raises(UserError, match=rf"{service}\.run_id: "):

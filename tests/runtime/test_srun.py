@@ -1,4 +1,4 @@
-"""The rank variables of srun's tasks, without SLURM; tests/slurm has a real one."""
+"""The rank variables of srun's tasks, without SLURM; tests/slurm uses a real one."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", srun.MEETING)
 
 @pytest.fixture
 def set_variables(monkeypatch, tmp_path):
-    """set_variables(SLURM's variables): the rank variables that srun.set_rank_variables then sets."""
+    """set_variables(variables) calls srun.set_rank_variables in this environment and returns its rank variables."""
 
     def call(variables):
         with monkeypatch.context() as patch:
@@ -57,7 +57,7 @@ def test_the_users_master_address_needs_no_meeting_file(set_variables):
     assert srun.MEETING not in set_variables(TASK | {"MASTER_ADDR": "node1", "MASTER_PORT": "2"})
 
 
-def test_the_others_wait_for_rank_0(tmp_path: Path):
+def test_other_ranks_wait_for_rank_0(tmp_path: Path):
     meeting = tmp_path / "run" / ".meeting"
     threading.Timer(0.5, srun.publish_address, (meeting, "10.0.0.1", 4321)).start()
     started = time.monotonic()

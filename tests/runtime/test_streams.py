@@ -1,4 +1,5 @@
-"""The reader has left or the disk is full: a run goes on, a command whose output is its result reports it."""
+"""Output that cannot be written, since its reader left or the disk is full: a run goes on, while a command whose result
+is its output reports it."""
 
 from __future__ import annotations
 
@@ -31,50 +32,50 @@ finally:
 """
 
 
-def outcome(kind: str, closes: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """Exit code of PROGRAM, its last word on descriptor 3, and its stderr. closes: a shell's redirections; with none,
-    nobody reads stdout."""
+def run_program(kind: str, redirection: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
+    """Run PROGRAM; return its exit code, its text on descriptor 3, and its stderr. redirection: of the shell; with an
+    empty one, stdout is a pipe whose reader has left."""
     read, write = os.pipe()
-    left, unread = os.pipe()
-    os.close(left)  # before anything can be written
-    shell = f'exec "$@" 3>&{write} {closes}'
+    stdout_reader, stdout_writer = os.pipe()
+    os.close(stdout_reader)  # before anything can be written
+    shell = f'exec "$@" 3>&{write} {redirection}'
     command = ["bash", "-c", shell, "-", sys.executable, "-c", PROGRAM, kind]
     with os.fdopen(read) as end:
         process = subprocess.Popen(
-            command, stdout=unread if closes == "" else subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command, stdout=stdout_writer if redirection == "" else subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             pass_fds=[write], env=os.environ | (environment or {}),
         )  # fmt: skip
         os.close(write)
-        os.close(unread)
+        os.close(stdout_writer)
         _, err = process.communicate(timeout=120)
         return process.returncode, end.read(), err
 
 
-@pytest.mark.parametrize("closes", ["", ">/dev/full", ">&-", "2>/dev/full", "2>&-", ">&- 2>&- <&-"])
-def test_a_run_goes_on(closes: str) -> None:
-    code, end, err = outcome("run", closes)
+@pytest.mark.parametrize("redirection", ["", ">/dev/full", ">&-", "2>/dev/full", "2>&-", ">&- 2>&- <&-"])
+def test_a_run_goes_on(redirection: str) -> None:
+    code, end, err = run_program("run", redirection)
     assert (code, end) == (0, "done")
-    assert err.count("the run goes on in silence") == (closes in ("", ">/dev/full")) and "Traceback" not in err
+    assert err.count("the run goes on in silence") == (redirection in ("", ">/dev/full")) and "Traceback" not in err
 
 
 def test_a_command_whose_reader_leaves_ends_without_a_message() -> None:
-    assert outcome("command", "") == (0, "reader left", "")
+    assert run_program("command", "") == (0, "reader left", "")
 
 
 def test_a_command_whose_output_is_lost_reports_it() -> None:
-    assert outcome("command", ">/dev/full") == (0, "standard output cannot be written: No space left on device", "")
+    assert run_program("command", ">/dev/full") == (0, "standard output cannot be written: No space left on device", "")
 
 
 def test_a_character_outside_the_terminals_encoding_is_no_error() -> None:
-    code, end, err = outcome("command", ">/dev/null", {"PYTHONIOENCODING": "ascii"})
+    code, end, err = run_program("command", ">/dev/null", {"PYTHONIOENCODING": "ascii"})
     assert (code, end) == (0, "done") and "Error" not in err
 
 
-@pytest.mark.parametrize(("command", "closes", "code"), [("doctor", "| head -1", 0), ("doctor", ">/dev/full", 2)])
-def test_commands(command: str, closes: str, code: int) -> None:
-    """doctor writes through rich, which would exit with 1."""
-    shell = f"set -o pipefail; {sys.executable} -m nemo_disco {command} {closes}"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+@pytest.mark.parametrize(("command", "redirection", "code"), [("doctor", "| head -1", 0), ("doctor", ">/dev/full", 2)])
+def test_lost_output_of_a_real_command(command: str, redirection: str, code: int) -> None:
+    """doctor prints with rich, which would by itself end the process with exit code 1."""
+    shell = f"set -o pipefail; {sys.executable} -m nemo_disco {command} {redirection}"
+    process = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert process.returncode == code, process.stderr
     message = "error: standard output cannot be written: No space left on device\n" if code else ""
-    assert done.stderr == message
+    assert process.stderr == message

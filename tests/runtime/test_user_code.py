@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from user_module import beside_us
+from user_module import write_user_module
 
 from nemo_disco.runtime.user_code import module_file
 
 
 def test_a_modules_file_is_found_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = beside_us(tmp_path / "my_located.py", "raise SystemExit", monkeypatch)
+    module = write_user_module(tmp_path / "my_located.py", "raise SystemExit", monkeypatch)
     inner = tmp_path / "my_package" / "inner.py"
     inner.parent.mkdir()
     for path in (inner, inner.with_name("__init__.py")):

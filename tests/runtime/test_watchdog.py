@@ -22,7 +22,7 @@ Start = Callable[..., list[BaseProcess]]
 
 
 def run_rank(rank: int, here: Path, sleep: float) -> None:
-    """One of three watched ranks, which sleeps for `sleep` seconds and ends."""
+    """Be one of three watched ranks: sleep for `sleep` seconds and end."""
     sys.stderr = (here / f"{rank}.log").open("w")
     os.dup2(sys.stderr.fileno(), 2)
     watchdog.BEAT_S, watchdog.SILENCE_S = 0.1, SILENCE_S
@@ -41,7 +41,7 @@ def run_rank(rank: int, here: Path, sleep: float) -> None:
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[Start]:
-    """ranks(seconds of sleep of each of the three): their processes, once all are watched."""
+    """ranks(sleep, sleep, sleep) starts three watched ranks that sleep so many seconds, and returns their processes."""
     started: list[BaseProcess] = []
 
     def start(*sleeps: float) -> list[BaseProcess]:
@@ -96,7 +96,7 @@ def test_a_rank_that_ends_early_or_is_busy_is_not_dead(ranks: Start, first: int)
 
 
 def test_the_death_of_rank_0_does_not_delay_the_others(ranks: Start) -> None:
-    """A new connection to its store with the timeout of a start would delay them."""
+    """They would be delayed by a new connection to its store, which waits as long as at the start."""
     processes = ranks(60, 1, 1)
     send(processes[0], signal.SIGKILL)
     assert {exit_code(process) for process in processes[1:]} <= {0, 1}

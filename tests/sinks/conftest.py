@@ -1,4 +1,4 @@
-"""`make test-sinks` alone collects these: pytest -m sinks, in an environment that has wandb and mlflow."""
+"""Only `make test-sinks` collects these tests: pytest -m sinks, in an environment that has wandb and mlflow."""
 
 from __future__ import annotations
 

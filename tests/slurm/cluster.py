@@ -1,5 +1,5 @@
 """A real SLURM of two nodes on this machine, without systemd and on free ports: munged, slurmctld and two slurmd, in a
-directory of its own. Ends what it started, and nothing else."""
+directory of its own. It ends only processes that it started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODES = ("n1", "n2")
-# A gpu here is a number that jobs ask for, so that the scripts are submitted as they are.
+# The GPUs are only counted, so that the scripts, which ask for GPUs, can be submitted as they are.
 CONFIGURATION = """
 ClusterName=nemo-disco-test
 SlurmctldHost={host}(127.0.0.1)
@@ -50,22 +50,22 @@ PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP
 
 @dataclass(frozen=True)
 class Cluster:
-    """Its directory; the environment in which sbatch finds it; the pid of each daemon by name."""
+    """A running SLURM: its directory, the environment in which sbatch finds it, and its daemons' processes by name."""
 
     path: Path
     environment: dict[str, str]
     daemons: dict[str, subprocess.Popen[bytes]]
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
-        """The output of a SLURM client; CalledProcessError if it fails, its stderr in the test's output."""
+        """Run a SLURM client and return its output. Raises CalledProcessError if it fails."""
         return subprocess.run(
             command, env=self.environment, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True
         ).stdout.strip()
 
 
 @contextlib.contextmanager
-def cluster(path: Path) -> Iterator[Cluster]:
-    """While entered, it takes jobs. `path`: a new directory, short enough for a socket's name."""
+def run_cluster(path: Path) -> Iterator[Cluster]:
+    """A context with a SLURM that accepts jobs. path: a new directory, short enough for the name of a socket in it."""
     path.mkdir()
     configuration = path / "slurm.conf"
     ports = free_ports(1 + len(NODES))
@@ -91,58 +91,59 @@ def cluster(path: Path) -> Iterator[Cluster]:
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM", "SBATCH", "PYTEST"))}
-    running = Cluster(path, environment | {"SLURM_CONF": str(configuration)}, {})
+    cluster = Cluster(path, environment | {"SLURM_CONF": str(configuration)}, {})
     try:
-        start(running)
-        yield running
+        start(cluster)
+        yield cluster
     finally:
-        stop(running)
+        stop(cluster)
 
 
-def start(running: Cluster) -> None:
-    path = running.path
+def start(cluster: Cluster) -> None:
+    """Start the daemons, and wait until both nodes are idle."""
+    path = cluster.path
     socket_file = path / "munge.socket"
     munged = ["munged", "--foreground", "--force", f"--socket={socket_file}", f"--key-file={path}/munge.key"]
     munged += [f"--pid-file={path}/munge.pid", f"--seed-file={path}/munge.seed", f"--log-file={path}/munge.log"]
-    daemon(running, "munged", munged)
+    start_daemon(cluster, "munged", munged)
     wait_for(socket_file.exists)
-    daemon(running, "slurmctld", ["slurmctld", "-D"])
+    start_daemon(cluster, "slurmctld", ["slurmctld", "-D"])
     for name in NODES:
-        start_node(running, name)
-    wait_for(lambda: running.call("sinfo", "--noheader", "--format=%D %t") == f"{len(NODES)} idle", seconds=60)
+        start_node(cluster, name)
+    wait_for(lambda: cluster.call("sinfo", "--noheader", "--format=%D %t") == f"{len(NODES)} idle", seconds=60)
 
 
-def start_node(running: Cluster, name: str) -> None:
-    daemon(running, name, ["slurmd", "-D", "-N", name])
+def start_node(cluster: Cluster, name: str) -> None:
+    start_daemon(cluster, name, ["slurmd", "-D", "-N", name])
 
 
-def stop(running: Cluster) -> None:
-    """Its jobs first, so that none is left without its slurmd."""
-    if "slurmctld" in running.daemons:
+def stop(cluster: Cluster) -> None:
+    """End the jobs, then the daemons, so that no job is left without its slurmd; remove the directory."""
+    if "slurmctld" in cluster.daemons:
         with contextlib.suppress(subprocess.CalledProcessError, AssertionError):
-            running.call("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
-            running.call("scancel", f"--user={getpass.getuser()}")
-            wait_for(lambda: not running.call("squeue", "--noheader"), seconds=30)
-    for process in reversed(running.daemons.values()):
+            cluster.call("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
+            cluster.call("scancel", f"--user={getpass.getuser()}")
+            wait_for(lambda: not cluster.call("squeue", "--noheader"), seconds=30)
+    for process in reversed(cluster.daemons.values()):
         process.terminate()
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    shutil.rmtree(running.path, ignore_errors=True)
+    shutil.rmtree(cluster.path, ignore_errors=True)
 
 
-def daemon(running: Cluster, name: str, command: list[str]) -> None:
+def start_daemon(cluster: Cluster, name: str, command: list[str]) -> None:
     # Debian keeps the daemons where a user's PATH does not look.
-    path = f"{running.environment['PATH']}:/usr/sbin:/sbin"
+    path = f"{cluster.environment['PATH']}:/usr/sbin:/sbin"
     program = shutil.which(command[0], path=path)
-    assert program is not None, f"{command[0]} is not installed: make test-slurm does it"
-    with (running.path / f"{name}.out").open("ab") as out:
-        running.daemons[name] = subprocess.Popen(
-            # However the tests end, it ends with them.
+    assert program is not None, f"{command[0]} is not installed: `make test-slurm` installs it"
+    with (cluster.path / f"{name}.out").open("ab") as out:
+        cluster.daemons[name] = subprocess.Popen(
+            # The daemon ends with the tests, however they end.
             ["setpriv", "--pdeathsig=TERM", program, *command[1:]],
-            env=running.environment,
+            env=cluster.environment,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -160,15 +161,15 @@ def free_ports(count: int) -> list[int]:
 def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain"
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds:.0f} s"
         time.sleep(0.2)
 
 
-if __name__ == "__main__":  # a cluster to try things on: python tests/slurm/cluster.py DIRECTORY
+if __name__ == "__main__":  # to try things on a cluster: python tests/slurm/cluster.py DIRECTORY
     import sys
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with cluster(Path(sys.argv[1])) as shown:
-        print(f"export SLURM_CONF={shown.environment['SLURM_CONF']}", flush=True)
+    with run_cluster(Path(sys.argv[1])) as test_cluster:
+        print(f"export SLURM_CONF={test_cluster.environment['SLURM_CONF']}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

@@ -1,4 +1,4 @@
-"""A SLURM on this machine for these tests. `make test-slurm` alone collects them: pytest -m slurm."""
+"""A SLURM on this machine for these tests. Only `make test-slurm` collects them: pytest -m slurm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jobs
 import pytest
-from cluster import Cluster, cluster
+from cluster import Cluster, run_cluster
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
@@ -19,15 +19,15 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    # Whatever ends pytest ends the jobs.
+    # SIGTERM raises KeyboardInterrupt, so that the jobs end with pytest.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Short, for a socket lies in it.
-    with tempfile.TemporaryDirectory(prefix="slurm-") as directory, cluster(Path(directory) / "c") as running:
-        yield running
+    # A short path, since sockets lie in the directory.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as directory, run_cluster(Path(directory) / "c") as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def submit(slurm: Cluster, tmp_path: Path) -> Iterator[jobs.Submit]:
-    """submit(script, arguments, *sbatch options, **environment): a job whose run is tmp_path/run."""
+    """submit(script, arguments, *sbatch_options, **environment) submits a job whose run directory is tmp_path/run."""
     yield functools.partial(jobs.submit, slurm, tmp_path / "run", logs=tmp_path)
     jobs.end_all(slurm)

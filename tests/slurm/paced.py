@@ -1,7 +1,7 @@
-"""An objective of a user's own, for jobs that the tests catch: DisCO, slowly in a job's first life.
+"""A user's objective, for jobs that the tests interrupt: DisCO, which is slow in a job's first life.
 
 PACE_S: seconds that each mini-batch waits. HOLD_START_S: seconds that the start waits, before anything is trained.
-BREAK: a file; once it is there, rank 0 raises an error that nobody foresaw.
+BREAK: a file; once it exists, rank 0 raises a RuntimeError.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nemo_disco.algorithms.objectives.disco import DisCO
 
 FIRST_LIFE = "SLURM_RESTART_COUNT" not in os.environ and os.environ.get("SLURM_ARRAY_TASK_ID", "1") == "1"
 PACE_S = float(os.environ.get("PACE_S", 0)) if FIRST_LIFE else 0.0
-time.sleep(float(os.environ.get("HOLD_START_S", 0)))  # a request to stop ends it here, as it ends any start
+time.sleep(float(os.environ.get("HOLD_START_S", 0)))  # a request to stop ends it here, as it ends every start
 
 
 @dataclass(frozen=True, kw_only=True)

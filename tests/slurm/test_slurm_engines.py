@@ -1,5 +1,5 @@
-"""Rollout engines on a node of their own, started by srun from the training ranks' node: arithmetic in place of an
-engine, everything else real."""
+"""Rollout engines on a node of their own, started by srun from the training ranks' node. The engine is a fake that
+computes its responses by arithmetic; everything else is real."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from cluster import Cluster, wait_for
 from fake_engine import ANY_MISMATCH, fake_python
 from jobs import HERE, ROOT, TRAIN, Job, Submit
 
-from nemo_disco.config.paths import packaged
+from nemo_disco.config.paths import packaged_directory
 
 pytestmark = pytest.mark.slurm
 COIN = "def coin(response, answer):\n    return float(len(response) % 2)\n"
 RESPONSES = 16
-MODEL = packaged("assets") / "quickstart/model"
+MODEL = packaged_directory("assets") / "quickstart/model"
 
 
-def start(submit: Submit, tmp_path: Path, **options: Any) -> Job:
-    """A job that trains for ever on n1, with a fake engine of these options on n2."""
+def submit_training(submit: Submit, tmp_path: Path, **options: Any) -> Job:
+    """Submit a job that trains for ever on n1, with a fake engine of these options on n2."""
     (tmp_path / "coins.py").write_text(COIN)
-    options |= {"told": str(tmp_path / "told"), "once": str(tmp_path / "once")}
-    given = ", ".join(f"{name}: {value!r}" for name, value in options.items())
+    options |= {"settings_file": str(tmp_path / "settings.jsonl"), "once": str(tmp_path / "once")}
+    engine_options = ", ".join(f"{name}: {value!r}" for name, value in options.items())
     arguments = [
         *TRAIN,
         "generation=vllm",
         *ANY_MISMATCH,
         f"generation.python={fake_python(tmp_path)}",
-        f"generation.options={{{given}}}",
+        f"generation.options={{{engine_options}}}",
         "reward.verifier=coins:coin",
         "reward.require_think=false",
         "trainer.max_steps=1000",
@@ -43,30 +43,31 @@ def start(submit: Submit, tmp_path: Path, **options: Any) -> Job:
     return submit("train_multi_node.sbatch", arguments, "--nodes=2", ENGINE_NODES="1", **path)
 
 
-def told(tmp_path: Path) -> list[dict[str, Any]]:
-    """What each engine process said of itself, and what it was told."""
-    file = tmp_path / "told"
+def read_engine_settings(tmp_path: Path) -> list[dict[str, Any]]:
+    """The process id and node of each engine process, with the settings that it received."""
+    file = tmp_path / "settings.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def everyones_arguments() -> list[str]:
-    found = []
+def list_command_lines() -> list[str]:
+    """The command lines of all processes of this machine."""
+    lines = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found.append(file.read_text().replace("\0", " "))
-        except OSError:  # it ended meanwhile
+            lines.append(file.read_text().replace("\0", " "))
+        except OSError:  # the process ended meanwhile
             continue
-    return found
+    return lines
 
 
 def test_an_engine_on_the_other_node_serves_dies_and_outlives_a_request_to_stop(submit: Submit, tmp_path: Path) -> None:
-    job = start(submit, tmp_path, fault="generate", call=2, at=5, how="kill")
+    job = submit_training(submit, tmp_path, fault="generate", call=2, at=5, how="kill")
     job.wait_for_step(4)
-    arguments, engines = everyones_arguments(), told(tmp_path)
+    arguments, engines = list_command_lines(), read_engine_settings(tmp_path)
     assert [engine["node"] for engine in engines] == ["n2", "n2"]
     steps = [line for line in arguments if f"{os.sep}python -m rollout_worker" in line]
     assert any(line.startswith("srun ") for line in steps)
@@ -74,30 +75,30 @@ def test_an_engine_on_the_other_node_serves_dies_and_outlives_a_request_to_stop(
         assert engine["remote"] and isinstance(engine["address"], list)
         assert not [line for line in arguments if engine["secret"] in line]
     log = (job.run / "engines/n2-0.log").read_text()
-    asked = [int(count) for count in re.findall(r"asked for (\d+)", log)]
-    assert asked[:4] == [RESPONSES, RESPONSES, RESPONSES - 5, RESPONSES]  # what was answered is not asked again
-    said = (job.run / "logs/latest/rank_0.log").read_text()
-    assert re.search(r"generate: engine vllm, replica n2-0 .*; trying again with all weights given anew", said)
+    counts = [int(count) for count in re.findall(r"asked for (\d+)", log)]
+    assert counts[:4] == [RESPONSES, RESPONSES, RESPONSES - 5, RESPONSES]  # answered prompts are not sampled again
+    run_log = (job.run / "logs/latest/rank_0.log").read_text()
+    assert re.search(r"generate: engine vllm, replica n2-0 .*; trying again with all weights given anew", run_log)
     job.slurm.call("scancel", "--signal=USR1", job.id)  # every process of every step
-    assert job.state() == "COMPLETED", job.log.read_text()
-    assert told(tmp_path) == engines
-    assert not [engine["pid"] for engine in engines if alive(engine["pid"])]
+    assert job.wait_for_end() == "COMPLETED", job.log.read_text()
+    assert read_engine_settings(tmp_path) == engines
+    assert not [engine["pid"] for engine in engines if is_alive(engine["pid"])]
 
 
 def test_no_engine_outlives_a_run_that_is_killed(submit: Submit, tmp_path: Path) -> None:
-    job = start(submit, tmp_path, slow=60)
+    job = submit_training(submit, tmp_path, slow=60)
     wait_for(lambda: "asked for" in _text(job.run / "engines/n2-0.log"), 300)
-    (engine,) = told(tmp_path)
-    assert engine["node"] == "n2" and alive(engine["pid"])
-    os.kill(job.process(0), signal.SIGKILL)
-    wait_for(lambda: not alive(engine["pid"]), 10)
-    assert job.state(60) == "FAILED"
+    (engine,) = read_engine_settings(tmp_path)
+    assert engine["node"] == "n2" and is_alive(engine["pid"])
+    os.kill(job.rank_pid(0), signal.SIGKILL)
+    wait_for(lambda: not is_alive(engine["pid"]), 10)
+    assert job.wait_for_end(60) == "FAILED"
 
 
-@pytest.mark.usefixtures("submit")  # which ends the jobs
+@pytest.mark.usefixtures("submit")  # the fixture ends the jobs
 @pytest.mark.parametrize("how", ["the run is killed", "the engine hangs"])
 def test_an_engine_ends_though_the_job_goes_on(how: str, slurm: Cluster, tmp_path: Path) -> None:
-    script = [ROOT / "tests/slurm/held_engine.py", "n2", fake_python(tmp_path), MODEL, tmp_path]
+    script = [ROOT / "tests/slurm/minimal_run.py", "n2", fake_python(tmp_path), MODEL, tmp_path]
     run = f"echo $$ > {tmp_path}/pid; exec {ROOT}/.venv/bin/python {' '.join(map(str, script))}"
     command = f"srun --nodes=1 --ntasks=1 --nodelist=n1 sh -c '{run}'; sleep 600"
     environment = slurm.environment | {"PYTHONPATH": str(ROOT)}
@@ -108,13 +109,13 @@ def test_an_engine_ends_though_the_job_goes_on(how: str, slurm: Cluster, tmp_pat
         check=True,
     )
     wait_for(lambda: _text(tmp_path / "ready") == "inline", 120)
-    (engine,) = told(tmp_path)
+    (engine,) = read_engine_settings(tmp_path)
     if how == "the engine hangs":
         os.kill(engine["pid"], signal.SIGSTOP)
         (tmp_path / "end").touch()
     else:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    wait_for(lambda: not alive(engine["pid"]), 30)
+    wait_for(lambda: not is_alive(engine["pid"]), 30)
     assert slurm.call("squeue", "--noheader", "--format=%T") == "RUNNING"
 
 

@@ -1,4 +1,4 @@
-"""The scripts as text, and what they ask of a container runtime: Pyxis itself is not on this machine."""
+"""Shellcheck of the scripts, and their options for the container runtime Pyxis, which itself is not on this machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SCRIPTS = sorted(path for path in (ROOT / "slurm").iterdir() if path.suffix in (
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
-    found = subprocess.run(["shellcheck", "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (0, "")
+    process = subprocess.run(["shellcheck", "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "")
 
 
 @pytest.fixture
 def srun_line(tmp_path: Path):
-    """srun_line(script, environment): the words after srun, of a batch shell in which srun is a stand-in."""
+    """srun_line(script, **environment) runs a batch script with a fake srun, and returns the arguments of that srun."""
     fake = tmp_path / "bin" / "srun"
     fake.parent.mkdir()
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')

@@ -1,4 +1,4 @@
-"""`make test-transformers4` alone collects these: pytest -m transformers4, with transformers 4 beside."""
+"""Only `make test-transformers4` collects these tests: pytest -m transformers4, in .venv-transformers4."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, model_config, save_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nemo_disco.config.paths import packaged
+from nemo_disco.config.paths import packaged_directory
 from nemo_disco.conversion import convert
 from nemo_disco.data.tokenizer import PROBES, load_tokenizer
 from nemo_disco.models.weight_files import copy_companions
@@ -41,7 +41,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each case's model as transformers 5 saves it (source-...) and as it is written here; transformers 4's logits."""
+    """A directory with each case's model as transformers 5 saves it (source-*) and as nemo_disco writes it, with the
+    logits that transformers 4 computes for each."""
     root = tmp_path_factory.mktemp("work")
     save_file({"ids": torch.randint(0, 130, (1, 150), generator=torch.Generator().manual_seed(1))}, root / "ids")
     for family, rope, writer in CASES:
@@ -56,12 +57,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_transformers_4(script: str, given: Path, directories: list[Path]) -> None:
-    command = [PYTHON, Path(__file__).with_name(script), given, *directories]
+def run_transformers_4(script: str, input_file: Path, directories: list[Path]) -> None:
+    """Run a script of this directory in the environment of transformers 4."""
+    command = [PYTHON, Path(__file__).with_name(script), input_file, *directories]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def write(source: Path, out: Path, writer: str) -> None:
+    """Write the model as Hugging Face files: by a policy's export, or through a Megatron or NeMo checkpoint."""
     if writer == "export":
         config = model_config(source)
         parallel.start(config)
@@ -72,12 +75,12 @@ def write(source: Path, out: Path, writer: str) -> None:
         convert.nemo_to_hf(convert.hf_to_nemo(source, out.with_name(f"{out.name}.checkpoint")), out)
 
 
-def theirs(directory: Path) -> torch.Tensor:
-    """[1, 150, v] by transformers 4."""
+def logits_by_transformers_4(directory: Path) -> torch.Tensor:
+    """Logits [1, 150, v] that transformers 4 has computed for the model."""
     return load_file(directory.with_name(f"{directory.name}.logits.safetensors"))["logits"]
 
 
-def by_transformers_5(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+def logits_by_transformers_5(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(directory)(ids).logits
     return logits
@@ -85,22 +88,23 @@ def by_transformers_5(directory: Path, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("family", "rope", "writer"), CASES, ids="-".join)
 def test_transformers_4_and_5_compute_the_same(family: str, rope: str, writer: str, work: Path) -> None:
-    ids, written = load_file(work / "ids")["ids"], work / f"{family}-{rope}-{writer}"
-    expected = by_transformers_5(work / f"source-{family}-{rope}", ids)
-    torch.testing.assert_close(by_transformers_5(written, ids), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(theirs(written), expected, rtol=0, atol=1e-4)
+    ids, export = load_file(work / "ids")["ids"], work / f"{family}-{rope}-{writer}"
+    expected = logits_by_transformers_5(work / f"source-{family}-{rope}", ids)
+    torch.testing.assert_close(logits_by_transformers_5(export, ids), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits_by_transformers_4(export), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_what_transformers_5_saves_is_another_model_to_transformers_4(rope: str, work: Path) -> None:
-    """Why both spellings are written; when this fails, they may go."""
+def test_a_config_saved_by_transformers_5_is_another_model_to_transformers_4(rope: str, work: Path) -> None:
+    """This is why exports spell the RoPE settings in both ways. When this test fails, one way is enough."""
     source = work / f"source-qwen2-{rope}"
-    assert float((theirs(source) - by_transformers_5(source, load_file(work / "ids")["ids"])).abs().max()) > 0.1
+    expected = logits_by_transformers_5(source, load_file(work / "ids")["ids"])
+    assert float((logits_by_transformers_4(source) - expected).abs().max()) > 0.1
 
 
 def test_transformers_4_and_5_read_the_same_tokenizer(tmp_path: Path) -> None:
-    """Of directories that transformers 5 saved: of a class that both know, and of its own."""
-    source = packaged("assets") / "quickstart/model"
+    """The first directory names a tokenizer class that both versions know, the second a class of version 5."""
+    source = packaged_directory("assets") / "quickstart/model"
     PreTrainedTokenizerFast.from_pretrained(source).save_pretrained(tmp_path / "saved")
     exports = [tmp_path / name for name in ("qwen2", "own")]
     for directory, export in zip((source, tmp_path / "saved"), exports, strict=True):
@@ -108,13 +112,13 @@ def test_transformers_4_and_5_read_the_same_tokenizer(tmp_path: Path) -> None:
     texts = [*PROBES, "<|im_start|>user<think>1</think><|im_end|>"]
     (tmp_path / "texts").write_text(json.dumps(texts))
     run_transformers_4("write_tokens.py", tmp_path / "texts", exports)
-    ours = load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     for export in exports:
-        theirs = json.loads(export.with_name(f"{export.name}.tokens.json").read_text())
-        assert theirs["ids"] == ours(texts, add_special_tokens=False)["input_ids"]
-        assert theirs["special"] == sorted(ours.all_special_tokens)
+        record = json.loads(export.with_name(f"{export.name}.tokens.json").read_text())
+        assert record["ids"] == tokenizer(texts, add_special_tokens=False)["input_ids"]
+        assert record["special"] == sorted(tokenizer.all_special_tokens)
         question = [{"role": "user", "content": "1 + 1?"}]
-        assert theirs["prompt"] == ours.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        assert record["prompt"] == tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
 
 
 def test_yarn_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Run by transformers 4's own Python: `write_logits.py TOKENS DIRECTORY...` writes each model's logits into a file.
+"""`write_logits.py TOKENS DIRECTORY...` writes the logits of each model, in the environment of transformers 4.
 
 TOKENS: a safetensors file with `ids` [1, S]. DIRECTORY/../NAME.logits.safetensors gets `logits` [1, S, v], in
-float32, which config.json names.
+float32, the dtype that config.json must name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Compile both kernels for sm_90 (no GPU is needed for that) and print what ptxas says of each, as JSON.
+"""Compile the kernels for sm_90 (this needs no GPU) and print the resources of each as JSON.
 
-A process of its own: under TRITON_INTERPRET there is nothing to compile.
+Run it without TRITON_INTERPRET, under which Triton compiles nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DEVICE = {"hidden": "*bf16", "weight": "*bf16", "targets": "*i64", "scale": "fp3
 DEVICE |= dict.fromkeys(("n", "size", "share"), "i32")
 
 
-def report(kernel: Any, launch: dict[str, int], pointers: dict[str, str], **constants: Any) -> dict[str, Any]:
-    """Registers a thread, bytes spilled, shared memory, how many wgmma instructions there are, and which arguments are
-    compiled in or specialised (each new value of such a one may be a compilation)."""
+def measure(kernel: Any, launch: dict[str, int], pointers: dict[str, str], **constants: Any) -> dict[str, Any]:
+    """Compile a kernel; return its registers per thread, spilled bytes, shared memory in bytes, number of wgmma
+    instructions, and the arguments whose new values may need a new compilation."""
     blocks = {name: size for name, size in launch.items() if name.startswith("BLOCK")}
     constants |= {"WIDTH": 1536, "ENTROPIES": True, **blocks}
     types = {name: {**DEVICE, **pointers}.get(name, "constexpr") for name in kernel.arg_names}
-    # As a launch finds it: pointers are aligned, and so is the size of a vocabulary.
+    # As in a real launch, pointers are aligned and the vocabulary's size is a multiple of 16.
     aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*") or name == "size"]
     source = ASTSource(
         fn=kernel,
@@ -37,18 +37,19 @@ def report(kernel: Any, launch: dict[str, int], pointers: dict[str, str], **cons
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {name: launch[name] for name in ("num_warps", "num_stages")}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    said = ptxas(compiled.asm["ptx"])
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptxas_report = run_ptxas(binary.asm["ptx"])
     return {
-        "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
-        "spilled": int(re.findall(r"(\d+) bytes spill stores", said)[0]),
-        "shared": compiled.metadata.shared,
-        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "registers": int(re.findall(r"Used (\d+) registers", ptxas_report)[0]),
+        "spilled": int(re.findall(r"(\d+) bytes spill stores", ptxas_report)[0]),
+        "shared": binary.metadata.shared,
+        "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
         "specialised": [p.name for p in kernel.params if p.is_constexpr or not p.do_not_specialize],
     }
 
 
-def ptxas(ptx: str) -> str:
+def run_ptxas(ptx: str) -> str:
+    """The report of ptxas about the assembly of a kernel."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "kernel.ptx"
@@ -59,9 +60,9 @@ def ptxas(ptx: str) -> str:
 
 if __name__ == "__main__":
     numbers = dict.fromkeys(("log_norm", "grad_log_probs", "grad_entropy", "entropy"), "*fp32")
-    forward = report(kernels._statistics, kernels.FORWARD, {"out": "*fp32"}, SPLITS_FIRST=True)
+    forward = measure(kernels._statistics, kernels.FORWARD, {"out": "*fp32"}, SPLITS_FIRST=True)
     launches = {"backward": kernels.BACKWARD, "wide_backward": kernels.WIDE_BACKWARD}
     backward = {
-        name: report(kernels._gradients, launch, {"out": "*bf16", **numbers}) for name, launch in launches.items()
+        name: measure(kernels._gradients, launch, {"out": "*bf16", **numbers}) for name, launch in launches.items()
     }
     print(json.dumps({"forward": forward, **backward}))

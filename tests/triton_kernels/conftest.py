@@ -1,4 +1,4 @@
-"""Triton is not in the environment. `make test-triton` alone collects these: pytest -m triton."""
+"""Only `make test-triton` collects these tests (pytest -m triton), since Triton is not in the environment."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, on a CPU, against float64. `make test-triton` runs these.
 
-float16 stands for half precision: the interpreter multiplies bfloat16's bits as if they were integers.
+Half precision is tested in float16: the interpreter multiplies the bits of bfloat16 as if they were integers.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from nemo_disco.policy.log_probs import token_log_probs
 pytestmark = pytest.mark.triton
 
 TEMPERATURE = 0.6
-# Nothing divides anything: tokens, vocabulary and width all end inside a block.
+# Multiples of no block: tokens, vocabulary and width all end inside one.
 TOKENS, VOCABULARY, WIDTH = 21, 75, 40
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4}
 
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The kernels with small blocks, taken in place of the tiled path."""
+    """The module of the kernels, with small blocks. token_log_probs uses it in place of the tiled path."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "run this by `make test-triton`"
-    found = importlib.import_module("nemo_disco.policy.log_probs_kernel")
+    module = importlib.import_module("nemo_disco.policy.log_probs_kernel")
     small = {"BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_H": 16}
-    monkeypatch.setattr(found, "FORWARD", found.FORWARD | small)
-    monkeypatch.setattr(found, "BACKWARD", found.BACKWARD | small)
-    monkeypatch.setattr(found, "_WAVES", 5)
-    monkeypatch.setattr(log_probs_module, "_kernel", lambda *_: found)
+    monkeypatch.setattr(module, "FORWARD", module.FORWARD | small)
+    monkeypatch.setattr(module, "BACKWARD", module.BACKWARD | small)
+    monkeypatch.setattr(module, "_WAVES", 5)
+    monkeypatch.setattr(log_probs_module, "_kernel", lambda *_: module)
     monkeypatch.setattr(log_probs_module, "_CPU_TILE", log_probs_module._Tile(16, 48))
-    return found
+    return module
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,12 +46,12 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain float64, from the very numbers that the kernel reads."""
+    """Log-probs and entropies [T] in float64, from the same (rounded) numbers that the kernel reads."""
     log_p = (hidden.double() @ weight.double().T / TEMPERATURE).log_softmax(-1)
     return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
@@ -60,23 +60,23 @@ def error(actual: Tensor, expected: Tensor) -> float:
 def test_kernels_equal_float64(
     dtype: torch.dtype, entropies: bool, splits_first: bool, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values within float32's rounding; gradients too, but that in half precision they are rounded on their way."""
+    """Values agree within float32's rounding. So do gradients, except that half precision rounds them on their way."""
     monkeypatch.setattr(kernel, "SPLITS_FIRST", splits_first)
     weights = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(5))
     hidden, weight, targets = inputs(dtype)
-    found = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, entropies=entropies)
+    outputs = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, entropies=entropies)
     expected_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = reference(*expected_inputs, targets)
     total, expected_total = torch.zeros(()), torch.zeros((), dtype=torch.float64)
-    for ours, theirs, w in zip(found, expected, weights, strict=True):
-        if ours is not None:
-            assert error(ours.detach(), theirs.detach()) < 2e-6
-            total, expected_total = total + (w * ours).sum(), expected_total + (w.double() * theirs).sum()
+    for actual, exact, w in zip(outputs, expected, weights, strict=True):
+        if actual is not None:
+            assert relative_error(actual.detach(), exact.detach()) < 2e-6
+            total, expected_total = total + (w * actual).sum(), expected_total + (w.double() * exact).sum()
     total.backward()
     expected_total.backward()
-    for ours, theirs in zip((hidden, weight), expected_inputs, strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        assert error(ours.grad, theirs.grad) < 4 * TOLERANCE[dtype]
+    for actual, exact in zip((hidden, weight), expected_inputs, strict=True):
+        assert actual.grad is not None and exact.grad is not None
+        assert relative_error(actual.grad, exact.grad) < 4 * TOLERANCE[dtype]
 
 
 def test_the_vocabulary_is_shared_out_and_merged(kernel: ModuleType) -> None:
@@ -90,23 +90,24 @@ def test_the_vocabulary_is_shared_out_and_merged(kernel: ModuleType) -> None:
 
 def test_extreme_logits_stay_finite() -> None:
     hidden, weight, targets = inputs(torch.float32)
-    found = token_log_probs(hidden * 1e3, weight, targets, temperature=TEMPERATURE, entropies=True)
+    outputs = token_log_probs(hidden * 1e3, weight, targets, temperature=TEMPERATURE, entropies=True)
     expected = reference(hidden * 1e3, weight, targets)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours is not None
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-3)
+    for actual, exact in zip(outputs, expected, strict=True):
+        assert actual is not None
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-3)
 
 
 def test_padding_rows_and_foreign_targets() -> None:
-    """Rows of padding have no probability; a target outside gets NaN (a look at it would be a wait)."""
+    """Padding rows have no probability. A target outside the vocabulary gets NaN: to refuse it, the CPU would have to
+    wait for the GPU."""
     hidden, weight, targets = inputs(torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log_probs_module, "_is_on_host", lambda _: False)
         targets[3] = VOCABULARY - 1
-        found, _ = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCABULARY - 5)
+        outputs, _ = token_log_probs(hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCABULARY - 5)
     targets[3] = 0
     expected = reference(hidden, weight[:-5], targets.clamp(max=VOCABULARY - 6))[0]
-    assert found[3].isnan()
+    assert outputs[3].isnan()
     inside = targets < VOCABULARY - 5
     inside[3] = False
-    torch.testing.assert_close(found[inside].double(), expected[inside], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs[inside].double(), expected[inside], rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ def policy(model_path: Path) -> Policy:
 def start(
     model_path: Path, policy: Policy, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., ExternalEngine]]:
-    """start(**settings) starts a vLLM engine for the model, without weights."""
+    """start(**settings) starts a vLLM engine for the model, which has no weights yet."""
     assert policy.dtype.is_floating_point  # the fixture has started the process group
     started: list[ExternalEngine] = []
 
@@ -50,5 +50,5 @@ def start(
 
 @pytest.fixture(scope="module")
 def engine(start: Callable[..., ExternalEngine]) -> ExternalEngine:
-    """One engine, shared by the tests that do not break it."""
+    """The engine of all tests that do not break it."""
     return start()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from response_values import as_tuples, token_lists
-from tiny_models import VOCABULARY, answered
+from tiny_models import VOCABULARY, to_rollouts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +26,7 @@ WARM = SamplingParams(0.6, 60)
 
 
 def prompts(count: int = 6, copies: int = 4) -> list[list[int]]:
+    """Random prompts of 1 to 59 tokens, each repeated `copies` times in a row."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
     return [p for n in lengths for p in [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()] * copies]
@@ -39,13 +40,13 @@ def refit(engine: ExternalEngine, policy: Policy, version: int, scale: float) ->
     engine.update_weights(policy.named_weights, version)
 
 
-def sampled(engine: ExternalEngine) -> list[Response]:
+def sample(engine: ExternalEngine) -> list[Response]:
     requests = prompts()
     return engine.generate(requests, range(len(requests)), WARM)
 
 
 def max_difference(policy: Policy, responses: list[Response]) -> float:
-    """The largest difference between a log-prob and the policy's."""
+    """The largest difference between the responses' log-probs and the policy's."""
     return float(differences(policy, responses).max())
 
 
@@ -54,14 +55,14 @@ def mean_difference(policy: Policy, responses: list[Response]) -> float:
 
 
 def differences(policy: Policy, responses: list[Response]) -> Tensor:
-    """[T] absolute differences between the log-probs and the policy's."""
-    rollouts = answered(prompts(), responses)
+    """Absolute differences [T] between the responses' log-probs and the policy's."""
+    rollouts = to_rollouts(prompts(), responses)
     return (policy.log_probs(rollouts)[0] - rollouts.generation_log_probs).abs()
 
 
 def check_greedy(engine: ExternalEngine, policy: Policy, model_path: Path) -> None:
-    """Check that the greedy tokens are the likeliest of transformers' model with the policy's weights; where two tokens
-    are equal up to rounding, it may be either."""
+    """Check that the greedy tokens are the likeliest in transformers' model with the policy's weights. Of two tokens
+    that are equally likely up to rounding, either will do."""
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     weights = dict(policy.named_weights())
     missing, unexpected = reference.load_state_dict(weights, strict=False)
@@ -74,12 +75,12 @@ def check_greedy(engine: ExternalEngine, policy: Policy, model_path: Path) -> No
         tokens = torch.from_numpy(response.tokens)
         ids = torch.cat([torch.tensor(prompt), tokens])[None]
         logits = reference(ids).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(-1, tokens[:, None])[:, 0]
-        assert float((logits.max(-1).values - chosen).max()) < 1e-4
+        token_logits = logits.gather(-1, tokens[:, None])[:, 0]
+        assert float((logits.max(-1).values - token_logits).max()) < 1e-4
         same = logits.argmax(-1) == tokens
         assert float(same.double().mean()) > 0.97
-        greedy = torch.from_numpy(response.log_probs) - logits.log_softmax(-1).max(-1).values  # of the plain logits
-        assert float(greedy.abs().max()) < 1e-3
+        expected = logits.log_softmax(-1).max(-1).values  # without a temperature
+        assert float((torch.from_numpy(response.log_probs) - expected).abs().max()) < 1e-3
 
 
 def test_responses_come_from_the_weights_of_the_last_refit(
@@ -88,7 +89,7 @@ def test_responses_come_from_the_weights_of_the_last_refit(
     before: list[Response] = []
     for version, scale in ((1, 1.0), (2, 1.2), (3, 0.8)):
         refit(engine, policy, version, scale)
-        responses = sampled(engine)
+        responses = sample(engine)
         assert max_difference(policy, responses) < 1e-4
         assert {r.weight_version for r in responses} == {version}
         assert token_lists(responses) != token_lists(before)
@@ -98,10 +99,10 @@ def test_responses_come_from_the_weights_of_the_last_refit(
 
 def test_responses_end_with_a_stop_token_or_at_the_limit(engine: ExternalEngine, policy: Policy) -> None:
     refit(engine, policy, 4, 1.0)
-    seen: dict[int, Response] = {}
+    arrivals: dict[int, Response] = {}
     requests = prompts(copies=8)
-    responses = engine.generate(requests, range(len(requests)), SamplingParams(1.0, 12), seen.__setitem__)
-    assert as_tuples(seen[i] for i in range(len(requests))) == as_tuples(responses)
+    responses = engine.generate(requests, range(len(requests)), SamplingParams(1.0, 12), arrivals.__setitem__)
+    assert as_tuples(arrivals[i] for i in range(len(requests))) == as_tuples(responses)
     assert {r.finish_reason for r in responses} == {"stop", "length"}
     for r in responses:
         assert not set(r.tokens[:-1]) & set(STOP)
@@ -127,17 +128,17 @@ def test_more_prompts_than_one_step_of_vllm_can_hold(engine: ExternalEngine, pol
     assert first == second
 
 
-def _dropped(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+def _drop_v_proj(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(n, t) for n, t in weights if n != "model.layers.2.self_attn.v_proj.weight"]
 
 
-def _transposed(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+def _transpose_k_proj(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(n, t.T if n == "model.layers.1.self_attn.k_proj.weight" else t) for n, t in weights]
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(_dropped, "never sent: model.layers.2.self_attn.v_proj.weight"), (_transposed, "layers.1.*has shape")],
+    [(_drop_v_proj, "never sent: model.layers.2.self_attn.v_proj.weight"), (_transpose_k_proj, "layers.1.*has shape")],
 )
 def test_a_refused_refit_ends_the_engine(
     spoil: Callable[..., list[tuple[str, Tensor]]], message: str, start: Callable[..., ExternalEngine], policy: Policy
@@ -155,36 +156,36 @@ def test_weights_swapped_on_the_way_are_sent_again(
 ) -> None:
     from nemo_disco.generation.external.refit import Sender
 
-    flush, spoilt = Sender._flush, []
+    flush, faults = Sender._flush, []
 
-    def once(sender: Sender) -> None:
+    def flush_with_one_fault(sender: Sender) -> None:
         entries = {e["name"]: e for e in sender._entries}
         pair = [e for n, e in entries.items() if n.endswith(("gate_proj.weight", "up_proj.weight"))]
-        if len(pair) >= 2 and not spoilt:
+        if len(pair) >= 2 and not faults:
             pair[0]["name"], pair[1]["name"] = pair[1]["name"], pair[0]["name"]
-            spoilt.append(True)
+            faults.append(True)
         flush(sender)
 
-    monkeypatch.setattr(Sender, "_flush", once)
+    monkeypatch.setattr(Sender, "_flush", flush_with_one_fault)
     refit(engine, policy, 7, 1.1)
-    assert spoilt and "2 of" in caplog.text and "arrived with other values" in caplog.text
-    assert max_difference(policy, sampled(engine)) < 1e-4
+    assert faults and "2 of" in caplog.text and "arrived with other values" in caplog.text
+    assert max_difference(policy, sample(engine)) < 1e-4
 
 
 def test_an_engine_recovers_from_an_incomplete_refit(
     engine: ExternalEngine, policy: Policy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing_once() -> list[tuple[str, Tensor]]:
+    def weights_incomplete_once() -> list[tuple[str, Tensor]]:
         weights = list(policy.named_weights())
-        if not failed:
-            failed.append(True)
+        if not faults:
+            faults.append(True)
             return [(n, t) for n, t in weights if "layers.3" not in n]
         return weights
 
-    failed: list[bool] = []
-    engine.update_weights(failing_once, 8)
+    faults: list[bool] = []
+    engine.update_weights(weights_incomplete_once, 8)
     assert "never sent" in caplog.text
-    assert max_difference(policy, sampled(engine)) < 1e-4
+    assert max_difference(policy, sample(engine)) < 1e-4
 
 
 @pytest.mark.parametrize("when", ["refit", "generate"])
@@ -196,7 +197,7 @@ def test_a_killed_engine_is_started_again(when: str, start: Callable[..., Extern
     def kill() -> None:
         os.kill(process.pid, signal.SIGKILL)
 
-    def killing() -> Iterator[tuple[str, Tensor]]:
+    def weights_with_kill() -> Iterator[tuple[str, Tensor]]:
         weights = list(policy.named_weights())
         for i, named in enumerate(weights):
             if when == "refit" and i == len(weights) // 2 and process.poll() is None:
@@ -204,7 +205,7 @@ def test_a_killed_engine_is_started_again(when: str, start: Callable[..., Extern
                 process.wait()
             yield named
 
-    engine.update_weights(killing, 1)
+    engine.update_weights(weights_with_kill, 1)
     count = 0
 
     def finished(_: int, __: Response) -> None:
@@ -215,7 +216,7 @@ def test_a_killed_engine_is_started_again(when: str, start: Callable[..., Extern
 
     requests = prompts()
     responses = engine.generate(requests, range(len(requests)), WARM, finished)
-    assert count == len(requests)  # each once: responses before the kill are kept
+    assert count == len(requests)  # each response once: those before the kill are kept
     assert max_difference(policy, responses) < 1e-4
     assert engine.replicas[0]._process is not process
 
@@ -224,20 +225,20 @@ def test_tensor_parallel_engines_agree(start: Callable[..., ExternalEngine], pol
     engine = start(tensor_parallel_size=2)
     for version in (1, 2):
         refit(engine, policy, version, 1.05)
-        assert max_difference(policy, sampled(engine)) < 1e-4
+        assert max_difference(policy, sample(engine)) < 1e-4
 
 
 def test_fp8_rollouts_follow_every_refit(start: Callable[..., ExternalEngine], policy: Policy) -> None:
-    """FP8 weights and activations: the log-probs differ more from the policy's than bfloat16's do, by no more than the
-    missing bits explain; and after two refits the engine equals one with a single refit."""
+    """With FP8 weights and activations the log-probs differ more from the policy's than with bfloat16, but no more than
+    the missing bits explain. After two refits the engine equals one with a single refit."""
     plain, fp8, fresh = (start(dtype="bfloat16", quantization=q) for q in (None, FP8, FP8))
     for version, scale in ((1, 1.0), (2, 1.05)):
         refit(plain, policy, version, scale)
         refit(fp8, policy, version, 1.0)
-        in_bfloat16 = mean_difference(policy, sampled(plain))
-        assert 2 * in_bfloat16 < mean_difference(policy, sampled(fp8)) < 32 * in_bfloat16
+        in_bfloat16 = mean_difference(policy, sample(plain))
+        assert 2 * in_bfloat16 < mean_difference(policy, sample(fp8)) < 32 * in_bfloat16
     refit(fresh, policy, 2, 1.0)
-    assert as_tuples(sampled(fp8)) == as_tuples(sampled(fresh))
+    assert as_tuples(sample(fp8)) == as_tuples(sample(fresh))
 
 
 def test_an_unknown_quantization_is_refused_by_name(start: Callable[..., ExternalEngine]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, answered, model_config, save_family
+from tiny_models import FAMILIES, model_config, save_family, to_rollouts
 from vllm_process import SHAPE, start_vllm
 
 from nemo_disco.generation.engine import SamplingParams
@@ -14,7 +14,7 @@ from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
 pytestmark = pytest.mark.vllm
-TOKENS = 100  # of 130 rows
+TOKENS = 100  # the other rows of the 130 are padding
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,5 +33,5 @@ def test_log_probs_equal_the_policys_and_padding_rows_are_never_sampled(family: 
     finally:
         engine.close()
     assert max(token for r in [*responses, *greedy] for token in r.tokens) < TOKENS
-    rollouts = answered(requests, responses)
+    rollouts = to_rollouts(requests, responses)
     torch.testing.assert_close(policy.log_probs(rollouts)[0], rollouts.generation_log_probs, rtol=0, atol=1e-4)

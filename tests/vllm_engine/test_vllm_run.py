@@ -1,4 +1,4 @@
-"""The quickstart's commands with generation=vllm: verify, and training whose engine is killed."""
+"""Commands on the quickstart with generation=vllm: verify, and training whose engine is killed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ SMALL = (
 )
 
 
+# The engine samples the next step's responses while the policy trains.
 AHEAD = (
     "generation.colocated=false",
     "generation.asynchronous=true",
@@ -47,19 +48,21 @@ def start(command: str, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def wait_for_success(process: subprocess.Popen[str]) -> str:
+    """Wait until the command ends with exit code 0; return its output."""
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out
     return out
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
+    """The metrics of each step so far."""
     file = run / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def workers(run: Path) -> list[int]:
-    """The pids of a run's workers, which are recognised by the logs that they write."""
+def worker_pids(run: Path) -> list[int]:
+    """The process ids of a run's workers, which are recognised by the logs that they write."""
     pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -72,7 +75,7 @@ def workers(run: Path) -> list[int]:
 
 
 def test_verify_passes() -> None:
-    out = finish(start("verify", "trainer.devices=1", "verify.max_mismatch=1.001", "verify.max_kl=1e-6"))
+    out = wait_for_success(start("verify", "trainer.devices=1", "verify.max_mismatch=1.001", "verify.max_kl=1e-6"))
     assert "mismatch mean e^|d| 1.0000" in out
 
 
@@ -83,8 +86,9 @@ def test_verify_names_fp8_rollouts_and_training_corrects_for_them(tmp_path: Path
     assert verify.returncode == 2 and "likely cause: generation.quantization=fp8_per_channel" in out
     run = tmp_path / "run"
     correction = "algorithm.off_policy.kind=truncated_importance_sampling"
-    allowed = ("verify.max_mismatch=1.3", "verify.max_kl=0.05")
-    finish(start("train", *fp8, correction, *allowed, f"exp_manager.explicit_log_dir={run}", "trainer.max_steps=2"))
+    limits = ("verify.max_mismatch=1.3", "verify.max_kl=0.05")
+    options = (*fp8, correction, *limits, f"exp_manager.explicit_log_dir={run}", "trainer.max_steps=2")
+    wait_for_success(start("train", *options))
     for step in steps(run):
         assert 1e-3 < step["mismatch/mean_abs"] < 0.2 and step["mini_batches/skipped"] == 0
         assert 0.8 < step["off_policy/factor_mean"] < 1.2
@@ -98,9 +102,9 @@ def test_a_run_on_two_ranks_survives_the_death_of_its_engine(overrides: tuple[st
     while len(steps(run)) < 1:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    (engine,) = workers(run)  # rank 0 leads it
+    (engine,) = worker_pids(run)  # rank 0 drives it
     os.kill(engine, signal.SIGKILL)
-    out = finish(process)
+    out = wait_for_success(process)
     assert "was killed by SIGKILL" in out and "trying again with all weights given anew" in out
     assert [step["step"] for step in steps(run)] == [1, 2, 3]
     for step in steps(run):
@@ -113,5 +117,5 @@ def test_a_run_on_two_ranks_survives_the_death_of_its_engine(overrides: tuple[st
         assert all(0.9 < step["off_policy/factor_mean"] < 1.1 for step in steps(run))
     else:
         assert not any(step["staleness/max"] for step in steps(run))
-    assert not workers(run)
+    assert not worker_pids(run)
     assert (run / "export" / "model.safetensors").exists()

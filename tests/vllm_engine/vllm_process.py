@@ -1,4 +1,4 @@
-"""Starts a vLLM engine in a process of its own, in the environment of `make vllm`."""
+"""A vLLM engine in a process of its own, in the environment of `make vllm`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
 
 
 def start_vllm(model: Path, policy: Policy, logs: Path, **changes: Any) -> ExternalEngine:
-    """A vLLM engine for the policy's model, without weights. changes: of the worker's settings."""
+    """Start a vLLM engine for the policy's model, without weights. changes: settings of the worker that differ."""
     settings = {
         "engine": "vllm",
         "model": str(model),
         "dtype": "float32",
-        "bucket_bytes": 300_000,  # several buckets, each with parts of layers
+        "bucket_bytes": 300_000,  # makes several buckets, which split layers
         "stop_token_ids": STOP,
         "vocabulary": policy.vocabulary,
         "max_length": 200,

@@ -41,10 +41,10 @@ def main() -> None:
 
 
 def splits(recipe: warm_start.Recipe) -> tuple[list[task.Problem], ...]:
-    """Problems of test, development, train and supervised, all different; the last two have no held-out numbers."""
+    """Problems of test, development, train and supervised, all different; the last two use no held-out numbers."""
     problems = task.stream(SEED)
     test, development = task.hold_out(problems, TEST), task.hold_out(problems, DEVELOPMENT)
-    problems = task.without(problems, [*test, *development])
+    problems = task.exclude(problems, [*test, *development])
     train, supervised = task.take(problems, TRAIN), task.take(problems, recipe.batch * recipe.max_steps)
     task.check_held_out([*test, *development], [*train, *supervised])
     return test, development, train, supervised

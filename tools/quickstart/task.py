@@ -78,7 +78,7 @@ def hold_out(problems: Iterator[Problem], count: int) -> list[Problem]:
     return list(held_out.values())
 
 
-def without(problems: Iterator[Problem], held_out: list[Problem]) -> Iterator[Problem]:
+def exclude(problems: Iterator[Problem], held_out: list[Problem]) -> Iterator[Problem]:
     """The problems whose numbers are those of no held-out problem, in any order."""
     keys = {p.key for p in held_out}
     return (p for p in problems if p.key not in keys)

@@ -73,7 +73,7 @@ def train(
 ) -> None:
     """Train in one pass over `problems`, until Pass@1 on `development` reaches recipe.stop_at.
 
-    Raises RuntimeError if it does not within recipe.max_steps.
+    Raises RuntimeError if it stays below that for recipe.max_steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(1, recipe.max_steps + 1):
@@ -88,9 +88,9 @@ def train(
         optimizer.step()
         if step < recipe.check_from or step % recipe.check_every:
             continue
-        reached = sample_verdicts(model, tokenizer, development, 4, recipe.temperature).mean().item()
-        print(f"step {step}: loss {loss.item():.3f}, development Pass@1 {reached:.3f}", flush=True)
-        if reached >= recipe.stop_at:
+        pass_at_1 = sample_verdicts(model, tokenizer, development, 4, recipe.temperature).mean().item()
+        print(f"step {step}: loss {loss.item():.3f}, development Pass@1 {pass_at_1:.3f}", flush=True)
+        if pass_at_1 >= recipe.stop_at:
             return
     raise RuntimeError(f"Pass@1 did not reach {recipe.stop_at} in {recipe.max_steps} steps")
 

@@ -91,12 +91,12 @@ class Objective(ParameterSet, ABC):
         return {}
 
     def signals(self) -> list[Signal]:
-        """New makers of the other columns that J reads, one a column."""
+        """New Signal objects, one for each other column that J reads."""
         return []
 
     @property
     def separable(self) -> bool:
-        """True if the loss is a sum over tokens given only counts and rewards: then one pass does (`token_loss`)."""
+        """True if the loss is a sum over tokens given counts and rewards: one pass is then enough (`token_loss`)."""
         return False
 
     def correct(self, batch: MiniBatch) -> Tensor:
@@ -115,7 +115,7 @@ class Objective(ParameterSet, ABC):
             leaves = [batch.log_probs.requires_grad_()]
             if batch.entropies is not None and "entropies" in self.needs:
                 leaves.append(batch.entropies.requires_grad_())
-            value = self._call(self.value, self.off_policy.correct_batch(batch))
+            value = self._call(self.value, self.off_policy.apply(batch))
             if value.ndim:
                 raise UserError(
                     f"objective {self.name}: value must return a 0-d tensor; its shape is {list(value.shape)}"

@@ -1,4 +1,4 @@
-"""DisCO-b, DisCO (arXiv 2505.12366) and DRPO (arXiv 2510.04474): right answers' scores above wrong ones'.
+"""DisCO-b, DisCO (arXiv 2505.12366) and DRPO (arXiv 2510.04474): right responses' scores above wrong ones'.
 
 S+ and S- are a question's right and wrong responses, by the verdict and not by a shaped reward; an empty response has
 no score and is in neither. A question without both adds nothing, and counts in |B|. Axes Q, G: mini_batch.Groups.
@@ -145,7 +145,7 @@ class DRPO(DisCO):
         return {} if self.preference == "length" else {"preference": self.preference}
 
     def preferences(self, batch: MiniBatch) -> Tensor:
-        """[N] r(o), by which right answers are weighted."""
+        """[N] r(o), by which right responses are weighted."""
         if self.preference != "length":
             return batch["preference"]
         return 1 - batch.lengths.double() / batch.max_response_length

@@ -21,9 +21,9 @@ from nemo_disco.algorithms.objectives.signals import RewardedResponses, Signal
 
 
 def relative_lengths(batch: MiniBatch, right: Tensor) -> Tensor:
-    """[N] z = (|o| - mu) / (std + 1e-7), mu and std over the question's right answers; 0 for a wrong one.
+    """[N] z = (|o| - mu) / (std + 1e-7), mu and std over the question's right responses; 0 for a wrong one.
 
-    std is unbiased, and 0 for a single right answer.
+    std is unbiased, and 0 for a single right response.
     """
     members, lengths = batch.groups.table(right), batch.groups.table(batch.lengths.double())
     count = members.sum(1, keepdim=True)
@@ -32,8 +32,8 @@ def relative_lengths(batch: MiniBatch, right: Tensor) -> Tensor:
     return batch.groups.flat(centre / (std + 1e-7))
 
 
-def solve_rates(batch: MiniBatch, right: Tensor) -> tuple[Tensor, Tensor]:
-    """([N] p, the share of right answers of the response's question; [N] K, its number of responses)."""
+def pass_rates(batch: MiniBatch, right: Tensor) -> tuple[Tensor, Tensor]:
+    """([N] p, the share of right responses of the response's question; [N] K, its number of responses)."""
     members, present = batch.groups.table(right), batch.groups.present
     size = present.sum(1, keepdim=True).double()
     p = members.sum(1, keepdim=True) / size
@@ -56,19 +56,19 @@ class RLOOLP(RLOO):
 class ALP(GRPO):
     """ALP: GRPO on r = 1[right] - beta |o| max(p, 1/K), a larger penalty on easy questions (arXiv 2506.05256).
 
-    p: the question's solve rate over its K responses. beta is per token: 1e-9 to 1e-7 for thousands of tokens.
+    p: the question's pass rate over its K responses. beta is per token: 1e-9 to 1e-7 for thousands of tokens.
     """
 
     name: ClassVar[str] = "alp"
     beta: float = parameter(1e-7, at_least=0)
 
     def shaped(self, batch: MiniBatch) -> Tensor:
-        p, size = solve_rates(batch, self.correct(batch))
+        p, size = pass_rates(batch, self.correct(batch))
         return batch.rewards - self.beta * batch.lengths.double() * torch.maximum(p, 1 / size)
 
 
 class ShortestCorrect(Signal):
-    """HAPO's h: tokens of the question's shortest right answer in earlier steps, 0 if there is none."""
+    """HAPO's h: tokens of the question's shortest right response in earlier steps, 0 if there is none."""
 
     name: ClassVar[str] = "shortest_correct"
 
@@ -94,10 +94,10 @@ class ShortestCorrect(Signal):
 
 @dataclass(frozen=True, kw_only=True)
 class HAPO(GRPO):
-    """HAPO: GRPO on r = 1 + w max(f, -0.7) for a right answer, w min(f, 0) for a wrong one (arXiv 2505.11225).
+    """HAPO: GRPO on r = 1 + w max(f, -0.7) for a right response, w min(f, 0) for a wrong one (arXiv 2505.11225).
 
-    f = cos(min(pi |o| / (2 h), pi)), h the shortest right answer to the question in earlier steps (`shortest_correct`);
-    no length term while there is none. w: length_weight.
+    f = cos(min(pi |o| / (2 h), pi)), h the shortest right response to the question in earlier steps
+    (`shortest_correct`); no length term while there is none. w: length_weight.
     """
 
     name: ClassVar[str] = "hapo"
@@ -119,10 +119,10 @@ class HAPO(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOLEAD(GRPO):
-    """GRPO-LEAD: r = exp(-alpha z) for a right answer, z the relative length, else -1 (arXiv 2504.09696).
+    """GRPO-LEAD: r = exp(-alpha z) for a right response, z the relative length, else -1 (arXiv 2504.09696).
 
     Then GRPO's A, times w(p) where it is positive and w(1 - p) where it is negative: w(p) = weight_low +
-    (weight_high - weight_low) / (1 + exp(slope (p - midpoint))), p the solve rate: hard questions weigh more.
+    (weight_high - weight_low) / (1 + exp(slope (p - midpoint))), p the pass rate: hard questions weigh more.
     """
 
     name: ClassVar[str] = "grpo_lead"
@@ -138,6 +138,6 @@ class GRPOLEAD(GRPO):
         return batch.rewards + torch.where(right, (-self.alpha * z).expm1(), -1.0)
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        weights, p = super().response_weights(batch), solve_rates(batch, self.correct(batch))[0]
+        weights, p = super().response_weights(batch), pass_rates(batch, self.correct(batch))[0]
         difficulty = (self.slope * (self.midpoint - torch.where(weights > 0, p, 1 - p))).sigmoid()
         return weights * (self.weight_low + (self.weight_high - self.weight_low) * difficulty)

@@ -28,8 +28,8 @@ class NonFiniteError(ValueError):
 class MiniBatch:
     """N responses in any order, to questions of any number of responses; T response tokens, of which there may be none.
 
-    log_probs [T]: of the current policy, on logits over the temperature. old_log_probs [T]: of the policy that sampled,
-    from the same engine. lengths [N]: tokens, EOS included if it was sampled, may be 0. question_ids [N]: any integers.
+    log_probs [T]: of the current policy, on logits over the temperature. old_log_probs [T]: of the policy that the step
+    began with, by the trainer. lengths [N]: tokens, EOS included if sampled, may be 0. question_ids [N]: any integers.
     rewards [N]: finite. max_response_length: the configured limit in tokens.
     entropies [T]; reference_log_probs [T]; generation_log_probs [T]: the rollout engine's own.
     correct [N] bool: the grader's verdict before any shaping (else an objective takes rewards > its threshold).
@@ -119,17 +119,17 @@ class MiniBatch:
     def to_float64(self) -> MiniBatch:
         """A detached copy in float64, everything on the device of log_probs."""
 
-        def copied(name: str, value: Tensor) -> Tensor:
+        def copy(name: str, value: Tensor) -> Tensor:
             real = name in (*_PER_TOKEN, "rewards") or value.is_floating_point()
             return value.detach().to(self.log_probs.device, torch.float64 if real else None, copy=True)
 
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        copies: dict[str, Any] = {name: copied(name, value) for name, value in tensors.items()}
-        return replace(self, **copies, columns={name: copied(name, value) for name, value in self.columns.items()})
+        copies: dict[str, Any] = {name: copy(name, value) for name, value in tensors.items()}
+        return replace(self, **copies, columns={name: copy(name, value) for name, value in self.columns.items()})
 
     @property
     def n_tokens(self) -> int:
-        """T."""
+        """T, the number of response tokens."""
         return len(self.log_probs)
 
     def spread(self, per_response: Tensor) -> Tensor:
@@ -150,11 +150,11 @@ class MiniBatch:
 class Groups:
     """Responses as a table of Q questions by G places, so that a reduction over a group is one over a row.
 
-    row, column [N]: where each response stands. present [Q, G] bool: the places that hold a response.
+    row, place [N]: where each response stands. present [Q, G] bool: the places that hold a response.
     """
 
     row: Tensor
-    column: Tensor
+    place: Tensor
     present: Tensor
 
     @classmethod
@@ -163,10 +163,10 @@ class Groups:
         _, row, counts = torch.unique(question_ids, return_inverse=True, return_counts=True)
         by_question = row.argsort(stable=True)
         starts = counts.cumsum(0) - counts
-        column = torch.empty_like(row)
-        column[by_question] = torch.arange(len(row), device=row.device) - starts[row[by_question]]
+        place = torch.empty_like(row)
+        place[by_question] = torch.arange(len(row), device=row.device) - starts[row[by_question]]
         present = torch.arange(int(counts.max()), device=row.device) < counts[:, None]
-        return cls(row, column, present)
+        return cls(row, place, present)
 
     def __len__(self) -> int:
         """Q: all questions, also those whose responses are all right, all wrong or all empty."""
@@ -174,11 +174,11 @@ class Groups:
 
     def table(self, per_response: Tensor) -> Tensor:
         """[N] to [Q, G]; places without a response hold 0 (False)."""
-        return per_response.new_zeros(self.present.shape).index_put((self.row, self.column), per_response)
+        return per_response.new_zeros(self.present.shape).index_put((self.row, self.place), per_response)
 
     def flat(self, table: Tensor) -> Tensor:
         """[Q, G] to [N], the inverse of `table`."""
-        return table[self.row, self.column]
+        return table[self.row, self.place]
 
 
 def _kind(values: Tensor) -> str:

@@ -54,12 +54,12 @@ class OffPolicy(ParameterSet):
         """c [T], float64; ones if there is no correction."""
         if self.kind == NONE or batch.generation_log_probs is None:
             return torch.ones_like(batch.old_log_probs)
-        delta = batch.old_log_probs - batch.generation_log_probs
+        log_ratios = batch.old_log_probs - batch.generation_log_probs
         if self.kind == TRUNCATED_IS:
-            return delta.exp().clamp(max=self.limit)
-        return batch.spread((batch.token_mean(delta).abs() <= abs(math.log(self.limit))).double())
+            return log_ratios.exp().clamp(max=self.limit)
+        return batch.spread((batch.token_mean(log_ratios).abs() <= abs(math.log(self.limit))).double())
 
-    def correct_batch(self, batch: MiniBatch) -> MiniBatch:
+    def apply(self, batch: MiniBatch) -> MiniBatch:
         """The batch with the same log-probs, whose gradients are scaled by c in backward."""
         if self.kind == NONE:
             return batch
@@ -70,8 +70,8 @@ class OffPolicy(ParameterSet):
         if self.kind == NONE or not batch.n_tokens:
             return {}
         factors = self.factors(batch)
-        changed = factors == (self.limit if self.kind == TRUNCATED_IS else 0)
-        return {"off_policy/factor_mean": float(factors.mean()), "off_policy/cut": float(changed.double().mean())}
+        is_cut = factors == (self.limit if self.kind == TRUNCATED_IS else 0)
+        return {"off_policy/factor_mean": float(factors.mean()), "off_policy/cut": float(is_cut.double().mean())}
 
 
 def scale_gradient(log_probs: Tensor, factors: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ class _ClippedObjective(SeparableObjective):
 class GRPO(_ClippedObjective):
     """J = (1/N) sum_o (1/|o|) sum_t min(rho A, clip(rho) A), A = (r - mean) / (std + 1e-6) (arXiv 2402.03300).
 
-    kl_coefficient: beta in - beta KL(policy || reference), the token mean of k3; 0 needs no reference. 0.001 in the
-    paper, where it is used at all.
+    kl_coefficient: beta in - beta KL(policy || reference), the token mean of k3; 0 needs no reference; 0.001 in
+    arXiv 2505.12366.
     """
 
     name: ClassVar[str] = "grpo"

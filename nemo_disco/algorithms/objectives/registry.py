@@ -17,7 +17,7 @@ from nemo_disco.algorithms.objectives.constraint import NONE, Constraint
 from nemo_disco.algorithms.objectives.off_policy import OffPolicy
 from nemo_disco.algorithms.objectives.parameters import ParameterSet, key_of, sort_by_similarity
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.user_code import call_guarded, is_user_class, load, user_methods
+from nemo_disco.runtime.user_code import call_guarded, is_user_class, load_object, user_methods
 
 
 def _shipped_objectives() -> dict[str, type[Objective]]:
@@ -79,14 +79,14 @@ def _mapping(value: Any, label: str) -> Mapping[str, Any]:
 
 def _objective_class(name: Any) -> type[Objective]:
     """The class of that name in OBJECTIVES, or a user's `module:Class`. Raises UserError if there is none."""
-    known = f"{', '.join(sort_by_similarity(str(name), OBJECTIVES))}, or module:Class of your own"
+    choices = f"{', '.join(sort_by_similarity(str(name), OBJECTIVES))}, or module:Class of your own"
     if name is None:
-        raise UserError(f"algorithm.name is missing; known: {known}")
+        raise UserError(f"algorithm.name is missing; known: {choices}")
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     if ":" not in str(name):
-        raise UserError(f"algorithm.name: there is no objective {name!r}; known: {known}")
-    cls = load("algorithm.name", name)
+        raise UserError(f"algorithm.name: there is no objective {name!r}; known: {choices}")
+    cls = load_object("algorithm.name", name)
     if not _is_objective(cls):
         raise UserError(
             f"algorithm.name={name} must be a subclass of nemo_disco.algorithms.Objective that defines value"
@@ -108,6 +108,6 @@ def _arguments(cls: type[ParameterSet], settings: Any, label: str) -> dict[str, 
     names = {key_of(f): f.name for f in fields(cls)}
     for key in _mapping(settings, label):
         if key not in names:
-            known = ", ".join(sort_by_similarity(str(key), names))
-            raise UserError(f"{label} does not take {key!r}; it takes: {known}")
+            choices = ", ".join(sort_by_similarity(str(key), names))
+            raise UserError(f"{label} does not take {key!r}; it takes: {choices}")
     return {names[key]: value for key, value in settings.items() if value is not None}

@@ -43,4 +43,4 @@ class Signal(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most signals remember nothing
-        """Take the memory of a checkpoint; {} is an empty one."""
+        """Restore the memory of a checkpoint; {} is an empty one."""

@@ -20,11 +20,11 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_disco.generation.engine import Finished, PendingResponses, Response, SamplingParams
+from nemo_disco.generation.engine import Deliver, PendingResponses, Response, SamplingParams
 from nemo_disco.generation.external.refit import refit
 from nemo_disco.generation.external.replica import SILENCE_S, Replica, ReplicaLostError
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
-from nemo_disco.runtime.collectives import every
+from nemo_disco.runtime.collectives import on_every_rank
 from nemo_disco.runtime.errors import UserError
 
 # Attempts at one refit or one generation before the run stops.
@@ -34,19 +34,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Request:
-    """Prompts to sample from, each of this rank's replicas' share of them (indices), and the responses so far."""
+    """A request to sample, and the responses so far. shares: indices of the prompts of each of this rank's replicas."""
 
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
     sampling: SamplingParams
-    finished: Finished | None
+    deliver: Deliver | None
     shares: list[list[int]]
     responses: dict[int, Response] = field(default_factory=dict)
 
     def add(self, index: int, response: Response) -> None:
         self.responses[index] = response
-        if self.finished is not None:
-            self.finished(index, response)
+        if self.deliver is not None:
+            self.deliver(index, response)
 
 
 class ExternalEngine:
@@ -59,7 +59,7 @@ class ExternalEngine:
         self.version = 0
         self._pending: Future[dict[int, Exception]] | None = None  # of a request that was started and not waited for
         self._weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
-        counts = every(lambda: len(self.replicas))
+        counts = on_every_rank(lambda: len(self.replicas))
         self._first, self._total = sum(counts[: dist.get_rank()]), sum(counts)
         self._recover(dict.fromkeys(range(len(self.replicas))))
 
@@ -68,10 +68,10 @@ class ExternalEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished | None = None,
+        deliver: Deliver | None = None,
     ) -> list[Response]:
         """See Engine.generate."""
-        request = self._request(prompts, seeds, sampling, finished)
+        request = self._request(prompts, seeds, sampling, deliver)
         return self._responses(request, self._sample(request), self.version)
 
     def start_generating(
@@ -79,10 +79,10 @@ class ExternalEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished | None = None,
+        deliver: Deliver | None = None,
     ) -> PendingResponses:
         """See AsynchronousEngine. Only the returned function is a collective: the thread only reads messages."""
-        request = self._request(prompts, seeds, sampling, finished)
+        request = self._request(prompts, seeds, sampling, deliver)
         pending: Future[dict[int, Exception]] = Future()
 
         def run() -> None:
@@ -122,8 +122,8 @@ class ExternalEngine:
     # --- refit and recovery ---
 
     def _refit(self, version: int) -> None:
-        assert self._pending is None, "the engine was given weights before its responses were waited for"
-        assert self._weights is not None, "the engine was never given weights"
+        assert self._pending is None, "a refit was requested while responses are pending: wait for them first"
+        assert self._weights is not None, "the engine has no weights yet: call update_weights first"
         self.version = version
         for _ in range(ATTEMPTS):
             behind = [i for i, replica in enumerate(self.replicas) if replica.version != version]
@@ -135,8 +135,8 @@ class ExternalEngine:
         raise self._failure("refit", problems)
 
     def _recover(self, problems: dict[int, Any]) -> None:
-        """Start the lost replicas again, all at once. problems: by replica; one that only refused a request still runs.
-        Raises UserError on every rank if a replica cannot be started."""
+        """Start the lost replicas again, all at once. problems: errors by replica; after a refusal a replica still
+        runs. Raises UserError on every rank if a replica cannot be started."""
         lost = [self.replicas[i] for i, problem in problems.items() if not isinstance(problem, RefusedError)]
         failure = ""
         try:
@@ -146,7 +146,7 @@ class ExternalEngine:
                 replica.wait_ready()
         except (ReplicaLostError, RefusedError, OSError) as error:
             failure = str(error)
-        if message := next(filter(None, every(lambda: failure)), ""):
+        if message := next(filter(None, on_every_rank(lambda: failure)), ""):
             self.close()
             raise UserError(f"generation: the engine cannot be started: {message}")
 
@@ -154,11 +154,11 @@ class ExternalEngine:
         """True if any rank had a problem; each rank logs its own."""
         for problem in problems.values():
             log.warning("%s: %s; trying again with all weights given anew", task, problem)
-        return any(every(lambda: bool(problems)))
+        return any(on_every_rank(lambda: bool(problems)))
 
     def _failure(self, task: str, problems: dict[int, Exception]) -> UserError:
         """Close the engine and return the error that ends the run, the same on every rank."""
-        message = next(filter(None, every(lambda: "; ".join(map(str, problems.values())))))
+        message = next(filter(None, on_every_rank(lambda: "; ".join(map(str, problems.values())))))
         self.close()
         return UserError(f"{task} failed {ATTEMPTS} times in a row: {message}")
 
@@ -191,19 +191,19 @@ class ExternalEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished | None,
+        deliver: Deliver | None,
     ) -> _Request:
         """Divide the prompts among the replicas, by whole questions: a group then shares its prompt's prefix."""
-        assert self._pending is None, "the engine got a request before its last responses were waited for"
+        assert self._pending is None, "a request was made while responses are pending: wait for them first"
         questions = [list(group) for _, group in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
         shares = [
             [i for group in questions[self._first + r :: self._total] for i in group] for r in range(len(self.replicas))
         ]
-        return _Request(prompts, seeds, sampling, finished, shares)
+        return _Request(prompts, seeds, sampling, deliver, shares)
 
     def _responses(self, request: _Request, problems: dict[int, Exception], version: int) -> list[Response]:
         """All ranks' responses. problems: of the first attempt; the prompts of failed replicas are sampled again, from
-        the weights that the policy has now, `version`."""
+        the policy's present weights, whose version is `version`."""
         attempts = 1
         while self._any_problem("generate", problems):
             if attempts == ATTEMPTS:
@@ -212,7 +212,7 @@ class ExternalEngine:
             self._recover(problems)
             self._refit(version)
             problems = self._sample(request)
-        responses = {i: response for share in every(lambda: request.responses) for i, response in share.items()}
+        responses = {i: response for share in on_every_rank(lambda: request.responses) for i, response in share.items()}
         return [responses[i] for i in range(len(request.prompts))]
 
     def _sample(self, request: _Request) -> dict[int, Exception]:
@@ -243,8 +243,8 @@ class ExternalEngine:
         return problems
 
     def _receive_one(self, replica: Replica, share: Sequence[int], request: _Request) -> bool:
-        """Handle one message of a replica that samples; True if it was the last one. Raises RefusedError, and
-        ReplicaLostError also for responses from other weights or of another form."""
+        """Receive one message of a replica that samples; True if it was the last one. Raises RefusedError, and
+        ReplicaLostError also for a response from other weights or with a wrong index or size."""
         message, payload = replica.receive()
         if "alive" in message:
             return False

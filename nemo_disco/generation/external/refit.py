@@ -31,7 +31,7 @@ def refit(weights: Iterable[tuple[str, Tensor]], replicas: Sequence[Replica], ve
 
 
 class Sender:
-    """Sends the weights of one refit to one replica. problem: its error, after which nothing more is sent."""
+    """Sends the weights of one refit to one replica. problem: the first error, after which nothing more is sent."""
 
     def __init__(self, replica: Replica, version: int) -> None:
         self.replica, self.version = replica, version
@@ -40,21 +40,21 @@ class Sender:
         self._checksums: dict[str, str] = {}
         self._entries: list[dict[str, Any]] = []
         self._buckets = self._used = self._unanswered = 0  # _used: bytes of the present slot
-        self._guarded(self._begin)
+        self._guard(self._begin)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Send the next tensor; no reference to it is kept."""
-        self._guarded(self._add, name, tensor)
+        self._guard(self._add, name, tensor)
 
     def commit(self) -> None:
-        """Commit after the last tensor: the engine samples from the new weights now, or `problem` is set."""
-        self._guarded(self._commit)
+        """Commit after the last tensor: the engine then samples from the new weights, or `problem` is set."""
+        self._guard(self._commit)
 
-    def _guarded(self, part: Any, *arguments: Any) -> None:
+    def _guard(self, action: Any, *arguments: Any) -> None:
         if self.problem is not None:
             return
         try:
-            part(*arguments)
+            action(*arguments)
         except (ReplicaLostError, RefusedError) as problem:
             self.problem = problem
             if isinstance(problem, RefusedError):
@@ -115,7 +115,7 @@ class Sender:
         self.replica.version = self.version
 
     def _give_up(self) -> None:
-        """Abort the refit, so that the worker accepts the next one; first read the answers that are still to come."""
+        """Read the answers that are still to come, then abort the refit, so that the worker accepts the next one."""
         try:
             while self._unanswered:
                 try:

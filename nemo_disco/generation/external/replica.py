@@ -1,6 +1,6 @@
 """One replica of an engine: starts, watches and ends its process, and exchanges messages with it.
 
-Knows the wire, but not what is generated or trained. A replica that dies, hangs or loses its connection raises
+Knows the wire, but nothing of sampling or training. A replica that dies, hangs or loses its connection raises
 ReplicaLostError with the last error in its log.
 """
 
@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from nemo_disco.generation.worker.rollout_worker.wire import Channel, RefusedError, WireError
 from nemo_disco.runtime import launch, srun
 from nemo_disco.runtime.files import Scratch, open_regular, writing
-from nemo_disco.runtime.signals import STOP_SIGNALS, shield_children
+from nemo_disco.runtime.stop_signals import STOP_SIGNALS, shield_children
 
 STARTUP_S = 1800.0  # large models compile and capture graphs
 SILENCE_S = 600.0  # without a message, of which a busy worker sends one every few seconds
@@ -38,7 +38,7 @@ _AUTHENTICATION_S = 10.0
 _WORKER_PATH = Path(__file__).parent.parent / "worker"
 # Not for an engine: a launcher's variables would make it join the training's process group; it has its own packages.
 _REMOVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
-_KEPT_FOR_SRUN = ("SLURM_JOB_ID", "SLURM_CONF")
+_SRUN_VARIABLES = ("SLURM_JOB_ID", "SLURM_CONF")
 _STOP_SIGNALS = " ".join(number.name.removeprefix("SIG") for number in STOP_SIGNALS)
 # On a CPU each refit repacks the weights: memory that malloc returned to the kernel would be faulted in page by page.
 _MALLOC = "glibc.malloc.trim_threshold=0x7fffffffffff:glibc.malloc.mmap_threshold=0x7fffffffffff"
@@ -47,12 +47,12 @@ T = TypeVar("T")
 
 
 class ReplicaLostError(Exception):
-    """The replica's process ended, hangs, or cannot be reached; the message says how, and its last logged error."""
+    """The replica's process ended, hangs or cannot be reached. The message quotes its last logged error."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a replica: the engine's Python, the log of its output, its GPUs, and its host (None: this one)."""
+    """The place of a replica: the engine's Python, its log file, its GPUs, and its host (None is this host)."""
 
     python: str
     log: Path
@@ -79,7 +79,7 @@ class Replica:
     # --- life ---
 
     def start(self) -> None:
-        """Start the process, which then connects to this one."""
+        """Start the process, which then connects to this process; `wait_ready` accepts the connection."""
         self.end()
         self._start_time = time.monotonic()
         self._secret = secrets.token_bytes(32)
@@ -113,7 +113,7 @@ class Replica:
         while (connection := self._accept()) is None:
             self._check_alive()
             if time.monotonic() > deadline:
-                raise self._lost(f"did not connect in {STARTUP_S:.0f} s")
+                raise self._lost_error(f"did not connect in {STARTUP_S:.0f} s")
         self._stop_listening()
         connection.settimeout(SILENCE_S)
         self._channel = Channel(connection)
@@ -144,20 +144,20 @@ class Replica:
 
     def send(self, message: Mapping[str, Any], payload: bytes | bytearray | memoryview = b"") -> None:
         try:
-            self._connected().send(dict(message), payload)
+            self._require_channel().send(dict(message), payload)
         except OSError as error:
-            raise self._lost(str(error)) from None
+            raise self._lost_error(str(error)) from None
 
     def receive(self, silence: float = SILENCE_S) -> tuple[dict[str, Any], bytearray]:
-        """The next message. Raises RefusedError if it is a refusal, ReplicaLostError after `silence` seconds."""
-        channel = self._connected()
+        """The next message. Raises RefusedError for a refusal, ReplicaLostError if none comes in `silence` seconds."""
+        channel = self._require_channel()
         channel.socket.settimeout(silence)
         try:
             message, payload = channel.receive()
         except TimeoutError:
-            raise self._lost(f"sent no message for {silence:.0f} s") from None
+            raise self._lost_error(f"sent no message for {silence:.0f} s") from None
         except (WireError, OSError) as error:
-            raise self._lost(str(error)) from None
+            raise self._lost_error(str(error)) from None
         if "refused" in message:
             raise RefusedError(message["refused"])
         return message, payload
@@ -167,41 +167,41 @@ class Replica:
         self.send(message)
         return self.receive()[0]
 
-    def run_collective(self, part: Callable[[], T]) -> T:
-        """Run this side of a collective with the replica and return its result. Raises ReplicaLostError if `part` fails
-        or the replica ends or does not take part, where NCCL may wait for ever (NVIDIA/nccl issue 585)."""
+    def run_collective(self, call: Callable[[], T]) -> T:
+        """Run `call`, in which this process and the replica take part in a collective, and return its result. Raises
+        ReplicaLostError if it fails or the replica is gone, where NCCL may wait for ever (NVIDIA/nccl issue 585)."""
         assert self._process is not None
-        done: Future[T] = Future()
+        future: Future[T] = Future()
 
         def run() -> None:
             try:
-                done.set_result(part())
+                future.set_result(call())
             except BaseException as error:
-                done.set_exception(error)
+                future.set_exception(error)
 
         threading.Thread(target=run, name="collective", daemon=True).start()
-        closed, deadline = select.poll(), time.monotonic() + SILENCE_S
-        closed.register(self.fileno(), select.POLLRDHUP)
-        while not wait([done], _POLL_S).done:
-            if closed.poll(0) or self._process.poll() is not None:
-                raise self._lost("ended in a collective")
+        poll, deadline = select.poll(), time.monotonic() + SILENCE_S
+        poll.register(self.fileno(), select.POLLRDHUP)
+        while not wait([future], _POLL_S).done:
+            if poll.poll(0) or self._process.poll() is not None:
+                raise self._lost_error("ended in a collective")
             if time.monotonic() > deadline:
-                raise self._lost(f"did not come to a collective in {SILENCE_S:.0f} s")
+                raise self._lost_error(f"did not come to a collective in {SILENCE_S:.0f} s")
         try:
-            return done.result()
+            return future.result()
         except RuntimeError as error:  # NCCL's, for a lost connection
-            raise self._lost(f"was lost in a collective: {error}") from error
+            raise self._lost_error(f"was lost in a collective: {error}") from error
 
     def fileno(self) -> int:
         """The connection's file descriptor, for a selector: readable when there is a message."""
-        return self._connected().socket.fileno()
+        return self._require_channel().socket.fileno()
 
-    def _connected(self) -> Channel:
+    def _require_channel(self) -> Channel:
         if self._channel is None:
-            raise self._lost("is not running")
+            raise self._lost_error("is not running")
         return self._channel
 
-    # --- parts ---
+    # --- helpers ---
 
     def _listen(self) -> str | list[Any]:
         """Listen, and return the address for the worker: a Unix socket for this user alone, or host and port."""
@@ -216,7 +216,7 @@ class Replica:
         return [srun.node_address(), self._listener.getsockname()[1]]
 
     def _accept(self) -> socket.socket | None:
-        """The connection of a worker that knows the secret (anyone can connect to a port); None if none has come."""
+        """The connection of a worker that knows the secret (anyone can connect to a port); None if none came."""
         assert self._listener is not None
         with contextlib.suppress(TimeoutError):
             connection, _ = self._listener.accept()
@@ -255,7 +255,7 @@ class Replica:
         if self.place.host is None:
             return inherited | self._engine_variables()
         # srun reads options from SLURM_ variables: the training step's tasks and binding are not for the engine's step.
-        return {k: v for k, v in inherited.items() if not k.startswith("SLURM_") or k in _KEPT_FOR_SRUN}
+        return {k: v for k, v in inherited.items() if not k.startswith("SLURM_") or k in _SRUN_VARIABLES}
 
     def _engine_variables(self) -> dict[str, str]:
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(self.place.gpus)} if self.place.gpus else {}
@@ -264,21 +264,21 @@ class Replica:
     def _check_alive(self) -> None:
         assert self._process is not None
         if self._process.poll() is not None:
-            raise self._lost("ended")
+            raise self._lost_error("ended")
 
-    def _lost(self, how: str) -> ReplicaLostError:
-        """End the rest of the process and return the error."""
+    def _lost_error(self, event: str) -> ReplicaLostError:
+        """End the rest of the process and return the error to raise. An exit code or signal replaces `event` in it."""
         process = self._process
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)  # a process's connection closes a moment before it ends
             code = process.poll()
             if code is not None and code < 0:
-                how = f"was killed by {signal.Signals(-code).name}"
+                event = f"was killed by {signal.Signals(-code).name}"
             elif code is not None:
-                how = f"ended with exit code {code}"
+                event = f"ended with exit code {code}"
         self.end()
-        return ReplicaLostError(f"{self.name} {how}{_last_error(self.place.log)}; its log: {self.place.log}")
+        return ReplicaLostError(f"{self.name} {event}{_last_error(self.place.log)}; its log: {self.place.log}")
 
 
 def _end(process: subprocess.Popen[bytes], remote: bool) -> None:

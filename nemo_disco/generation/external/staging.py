@@ -1,7 +1,7 @@
 """The run's access to a replica's staging memory, into which a refit writes its buckets.
 
 Shared memory with a CPU of this machine, CUDA IPC with its GPUs; NCCL to GPUs of other machines, the wire to their
-CPUs. CUDA IPC and NCCL are not run: nothing here has seen a GPU.
+CPUs. CUDA IPC and NCCL have not been run: they need GPUs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Staging:
         self.memories: list[Tensor]  # [slots, bytes] each; a bucket is written to all of them
         self._replica = replica
         self._broadcast: Broadcast | None = None
-        self._opened: list[IpcMemory] = []
+        self._ipc_memories: list[IpcMemory] = []
         if self.kind == "shared":
             self.memories = [map_staging(description["path"], shape)]
         elif self.kind == "ipc":
-            self._opened = [IpcMemory.open(rank) for rank in description["ranks"]]
-            self.memories = [memory.tensor.view(*shape) for memory in self._opened]
+            self._ipc_memories = [IpcMemory.open(rank) for rank in description["ranks"]]
+            self.memories = [memory.tensor.view(*shape) for memory in self._ipc_memories]
         else:
             device = _GPU if self.kind == "nccl" else "cpu"
             self.memories = [torch.empty(*shape, dtype=torch.uint8, device=device)]
@@ -52,12 +52,12 @@ class Staging:
     def write(self, slot: int, offset: int, raw: Tensor) -> Tensor:
         """Copy raw [bytes] uint8 into the slot. Returns the copy, which a CPU still has in its cache."""
         for memory in self.memories:
-            written = memory[slot, offset : offset + raw.numel()]
-            written.copy_(raw, non_blocking=True)
-        return written
+            copy = memory[slot, offset : offset + raw.numel()]
+            copy.copy_(raw, non_blocking=True)
+        return copy
 
     def payload(self, slot: int, used: int) -> bytes | memoryview:
-        """The bytes that the bucket's message carries: the slot's, where the worker cannot read it; otherwise none."""
+        """The bytes for the bucket's message: those of the slot if the worker cannot read it, otherwise none."""
         if self.kind in ("ipc", "nccl"):
             torch.cuda.synchronize()  # until the slot is written
         if self.kind != "inline":
@@ -79,5 +79,5 @@ class Staging:
             abort.start()
             abort.join(_ABORT_S)
         self.memories = []
-        for memory in self._opened:
+        for memory in self._ipc_memories:
             memory.close()

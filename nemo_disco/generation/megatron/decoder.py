@@ -197,8 +197,8 @@ class Decoder:
         dist.recv(x, src=self._neighbour(-1), group=self.pipeline_group)
         return x
 
-    def from_last_stage(self, x: Tensor) -> Tensor:
-        """The last pipeline stage's x, on every stage; overwrites x."""
+    def broadcast_last_stage(self, x: Tensor) -> Tensor:
+        """Overwrite x on every pipeline stage with the last stage's x, and return it. A collective of the stages."""
         if self.ranks.pipeline_size > 1:
             source = dist.get_global_rank(self.pipeline_group, self.ranks.pipeline_size - 1)
             dist.broadcast(x, src=source, group=self.pipeline_group)

@@ -72,7 +72,7 @@ class LayerWeights:
 
     @classmethod
     def from_layer(cls, layer: Any) -> LayerWeights:
-        """The weights of a megatron TransformerLayer, by their role in it, whatever the make of its modules."""
+        """The weights of a megatron TransformerLayer, by their role in it, for any implementation of its modules."""
         parameters: dict[str | None, Any] = dict(layer.named_parameters())
         tensors: dict[str, Any] = {}
         for role in (field.name for field in fields(cls)):
@@ -84,42 +84,42 @@ class LayerWeights:
 
 
 def decoder_weights(chunks: Sequence[PolicyModel]) -> list[list[LayerWeights]]:
-    """The layers' weights of each chunk. Raises UserError that names a module, parameter or setting not decoded."""
+    """The weights of each chunk's layers. Raises UserError naming a module, parameter or setting not in the tables."""
     config = chunks[0].config
-    for name, assumed in _SETTINGS.items():
-        if (value := getattr(config, name, assumed)) != assumed:
-            raise _not_decoded(f"{name}={getattr(value, '__name__', value)}")
+    for name, expected in _SETTINGS.items():
+        if (value := getattr(config, name, expected)) != expected:
+            raise _refusal(f"{name}={getattr(value, '__name__', value)}")
     if unknown := [name for chunk in chunks for name in _unknown_modules(chunk)]:
-        raise _not_decoded(f"the module {unknown[0]}")
+        raise _refusal(f"the module {unknown[0]}")
     layers = [[LayerWeights.from_layer(layer) for layer in chunk.decoder.layers] for chunk in chunks]
     for chunk, weights in zip(chunks, layers, strict=True):
-        known = {id(t) for layer in weights for t in layer.tensors()}
+        decoded_ids = {id(t) for layer in weights for t in layer.tensors()}
         if chunk.pre_process:
-            known.add(id(chunk.embedding.word_embeddings.weight))
+            decoded_ids.add(id(chunk.embedding.word_embeddings.weight))
         if chunk.post_process:
-            known |= {id(chunk.decoder.final_layernorm.weight), id(chunk.output_weight())}
+            decoded_ids |= {id(chunk.decoder.final_layernorm.weight), id(chunk.output_weight())}
         for name, parameter in chunk.named_parameters():
-            if id(parameter) not in known:
-                raise _not_decoded(f"the parameter {name}")
+            if id(parameter) not in decoded_ids:
+                raise _refusal(f"the parameter {name}")
     return layers
 
 
 def _unknown_modules(chunk: PolicyModel) -> Iterator[str]:
-    yield from _unknown(chunk, _MODEL, "")
+    yield from _unknown_children(chunk, _MODEL, "")
     for i, layer in enumerate(chunk.decoder.layers):
-        yield from _unknown(layer, _LAYER, f"decoder.layers.{i}.")
+        yield from _unknown_children(layer, _LAYER, f"decoder.layers.{i}.")
 
 
-def _unknown(module: Module, known: dict[str, Any], prefix: str) -> Iterator[str]:
+def _unknown_children(module: Module, table: dict[str, Any], prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
-        if name not in known:
+        if name not in table:
             if not isinstance(child, IdentityOp | IdentityFuncOp):
                 yield prefix + name
-        elif known[name] is not None:
-            yield from _unknown(child, known[name], f"{prefix}{name}.")
+        elif table[name] is not None:
+            yield from _unknown_children(child, table[name], f"{prefix}{name}.")
 
 
-def _not_decoded(part: str) -> UserError:
+def _refusal(part: str) -> UserError:
     return UserError(
         f"generation.engine=megatron does not compute {part} of this network, so it would sample from a different "
         "network; use generation=vllm"

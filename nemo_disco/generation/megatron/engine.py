@@ -11,17 +11,17 @@ from itertools import groupby
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_disco.data.packing import round_up
-from nemo_disco.generation.engine import Finished, Response, SamplingParams
+from nemo_disco.generation.engine import Deliver, Response, SamplingParams
 from nemo_disco.generation.megatron.decoder import GROWTH, Cache, Decoder
 from nemo_disco.generation.megatron.in_place import InPlaceDecoding
 from nemo_disco.generation.megatron.token_sampling import sample, uniforms
 from nemo_disco.generation.megatron.wave import COMPACT_BELOW, Rows, WaveResponses
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.collectives import on_every_rank
 
 # Limit on the keys and values of one wave with every response at its limit: bytes on a CPU, a share of free GPU memory.
 _CPU_CACHE_BYTES = 4 * 2**30
@@ -33,7 +33,7 @@ class MegatronEngine:
     responses."""
 
     def __init__(self, policy: Policy, stop_token_ids: Iterable[int]) -> None:
-        """stop_token_ids: sampling one of them ends a response, and stays its last token."""
+        """stop_token_ids: a response ends with the first of them that is sampled."""
         self.policy = policy
         self.stop = torch.tensor(sorted(set(stop_token_ids)), device=policy.device)
         self.version = 0
@@ -45,7 +45,7 @@ class MegatronEngine:
         )
         self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         ranks = policy.ranks
-        self._calls_finished = ranks.tensor == 0 and ranks.pipeline == ranks.pipeline_size - 1
+        self._delivers = ranks.tensor == 0 and ranks.pipeline == ranks.pipeline_size - 1
         self.in_place = policy.device.type == "cuda" and ranks.tensor_size == ranks.pipeline_size == 1
 
     def generate(
@@ -53,22 +53,22 @@ class MegatronEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished | None = None,
+        deliver: Deliver | None = None,
     ) -> list[Response]:
         """See Engine.generate. Of the ranks that decode a response together, the first tensor-parallel one of the last
-        pipeline stage calls `finished`, from this thread."""
+        pipeline stage calls `deliver`, from this thread."""
         self.policy.gather_weights()
         questions = [list(group) for _, group in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
-        own = [i for group in questions[self._group.rank() :: self._group.size()] for i in group]
+        requests = [i for group in questions[self._group.rank() :: self._group.size()] for i in group]
         responses: dict[int, Response] = {}
         with torch.inference_mode():
-            for wave in self._waves(own, prompts, sampling):
-                callback = finished if self._calls_finished else None
+            for wave in self._waves(requests, prompts, sampling):
+                callback = deliver if self._delivers else None
                 responses.update(self._decode_wave(wave, prompts, seeds, sampling, callback))
         return self._gather(responses, len(prompts))
 
     def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:  # noqa: ARG002
-        """Set the version of the next responses. `weights` is not read: the policy's own are used."""
+        """Set the version of the next responses. `weights` is not read: the policy's parameters are used."""
         self.version = version
 
     def sleep(self) -> None:
@@ -109,11 +109,11 @@ class MegatronEngine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: SamplingParams,
-        finished: Finished | None,
+        deliver: Deliver | None,
     ) -> dict[int, Response]:
         limit, width = sampling.max_response_length, max(len(prompts[i]) for i in wave)
         logits, cache, padding = self._prefill([prompts[i] for i in wave])
-        responses = WaveResponses(wave, limit, self.version, padding.device, finished)
+        responses = WaveResponses(wave, limit, self.version, padding.device, deliver)
         rows = Rows.start([seeds[i] for i in wave], padding)
         if self.in_place and logits is not None:
             InPlaceDecoding(self.decoder, cache, width, rows, sampling, self.stop, responses).run(logits)
@@ -189,13 +189,11 @@ class MegatronEngine:
         else:
             token, log_prob = sample(logits, sampling, uniforms(rows.seeds, t))
             log_prob = log_prob.float()
-        return self.decoder.from_last_stage(token), self.decoder.from_last_stage(log_prob)
+        return self.decoder.broadcast_last_stage(token), self.decoder.broadcast_last_stage(log_prob)
 
     def _gather(self, responses: dict[int, Response], total: int) -> list[Response]:
         """All ranks' responses, in the order of the prompts."""
-        shares = [responses] * self._group.size()
-        if len(shares) > 1:
-            dist.all_gather_object(shares, responses, group=self._group)
+        shares = on_every_rank(lambda: responses, self._group)
         gathered = {i: response for share in shares for i, response in share.items()}
         return [gathered[i] for i in range(total)]
 

@@ -1,5 +1,5 @@
 """Decoding in place: every step uses the same tensors at the same addresses, so that CUDA can replay a step as a graph
-instead of launching its thousand kernels again. Tested on a CPU without graphs; with graphs: not run.
+instead of launching its thousand kernels again. Tested on a CPU without graphs; not yet run with them.
 
 For one rank (no TP, no PP). The host checks which rows are done only every _CHECK_STEPS steps.
 """
@@ -33,7 +33,7 @@ class InPlaceDecoding:
         stop: Tensor,
         responses: WaveResponses,
     ) -> None:
-        """width: tokens a row that the cache holds, padding included. stop: the tokens that end a response."""
+        """width: tokens that the cache holds for each row, padding included. stop: the tokens that end a response."""
         self.responses = responses
         self.decoder, self.cache, self.rows, self.sampling, self.stop = decoder, cache, rows, sampling, stop
         device = rows.request.device
@@ -44,20 +44,20 @@ class InPlaceDecoding:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, logits: Tensor) -> None:
-        """Decode until all rows are done. logits [B, V]: after the prompts."""
+        """Decode until all rows are done or at the response limit. logits [B, V]: after the prompts."""
         limit = self.sampling.max_response_length
         self._sample(logits)
-        done = 1
-        while done < limit and self._rows_left():
-            end = self._width + done
+        count = 1  # tokens of a response so far
+        while count < limit and self._drop_done_rows():
+            end = self._width + count
             self._reserve(end)
-            steps = min(limit - done, self.cache.capacity - end + 1, _CHECK_STEPS)
+            steps = min(limit - count, self.cache.capacity - end + 1, _CHECK_STEPS)
             for _ in range(steps):
                 self._replay()
-            done += steps
+            count += steps
 
-    def _rows_left(self) -> bool:
-        """True while any row is not done. Streams the responses of done rows; drops the rows once they are many."""
+    def _drop_done_rows(self) -> bool:
+        """Stream the responses of done rows, and drop the rows if they are many. False if none remains."""
         alive = int((~self.rows.done).sum())
         self.responses.stream(alive)
         if 0 < alive < COMPACT_BELOW * len(self.rows.done):
@@ -109,21 +109,21 @@ class InPlaceDecoding:
         self._graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Capture a step as a graph. Restores all that the warm-up and the capture change, except the cache's next
-        column, which the first replay writes again."""
+        """Capture a step as a graph. Restores the tensors that the warm-up and the capture change, except the cache's
+        next column, which the first replay writes again."""
         responses = self.responses
         state = (responses.tokens, responses.log_probs, responses.lengths, responses.stopped)
-        changed = [self.t, self.position, *state, self.rows.token, self.rows.done]
-        before = [x.clone() for x in changed]
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        tensors = [self.t, self.position, *state, self.rows.token, self.rows.done]
+        before = [x.clone() for x in tensors]
+        warm_up = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
             self._step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(warm_up)
         graph = torch.cuda.CUDAGraph()
         # Another thread may use CUDA meanwhile (the one that writes a checkpoint in the background).
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
-        for x, value in zip(changed, before, strict=True):
+        for x, value in zip(tensors, before, strict=True):
             x.copy_(value)
         return graph

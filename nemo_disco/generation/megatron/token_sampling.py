@@ -25,7 +25,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
-    """Random numbers [B] in float64, uniform in [0, 1), for the draw of each request at a position of its response.
+    """Random numbers [B] in float64, uniform in [0, 1), for the draw of each request's token at a position.
 
     seeds [B] int64. position: an int, or an int64 tensor [1].
     """

@@ -1,6 +1,6 @@
-"""State of one wave of requests in the megatron engine: the rows of the batch, and the responses they become.
+"""State of one wave of requests in the megatron engine: the rows of the batch, and their responses.
 
-A row is one request; a response is built and passed to the `finished` callback once its row has ended. Knows no model.
+A row is one request; a response is built and passed to the `deliver` callback once its row has ended. Knows no model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_disco.generation.engine import Finished, Response
+from nemo_disco.generation.engine import Deliver, Response
 
 # Rows leave the batch only when fewer than this share are still sampling: dropping rows copies the whole cache.
 COMPACT_BELOW = 0.8
@@ -19,8 +19,8 @@ COMPACT_BELOW = 0.8
 
 @dataclass
 class Rows:
-    """The B rows still in the batch. Each [B]: place in the wave, seed, padding before the prompt, last token, and
-    True if the response has ended."""
+    """The B rows still in the batch, as tensors [B]: place in the wave, seed, number of padding tokens before the
+    prompt, last token, and True if the response has ended."""
 
     request: Tensor
     seeds: Tensor
@@ -47,11 +47,11 @@ class WaveResponses:
     """
 
     def __init__(
-        self, requests: Sequence[int], limit: int, version: int, device: torch.device, finished: Finished | None
+        self, requests: Sequence[int], limit: int, version: int, device: torch.device, deliver: Deliver | None
     ) -> None:
-        """requests: each row's index in the call to `generate`. finished: called once for every response."""
-        self._requests, self._version, self._finished = requests, version, finished
-        self._ended: dict[int, Response] = {}  # by row
+        """requests: each row's index in the call to `generate`. deliver: called once for every response."""
+        self._requests, self._version, self._deliver = requests, version, deliver
+        self._responses: dict[int, Response] = {}  # by row
         count = len(requests)
         self.tokens = torch.zeros(count, limit, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(count, limit, device=device)
@@ -59,16 +59,16 @@ class WaveResponses:
         self.stopped = torch.zeros(count, dtype=torch.bool, device=device)
 
     def stream(self, alive: int) -> None:
-        """Call `finished` for the responses that stopped since the last call. alive: number of rows that still sample,
+        """Call `deliver` for the responses that stopped since the last call. alive: number of rows that still sample,
         which the caller has just counted; if none stopped, or there is no callback, the device is not read."""
-        if self._finished is not None and len(self._requests) - alive > len(self._ended):
+        if self._deliver is not None and len(self._requests) - alive > len(self._responses):
             stopped = self.stopped.nonzero()[:, 0].tolist()
-            self._build([row for row in stopped if row not in self._ended])
+            self._build([row for row in stopped if row not in self._responses])
 
     def all(self) -> dict[int, Response]:
-        """Every request's response by its index, at the end of the wave; calls `finished` for the remaining ones."""
-        self._build([row for row in range(len(self._requests)) if row not in self._ended])
-        return {self._requests[row]: response for row, response in self._ended.items()}
+        """Every request's response by its index, at the end of the wave; calls `deliver` for the remaining ones."""
+        self._build([row for row in range(len(self._requests)) if row not in self._responses])
+        return {self._requests[row]: response for row, response in self._responses.items()}
 
     def _build(self, rows: list[int]) -> None:
         if not rows:
@@ -77,8 +77,8 @@ class WaveResponses:
         longest = max(lengths)
         tokens, log_probs = (x[rows, :longest].cpu().numpy() for x in (self.tokens, self.log_probs))
         for i, (row, n, stopped) in enumerate(zip(rows, lengths, self.stopped[rows].tolist(), strict=True)):
-            self._ended[row] = Response(
+            self._responses[row] = Response(
                 tokens[i, :n].copy(), log_probs[i, :n].copy(), "stop" if stopped else "length", self._version
             )
-            if self._finished is not None:
-                self._finished(self._requests[row], self._ended[row])
+            if self._deliver is not None:
+                self._deliver(self._requests[row], self._responses[row])

@@ -99,8 +99,8 @@ def update_in_place(old: Any, new: Any) -> None:
         for old_item, new_item in zip(old if same_length else (), new, strict=False):
             update_in_place(old_item, new_item)
         old[:] = [
-            mine if type(mine) is type(other) and isinstance(mine, (list, dict, set)) else other
-            for mine, other in zip(old, new, strict=True)
+            old_item if type(old_item) is type(new_item) and isinstance(old_item, (list, dict, set)) else new_item
+            for old_item, new_item in zip(old, new, strict=True)
         ] if same_length else new  # fmt: skip
     elif isinstance(old, (dict, set)):
         old.clear()
@@ -217,10 +217,10 @@ class ProgramClient:
             self._fail(b"")
         reply = self._read()
         try:
-            changed = [decode(item, self._decode_object) for item in reply["arguments"]]
+            updates = [decode(item, self._decode_object) for item in reply["arguments"]]
             error = self._decode_error(reply) if "error" in reply else None
             value = None if error else decode(reply["value"], self._decode_object)
-            for old, new in zip((*arguments, *named.values()), changed, strict=True):
+            for old, new in zip((*arguments, *named.values()), updates, strict=True):
                 update_in_place(old, new)
         except Exception:
             self._fail(b"")
@@ -340,7 +340,7 @@ def _request(remote: Remote, action: str, *arguments: Any, **named: Any) -> Any:
 
 
 def _define_operators() -> None:
-    """Define those of RemoteObject. Binary ones refuse a plain value: `==` with one could be forged by the program."""
+    """Define RemoteObject's operators. Binary ones refuse a plain value: the program could forge an `==` with one."""
 
     def unary(name: str) -> Callable[[Any], Any]:
         return lambda self: _request(self, name)

@@ -21,7 +21,7 @@ from typing import Any
 
 from nemo_disco.rewards.code.seccomp_filter import build_filter
 from nemo_disco.runtime.errors import UserError
-from nemo_disco.runtime.signals import shield_children
+from nemo_disco.runtime.stop_signals import shield_children
 
 _SERVER = Path(__file__).with_name("sandbox_server.py")
 _FILES = ("job", "stdin", "stdout", "stderr", "report")  # in memory; the server and its programs inherit them
@@ -136,25 +136,25 @@ class Sandbox:
         if self._channel is not None and self._process is not None and self._process.poll() is None:
             return self._channel
         self._stop_server()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, shield_children():
-            settings = {"channel": theirs.fileno(), "files": self._files, "landlock": self._landlock}
+        trainer_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with server_end, shield_children():
+            settings = {"channel": server_end.fileno(), "files": self._files, "landlock": self._landlock}
             settings["filter"] = build_filter().hex()
             loader = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some clusters' Python needs it
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-s", str(_SERVER), json.dumps(settings)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=_ENVIRONMENT | loader,
-                pass_fds=(theirs.fileno(), *self._files.values()),
+                pass_fds=(server_end.fileno(), *self._files.values()),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone
             )  # fmt: skip
-        self._channel = ours
-        ours.settimeout(_START_S)
-        message = ours.recv(1 << 16)
+        self._channel = trainer_end
+        trainer_end.settimeout(_START_S)
+        message = trainer_end.recv(1 << 16)
         status = json.loads(message) if message else {"problem": f"its server ended with {self._process.wait()}"}
         if status["problem"]:
             self._stop_server()
             raise _confinement_error(str(status["problem"]), status.get("unreadable") is True)
-        return ours
+        return trainer_end
 
     def _stop_server(self) -> None:
         channel, self._channel = self._channel, None

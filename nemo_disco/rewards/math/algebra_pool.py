@@ -19,7 +19,7 @@ from typing import Any
 
 import nemo_disco
 from nemo_disco.rewards import verdict
-from nemo_disco.runtime.signals import shield_children
+from nemo_disco.runtime.stop_signals import shield_children
 
 MAX_ATTEMPTS = 2  # an answer that was being judged when the process died is given up the second time
 

@@ -149,15 +149,15 @@ class ChildPool:
 
     def _fork(self) -> Child:
         """Start a child and return the parent's side of it."""
-        ours, theirs = socket.socketpair()
+        parent_end, child_end = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            ours.close()
+            parent_end.close()
             for sibling in self.children:  # else a sibling's channel would stay open when the parent dies
                 sibling.channel.close()
-            run_child(theirs)
-        theirs.close()
-        child = Child(pid, ours)
+            run_child(child_end)
+        child_end.close()
+        child = Child(pid, parent_end)
         self.children.append(child)
         return child
 
@@ -191,7 +191,7 @@ def processor_time(pid: int) -> float:
 
 
 def limit_cpu(timeout: float) -> None:
-    """Let the kernel end this child 2 s after its answer's processor time, in case the parent was killed."""
+    """Let the kernel end this child 1 to 2 s after its answer's processor time, in case the parent was killed."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     set_limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime + timeout) + 2)
 

@@ -1,6 +1,7 @@
 """A program that attempts everything that the sandbox must refuse, and prints the result of each attempt.
 
-Also a script, `attacks.py LANDLOCK`: runs that program in the sandbox as the present user, and prints the outcome.
+Also a script: `attacks.py landlock` or `attacks.py none` runs that program in the sandbox as the present user, with
+Landlock or without, and prints the outcome as JSON.
 """
 
 from __future__ import annotations
@@ -138,18 +139,18 @@ print(json.dumps(results))
 """
 
 
-def program(path: Path, victim: int) -> str:
-    """The program's source. path: an existing file to attack; victim: a process to attack besides its parent."""
+def build_program(path: Path, victim: int) -> str:
+    """Return the program's source. path: an existing file to attack; victim: a process to attack, as is its parent."""
     places = {"path": repr(os.fsencode(path)), "other": repr(os.fsencode(path) + b".new"), "fd": "fd", "pid": "pid"}
     lines = []
     for name, arguments in CALLS.items():
         number = pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name)
         number = NEWER.get(name, -1) if number < 0 else number
-        if number >= 0:  # else not on this architecture
+        if number >= 0:  # a negative number: this architecture does not have the call
             arguments = arguments.format(**places)
             lines.append(f"results[{name!r}] = call({', '.join(filter(None, [str(number), arguments]))})")
-    filled = {"path": str(path), "other": f"{path}.new", "pid": victim, "calls": "\n".join(lines)}
-    return PROGRAM.format(**filled)
+    fields = {"path": str(path), "other": f"{path}.new", "pid": victim, "calls": "\n".join(lines)}
+    return PROGRAM.format(**fields)
 
 
 def run(sandbox: Sandbox, code: str, stdin: bytes = b"") -> Outcome:
@@ -157,10 +158,11 @@ def run(sandbox: Sandbox, code: str, stdin: bytes = b"") -> Outcome:
 
 
 def attack(landlock: bool) -> dict[str, Any]:
-    """Run the program. `results`: error by attempt; `harm`: True if the file changed; `signals`: those received."""
-    received: list[int] = []
+    """Run the program in a sandbox. In the outcome, `results` has each attempt's error by its name, `harm` is True if
+    the file or its folder changed, and `signals` lists the signals that this process received."""
+    signals: list[int] = []
     numbers = (signal.SIGIO, signal.SIGUSR1, signal.SIGTERM)
-    earlier = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    handlers = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         path = Path(folder) / "victim"
@@ -169,7 +171,7 @@ def attack(landlock: bool) -> dict[str, Any]:
         before = path.stat()
         sandbox = Sandbox(landlock=landlock)
         try:
-            outcome = run(sandbox, program(path, os.getpid()))
+            outcome = run(sandbox, build_program(path, os.getpid()))
         finally:
             sandbox.close()
         now = path.stat()
@@ -177,13 +179,13 @@ def attack(landlock: bool) -> dict[str, Any]:
             before.st_mode, before.st_uid, before.st_gid, before.st_mtime_ns, before.st_size, before.st_ctime_ns
         )  # fmt: skip
         harm = not unchanged or os.listdir(folder) != ["victim"] or os.listxattr(path) != []
-    for number, handler in earlier.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     results = json.loads(outcome.stdout) if outcome.exit_code == 0 else {}
     return {
         "results": results,
         "harm": harm,
-        "signals": received,
+        "signals": signals,
         "exit_code": outcome.exit_code,
         "stderr": outcome.stderr,
     }

@@ -1,4 +1,4 @@
-"""Right programs earn their reward, whatever their style, their code fence and the form of their tests."""
+"""Right programs earn their reward in any style, in any code fence, and with any form of tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs earn their reward by passing the question's tests alone, and can do nothing but compute."""
+"""A program earns its reward only by passing the question's tests, and can do nothing but compute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_disco.runtime.errors import UserError
 
 LIMIT = 2.0
 TESTS = "assert double(2) == 4\nassert double(-3) == -6"
-ECHO = json.dumps({"inputs": ["3\n4\n", "5"], "outputs": ["6\n8", "10"]})
+STDIN_TESTS = json.dumps({"inputs": ["3\n4\n", "5"], "outputs": ["6\n8", "10"]})
 RIGHT = "def double(x):\n    return 2 * x"
 PROGRAM = "import sys\nfor line in sys.stdin:\n    print(2 * int(line))"
 
@@ -29,6 +29,7 @@ def verifier() -> Iterator[PythonTests]:
 
 
 def block(code: str) -> str:
+    """A response whose last code block is this code."""
     return f"Thus.</think> First ```python\n1/0\n``` then\n```python\n{code}\n```\nDone."
 
 
@@ -41,15 +42,15 @@ def block(code: str) -> str:
         ("def double(x:", TESTS, "failed a test"),
         ("raise SystemExit(0)", TESTS, "failed a test"),
         ("import os\nos._exit(0)", TESTS, "failed a test"),
-        (PROGRAM, ECHO, "correct"),
-        (PROGRAM + "\nraise SystemExit", ECHO, "correct"),
-        (PROGRAM.replace("2 *", "3 *"), ECHO, "failed a test"),
-        (PROGRAM + "\n1/0", ECHO, "failed a test"),
+        (PROGRAM, STDIN_TESTS, "correct"),
+        (PROGRAM + "\nraise SystemExit", STDIN_TESTS, "correct"),
+        (PROGRAM.replace("2 *", "3 *"), STDIN_TESTS, "failed a test"),
+        (PROGRAM + "\n1/0", STDIN_TESTS, "failed a test"),
         ("while True: pass", TESTS, "timeout"),
-        ("import time\ntime.sleep(60)", ECHO, "timeout"),
+        ("import time\ntime.sleep(60)", STDIN_TESTS, "timeout"),
         ("x = [0] * 10**9", TESTS, "out of memory"),
         ("def f(n): return f(n + 1)\nf(0)", TESTS, "failed a test"),
-        ("print('x' * 10**8)", ECHO, "failed a test"),
+        ("print('x' * 10**8)", STDIN_TESTS, "failed a test"),
     ],
 )  # fmt: skip
 def test_verdicts(verifier: PythonTests, code: str, tests: str, reason: str) -> None:
@@ -84,10 +85,10 @@ FORBIDDEN = {
     "system": "import os\nassert os.system('touch {mark}') == 0",
     "spawn": "import os\nos.posix_spawn('/bin/touch', ['touch', '{mark}'], {{}})",
     "write": "open('{mark}', 'w').write('x')",
-    "append": "open('{kept}', 'a').write('x')",
-    "remove": "import os\nos.remove('{kept}')",
-    "rename": "import os\nos.rename('{kept}', '{mark}')",
-    "truncate": "import os\nos.truncate('{kept}', 0)",
+    "append": "open('{file}', 'a').write('x')",
+    "remove": "import os\nos.remove('{file}')",
+    "rename": "import os\nos.rename('{file}', '{mark}')",
+    "truncate": "import os\nos.truncate('{file}', 0)",
     "kill": "import os\nos.kill({pid}, 0)",
     "limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))",
     "libc": "import ctypes\nassert ctypes.CDLL(None).socket(2, 1, 0) >= 0",
@@ -99,15 +100,15 @@ FORBIDDEN = {
 @pytest.mark.parametrize("code", FORBIDDEN.values(), ids=FORBIDDEN.keys())
 def test_a_program_can_only_compute(verifier: PythonTests, tmp_path: Path, code: str) -> None:
     """The kernel refuses each attempt, so the program fails and leaves no trace."""
-    kept, mark = tmp_path / "kept", tmp_path / "mark"
-    kept.write_text("kept")
+    file, mark = tmp_path / "kept", tmp_path / "mark"
+    file.write_text("kept")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.0)
-        filled = code.format(port=server.getsockname()[1], mark=mark, kept=kept, pid=os.getpid())
-        assert verifier.grade([block(filled)], ["assert True"]) == [0.0]
+        program = code.format(port=server.getsockname()[1], mark=mark, file=file, pid=os.getpid())
+        assert verifier.grade([block(program)], ["assert True"]) == [0.0]
         with pytest.raises(BlockingIOError):
             server.accept()
-    assert not mark.exists() and kept.read_text() == "kept"
+    assert not mark.exists() and file.read_text() == "kept"
 
 
 def test_threads_and_the_standard_library_may_be_used(verifier: PythonTests) -> None:

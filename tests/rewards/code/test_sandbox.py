@@ -1,4 +1,4 @@
-"""Hostile programs in the sandbox are refused every effect: as root or a plain user, with Landlock or without."""
+"""The sandbox refuses every effect of a hostile program: to root and to a plain user, with Landlock and without."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def assert_refused(outcome: dict[str, Any]) -> None:
     assert len(outcome["results"]) > 120
     assert {name: r for name, r in outcome["results"].items() if r not in REFUSED} == {}
     calls = {r for name, r in outcome["results"].items() if name in attacks.CALLS}
-    assert calls == {"EPERM", "ENOSYS"}  # from the filter, not from a missing file or right
+    assert calls == {"EPERM", "ENOSYS"}  # the filter's errors, not those of a missing file or permission
     assert not outcome["harm"] and outcome["signals"] == []
 
 
@@ -51,8 +51,11 @@ def test_everything_is_refused() -> None:
     assert_refused(attacks.attack(landlock=True))
 
 
-def _plain_attack(folder: Path, landlock: bool, user: int) -> dict[str, Any]:
-    """Outcome of the attack as another user, who cannot read this checkout, with the system's Python."""
+def _attack_as(folder: Path, landlock: bool, user: int) -> dict[str, Any]:
+    """Run the attack as another user with the system's Python, and return its outcome.
+
+    That user cannot read this checkout, so `folder` gets a copy of the modules.
+    """
     package = folder / "nemo_disco"
     for part in ("rewards", "runtime"):
         shutil.copytree(Path(nemo_disco.__file__).parent / part, package / part)
@@ -76,7 +79,7 @@ def test_as_a_plain_user_and_without_landlock(landlock: bool, user: int) -> None
     folder = Path(f"/tmp/attack-of-nemo-disco-{os.getpid()}")
     folder.mkdir()
     try:
-        assert_refused(_plain_attack(folder, landlock, user))
+        assert_refused(_attack_as(folder, landlock, user))
     finally:
         shutil.rmtree(folder)
 
@@ -87,12 +90,12 @@ def test_calls_in_another_numbering_end_the_program(sandbox: Sandbox) -> None:
         pytest.skip("only x86-64 has other numberings")
     x32 = "import ctypes\nctypes.CDLL(None).syscall(ctypes.c_long(0x40000000 + 39))\nprint('on')"
     machine_code = "b8 14 00 00 00 cd 80 c3"  # mov eax, 20 (getpid); int 0x80; ret
-    old = (
+    int80 = (
         "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\n"
         f"m.write(bytes.fromhex('{machine_code}'))\n"
         "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\nprint('on')"
     )
-    for code in (x32, old):
+    for code in (x32, int80):
         outcome = attacks.run(sandbox, code)
         assert (outcome.exit_code, outcome.stdout) == (-31, b"")  # SIGSYS
 
@@ -120,16 +123,16 @@ def test_a_kernel_that_does_not_confine_stops_the_run(monkeypatch: pytest.Monkey
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root's programs become another user")
 def test_a_python_that_the_user_nobody_cannot_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Landlock. The message must not blame seccomp."""
+    """Landlock is off here. The message must not blame seccomp."""
     environment = tmp_path / "root's"
     venv.create(environment, symlinks=True, with_pip=False)
     (environment / "lib").chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(environment / "bin/python"))
     sandbox = Sandbox(landlock=False)
-    with pytest.raises(UserError, match=r"the user nobody cannot read .*install Python where every user can") as raised:
+    with pytest.raises(UserError, match=r"the user nobody cannot read .*install Python where every user can") as error:
         attacks.run(sandbox, "print(1)")
     sandbox.close()
-    assert "seccomp" not in str(raised.value)
+    assert "seccomp" not in str(error.value)
 
 
 FLOODS = {
@@ -234,21 +237,21 @@ def test_the_search_finds_a_secret_that_is_in_the_process() -> None:
 
 
 def test_the_attacks_succeed_outside_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same calls change the file and read the memory there, so it is the sandbox that refuses them above."""
+    """Outside, the same calls change the file and read the memory; so the tests above show that the sandbox refuses."""
     path = tmp_path / "victim"
     path.write_text("kept")
     path.chmod(0o600)
-    mild = ["utimes", "utimensat", "lsetxattr", "fremovexattr", "kill", "prlimit64", "chmod"]
-    monkeypatch.setattr(attacks, "CALLS", {name: attacks.CALLS[name] for name in mild})
+    calls = ["utimes", "utimensat", "lsetxattr", "fremovexattr", "kill", "prlimit64", "chmod"]
+    monkeypatch.setattr(attacks, "CALLS", {name: attacks.CALLS[name] for name in calls})
     with subprocess.Popen(["sleep", "60"]) as victim:
-        code = attacks.program(path, victim.pid)
+        code = attacks.build_program(path, victim.pid)
         # Leave these out: they would end the victim before the later calls, and leave files behind.
         for part in ('os.write(writing, b"x")\n', '"/tmp/x", "/dev/shm/x", '):
             assert part in code
             code = code.replace(part, "")
         command = [sys.executable, "-c", code]
         run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=tmp_path, check=True)
-        assert victim.wait(10) == -9  # by the pipe's signal
+        assert victim.wait(10) == -9  # killed by the signal that the pipe sends when it is written to
     successes = {name for name, result in json.loads(run.stdout).items() if result == "got through"}
     assert {"kill", "chmod", "utimensat", "F_SETOWN", "F_SETSIG", "O_ASYNC", f"environ of {victim.pid}"} <= successes
     assert path.stat().st_mode & 0o777 == 0o777

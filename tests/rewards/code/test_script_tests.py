@@ -1,4 +1,4 @@
-"""Tests that are scripts run in a process of their own: right programs pass them, forged results do not."""
+"""Tests that are a script run in a process apart from the program: right programs pass, forged results do not."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Stack:
     def __eq__(self, other): return self.items == other.items
 def reverse(stack): return Stack(stack.items[::-1])
 """
+# By name: a program, the body of a test that it passes, and that of a test that it fails ("pass": there is none).
 HONEST = {
     "check": ("f = lambda x: x + 1", "assert candidate(1) == 2; assert candidate(2) == 3, 'three'", "pass"),
     "loop": ("def f(x): return x * x", "for i in range(99): assert candidate(i) == i**2", "assert candidate(2) == 5"),
@@ -115,7 +116,7 @@ def test_honest_programs(verifier: PythonTests, code: str, right: str, wrong: st
 
 
 def test_tests_run_as_main(verifier: PythonTests) -> None:
-    """Their `__name__` is "__main__" and their SystemExit is a success; a SystemExit of the program is not."""
+    """The tests have `__name__ == "__main__"`, and their SystemExit is a success; the program's SystemExit is not."""
     tests = "def test_f():\n    assert f(1) == 1\nif __name__ == '__main__':\n    test_f()\n    raise SystemExit"
     assert reason(verifier, "def f(x): return x", tests) == verdict.CORRECT
     for wrong in ("return x + 1", "raise SystemExit", "raise SystemExit(0)"):

@@ -1,7 +1,4 @@
-"""Rewrites a gold answer: the same answer spelled otherwise, which is right, or with another digit, which is wrong.
-
-String processing.
-"""
+"""Functions that rewrite a gold answer's text: in another spelling, which is right, or with a wrong digit."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ _WORD = re.compile(r"\\text|\\mbox|[a-zA-Z]{2,}|[A-Z]")
 _LIST = re.compile(r"[^,()\[\]\\]+(?:,[^,()\[\]\\]+)+")
 
 
-def rewritten(gold: str) -> dict[str, str]:
-    """Equivalent forms of the answer by name; a form is left out if it might mean something else."""
-    forms = {"style": respelled(gold)}
+def list_forms(gold: str) -> dict[str, str]:
+    """The answer in other forms with the same meaning, by the form's name; doubtful forms are left out."""
+    forms = {"style": respell(gold)}
     if (value := _value(gold)) is not None:
         over, under = value.numerator, value.denominator
         forms["fraction"] = rf"\frac{{{3 * over}}}{{{3 * under}}}"
@@ -37,8 +34,8 @@ def rewritten(gold: str) -> dict[str, str]:
     return forms
 
 
-def changed(gold: str, rng: random.Random) -> str:
-    """The answer with one digit changed; an answer without digits gets a summand 1."""
+def change_digit(gold: str, rng: random.Random) -> str:
+    """Change one digit of the answer, or add 1 to an answer that has no digits."""
     digits = [match.start() for match in re.finditer(r"\d", gold)]
     if not digits:
         return gold + "+1"
@@ -46,20 +43,21 @@ def changed(gold: str, rng: random.Random) -> str:
     return gold[:i] + str((int(gold[i]) + rng.randint(1, 9)) % 10) + gold[i + 1 :]
 
 
-def respelled(gold: str) -> str:
-    """The answer in another LaTeX style: \\left and \\right, displayed fractions, more spaces, dollar signs."""
+def respell(gold: str) -> str:
+    """Write the answer in another LaTeX style: \\left and \\right, displayed fractions, more spaces, dollar signs."""
     plain = gold.strip().strip("$").replace(r"\left", "").replace(r"\right", "").replace(r"\frac", r"\dfrac")
     sized = plain.replace("(", r"\left(").replace(")", r"\right)")
     return "$ " + re.sub(r"([+=])", r" \1 ", sized) + " $"
 
 
 def _value(gold: str) -> Fraction | None:
+    """The answer's exact value, or None if it is not a plain number."""
     number = parse_numeral(canonicalize(gold))
     return number.value if number is not None and not number.percent else None
 
 
 def _is_expression(gold: str) -> bool:
-    """True for one number or term: no words, no list, no relation, no single letter that names a choice."""
+    """True for a single number or term: no words, no list, no relation, no letter that may name a choice."""
     plain = canonicalize(gold)
     commands = re.sub(r"\\[a-zA-Z]+", "", plain)
     return bool(_EXPRESSION.fullmatch(plain)) and not _WORD.search(commands) and len(plain) > 1

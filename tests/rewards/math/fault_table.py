@@ -1,6 +1,6 @@
-"""Kinds of fault that the grader had: pairs that it must find equal and pairs that it must not. Plain data.
+"""Kinds of fault that the grader once had, with the pairs that it must find equal or unequal. Plain data.
 
-KINDS[name] = (equal pairs, unequal pairs), each pair an answer and its gold answer.
+KINDS[name] = (equal pairs, unequal pairs); a pair is an answer and the gold answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""More of fault_table's kinds: lists, chains, sets, spellings, matrices. Plain data, of the same form."""
+"""More kinds of fault, as in fault_table.py and in the same form: lists, chains, sets, spellings, matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of algebra processes: threads, killed processes, closing; verdicts depend on neither size nor order."""
+"""The pool of algebra processes: threads, killed processes, closing; its size and the order change no verdict."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ CASES = [(rf"\boxed{{{i}+x}}", f"x+{i if i % 3 else i + 1}") for i in range(24)]
 EXPECTED = [1.0 if i % 3 else 0.0 for i in range(24)]
 
 
-def workers_of(parent: int) -> list[int]:
-    """Pids of all descendants of a process, from /proc."""
+def descendants(parent: int) -> list[int]:
+    """Process ids of all living descendants of a process, read from /proc."""
     pids = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # it ended meanwhile
+            continue  # the process ended meanwhile
         if int(fields[1]) == parent and fields[0] != "Z":
             pid = int(status.parent.name)
-            pids += [pid, *workers_of(pid)]
+            pids += [pid, *descendants(pid)]
     return pids
 
 
-def server_of(grader: MathGrader) -> int:
+def server_pid(grader: MathGrader) -> int:
     process = grader._pool._process
     assert process is not None
     return process.pid
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-def until(condition: object, seconds: float = 60.0) -> bool:
+def wait_until(condition: object, seconds: float = 60.0) -> bool:
+    """Wait for the condition; False if it does not hold within these seconds."""
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
@@ -75,23 +76,23 @@ def test_neither_size_nor_order_changes_the_result(grader: MathGrader) -> None:
 def test_a_killed_process_is_replaced_and_its_answers_are_judged_again() -> None:
     with MathGrader(timeout=2.0, workers=2) as grader:
         assert grader.grade([r"\boxed{1+x}"], ["x+1"]) == [1.0]
-        server = server_of(grader)
+        server = server_pid(grader)
         results: list[list[float]] = []
         responses, answers = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{9^{9^{9^{8}}}}", r"\boxed{2+x}"], ["5", "5", "x+2"]
         thread = threading.Thread(target=lambda: results.append(grader.grade(responses, answers)))
         thread.start()
         # Both children are busy with the power towers; the third answer waits.
-        assert until(lambda: [spent > 0.1 for spent in map(processor_time, workers_of(server))] == [True] * 2)
+        assert wait_until(lambda: [spent > 0.1 for spent in map(processor_time, descendants(server))] == [True] * 2)
         os.kill(server, signal.SIGKILL)
         thread.join()
         assert results == [[0.0, 0.0, 1.0]]
-        assert server_of(grader) != server
+        assert server_pid(grader) != server
 
 
 def test_a_child_that_dies_costs_its_answer_only() -> None:
     with MathGrader(timeout=20.0, workers=1) as grader:
         assert grader.grade([r"\boxed{1+x}"], ["x+1"]) == [1.0]
-        [child] = workers_of(server_of(grader))
+        [child] = descendants(server_pid(grader))
         before = processor_time(child)
         verdicts: list[Verdict] = []
         thread = threading.Thread(
@@ -100,20 +101,20 @@ def test_a_child_that_dies_costs_its_answer_only() -> None:
             )
         )
         thread.start()
-        assert until(lambda: processor_time(child) > before + 0.2)  # it judges the power tower
+        assert wait_until(lambda: processor_time(child) > before + 0.2)  # the child is busy with the power tower
         os.kill(child, signal.SIGKILL)
         thread.join()
         assert verdicts == [Verdict(0.0, "grader worker died"), Verdict(1.0, "correct")]
 
 
 def test_a_request_to_stop_leaves_the_processes_alone() -> None:
-    """SLURM signals all processes of a task; an answer whose judge died of it would count as wrong."""
+    """SLURM signals all processes of a task; if an algebra process died of it, its answer would count as wrong."""
     with MathGrader(timeout=60.0, workers=2) as grader, ThreadPoolExecutor() as executor:
         grades = executor.submit(grader.grade, *map(list, zip(*CASES, strict=True)))
-        assert until(lambda: grader._pool._process is not None)
-        while not grades.done():  # from the server's start on
-            server = server_of(grader)
-            for pid in (server, *workers_of(server)):
+        assert wait_until(lambda: grader._pool._process is not None)
+        while not grades.done():  # from the start of the server on
+            server = server_pid(grader)
+            for pid in (server, *descendants(server)):
                 for number in (signal.SIGUSR1, signal.SIGTERM):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
@@ -124,11 +125,11 @@ def test_a_request_to_stop_leaves_the_processes_alone() -> None:
 def test_closing_ends_the_processes() -> None:
     grader = MathGrader(timeout=30.0, workers=2)
     grader.grade([r"\boxed{1+x}", r"\boxed{2+x}"], ["x+1", "x+2"])
-    server = server_of(grader)
-    processes = {server, *workers_of(server)}
+    server = server_pid(grader)
+    processes = {server, *descendants(server)}
     assert len(processes) == 3
     grader.close()
-    assert until(lambda: not any(map(alive, processes)))
+    assert wait_until(lambda: not any(map(is_alive, processes)))
     with pytest.raises(RuntimeError, match="closed"):
         grader.grade([r"\boxed{1+x}"], ["x+1"])
 
@@ -142,14 +143,14 @@ def test_the_processes_end_with_a_killed_parent() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "ready\n"
-        processes = workers_of(parent.pid)
+        processes = descendants(parent.pid)
         assert len(processes) >= 2
         parent.kill()
-    assert until(lambda: not any(map(alive, processes)))
+    assert wait_until(lambda: not any(map(is_alive, processes)))
 
 
 def test_a_process_that_cannot_start_is_an_error_not_a_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With reward 0, a broken installation would look like a bad policy."""
+    """If it gave reward 0, a broken installation would look like a bad policy."""
     (tmp_path / "latex2sympy2_extended.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with MathGrader() as grader, pytest.raises(RuntimeError, match="did not start"):
@@ -164,11 +165,12 @@ def test_a_module_in_the_working_directory_is_not_imported(monkeypatch: pytest.M
 
 
 def test_an_answer_is_tried_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test lowers the limit to one attempt, so the first death of the server already decides."""
     monkeypatch.setattr(algebra_pool, "MAX_ATTEMPTS", 1)
     with MathGrader(timeout=5.0) as grader:
         future = grader._pool.submit("9^{9^{9^{9}}}", ["5"])
-        assert until(lambda: workers_of(server_of(grader)))
-        os.kill(server_of(grader), signal.SIGKILL)
+        assert wait_until(lambda: descendants(server_pid(grader)))
+        os.kill(server_pid(grader), signal.SIGKILL)
         assert future.result() == "grader worker died"
 
 

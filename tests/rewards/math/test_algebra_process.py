@@ -1,4 +1,4 @@
-"""The guards of a judge, each tested alone: sympy's restricted string parser, its errors, and the audit hook."""
+"""The guards of an algebra process, one by one: sympy's restricted string parser, its errors, and the audit hook."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_disco.rewards.math.algebra_process import refuse_effects
 
 
 def test_sympys_parser_takes_arithmetic_only() -> None:
-    """In its own process, since `restrict_string_parser` cannot be undone. A bare name, `open`, becomes a symbol."""
+    """Another process runs the code, since `restrict_string_parser` cannot be undone. `open` is read as a symbol."""
     code = """
 import sympy
 from nemo_disco.rewards.math.expressions import restrict_string_parser
@@ -67,6 +67,6 @@ def test_effects_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_child_whose_parent_was_killed_ends_by_itself() -> None:
-    """The kernel ends it when its processor time is used up."""
+    """The kernel ends the child when its processor time is used up."""
     code = "from nemo_disco.rewards.math.algebra_process import limit_cpu; limit_cpu(0.1); x = 9 ** 9 ** 9 ** 9"
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGXCPU

@@ -1,4 +1,4 @@
-"""The grader on tables of equal and unequal answers; with several boxes or gold answers."""
+"""The grader on tables of equal and unequal answers, on several boxes, and on several gold answers."""
 
 from __future__ import annotations
 

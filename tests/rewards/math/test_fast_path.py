@@ -1,4 +1,4 @@
-"""The fast path must be exact: algebra never sees an answer that it took for right by mistake."""
+"""The fast path must be exact, since no later check sees an answer that it decides."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ FRACTIONS = st.fractions(min_value=-1000, max_value=1000, max_denominator=1000)
 
 
 def spellings(value: Fraction) -> list[str]:
+    """The fraction as text and in two LaTeX styles."""
     sign, over, under = "-" if value < 0 else "", abs(value.numerator), value.denominator
     return [f"{sign}{over}/{under}", rf"{sign}\frac{{{over}}}{{{under}}}", rf"$ {sign}\dfrac{{{over}}}{{{under}}} $"]
 
@@ -41,15 +42,15 @@ def test_decimals_with_separators_and_powers_of_ten(digits: int, places: int) ->
     plain = plain if places else str(digits)
     whole, _, rest = plain.partition(".")
     separated = f"{int(whole):,}" if not plain.startswith("-0") else whole
-    for spelled in (
+    for spelling in (
         plain,
         separated + (f".{rest}" if rest else ""),
         rf"{digits} \times 10^{{-{places}}}",
         f"{digits}e-{places}",
     ):
-        parsed = parse_numeral(canonicalize(spelled))
-        assert parsed is not None
-        assert parsed.value == value
+        numeral = parse_numeral(canonicalize(spelling))
+        assert numeral is not None
+        assert numeral.value == value
 
 
 @pytest.mark.parametrize(
@@ -102,14 +103,14 @@ ANSWERS = st.text(alphabet="012345.,/\\{}$%^_ ifractextcm+-", max_size=30)
 @untimed
 @given(ANSWERS, ANSWERS)
 def test_decisions_are_reflexive_and_symmetric(a: str, b: str) -> None:
-    """Symmetric except for a base, which only the answer may leave out."""
+    """A base is the exception from the symmetry: only the answer may leave it out."""
     assert decide(a, a) is True or not squeeze(canonicalize(a))
     assert decide(a, b) is decide(b, a) or "_" in a + b
     strip_unit(a)
 
 
 def test_two_thousand_plain_answers_a_second() -> None:
-    """By CPU time on one core; the promise is for two cores."""
+    """The rate per second of CPU time on one core; the grader promises it for two cores."""
     cases = [(str(i), str(i + i % 2)) for i in range(1000)]
     cases += [(f"{i}.50", rf"{i}\frac{{1}}{{2}}") for i in range(1000)]
     cases += [(f"{i:,}", rf"\${i}") for i in range(5000, 6000)]

@@ -1,4 +1,4 @@
-"""No answer may exceed its time limit, end the pool, or run code. Each case has stopped some grader."""
+"""No answer may exceed its time limit, end the pool, or run code. Each case here has stopped some grader."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ TOWER = r"\boxed{9^{9^{9^{9}}}}"
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[MathGrader]:
+def strict_grader() -> Iterator[MathGrader]:
+    """A grader with a short time limit, whose processes have started."""
     with MathGrader(timeout=LIMIT, workers=2) as grader:
         grader.grade([r"\boxed{x+1}"], ["1+x"])  # starting up does not count as an answer's time
         yield grader
 
 
 def processor_seconds(grader: MathGrader) -> float:
-    """Processor time of the grader's judges, dead and alive, in seconds; exact while none is at work."""
-    grader.grade([r"\boxed{2+x}"], ["x+2"])  # waits until judges past their limit have been ended
+    """Seconds of processor time that the grader's judges have used, with the dead ones; exact while none is at work."""
+    grader.grade([r"\boxed{2+x}"], ["x+2"])  # returns after all judges past their limit were ended
     process = grader._pool._process
     assert process is not None
     seconds = sum(map(processor_time, children_of(process.pid)))
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return seconds + (int(fields[13]) + int(fields[14])) / TICKS  # of the children that have ended
+    return seconds + (int(fields[13]) + int(fields[14])) / TICKS  # the children that have ended
 
 
 def children_of(pid: int) -> list[int]:
@@ -65,22 +66,22 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_answer_keeps_to_its_limit_and_the_pool_goes_on(strict: MathGrader, answer: str) -> None:
-    start = processor_seconds(strict)
-    [verdict] = strict.grade_with_reasons([rf"\boxed{{{answer}}}"], ["x+2"])
-    assert processor_seconds(strict) - start < LIMIT + SLACK
+def test_a_hostile_answer_keeps_to_its_limit_and_the_pool_goes_on(strict_grader: MathGrader, answer: str) -> None:
+    start = processor_seconds(strict_grader)
+    [verdict] = strict_grader.grade_with_reasons([rf"\boxed{{{answer}}}"], ["x+2"])
+    assert processor_seconds(strict_grader) - start < LIMIT + SLACK
     assert verdict.reward == 0.0
-    assert strict.grade([r"\boxed{2+x}"], ["x+2"]) == [1.0]
+    assert strict_grader.grade([r"\boxed{2+x}"], ["x+2"]) == [1.0]
 
 
-def test_a_power_tower_costs_one_limit(strict: MathGrader) -> None:
-    start = processor_seconds(strict)
-    assert strict.grade_with_reasons([TOWER], ["5"]) == [Verdict(0.0, "timeout")]
-    assert LIMIT <= processor_seconds(strict) - start < LIMIT + SLACK
+def test_a_power_tower_costs_one_limit(strict_grader: MathGrader) -> None:
+    start = processor_seconds(strict_grader)
+    assert strict_grader.grade_with_reasons([TOWER], ["5"]) == [Verdict(0.0, "timeout")]
+    assert LIMIT <= processor_seconds(strict_grader) - start < LIMIT + SLACK
 
 
 def test_waiting_for_a_processor_does_not_count() -> None:
-    """Else right answers would get 0 on a busy machine. A stopped judge stands for one that gets no processor."""
+    """If it did, right answers would get 0 on a busy machine. Here a judge gets no processor because it is stopped."""
     with MathGrader(timeout=LIMIT, workers=1) as grader:
         assert grader.grade([r"\boxed{x+1}"], ["1+x"]) == [1.0]
         process = grader._pool._process
@@ -94,17 +95,17 @@ def test_waiting_for_a_processor_does_not_count() -> None:
         assert verdict.result() == "timeout"
 
 
-def test_hostile_answers_do_not_spoil_their_neighbours(strict: MathGrader) -> None:
+def test_hostile_answers_do_not_spoil_their_neighbours(strict_grader: MathGrader) -> None:
     """An answer that waits behind four power towers still gets its full time."""
     towers = [rf"\boxed{{9^{{9^{{9^{{9}}}}}}+{i}}}" for i in range(4)]
-    rewards = strict.grade([*towers, r"\boxed{1+x}", r"\boxed{x+3}"], ["7"] * 4 + ["x+1"] * 2)
+    rewards = strict_grader.grade([*towers, r"\boxed{1+x}", r"\boxed{x+3}"], ["7"] * 4 + ["x+1"] * 2)
     assert rewards == [0.0] * 4 + [1.0, 0.0]
 
 
-def test_equal_hostile_answers_are_judged_once(strict: MathGrader) -> None:
-    start = processor_seconds(strict)
-    assert strict.grade([TOWER] * 64, ["5"] * 64) == [0.0] * 64
-    assert processor_seconds(strict) - start < LIMIT + SLACK
+def test_equal_hostile_answers_are_judged_once(strict_grader: MathGrader) -> None:
+    start = processor_seconds(strict_grader)
+    assert strict_grader.grade([TOWER] * 64, ["5"] * 64) == [0.0] * 64
+    assert processor_seconds(strict_grader) - start < LIMIT + SLACK
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,8 @@ def test_equal_hostile_answers_are_judged_once(strict: MathGrader) -> None:
         r"\mathrm{{open('{}','w')}}",
     ],
 )
-def test_nothing_is_executed(strict: MathGrader, tmp_path: Path, template: str) -> None:
+def test_nothing_is_executed(strict_grader: MathGrader, tmp_path: Path, template: str) -> None:
     mark = tmp_path / "mark"
     for gold in ("1", "x+1", template.format(mark) + "+0"):
-        assert strict.grade([rf"\boxed{{{template.format(mark)}}}"], [gold]) == [0.0]
+        assert strict_grader.grade([rf"\boxed{{{template.format(mark)}}}"], [gold]) == [0.0]
     assert not mark.exists()

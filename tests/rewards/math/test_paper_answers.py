@@ -1,6 +1,6 @@
-"""Each gold answer of the papers' sets equals itself in other spellings, and does not equal a changed answer.
+"""Each gold answer of the papers' sets equals itself in another spelling, and does not equal a copy with a wrong digit.
 
-The sets are not part of the project: the tests run only if NEMO_DISCO_PAPER_DATA or ../shared/data holds them.
+The sets are not part of the project: the tests exist only if NEMO_DISCO_PAPER_DATA or ../shared/data holds them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 import pytest
-from answer_forms import changed, respelled
+from answer_forms import change_digit, respell
 
 from nemo_disco.rewards import MathGrader
 from nemo_disco.rewards.math.fast_path import parse_numeral
@@ -31,8 +31,8 @@ def answers(file: Path) -> list[str]:
     return sorted(gold for gold in golds if gold.strip())
 
 
-def matched(grader: MathGrader, answers: list[str], golds: list[str]) -> list[str]:
-    """The gold answers that the answer at the same index equals."""
+def select_equal(grader: MathGrader, answers: list[str], golds: list[str]) -> list[str]:
+    """The gold answers for which the answer at the same index is graded as right."""
     rewards = grader.grade([rf"...</think> \boxed{{{answer}}}" for answer in answers], golds)
     return [gold for gold, reward in zip(golds, rewards, strict=True) if reward == 1.0]
 
@@ -42,14 +42,14 @@ if FILES:
     @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
     def test_each_gold_answer_equals_itself(grader: MathGrader, file: Path) -> None:
         golds = answers(file)
-        for spell in (str, respelled):
-            correct = matched(grader, [spell(gold) for gold in golds], golds)
+        for spell in (str, respell):
+            correct = select_equal(grader, [spell(gold) for gold in golds], golds)
             assert len(correct) >= SHARE * len(golds), sorted(set(golds) - set(correct))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
     def test_each_gold_answer_equals_itself_in_algebra(grader: MathGrader, file: Path) -> None:
-        """Skips the comparison of texts, which would hide answers that algebra cannot parse."""
+        """The answers go straight to algebra: a comparison of texts would hide those that algebra cannot parse."""
         golds = [gold for gold in answers(file) if parse_numeral(strip_unit(gold)) is None]
         futures = [grader._pool.submit(strip_unit(gold), [strip_unit(gold)]) for gold in golds]
         wrong = [gold for gold, future in zip(golds, futures, strict=True) if future.result() != "correct"]
@@ -60,6 +60,6 @@ if FILES:
     def test_a_changed_answer_does_not_equal_the_gold_answer(grader: MathGrader, file: Path) -> None:
         rng = random.Random(0)
         golds = answers(file)
-        correct = matched(grader, [changed(gold, rng) for gold in golds], golds)
+        correct = select_equal(grader, [change_digit(gold, rng) for gold in golds], golds)
         # `2/3 \approx 0.67` is read as 2/3, whatever number follows the sign.
         assert [gold for gold in correct if r"\approx" not in gold] == []

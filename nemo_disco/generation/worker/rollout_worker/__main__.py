@@ -19,7 +19,7 @@ import torch
 from .weights import RefitReceiver
 from .wire import PROTOCOL, Channel, RefusedError, WireError
 
-_HEARTBEAT_S = 5.0  # between the messages of a generating worker that it is alive
+_HEARTBEAT_S = 5.0  # between two messages by which a generating worker shows that it is alive
 
 
 def _build_engine(settings: dict[str, Any]) -> Any:
@@ -42,7 +42,7 @@ class Server:
         self._last_heartbeat = time.monotonic()
 
     def run(self) -> None:
-        """Answer requests; an error of the engine is sent as a refusal. Raises WireError when the run has gone."""
+        """Answer requests; an error of the engine is sent as a refusal. Raises WireError when the run is gone."""
         while True:
             message, payload = self.channel.receive()
             try:
@@ -63,7 +63,7 @@ class Server:
             self.weights.begin(message["version"])
         elif kind == "bucket":
             self._collective(self.engine.receive, message["slot"])
-            self._all_or_nothing(self.weights.bucket, message["slot"], message["pieces"], payload)
+            self._all_or_nothing(self.weights.load_bucket, message["slot"], message["pieces"], payload)
         elif kind == "commit":
             self._all_or_nothing(self.weights.commit, message["version"], message["checksums"])
         elif kind == "join":
@@ -80,18 +80,18 @@ class Server:
         return {"ok": kind, "version": self.weights.version}
 
     @staticmethod
-    def _collective(part: Callable[..., None], *arguments: Any) -> None:
-        """Call this side of a collective with the run. If it fails this process ends, which takes the run out of it."""
+    def _collective(call: Callable[..., None], *arguments: Any) -> None:
+        """Make a call that is a collective with the run. If it fails, end this process: the run would wait."""
         try:
-            part(*arguments)
+            call(*arguments)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
 
-    def _all_or_nothing(self, part: Callable[..., None], *arguments: Any) -> None:
-        """Call a part of the refit, and abort the refit if it fails."""
+    def _all_or_nothing(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Make a call that belongs to the refit, and abort the refit if it fails."""
         try:
-            part(*arguments)
+            call(*arguments)
         except BaseException:
             self.weights.abort()
             raise
@@ -112,14 +112,14 @@ class Server:
         return {"done": len(prompts), "version": version}
 
     def _heartbeat(self) -> None:
-        """Tell the run, between an engine's steps, that there is progress. Raises WireError if the run has gone."""
+        """Tell the run every few seconds that the engine makes progress. Raises WireError if the run is gone."""
         if time.monotonic() - self._last_heartbeat > _HEARTBEAT_S:
             self._last_heartbeat = time.monotonic()
             self.channel.send({"alive": True})
 
 
 def connect(address: str | list[Any]) -> socket.socket:
-    """A connection to the run. address: the path of a Unix socket, or [host, port]."""
+    """Connect to the run and return the connection. address: the path of a Unix socket, or [host, port]."""
     if isinstance(address, str):
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
@@ -130,7 +130,7 @@ def connect(address: str | list[Any]) -> socket.socket:
 
 
 def _exit_with_run() -> None:
-    """End this process when the run ends, however it ends: its end closes our standard input."""
+    """End this process when the run ends, however it ends: that closes this process's standard input."""
     while sys.stdin.buffer.read(1):
         pass
     os._exit(1)

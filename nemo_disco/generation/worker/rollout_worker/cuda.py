@@ -1,7 +1,7 @@
-"""Staging memory on a GPU that another process can write (CUDA IPC), and NCCL broadcasts to other machines' engines.
+"""GPU staging memory that another process can write (CUDA IPC), and NCCL broadcasts to engines on other machines.
 
 Calls the CUDA runtime and NCCL by ctypes: torch's own handles differ between its versions, and run and worker have
-different versions. Not run: nothing here has seen a GPU.
+different versions. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class IpcMemory:
 
     @classmethod
     def open(cls, description: dict[str, Any]) -> IpcMemory:
-        """Open another process's memory, in the run. description: of `describe` there."""
+        """Open another process's memory, in the run. description: the result of `describe` in that process."""
         cudart, pointer = _library("cudart"), ctypes.c_void_p()
         handle = bytes.fromhex(description["handle"])
         with torch.cuda.device(_device(description["uuid"])):
@@ -67,7 +67,7 @@ class IpcMemory:
             return cls(_as_tensor(pointer, description["size"]), handle)
 
     def close(self) -> None:
-        """Close memory that was opened, in the run; `tensor` must not be used afterwards."""
+        """Close memory that `open` opened, in the run; `tensor` must not be used afterwards."""
         with torch.cuda.device(self.tensor.device):
             pointer = ctypes.c_void_p(self.tensor.data_ptr())
             _check(_library("cudart").cudaIpcCloseMemHandle(pointer), "cudaIpcCloseMemHandle")
@@ -79,7 +79,7 @@ class IpcMemory:
 
 
 def _device(uuid: str) -> int:
-    """The index of a GPU in this process."""
+    """The index in this process of the GPU with this uuid."""
     for i in range(torch.cuda.device_count()):
         if str(torch.cuda.get_device_properties(i).uuid) == uuid:
             return i
@@ -102,7 +102,7 @@ class Broadcast:
     """NCCL broadcast of bytes from the run (rank 0) to an engine's ranks, with a communicator of its own."""
 
     def __init__(self, unique_id: bytes, rank: int, size: int, device: torch.device) -> None:
-        """Join. Returns when all ranks have joined, and never if one does not. unique_id: of the run's `make_id`."""
+        """Join. Returns when all ranks have joined, and never if one does not. unique_id: by `make_id` on rank 0."""
         self._nccl, self._communicator = _library("nccl"), ctypes.c_void_p()
         with torch.cuda.device(device):
             code = self._nccl.ncclCommInitRank(
@@ -112,7 +112,7 @@ class Broadcast:
 
     @staticmethod
     def make_id() -> bytes:
-        """A new id for the communicator of one broadcast, on rank 0."""
+        """Make the id of a new communicator, on rank 0."""
         unique_id = _UniqueId()
         _check(_library("nccl").ncclGetUniqueId(ctypes.byref(unique_id)), "ncclGetUniqueId")
         return bytes(unique_id)
@@ -128,5 +128,5 @@ class Broadcast:
         stream.synchronize()
 
     def abort(self) -> None:
-        """Stop a broadcast that another thread of this process is in, and free the communicator."""
+        """Stop a broadcast in another thread of this process, and free the communicator."""
         _check(self._nccl.ncclCommAbort(self._communicator), "ncclCommAbort")

@@ -1,4 +1,4 @@
-"""The worker's engine on TensorRT-LLM 1.2 and 1.3. Not run: written to the published API, tested against a fake of it.
+"""The worker's engine on TensorRT-LLM 1.2 and 1.3. Not run: written to the published API, tested with a fake.
 
 The names are those of NVIDIA/TensorRT-LLM: tensorrt_llm/llmapi/rlhf_utils.py at 04762f3 (WorkerExtension),
 _torch/async_llm.py at 0acd798 (sleep, wakeup), sampling_params.py at 000a01d (SamplingParams).
@@ -44,10 +44,10 @@ class TensorRtLlm:
             )
         self.bias = _bias(settings["vocabulary"], settings["rows"], parameters)
         fields = llm_args.TorchLlmArgs.model_fields
-        lacking = [name for name in ("orchestrator_type", "ray_worker_extension_cls") if name not in fields]
-        if lacking:
+        missing = [name for name in ("orchestrator_type", "ray_worker_extension_cls") if name not in fields]
+        if missing:
             raise RefusedError(
-                f"TensorRT-LLM {version} has no {' and no '.join(lacking)}, so its weights cannot be replaced; "
+                f"TensorRT-LLM {version} has no {' and no '.join(missing)}, so its weights cannot be replaced; "
                 "use 1.2 or later"
             )
         arguments: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class TensorRtLlm:
         )
 
     def begin_refit(self) -> None:
-        """Begin a refit; the extension itself begins at the first bucket."""
+        """Begin a refit; TensorRT-LLM's extension begins at the first bucket."""
         self.assembly = Assembly()
 
     def load_bucket(self, slot: int, pieces: list[Any]) -> dict[str, str]:
@@ -158,7 +158,7 @@ class TensorRtLlm:
         return {name: checksum for name, _, checksum in complete}
 
     def share(self, weights: list[tuple[str, Tensor]]) -> dict[str, list[Any]]:
-        """The weights in the extension's form: for each GPU, names and torch's handles of shared tensors."""
+        """Share the weights in the extension's form: by GPU, names and torch's handles of shared tensors."""
         from tensorrt_llm._torch.utils import get_device_uuid
         from torch.multiprocessing.reductions import reduce_tensor
 
@@ -186,7 +186,7 @@ class TensorRtLlm:
 
 
 def _bias(vocabulary: int, rows: int, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Arguments of SamplingParams that keep padding rows of the vocabulary out of samples and log-probs."""
+    """Arguments of SamplingParams that keep the vocabulary's padding rows out of samples and log-probs."""
     if vocabulary == rows:
         return {}
     if "embedding_bias" not in parameters:

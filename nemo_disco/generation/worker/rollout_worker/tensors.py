@@ -1,7 +1,7 @@
 """Tensors in staging memory: their checksums, and the assembly of large tensors from pieces.
 
-Both sides of the wire import it. Staging memory is small, so that it stays in the processor's cache; a copy is summed
-while it is still in the cache.
+Both sides of the wire import it. Staging memory is small, so that it stays in the processor's cache; a copy's checksum
+is computed while it is still there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROW = 4096  # bytes; tensors are cut only at multiples of it
 class Checksum:
     """Checksum of a tensor's bytes on any device, added in pieces of which all but the last are whole rows (ROW bytes).
 
-    It is the sum of the 64-bit words, which any one changed word changes, and a CRC-32 of the sums of the rows in order
+    It is the sum of the rows' 64-bit words, which differs if one word differs, and a CRC-32 of the rows' sums in order
     and of the bytes after the last row. Runs at the speed of memory; the order of words inside a row does not count.
     """
 
@@ -59,7 +59,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class Assembly:
-    """Puts tensors together from the pieces in buckets, in memory of their own (the receiving side)."""
+    """Puts tensors together from the pieces in buckets, each in memory of its own, in the worker."""
 
     def __init__(self, allocate: Callable[[str, Sequence[int], torch.dtype], Tensor] | None = None) -> None:
         """allocate(name, shape, dtype): returns memory for a tensor; None for new memory on the bucket's device."""

@@ -1,6 +1,6 @@
 """The worker's engine on vLLM 0.32: streams responses, and refits by vLLM's layer-wise reload.
 
-Comments name each default of vLLM that would be silently wrong here, where it is changed.
+A comment explains each default of vLLM that is changed because it would be silently wrong here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOAD_BYTES = 32 << 20  # loaded together: each load goes through all of vLLM's 
 
 
 class Vllm:
-    """vLLM's engine in this process (with tensor parallelism its ranks are processes of its own)."""
+    """vLLM's engine in this process; with tensor parallelism it starts a process for each rank."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -157,7 +157,7 @@ class Vllm:
 def _vllm_hide_rows(worker: Any, vocabulary: int) -> None:
     """Set the logits of padding rows (from `vocabulary` on) to -inf, for sampling and log-probs alike.
 
-    Once a step for the whole batch; `allowed_token_ids` would need a list of the vocabulary for each request."""
+    A hook does so for the whole batch; `allowed_token_ids` would need a list of the vocabulary for each request."""
 
     def hide(_layer: Any, _inputs: Any, options: dict[str, Any], logits: torch.Tensor | None) -> None:
         if logits is None:  # a rank that does not sample

@@ -1,6 +1,6 @@
 """The worker's side of a refit, a transaction: begin, buckets, commit or abort. Nothing is generated during it.
 
-Knows the wire and the names and shapes in the model directory; how a bucket is loaded is the engine's part.
+Knows the wire and the names and shapes in the model directory; the engine loads the buckets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GPU_SLOTS, _CPU_SLOTS = (2, 64 << 20), (4, 2 << 20)
 
 
 def expected_weights(directory: str) -> dict[str, list[int]]:
-    """Name and shape of every weight in a Hugging Face directory, from the safetensors headers."""
+    """Shape of every weight in a Hugging Face directory by name, without lm_head if it is tied to the embeddings."""
     with open(os.path.join(directory, "config.json")) as file:
         tied = json.load(file).get("tie_word_embeddings", False)
     shapes: dict[str, list[int]] = {}
@@ -45,12 +45,12 @@ def check_slots(shape: Sequence[int], directory: str, dtype: torch.dtype) -> Non
 
 
 def _aligned(sizes: Sequence[int]) -> int:
-    """Bytes of tensors one after another in a bucket, each of them aligned."""
+    """Bytes that tensors take one after another in a bucket, each of them aligned."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 class RefitReceiver:
-    """Receives refits into an engine. Until a full one is committed `version` is None, and nothing may be generated."""
+    """Receives refits into an engine. Until a full one is committed `version` is None and nothing may be generated."""
 
     def __init__(
         self, engine: Any, directory: str, dtype: torch.dtype, remote: bool, bucket_bytes: int | None = None
@@ -61,8 +61,8 @@ class RefitReceiver:
         self.expected = expected_weights(directory)
         self.version: int | None = None
         self._target: int | None = None
-        self._arrived: dict[str, int] = {}  # bytes so far, by name
-        self._received: dict[str, str] = {}  # checksums of complete tensors
+        self._byte_counts: dict[str, int] = {}  # bytes so far, by name
+        self._checksums: dict[str, str] = {}  # checksums of complete tensors
         sizes = [product(shape) * dtype.itemsize for shape in self.expected.values()]
         total = _aligned(sizes)
         self.slots, default_bytes = _GPU_SLOTS if engine.gpu else _CPU_SLOTS
@@ -80,14 +80,14 @@ class RefitReceiver:
         self._mapped: Tensor | None = None
 
     def begin(self, version: int) -> None:
-        """Open a refit to a version of the weights; one that is still open is aborted."""
+        """Open a refit to a version of the weights, after aborting one that is still open."""
         self.abort()
-        self.version, self._target, self._arrived, self._received = None, version, {}, {}
+        self.version, self._target, self._byte_counts, self._checksums = None, version, {}, {}
         self.engine.begin_refit()
 
-    def bucket(self, slot: int, pieces: Sequence[dict[str, Any]], payload: bytearray) -> None:
-        """Load a bucket: the tensors in a slot, and pieces of tensors that are larger than a slot. payload: its bytes,
-        from a run on a machine that cannot reach the slot, else empty."""
+    def load_bucket(self, slot: int, pieces: Sequence[dict[str, Any]], payload: bytearray) -> None:
+        """Load a bucket: the tensors in a slot, and pieces of tensors that are larger than a slot. payload: its
+        bytes if the run's machine cannot write the slot, else empty."""
         if self._target is None:
             raise RefusedError("no refit is open")
         for piece in pieces:
@@ -97,7 +97,7 @@ class RefitReceiver:
                 self._mapped = map_staging(self._path, (self.slots, self.slot_bytes))
             self._mapped[slot, : len(payload)] = torch.frombuffer(payload, dtype=torch.uint8)
         dtype = str(self.dtype)[6:]
-        self._received |= self.engine.load_bucket(
+        self._checksums |= self.engine.load_bucket(
             slot, [(p["name"], dtype, p["shape"], p["offset"], p["first"], p["bytes"]) for p in pieces]
         )
 
@@ -107,25 +107,25 @@ class RefitReceiver:
             raise RefusedError(f"refit: the model has no {name}")
         if shape != self.expected[name]:
             raise RefusedError(f"refit: {name} has shape {shape}, the model's is {self.expected[name]}")
-        arrived = self._arrived.get(name, 0)
-        if arrived == product(shape) * self.dtype.itemsize:
+        count = self._byte_counts.get(name, 0)
+        if count == product(shape) * self.dtype.itemsize:
             raise RefusedError(f"refit: {name} came twice")
-        if piece["first"] != arrived:
-            raise RefusedError(f"refit: of {name} byte {piece['first']} came after {arrived}")
-        self._arrived[name] = arrived + piece["bytes"]
+        if piece["first"] != count:
+            raise RefusedError(f"refit: {name} continued at byte {piece['first']}, not at {count}")
+        self._byte_counts[name] = count + piece["bytes"]
 
     def commit(self, version: int, checksums: dict[str, str]) -> None:
-        """Finish the refit. checksums: the run's, by name. Raises RefusedError naming missing or changed tensors."""
+        """Finish the refit. checksums: the run's, by name. Raises RefusedError naming missing or damaged tensors."""
         if version != self._target:
             raise RefusedError(f"refit: commit of version {version}, but {self._target} is open")
         for fault, names in (
             ("were never sent", self.expected.keys() - checksums.keys()),
-            ("were sent but did not arrive", checksums.keys() - self._received.keys()),
-            ("arrived with other values", [n for n, c in checksums.items() if self._received.get(n, c) != c]),
+            ("were sent but did not arrive", checksums.keys() - self._checksums.keys()),
+            ("arrived with other values", [n for n, c in checksums.items() if self._checksums.get(n, c) != c]),
         ):
             if names:
-                listed = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-                raise RefusedError(f"refit: {len(names)} of {len(self.expected)} tensors {fault}: {listed}")
+                examples = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+                raise RefusedError(f"refit: {len(names)} of {len(self.expected)} tensors {fault}: {examples}")
         self.engine.finish_refit()
         self._target, self.version = None, version
 

@@ -70,7 +70,7 @@ class Channel:
             self.socket.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytearray]:
-        """The next message. Raises WireError if it is malformed or announced as larger than LARGEST; TimeoutError."""
+        """The next message. Raises TimeoutError, and WireError if it is malformed or announced larger than LARGEST."""
         body, payload = _HEAD.unpack(self._read(_HEAD.size))
         if body > LARGEST[0] or payload > LARGEST[1]:
             raise WireError(f"the peer announced a message of {body:,} and {payload:,} bytes, more than any has")
@@ -83,7 +83,7 @@ class Channel:
         return message, self._read(payload)
 
     def _read(self, count: int, deadline: float | None = None) -> bytearray:
-        """The next `count` bytes. deadline: of all of them, by time.monotonic()."""
+        """Read `count` bytes. deadline: the time.monotonic() by which all of them must have come."""
         data, filled = bytearray(min(count, _PIECE)), 0
         while filled < count:
             if filled == len(data):
@@ -91,16 +91,16 @@ class Channel:
             if deadline is not None:
                 self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
             with memoryview(data) as view, view[filled:] as rest:
-                received = self.socket.recv_into(rest)
-            if not received:
+                size = self.socket.recv_into(rest)
+            if not size:
                 raise WireError("the connection was closed")
-            filled += received
+            filled += size
         return data
 
 
 def map_staging(path: str, shape: Sequence[int]) -> Tensor:
-    """Shared memory of another process of this machine, as uint8 [slots, bytes]. Raises RefusedError if it is smaller
-    than that."""
+    """Shared memory of another process of this machine, as a tensor [slots, bytes] uint8. Raises RefusedError if it is
+    smaller than the shape."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         if os.fstat(descriptor).st_size < product(shape):

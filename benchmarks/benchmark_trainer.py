@@ -1,4 +1,4 @@
-"""Our side of the benchmarks: the algorithm that `nemo-disco train` runs, on the benchmarks' model and prompts."""
+"""This project's side of the comparisons: the trainer of `nemo-disco train`, on the benchmarks' model and prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import as_text, prompts, reward
+from common import as_text, grade_by_hash, make_prompts
 from transformers import PreTrainedTokenizerFast
 
 from nemo_disco.algorithms import build_objective
@@ -26,15 +26,18 @@ from nemo_disco.rollout.prompts import PromptSet
 from nemo_disco.runtime.rundir import RunDirectory
 
 
-class FreeGrader:
-    """Grades as the other side does (common.reward), at no cost."""
+class HashGrader:
+    """Grader that gives the rewards of common.grade_by_hash, as TRL's side does."""
 
     def grade(self, responses: Sequence[str], answers: Sequence[object]) -> list[float]:  # noqa: ARG002
-        return [reward(response) for response in responses]
+        return [grade_by_hash(response) for response in responses]
 
 
-def settings(model: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run on this model: GRPO's and DisCO's common settings, one process, float32."""
+def compose_config(model: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run on this model, in one process and float32; `overrides` come last.
+
+    The run's directory is a new temporary one inside the model's directory.
+    """
     return compose(
         "config",
         [
@@ -45,20 +48,23 @@ def settings(model: Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"exp_manager.explicit_log_dir={tempfile.mkdtemp(dir=model)}",
             "generation.temperature=1.0",
             "model.optim.lr=1e-6",
-            "verify.max_mismatch=1e300",  # rollouts that are made up are no engine's
+            "verify.max_mismatch=1e300",  # made-up rollouts have made-up log-probs, which match no engine's
             "verify.max_kl=1e300",
             *overrides,
         ],
     )
 
 
-def build_algorithm(config: RunConfig) -> Trainer:
-    """The trainer of `nemo-disco train`, with made-up questions and a grader that costs nothing."""
+def build_benchmark_trainer(config: RunConfig) -> Trainer:
+    """Build the trainer of `nemo-disco train` in this process, with made-up questions and a grader that costs nothing.
+
+    Sets PyTorch to one thread and starts the process groups.
+    """
     torch.set_num_threads(1)
     parallel.start(config.model, config.seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(config.model.path)
-    asked = prompts(config.data.questions_per_step)
-    questions = [Question(i, as_text(prompt), ("",), "benchmark") for i, prompt in enumerate(asked)]
+    prompts = make_prompts(config.data.questions_per_step)
+    questions = [Question(i, as_text(prompt), ("",), "benchmark") for i, prompt in enumerate(prompts)]
     policy = Policy(
         config.model,
         temperature=config.generation.temperature,
@@ -70,10 +76,10 @@ def build_algorithm(config: RunConfig) -> Trainer:
     engine = MegatronEngine(policy, [tokenizer.eos_token_id])
     return build_trainer(
         config,
-        Components(policy, engine, FreeGrader()),  # type: ignore[arg-type]
+        Components(policy, engine, HashGrader()),  # type: ignore[arg-type]
         build_objective(config.algorithm.objective()),
-        prompts=PromptSet("benchmark", questions, asked, tokenizer),
-        order=QuestionOrder(len(asked), config.data.questions_per_step, config.seed, config.data.shuffle),
+        prompts=PromptSet("benchmark", questions, prompts, tokenizer),
+        order=QuestionOrder(len(prompts), config.data.questions_per_step, config.seed, config.data.shuffle),
         evaluation_sets=[],
         journal=Journal(run, config.exp_manager, writes=True, delta=None),
     )

@@ -1,6 +1,6 @@
-"""The parts of a step's time: named spans of wall-clock seconds, opened where the time is spent.
+"""Times of a step's phases: named spans of wall-clock seconds, opened where the time is spent.
 
-`record_spans` collects the spans that the calls under it open with `span`; without a recording a span does nothing.
+`record_spans` collects the spans that code inside it opens with `span`; without a recording a span does nothing.
 A GPU runs behind the program: there a span waits for the device at both ends, and is a range in Nsight Systems. Spans
 are whole phases, so the waiting costs nothing. `profile_block` writes a trace of a whole step. Imports nothing heavy at
 the top.
@@ -23,7 +23,7 @@ Range = Callable[[str], AbstractContextManager[object]]
 
 @dataclass
 class SpanTimes:
-    """Seconds by span name; wait: until the device is done, before the time is read; range: a context a span."""
+    """Seconds by span name. wait(): returns when the device is done. range(name): a context around a span."""
 
     wait: Callable[[], object]
     range: Range
@@ -35,7 +35,7 @@ _recording: ContextVar[SpanTimes | None] = ContextVar("recording", default=None)
 
 @contextmanager
 def record_spans(times: SpanTimes | None = None) -> Iterator[dict[str, float]]:
-    """Record this thread's spans; yields the seconds by name, which grow as spans end. times: None for the device's."""
+    """Record this thread's spans; yields the seconds by name, which grow as spans end. times: None for new ones."""
     times = times or _device_times()
     token = _recording.set(times)
     try:
@@ -70,8 +70,8 @@ def recorded_seconds() -> dict[str, float]:
 @contextmanager
 def profile_block(directory: Path, rank: int) -> Iterator[None]:
     """Write torch's trace of the `with` block to `directory`/rank_R.json (chrome://tracing, Perfetto), and mark the
-    block for `nsys profile --capture-range=cudaProfilerApi`. If it raises there is no trace, but nsys is told that it
-    ended. Not yet run on a GPU."""
+    block for `nsys profile --capture-range=cudaProfilerApi`. If the block raises there is no trace, but nsys is
+    told that it ended. Not yet run on a GPU."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

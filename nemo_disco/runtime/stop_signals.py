@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_stop_time: float | None = None  # monotonic time of the first of them inside a `with StopRequest()`
+_stop_time: float | None = None  # time.monotonic() of the first stop signal inside a `with StopRequest()`
 
 
 class StoppedError(Exception):
@@ -27,7 +27,7 @@ def seconds_since_stop() -> float | None:
 
 
 def is_ignored(number: signal.Signals) -> bool:
-    """True for SIGHUP in a process that was started with nohup: the signal stays ignored."""
+    """True for SIGHUP in a process that was started with nohup, where the signal must stay ignored."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -67,7 +67,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def shield_children() -> Iterator[None]:
-    """Block STOP_SIGNALS in the processes started inside the `with`: SLURM signals all processes of a task."""
+    """Block STOP_SIGNALS in processes that the `with` block starts, since SLURM signals all processes of a task."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit the mask, through exec too
     try:
         yield

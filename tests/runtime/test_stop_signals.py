@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from nemo_disco.runtime.signals import STOP_SIGNALS, StopRequest
+from nemo_disco.runtime.stop_signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_sets_the_flag_and_nothing_else(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_disco.runtime.signals.is_ignored", lambda _: False)  # of tests under nohup
+    monkeypatch.setattr("nemo_disco.runtime.stop_signals.is_ignored", lambda _: False)  # it is under nohup
     with StopRequest() as stop:
         assert not stop.number
         os.kill(os.getpid(), number)
@@ -31,14 +31,14 @@ def test_the_second_signal_loses_nothing() -> None:
 
 
 def test_earlier_handlers_come_back() -> None:
-    def mine(*_: object) -> None:
-        raise AssertionError("not during this test")
+    def handler(*_: object) -> None:
+        raise AssertionError("this test sends no signal")
 
-    before = signal.signal(signal.SIGTERM, mine)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         with StopRequest():
-            assert signal.getsignal(signal.SIGTERM) is not mine
-        assert signal.getsignal(signal.SIGTERM) is mine
+            assert signal.getsignal(signal.SIGTERM) is not handler
+        assert signal.getsignal(signal.SIGTERM) is handler
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -46,7 +46,7 @@ def test_earlier_handlers_come_back() -> None:
 
 LOOP = """
 import time
-from nemo_disco.runtime.signals import StopRequest
+from nemo_disco.runtime.stop_signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     while not stop.number:

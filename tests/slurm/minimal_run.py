@@ -1,5 +1,5 @@
-"""A run as short as can be, inside a job: starts an engine on another node, says when it serves, and at the file `end`
-ends it, whatever state that is in. Called with the node, the engine's Python, a model and a directory."""
+"""A minimal run inside a job: starts an engine on another node, writes the file `ready` when it serves, and ends it in
+whatever state it is once the file `end` exists. Arguments: node, the engine's Python, model, directory of the files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_disco.generation.external.replica import Place, Replica
 
 
 def main(host: str, python: str, model: str, directory: Path) -> None:
-    settings = {"model": model, "dtype": "float32", "options": {"told": str(directory / "told")}}
+    settings = {"model": model, "dtype": "float32", "options": {"settings_file": str(directory / "settings.jsonl")}}
     replica = Replica("engine", Place(python, directory / "engine.log", (), host), settings)
     replica.start()
     replica.wait_ready()
