@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 def main() -> None:
     settings = json.loads(sys.stdin.readline())
     torch.set_num_threads(1)
-    engine = adapter.Vllm(settings).engine
+    engine = adapter.WorkerEngine(settings).engine
     weights = load_file(os.path.join(settings["model"], "model.safetensors"))
     weights = {name: tensor.clone() for name, tensor in weights.items()}  # out of the mapped file, into memory
 

@@ -20,12 +20,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import nemo_disco
+from nemo_disco.config.paths import packaged_directory
+from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.runtime.host import total_memory
 from nemo_disco.runtime.rundir import HOST, RunDirectory
 from nemo_disco.runtime.saved_files import read_json_lines, read_text
@@ -46,8 +49,6 @@ PACKAGES: dict[str, tuple[str, str] | None] = {
 }
 # Versions that all tests ran with, where that range is narrower: [at least, below).
 TESTED = {"torch": ("2.13", "2.14")}
-# The Python of each engine's own environment, where conf/generation/ looks for it (docs/engines.md).
-ENGINE_PYTHONS = {"vllm": ".venv-vllm/bin/python", "tensorrt_llm": ".venv-trtllm/bin/python"}
 TRAINING = ("torch", "megatron-core", "psutil", "transformers")
 # Environment variables of a report. No prefix here has secrets; SLURM's have (SLURM_JWT), and names of users and hosts.
 _REPORTED = re.compile(
@@ -156,10 +157,17 @@ def examine() -> dict[str, Part]:
         _gpus(),
         _cuda_build(),
         *(_package(name, bounds) for name, bounds in PACKAGES.items()),
-        *(Part(f"{name}'s Python", path if shutil.which(path) else None) for name, path in ENGINE_PYTHONS.items()),
+        *(Part(f"{name}'s Python", path if shutil.which(path) else None) for name, path in engine_pythons().items()),
         Part("SLURM", _output(["srun", "--version"])),
     ]
     return {part.name: part for part in parts}
+
+
+def engine_pythons() -> dict[str, str]:
+    """Engine -> the Python of its own environment, if it has one, by conf/generation/ (docs/engines.md)."""
+    files = sorted((packaged_directory("conf") / "generation").glob("*.yaml"))
+    settings = [yaml.safe_load(file.read_text()) for file in files]
+    return {values["engine"]: values["python"] for values in settings if values.get("python")}
 
 
 def list_features(parts: Mapping[str, Part]) -> list[Feature]:
@@ -169,12 +177,13 @@ def list_features(parts: Mapping[str, Part]) -> list[Feature]:
     return [
         Feature("train on the CPU (gloo)", _missing(parts, TRAINING), required=True),
         Feature("parts for training on GPUs (NCCL, BF16)", _missing(parts, (*TRAINING, *gpu))),
+        Feature(f"models: {', '.join(ARCHITECTURES)}", _missing(parts, TRAINING), required=True),
         Feature("attention on packed sequences (SDPA)", _missing(parts, ("torch",))),
         Feature("flash attention on packed sequences (BF16)", _missing(parts, ("torch", *gpu))),
         Feature("fused optimizer and norms", "" if fused else "transformer-engine or apex; torch's own are used"),
         Feature("FP8 and Transformer Engine layers", _missing(parts, ("transformer-engine", *gpu))),
         Feature("engine megatron", _missing(parts, TRAINING), required=True),
-        *(Feature(f"engine {name}", _missing(parts, (f"{name}'s Python",))) for name in ENGINE_PYTHONS),
+        *(Feature(f"engine {name}", _missing(parts, (f"{name}'s Python",))) for name in engine_pythons()),
         Feature("grade mathematics", _missing(parts, ("math-verify", "antlr4-python3-runtime")), required=True),
         Feature("Parquet question files", _missing(parts, ("pyarrow",))),
         Feature("TensorBoard", _missing(parts, ("tensorboard",))),

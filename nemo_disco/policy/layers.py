@@ -42,6 +42,7 @@ def layer_spec(config: Any, transformer_engine: bool, vp_stage: int | None = Non
     # megatron's own version would launch a dropout kernel, though dropout is 0.
     layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
     if not config.bias_activation_fusion:
+        assert config.activation_func is F.silu, "SwiGLU is the only activation that is built"
         # Despite its name, this is how megatron's MLP takes any module as its activation.
         config.use_te_activation_func = True
         layer.submodules.mlp.submodules.activation_func = SwiGLU

@@ -12,12 +12,13 @@ from nemo_disco import __version__, cli
 from nemo_disco.commands import doctor
 from nemo_disco.commands.doctor import Part
 from nemo_disco.config.paths import packaged_directory
+from nemo_disco.models.architecture import ARCHITECTURES
 
 
 @pytest.fixture
 def parts():
     """All parts by name, each present: a machine that has everything."""
-    engines = (f"{name}'s Python" for name in doctor.ENGINE_PYTHONS)
+    engines = (f"{name}'s Python" for name in doctor.engine_pythons())
     names = ("NVIDIA GPU", "torch with CUDA", *doctor.PACKAGES, *engines, "SLURM")
     return {name: Part(name, "1.0") for name in names}
 
@@ -134,9 +135,9 @@ def test_examining_the_parts_imports_none_of_them():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_engines_pythons_are_those_of_their_configs():
-    for name, path in doctor.ENGINE_PYTHONS.items():
-        assert f"\npython: {path}" in (packaged_directory("conf") / f"generation/{name}.yaml").read_text()
+def test_the_engines_and_models_are_those_of_the_package(parts):
+    assert set(doctor.engine_pythons()) == {"vllm", "tensorrt_llm"}
+    assert "models: " + ", ".join(ARCHITECTURES) in missing(parts)
 
 
 def test_a_report_is_markdown_with_versions_parts_and_missing_parts(diagnose):

@@ -15,7 +15,7 @@ import torch
 
 from nemo_disco.generation.worker.rollout_worker import cuda, tensorrt_llm, vllm
 from nemo_disco.generation.worker.rollout_worker.cuda import Broadcast, IpcMemory
-from nemo_disco.generation.worker.rollout_worker.tensorrt_llm import TensorRtLlm
+from nemo_disco.generation.worker.rollout_worker.tensorrt_llm import WorkerEngine
 from nemo_disco.generation.worker.rollout_worker.tensors import Assembly, checksum
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_a_colocated_rank_of_vllm_allocates_on_its_own_gpu() -> None:
 
 
 def test_tensorrt_llm_joins_as_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, calls = object.__new__(TensorRtLlm), []
+    engine, calls = object.__new__(WorkerEngine), []
 
     def broadcast(*arguments: Any) -> Any:
         calls.append(arguments)

@@ -17,7 +17,7 @@ from nemo_disco.generation.worker.rollout_worker.weights import RefitReceiver
 from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
 
 
-class OnCpu(adapter.TensorRtLlm):
+class OnCpu(adapter.WorkerEngine):
     """The engine without the two methods that need a GPU: it stages weights in plain memory and shares that memory."""
 
     def open_staging(self, _path: str, shape: tuple[int, int], _remote: bool) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -23,15 +24,8 @@ _HEARTBEAT_S = 5.0  # between two messages by which a generating worker shows th
 
 
 def _build_engine(settings: dict[str, Any]) -> Any:
-    if settings["engine"] == "vllm":
-        from .vllm import Vllm
-
-        return Vllm(settings)
-    if settings["engine"] == "tensorrt_llm":
-        from .tensorrt_llm import TensorRtLlm
-
-        return TensorRtLlm(settings)
-    raise RefusedError(f"unknown engine {settings['engine']!r}; known are vllm, tensorrt_llm")
+    """The WorkerEngine of the module that has the engine's name (generation.engine)."""
+    return importlib.import_module(f"{__package__}.{settings['engine']}").WorkerEngine(settings)
 
 
 class Server:

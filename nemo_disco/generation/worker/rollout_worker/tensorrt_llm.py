@@ -24,7 +24,7 @@ MEMORY = ["model", "kv_cache"]  # TensorRT-LLM's tags of the memory that `sleep`
 _HEARTBEAT_S = 2.0
 
 
-class TensorRtLlm:
+class WorkerEngine:
     """An LLM whose ranks are Ray actors of a private, local Ray that ends with this process."""
 
     gpu = True

@@ -22,7 +22,7 @@ _COLOCATED_SHARE = 0.5
 _LOAD_BYTES = 32 << 20  # loaded together: each load goes through all of vLLM's parameters
 
 
-class Vllm:
+class WorkerEngine:
     """vLLM's engine in this process; with tensor parallelism it starts a process for each rank."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
