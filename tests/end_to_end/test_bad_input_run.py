@@ -218,7 +218,7 @@ def test_every_command_refuses_missing_models_and_files(get_refusal, tmp_path):
 
 
 def test_the_command_line_reports_a_mistake_once_for_all_ranks_and_early_if_it_needs_no_model(commands, tmp_path):
-    """Without the model it is found before the ranks start. A mistake that the ranks find is one line too."""
+    """Such a mistake is found before the ranks start; a mistake that the ranks find is reported in one line too."""
     early = commands.start(
         "train", "algorithm.mini_batch_questions=3", run_directory(tmp_path / "run"), devices=2
     ).wait()
