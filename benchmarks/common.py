@@ -170,9 +170,8 @@ class Turns:
         return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
     def _memory(self, field: str) -> int:
-        """Resident memory of this side in bytes: VmRSS is the present value, VmHWM the peak."""
-        lines = [line for p in self._processes for line in Path(f"/proc/{p}/status").read_text().splitlines()]
-        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+        """Resident memory of this side in bytes; field: as of resident_bytes."""
+        return sum(resident_bytes(field, process) for process in self._processes)
 
 
 def serve(work: Callable[[], Mapping[str, float]], worker_pid: int | None = None) -> None:
@@ -180,6 +179,15 @@ def serve(work: Callable[[], Mapping[str, float]], worker_pid: int | None = None
     turns = Turns(worker_pid)
     while turns.wait():
         turns.finish(**work())
+
+
+def resident_bytes(field: str, process: str = "self") -> int:
+    """Resident memory of a process in bytes: VmRSS is the present value, VmHWM the peak since the last reset.
+
+    getrusage's ru_maxrss is no substitute for VmHWM, since a child process inherits its parent's.
+    """
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def seconds_since_start() -> float:

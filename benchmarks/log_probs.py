@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import resident_bytes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -66,15 +67,6 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 # --- measuring ---
-
-
-def resident_bytes(field: str) -> int:
-    """Resident memory of this process in bytes: VmRSS is the present value, VmHWM the peak.
-
-    getrusage's ru_maxrss is no substitute, since a child process inherits its parent's.
-    """
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def run_forward_backward(

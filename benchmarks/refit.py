@@ -28,7 +28,7 @@ from typing import Any
 import plain_engine
 import torch
 from benchmark_trainer import compose_config
-from common import write_record
+from common import resident_bytes, write_record
 from torch import Tensor
 
 from nemo_disco.generation.external.engine import ExternalEngine
@@ -95,12 +95,6 @@ def summarize(seconds: list[float]) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds), "fastest": min(seconds), "turns": seconds}
 
 
-def resident_bytes(process: str, field: str) -> int:
-    """Resident memory of a process in bytes: VmRSS is the present value, VmHWM the peak since the last reset."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
 def processor_seconds(process: str) -> float:
     """Processor time of a process's main thread."""
     return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e9
@@ -138,9 +132,9 @@ def measure(engine: ExternalEngine, policy: Policy, repeats: int) -> dict[str, A
     before = {}
     for name, pid in pids.items():
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # reset the peak memory
-        before[name] = resident_bytes(pid, "VmRSS")
+        before[name] = resident_bytes("VmRSS", pid)
     refit()
-    added = {f"{name}_added_mb": (resident_bytes(pid, "VmHWM") - before[name]) / 1e6 for name, pid in pids.items()}
+    added = {f"{name}_added_mb": (resident_bytes("VmHWM", pid) - before[name]) / 1e6 for name, pid in pids.items()}
     copy = PlainCopy(policy)
     copy()
     refit_seconds, copy_seconds, processor = [], [], []

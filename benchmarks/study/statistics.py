@@ -47,13 +47,3 @@ def _bootstrap(matrix: NDArray[np.float64]) -> Estimate:
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return Estimate(float(matrix.mean()), float(low), float(high))
-
-
-def compute_aes(accuracy: float, length: float, reference_accuracy: float, reference_length: float) -> float:
-    """The accuracy-efficiency score against a reference: the same method without its length penalty.
-
-    It is the share of length saved minus 10 times the share of accuracy lost, as the figures of arXiv 2510.04474 imply;
-    a gain in accuracy adds nothing.
-    """
-    lost_share = max(0.0, reference_accuracy - accuracy) / reference_accuracy
-    return (reference_length - length) / reference_length - 10 * lost_share

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nemo_disco.evaluation.statistics import Estimate
+from nemo_disco.evaluation.statistics import Estimate, accuracy_efficiency_score
 
 from . import grid as grids
 from .runs import FinishedRuns, Record
-from .statistics import collect_shares, compute_aes, estimate_difference, estimate_mean
+from .statistics import collect_shares, estimate_difference, estimate_mean
 
 LAST = 4  # the final steps of training, over which its figures are averaged
 # Family of length methods -> the same method without its length penalty.
@@ -125,7 +125,7 @@ def tabulate_lengths(runs: FinishedRuns) -> str:
             score = against = ""
             if reference is not None:
                 _, reference_length, reference_accuracy = reference[0]
-                score = f"{compute_aes(accuracy, length, reference_accuracy, reference_length):+.2f}"
+                score = f"{accuracy_efficiency_score(length, accuracy, (reference_length, reference_accuracy)):+.2f}"
                 against = WITHOUT_PENALTY[family]
             rows.append((f"{family} {setting}".strip(), f"{accuracy:.3f}", f"{length:.1f}", score, against))
     return format_table(("method", "held-out avg@16", "length", "AES", "against"), rows)

@@ -7,6 +7,7 @@ another process, since a broken one makes megatron-core fail. Must not import to
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -20,7 +21,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from rich.text import Text
 
 import nemo_disco
 from nemo_disco.config.paths import packaged_directory
+from nemo_disco.config.safe_yaml import read_yaml
 from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.runtime.host import total_memory
 from nemo_disco.runtime.rundir import HOST, RunDirectory
@@ -163,10 +164,10 @@ def examine() -> dict[str, Part]:
     return {part.name: part for part in parts}
 
 
+@functools.cache
 def engine_pythons() -> dict[str, str]:
     """Engine -> the Python of its own environment, if it has one, by conf/generation/ (docs/engines.md)."""
-    files = sorted((packaged_directory("conf") / "generation").glob("*.yaml"))
-    settings = [yaml.safe_load(file.read_text()) for file in files]
+    settings = map(read_yaml, sorted((packaged_directory("conf") / "generation").glob("*.yaml")))
     return {values["engine"]: values["python"] for values in settings if values.get("python")}
 
 

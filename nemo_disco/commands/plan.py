@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 from nemo_disco.estimate.memory import Workload
 
 if TYPE_CHECKING:
-    from nemo_disco.algorithms import Objective
     from nemo_disco.config.schema import RunConfig
 
 
 def main(options: argparse.Namespace) -> int:
     """Print the plan of the composed configuration. Raises UserError as the run itself would."""
-    from nemo_disco.commands.checks import check_objective
     from nemo_disco.config.compose import compose
     from nemo_disco.config.consistency import check_consistency
     from nemo_disco.estimate.plan import print_plan
@@ -22,12 +20,15 @@ def main(options: argparse.Namespace) -> int:
     config = compose(options.config_name, options.overrides, options.config_path)
     world_size = config.trainer.devices * config.trainer.num_nodes
     check_consistency(config, world_size)
-    print_plan(config, world_size, find_workload(config, check_objective(config)))
+    print_plan(config, world_size, find_workload(config))
     return 0
 
 
-def find_workload(config: RunConfig, objective: Objective) -> Workload:
-    """The work of one of the run's steps with that objective."""
+def find_workload(config: RunConfig) -> Workload:
+    """The work of one step of a run. Raises UserError for a faulty objective."""
+    from nemo_disco.commands.checks import check_objective
+
+    objective = check_objective(config)
     return Workload(
         questions=config.data.questions_per_step,
         mini_batch_questions=config.algorithm.mini_batch_questions,

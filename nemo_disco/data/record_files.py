@@ -186,10 +186,8 @@ def _saved_dataset(path: Path) -> Iterator[Record]:
     if not state.exists():
         raise UserError(f"{path}: a directory, but not one saved by `datasets` (no state.json in it)")
     try:
-        shards = [
-            path / Path(entry["filename"]).name
-            for entry in _decode(state, read_bytes(state, links=True))["_data_files"]
-        ]
+        entries = _decode(state, read_bytes(state, links=True))["_data_files"]
+        shards = [path / Path(entry["filename"]).name for entry in entries]
     except (KeyError, TypeError) as error:
         raise UserError(f"{state}: no list `_data_files` of objects with a `filename`") from error
     rows: list[Record] = []

@@ -27,6 +27,7 @@ from nemo_disco.algorithms import MiniBatch, build_objective
 from nemo_disco.commands.checks import check_objective
 from nemo_disco.config.compose import compose
 from nemo_disco.config.consistency import check_consistency
+from nemo_disco.evaluation.statistics import accuracy_efficiency_score
 from tools.quickstart import warm_start
 
 REPO = Path(__file__).parents[2]
@@ -104,8 +105,8 @@ def test_a_difference_is_by_question_and_over_common_seeds() -> None:
     difference = statistics.estimate_difference(a, b)
     assert difference is not None and (difference.value, difference.low, difference.high) == (0.5, 0.5, 0.5)
     assert statistics.estimate_difference({1: a[1]}, {2: b[2]}) is None
-    assert statistics.compute_aes(0.8, 60, 0.8, 100) == pytest.approx(0.4)
-    assert statistics.compute_aes(0.72, 50, 0.8, 100) == pytest.approx(0.5 - 1.0)
+    assert accuracy_efficiency_score(60, 0.8, (100, 0.8)) == pytest.approx(0.4)
+    assert accuracy_efficiency_score(50, 0.72, (100, 0.8)) == pytest.approx(0.5 - 1.0)
 
 
 def test_the_report_says_what_the_runs_say(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from tiny_models import model_config, save_model
 
-from nemo_disco.commands.checks import check_objective
 from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.data.rollouts import Rollouts
@@ -92,8 +91,8 @@ def estimate(model: str, changes: dict[str, Any], world_size: int, precision: st
         *(f"model.{key}={value}" for key, value in changes.items()),
     ]
     config = compose(overrides=overrides)
-    work = find_workload(config, check_objective(config))
-    return estimate_memory(work, read_shape(model), Layout.from_config(config.model, world_size), cuda=False)
+    layout = Layout.from_config(config.model, world_size)
+    return estimate_memory(find_workload(config), read_shape(model), layout, cuda=False)
 
 
 def check(

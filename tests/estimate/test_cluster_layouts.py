@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 
-from nemo_disco.commands.checks import check_objective
 from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.layouts import USABLE, assess, candidates, recommend
@@ -23,7 +22,7 @@ def compose_recipe(nodes=1):
 @cache
 def recipe_workload():
     """The work of a step of the recipe, which does not depend on the number of GPUs."""
-    return find_workload(compose_recipe(), check_objective(compose_recipe()))
+    return find_workload(compose_recipe())
 
 
 def published_shape(size):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from nemo_disco.commands.checks import check_objective
 from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate_memory, host_memory
@@ -15,19 +14,15 @@ from nemo_disco.models.shape import PUBLISHED, find_shape, read_shape
 from nemo_disco.runtime.errors import UserError
 
 
-def build_workload(config):
-    return find_workload(config, check_objective(config))
-
-
 def render_plan(config, world_size):
     """The plan as text."""
     console = Console(file=io.StringIO(), width=140)
-    print_plan(config, world_size, build_workload(config), console)
+    print_plan(config, world_size, find_workload(config), console)
     return console.file.getvalue()
 
 
 def estimate_rank(config, shape, world_size=8):
-    return estimate_memory(build_workload(config), shape, Layout.from_config(config.model, world_size))
+    return estimate_memory(find_workload(config), shape, Layout.from_config(config.model, world_size))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +55,7 @@ def test_a_shape_counts_what_transformers_builds(model_directory):
 
 def test_the_batch_sizes_of_the_papers():
     config = compose("recipe/disco_logl_1.5b")
-    terms = dict(batch_sizes(build_workload(config), Layout(data=8), config.trainer.max_steps))
+    terms = dict(batch_sizes(find_workload(config), Layout(data=8), config.trainer.max_steps))
     assert terms["responses per step"] == "1,024 = 128 questions x 8 responses"
     assert terms["mini-batches per step"] == "4 of 32 questions, 256 responses each"
     assert terms["optimizer steps in the run"] == "5,600"
@@ -77,7 +72,7 @@ def test_weights_gradients_and_optimizer_state_by_hand():
     assert memory.gradients == 4 * shape.parameters
     assert memory.optimizer == 12 * shape.parameters // 8
     layout = Layout.from_config(config.model, 8)
-    with_reference = estimate_memory(replace(build_workload(config), reference=True), shape, layout)
+    with_reference = estimate_memory(replace(find_workload(config), reference=True), shape, layout)
     assert memory.reference == 0 and with_reference.reference == memory.weights
     assert memory.kv_cache == 128 * 9216 * 28 * 2 * 256 * 2  # responses, tokens, layers, K and V, width, bytes
 

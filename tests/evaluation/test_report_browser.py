@@ -1,4 +1,4 @@
-"""What the page's scripts draw in a real browser, if Chromium is installed; also for 20,000 rollouts."""
+"""The report's scripts in a real browser, if Chromium is installed; also with 20,000 rollouts."""
 
 from __future__ import annotations
 

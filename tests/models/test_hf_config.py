@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_configs import REAL_CONFIGS
 
-from nemo_disco.commands.checks import check_objective
 from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.plan import print_plan
@@ -207,4 +206,4 @@ def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path) -> None:
 def test_the_plan_refuses_a_field_that_is_not_known_too(write_config: Callable[..., Path]) -> None:
     config = compose("quickstart", [f"model.path={write_config(QWEN2 | {'logit_scale': 2.0})}"])
     with pytest.raises(UserError, match=r"logit_scale=2\.0: not a field that is known"):
-        print_plan(config, 1, find_workload(config, check_objective(config)))
+        print_plan(config, 1, find_workload(config))

@@ -26,7 +26,7 @@ def console(terminal: bool) -> Console:
 
 
 def text(out: Console) -> str:
-    """What the console printed, without escape sequences."""
+    """The text that the console printed, without escape sequences."""
     assert isinstance(out.file, io.StringIO)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.file.getvalue())
 
