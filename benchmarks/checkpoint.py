@@ -51,7 +51,7 @@ def is_true_on_all_ranks(flag: bool) -> bool:
 def train_one_step(policy: Policy, rollouts: Rollouts) -> None:
     """One gradient step on all rollouts, with the mean log-prob as the loss."""
     total = int(rollouts.response_lengths.sum())
-    policy.accumulate(rollouts, lambda _, log_probs, __: log_probs / total)
+    policy.accumulate(rollouts, lambda _, values: values.log_probs / total)
     policy.step()
 
 
@@ -62,7 +62,7 @@ def time_step_after_snapshot(policy: Policy, rollouts: Rollouts) -> tuple[float,
     """
     assert policy.optimizer is not None
     total = int(rollouts.response_lengths.sum())
-    gradient = time_slowest_rank(lambda: policy.accumulate(rollouts, lambda _, log_probs, __: log_probs / total))
+    gradient = time_slowest_rank(lambda: policy.accumulate(rollouts, lambda _, values: values.log_probs / total))
     wait = time_slowest_rank(policy.optimizer.weights_read.wait)
     return wait, gradient + time_slowest_rank(policy.step)
 

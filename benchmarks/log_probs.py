@@ -22,9 +22,11 @@ from common import resident_bytes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nemo_disco.policy.likely_tokens import LikelyTokens, find_likely_tokens, token_divergences
 from nemo_disco.policy.log_probs import token_log_probs
 
 TEMPERATURE = 0.6
+LIKELY = 16  # tokens that the constraint's estimator top_k compares by default
 CHUNK_LOGITS = 2**24  # logits in a chunk of the variant `checkpointed`
 
 
@@ -58,11 +60,27 @@ def compute_tiled_entropies(hidden: Tensor, weight: Tensor, targets: Tensor) -> 
     return torch.cat([log_probs, entropies])
 
 
+def compute_tiled_divergences(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs and then the KL to an old policy over LIKELY tokens [2 T], as in passes 1 and 2 of a mini-batch."""
+    ids = (targets[:, None] + torch.arange(LIKELY + 1)) % len(weight)
+    log_probs, _ = token_log_probs(hidden, weight, ids, temperature=TEMPERATURE)
+    old = LikelyTokens(ids[:, 1:].int(), log_probs[:, 1:].detach() - 0.01, complete=False)
+    return torch.cat([log_probs[:, 0], token_divergences(log_probs[:, 1:], old)])
+
+
+def compute_tiled_and_find(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """As tiled_divergences, after the search for the likely tokens, which a step needs once, for the old policy."""
+    find_likely_tokens(hidden, weight, LIKELY, vocab_size=len(weight))
+    return compute_tiled_divergences(hidden, weight, targets)
+
+
 VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "plain": compute_plain,
     "checkpointed": compute_checkpointed,
     "tiled": compute_tiled,
     "tiled_entropies": compute_tiled_entropies,
+    "tiled_divergences": compute_tiled_divergences,
+    "tiled_and_find": compute_tiled_and_find,
 }
 
 
@@ -84,7 +102,7 @@ def measure(name: str, tokens: int, vocab: int, hidden: int) -> dict[str, float]
     The extra bytes leave out the inputs, the outputs and the gradients of hidden and weight.
     """
     variant = VARIANTS[name]
-    small = (torch.ones(8, hidden, requires_grad=True), torch.ones(8, hidden, requires_grad=True), torch.arange(8))
+    small = (torch.ones(8, hidden, requires_grad=True), torch.ones(32, hidden, requires_grad=True), torch.arange(8))
     run_forward_backward(variant, small)  # so that the libraries' buffers, threads and lazy imports are not measured
     torch.manual_seed(0)
     states, weight = torch.randn(tokens, hidden), torch.randn(vocab, hidden).mul_(3 / hidden**0.5)
@@ -133,11 +151,11 @@ def main() -> None:
     result = compare(sizes, args.repeats)
     logits_bytes = args.tokens * args.vocab * 4
     print(f"{args.tokens} tokens, vocabulary {args.vocab}, hidden {args.hidden}, {torch.get_num_threads()} thread(s)")
-    print(f"{'':16}{'seconds':>9}{'x plain':>9}{'MB':>9}{'x plain':>9}{'x logits':>9}")
+    print(f"{'':18}{'seconds':>9}{'x plain':>9}{'MB':>9}{'x plain':>9}{'x logits':>9}")
     for variant, row in result.items():
         time_columns = f"{row['seconds']:9.2f}{row['time_against_plain']:9.2f}"
         memory_columns = f"{row['extra_bytes'] / 1e6:9.0f}{row['memory_against_plain']:9.3f}"
-        print(f"{variant:16}{time_columns}{memory_columns}{row['extra_bytes'] / logits_bytes:9.3f}")
+        print(f"{variant:18}{time_columns}{memory_columns}{row['extra_bytes'] / logits_bytes:9.3f}")
     record = json.dumps({"tokens": args.tokens, "vocab": args.vocab, "hidden": args.hidden, "variants": result})
     print(record)
     if args.output:

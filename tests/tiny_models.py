@@ -155,17 +155,25 @@ def limit_vocabulary(rollouts: Rollouts, vocabulary: int) -> Rollouts:
     return replace(rollouts, tokens=rollouts.tokens % vocabulary)
 
 
-def transformers_log_probs(
+def transformers_distributions(
     model: Any, rollouts: Rollouts, temperature: float, vocabulary: int | None = None
 ) -> torch.Tensor:
-    """[T] the response tokens' log-probs by transformers' model, differentiable; one sequence at a time, unpacked.
+    """[T, V] the log-probs of all tokens at the response tokens' places by transformers' model, differentiable; one
+    sequence at a time, unpacked.
 
-    vocabulary: the number of tokens, where the model has more rows in its output layer.
+    vocabulary: the number V of tokens, where the model has more rows in its output layer.
     """
     pieces = []
     for i in range(len(rollouts)):
         ids = torch.cat([rollouts.prompt(i), rollouts.response(i)])[None]
-        start = int(rollouts.prompt_lengths[i])
         log_probs = (model(ids).logits[0, :, :vocabulary] / temperature).log_softmax(-1)
-        pieces.append(log_probs[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0])
+        pieces.append(log_probs[int(rollouts.prompt_lengths[i]) - 1 : -1])
     return torch.cat(pieces)
+
+
+def transformers_log_probs(
+    model: Any, rollouts: Rollouts, temperature: float, vocabulary: int | None = None
+) -> torch.Tensor:
+    """[T] the response tokens' log-probs, as transformers_distributions gives them."""
+    tokens = torch.cat([rollouts.response(i) for i in range(len(rollouts))])
+    return transformers_distributions(model, rollouts, temperature, vocabulary).gather(1, tokens[:, None])[:, 0]

@@ -24,7 +24,7 @@ def train(policy: Policy, seeds: Iterable[int]) -> None:
         rollouts = random_rollouts(seed=seed)
         total = int(rollouts.response_lengths.sum())
         weights = torch.randn(total, generator=torch.Generator().manual_seed(seed)) / total
-        policy.accumulate(rollouts, lambda index, log_probs, _, w=weights: w[index] * log_probs)  # type: ignore[misc]
+        policy.accumulate(rollouts, lambda index, values, w=weights: w[index] * values.log_probs)  # type: ignore[misc]
         assert policy.step().applied
 
 

@@ -131,7 +131,7 @@ def _evaluate(path: Path, rollouts: Rollouts, budget: int, weights: Tensor, **ch
     policy = build_policy(path, budget, **changes)
     log_probs = policy.log_probs(rollouts)[0].cpu()
     on_device = weights.to(DEVICE)
-    policy.accumulate(rollouts, lambda index, values, _: on_device[index].float() * values, everywhere=True)
+    policy.accumulate(rollouts, lambda index, values: on_device[index].float() * values.log_probs, everywhere=True)
     return log_probs, {name: g.detach().float().cpu() for name, g in policy.named_gradients()}
 
 

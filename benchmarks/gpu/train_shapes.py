@@ -94,7 +94,7 @@ def _step(setting: Setting, name: str, budget: int, with_optimizer: bool = True,
         policy = build_policy(path, budget, with_optimizer=with_optimizer, **changes)
 
     def step() -> None:
-        policy.accumulate(rollouts, lambda index, log_probs, _: weights[index] * log_probs)
+        policy.accumulate(rollouts, lambda index, values: weights[index] * values.log_probs)
         if with_optimizer:
             assert policy.step().applied
 

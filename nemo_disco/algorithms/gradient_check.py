@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_disco.algorithms.agreement import Agreement, describe_token
-from nemo_disco.algorithms.mismatch import mismatch, noise_warning, worst_tokens
+from nemo_disco.algorithms.mismatch import noise_warning, worst_tokens
 from nemo_disco.algorithms.objectives import Objective
-from nemo_disco.algorithms.step import PROVIDED, OldValues, accumulate_gradient
+from nemo_disco.algorithms.step import PROVIDED, OldValues, accumulate_gradient, noise_floor
 from nemo_disco.config.schema import VerifyConfig
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.models.weight_files import SafetensorReader
@@ -41,14 +42,14 @@ def verify_mini_batch(
     Returns the lines to print, the same on every rank. Raises UserError if engine and trainer disagree. A collective.
     """
     rollouts = _read_or_sample(config.rollouts, policy, objective, sample)
-    old_log_probs, entropies = policy.log_probs(rollouts, entropies=True)
+    old = OldValues.compute(policy, objective, rollouts, reference=None)
+    old_log_probs = old.log_probs
     difference = agreement.require_agreement(rollouts, old_log_probs)
-    noise = _noise_floor(policy, rollouts, old_log_probs)
+    noise = _noise_floor(policy, objective, rollouts, old_log_probs)
     if config.perturb > 0:
         with SafetensorReader(policy.config.path) as reader:
             policy.load(_add_noise(reader.read, config.perturb, seed))
-    # The reference is the model from before the perturbation.
-    old = OldValues(old_log_probs, entropies, reference_log_probs=old_log_probs)
+    old = replace(old, reference_log_probs=old_log_probs)  # the reference is the model from before the perturbation
     result = accumulate_gradient(policy, objective, rollouts, old, everywhere=True)
     gradients = {n: g.detach().cpu().clone() for n, g in policy.named_gradients()}
     if config.save_gradients and is_first_rank():
@@ -109,7 +110,7 @@ def _mismatch_lines(
     ]
 
 
-def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> float:
+def _noise_floor(policy: Policy, objective: Objective, rollouts: Rollouts, old_log_probs: Tensor) -> float:
     """|KL_hat| of the policy against itself, from log-probs computed again in other micro-batches: the KL that rounding
     alone makes at theta = theta_old. A collective."""
     recomputed = torch.empty_like(old_log_probs)
@@ -117,7 +118,7 @@ def _noise_floor(policy: Policy, rollouts: Rollouts, old_log_probs: Tensor) -> f
         rows = torch.arange(start, len(rollouts), 2)
         if len(rows):
             recomputed[rollouts.token_index(rows).to(recomputed.device)] = policy.log_probs(rollouts.select(rows))[0]
-    return abs(mismatch(recomputed, old_log_probs)["mismatch/kl_k1"])
+    return noise_floor(objective, old_log_probs, recomputed)["policy/noise_floor"]
 
 
 def _add_noise(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:

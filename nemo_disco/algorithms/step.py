@@ -7,30 +7,42 @@ mini-batch's KL need every response first. Knows the contracts of policy and obj
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from nemo_disco.algorithms.mismatch import mismatch
 from nemo_disco.algorithms.objectives import Objective, SeparableObjective
+from nemo_disco.algorithms.objectives.constraint import K1
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.policy.likely_tokens import LikelyTokens
+from nemo_disco.policy.model import TargetValues
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.spans import span
 
 # The optional fields of MiniBatch that every step provides; an objective declares further ones itself, as columns.
-PROVIDED = frozenset({"entropies", "reference_log_probs", "generation_log_probs", "correct", "truncated"})
+PROVIDED = frozenset(
+    {"entropies", "divergences", "reference_log_probs", "generation_log_probs", "correct", "truncated"}
+)
 
 
 @dataclass(frozen=True)
 class OldValues:
-    """Values of the T response tokens from before the step: log_probs [T] and entropies [T] of the policy that the step
-    begins with, reference_log_probs [T] of the reference; the last two only where the objective needs them."""
+    """Values of the T response tokens from before the step: log_probs [T], entropies [T] and the likeliest tokens
+    [T, K] of the policy that the step begins with, reference_log_probs [T] of the reference; all but the first only
+    where the objective needs them."""
 
     log_probs: Tensor
     entropies: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    likely: LikelyTokens | None = None
+
+    @classmethod
+    def compute(cls, policy: Policy, objective: Objective, rollouts: Rollouts, reference: Tensor | None) -> OldValues:
+        """Those of the policy's present weights. reference [T]: the reference's log-probs. A collective."""
+        values = policy.target_values(rollouts, entropies=True, likely_tokens=objective.constraint.likely_tokens)
+        return cls(values.log_probs, values.entropies, reference, values.likely)
 
     def select(self, index: Tensor) -> OldValues:
         """The values of the tokens at index [n], positions among the T tokens."""
@@ -40,6 +52,7 @@ class OldValues:
             self.log_probs[index],
             None if entropies is None else entropies[index],
             None if reference is None else reference[index],
+            None if self.likely is None else self.likely.select(index),
         )
 
 
@@ -70,46 +83,58 @@ def accumulate_gradient(
     Raises NonFiniteError, on every rank, if the log-probs or the loss are not finite; the gradient is then undefined.
     """
     needs_entropies = "entropies" in objective.needs
-    mini_batch = partial(_mini_batch, policy, rollouts, old)
     if isinstance(objective, SeparableObjective) and objective.separable:
-        return _one_pass(policy, objective, rollouts, mini_batch(old.log_probs, old.entropies), first, everywhere)
+        return _one_pass(policy, objective, rollouts, old, first, everywhere)
 
     with span("log_probs"), span("pass1"):
         if first and (old.entropies is not None or not needs_entropies):
-            log_probs, entropies = old.log_probs, old.entropies
+            same = None if old.likely is None else torch.zeros_like(old.log_probs)
+            present = TargetValues(old.log_probs, old.entropies, same)
         else:
-            log_probs, entropies = policy.log_probs(rollouts, entropies=needs_entropies)
-    out = objective(mini_batch(log_probs, entropies))
+            present = policy.target_values(rollouts, entropies=needs_entropies, old=old.likely)
+    out = objective(_mini_batch(policy, rollouts, old, present))
 
     pass2_log_probs = torch.zeros(len(old.log_probs) if first else 0, dtype=torch.float64, device=policy.device)
 
-    def linear(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tensor:
+    def linear(index: Tensor, values: TargetValues) -> Tensor:
         if first:
-            pass2_log_probs[index] = log_probs.detach().double()
-        loss = out.token_weights[index].to(log_probs.dtype) * log_probs
-        if out.entropy_weights is not None and entropies is not None:
-            loss = loss + out.entropy_weights[index].to(entropies.dtype) * entropies
+            pass2_log_probs[index] = values.log_probs.detach().double()
+        loss = out.token_weights[index].to(values.log_probs.dtype) * values.log_probs
+        for weights, value in ((out.entropy_weights, values.entropies), (out.divergence_weights, values.divergences)):
+            if weights is not None and value is not None:
+                loss = loss + weights[index].to(value.dtype) * value
         return loss
 
+    compared = old.likely if out.divergence_weights is not None else None
     with span("train"):
-        policy.accumulate(rollouts, linear, entropies=out.entropy_weights is not None, everywhere=everywhere)
+        policy.accumulate(
+            rollouts, linear, entropies=out.entropy_weights is not None, old=compared, everywhere=everywhere
+        )
         pass2_log_probs = policy.share(pass2_log_probs) if first else pass2_log_probs
-    noise = _noise_floor(old.log_probs, pass2_log_probs) if first else {}
-    return MiniBatchResult(out.metrics | noise, log_probs, out.token_weights)
+    noise = noise_floor(objective, old.log_probs, pass2_log_probs) if first else {}
+    return MiniBatchResult(out.metrics | noise, present.log_probs, out.token_weights)
 
 
-def _mini_batch(
-    policy: Policy, rollouts: Rollouts, old: OldValues, log_probs: Tensor, entropies: Tensor | None
-) -> MiniBatch:
-    """The objective's input, on the policy's device."""
+def measure_kl(policy: Policy, rollouts: Rollouts, old: OldValues) -> float:
+    """KL(old || policy) of the present weights on some rollouts, in nats a token: over old's likely tokens if it has
+    them (the constraint's estimator is top_k), else by k3. old: the values of their tokens. A collective."""
+    present = policy.target_values(rollouts, old=old.likely)
+    if present.divergences is not None:
+        return float(present.divergences.double().mean())
+    return mismatch(present.log_probs, old.log_probs)["mismatch/kl_k3"]
+
+
+def _mini_batch(policy: Policy, rollouts: Rollouts, old: OldValues, present: TargetValues) -> MiniBatch:
+    """The objective's input, on the policy's device. present: the values of the present weights."""
     return MiniBatch(
-        log_probs=log_probs,
+        log_probs=present.log_probs,
         old_log_probs=old.log_probs,
         lengths=rollouts.response_lengths.to(policy.device),
         question_ids=rollouts.question_ids.to(policy.device),
         rewards=rollouts.rewards.to(policy.device),
         max_response_length=rollouts.max_response_length,
-        entropies=entropies,
+        entropies=present.entropies,
+        divergences=present.divergences,
         reference_log_probs=old.reference_log_probs,
         generation_log_probs=rollouts.generation_log_probs.to(policy.device),
         correct=rollouts.correct.to(policy.device),
@@ -118,37 +143,41 @@ def _mini_batch(
     )
 
 
-def _noise_floor(old_log_probs: Tensor, recomputed: Tensor) -> dict[str, float]:
-    """|KL_hat| that rounding makes at theta = theta_old. recomputed [T]: the same policy's log-probs, a second time."""
-    return {"policy/noise_floor": abs(mismatch(recomputed, old_log_probs)["mismatch/kl_k1"])}
+def noise_floor(objective: Objective, old_log_probs: Tensor, recomputed: Tensor) -> dict[str, float]:
+    """|KL_hat| that rounding makes at theta = theta_old, by k1 if the constraint's estimator is that, else by k3.
+
+    recomputed [T]: the same policy's log-probs, a second time. Rounding errors average out in k1, but not in k3.
+    """
+    estimator = "k1" if objective.constraint.estimator == K1 else "k3"
+    return {"policy/noise_floor": abs(mismatch(recomputed, old_log_probs)[f"mismatch/kl_{estimator}"])}
 
 
 def _one_pass(
     policy: Policy,
     objective: SeparableObjective,
     rollouts: Rollouts,
-    batch: MiniBatch,
+    old: OldValues,
     first: bool,
     everywhere: bool,
 ) -> MiniBatchResult:
     """`accumulate_gradient` for an objective whose tokens need only the others' counts and rewards: its loss goes
     straight into the backward pass, whose log-probs are also those of the metrics."""
-    needs_entropies = "entropies" in objective.needs
+    batch = _mini_batch(policy, rollouts, old, TargetValues(old.log_probs))
     token_loss = objective.token_loss(batch)
-    computed = torch.zeros(2 if needs_entropies else 1, batch.n_tokens, dtype=torch.float64, device=policy.device)
+    fields = ["log_probs"] + ["entropies"] * ("entropies" in objective.needs)
+    fields += ["divergences"] * (old.likely is not None)
+    computed = torch.zeros(len(fields), batch.n_tokens, dtype=torch.float64, device=policy.device)
 
-    def loss(index: Tensor, log_probs: Tensor, entropies: Tensor | None) -> Tensor:
-        computed[0, index] = log_probs.detach().double()
-        if entropies is not None and needs_entropies:
-            computed[1, index] = entropies.detach().double()
-        return token_loss(index, log_probs, entropies)
+    def loss(index: Tensor, values: TargetValues) -> Tensor:
+        for row, name in zip(computed, fields, strict=True):
+            row[index] = getattr(values, name).detach().double()
+        return token_loss(index, values.log_probs, values.entropies, values.divergences)
 
     with span("train"):
-        policy.accumulate(rollouts, loss, entropies=needs_entropies, everywhere=everywhere)
+        policy.accumulate(rollouts, loss, entropies="entropies" in fields, old=old.likely, everywhere=everywhere)
         computed = policy.share(computed)
     if not bool(computed.isfinite().all()):
         raise NonFiniteError(f"objective {objective.name}: the policy's log-probs are not finite")
-    entropies = computed[1] if needs_entropies else None
-    out = objective(replace(batch, log_probs=computed[0], entropies=entropies))
-    noise = _noise_floor(batch.old_log_probs, computed[0]) if first else {}
+    out = objective(replace(batch, **dict(zip(fields, computed, strict=True))))
+    noise = noise_floor(objective, batch.old_log_probs, computed[0]) if first else {}
     return MiniBatchResult(out.metrics | noise, computed[0], out.token_weights)

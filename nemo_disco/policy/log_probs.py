@@ -32,10 +32,11 @@ def token_log_probs(
     vocab_size: int | None = None,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ weight.T / temperature) at the targets, [n], and with `entropies` the entropies [n].
+    """log softmax(hidden @ weight.T / temperature) at the targets, [n] or [n, m]; with `entropies` also those, [n].
 
     hidden [n, h] and weight [v_local, h] (rows `vocab_start` and on of the whole output weight; no bias) share one
-    floating dtype; targets [n] int64 are ids of the whole vocabulary. Rows from `vocab_size` on (default: none) are
+    floating dtype; targets int64 are ids of the whole vocabulary: one for each token, [n], or m of them, [n, m], of
+    which several may be equal. Rows from `vocab_size` on (default: none) are
     padding: their probability is 0, as is their gradient. Results are in nats, float32, or float64 for float64 inputs.
 
     Under tensor parallelism each rank of `tp_group` holds the same number of rows. All ranks pass the same hidden and
@@ -44,7 +45,7 @@ def token_log_probs(
     the mapping that hidden went through (megatron's gather from the sequence-parallel region, or copy to the
     tensor-parallel region) adds it up over the group.
 
-    With x = logits / temperature, p = softmax(x) and entropy H: d log p_t / dx_v = [v = t] - p_v and
+    With x = logits / temperature, p = softmax(x) and entropy H: d log p_j / dx_v = [v = j] - p_v and
     dH / dx_v = -p_v (log p_v + H). Only per-token statistics are kept for backward; without gradients nothing is.
 
     Raises ValueError for a temperature that is not positive, shapes, dtypes or a shard that do not fit, and targets
@@ -64,8 +65,9 @@ def token_log_probs(
         vocab_size=size,
         entropies=entropies,
     )
-    log_probs, entropy = _TokenLogProbs.apply(hidden, weight, targets, head)  # type: ignore[no-untyped-call]
-    return log_probs, entropy
+    per_token = targets if targets.dim() == 2 else targets.unsqueeze(1)
+    log_probs, entropy = _TokenLogProbs.apply(hidden, weight, per_token, head)  # type: ignore[no-untyped-call]
+    return log_probs.view(targets.shape), entropy
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ class _TokenLogProbs(torch.autograd.Function):
             gathered = stats.new_empty(dist.get_world_size(head.group), *stats.shape)
             dist.all_gather(list(gathered), stats, group=head.group)
             stats = _merge(gathered)
-        maximum, total, chosen, weighted = stats
+        maximum, total, weighted, chosen = stats[0], stats[1], stats[2], stats[3:]
         log_total = total.log()
-        log_probs = (chosen - maximum) - log_total
+        log_probs = ((chosen - maximum) - log_total).T.contiguous()
         log_probs.masked_fill_((targets < 0) | (targets >= head.vocab_size), torch.nan)
         entropy = log_total - weighted / total if head.entropies else None
         ctx.save_for_backward(hidden, weight, targets, maximum + log_total, entropy)
@@ -121,7 +123,9 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_norm, entropy = ctx.saved_tensors
         head: _Head = ctx.head
         # From here on, gradients are those of the logits before the temperature.
-        grad_log_probs = torch.zeros_like(log_norm) if grad_log_probs is None else grad_log_probs * head.scale
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(targets, dtype=log_norm.dtype)
+        grad_log_probs = grad_log_probs * head.scale
         grad_entropy = None if grad_entropy is None else grad_entropy * head.scale
         active = _active_rows(grad_log_probs, grad_entropy)
         tokens = _Tokens(hidden, targets - head.start, log_norm, grad_log_probs, grad_entropy, entropy).select(active)
@@ -137,13 +141,14 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _local_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head) -> Tensor:
-    """[4, n] statistics of one vocabulary shard. With x = logits / temperature and m their maximum:
-    m, sum exp(x - m), x at the target (0 if in another shard), sum exp(x - m) (x - m) (0 without head.entropies).
+    """[3 + m, n] statistics of one vocabulary shard, for targets [n, m]. With x = logits / temperature and top their
+    maximum: top, sum exp(x - top), sum exp(x - top) (x - top) (0 without head.entropies), and x at each of the m
+    targets (0 if in another shard).
     """
     if (kernel := _kernel(hidden, weight)) is not None and len(weight) and len(hidden):
         return _merge(kernel.statistics(hidden, weight, targets, head.scale, head.entropies))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    stats = torch.zeros(4, len(hidden), dtype=dtype, device=hidden.device)
+    stats = torch.zeros(3 + targets.size(1), len(hidden), dtype=dtype, device=hidden.device)
     # The maximum of a shard of padding alone: half of the lowest number, so that differences from it are finite and
     # their exp is 0.
     stats[0] = torch.finfo(dtype).min / 2
@@ -153,30 +158,31 @@ def _local_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, head: _He
         for columns in _spans(len(weight), scratch.tile.vocab):
             x, spare = scratch.logits(hidden[rows], weight[columns], head.scale)
             index, inside = _locate(targets[rows] - columns.start, x.size(1))
-            chosen = x.gather(1, index).squeeze(1).masked_fill_(~inside, 0)
+            chosen = x.gather(1, index).masked_fill_(~inside, 0)
             maximum = x.amax(1)
             x.sub_(maximum.unsqueeze(1))
             exp = x.exp_() if spare is None else torch.exp(x, out=spare)
             total = exp.sum(1)
             weighted = torch.zeros_like(total) if spare is None else x.mul_(exp).sum(1)
-            parts.append(torch.stack([maximum, total, chosen, weighted]))
+            parts.append(torch.cat([torch.stack([maximum, total, weighted]), chosen.T]))
         stats[:, rows] = _merge(torch.stack(parts))
     return stats
 
 
 def _merge(parts: Tensor) -> Tensor:
-    """[4, n] statistics of a vocabulary from those of its parts, [k, 4, n]."""
-    maximum, total, chosen, weighted = parts.unbind(1)
+    """[3 + m, n] statistics of a vocabulary from those of its parts, [k, 3 + m, n]."""
+    maximum, total, weighted, chosen = parts[:, 0], parts[:, 1], parts[:, 2], parts[:, 3:]
     top = maximum.amax(0)
     shift = maximum - top
     share = shift.exp()
-    return torch.stack(
-        [top, (share * total).sum(0), chosen.sum(0), (share * torch.addcmul(weighted, shift, total)).sum(0)]
-    )
+    merged = torch.stack([top, (share * total).sum(0), (share * torch.addcmul(weighted, shift, total)).sum(0)])
+    return torch.cat([merged, chosen.sum(0)])
 
 
 class _Tokens(NamedTuple):
-    """Inputs of the backward pass per token; grad_entropy and entropy are None without a gradient of the entropy."""
+    """Inputs of the backward pass per token: targets and grad_log_probs [n, m], the others [n] (hidden [n, h]).
+
+    grad_entropy and entropy are None without a gradient of the entropy."""
 
     hidden: Tensor
     targets: Tensor
@@ -195,7 +201,7 @@ def _active_rows(grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor 
     groups have weight 0, so that their logits need not be computed again."""
     if not _is_on_host(grad_log_probs):
         return None
-    active = grad_log_probs != 0
+    active = (grad_log_probs != 0).any(1)
     if grad_entropy is not None:
         active |= grad_entropy != 0
     return None if active.all() else active.nonzero().squeeze(1)
@@ -252,13 +258,13 @@ def _logit_gradients(logits: Tensor, spare: Tensor | None, tokens: _Tokens, firs
     """Turn a tile of logits, in place, into the gradient with respect to them; `first`: its first vocabulary row."""
     index, inside = _locate(tokens.targets - first, logits.size(1))
     log_p = logits.sub_(tokens.log_norm.unsqueeze(1))
-    outer = tokens.grad_log_probs.unsqueeze(1)
+    outer = tokens.grad_log_probs.sum(1, keepdim=True)
     if tokens.grad_entropy is None or tokens.entropy is None or spare is None:
         grad = log_p.exp_().mul_(-outer)
     else:
         p = torch.exp(log_p, out=spare)
         grad = log_p.add_(tokens.entropy.unsqueeze(1)).mul_(-tokens.grad_entropy.unsqueeze(1)).sub_(outer).mul_(p)
-    return grad.scatter_add_(1, index, outer.masked_fill(~inside.unsqueeze(1), 0))
+    return grad.scatter_add_(1, index, tokens.grad_log_probs.masked_fill(~inside, 0))
 
 
 class _Scratch:
@@ -284,8 +290,8 @@ class _Scratch:
 
 
 def _locate(targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """[r, 1] column indices within the tile, for gather and scatter, and [r] True where the target is in the tile."""
-    return targets.clamp(0, size - 1).unsqueeze(1), (targets >= 0) & (targets < size)
+    """[r, m] column indices within the tile, for gather and scatter, and [r, m] True where a target is in the tile."""
+    return targets.clamp(0, size - 1), (targets >= 0) & (targets < size)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -307,12 +313,13 @@ def _spans(length: int, step: int) -> Iterator[slice]:
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, vocab_size: int) -> None:
     if not temperature > 0:
         raise ValueError(f"the temperature of log-probs must be positive, not {temperature}")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1) or targets.shape != hidden.shape[:1]:
+    fits = hidden.dim() == weight.dim() == 2 and hidden.size(1) == weight.size(1)
+    if not fits or targets.dim() not in (1, 2) or len(targets) != len(hidden):
         shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, targets))
-        raise ValueError(f"log-probs need hidden [n, h], weight [v, h] and targets [n], not {shapes}")
+        raise ValueError(f"log-probs need hidden [n, h], weight [v, h] and targets [n] or [n, m], not {shapes}")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point() or targets.dtype != torch.int64:
         dtypes = f"{hidden.dtype}, {weight.dtype}, {targets.dtype}"
         raise ValueError(f"log-probs need hidden and weight of one floating dtype and int64 targets, not {dtypes}")
-    if _is_on_host(targets) and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
+    if _is_on_host(targets) and targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
         span = f"{int(targets.min())} to {int(targets.max())}"
         raise ValueError(f"targets must be token ids below the vocabulary size {vocab_size}, not {span}")

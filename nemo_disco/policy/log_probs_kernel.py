@@ -17,6 +17,7 @@ FORWARD = {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "num_warps": 8, "num_s
 BACKWARD = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 4}
 # A gradient tile as large as the forward one: it fits as well, and reads a third fewer bytes for the same products.
 WIDE_BACKWARD = FORWARD
+GATHER = {"BLOCK_N": 16, "BLOCK_H": 256, "num_warps": 4, "num_stages": 2}
 # Half of the lowest float32: differences from it are finite, and their exp is 0.
 _FLOOR = tl.constexpr(-1.7e38)
 # Programs per multiprocessor in a launch, so that little is idle while the last ones run.
@@ -51,18 +52,18 @@ def _logits(hidden, weight, rows, columns, n, size, WIDTH: tl.constexpr, BLOCK_H
 # n and share are neither constants nor specialised by their divisors: each new value would need a compilation.
 @triton.jit(do_not_specialize=["n", "share"])
 def _statistics(
-    hidden, weight, targets, out, n, size, share, scale,
-    WIDTH: tl.constexpr, ENTROPIES: tl.constexpr, SPLITS_FIRST: tl.constexpr,
+    hidden, weight, out, n, size, share, scale,
+    WIDTH: tl.constexpr, TARGETS: tl.constexpr, ENTROPIES: tl.constexpr, SPLITS_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Write to out [splits, 4, n] the statistics of log_probs._local_statistics of each `share` vocabulary rows."""
+    """Write to the first three rows of out [splits, 3 + TARGETS, n] the statistics of log_probs._local_statistics of
+    each `share` vocabulary rows."""
     split, block = tl.program_id(0 if SPLITS_FIRST else 1), tl.program_id(1 if SPLITS_FIRST else 0)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     first = split * share
-    target = tl.load(targets + rows, mask=rows < n, other=-1)
+    place = out + split.to(tl.int64) * (3 + TARGETS) * n + rows
     top = tl.full((BLOCK_N,), _FLOOR, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    chosen = tl.zeros((BLOCK_N,), tl.float32)
     weighted = tl.zeros((BLOCK_N,), tl.float32)
     start = 0
     while start < share:
@@ -70,7 +71,6 @@ def _statistics(
         x = scale * _logits(hidden, weight, rows, columns, n, size, WIDTH, BLOCK_H)
         real = (columns < size)[None, :]
         x = tl.where(real, x, _FLOOR)
-        chosen += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
         higher = tl.maximum(top, tl.max(x, 1))
         shift = top - higher
         x -= higher[:, None]
@@ -80,25 +80,45 @@ def _statistics(
         total = tl.exp(shift) * total + tl.sum(e, 1)
         top = higher
         start += BLOCK_V
-    place = out + split.to(tl.int64) * 4 * n + rows
     tl.store(place, top, mask=rows < n)
     tl.store(place + n, total, mask=rows < n)
-    tl.store(place + 2 * n, chosen, mask=rows < n)
-    tl.store(place + 3 * n, weighted, mask=rows < n)
+    tl.store(place + 2 * n, weighted, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _target_logits(
+    hidden, weight, targets, out, n, size, scale,
+    WIDTH: tl.constexpr, TARGETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Write to out[3 + j, n], j the second grid axis, scale * hidden[t] . weight[targets[t, j]]; nothing for targets
+    outside the weight. Beside the products of all rows, reading a few of them again is cheap."""
+    rows, j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    target = tl.load(targets + rows * TARGETS + j, mask=rows < n, other=-1)
+    inside = (target >= 0) & (target < size)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, WIDTH, BLOCK_H):
+        inner = start + tl.arange(0, BLOCK_H)
+        mask = inside[:, None] & (inner[None, :] < WIDTH)
+        a = tl.load(hidden + rows[:, None].to(tl.int64) * WIDTH + inner[None, :], mask=mask, other=0.0)
+        b = tl.load(weight + target[:, None] * WIDTH + inner[None, :], mask=mask, other=0.0)
+        total += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    tl.store(out + (3 + j).to(tl.int64) * n + rows, scale * total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _gradients(
-    hidden, weight, targets, log_norm, grad_log_probs, grad_entropy, entropy, out, n, size, scale,
-    WIDTH: tl.constexpr, ENTROPIES: tl.constexpr,
+    hidden, weight, targets, log_norm, grad_log_probs, grad_sum, grad_entropy, entropy, out, n, size, scale,
+    WIDTH: tl.constexpr, TARGETS: tl.constexpr, ENTROPIES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Write to out [n, size] the gradient by logits, g ([v = t] - p_v) - g_H p_v (log p_v + H), in out's dtype."""
+    """Write to out [n, size] the gradient by logits, sum_j g_j ([v = t_j] - p_v) - g_H p_v (log p_v + H), in out's
+    dtype. targets and grad_log_probs g are [n, TARGETS], and grad_sum [n] is sum_j g_j."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    target = tl.load(targets + rows, mask=rows < n, other=-1)
+    target = tl.load(targets + rows * TARGETS, mask=rows < n, other=-1)
     norm = tl.load(log_norm + rows, mask=rows < n, other=0.0)
-    outer = tl.load(grad_log_probs + rows, mask=rows < n, other=0.0)
+    outer = tl.load(grad_sum + rows, mask=rows < n, other=0.0)
+    first = outer if TARGETS == 1 else tl.load(grad_log_probs + rows * TARGETS, mask=rows < n, other=0.0)
     logits = _logits(hidden, weight, rows, columns, n, size, WIDTH, BLOCK_H)
     log_p = scale * logits - norm[:, None]
     factor = -outer[:, None]
@@ -106,16 +126,21 @@ def _gradients(
         outer_entropy = tl.load(grad_entropy + rows, mask=rows < n, other=0.0)
         h = tl.load(entropy + rows, mask=rows < n, other=0.0)
         factor = factor - outer_entropy[:, None] * (log_p + h[:, None])
-    grad = factor * tl.exp(log_p) + tl.where(columns[None, :] == target[:, None], outer[:, None], 0.0)
+    grad = factor * tl.exp(log_p) + tl.where(columns[None, :] == target[:, None], first[:, None], 0.0)
+    for j in range(1, TARGETS):
+        other = tl.load(targets + rows * TARGETS + j, mask=rows < n, other=-1)
+        g = tl.load(grad_log_probs + rows * TARGETS + j, mask=rows < n, other=0.0)
+        grad += tl.where(columns[None, :] == other[:, None], g[:, None], 0.0)
     place = out + rows[:, None].to(tl.int64) * size + columns[None, :]
     tl.store(place, grad.to(out.dtype.element_ty), mask=(rows[:, None] < n) & (columns[None, :] < size))
 
 
 def statistics(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, entropies: bool) -> Tensor:
-    """[splits, 4, n] float32 statistics, one split per part of the vocabulary. With x = logits * scale of the part:
-    the maximum m of x, sum exp(x - m), x at the target (0 if in another part), sum exp(x - m) (x - m).
+    """[splits, 3 + m, n] float32 statistics, one split per part of the vocabulary. With x = logits * scale of the part:
+    the maximum top of x, sum exp(x - top), sum exp(x - top) (x - top), and x at each of the m targets (0 if in another
+    part).
 
-    hidden [n, h] and weight [v, h] are contiguous; targets [n] int64 count from the weight's first row.
+    hidden [n, h] and weight [v, h] are contiguous; targets [n, m] int64 count from the weight's first row.
     """
     n, size = len(hidden), len(weight)
     blocks, tiles = triton.cdiv(n, FORWARD["BLOCK_N"]), triton.cdiv(size, FORWARD["BLOCK_V"])
@@ -123,10 +148,15 @@ def statistics(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, en
     splits = min(tiles, max(least, triton.cdiv(_WAVES * _multiprocessors(hidden), max(1, blocks))))
     share = triton.cdiv(tiles, splits) * FORWARD["BLOCK_V"]
     splits = triton.cdiv(size, share)
-    out = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
+    out = torch.zeros(splits, 3 + targets.size(1), n, dtype=torch.float32, device=hidden.device)
     _statistics[(splits, blocks) if SPLITS_FIRST else (blocks, splits)](
-        hidden, weight, targets, out, n, size, share, scale,
-        WIDTH=hidden.shape[1], ENTROPIES=entropies, SPLITS_FIRST=SPLITS_FIRST, **FORWARD,
+        hidden, weight, out, n, size, share, scale,
+        WIDTH=hidden.shape[1], TARGETS=targets.size(1), ENTROPIES=entropies, SPLITS_FIRST=SPLITS_FIRST, **FORWARD,
+    )  # fmt: skip
+    # Into the first split's rows; those of the others stay 0.
+    _target_logits[(triton.cdiv(n, GATHER["BLOCK_N"]), targets.size(1))](
+        hidden, weight, targets.contiguous(), out, n, size, scale,
+        WIDTH=hidden.shape[1], TARGETS=targets.size(1), **GATHER,
     )  # fmt: skip
     return out
 
@@ -144,15 +174,15 @@ def logit_gradients(
 ) -> Tensor:
     """Write to out [n, v] the gradient with respect to the logits of a tile, and return it. All are contiguous.
 
-    grad_log_probs and grad_entropy [n] float32 already contain the factor `scale` = 1 / temperature; log_norm [n] is
-    log sum exp of the logits times `scale`."""
+    targets [n, m]; grad_log_probs [n, m] and grad_entropy [n] float32 already contain the factor `scale` =
+    1 / temperature; log_norm [n] is log sum exp of the logits times `scale`."""
     n, size = out.shape
     grid = (triton.cdiv(n, BACKWARD["BLOCK_N"]), triton.cdiv(size, BACKWARD["BLOCK_V"]))
     with_entropy = grad_entropy is not None
     _gradients[grid](
-        hidden, weight, targets, log_norm, grad_log_probs, grad_entropy if with_entropy else log_norm,
-        entropy if with_entropy else log_norm, out, n, size, scale,
-        WIDTH=hidden.shape[1], ENTROPIES=with_entropy, **BACKWARD,
+        hidden, weight, targets.contiguous(), log_norm, grad_log_probs.contiguous(), grad_log_probs.sum(1),
+        grad_entropy if with_entropy else log_norm, entropy if with_entropy else log_norm, out, n, size, scale,
+        WIDTH=hidden.shape[1], TARGETS=targets.size(1), ENTROPIES=with_entropy, **BACKWARD,
     )  # fmt: skip
     return out
 

@@ -14,28 +14,55 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
+from nemo_disco.policy.likely_tokens import LikelyTokens, find_likely_tokens, token_divergences
 from nemo_disco.policy.log_probs import token_log_probs
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The log-probs that a forward pass returns.
+    """The values that a forward pass returns at each of n response tokens.
 
     rows [n]: positions in the micro-batch whose next token is a response token; tokens [n]: that next token.
-    temperature: the divisor of the logits. entropies: also return the entropy at each row.
+    temperature: the divisor of the logits. entropies: return the entropy too. likely_tokens: return the ids and the
+    log-probs of so many of the likeliest tokens too. old [n]: return the KL of the policy with these likely tokens to
+    this one too (likely_tokens.token_divergences). At most one of the last two.
     """
 
     rows: Tensor
     tokens: Tensor
     temperature: float
     entropies: bool = False
+    likely_tokens: int = 0
+    old: LikelyTokens | None = None
+
+
+@dataclass(frozen=True)
+class TargetValues:
+    """Values at n response tokens: log-probs, entropies and divergences [n] each, and the likeliest tokens [n, K].
+
+    The last three are None where `Targets` did not ask for them.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor | None = None
+    divergences: Tensor | None = None
+    likely: LikelyTokens | None = None
+
+    def pack(self) -> Tensor:
+        """[rows, n] of one dtype, the only form that a pipeline stage can return: a row of each present field, then K
+        rows of ids and K rows of their log-probs."""
+        rows = [x[None] for x in (self.log_probs, self.entropies, self.divergences) if x is not None]
+        if self.likely is not None:
+            # Ids are exact in float32, up to 2^24.
+            rows += [self.likely.ids.T.to(self.log_probs.dtype), self.likely.log_probs.T]
+        return torch.cat(rows)
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
     """GPTModel on packed micro-batches. Full logits never exist.
 
     `model(input_ids [1, S], position_ids [1, S], None, packed_seq_params=PackedSequences, labels=Targets)` returns on
-    the last pipeline stage [n] log-probs, or [2, n] log-probs and entropies; on the others the hidden states [S, 1, h].
+    the last pipeline stage TargetValues.pack, [rows, n]; on the others the hidden states [S, 1, h].
     """
 
     def __init__(self, *, true_vocab_size: int, inv_freq: Tensor, **kwargs: Any) -> None:
@@ -81,15 +108,30 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        weight = self.output_weight()
-        log_probs, entropies = token_log_probs(
-            hidden_states.squeeze(1).index_select(0, labels.rows),
-            weight,
-            labels.tokens,
-            temperature=labels.temperature,
-            tp_group=group if group.size() > 1 else None,
-            vocab_start=group.rank() * weight.shape[0],
-            vocab_size=self.true_vocab_size,
-            entropies=labels.entropies,
-        )
-        return log_probs if entropies is None else torch.stack([log_probs, entropies])
+        hidden = hidden_states.squeeze(1).index_select(0, labels.rows)
+        head = {"vocab_size": self.true_vocab_size, "tp_group": group if group.size() > 1 else None}
+        return compute_values(hidden, self.output_weight(), labels, group.rank(), **head).pack()
+
+
+def compute_values(hidden: Tensor, weight: Tensor, targets: Targets, tp_rank: int, **head: Any) -> TargetValues:
+    """The values at the targets from their hidden states [n, h] and this rank's rows of the output weight.
+
+    head: the vocab_size and tp_group of log_probs.token_log_probs.
+    """
+    head["vocab_start"] = tp_rank * len(weight)
+    ids = targets.tokens[:, None]
+    if targets.old is not None:
+        ids = torch.cat([ids, targets.old.ids.long()], 1)
+    if targets.likely_tokens:
+        likely = find_likely_tokens(hidden.detach(), weight.detach(), targets.likely_tokens, **head)
+        ids = torch.cat([ids, likely], 1)
+    log_probs, entropies = token_log_probs(
+        hidden, weight, ids, temperature=targets.temperature, entropies=targets.entropies, **head
+    )
+    compared = log_probs[:, 1:]
+    return TargetValues(
+        log_probs[:, 0],
+        entropies,
+        None if targets.old is None else token_divergences(compared, targets.old),
+        LikelyTokens(likely, compared, likely.size(1) == head["vocab_size"]) if targets.likely_tokens else None,
+    )

@@ -29,16 +29,18 @@ from nemo_disco.models.weight_files import SafetensorReader, save_hf_directory
 from nemo_disco.policy import cpu_backend
 from nemo_disco.policy.hugging_face import HuggingFaceModel
 from nemo_disco.policy.layers import uses_transformer_engine
+from nemo_disco.policy.likely_tokens import LikelyTokens
 from nemo_disco.policy.micro_batch import MicroBatch, Padding, build_micro_batch, sequence_lengths
-from nemo_disco.policy.model import Targets
+from nemo_disco.policy.model import Targets, TargetValues
 from nemo_disco.policy.optimizer import Optimizer, StepResult
 from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_config
 from nemo_disco.policy.parallel import Ranks, device
 from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.files import atomic_directory
 
-# (index [n] into the T response tokens, log_probs [n], entropies [n] | None) -> per-token losses [n]
-TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# (index [n] into the T response tokens, the values at them) -> per-token losses [n]
+TokenLoss = Callable[[Tensor, TargetValues], Tensor]
+_SHARED_AT_ONCE = 2**24  # numbers of host memory that are summed over the ranks in one collective
 
 
 class Policy:
@@ -119,21 +121,52 @@ class Policy:
     def log_probs(self, rollouts: Rollouts, *, entropies: bool = False) -> tuple[Tensor, Tensor | None]:
         """[T] log-probs of every response token under the present weights, on every rank, and with `entropies` the [T]
         entropies. float32, or float64 for a float64 model. A collective."""
-        rows = 2 if entropies else 1
-        total = int(rollouts.response_lengths.sum())
+        values = self.target_values(rollouts, entropies=entropies)
+        return values.log_probs, values.entropies
+
+    def target_values(
+        self,
+        rollouts: Rollouts,
+        *,
+        entropies: bool = False,
+        likely_tokens: int = 0,
+        old: LikelyTokens | None = None,
+    ) -> TargetValues:
+        """The values of all T response tokens under the present weights, on every rank: log-probs [T], and as asked for
+        (`Targets`) entropies [T], divergences [T], and the likeliest tokens [T, K], in host memory. A collective.
+
+        old [T, K]: of the policy that the present one is compared with. float32, or float64 for a float64 model.
+        """
+        rows, total = 1 + entropies + (old is not None), int(rollouts.response_lengths.sum())
         precision = torch.float64 if self.dtype is torch.float64 else torch.float32
         out = torch.zeros(rows, total, dtype=precision, device=self.device)
+        ids = torch.zeros(total, likely_tokens, dtype=torch.int32)
+        likely_log_probs = torch.zeros(total, likely_tokens, dtype=precision)
 
         def collect(batch: MicroBatch, output: Tensor, non_loss_data: bool = True) -> None:  # noqa: ARG001
-            out[:, batch.index] = output.reshape(rows, -1).to(precision)
+            out[:, batch.index] = output[:rows].to(precision)
+            if likely_tokens:
+                index, packed = batch.index.cpu(), output[rows:].T.cpu()
+                ids[index] = packed[:, :likely_tokens].to(torch.int32)
+                likely_log_probs[index] = packed[:, likely_tokens:].to(precision)
 
+        asked = {"entropies": entropies, "likely_tokens": likely_tokens, "old": old}
         if "forward" in self.unscaled:  # Transformer Engine updates its scales only in passes with gradients enabled
             self.unscaled.remove("forward")
-            self._schedule(rollouts, lambda *_, **__: None, entropies, forward_only=True)
+            self._schedule(rollouts, lambda *_, **__: None, asked, forward_only=True)
         with torch.no_grad():
-            self._schedule(rollouts, collect, entropies, forward_only=True)
-        out = self.share(out)
-        return out[0], out[1] if entropies else None
+            self._schedule(rollouts, collect, asked, forward_only=True)
+        by_token = iter(self.share(out))
+        return TargetValues(
+            next(by_token),
+            next(by_token) if entropies else None,
+            next(by_token) if old is not None else None,
+            LikelyTokens(
+                self._share_on_host(ids), self._share_on_host(likely_log_probs), likely_tokens == self.vocabulary
+            )
+            if likely_tokens
+            else None,
+        )
 
     def share(self, values: Tensor) -> Tensor:
         """Sum over all ranks of vectors in which each last pipeline stage has written the elements of its own tokens.
@@ -143,18 +176,34 @@ class Policy:
         dist.all_reduce(values)
         return values
 
+    def _share_on_host(self, values: Tensor) -> Tensor:
+        """As `share`, in place, of values [T, K] in host memory, of which a part at a time is on the device."""
+        for part in torch.split(values, max(1, _SHARED_AT_ONCE // max(1, values.size(1)))):
+            part.copy_(self.share(part.to(self.device)))
+        return values
+
     def accumulate(
-        self, rollouts: Rollouts, token_loss: TokenLoss, *, entropies: bool = False, everywhere: bool = False
+        self,
+        rollouts: Rollouts,
+        token_loss: TokenLoss,
+        *,
+        entropies: bool = False,
+        old: LikelyTokens | None = None,
+        everywhere: bool = False,
     ) -> None:
         """Forward and backward of the sum over all T tokens of `token_loss`, replacing the gradient.
 
+        token_loss gets the log-probs, and with `entropies` and `old` (as for target_values) entropies and divergences.
         Afterwards main_grad is reduced over data parallelism for the shard that this rank's optimizer owns;
         everywhere=True reduces it whole on every rank (to be exported).
         """
 
         def loss(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            log_probs, entropy = (output[0], output[1]) if entropies else (output, None)
-            total = token_loss(batch.index, log_probs, entropy).sum()
+            by_token = iter(output)
+            values = TargetValues(
+                next(by_token), next(by_token) if entropies else None, next(by_token) if old is not None else None
+            )
+            total = token_loss(batch.index, values).sum()
             return total, torch.zeros((), dtype=torch.int, device=output.device), {}
 
         # Delayed scaling starts with a scale of 1, under which most gradients are too small for FP8: a first pass sets
@@ -165,7 +214,8 @@ class Policy:
                 chunk.force_all_reduce = everywhere
             if self.optimizer is not None:
                 self.optimizer.megatron.zero_grad()
-            self._schedule(rollouts, loss, entropies, forward_only=False, force_all_reduce=everywhere)
+            asked = {"entropies": entropies, "old": old}
+            self._schedule(rollouts, loss, asked, forward_only=False, force_all_reduce=everywhere)
         self.unscaled.clear()
 
     def step(self) -> StepResult:
@@ -178,7 +228,7 @@ class Policy:
         trained. Replaces the gradient and changes no weight. A collective."""
         assert self.optimizer is not None, "this policy was built without an optimizer"
         total = max(1, int(rollouts.response_lengths.sum()))
-        self.accumulate(rollouts, lambda _index, log_probs, _entropies: log_probs / total)
+        self.accumulate(rollouts, lambda _index, values: values.log_probs / total)
         return self.optimizer.gradient_norm()
 
     @contextmanager
@@ -277,9 +327,18 @@ class Policy:
         return [[tuple(responses[i] for i in batch) for batch in rank] for rank in plan]
 
     def _schedule(
-        self, rollouts: Rollouts, use: Callable[..., Any], entropies: bool, *, forward_only: bool, **options: Any
+        self,
+        rollouts: Rollouts,
+        use: Callable[..., Any],
+        asked: Mapping[str, Any],
+        *,
+        forward_only: bool,
+        **options: Any,
     ) -> None:
-        """Run megatron's pipeline schedule on this rank's micro-batches; the last stage calls `use(batch, output)`."""
+        """Run megatron's pipeline schedule on this rank's micro-batches; the last stage calls `use(batch, output)`.
+
+        asked: the fields of Targets that say what is computed; `old` is that of all T tokens.
+        """
         ranks = self.ranks
         build = partial(build_micro_batch, rollouts, padding=self._padding, device=self.device)
         batches = [
@@ -289,7 +348,9 @@ class Policy:
 
         def forward(batches: Iterator[MicroBatch], network: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
-            targets = Targets(batch.rows, batch.targets, self.temperature, entropies)
+            old = asked["old"]
+            here = {"old": None if old is None else old.select(batch.index).to(self.device)}
+            targets = Targets(batch.rows, batch.targets, self.temperature, **{**asked, **here})
             inputs = batch.input_ids, batch.position_ids, None
             return network(*inputs, packed_seq_params=batch.sequences, labels=targets), partial(use, batch)
 

@@ -12,20 +12,28 @@ import torch
 from nemo_disco.algorithms import MiniBatch, build_objective
 
 from . import reference as ref
+from . import reference_2026 as recent
 from . import reference_length as length
 from .reference import Case, ExpectedOutput
 
-HINGE = {"kind": "squared_hinge", "beta": 1e3, "delta": 1e-4, "convention": "paper"}
-NONE = {"kind": "none", "beta": 0.0, "delta": 0.0, "convention": "paper"}
+HINGE = {"kind": "squared_hinge", "beta": 1e3, "delta": 1e-4, "convention": "paper", "estimator": "k1"}
+NONE = {"kind": "none", "beta": 0.0, "delta": 0.0, "convention": "paper", "estimator": "k1"}
 PENALTIES = {
     "paper": HINGE,
+    "k3": HINGE | {"estimator": "k3"},
+    "top_k": HINGE | {"estimator": "top_k"},
     "released_code": HINGE | {"convention": "released_code", "delta": 0.01},
-    "kl": {"kind": "kl_regularization", "beta": 1e-3, "delta": 0.0, "convention": "paper"},
+    "released_code k3": HINGE | {"convention": "released_code", "delta": 0.01, "estimator": "k3"},
+    "kl": NONE | {"kind": "kl_regularization", "beta": 1e-3},
+    "kl k3": NONE | {"kind": "kl_regularization", "beta": 0.5, "estimator": "k3"},
+    "kl top_k": NONE | {"kind": "kl_regularization", "beta": 0.5, "estimator": "top_k"},
+    "dual": NONE | {"kind": "dual", "beta": 2.0, "delta": 1e-3, "estimator": "k3", "beta_min": 0.1, "beta_max": 10.0},
     "none": NONE,
 }
 RATIO = {"score": "likelihood_ratio"}
 TRUNCATED_SAMPLING = {"kind": "truncated_importance_sampling"}
 SEQUENCE_MASK = {"kind": "sequence_mask", "cap": 1.03}
+OUTLIER_MASK = {"kind": "outlier_mask", "floor": 0.2, "cap": 5.0}
 
 # A variant's name -> (the mapping for build_objective, the reference function).
 OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], ExpectedOutput]]] = {
@@ -46,6 +54,14 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], ExpectedOutput]]] =
     "drpo ratio": ({"name": "drpo"} | RATIO, functools.partial(ref.drpo, **RATIO)),
     "grpo": ({"name": "grpo"}, ref.grpo),
     "grpo reference": ({"name": "grpo", "kl_coefficient": 1e-3}, functools.partial(ref.grpo, kl=1e-3)),
+    "grpo reference k2": (
+        {"name": "grpo", "kl_coefficient": 0.1, "kl_estimator": "k2"},
+        functools.partial(ref.grpo, kl=0.1, estimator="k2"),
+    ),
+    "grpo reference k3": (
+        {"name": "grpo", "kl_coefficient": 0.1, "kl_estimator": "k3"},
+        functools.partial(ref.grpo, kl=0.1, estimator="k3"),
+    ),
     "grpo clips": (
         {"name": "grpo", "clip_low": 0.1, "clip_high": 0.5},
         functools.partial(ref.grpo, low=0.1, high=0.5),
@@ -80,8 +96,48 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Callable[[Case], ExpectedOutput]]] =
         {"name": "grpo", "off_policy": SEQUENCE_MASK},
         functools.partial(length.sequence_mask, ref.grpo, cap=1.03),
     ),
+    "grpo weighted responses": (
+        {"name": "grpo", "off_policy": {"kind": "sequence_importance_sampling"}},
+        functools.partial(recent.sequence_importance_sampling, ref.grpo),
+    ),
+    "grpo icepop": (
+        {"name": "grpo", "off_policy": {"kind": "icepop"}},
+        functools.partial(recent.icepop, ref.grpo),
+    ),
+    "disco without outliers": (
+        {"name": "disco", "off_policy": OUTLIER_MASK},
+        functools.partial(recent.outlier_mask, ref.disco, floor=0.2, cap=5.0),
+    ),
+    "gspo": ({"name": "gspo"}, recent.gspo),
+    "gspo clips": (
+        {"name": "gspo", "clip_low": 0.1, "clip_high": 0.2},
+        functools.partial(recent.gspo, low=0.1, high=0.2),
+    ),
+    "cispo": ({"name": "cispo"}, recent.cispo),
+    "cispo clip": ({"name": "cispo", "clip_high": 0.1}, functools.partial(recent.cispo, high=0.1)),
+    "sapo": ({"name": "sapo"}, recent.sapo),
+    "sapo sharp": (
+        {"name": "sapo", "tau_positive": 4.0, "tau_negative": 9.0},
+        functools.partial(recent.sapo, positive=4.0, negative=9.0),
+    ),
+    "dppo": ({"name": "dppo"}, recent.dppo),
+    "dppo kl": (
+        {"name": "dppo", "divergence": "kl", "divergence_limit": 0.01},
+        functools.partial(recent.dppo, divergence="kl", limit=0.01),
+    ),
+    "divergence_regularized": ({"name": "divergence_regularized"}, recent.divergence_regularized),
+    "divergence_regularized tight": (
+        {"name": "divergence_regularized", "divergence_limit": 0.05},
+        functools.partial(recent.divergence_regularized, limit=0.05),
+    ),
+    "maxrl": ({"name": "maxrl"}, recent.maxrl),
+    "conspo": ({"name": "conspo"}, recent.conspo),
+    "conspo sharp": (
+        {"name": "conspo", "tau": 0.3, "margin": 0.2, "margin_steps": 60},
+        functools.partial(recent.conspo, tau=0.3, margin=0.2, steps=60),
+    ),
 }
-SEPARABLE = [name for name in OBJECTIVES if name.split()[0] not in ("disco", "drpo", "trpa")]
+SEPARABLE = [name for name in OBJECTIVES if name.split()[0] not in ("disco", "drpo", "trpa", "gspo", "conspo")]
 
 
 def make_objective(name: str, penalty: dict[str, Any], **parameters: Any) -> Any:
@@ -112,10 +168,12 @@ def to_mini_batch(case: Case, dtype: torch.dtype = torch.float64) -> MiniBatch:
         entropies=per_token(case.entropies),
         reference_log_probs=per_token(case.reference),
         generation_log_probs=per_token(case.generation),
+        divergences=per_token(case.divergences),
         correct=None if case.correct is None else torch.tensor(case.correct),
         columns={
             "preference": torch.tensor(case.preferences, dtype=torch.float64),
             "shortest_correct": torch.tensor(case.shortest),
+            "completed_steps": torch.full((len(case.lengths),), case.step),
         },
     )
 
@@ -142,6 +200,7 @@ def random_case(
     reference = [x + rng.uniform(-1, 1) * spread for x in old]
     entropies = [rng.uniform(0, 2) for _ in old]
     more = {
+        "divergences": [0.5 * (x - o) ** 2 for x, o in zip(lp, old, strict=True)],
         "generation": [x + rng.uniform(-1, 1) * (0.1 if rng.random() < 0.8 else 2.0) for x in old],
         "preferences": [rng.uniform(-1, 1) for _ in lengths],
         "shortest": [q % 4 * 2 for q in questions],

@@ -18,10 +18,11 @@ class Case:
     """One mini-batch as plain lists.
 
     [T], one number for each response token: lp, old, reference, generation, its log-prob under the current policy, the
-    policy that sampled, the frozen reference and the engine; entropies, of the current policy.
+    policy that sampled, the frozen reference and the engine; entropies, of the current policy; divergences, the KL of
+    the policy that sampled to the current one at each token's place.
     [N], one for each response: lengths |o|; questions, any integers; rewards r; preferences, DRPO's r(o); shortest,
     HAPO's h; correct, the grader's verdicts (None: a response is right if its reward is above the threshold).
-    limit: C.
+    limit: C. step: training steps before the one that sampled the responses.
     """
 
     lp: list[float]
@@ -35,8 +36,10 @@ class Case:
     correct: list[bool] | None = None
     threshold: float = 0.5
     generation: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
     preferences: list[float] = field(default_factory=list)
     shortest: list[int] = field(default_factory=list)
+    step: int = 40
 
     def tokens(self, i: int) -> range:
         """Positions of response i's tokens among the T tokens."""
@@ -55,31 +58,42 @@ class Case:
 class ExpectedOutput:
     """An objective's value J and its gradient; after `add_penalty` also KL_hat and the loss, whose gradient it then is.
 
-    token_gradient, entropy_gradient [T]: the derivatives with respect to each token's lp and entropy.
+    token_gradient, entropy_gradient, divergence_gradient [T]: the derivatives with respect to each token's lp, entropy
+    and divergence. k1: the mean of old_t - lp_t, whatever estimator KL_hat is.
     """
 
     case: Case
     value: float = 0.0
     token_gradient: list[float] = field(default_factory=list)
     entropy_gradient: list[float] = field(default_factory=list)
+    divergence_gradient: list[float] = field(default_factory=list)
     loss: float = 0.0
     kl: float = 0.0
+    k1: float = 0.0
 
     def __post_init__(self) -> None:
         self.token_gradient = [0.0] * len(self.case.lp)
         self.entropy_gradient = [0.0] * len(self.case.lp)
 
-    def add_penalty(self, kind: str, beta: float, delta: float, convention: str) -> None:
+    def add_penalty(self, kind: str, beta: float, delta: float, convention: str, estimator: str, **_: object) -> None:
         """Set loss = penalty(KL_hat) - J, and replace J's gradient by the loss's (arXiv 2505.12366, Algorithm 1).
 
-        KL_hat = (1/T) sum_t (old_t - lp_t). The penalty is beta max(KL_hat - delta, 0)^2 (squared_hinge; in the
-        convention of the released code beta max(KL_hat - delta, 0) KL_hat with the first factor held constant), or
-        beta KL_hat (kl_regularization), or 0 (none).
+        KL_hat = (1/T) sum_t of old_t - lp_t (k1), of rho_t - 1 - log rho_t (k3), or of the divergences (top_k). The
+        penalty is beta max(KL_hat - delta, 0)^2 (squared_hinge; in the convention of the released code
+        beta max(KL_hat - delta, 0) KL_hat with the first factor held constant), or beta KL_hat (kl_regularization,
+        dual), or 0 (none).
         """
         total = max(len(self.case.lp), 1)
-        self.kl = math.fsum(o - x for o, x in zip(self.case.old, self.case.lp, strict=True)) / total
+        differences = [x - o for o, x in zip(self.case.old, self.case.lp, strict=True)]
+        self.k1 = -math.fsum(differences) / total
+        terms = {
+            "k1": [(-d, -1.0, 0.0) for d in differences],  # (value, derivative in lp, derivative in the divergence)
+            "k3": [(math.expm1(d) - d, math.expm1(d), 0.0) for d in differences],
+            "top_k": [(kl, 0.0, 1.0) for kl in self.case.divergences],
+        }[estimator]
+        self.kl = math.fsum(value for value, _, _ in terms) / total
         penalty = slope = 0.0
-        if kind == "kl_regularization":
+        if kind in ("kl_regularization", "dual"):
             penalty, slope = beta * self.kl, beta
         elif kind == "squared_hinge" and self.kl > delta:
             excess = self.kl - delta
@@ -88,7 +102,10 @@ class ExpectedOutput:
             else:
                 penalty, slope = beta * excess * self.kl, beta * excess
         self.loss = penalty - self.value
-        self.token_gradient = [-g - slope / total for g in self.token_gradient]
+        self.token_gradient = [
+            slope * by_lp / total - g for g, (_, by_lp, _) in zip(self.token_gradient, terms, strict=True)
+        ]
+        self.divergence_gradient = [slope * by_divergence / total for _, _, by_divergence in terms]
         self.entropy_gradient = [-g for g in self.entropy_gradient]
 
 
@@ -284,20 +301,39 @@ def sum_clipped_terms(
     return output
 
 
+def reference_kl_term(estimator: str, lp: float, old: float, reference: float) -> tuple[float, float]:
+    """(a token's term of KL(policy || reference), its derivative in lp).
+
+    With d = reference - lp and rho = exp(lp - old): rho (exp(d) - d - 1) (k3_weighted, arXiv 2512.02556), d^2 / 2 (k2),
+    exp(d) - d - 1 (k3, Schulman's).
+    """
+    d, rho = reference - lp, math.exp(lp - old)
+    return {
+        "k3_weighted": (rho * (math.expm1(d) - d), -rho * d),
+        "k2": (d * d / 2, -d),
+        "k3": (math.expm1(d) - d, -math.expm1(d)),
+    }[estimator]
+
+
 def grpo(
-    case: Case, advantage: Callable = grpo_advantage, kl: float = 0.0, entropy: float = 0.0, **clip: float
+    case: Case,
+    advantage: Callable = grpo_advantage,
+    kl: float = 0.0,
+    entropy: float = 0.0,
+    estimator: str = "k3_weighted",
+    **clip: float,
 ) -> ExpectedOutput:
     """GRPO: J = (1/N) sum_o (1/|o|) sum_t min(rho A, clip(rho) A) - kl KL + entropy H (arXiv 2402.03300).
 
-    KL = (1/T) sum_t [exp(d) - d - 1], d = reference_t - lp_t (Schulman's k3), and H = (1/T) sum_t of the entropies.
-    entropy > 0 is GRPO-ER (baseline of arXiv 2505.12366). RLOO and GRPO_RW differ in the advantage alone.
+    KL = (1/T) sum_t reference_kl_term, and H = (1/T) sum_t of the entropies. entropy > 0 is GRPO-ER (baseline of
+    arXiv 2505.12366). RLOO and GRPO_RW differ in the advantage alone.
     """
     output = sum_clipped_terms(case, advantage, lambda length: len(case.lengths) * length, **clip)
     total = len(case.lp)
     for t in range(total):
-        d = case.reference[t] - case.lp[t]
-        output.value += (entropy * case.entropies[t] - kl * (math.exp(d) - d - 1)) / total
-        output.token_gradient[t] += kl * (math.exp(d) - 1) / total
+        value, slope = reference_kl_term(estimator, case.lp[t], case.old[t], case.reference[t]) if kl else (0.0, 0.0)
+        output.value += (entropy * case.entropies[t] - kl * value) / total
+        output.token_gradient[t] -= kl * slope / total
         output.entropy_gradient[t] = entropy / total
     return output
 

@@ -39,10 +39,16 @@ def assert_agrees(output: object, expected: ExpectedOutput, tolerance: float = 1
         expected.loss, rel=tolerance, abs=tolerance * max(1, abs(expected.value))
     )
     assert output.metrics["objective/value"] == pytest.approx(expected.value, rel=tolerance, abs=tolerance)
-    assert output.metrics["policy/kl"] == pytest.approx(expected.kl, rel=tolerance, abs=1e-12)
+    assert output.metrics["policy/kl"] == pytest.approx(expected.k1, rel=tolerance, abs=1e-12)
+    assert output.metrics["constraint/kl"] == pytest.approx(expected.kl, rel=tolerance, abs=1e-12)
     if output.entropy_weights is not None:
         gradient = torch.tensor(expected.entropy_gradient, dtype=torch.float64)
         torch.testing.assert_close(output.entropy_weights, gradient, rtol=tolerance, atol=0)
+    gradient = torch.tensor(expected.divergence_gradient, dtype=torch.float64)
+    if output.divergence_weights is None:
+        assert not gradient.any()
+    else:
+        torch.testing.assert_close(output.divergence_weights, gradient, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -81,6 +87,7 @@ def test_float32_input_is_computed_in_float64(name: str) -> None:
         entropies=round_to_float32(case.entropies),
         reference=round_to_float32(case.reference),
         generation=round_to_float32(case.generation),
+        divergences=round_to_float32(case.divergences),
     )
     assert_agrees(output, reference_output(name, same_input, HINGE))
 
@@ -110,6 +117,7 @@ def any_case(draw: st.DrawFn) -> Case:
     limit = draw(st.integers(4, 20))
     more = {
         "generation": [o + d for o, d in zip(old, tokens(-1, 1), strict=True)],
+        "divergences": tokens(0, 3),
         "preferences": draw(st.lists(st.floats(-1, 1), min_size=n, max_size=n)),
         "shortest": draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)),
     }

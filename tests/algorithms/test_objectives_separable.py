@@ -9,37 +9,41 @@ import torch
 
 from .cases import NONE, OBJECTIVES, PENALTIES, SEPARABLE, make_objective, odd_cases, random_case, to_mini_batch
 
+LINEAR = [name for name, penalty in PENALTIES.items() if penalty["kind"] != "squared_hinge"]
+
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_objectives_that_are_sums_over_tokens_are_separable_without_a_hinge(name: str, penalty: str) -> None:
     objective = make_objective(name, PENALTIES[penalty])
-    assert objective.separable == (name in SEPARABLE and penalty in ("none", "kl"))
+    assert objective.separable == (name in SEPARABLE and penalty in LINEAR)
 
 
 @pytest.mark.parametrize("case", ["ragged", "some empty", "extreme ratios", "shaped rewards, own verdicts"])
-@pytest.mark.parametrize("penalty", ["none", "kl"])
+@pytest.mark.parametrize("penalty", LINEAR)
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_any_split_of_the_tokens_gives_the_loss_and_its_gradient(name: str, penalty: str, case: str) -> None:
     batch = to_mini_batch(odd_cases()[case])
     objective = make_objective(name, PENALTIES[penalty])
     whole = objective(batch)
     # token_loss must not read the batch's log-probs, which the step does not have yet: wrong ones change nothing.
-    token_loss = objective.token_loss(replace(batch, log_probs=batch.old_log_probs - 1, entropies=None))
+    unknown = {"log_probs": batch.old_log_probs - 1, "entropies": None, "divergences": None}
+    token_loss = objective.token_loss(replace(batch, **unknown))
     order = torch.randperm(batch.n_tokens, generator=torch.Generator().manual_seed(1))
-    log_probs, entropies = batch.log_probs.clone().requires_grad_(), batch.entropies.clone().requires_grad_()
+    leaves = [x.clone().requires_grad_() for x in (batch.log_probs, batch.entropies, batch.divergences)]
     total = 0.0
     for index in order.split([4, 0, 1, batch.n_tokens - 5]):
-        loss = token_loss(index, log_probs[index], entropies[index])
+        loss = token_loss(index, *(x[index] for x in leaves))
         assert loss.shape == index.shape
         assert loss.dtype == torch.float64
         loss.sum().backward()
         total += float(loss.detach().sum())
     scale = float(whole.token_weights.abs().max())
     assert total == pytest.approx(float(whole.loss), rel=1e-12, abs=1e-14 * max(1, scale))
-    torch.testing.assert_close(log_probs.grad, whole.token_weights, rtol=1e-12, atol=1e-18 * scale)
-    if whole.entropy_weights is not None:
-        torch.testing.assert_close(entropies.grad, whole.entropy_weights, rtol=1e-12, atol=0)
+    expected = [whole.token_weights, whole.entropy_weights, whole.divergence_weights]
+    for leaf, weights in zip(leaves, expected, strict=True):
+        if weights is not None:
+            torch.testing.assert_close(leaf.grad, weights, rtol=1e-12, atol=1e-18 * scale)
 
 
 def test_the_gradient_comes_back_in_the_policys_own_dtype() -> None:
@@ -85,3 +89,8 @@ def test_the_callers_inference_mode_and_graph_do_not_matter() -> None:
     assert again.token_weights.equal(output.token_weights)
     assert not again.loss.requires_grad
     assert not again.token_weights.requires_grad
+    compared = make_objective("grpo", PENALTIES["kl top_k"])
+    with pytest.raises(ValueError, match="grpo needs the mini-batch's divergences"):
+        compared(replace(batch, divergences=None))
+    with pytest.raises(ValueError, match="grpo needs the tokens' divergences"):
+        compared.token_loss(batch)(torch.arange(2), batch.log_probs[:2])

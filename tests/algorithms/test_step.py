@@ -12,7 +12,14 @@ import pytest
 import torch
 from bare_trainer import build_bare_trainer
 from safetensors.torch import load_file
-from tiny_models import load_transformers_model, model_config, random_rollouts, save_model, transformers_log_probs
+from tiny_models import (
+    VOCABULARY,
+    load_transformers_model,
+    model_config,
+    random_rollouts,
+    save_model,
+    transformers_distributions,
+)
 
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldValues, accumulate_gradient
@@ -42,15 +49,36 @@ def perturb_weights(model_path: Path) -> dict[str, torch.Tensor]:
     return {n: w.double() - 2e-3 * torch.randn(w.shape, generator=generator).double() for n, w in weights.items()}
 
 
-def disco_loss(log_probs: torch.Tensor, old: torch.Tensor, rollouts: Rollouts, kind: str) -> tuple[torch.Tensor, float]:
+def estimate_kl(new: torch.Tensor, old: torch.Tensor, tokens: torch.Tensor, estimator: str) -> torch.Tensor:
+    """KL_hat(old || new) by its definition, from all log-probs [T, V] and the sampled tokens [T].
+
+    estimator: k1, k3, or a number K for the KL over old's K likeliest tokens and one bucket of all others.
+    """
+    difference = (new - old).gather(1, tokens[:, None])[:, 0]
+    if estimator == "k1":
+        return -difference.mean()
+    if estimator == "k3":
+        return (difference.exp() - 1 - difference).mean()
+    q, ids = old.exp().topk(int(estimator), 1)
+    p = new.exp().gather(1, ids)
+    if int(estimator) < VOCABULARY:
+        q, p = (torch.cat([x, 1 - x.sum(1, keepdim=True)], 1) for x in (q, p))
+    return (q * (q / p).log()).sum(1).mean()
+
+
+def disco_loss(
+    new: torch.Tensor, old: torch.Tensor, rollouts: Rollouts, kind: str, estimator: str
+) -> tuple[torch.Tensor, float]:
     """DisCO's loss -J2 + beta max(KL_hat - delta, 0)^2 with delta = KL_hat / 2 (arXiv 2505.12366), and KL_hat.
 
-    log_probs, old [T]: of the tokens under the policy and before the step. kind: the score.
+    new, old [T, V]: log-probs under the policy and before the step. kind: the score. estimator: as for estimate_kl.
     """
+    tokens = torch.cat([rollouts.response(i) for i in range(len(rollouts))])
+    log_probs, old_log_probs = (x.gather(1, tokens[:, None])[:, 0] for x in (new, old))
     start, value = 0, torch.zeros((), dtype=torch.float64)
     groups: dict[int, dict[bool, list[torch.Tensor]]] = {}
     for i, length in enumerate(rollouts.response_lengths.tolist()):
-        lp, old_lp = log_probs[start : start + length], old[start : start + length]
+        lp, old_lp = log_probs[start : start + length], old_log_probs[start : start + length]
         start += length
         group = groups.setdefault(int(rollouts.question_ids[i]), {True: [], False: []})
         if length:
@@ -60,25 +88,38 @@ def disco_loss(log_probs: torch.Tensor, old: torch.Tensor, rollouts: Rollouts, k
         if group[True] and group[False]:
             negatives = torch.stack(group[False])
             value = value + torch.stack(group[True]).mean() - TAU * (negatives / TAU).exp().mean().log()
-    kl = (old - log_probs).mean()
-    delta = 0.5 * float(kl)
-    return -value / len(groups) + BETA * (kl - delta).clamp(min=0) ** 2, float(kl)
+    kl = estimate_kl(new, old, tokens, estimator)
+    delta = 0.5 * float(kl.detach())
+    return -value / len(groups) + BETA * (kl - delta).clamp(min=0) ** 2, float(kl.detach())
 
 
-@pytest.fixture(scope="module", params=["log_likelihood", "likelihood_ratio"])
-def reference(
-    request: pytest.FixtureRequest, model_path: Path, rollouts: Rollouts
-) -> tuple[str, dict[str, Any], torch.Tensor, float]:
-    """(the score, the dense float64 gradient at perturbed weights by name, the old log-probs [T], KL_hat)."""
+Reference = tuple[dict[str, Any], dict[str, Any], float]
+CASES = [
+    ("log_likelihood", "k1"),
+    ("likelihood_ratio", "k3"),
+    ("log_likelihood", "4"),
+    ("log_likelihood", str(VOCABULARY)),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
+def reference(request: pytest.FixtureRequest, model_path: Path, rollouts: Rollouts) -> Reference:
+    """(the objective's settings, the dense float64 gradient at perturbed weights by name, KL_hat)."""
+    score, estimator = request.param
     model = load_transformers_model(model_path)
     with torch.no_grad():
-        old = transformers_log_probs(model, rollouts, TEMPERATURE)
+        old = transformers_distributions(model, rollouts, TEMPERATURE)
         weights = perturb_weights(model_path)
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-    loss, kl = disco_loss(transformers_log_probs(model, rollouts, TEMPERATURE), old, rollouts, request.param)
+    loss, kl = disco_loss(transformers_distributions(model, rollouts, TEMPERATURE), old, rollouts, score, estimator)
     loss.backward()
-    return request.param, {n: p.grad for n, p in model.named_parameters()}, old, kl
+    constraint = (
+        {"estimator": estimator} if not estimator.isdigit() else {"estimator": "top_k", "top_k": int(estimator)}
+    )
+    settings = {"name": "disco", "score": score, "tau": TAU}
+    settings["constraint"] = constraint | {"beta": BETA, "delta": 0.5 * kl}
+    return settings, {n: p.grad for n, p in model.named_parameters()}, kl
 
 
 @pytest.mark.parametrize(
@@ -91,7 +132,7 @@ def reference(
     ],
 )
 def test_gradient_equals_the_dense_pass(
-    reference: tuple[str, dict[str, Any], torch.Tensor, float],
+    reference: Reference,
     model_path: Path,
     rollouts: Rollouts,
     dtype: torch.dtype,
@@ -100,18 +141,17 @@ def test_gradient_equals_the_dense_pass(
     tensor_tolerance: float,
 ) -> None:
     """The relative errors of the whole gradient and of each tensor's are within the tolerances."""
-    score, expected, _, kl = reference
+    settings, expected, kl = reference
     assert kl > 0, "the hinge is not active, so that its gradient would not be tested"
     config = model_config(model_path, token_budget=budget)
     parallel.start(config)
     policy = Policy(config, dtype=dtype, temperature=TEMPERATURE)
-    old, _ = policy.log_probs(rollouts)
+    objective = build_objective(settings)
+    old = OldValues.compute(policy, objective, rollouts, reference=None)
     policy.load(perturb_weights(model_path).__getitem__)
-    objective = build_objective(
-        {"name": "disco", "score": score, "tau": TAU, "constraint": {"beta": BETA, "delta": 0.5 * kl}}
-    )
-    metrics = accumulate_gradient(policy, objective, rollouts, OldValues(old)).metrics
+    metrics = accumulate_gradient(policy, objective, rollouts, old).metrics
     assert metrics["constraint/active"] == 1.0
+    assert metrics["constraint/kl"] == pytest.approx(kl, rel=whole_tolerance)
     gradients = {n: g.double() for n, g in policy.named_gradients()}
     errors = {n: float((gradients[n] - g).norm() / g.norm()) for n, g in expected.items()}
     difference = torch.cat([(gradients[n] - g).flatten() for n, g in expected.items()]).norm()
@@ -120,16 +160,16 @@ def test_gradient_equals_the_dense_pass(
     assert max(errors.values()) <= tensor_tolerance, max(errors, key=errors.__getitem__)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gpg", "rloo", "grpo_er"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gpg", "rloo", "grpo_er", "grpo top_k"])
 def test_one_pass_gives_the_gradient_and_metrics_of_two(model_path: Path, rollouts: Rollouts, name: str) -> None:
     config = model_config(model_path, token_budget=512)
     parallel.start(config)
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
-    old, entropies = policy.log_probs(rollouts, entropies=True)
-    policy.load(perturb_weights(model_path).__getitem__)
-    objective = build_objective({"name": name})
+    constraint = {"kind": "kl_regularization", "beta": 1.0, "estimator": "top_k", "top_k": 3} if " " in name else {}
+    objective = build_objective({"name": name.split()[0], "constraint": constraint})
     assert objective.separable
-    old_policy = OldValues(old, entropies)
+    old_policy = OldValues.compute(policy, objective, rollouts, reference=None)
+    policy.load(perturb_weights(model_path).__getitem__)
     one_pass = accumulate_gradient(policy, objective, rollouts, old_policy)
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
 
@@ -156,7 +196,7 @@ def test_the_first_mini_batch_needs_no_forward_pass(
     objective = build_objective({"name": "disco"})
     expected = accumulate_gradient(policy, objective, rollouts, old).metrics
     gradients = {n: g.clone() for n, g in policy.named_gradients()}
-    monkeypatch.setattr(policy, "log_probs", None)  # a forward pass alone would raise
+    monkeypatch.setattr(policy, "target_values", None)  # a forward pass alone would raise
     metrics = accumulate_gradient(policy, objective, rollouts, old, first=True).metrics
     assert metrics.pop("policy/noise_floor") < 1e-12
     assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -165,21 +205,26 @@ def test_the_first_mini_batch_needs_no_forward_pass(
 
 
 @pytest.mark.parametrize("name", ["disco", "grpo"])  # in two passes and in one
-def test_the_noise_floor_is_the_kl_of_the_policy_to_itself(name: str, model_path: Path, rollouts: Rollouts) -> None:
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 3e-5), ("k3", 0.5 * 3e-5**2)])
+def test_the_noise_floor_is_the_kl_of_the_policy_to_itself(
+    name: str, estimator: str, expected: float, model_path: Path, rollouts: Rollouts
+) -> None:
     config = model_config(model_path, token_budget=512)
     parallel.start(config)
     policy = Policy(config, dtype=torch.float64, temperature=TEMPERATURE)
     log_probs, entropies = policy.log_probs(rollouts, entropies=True)
     old = OldValues(log_probs - 3e-5, entropies)
-    result = accumulate_gradient(policy, build_objective({"name": name}), rollouts, old, first=True)
-    assert result.metrics["policy/noise_floor"] == pytest.approx(3e-5, rel=1e-6)
+    kind = "squared_hinge" if name == "disco" else "kl_regularization"
+    objective = build_objective({"name": name, "constraint": {"kind": kind, "estimator": estimator}})
+    result = accumulate_gradient(policy, objective, rollouts, old, first=True)
+    assert result.metrics["policy/noise_floor"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_every_mini_batch_but_the_first_takes_one_more_forward_pass(
     model_path: Path, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step's passes: the old log-probs of all responses, then for each of 4 mini-batches the scores (which are known
-    for the first) and forward and backward together. A warning about the engine is logged."""
+    for the first) and forward and backward together, then the last one's KL. A warning about the engine is logged."""
     config = compose(
         overrides=[
             f"model.path={model_path}",
@@ -207,4 +252,4 @@ def test_every_mini_batch_but_the_first_takes_one_more_forward_pass(
     trainer.run_training(rollouts)
     trainer.journal.log.assert_called_once_with("step 1: warning: apart")
     backward, forward = (False, 64), (True, 64)
-    assert passes == [(True, 256), backward, forward, backward, forward, backward, forward, backward]
+    assert passes == [(True, 256), backward, forward, backward, forward, backward, forward, backward, forward]

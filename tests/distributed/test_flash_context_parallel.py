@@ -26,7 +26,7 @@ def compute_log_probs_and_gradients(
         parallel.start(config)
         policy, rollouts = Policy(config, dtype=torch.float64), random_rollouts()
         log_probs, _ = policy.log_probs(rollouts)
-        policy.accumulate(rollouts, lambda _, log_probs, __: log_probs, everywhere=True)
+        policy.accumulate(rollouts, lambda _, values: values.log_probs, everywhere=True)
         return log_probs, {name: g.clone() for name, g in policy.named_gradients()}
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from nemo_disco.policy.likely_tokens import find_likely_tokens
 from nemo_disco.policy.log_probs import token_log_probs
 
 TOKENS, HIDDEN = 700, 6
@@ -30,7 +31,8 @@ def make_inputs(vocab: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def compute_values_and_gradients(vocab: int, rows: int, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Log-probs, entropies, and this rank's gradients by the hidden states and by its rows of the weight.
+    """Log-probs, entropies, log-probs of the 7 likeliest tokens, and this rank's gradients by the hidden states and by
+    its rows of the weight.
 
     group: the tensor-parallel ranks; None computes all on this process.
     """
@@ -38,19 +40,15 @@ def compute_values_and_gradients(vocab: int, rows: int, group: dist.ProcessGroup
     ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group is not None else (1, 0)
     shard = weight.chunk(ranks)[rank].clone().requires_grad_()
     hidden.requires_grad_()
-    log_probs, entropies = token_log_probs(
-        hidden,
-        shard,
-        targets,
-        temperature=0.8,
-        tp_group=group,
-        vocab_start=rank * rows // ranks,
-        vocab_size=vocab,
-        entropies=True,
-    )
+    head = {"tp_group": group, "vocab_start": rank * rows // ranks, "vocab_size": vocab}
+    likely = find_likely_tokens(hidden.detach(), shard.detach(), 7, **head)
+    assert torch.equal(likely, (hidden.detach() @ weight[:vocab].T).topk(7, 1).indices)
+    ids = torch.cat([targets[:, None], likely], 1)
+    log_probs, entropies = token_log_probs(hidden, shard, ids, temperature=0.8, entropies=True, **head)
     assert entropies is not None
-    loss = (log_probs * upstream[0] + entropies * upstream[1]).sum()
-    return [log_probs.detach(), entropies.detach(), *torch.autograd.grad(loss, [hidden, shard])]
+    loss = (log_probs * upstream[0, :, None] * torch.arange(8)).sum() + (entropies * upstream[1]).sum()
+    values = [log_probs[:, 0].detach(), entropies.detach(), log_probs[:, 1:].detach()]
+    return [*values, *torch.autograd.grad(loss, [hidden, shard])]
 
 
 def save_results(rank: int, ranks: int, folder: str) -> None:
@@ -62,9 +60,9 @@ def save_results(rank: int, ranks: int, folder: str) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     for tp, group in ((4, dist.group.WORLD), (2, pairs[rank // 2])):
         for i, (vocab, rows) in enumerate(VOCABULARIES):
-            log_probs, entropies, grad_hidden, grad_weight = compute_values_and_gradients(vocab, rows, group)
+            *values, grad_hidden, grad_weight = compute_values_and_gradients(vocab, rows, group)
             dist.all_reduce(grad_hidden, group=group)  # as megatron does: each rank has a partial sum
-            torch.save([log_probs, entropies, grad_hidden, grad_weight], f"{folder}/tp{tp}_{i}_{rank}.pt")
+            torch.save([*values, grad_hidden, grad_weight], f"{folder}/tp{tp}_{i}_{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -82,8 +80,8 @@ def test_equals_one_process(tp: int, first: int, case: int, results: Path) -> No
     expected = compute_values_and_gradients(*VOCABULARIES[case], None)
     ranks = [torch.load(results / f"tp{tp}_{case}_{rank}.pt") for rank in range(first, first + tp)]
     for rank in ranks:
-        for value, expected_value in zip(rank[:3], expected[:3], strict=True):
+        for value, expected_value in zip(rank[:4], expected[:4], strict=True):
             assert (value - expected_value).abs().max() < 1e-12 * expected_value.abs().max()
         assert torch.equal(rank[0], ranks[0][0])  # bit for bit, so that all ranks decide alike
-    whole = torch.cat([rank[3] for rank in ranks])
-    assert (whole - expected[3]).abs().max() < 1e-12 * expected[3].abs().max()
+    whole = torch.cat([rank[4] for rank in ranks])
+    assert (whole - expected[4]).abs().max() < 1e-12 * expected[4].abs().max()

@@ -58,7 +58,7 @@ def train(policy: Policy, questions: int) -> int:
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         policy.log_probs(batch, entropies=True)
-        policy.accumulate(batch, lambda index, log_probs, _: weights[index] * log_probs)
+        policy.accumulate(batch, lambda index, values: weights[index] * values.log_probs)
         assert policy.step().applied
     return read_status("VmHWM")
 

@@ -37,7 +37,7 @@ def test_the_flash_path_gives_the_same_log_probs_and_gradient(
         parallel.start(config)
         policy = Policy(config, dtype=torch.float64)
         log_probs, _ = policy.log_probs(rollouts)
-        policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
+        policy.accumulate(rollouts, lambda _, values: values.log_probs)
         results.append((log_probs, dict(policy.named_gradients())))
     (expected, gradients), (flash_log_probs, flash_gradients) = results
     torch.testing.assert_close(flash_log_probs, expected, rtol=0, atol=1e-12)

@@ -217,7 +217,7 @@ def test_the_stand_ins_round_as_fp8_does(scale: float) -> None:
 
 def compute_gradient(policy: Policy) -> torch.Tensor:
     """The whole gradient of a very small loss, as one vector."""
-    policy.accumulate(random_rollouts(), lambda _, log_probs, __: 1e-9 * log_probs)
+    policy.accumulate(random_rollouts(), lambda _, values: 1e-9 * values.log_probs)
     return torch.cat([g.flatten().clone() for _, g in policy.named_gradients()])
 
 

@@ -71,7 +71,7 @@ def test_the_first_pass_is_as_precise_as_the_second(build: Callable[[], Policy],
     assert torch.equal(first, again) or not prepared
     gradients = []
     for _ in "ab":
-        policy.accumulate(rollouts, lambda _, log_probs, __: 1e-9 * log_probs)
+        policy.accumulate(rollouts, lambda _, values: 1e-9 * values.log_probs)
         gradients.append(torch.cat([g.flatten().clone() for _, g in policy.named_gradients()]))
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     assert error < 0.05 if prepared else error > 0.1, error

@@ -83,6 +83,26 @@ def test_values_and_gradients_equal_the_reference(
             assert actual.dtype == dtype and relative_error(actual, grad) < grad_tol
 
 
+@DTYPES
+@pytest.mark.parametrize(("n", "vocab"), [(600, 2300), (3, 5)])
+def test_several_targets_of_a_token_equal_the_reference(
+    n: int, vocab: int, dtype: torch.dtype, value_tol: float, grad_tol: float
+) -> None:
+    """Values and gradients of [n, m] log-probs, of which some have the same target and some no gradient."""
+    hidden, weight, first = make_inputs(n, vocab, 8, dtype)
+    targets = torch.stack([first, (first + 1) % vocab, first, (7 * first) % vocab], 1)
+    weights = torch.randn(targets.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights[: n // 3] = 0
+    expected = (hidden.double() @ weight.double().T / 0.7).log_softmax(1).gather(1, targets)
+    actual, _ = token_log_probs(hidden, weight, targets, temperature=0.7)
+    torch.testing.assert_close(actual.double(), expected, rtol=value_tol, atol=value_tol)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), [hidden, weight])
+    for grad, wanted in zip(
+        torch.autograd.grad((actual * weights).sum(), [hidden, weight]), expected_grads, strict=True
+    ):
+        assert relative_error(grad, wanted) < grad_tol
+
+
 def test_gradcheck_through_both_outputs() -> None:
     hidden, weight, targets = make_inputs(4, 7, 3, torch.float64, spread=2.0)
 

@@ -76,7 +76,7 @@ def test_gradient_does_not_depend_on_the_token_budget(model_path: Path, budget: 
     rollouts = limit_vocabulary(random_rollouts(), vocabulary)
     weights = torch.randn(int(rollouts.response_lengths.sum()), generator=torch.Generator().manual_seed(3)).double()
     policy = build(model_path, torch.float64, vocabulary, token_budget=budget)
-    policy.accumulate(rollouts, lambda index, log_probs, _: weights[index] * log_probs)
+    policy.accumulate(rollouts, lambda index, values: weights[index] * values.log_probs)
     reference = load_transformers_model(model_path)
     expected_log_probs = transformers_log_probs(reference, rollouts, TEMPERATURE, vocabulary)
     torch.testing.assert_close(policy.log_probs(rollouts)[0], expected_log_probs, rtol=0, atol=1e-12)
@@ -90,9 +90,9 @@ def test_gradient_does_not_depend_on_the_token_budget(model_path: Path, budget: 
 
 def test_accumulate_replaces_the_previous_gradient(qwen2: Path) -> None:
     rollouts, policy = random_rollouts(), build(qwen2, torch.float64)
-    policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
+    policy.accumulate(rollouts, lambda _, values: values.log_probs)
     once = {name: g.clone() for name, g in policy.named_gradients()}
-    policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
+    policy.accumulate(rollouts, lambda _, values: values.log_probs)
     assert all(torch.equal(once[name], g) for name, g in policy.named_gradients())
 
 
@@ -102,7 +102,7 @@ def test_recomputation_changes_nothing(qwen2: Path, granularity: str) -> None:
     gradients = []
     for setting in (None, granularity):
         policy = build(qwen2, torch.float64, activations_checkpoint_granularity=setting)
-        policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
+        policy.accumulate(rollouts, lambda _, values: values.log_probs)
         gradients.append(dict(policy.named_gradients()))
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-14)
@@ -112,7 +112,7 @@ def test_rollouts_of_empty_responses_have_no_log_probs_and_no_gradient(qwen2: Pa
     rollouts, policy = random_rollouts(questions=1, longest=1), build(qwen2)
     log_probs, _ = policy.log_probs(rollouts)
     assert len(log_probs) == 0
-    policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
+    policy.accumulate(rollouts, lambda _, values: values.log_probs)
     assert all(float(g.abs().max()) == 0.0 for _, g in policy.named_gradients())
 
 
@@ -139,11 +139,11 @@ def test_a_bfloat16_directory_is_exported_as_bfloat16(qwen2: Path, tmp_path: Pat
 def test_a_step_changes_the_weights_unless_the_gradient_is_not_finite(qwen2: Path) -> None:
     rollouts, policy = random_rollouts(), build(qwen2)
     weights = {name: w.clone() for name, w in policy.named_weights()}
-    policy.accumulate(rollouts, lambda _, log_probs, __: log_probs * float("inf"))
+    policy.accumulate(rollouts, lambda _, values: values.log_probs * float("inf"))
     result = policy.step()
     assert not result.applied
     assert all(torch.equal(weights[name], w) for name, w in policy.named_weights())
-    policy.accumulate(rollouts, lambda _, log_probs, __: -log_probs)
+    policy.accumulate(rollouts, lambda _, values: -values.log_probs)
     assert policy.step().applied
     assert not any(torch.equal(weights[name], w) for name, w in policy.named_weights())
 
@@ -152,7 +152,7 @@ def test_bfloat16_gradient_points_where_float32_does(qwen2: Path) -> None:
     rollouts, gradients = random_rollouts(), []
     for dtype in (torch.float32, torch.bfloat16):
         policy = build(qwen2, dtype)
-        policy.accumulate(rollouts, lambda _, log_probs, __: log_probs)
+        policy.accumulate(rollouts, lambda _, values: values.log_probs)
         gradients.append(torch.cat([g.float().flatten() for _, g in policy.named_gradients()]))
     assert torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.999
 

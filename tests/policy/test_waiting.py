@@ -94,7 +94,7 @@ def test_log_probs_and_gradients_never_wait(policy: Policy) -> None:
     rollouts = random_rollouts()
     before = NoWaiting.calls
     policy.log_probs(rollouts, entropies=True)
-    policy.accumulate(rollouts, lambda _, log_probs, entropy: log_probs + entropy, entropies=True)
+    policy.accumulate(rollouts, lambda _, values: values.log_probs + values.entropies, entropies=True)
     assert NoWaiting.calls > before + 100, "the schedule ran outside the guard"
 
 

@@ -26,14 +26,14 @@ def measure(kernel: Any, launch: dict[str, int], pointers: dict[str, str], **con
     """Compile a kernel; return its registers per thread, spilled bytes, shared memory in bytes, number of wgmma
     instructions, and the arguments whose new values may need a new compilation."""
     blocks = {name: size for name, size in launch.items() if name.startswith("BLOCK")}
-    constants |= {"WIDTH": 1536, "ENTROPIES": True, **blocks}
+    constants = {"WIDTH": 1536, "ENTROPIES": True, "TARGETS": 1, **blocks, **constants}
     types = {name: {**DEVICE, **pointers}.get(name, "constexpr") for name in kernel.arg_names}
     # As in a real launch, pointers are aligned and the vocabulary's size is a multiple of 16.
     aligned = [i for i, name in enumerate(kernel.arg_names) if types[name].startswith("*") or name == "size"]
     source = ASTSource(
         fn=kernel,
         signature=types,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {name: launch[name] for name in ("num_warps", "num_stages")}
@@ -59,10 +59,16 @@ def run_ptxas(ptx: str) -> str:
 
 
 if __name__ == "__main__":
-    numbers = dict.fromkeys(("log_norm", "grad_log_probs", "grad_entropy", "entropy"), "*fp32")
-    forward = measure(kernels._statistics, kernels.FORWARD, {"out": "*fp32"}, SPLITS_FIRST=True)
-    launches = {"backward": kernels.BACKWARD, "wide_backward": kernels.WIDE_BACKWARD}
-    backward = {
-        name: measure(kernels._gradients, launch, {"out": "*bf16", **numbers}) for name, launch in launches.items()
-    }
-    print(json.dumps({"forward": forward, **backward}))
+    numbers = dict.fromkeys(("log_norm", "grad_log_probs", "grad_sum", "grad_entropy", "entropy"), "*fp32")
+    report = {}
+    for targets in (1, 17):  # the sampled token alone, and with 16 likely tokens beside it
+        settings = {"SPLITS_FIRST": True, "TARGETS": targets}
+        report[f"forward {targets}"] = measure(kernels._statistics, kernels.FORWARD, {"out": "*fp32"}, **settings)
+        report[f"targets {targets}"] = measure(
+            kernels._target_logits, kernels.GATHER, {"out": "*fp32"}, TARGETS=targets
+        )
+        gradients = {"out": "*bf16", **numbers}
+        report[f"backward {targets}"] = measure(kernels._gradients, kernels.BACKWARD, gradients, TARGETS=targets)
+    # With more targets this variant of the launch does not fit into the registers.
+    report["wide_backward 1"] = measure(kernels._gradients, kernels.WIDE_BACKWARD, gradients, TARGETS=1)
+    print(json.dumps(report))

@@ -7,36 +7,39 @@ step uses `token_weights` (two passes), or `token_loss` if the objective is sepa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nemo_disco.algorithms.objectives.constraint import UNCONSTRAINED, Constraint
+from nemo_disco.algorithms.objectives.constraint import DUAL, UNCONSTRAINED, Constraint
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch, NonFiniteError
 from nemo_disco.algorithms.objectives.off_policy import UNCORRECTED, OffPolicy, scale_gradient
 from nemo_disco.algorithms.objectives.parameters import ParameterSet, parameter
+from nemo_disco.algorithms.objectives.scores import k3
 from nemo_disco.algorithms.objectives.signals import Signal
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.user_code import call_guarded, definition_place, is_user_class, user_methods
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+TokenLoss = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveOutput:
-    """Result of an objective on one mini-batch: the loss has the gradient of sum_t w_t lp_t + v_t H_t.
+    """Result of an objective on one mini-batch: the loss has the gradient of sum_t w_t lp_t + v_t H_t + u_t D_t.
 
     loss: 0-d float64, detached. token_weights w [T] = d loss / d log_probs. entropy_weights v [T] = d loss /
-    d entropies, or None if J has no entropy in it. metrics: under the names of metrics.jsonl.
+    d entropies, or None if J has no entropy in it. divergence_weights u [T] = d loss / d divergences, or None if the
+    penalty does not read them or has no gradient. metrics: under the names of metrics.jsonl.
     """
 
     loss: Tensor
     token_weights: Tensor
     entropy_weights: Tensor | None
     metrics: dict[str, float]
+    divergence_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,10 @@ class Objective(ParameterSet, ABC):
         """True if the loss is a sum over tokens given counts and rewards: one pass is then enough (`token_loss`)."""
         return False
 
+    def diagnostics(self, batch: MiniBatch) -> dict[str, float]:  # noqa: ARG002 - an objective may have none
+        """Further metrics of the objective's own, by their names in metrics.jsonl. batch: as for `value`."""
+        return {}
+
     def correct(self, batch: MiniBatch) -> Tensor:
         """[N] bool: the grader's verdict, or rewards > threshold."""
         return batch.rewards > self.threshold if batch.correct is None else batch.correct
@@ -109,27 +116,37 @@ class Objective(ParameterSet, ABC):
         Raises ValueError if the batch lacks a field that the objective needs, NonFiniteError if the loss overflows, and
         UserError, with file and line, if a user's objective raises or returns no finite number.
         """
-        self._check_needs(batch, self.needs | self.off_policy.needs)
+        self._check_needs(batch, self.needs | self.off_policy.needs | self.constraint.needs)
         with torch.inference_mode(False), torch.enable_grad():
             batch = self._prepare(batch)
-            leaves = [batch.log_probs.requires_grad_()]
-            if batch.entropies is not None and "entropies" in self.needs:
-                leaves.append(batch.entropies.requires_grad_())
+            names = ["log_probs", *sorted((self.needs | self.constraint.needs) & {"entropies", "divergences"})]
+            leaves = [batch[name].requires_grad_() for name in names]
             value = self._call(self.value, self.off_policy.apply(batch))
             if value.ndim:
                 raise UserError(
                     f"objective {self.name}: value must return a 0-d tensor; its shape is {list(value.shape)}"
                 )
-            penalty = self.constraint.penalty(_kl(batch))
+            kl = self.constraint_kl(batch)
+            penalty = self.constraint.penalty(kl)
             loss = penalty - value
+            pulls = torch.autograd.grad(penalty, leaves, retain_graph=True, materialize_grads=True)
             gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
         self._check_finite(batch, loss, *gradients)
+        weights, pull = dict(zip(names, gradients, strict=True)), dict(zip(names, pulls, strict=True))
+        active = self.constraint.active(float(kl.detach()))
+        ratio = {"constraint/gradient_ratio": _gradient_ratio(batch, weights, pull)} if active else {}
         return ObjectiveOutput(
             loss=loss.detach(),
-            token_weights=gradients[0],
-            entropy_weights=gradients[1] if len(gradients) > 1 else None,
-            metrics=self._metrics(batch, value, penalty),
+            token_weights=weights["log_probs"],
+            entropy_weights=weights.get("entropies"),
+            metrics=self._metrics(batch, value.detach(), kl.detach(), penalty.detach()) | ratio,
+            divergence_weights=weights.get("divergences") if active else None,
         )
+
+    def constraint_kl(self, batch: MiniBatch) -> Tensor:
+        """KL_hat, 0-d: the constraint's estimate of KL(old || policy) over all tokens of the mini-batch."""
+        terms = self.constraint.token_terms(batch.log_probs, batch.old_log_probs, batch.divergences)
+        return terms.sum() / max(batch.n_tokens, 1)
 
     def _prepare(self, batch: MiniBatch) -> MiniBatch:
         """A float64 copy with verdicts and with the shaped rewards."""
@@ -166,28 +183,31 @@ class Objective(ParameterSet, ABC):
         )
 
     @torch.no_grad()
-    def _metrics(self, batch: MiniBatch, value: Tensor, penalty: Tensor) -> dict[str, float]:
-        log_ratios = batch.log_probs - batch.old_log_probs
-        total, kl = max(batch.n_tokens, 1), float(_kl(batch))
+    def _metrics(self, batch: MiniBatch, value: Tensor, kl: Tensor, penalty: Tensor) -> dict[str, float]:
+        constraint, total = self.constraint, max(batch.n_tokens, 1)
         correct = batch.groups.table(self.correct(batch))
         mixed = correct.any(1) & (~correct & batch.groups.present).any(1)
         metrics = {
             "objective/value": float(value),
-            "policy/kl": kl,
-            # As policy/kl, an estimate of KL(old || policy), since the tokens were sampled by old.
-            "policy/kl_k3": float((log_ratios.expm1() - log_ratios).sum()) / total,
-            "policy/kl_stderr": float(log_ratios.std()) / total**0.5 if batch.n_tokens > 1 else 0.0,
-            "constraint/active": float(self.constraint.active(kl)),
+            "constraint/kl": float(kl),
+            "constraint/active": float(constraint.active(float(kl))),
             "constraint/penalty": float(penalty),
             "groups/mixed": float(mixed.double().mean()),
         }
-        if not self.constraint.linear:
-            metrics["constraint/delta"] = self.constraint.delta
+        for name, terms in kl_terms(batch.log_probs, batch.old_log_probs).items():
+            metrics[f"policy/kl{name}"] = float(terms.sum()) / total
+            metrics[f"policy/kl{name}_stderr"] = float(terms.std()) / total**0.5 if batch.n_tokens > 1 else 0.0
+        if constraint.limit is not None:
+            metrics["constraint/delta"] = constraint.limit
+        if constraint.limit:
+            metrics["constraint/kl_over_delta"] = float(kl) / constraint.limit
+        if constraint.kind == DUAL:
+            metrics["constraint/beta"] = constraint.strength
         if batch.entropies is not None:
             metrics["policy/entropy"] = float(batch.entropies.sum()) / total
         if type(self).shaped is not Objective.shaped:
             metrics["reward/shaped_mean"] = float(batch.rewards.mean())
-        return metrics | self.off_policy.metrics(batch)
+        return metrics | self.off_policy.metrics(batch) | self.diagnostics(batch)
 
 
 @dataclass(frozen=True)
@@ -225,11 +245,11 @@ class SeparableObjective(Objective):
         return self.token_values(self._tokens(batch)(indices, batch.log_probs, batch.entropies)).sum()
 
     def token_loss(self, batch: MiniBatch) -> TokenLoss:
-        """The loss of some tokens, given the rest of the mini-batch: f(index, log_probs, entropies) -> [n] float64.
+        """The loss of some tokens, given the rest: f(index, log_probs, entropies, divergences) -> [n] float64.
 
-        index [n]: positions among the T tokens; log_probs, entropies [n]: the current ones, differentiable, of any
-        floating dtype and device; entropies may be None if not needed. Summed over all tokens it is the loss of
-        `__call__`. Neither `batch.log_probs` nor `batch.entropies` is read.
+        index [n]: positions among the T tokens; the others [n]: the current ones, differentiable, of any floating dtype
+        and device; entropies and divergences may be None if not needed. Summed over all tokens it is the loss of
+        `__call__`. Their fields in `batch` are not read.
         Raises ValueError if the objective is not separable or the batch lacks a field that it needs.
         """
         if not self.separable:
@@ -240,13 +260,18 @@ class SeparableObjective(Objective):
         batch = self._prepare(batch)
         pick, factors = self._tokens(batch), self.off_policy.factors(batch)
 
-        def loss(index: Tensor, log_probs: Tensor, entropies: Tensor | None = None) -> Tensor:
+        def loss(
+            index: Tensor, log_probs: Tensor, entropies: Tensor | None = None, divergences: Tensor | None = None
+        ) -> Tensor:
             tokens = pick(index, log_probs, entropies)
-            kl_shares = (tokens.old_log_probs - tokens.log_probs) / tokens.total
+            if divergences is None and self.constraint.likely_tokens:
+                raise ValueError(f"objective {self.name} needs the tokens' divergences")
+            divergences = None if divergences is None else divergences.double()
+            terms = self.constraint.token_terms(tokens.log_probs, tokens.old_log_probs, divergences)
             factor = factors[index.to(factors.device)].to(log_probs.device)
             # Linear in KL_hat, so the penalty of a share is that share of the penalty.
             values = self._call(self.token_values, replace(tokens, log_probs=scale_gradient(tokens.log_probs, factor)))
-            return self.constraint.penalty(kl_shares) - values
+            return self.constraint.penalty(terms / tokens.total) - values
 
         return loss
 
@@ -273,6 +298,19 @@ class SeparableObjective(Objective):
         return pick
 
 
-def _kl(batch: MiniBatch) -> Tensor:
-    """KL_hat, 0-d: the k1 estimate over all tokens of the mini-batch."""
-    return (batch.old_log_probs - batch.log_probs).sum() / max(batch.n_tokens, 1)
+def kl_terms(log_probs: Tensor, old_log_probs: Tensor) -> dict[str, Tensor]:
+    """[T] each token's terms of two estimates of KL(old || policy), by the suffix of their metric: k1 and k3."""
+    return {"": old_log_probs - log_probs, "_k3": k3(old_log_probs, log_probs)}
+
+
+def _gradient_ratio(batch: MiniBatch, weights: Mapping[str, Tensor], pull: Mapping[str, Tensor]) -> float:
+    """Norm of the penalty's gradient over that of J's, both with respect to the log-probs; 0 where J has none.
+
+    weights, pull: gradients of the loss and of the penalty, by field. A gradient with respect to the divergences is
+    taken as that of k3, which estimates the same KL from the log-probs.
+    """
+    value = (weights["log_probs"] - pull["log_probs"]).norm()
+    penalty = pull["log_probs"]
+    if "divergences" in pull:
+        penalty = penalty + pull["divergences"] * (batch.log_probs - batch.old_log_probs).detach().expm1()
+    return float(penalty.norm() / value) if value else 0.0

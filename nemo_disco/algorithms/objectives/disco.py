@@ -110,11 +110,29 @@ class DisCO(Objective):
         right, wrong = right_and_wrong(batch, self.correct(batch))
         return self.contrast(batch, uniform(right), wrong)
 
+    @property
+    def temperature(self) -> float:
+        """tau; if None, the score's default."""
+        return DEFAULT_TAU[self.score] if self.tau is None else self.tau
+
+    def scores(self, batch: MiniBatch) -> Tensor:
+        """[Q, G] s(o, q); 0 for an empty response."""
+        per_token = token_scores(self.score, batch.log_probs, batch.old_log_probs)
+        return batch.groups.table(batch.token_mean(per_token))
+
+    def diagnostics(self, batch: MiniBatch) -> dict[str, float]:
+        """The DRO weights' effective sample size over the number of wrong responses, (sum w)^2 / (n sum w^2): 1 where
+        tau makes no difference, 1/n where one response has all the weight. Over questions with two or more of S-."""
+        _, wrong = right_and_wrong(batch, self.correct(batch))
+        counts = wrong.sum(1)
+        weights = softmax_over(wrong, self.scores(batch) / self.temperature)[counts > 1]
+        if not len(weights):
+            return {}
+        return {"dro/effective_sample": float((1 / weights.square().sum(1) / counts[counts > 1]).mean())}
+
     def contrast(self, batch: MiniBatch, right_weights: Tensor, wrong: Tensor) -> Tensor:
         """(1/|B|) sum_q [sum_{S+} w s - tau log mean_{S-} exp(s / tau)], for weights w [Q, G] of S+ and the mask S-."""
-        per_token = token_scores(self.score, batch.log_probs, batch.old_log_probs)
-        scores = batch.groups.table(batch.token_mean(per_token))
-        tau = DEFAULT_TAU[self.score] if self.tau is None else self.tau
+        scores, tau = self.scores(batch), self.temperature
         return ((right_weights * scores).sum(1) - robust_mean(wrong, scores, tau)).sum() / len(batch.groups)
 
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PER_TOKEN = ("log_probs", "old_log_probs", "entropies", "reference_log_probs", "generation_log_probs")
+_PER_TOKEN = (
+    *("log_probs", "old_log_probs", "entropies", "divergences"),
+    *("reference_log_probs", "generation_log_probs"),
+)
 _PER_RESPONSE = ("lengths", "question_ids", "rewards", "correct", "truncated")
 _INTEGER = ("lengths", "question_ids")
 _BOOL = ("correct", "truncated")
@@ -31,7 +34,8 @@ class MiniBatch:
     log_probs [T]: of the current policy, on logits over the temperature. old_log_probs [T]: of the policy that the step
     began with, by the trainer. lengths [N]: tokens, EOS included if sampled, may be 0. question_ids [N]: any integers.
     rewards [N]: finite. max_response_length: the configured limit in tokens.
-    entropies [T]; reference_log_probs [T]; generation_log_probs [T]: the rollout engine's own.
+    entropies [T]; reference_log_probs [T]; generation_log_probs [T]: the rollout engine's own. divergences [T]: the KL
+    of old to the current policy at each token's place, over old's likeliest tokens and one bucket of all others.
     correct [N] bool: the grader's verdict before any shaping (else an objective takes rewards > its threshold).
     truncated [N] bool: cut by the length limit. columns: further signals by name, [N] each (Objective.needs).
 
@@ -46,6 +50,7 @@ class MiniBatch:
     rewards: Tensor
     max_response_length: int
     entropies: Tensor | None = None
+    divergences: Tensor | None = None
     reference_log_probs: Tensor | None = None
     generation_log_probs: Tensor | None = None
     correct: Tensor | None = None
@@ -94,7 +99,7 @@ class MiniBatch:
                 )
         for name in _PER_TOKEN:
             value = getattr(self, name)
-            # An engine that filters by top-p may report -inf, and no objective reads its log-probs.
+            # An engine that filters by top-p may report -inf; off_policy, which alone reads them, refuses it.
             if value is None or name == "generation_log_probs":
                 continue
             if (t := _first_non_finite(value)) is not None:

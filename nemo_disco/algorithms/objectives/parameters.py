@@ -17,12 +17,14 @@ from nemo_disco.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Bounds:
-    """Allowed values of a parameter: one of `choices`, else a number within the bounds, finite unless `infinite`."""
+    """Allowed values of a parameter: one of `choices`, else a number within the bounds, finite unless `infinite` and
+    without a fraction if `integer`."""
 
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
     infinite: bool = False
+    integer: bool = False
     choices: tuple[Any, ...] = ()
 
     def violation(self, value: Any) -> str | None:
@@ -33,6 +35,8 @@ class Bounds:
             return None if allowed else f"must be one of: {choices}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "must be a number"
+        if self.integer and not isinstance(value, int):
+            return "must be an integer"
         largest = math.inf if self.infinite else sys.float_info.max
         if not abs(value) <= largest:  # nor is nan
             return "must be finite"
