@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,21 @@ from nemo_disco.data.rollouts import Rollouts
 
 # Names in every line of metrics.jsonl whose values come from mini-batches that were applied.
 MINI_BATCH_METRICS = (
-    *("objective/value", "policy/kl", "policy/kl_k3", "policy/kl_stderr"),
-    *("constraint/active", "constraint/penalty", "grad_norm", "lr", "policy/noise_floor"),
+    *("objective/value", "policy/kl", "policy/kl_stderr", "policy/kl_k3", "policy/kl_k3_stderr"),
+    *("constraint/kl", "constraint/active", "constraint/penalty"),
+    *("grad_norm", "grad_norm/clipped", "lr", "policy/noise_floor"),
 )
+# Of the last mini-batch, whose policy is farthest from the one that sampled.
+_LAST = ("policy/kl", "constraint/kl")
+# The constraint's measurements of each mini-batch: metric -> its name in "constraint/by_mini_batch".
+_BY_MINI_BATCH = {
+    "constraint/kl": "kl",
+    "constraint/kl_over_delta": "kl_over_delta",
+    "policy/kl": "k1",
+    "policy/kl_stderr": "k1_stderr",
+    "policy/kl_k3": "k3",
+    "policy/kl_k3_stderr": "k3_stderr",
+}
 
 
 def summarize_step(
@@ -24,27 +37,28 @@ def summarize_step(
 ) -> dict[str, Any]:
     """A step's metrics: numbers, and the tokens on which engine and trainer differ most.
 
-    history: of each mini-batch that was applied. KL is the last one's, whose policy is farthest from the one that
-    sampled; constraint/active is the share of mini-batches; the rest are means over mini-batches. step: steps before
-    this one; skipped: mini-batches of the run that were not applied.
+    history: of each mini-batch that was applied. KL is the last one's; constraint/active and grad_norm/clipped are
+    shares of mini-batches; the rest are means over mini-batches. step: steps before this one; skipped: mini-batches of
+    the run that were not applied.
     """
     if not history:  # every mini-batch was skipped: the names stay, without a number
         history = [dict.fromkeys(MINI_BATCH_METRICS, float("nan"))]
     names = {name for metrics in history for name in metrics}
     metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
-    metrics |= {name: value for name, value in history[-1].items() if name.startswith("policy/kl")}
+    metrics |= {name: value for name, value in history[-1].items() if name.startswith(_LAST)}
     assert old.entropies is not None
     staleness = step - rollouts.weight_versions
-    ids, correct = rollouts.question_ids.numpy(), rollouts.correct.numpy()
-    mixed = np.intersect1d(ids[correct], ids[~correct]).size / len(np.unique(ids))
     return metrics | {
         "reward/mean": float(rollouts.rewards.mean()),
-        "reward/correct": float(correct.mean()),
+        "reward/correct": float(rollouts.correct.double().mean()),
         "response/length_mean": float(rollouts.response_lengths.double().mean()),
         "response/limit": rollouts.max_response_length,
         "response/truncated": float(rollouts.truncated.double().mean()),
         "policy/entropy": float(old.entropies.mean()) if len(old.entropies) else 0.0,
-        "groups/mixed": float(mixed),
+        **group_metrics(rollouts),
+        "constraint/by_mini_batch": [
+            {short: m[name] for name, short in _BY_MINI_BATCH.items() if name in m} for m in history
+        ],
         "tokens": int(rollouts.total_lengths.sum()),
         "mini_batches/skipped": skipped,
         "staleness/mean": float(staleness.double().mean()),
@@ -52,3 +66,21 @@ def summarize_step(
         **mismatch(old.log_probs, rollouts.generation_log_probs),
         "mismatch/worst_tokens": [asdict(token) for token in worst_tokens(old.log_probs, rollouts)],
     }
+
+
+def group_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Shares of a step's questions by the verdicts on their responses, and pass@k for powers of two k up to the largest
+    group (arXiv 2107.03374, equation 1): over the questions with k responses or more."""
+    _, row = np.unique(rollouts.question_ids.numpy(), return_inverse=True)
+    size, right = np.bincount(row), np.bincount(row, weights=rollouts.correct.numpy()).astype(int)
+    metrics = {
+        "groups/mixed": float(np.mean((right > 0) & (right < size))),
+        "groups/all_wrong": float(np.mean(right == 0)),
+        "groups/all_right": float(np.mean(right == size)),
+    }
+    k = 2
+    while k <= size.max():
+        shares = [1 - comb(n - c, k) / comb(n, k) for n, c in zip(size.tolist(), right.tolist(), strict=True) if n >= k]
+        metrics[f"groups/pass@{k}"] = float(np.mean(shares))
+        k *= 2
+    return metrics

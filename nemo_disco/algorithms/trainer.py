@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nemo_disco import checkpoint
 from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.best_weights import BestWeights
 from nemo_disco.algorithms.divergence import MAX_SKIPPED, Divergence
 from nemo_disco.algorithms.journal import Journal, TokenValues
-from nemo_disco.algorithms.mismatch import noise_warning
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.objectives.mini_batch import NonFiniteError
-from nemo_disco.algorithms.step import OldValues, accumulate_gradient
+from nemo_disco.algorithms.solved_questions import SolvedQuestions
+from nemo_disco.algorithms.step import OldValues, accumulate_gradient, measure_kl
 from nemo_disco.algorithms.step_metrics import summarize_step
 from nemo_disco.algorithms.throughput import Throughput
+from nemo_disco.algorithms.training_warnings import TrainingWarnings
 from nemo_disco.algorithms.validation import Validation
 from nemo_disco.checkpoint import CheckpointWriter
 from nemo_disco.config.schema import AlgorithmConfig, ExpManagerConfig, TrainerConfig
@@ -34,7 +36,6 @@ from nemo_disco.generation.engine import Engine
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rollout.collector import Collector, RolloutBatch
-from nemo_disco.rollout.response_warnings import ResponseWarnings
 from nemo_disco.runtime.collectives import on_first_rank
 from nemo_disco.runtime.errors import UserError
 from nemo_disco.runtime.sinks import strict_metrics
@@ -56,7 +57,7 @@ class Trainer:
     validation: Validation
     agreement: Agreement
     throughput: Throughput
-    warnings: ResponseWarnings
+    warnings: TrainingWarnings
     journal: Journal
     reference: Reference | None = None  # for an objective that needs reference_log_probs
     asynchronous: bool = False  # the engine samples the next step while the policy trains (generation.asynchronous)
@@ -65,7 +66,7 @@ class Trainer:
         self.writer = CheckpointWriter()
         self.step = self.saved = 0
         self.divergence = Divergence(self.policy)
-        self.warned_of_noise = False
+        self.solved_questions = SolvedQuestions()
         self.best = BestWeights(self.journal.run, self.journal.log)
         self.stop = StopRequest()
         # Metrics of a step whose evaluation has not ended: a resumed run ends it, then writes them.
@@ -160,10 +161,11 @@ class Trainer:
         """
         with span("log_probs"):
             reference = None if self.reference is None else self.reference.log_probs(rollouts)
-            old = OldValues(*self.policy.log_probs(rollouts, entropies=True), reference)
+            old = OldValues.compute(self.policy, self.objective, rollouts, reference)
         if warning := self.agreement.check_step(self.step, rollouts, old.log_probs):
             self.journal.log(warning)
         history: list[dict[str, float]] = []
+        last = None
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)
             old_part = old.select(rollouts.token_index(responses))
@@ -182,10 +184,15 @@ class Trainer:
             self.divergence.record_update()
             if values is not None:
                 values.add(responses, part, result, old_part.log_probs)
-            history.append(result.metrics | {"grad_norm": update.grad_norm, "lr": update.lr})
+            clip = self.config.gradient_clip_val
+            clipped = {"grad_norm/clipped": float(0 < clip < update.grad_norm)}
+            history.append(result.metrics | {"grad_norm": update.grad_norm, "lr": update.lr} | clipped)
+            last = responses
+        kl_after = {} if last is None else self._measure_kl(rollouts, last, old)
         seconds = recorded_seconds()
         speed = self.throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])
-        return summarize_step(rollouts, old, history, step=self.step, skipped=self.divergence.skipped) | speed
+        summary = summarize_step(rollouts, old, history, step=self.step, skipped=self.divergence.skipped)
+        return summary | kl_after | self.solved_questions.update(rollouts) | speed
 
     def run_validation(self) -> list[EvaluationResult] | None:
         """Score the present weights on every evaluation set; None if the run was asked to stop meanwhile."""
@@ -210,6 +217,9 @@ class Trainer:
         return {
             "step": self.step,
             "best": self.best.record,
+            "multiplier": self.objective.constraint.strength,
+            "questions": self.solved_questions.state_dict(),
+            "warnings": self.warnings.state_dict(),
             "unfinished": None if self.unfinished is None else strict_metrics(self.unfinished),
             **self.divergence.state_dict(),
             **self.collector.state_dict(),
@@ -222,8 +232,31 @@ class Trainer:
         self.divergence.load_state_dict(state)
         self.best.load_state(state.get("best"), self.step)
         self.unfinished = state.get("unfinished")
+        self.solved_questions.load_state_dict(state.get("questions", {}))
+        self.warnings.load_state_dict(state.get("warnings", {}))
+        constraint = self.objective.constraint.with_multiplier(
+            state.get("multiplier", self.objective.constraint.strength)
+        )
+        self.objective = replace(self.objective, constraint=constraint)
 
     # --- parts ---
+
+    def _measure_kl(self, rollouts: Rollouts, last: Tensor, old: OldValues) -> dict[str, float]:
+        """Measure the KL of the step's last update, and set a dual constraint's multiplier by it. A collective.
+
+        last: indices of the responses of the last mini-batch that was applied. Measured on at most a quarter of the
+        step's questions, so that it costs little where a step is one mini-batch too.
+        """
+        questions = list(dict.fromkeys(rollouts.question_ids[last].tolist()))
+        limit = max(1, len(set(rollouts.question_ids.tolist())) // 4)
+        part = last[torch.isin(rollouts.question_ids[last], torch.tensor(questions[:limit]))]
+        with span("log_probs"):
+            kl = measure_kl(self.policy, rollouts.select(part), old.select(rollouts.token_index(part)))
+        constraint = self.objective.constraint
+        self.objective = replace(self.objective, constraint=constraint.ascend(kl))
+        return {"policy/kl_after": kl} | (
+            {"constraint/kl_after_over_delta": kl / delta} if (delta := constraint.limit) else {}
+        )
 
     def _profile_step(self) -> AbstractContextManager[None]:
         if self.step + 1 not in self.exp_manager.profile_steps:
@@ -237,7 +270,7 @@ class Trainer:
             self.reference.become(self.policy)
             self.journal.log(f"step {self.step}: the policy becomes the reference from here on")
 
-    def _mini_batches(self, rollouts: Rollouts) -> list[torch.Tensor]:
+    def _mini_batches(self, rollouts: Rollouts) -> list[Tensor]:
         """The indices of each mini-batch's responses: whole questions, in the order in which they were sampled."""
         size = self.algorithm.mini_batch_questions
         questions = list(dict.fromkeys(rollouts.question_ids.tolist()))
@@ -286,11 +319,8 @@ class Trainer:
         return results
 
     def _warn(self, batch: RolloutBatch, metrics: dict[str, Any]) -> None:
-        """Log what is wrong with the step, each kind once in the life of the process."""
-        noise = noise_warning(metrics["policy/noise_floor"], self.objective.constraint)
-        warnings = [noise] if noise and not self.warned_of_noise else []
-        self.warned_of_noise = self.warned_of_noise or bool(noise)
-        for warning in warnings + self.warnings.new_warnings(batch.texts, metrics["groups/mixed"]):
+        """Log what is wrong with the step, each kind once in the run."""
+        for warning in self.warnings.new_warnings(batch.texts, metrics, self.objective.constraint):
             self.journal.log(f"step {self.step}: warning: {warning}")
 
     def _save_at_stop(self) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nemo_disco import checkpoint
 from nemo_disco.algorithms.objectives import Objective, build_objective
 from nemo_disco.algorithms.step import PROVIDED
+from nemo_disco.commands.checks import check_likely_tokens
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import encode_prompts
 from nemo_disco.data.question_order import QuestionOrder
@@ -138,6 +139,11 @@ def read_prompts(
         for note in (*loaded.notes, *notes):
             log.warning("%s", note)
     return PromptSet(name, [p.question for p in prompts], [p.token_ids for p in prompts], tokenizer)
+
+
+def check_vocabulary(config: RunConfig, objective: Objective, tokenizer: Any) -> None:
+    """Raises UserError if the objective's constraint compares more tokens than the model has."""
+    check_likely_tokens(objective.constraint, min(vocabulary_size(tokenizer), read_shape(config.model.path).vocab))
 
 
 def read_evaluation_sets(config: RunConfig, tokenizer: Any) -> list[PromptSet]:

@@ -15,6 +15,7 @@ from nemo_disco.algorithms.journal import Journal
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.throughput import Throughput
 from nemo_disco.algorithms.trainer import Trainer
+from nemo_disco.algorithms.training_warnings import TrainingWarnings
 from nemo_disco.algorithms.validation import Validation
 from nemo_disco.checkpoint import files as checkpoint_files
 from nemo_disco.commands import components
@@ -28,7 +29,6 @@ from nemo_disco.models.shape import read_shape
 from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rollout.prompts import PromptSet
-from nemo_disco.rollout.response_warnings import ResponseWarnings
 from nemo_disco.runtime.collectives import is_first_rank, on_first_rank
 from nemo_disco.runtime.earlier_life import set_aside
 from nemo_disco.runtime.errors import UserError
@@ -46,6 +46,7 @@ def main(config: RunConfig) -> int:
         # Every input is read and checked before the policy is built.
         _check_may_resume(run, config)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        components.check_vocabulary(config, objective, tokenizer)
         data = config.data
         prompts = components.read_prompts("train", data.train_files, config, tokenizer, data.train_weights)
         weights = [q.weight for q in prompts.questions]
@@ -97,7 +98,7 @@ def build_trainer(
         validation=Validation(components.build_evaluator(config, parts), evaluation_sets, journal, config.model.path),
         agreement=Agreement(config.verify, config.generation, policy, prompts.tokenizer),
         throughput=Throughput(read_shape(config.model.path), dist.get_world_size(), peak_flops(policy.device_name)),
-        warnings=ResponseWarnings(config.reward.require_think),
+        warnings=TrainingWarnings(config.reward.require_think),
         journal=journal,
         reference=reference,
         asynchronous=config.generation.asynchronous,
@@ -110,7 +111,7 @@ def _journal(run: RunDirectory, config: RunConfig, objective: Objective) -> Jour
         run,
         config.exp_manager,
         writes=is_first_rank(),
-        delta=constraint.delta if constraint.kind == "squared_hinge" else None,
+        delta=constraint.limit,
         settings=config.model_dump(mode="json", by_alias=True),
     )
 

@@ -12,13 +12,22 @@ from nemo_disco.runtime.files import atomic_file, writing
 
 PLOTS = {
     "reward/mean": "reward",
+    "policy/kl_after": "KL to the old policy, after the step's last update",
+    "constraint/kl_after_over_delta": "KL after the step's last update, over delta",
     "policy/kl": "KL to the old policy",
+    "policy/kl_k3": "KL to the old policy, k3",
     "policy/entropy": "entropy",
     "response/length_mean": "response length (tokens)",
     "groups/mixed": "share of mixed groups",
+    "groups/all_wrong": "share of questions all wrong",
+    "groups/all_right": "share of questions all right",
+    "groups/never_solved": "share of questions never solved so far",
+    "dro/effective_sample": "effective sample size of the DRO weights",
     "grad_norm": "gradient norm",
     "time/step": "seconds a step",
 }
+# Metric -> that of its standard error, drawn as a band.
+ERRORS = {"policy/kl": "policy/kl_stderr", "policy/kl_k3": "policy/kl_k3_stderr"}
 
 
 def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
@@ -42,7 +51,7 @@ def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
         has_curve = [_draw(axes, run, name, f"C{i % 10}") for i, run in enumerate(runs)]
         if not any(has_curve):
             continue
-        if name == "policy/kl" and (deltas := {run.delta for run in runs if run.delta is not None}):
+        if name in ("policy/kl_after", *ERRORS) and (deltas := {run.delta for run in runs if run.delta is not None}):
             for delta in deltas:
                 axes.axhline(delta, color="gray", linestyle="--", linewidth=1, label=f"delta = {delta:g}")
         axes.set(xlabel="step", title=title)
@@ -55,7 +64,8 @@ def write_plots(run_dirs: list[Path], directory: Path) -> list[Path]:
 
 
 def _draw(axes: object, run: Run, name: str, color: str) -> bool:
-    """Draw a run's curve, an evaluation's with its 95% intervals. Returns False if the run has no values."""
+    """Draw a run's curve: an evaluation's with its 95% intervals, an estimate's with its standard error. Returns False
+    if the run has no values."""
     if name.startswith("pass@1 "):
         results = [result for result in run.evaluations if result.name == name.removeprefix("pass@1 ")]
         estimates = [bootstrap(result.correct.mean(axis=1)) for result in results]
@@ -67,6 +77,9 @@ def _draw(axes: object, run: Run, name: str, color: str) -> bool:
     points = [(s, v) for s, v in zip(run.steps, run.series(name), strict=True) if v is not None]
     if points:
         axes.plot(*zip(*points, strict=True), color=color, label=run.label)  # type: ignore[attr-defined]
+    columns = zip(run.steps, run.series(name), run.series(ERRORS.get(name, "")), strict=True)
+    if band := [(s, v - e, v + e) for s, v, e in columns if v is not None and e is not None]:
+        axes.fill_between(*zip(*band, strict=True), color=color, alpha=0.16, linewidth=0)  # type: ignore[attr-defined]
     return bool(points)
 
 

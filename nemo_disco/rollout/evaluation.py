@@ -98,8 +98,7 @@ class Evaluator:
                     return None
             all_samples = [sample for batch in samples.batches for sample in batch]
         if warnings is not None and is_first_rank():
-            # mixed=1.0: an evaluation is not there to learn from.
-            for warning in warnings.new_warnings([s["response"] for s in all_samples], mixed=1.0):
+            for warning in warnings.new_warnings([s["response"] for s in all_samples]):
                 log.warning("%s", warning)
         return _result(prompts.name, step, all_samples, k, identity)
 

@@ -1,4 +1,5 @@
 """The console display of a run: reward, KL against delta, entropy, response length, tokens/s and the time left.
+The KL is the one measured after the step's last update ("KL after"), else the last mini-batch's ("KL").
 
 A live display on a terminal, one plain line per step elsewhere (a SLURM log). Rank 0 only. Reads metrics by their
 public names and writes to the console alone.
@@ -69,19 +70,22 @@ class Progress:
         tokens, seconds = _number(metrics, "tokens"), _number(metrics, "time/step")
         return {
             "reward": Text(_format(metrics, "reward/mean", ".3f")),
-            "KL": self._kl(),
+            **self._kl(),
             "entropy": Text(_format(metrics, "policy/entropy", ".3f")),
             "length": Text(_format(metrics, "response/length_mean", ",.0f")),
             "tokens/s": Text(f"{tokens / seconds:,.0f}" if tokens is not None and seconds else "-"),
         }
 
-    def _kl(self) -> Text:
-        kl, text = _number(self._metrics, "policy/kl"), _format(self._metrics, "policy/kl", ".2e")
+    def _kl(self) -> dict[str, Text]:
+        """The step's KL against delta, by its label."""
+        after = _number(self._metrics, "policy/kl_after") is not None
+        label, name = ("KL after", "policy/kl_after") if after else ("KL", "policy/kl")
+        kl, text = _number(self._metrics, name), _format(self._metrics, name, ".2e")
         if self._delta is None:
-            return Text(text)
+            return {label: Text(text)}
         above = kl is not None and kl > self._delta
         sign = ">" if above else "/" if kl is None else "<="
-        return Text(f"{text} {sign} delta {self._delta:.1e}", "yellow" if above else "")
+        return {label: Text(f"{text} {sign} delta {self._delta:.1e}", "yellow" if above else "")}
 
     def _time_left(self) -> str:
         if (steps := self._step - self._start_step) <= 0:

@@ -17,6 +17,7 @@ from tiny_models import random_rollouts
 from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.agreement import Agreement
 from nemo_disco.algorithms.mismatch import likely_cause, mismatch, noise_warning, worst_tokens
+from nemo_disco.algorithms.training_warnings import TrainingWarnings
 from nemo_disco.config.compose import compose
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.rollouts import Rollouts
@@ -194,14 +195,15 @@ def test_a_first_step_with_a_log_prob_that_is_not_finite_is_refused_whatever_the
     assert "number 5 of response 0" in str(raised.value)
 
 
-def test_a_noise_floor_near_delta_is_warned_about_once_in_a_life() -> None:
+def test_the_trainer_logs_a_noise_floor_near_delta_once() -> None:
     hinge = build_objective({"name": "disco", "constraint": {"kind": "squared_hinge", "delta": 1e-4}})
-    trainer = build_bare_trainer(compose("quickstart"), objective=hinge)
-    trainer.warnings.new_warnings.return_value = []
-    for noise in (math.nan, 2.9e-5, 3.1e-5, 1.0):
-        trainer._warn(Mock(), {"policy/noise_floor": noise, "groups/mixed": 1.0})
-    (line,) = [call.args[0] for call in trainer.journal.log.call_args_list]
-    assert "warning: the noise floor, 3.10e-05, is above 0.3 of delta (0.0001)" in line
+    journal = Mock()
+    warnings = TrainingWarnings(require_think=False)
+    trainer = build_bare_trainer(compose("quickstart"), objective=hinge, warnings=warnings, journal=journal)
+    for trainer.step, noise in enumerate((math.nan, 2.9e-5, 3.1e-5, 1.0), start=1):
+        trainer._warn(Mock(texts=[]), {"policy/noise_floor": noise, "groups/mixed": 1.0})
+    (line,) = [call.args[0] for call in journal.log.call_args_list]
+    assert line.startswith("step 3: warning: the noise floor, 3.10e-05, is above 0.3 of delta (0.0001)")
 
 
 def test_a_signal_that_only_another_rank_received_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

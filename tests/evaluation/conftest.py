@@ -47,6 +47,25 @@ def make_metrics_line(step: int) -> dict[str, Any]:
     }
 
 
+def make_constraint_metrics(step: int) -> dict[str, Any]:
+    """The metrics that a run has since the constraint has estimators; step 2 has none of the KL after it."""
+    return {
+        "policy/kl_after": None if step == 2 else 2e-4 * step,
+        "policy/kl_k3": 1.1e-4 * step,
+        "policy/kl_k3_stderr": 1e-5,
+        "constraint/kl": 1.1e-4 * step,
+        "constraint/kl_after_over_delta": None if step == 2 else 2e-4 * step / 3e-3,
+        "constraint/by_mini_batch": [{"kl": 0.0, "k1": 0.0}, {"kl": 1.1e-4 * step, "k1": None}],
+        "mismatch/worst_tokens": [{"response": 1, "trainer": -0.5}],
+        "grad_norm/clipped": 0.5,
+        "dro/effective_sample": 0.999,
+        "groups/all_wrong": 0.2,
+        "groups/all_right": 0.1,
+        "groups/never_solved": 0.15,
+        "groups/pass@2": 0.6,
+    }
+
+
 def make_rollout(step: int, question: int, sample: int) -> dict[str, Any]:
     right = sample % 2 == 0
     return {
@@ -74,17 +93,27 @@ def add_token_values(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, make_result: Callable[..., EvaluationResult]) -> Callable[..., Path]:
-    """A function that writes a run directory; only the setting `lr` differs between its runs."""
+    """A function that writes a run directory; only the setting `lr` differs between its runs.
+
+    tokens: with token values in the rollouts; estimators: with make_constraint_metrics.
+    """
 
     def make(
-        name: str = "run", steps: int = 40, lr: float = 1e-4, questions: int = 3, samples: int = 4, tokens: bool = False
+        name: str = "run",
+        steps: int = 40,
+        lr: float = 1e-4,
+        questions: int = 3,
+        samples: int = 4,
+        tokens: bool = False,
+        estimators: bool = False,
     ) -> Path:
         run = RunDirectory(tmp_path / name)
         run.create()
         run.config.write_text(
             f"seed: 1\nmodel:\n  optim: {{lr: {lr}, betas: [0.9, 0.95]}}\nalgorithm:\n  constraint: {{delta: 3e-3}}\n"
         )
-        run.metrics.write_text("".join(json.dumps(make_metrics_line(s)) + "\n" for s in range(1, steps + 1)))
+        lines = [make_metrics_line(s) | (make_constraint_metrics(s) if estimators else {}) for s in range(1, steps + 1)]
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         for step, accuracy in ((0, 0.35), (steps, 0.85)):
             write_evaluation(run.evaluation, make_result(accuracy, step))
         for step in range(1, steps + 1):

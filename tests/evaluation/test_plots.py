@@ -26,6 +26,17 @@ def test_plots_and_csv_of_two_runs(make_run: Callable[..., Path], tmp_path: Path
     assert not [r for r in rows if r["metric"] == "grad_norm" and r["step"] == "3"]  # null there
 
 
+def test_plots_of_new_metrics_beside_an_older_run(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    paths = write_plots([make_run("old", steps=5), make_run("new", steps=5, estimators=True)], tmp_path / "plots")
+    names = {path.name for path in paths}
+    assert names >= {"policy_kl_after.png", "policy_kl_k3.png", "policy_kl.png", "groups_never_solved.png"}
+    with (tmp_path / "plots/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    after = {(r["run"], int(r["step"])): float(r["value"]) for r in rows if r["metric"] == "policy/kl_after"}
+    assert sorted(after) == [("new", step) for step in (1, 3, 4, 5)] and after[("new", 5)] == 2e-4 * 5
+    assert not [r for r in rows if r["metric"] in ("constraint/by_mini_batch", "mismatch/worst_tokens")]
+
+
 def test_the_report_command_writes_plots_and_page(
     make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

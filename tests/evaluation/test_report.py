@@ -76,6 +76,17 @@ def test_the_page_shows_the_runs_data(make_run: MakeRun) -> None:
         assert part in text
 
 
+def test_new_metrics_stand_beside_an_older_run_without_them(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("old", steps=5), make_run("new", steps=5, estimators=True)]
+    old, new = parse_data(write_report(runs, tmp_path / "page.html").read_text())["runs"]
+    added = set(new["series"]) - set(old["series"])
+    assert {"policy/kl_after", "constraint/kl_after_over_delta", "groups/pass@2", "dro/effective_sample"} <= added
+    assert not set(old["series"]) - set(new["series"])
+    assert new["series"]["policy/kl_after"] == [pytest.approx(2e-4 * s) if s != 2 else None for s in range(1, 6)]
+    # Lists of objects are for readers of metrics.jsonl.
+    assert not {"constraint/by_mini_batch", "mismatch/worst_tokens"} & added
+
+
 def test_two_evaluations_that_were_made_differently_are_noted(make_run: MakeRun) -> None:
     run = make_run()
     assert "made differently" not in extract_text(write_report([run]).read_text())

@@ -65,6 +65,17 @@ if CHROMIUM:
         # Without saved token values there is nothing to colour.
         assert re.search(r'<select aria-label="colour of tokens"[^>]* hidden', document)
 
+    def test_the_constraints_charts_are_drawn_beside_an_older_run(
+        make_run: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        page = write_report([make_run("old"), make_run("new", estimators=True)], tmp_path / "page.html")
+        document = render_dom(page, tmp_path / "profile")
+        charts = re.findall(r'<svg [^>]*aria-label="([^"]+)"', document)
+        assert {"KL after the step", "KL after the step / δ", "KL to the old policy", "KL to the old policy, k3"} <= {
+            *charts
+        }
+        assert {"Questions all wrong", "Never solved", "Effective sample size"} <= {*charts}
+
     def test_only_visible_rows_of_twenty_thousand_rollouts_are_drawn(
         make_run: Callable[..., Path], tmp_path: Path
     ) -> None:

@@ -47,6 +47,17 @@ def test_one_plain_line_a_step_without_a_terminal() -> None:
     assert text(out).isascii()
 
 
+def test_the_kl_after_the_step_is_compared_with_delta_where_it_is_measured() -> None:
+    out = console(terminal=False)
+    with Progress(10, start_step=2, delta=1e-3, console=out) as progress:
+        progress.update({**METRICS, "policy/kl_after": 9.9e-4})
+        progress.update({**METRICS, "policy/kl_after": 2e-3, "policy/kl": 1e-4})
+        progress.update({**METRICS, "policy/kl_after": None})  # no mini-batch was applied
+    below, above, missing = text(out).splitlines()
+    assert "  KL after 9.90e-04 <= delta 1.0e-03  " in below and "  KL after 2.00e-03 > delta 1.0e-03  " in above
+    assert "  KL 2.50e-03 > delta 1.0e-03  " in missing
+
+
 def test_missing_and_non_finite_values_show_as_a_dash() -> None:
     out = console(terminal=False)
     with Progress(5, console=out) as progress:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_disco.algorithms.objectives.base import SeparableObjective, Tokens
 from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 from nemo_disco.algorithms.objectives.parameters import parameter
-from nemo_disco.algorithms.objectives.scores import clipped_ratios, k3
+from nemo_disco.algorithms.objectives.scores import K3_WEIGHTED, KL_ESTIMATORS, clipped_ratios, reference_kl
 
 
 def subtract_mean(batch: MiniBatch) -> tuple[Tensor, Tensor]:
@@ -35,13 +35,18 @@ def standardize(batch: MiniBatch) -> Tensor:
     return batch.groups.flat(centre / (std + 1e-6))
 
 
+def centered_by_limit(batch: MiniBatch) -> Tensor:
+    """[N] Dr. GRPO's token weights: A / (N C) with A = r - mean, C the maximum response length (arXiv 2503.20783)."""
+    return batch.groups.flat(subtract_mean(batch)[0]) / len(batch.lengths) / batch.max_response_length
+
+
 def per_response_mean(batch: MiniBatch, advantages: Tensor) -> Tensor:
     """[N] the advantages over N |o|: the token weights of the reduction (1/N) sum_o (1/|o|) sum_t."""
     return advantages / len(batch.lengths) / batch.lengths.clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ClippedObjective(SeparableObjective):
+class ClippedObjective(SeparableObjective):
     """PPO's surrogate min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); A is in `response_weights`."""
 
     clip_low: float = parameter(0.2, at_least=0, below=1)
@@ -53,15 +58,18 @@ class _ClippedObjective(SeparableObjective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(_ClippedObjective):
+class GRPO(ClippedObjective):
     """J = (1/N) sum_o (1/|o|) sum_t min(rho A, clip(rho) A), A = (r - mean) / (std + 1e-6) (arXiv 2402.03300).
 
-    kl_coefficient: beta in - beta KL(policy || reference), the token mean of k3; 0 needs no reference; 0.001 in
-    arXiv 2505.12366.
+    kl_coefficient: beta in - beta KL(policy || reference), a token mean; 0 needs no reference; 0.001 in
+    arXiv 2505.12366. kl_estimator: a token's term of that KL (scores.reference_kl). The default, k3_weighted, is the
+    only one whose gradient stays unbiased after the first mini-batch of a step; k3 is that of GRPO's paper and of the
+    published recipes.
     """
 
     name: ClassVar[str] = "grpo"
     kl_coefficient: float = parameter(0.0, at_least=0)
+    kl_estimator: str = parameter(K3_WEIGHTED, choices=KL_ESTIMATORS)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -73,7 +81,8 @@ class GRPO(_ClippedObjective):
     def token_values(self, tokens: Tokens) -> Tensor:
         values = super().token_values(tokens)
         if self.kl_coefficient and tokens.reference_log_probs is not None:
-            values = values - self.kl_coefficient / tokens.total * k3(tokens.log_probs, tokens.reference_log_probs)
+            log_probs = (tokens.log_probs, tokens.old_log_probs, tokens.reference_log_probs)
+            values = values - self.kl_coefficient / tokens.total * reference_kl(self.kl_estimator, *log_probs)
         return values
 
 
@@ -113,17 +122,17 @@ class GRPORW(GRPO):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrGRPO(_ClippedObjective):
+class DrGRPO(ClippedObjective):
     """Dr. GRPO: A = r - mean, and the constant divisor C, the maximum response length, for |o| (arXiv 2503.20783)."""
 
     name: ClassVar[str] = "dr_grpo"
 
     def response_weights(self, batch: MiniBatch) -> Tensor:
-        return batch.groups.flat(subtract_mean(batch)[0]) / len(batch.lengths) / batch.max_response_length
+        return centered_by_limit(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DAPO(_ClippedObjective):
+class DAPO(ClippedObjective):
     """DAPO: GRPO's A, decoupled clips, J = (1/T) sum over all tokens (arXiv 2503.14476).
 
     Its overlong shaping is a reward term (reward=overlong), its dynamic sampling is algorithm.dynamic_sampling_rounds.
@@ -156,7 +165,7 @@ class GPG(SeparableObjective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOO(_ClippedObjective):
+class RLOO(ClippedObjective):
     """RLOO: GRPO's J with A = r - mean of the group's others, 0 for a group of one (arXiv 2402.14740).
 
     r_i - mean of the others = (r_i - mean) G / (G - 1). The ratio is clipped, as in the length method that uses this

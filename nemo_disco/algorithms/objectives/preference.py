@@ -18,9 +18,11 @@ from nemo_disco.algorithms.objectives.scores import k3
 class TRPA(Objective):
     """J = mean over pairs of log sigmoid(beta [(s - s_old)(better) - (s - s_old)(worse)]) - kl_coefficient KL.
 
-    s is the token mean of lp; KL is the token mean of k3, of the policy to the one that sampled. Pairs are all pairs
-    of non-empty responses to the same question with different rewards. The released code scales pairs with the top
-    reward level by 2.5; that is not done here.
+    s is the token mean of lp. Pairs are all pairs of non-empty responses to the same question with different rewards.
+    KL is the paper's: the token mean of k3, of the policy to the one that sampled. Differentiated on old's samples, as
+    the paper does, it is biased: its expectation is chi^2(old || policy) - KL(old || policy), which equals
+    KL(policy || old) to second order only. The released code scales pairs with the top reward level by 2.5; that is not
+    done here.
     """
 
     name: ClassVar[str] = "trpa"

@@ -26,6 +26,8 @@ class RewardedResponses(Protocol):
     @property
     def truncated(self) -> Tensor: ...
     @property
+    def weight_versions(self) -> Tensor: ...
+    @property
     def max_response_length(self) -> int: ...
 
 
@@ -44,3 +46,16 @@ class Signal(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most signals remember nothing
         """Restore the memory of a checkpoint; {} is an empty one."""
+
+
+class CompletedSteps(Signal):
+    """Training steps that had been done when the weights that sampled the response were made.
+
+    It is their version, so it remembers nothing: a step of several sampling rounds counts once, and a resumed run goes
+    on where it was.
+    """
+
+    name: ClassVar[str] = "completed_steps"
+
+    def annotate(self, responses: RewardedResponses) -> Tensor:
+        return responses.weight_versions

@@ -4,20 +4,51 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const runColor = (i) => `var(--run-${i % 8})`;
 
+// band: the metric with the standard error; limited: the constraint's limit and the steps in which it acted are shown.
 const CURVES = [
   { key: "reward/mean", title: "Reward", help: "mean over the step's responses" },
-  { key: "policy/kl", title: "KL to the old policy", band: "policy/kl_stderr", help: "± one standard error" },
+  { key: "policy/kl_after", title: "KL after the step", help: "after its last update", limited: true },
+  {
+    key: "constraint/kl_after_over_delta",
+    title: "KL after the step / δ",
+    help: "the run warns above 2",
+    fromZero: true,
+    rules: [{ y: 1, label: "δ" }],
+  },
+  {
+    key: "policy/kl",
+    title: "KL to the old policy",
+    band: "policy/kl_stderr",
+    help: "k1 of the last mini-batch",
+    limited: true,
+  },
+  {
+    key: "policy/kl_k3",
+    title: "KL to the old policy, k3",
+    band: "policy/kl_k3_stderr",
+    help: "k3 of the last mini-batch",
+    limited: true,
+  },
   { key: "policy/entropy", title: "Entropy", help: "nats a token" },
   { key: "response/length_mean", title: "Response length", help: "mean, tokens", fromZero: true },
   { key: "groups/mixed", title: "Mixed groups", help: "share with right and wrong responses", range: [0, 1] },
+  { key: "groups/all_wrong", title: "Questions all wrong", help: "share of the step's questions", range: [0, 1] },
+  { key: "groups/all_right", title: "Questions all right", help: "share of the step's questions", range: [0, 1] },
+  { key: "groups/never_solved", title: "Never solved", help: "share of the questions asked so far", range: [0, 1] },
+  {
+    key: "dro/effective_sample",
+    title: "Effective sample size",
+    help: "of the DRO weights, over the number of wrong responses; near 1 tau has no effect",
+    range: [0, 1],
+  },
   { key: "grad_norm", title: "Gradient norm", help: "", fromZero: true },
   { key: "objective/value", title: "Objective", help: "J, maximised" },
 ];
 const isShownElsewhere = (key) =>
   key.startsWith("time/") ||
   (key.startsWith("eval/") && key.endsWith("/pass@1")) ||
-  ["policy/kl_stderr", "constraint/active", "constraint/delta"].includes(key) ||
-  CURVES.some((c) => c.key === key);
+  ["constraint/active", "constraint/delta"].includes(key) ||
+  CURVES.some((c) => c.key === key || c.band === key);
 
 // A series for each run that has the metric; band: the metric with its standard error.
 function seriesOf(key, band) {
@@ -53,8 +84,9 @@ function markConstraintSteps(series) {
 function drawCurve(host, curve) {
   let series = seriesOf(curve.key, curve.band);
   let help = curve.help;
+  if (series.some((s) => s.low)) help += " ± one standard error";
   const spec = { ...curve };
-  if (curve.key === "policy/kl") {
+  if (curve.limited) {
     series = markConstraintSteps(series);
     spec.rules = constraintRules();
     if (series.some((s) => s.ticks)) help += "; marks: constraint active";
