@@ -178,7 +178,8 @@ def _check_asynchronous(config: RunConfig) -> None:
     if config.algorithm.off_policy.get("kind") is None:
         raise UserError(
             "generation.asynchronous=true samples with the weights of the step before: choose the correction for it, "
-            "algorithm.off_policy.kind=truncated_importance_sampling, sequence_mask, or none"
+            "algorithm.off_policy.kind=truncated_importance_sampling, sequence_importance_sampling, icepop, "
+            "sequence_mask, outlier_mask, or none"
         )
 
 

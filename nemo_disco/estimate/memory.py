@@ -35,6 +35,7 @@ class Workload:
     engine: str
     two_passes: bool = True  # the objective is not separable: all mini-batches but the first take a pass for log-probs
     reference: bool = False  # the objective needs a second, frozen policy
+    likely_tokens: int = 0  # tokens whose log-probs the constraint compares at each place (its estimator top_k)
 
     @property
     def full_length(self) -> int:
@@ -87,7 +88,7 @@ class Layout:
 class Memory:
     """Bytes of one rank, by part. activations: kept for backward. log_probs: buffers of log-probs and final norm.
     layer: of one layer's backward, once log_probs is freed, with its recomputed activations if any. kv_cache: of all
-    the rank's responses at once, at full length."""
+    the rank's responses at once, at full length. likely_tokens: of the old policy, in host memory."""
 
     weights: int
     gradients: int
@@ -97,6 +98,7 @@ class Memory:
     log_probs: int
     layer: int
     kv_cache: int
+    likely_tokens: int
 
     @property
     def training(self) -> int:
@@ -111,13 +113,13 @@ class Memory:
 
 def host_memory(memory: Memory, *, offload: bool, cuda: bool) -> int:
     """Peak bytes of host memory of one rank: its libraries, a checkpoint's copy of the optimizer's state while it is
-    written and, without CUDA, training itself.
+    written, the old policy's likely tokens and, without CUDA, training itself.
 
     offload: the optimizer's state is on the host while an engine samples. A resume reads as many bytes as the copy has,
     before there are activations.
     """
     on_host = memory.optimizer * (2 if offload and cuda else 1)
-    return LIBRARIES[cuda] + on_host + (0 if cuda else memory.training)
+    return LIBRARIES[cuda] + on_host + memory.likely_tokens + (0 if cuda else memory.training)
 
 
 def estimate_memory(work: Workload, shape: ModelShape, layout: Layout, *, cuda: bool = True) -> Memory:
@@ -173,6 +175,8 @@ def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int,
         layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden)
         + (tokens * layer if layout.recompute == "full" else 0),
         kv_cache=responses_per_rank(work, layout) * cache_per_response(work, shape, layout),
+        # Ids of 4 bytes and log-probs, of all responses of a step on every rank.
+        likely_tokens=responses * work.response_limit * work.likely_tokens * (4 + max(weight, 4)),
     )
 
 

@@ -20,7 +20,13 @@ _MOST_NODES = 128
 _GIB = 2**30
 
 
-def print_plan(config: RunConfig, world_size: int, work: Workload, console: Console | None = None) -> None:
+def print_plan(
+    config: RunConfig,
+    world_size: int,
+    work: Workload,
+    note_on_constraint: str | None = None,
+    console: Console | None = None,
+) -> None:
     """Print the plan of a run. work: that of one of its steps. Imports torch.
 
     Raises UserError for a damaged model directory, and for a model that does not fit the layout.
@@ -30,6 +36,8 @@ def print_plan(config: RunConfig, world_size: int, work: Workload, console: Cons
         console = Console(file=console.file, width=WIDTH)  # a file has no width, and no cell may be cut
     layout = Layout.from_config(config.model, world_size)
     console.print(_batch_table(config, work, layout))
+    if note_on_constraint is not None:
+        console.print(note_on_constraint, soft_wrap=True, highlight=False)
     shape, note = find_shape(config.model.path)
     if shape is not None:
         check_shape(config, shape)

@@ -33,7 +33,8 @@ CONTRADICTIONS = [
     (["generation=vllm", "generation.asynchronous=true"], 2, "generation.colocated=true puts the engine to sleep",
      "generation.colocated=false, or generation.nodes"),
     (["generation=vllm", "generation.asynchronous=true", "generation.nodes=[a]"], 2, "choose the correction for it",
-     "algorithm.off_policy.kind=truncated_importance_sampling, sequence_mask, or none"),
+     "algorithm.off_policy.kind=truncated_importance_sampling, sequence_importance_sampling, icepop, sequence_mask, "
+     "outlier_mask, or none"),
     (["model.optim.betas=[0.9,1.0]"], 2, "model.optim.betas=[0.9, 1.0]", "below 1"),
     (["model.optim.lr=1e-6", "model.optim.sched.min_lr=1e-5"], 2, "min_lr=1e-05 is above model.optim.lr=1e-06", ""),
     (["model.fp8_param_gather=true"], 2, "model.fp8_param_gather=true needs model.fp8", "delayed, current or"),
@@ -63,6 +64,8 @@ def test_keys_that_contradict_each_other_are_refused(overrides, world_size, cont
         ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"],
         ["data.max_prompt_length=128", "generation.max_response_length=128", "model.token_budget=256"],
         ["generation.responses_per_question=1", "algorithm.name=my_module:Mine"],
+        # This engine reports log-probs of the whole distribution also where it samples from a part of it.
+        ["generation.top_p=0.9", "generation.top_k=20", "algorithm.off_policy.kind=icepop"],
         *(
             ["trainer.precision=bf16", f"model.fp8={recipe}", "model.fp8_param_gather=true"]
             for recipe in ("delayed", "current", "blockwise")

@@ -13,6 +13,8 @@ RUNS = [name for name in paths.config_names(CONF) if name != "config"]
 REQUIRED = ["model.path=m", "data.train_files=[q.json]"]
 CHOICES = [(group, choice) for group in ("algorithm", "data", "evaluation", "model", "reward", "generation")
            for choice in paths.group_choices([CONF], group) if choice != "base"]  # fmt: skip
+# Choices that are an objective with settings of its constraint: choice -> the objective.
+PRESETS = {"authors": "disco", "disco_small": "disco", "grpo_constrained": "grpo"}
 # The authors' tau, by score.
 TAU = {"log_likelihood": 10.0, "likelihood_ratio": 1.0}
 
@@ -29,9 +31,23 @@ def test_a_group_choice_composes(group, choice):
     config = compose(overrides=[f"{group}={choice}", *REQUIRED])
     check_objective(config)
     if group == "algorithm":
-        assert config.algorithm.name == choice
+        assert config.algorithm.name == PRESETS.get(choice, choice)
         # The quickstart's settings for DisCO do not break the other objectives.
         check_objective(compose("quickstart", [f"algorithm={choice}"]))
+
+
+@pytest.mark.parametrize(
+    ("choice", "estimator", "delta"),
+    [
+        ("authors", "k1", 1e-4),
+        ("disco_small", "k3", 1e-3),
+        ("grpo_constrained", "k3", 1e-3),
+    ],
+)
+def test_a_preset_has_its_constraint(choice, estimator, delta):
+    constraint = check_objective(compose(overrides=[f"algorithm={choice}", *REQUIRED])).constraint
+    assert (constraint.kind, constraint.strength, constraint.convention) == ("squared_hinge", 1e3, "paper")
+    assert (constraint.estimator, constraint.delta) == (estimator, delta)
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b", "llama_8b"])
@@ -45,7 +61,7 @@ def test_the_recipes_have_the_papers_hyperparameters(name, score, size):
     assert (objective.name, objective.score) == (name, score)
     assert getattr(objective, "tau", None) == (TAU[score] if name == "disco" else None)
     assert (constraint.kind, constraint.strength, constraint.delta) == ("squared_hinge", 1e3, 1e-4)
-    assert constraint.convention == "paper"
+    assert (constraint.convention, constraint.estimator) == ("paper", "k1")
     assert (optim.name, optim.lr, optim.weight_decay) == ("adam", 2e-6 if size == "1.5b" else 1e-6, 0.0)
     assert config.trainer.gradient_clip_val == 1.0
     assert config.trainer.max_steps == (1400 if size == "1.5b" else 1000)

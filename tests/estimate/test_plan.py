@@ -10,6 +10,7 @@ from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate_memory, host_memory
 from nemo_disco.estimate.plan import batch_sizes, print_plan
+from nemo_disco.estimate.trust_region import advise, k1_error, k3_error
 from nemo_disco.models.shape import PUBLISHED, find_shape, read_shape
 from nemo_disco.runtime.errors import UserError
 
@@ -17,7 +18,7 @@ from nemo_disco.runtime.errors import UserError
 def render_plan(config, world_size):
     """The plan as text."""
     console = Console(file=io.StringIO(), width=140)
-    print_plan(config, world_size, find_workload(config), console)
+    print_plan(config, world_size, find_workload(config), console=console)
     return console.file.getvalue()
 
 
@@ -189,3 +190,32 @@ def test_host_memory_counts_training_and_a_checkpoints_copy(monkeypatch):
         text = render_plan(config, 8)
         assert f"Host memory: {host / 2**30:.1f} GiB per process" in text and f"this host has {gibibytes}." in text
         assert ("training waits until they are written" in text) == waits
+
+
+def test_the_constraints_advice_follows_the_tokens_of_a_mini_batch():
+    """The authors' constraint suits their mini-batches; with few tokens k1 is noise, and delta is to be larger."""
+    assert advise("k1", 1e-4, 2_097_152).endswith("Recommended: as configured.")
+    few = advise("k1", 1e-4, 1_600)
+    assert "at most 1,600 response tokens" in few
+    assert few.endswith("Recommended: algorithm.constraint.estimator=k3 algorithm.constraint.delta=0.001.")
+    assert advise("k3", 1e-3, 1_600).endswith("Recommended: as configured.")
+    assert advise("top_k", 1e-1, 1_600).endswith("Recommended: algorithm.constraint.delta=0.001.")
+    assert advise("k1", 0.0, 1_600).endswith("algorithm.constraint.estimator=k3 algorithm.constraint.delta=0.001.")
+
+
+def test_the_errors_of_the_estimators_are_those_that_were_measured():
+    """Mini-batches of 1,600 tokens at a KL of 1.4e-3: standard deviations of 1.5e-3 (k1) and 2.2e-4 (k3)."""
+    assert k1_error(1.4e-3, 1_600) == pytest.approx(1.5e-3, rel=0.15)
+    assert k3_error(1.4e-3, 1_600) == pytest.approx(2.2e-4, rel=0.15)
+
+
+def test_the_likely_tokens_of_a_step_count_in_host_memory():
+    top_k = ["algorithm.constraint.estimator=top_k", "algorithm.constraint.top_k=16"]
+    shape = PUBLISHED["DeepSeek-R1-Distill-Qwen-1.5B"]
+    without, with_tokens = (
+        estimate_rank(compose("recipe/disco_logl_1.5b", overrides), shape) for overrides in ([], top_k)
+    )
+    tokens = 128 * 8 * 8192
+    assert with_tokens.likely_tokens == tokens * 16 * 8 and without.likely_tokens == 0
+    difference = host_memory(with_tokens, offload=False, cuda=True) - host_memory(without, offload=False, cuda=True)
+    assert difference == tokens * 128
