@@ -19,7 +19,8 @@ from nemo_disco.rollout.response_warnings import ResponseWarnings
 
 RECENT = 20  # values that are kept of each figure; also the steps after which an inactive constraint is suspicious
 WINDOW = 10  # steps at the run's beginning, and up to now, whose means are compared
-IN_A_ROW = 3  # steps that a KL or an error must stay above its limit
+ABOVE_LIMIT = 10  # steps in a row that the KL must stay above its limit: at a run's first steps it often is
+IN_A_ROW = 3  # steps in a row that k1's error must stay above its limit
 UNMIXED = 5  # steps in a row without a mixed group
 TAU_STEPS = 5  # steps over which the effective sample size is averaged
 
@@ -128,9 +129,9 @@ def _inactive(history: History, _: Constraint) -> str:
 
 
 def _kl_above_delta(history: History, constraint: Constraint) -> str:
-    """KL after the step above 2 delta, IN_A_ROW steps; RECENT ones while a dual constraint's beta can still grow."""
+    """KL after the step above 2 delta, ABOVE_LIMIT steps; RECENT ones while a dual constraint's beta can still grow."""
     at_bound = constraint.beta_max is not None and constraint.strength >= constraint.beta_max
-    steps = RECENT if constraint.kind == DUAL and not at_bound else IN_A_ROW
+    steps = RECENT if constraint.kind == DUAL and not at_bound else ABOVE_LIMIT
     ratios = history.last("constraint/kl_after_over_delta", steps)
     if not ratios or not min(ratios) > MAX_KL_OVER_DELTA:
         return ""

@@ -117,8 +117,8 @@ def test_k1_with_an_error_that_is_large_for_delta() -> None:
 )
 def test_a_kl_that_stays_above_two_delta(constraint: Constraint, active: float, remedy: str) -> None:
     above = ABOVE | {"constraint/active": active}
-    step, line = only_warning(warnings_of([{}, above, above, {}, *[above] * 30], constraint))
-    assert step == 7 and "2.5 delta (0.001)" in line and "model.optim.lr" in line and remedy in line
+    step, line = only_warning(warnings_of([{}, *[above] * 9, {}, *[above] * 30], constraint))
+    assert step == 21 and "2.5 delta (0.001)" in line and "model.optim.lr" in line and remedy in line
     assert warnings_of([{"constraint/kl_after_over_delta": 1.9}] * 50, constraint) == {}
 
 
@@ -184,7 +184,7 @@ def test_missing_thinking_is_warned_of_once_in_a_run_too() -> None:
 
 FAULTY = [
     *[{}] * 12,
-    *[ABOVE] * 6,
+    *[ABOVE] * 12,
     *[{"policy/entropy": 0.1, "groups/all_wrong": 0.9, "dro/effective_sample": 0.99}] * 15,
     *[{"groups/mixed": 0.0, "policy/kl_stderr": 4e-4, "policy/kl": 1e-4, "constraint/active": 0.0}] * 25,
 ]
@@ -208,4 +208,4 @@ def test_a_run_that_is_resumed_gives_the_same_warnings(every: int) -> None:
 def test_a_checkpoint_without_a_state_begins_anew() -> None:
     warnings = TrainingWarnings(require_think=True)
     warnings.load_state_dict({})
-    assert list(warnings_of([{}, *[ABOVE] * 5], K3, warnings)) == [4]
+    assert list(warnings_of([{}, *[ABOVE] * 12], K3, warnings)) == [11]
