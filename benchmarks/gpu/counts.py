@@ -213,6 +213,12 @@ ROWS = (
         "float32 logits, written and read several times",
     ),
     Row(
+        "log_probs.likely_tokens.forward_backward_s",
+        count_log_probs,
+        (2.9, 2.9),
+        "as `log_probs.kernel`; 17 rows of the weight are gathered for each token, and the gradient has 17 places",
+    ),
+    Row(
         "attention.packed.forward_backward_s",
         count_attention,
         (3.3, 3.3),

@@ -1,4 +1,5 @@
-"""Time, memory and error of log-probs and entropies from hidden states at a large vocabulary, by each variant."""
+"""Time, memory and error of log-probs and entropies from hidden states at a large vocabulary, by each variant, and of
+the KL over the old policy's likely tokens (constraint.estimator=top_k)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from setting import (
 )
 
 from nemo_disco.policy import log_probs
+from nemo_disco.policy.likely_tokens import LikelyTokens, find_likely_tokens, token_divergences
 from nemo_disco.policy.log_probs import token_log_probs
+
+LIKELY = 16  # tokens that the constraint's estimator top_k compares by default
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -35,7 +39,53 @@ def run(setting: Setting) -> dict[str, Any]:
                 results[name] = _measure(setting, hidden, weight, targets)
         except Exception as error:  # a failure is this variant's result; the others still run
             results[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
+    try:
+        results["likely_tokens"] = _measure_likely_tokens(setting, hidden, weight, targets)
+    except Exception as error:  # the variants' results stay
+        results["likely_tokens"] = {"error": f"{type(error).__name__}: {error}"[:1000]}
     return results
+
+
+def _measure_likely_tokens(
+    setting: Setting, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> dict[str, Any]:
+    """Seconds to find the likely tokens, and of log-prob and KL forward and backward; the KL's error against float32.
+
+    The old policy is the same weights with other hidden states.
+    """
+    repeats, vocabulary = setting.size(5, 1), len(weight)
+
+    def find() -> torch.Tensor:
+        return find_likely_tokens(hidden.detach(), weight.detach(), LIKELY, vocab_size=vocabulary)
+
+    ids = torch.cat([targets[:, None], find()], 1)
+    with torch.no_grad():
+        moved = hidden + 0.3 * torch.randn_like(hidden)
+        old_log_probs, _ = token_log_probs(moved, weight, ids[:, 1:], temperature=TEMPERATURE)
+    old = LikelyTokens(ids[:, 1:].int(), old_log_probs, complete=False)
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs, _ = token_log_probs(hidden, weight, ids, temperature=TEMPERATURE)
+        return log_probs[:, 0], token_divergences(log_probs[:, 1:], old)
+
+    def forward_backward() -> None:
+        hidden.grad = weight.grad = None
+        sum(values.sum() for values in forward()).backward()  # type: ignore[union-attr]
+
+    rows = slice(0, setting.size(512, 32))
+    with torch.no_grad():
+        exact = [
+            (states[rows].float() @ weight.float().T / TEMPERATURE).log_softmax(-1).gather(1, ids[rows, 1:])
+            for states in (hidden, moved)
+        ]
+        expected = token_divergences(exact[0], LikelyTokens(ids[rows, 1:].int(), exact[1], complete=False))
+        error = relative_error(forward()[1][rows], expected)
+    return {
+        "tokens_compared": LIKELY,
+        "find_s": measure_seconds(find, repeats),
+        "forward_backward_s": measure_seconds(forward_backward, repeats),
+        "kl_error_against_float32": error,
+    }
 
 
 def make_variants() -> dict[str, AbstractContextManager[None]]:

@@ -1,8 +1,8 @@
-"""The planned runs of the study, in their order, with the command line of each; and the choice of learning rates.
+"""The planned runs of a grid, in their order, with the command line of each; and the choice of tuned candidates.
 
-Reads no file but grid.yaml and starts nothing. The study has five parts: BASE (the model that training starts from,
-evaluated without training), TUNING (learning rates), MAIN (the methods), ABLATIONS, and LENGTH (accuracy against
-length).
+Reads no file but a grid and starts nothing. A grid has up to five parts: BASE (the models that training starts from,
+evaluated without training), TUNING (learning rates and betas), MAIN (the methods), ABLATIONS, and LENGTH (accuracy
+against length).
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any
 
 import yaml
 
+from .candidates import Candidate, list_candidates
+
 HERE = Path(__file__).parent
 GRID = HERE / "grid.yaml"
+RESULTS = HERE.parent / "results"
 BASE, TUNING, MAIN, ABLATIONS, LENGTH = "base", "tuning", "main", "ablations", "length"
 
 Record = Mapping[str, Any]
+Grid = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,30 +32,40 @@ class PlannedRun:
     part: str
     method: str
     seed: int
-    tuned_method: str  # the method whose tuned learning rate this run takes; "" in the part BASE
+    tuned_method: str  # the method whose tuned candidate this run takes; "" in the part BASE
     overrides: tuple[str, ...]
-    learning_rate: float | None = None  # None: the tuned one
+    candidate: Candidate | None = None  # None: the tuned one
 
     @property
     def name(self) -> str:
-        rate = "" if not self.learning_rate else f".lr_{self.learning_rate:g}"
-        return f"{self.part}.{self.method}{rate}.seed_{self.seed}"
+        return _name(self.part, self.method, self.candidate, self.seed)
 
-    def arguments(self, work: Path, learning_rate: float) -> list[str]:
+    def arguments(self, work: Path, model: Path, candidate: Candidate) -> list[str]:
         """The arguments of `nemo-disco train` and `nemo-disco evaluate`, without the run's directory.
 
-        work: the work directory, in which prepare.py wrote the model and the questions.
+        work: the work directory, in which prepare.py wrote the questions. model: that of the policy at the start.
         """
         held_out = "development" if self.part == TUNING else "test"
         return [
             *("--config-name", "run", "--config-path", str(HERE)),
-            f"model.path={work / 'model'}",
+            f"model.path={model}",
             f"data.train_files=[{work / 'train.jsonl'}]",
             f"evaluation.files=[{work / held_out}.jsonl]",
-            f"model.optim.lr={learning_rate:g}",
+            f"model.optim.lr={candidate.learning_rate:g}",
             f"seed={self.seed}",
             *self.overrides,
+            *([] if candidate.beta is None else [f"algorithm.constraint.beta={candidate.beta:g}"]),
         ]
+
+
+def name_record(record: Record) -> str:
+    """The name of the planned run that a record is of."""
+    candidate = Candidate(record["learning_rate"], record.get("beta")) if record["part"] == TUNING else None
+    return _name(record["part"], record["method"], candidate, record["seed"])
+
+
+def _name(part: str, method: str, candidate: Candidate | None, seed: int) -> str:
+    return f"{part}.{method}{'' if candidate is None else f'.{candidate}'}.seed_{seed}"
 
 
 def load_grid(path: Path = GRID) -> dict[str, Any]:
@@ -59,23 +73,31 @@ def load_grid(path: Path = GRID) -> dict[str, Any]:
     return grid
 
 
-def list_runs(grid: Mapping[str, Any]) -> list[PlannedRun]:
-    """All runs of the grid in order: the base model's evaluation, tuning, then each other part seed by seed."""
+def list_runs(grid: Grid) -> list[PlannedRun]:
+    """All runs of the grid in order: tuning, then each other part seed by seed; first the evaluation of each start."""
     methods, common = grid["methods"], tuple(grid.get("run", ()))
-    runs = [PlannedRun(BASE, "warm_start", grid["tuning"]["seed"], "", common, 0.0)]
+    tuning_seed = grid["tuning"]["seed"]
+    runs = [PlannedRun(BASE, "warm_start", tuning_seed, "", common)]
     runs += [
-        PlannedRun(TUNING, name, grid["tuning"]["seed"], name, (*common, *m["overrides"]), float(rate))
+        PlannedRun(TUNING, name, tuning_seed, name, (*common, *m["overrides"]), candidate)
         for name, m in methods.items()
-        for rate in grid["tuning"]["learning_rates"]
+        for candidate in list_method_candidates(grid, name)
     ]
     for part in (MAIN, ABLATIONS, LENGTH):
         section = grid.get(part, {"seeds": []})
-        runs += [
-            PlannedRun(part, name, seed, tuned_method, (*common, *overrides))
-            for seed in section["seeds"]
-            for name, tuned_method, overrides in _list_variants(methods, section)
-        ]
-    return runs
+        for seed in section["seeds"]:
+            if grid.get("setup", {}).get("start_per_seed"):
+                runs.append(PlannedRun(BASE, "warm_start", seed, "", common))
+            runs += [
+                PlannedRun(part, name, seed, tuned_method, (*common, *overrides))
+                for name, tuned_method, overrides in _list_variants(methods, section)
+            ]
+    return list(dict.fromkeys(runs))
+
+
+def list_method_candidates(grid: Grid, method: str) -> list[Candidate]:
+    """The candidates of a method's tuning: its own `tuning`, else the learning rates of the grid's."""
+    return list_candidates(grid["methods"][method].get("tuning", grid["tuning"]))
 
 
 def _list_variants(methods: Mapping[str, Any], section: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
@@ -91,15 +113,16 @@ def _list_variants(methods: Mapping[str, Any], section: Mapping[str, Any]) -> li
     ]
 
 
-def choose_learning_rate(method: str, records: Sequence[Record], count: int) -> float | None:
-    """The learning rate of a method's tuning runs with the highest Pass@1, the smaller one if two are equal.
+def choose_candidate(method: str, records: Sequence[Record], count: int) -> Candidate | None:
+    """The candidate of a method's tuning runs with the highest Pass@1; of equals, the smaller learning rate and beta.
 
     None until all `count` tuning runs of the method are among the records.
     """
     tuning = [r for r in records if r["part"] == TUNING and r["method"] == method]
     if len(tuning) < count:
         return None
-    return float(max(tuning, key=lambda r: (pass_at_1(r), -r["learning_rate"]))["learning_rate"])
+    best = max(tuning, key=lambda r: (pass_at_1(r), -r["learning_rate"], -(r.get("beta") or 0.0)))
+    return Candidate(float(best["learning_rate"]), best.get("beta"))
 
 
 def pass_at_1(record: Record) -> float:

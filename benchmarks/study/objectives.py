@@ -20,8 +20,8 @@ from nemo_disco.algorithms.objectives.mini_batch import MiniBatch
 class PerMicroBatch(DisCO):
     """J2 - mean over micro-batches j of beta max(KL_j - delta, 0)^2, where J2 is DisCO's objective without constraint.
 
-    A micro-batch has `questions` questions, and KL_j is KL_hat over its tokens. With all questions in one micro-batch
-    the loss is DisCO's (arXiv 2505.12366, Algorithm 1).
+    A micro-batch has `questions` questions, and KL_j is the estimate k1 over its tokens. With all questions in one
+    micro-batch the loss is DisCO's with the estimator k1 (arXiv 2505.12366, Algorithm 1).
     """
 
     constraint: Constraint = UNCONSTRAINED

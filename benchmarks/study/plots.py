@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from nemo_disco.evaluation.statistics import Estimate
 
 from .grid import MAIN
-from .runs import FinishedRuns, Record
+from .results_file import Record
+from .runs import FinishedRuns
 
 DPI = 110
 PANELS = {

@@ -6,7 +6,6 @@ Reads a directory that `nemo-disco train` or `nemo-disco evaluate` wrote; writes
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,24 @@ CURVES = {
     "objective": "objective/value",
     "kl": "policy/kl",
     "kl_stderr": "policy/kl_stderr",
+    "kl_after": "policy/kl_after",
+    "constraint_kl": "constraint/kl",
     "entropy": "policy/entropy",
     "active": "constraint/active",
     "grad_norm": "grad_norm",
     "length": "response/length_mean",
     "mixed": "groups/mixed",
+    "all_wrong": "groups/all_wrong",
+    "all_right": "groups/all_right",
+    "never_solved": "groups/never_solved",
 }
 DIGITS = 5  # significant digits of the record's figures
 
 
 def read_curves(run: Path) -> dict[str, list[float]]:
-    """The training curves of a run directory by name, each with one value for a step.
-
-    Besides CURVES there are `all_wrong` and `all_right`, the shares of groups whose responses are all wrong, all right.
-    """
+    """The training curves of a run directory by name, each with one value for a step, NaN where it has none."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    columns = {name: [_round(step[metric]) for step in steps] for name, metric in CURVES.items()}
-    shares = [_read_group_shares(run / "rollouts" / f"step_{step['step']}.jsonl") for step in steps]
-    return columns | {"all_wrong": [w for w, _ in shares], "all_right": [r for _, r in shares]}
+    return {name: [_round(step.get(metric)) for step in steps] for name, metric in CURVES.items()}
 
 
 def read_evaluation(directory: Path) -> dict[str, Any]:
@@ -61,18 +60,5 @@ def _mean_right_length(result: EvaluationResult) -> float:
     return float(right.mean()) if len(right) else 0.0
 
 
-def _read_group_shares(rollouts: Path) -> tuple[float, float]:
-    """The shares of groups with no right response and with only right responses, from a file of rollouts."""
-    groups: dict[int, list[bool]] = defaultdict(list)
-    for line in rollouts.read_text().splitlines():
-        response = json.loads(line)
-        groups[response["question_id"]].append(response["correct"])
-    count = len(groups)
-    return (
-        _round(sum(not any(g) for g in groups.values()) / count),
-        _round(sum(all(g) for g in groups.values()) / count),
-    )
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def _round(value: float | None) -> float:
+    return float("nan") if value is None else float(f"{value:.{DIGITS}g}")

@@ -1,4 +1,4 @@
-"""The report of the study: a Markdown page and its figures, made from the records of the finished runs alone.
+"""The report of grid.yaml: a Markdown page and its figures, made from the records of the finished runs alone.
 
 It shows all results, whichever way they went, and counts the planned runs that are missing.
 """
@@ -12,20 +12,15 @@ import numpy as np
 
 from . import claims, plots, tables
 from . import grid as grids
-from .runs import FinishedRuns, gather_records, read_runs
+from .runs import FinishedRuns, read_runs
 from .statistics import collect_shares, estimate_mean
 
 RESULTS = grids.HERE.parent / "results" / "study"
 COMMAND = "python -m benchmarks.study run WORK && python -m benchmarks.study report --gather WORK"
 
 
-def write_report(out: Path = RESULTS, work: Path | None = None) -> Path:
-    """Write report.md and its figures in the directory `out` from its runs.jsonl, and return the path of report.md.
-
-    work: a work directory, from whose results runs.jsonl is written first.
-    """
-    if work is not None:
-        gather_records(work, out / "runs.jsonl")
+def write_report(out: Path = RESULTS) -> Path:
+    """Write report.md and its figures in the directory `out` from its runs.jsonl, and return the path of report.md."""
     runs = read_runs(out / "runs.jsonl", grids.load_grid())
     sections = [
         _report_overview(runs),

@@ -1,19 +1,17 @@
-"""The records of a study's finished runs, and how to select them by part and method.
+"""The records of a grid's finished runs, and how to select them by part and method.
 
-Reads runs.jsonl, or writes it from the results in a work directory. Computes no statistics.
+Reads a results file. Computes no statistics.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import grid as grids
-
-Record = dict[str, Any]
+from .results_file import Record, read_records
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,5 @@ class FinishedRuns:
         return sum(r["part"] == part for r in self.records)
 
 
-def gather_records(work: Path, file: Path) -> None:
-    """Write the records in work/results/*.json to one file, one line for each run."""
-    records = [json.loads(path.read_text()) for path in sorted((work / "results").glob("*.json"))]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(r) + "\n" for r in records))
-
-
 def read_runs(file: Path, grid: Mapping[str, Any]) -> FinishedRuns:
-    return FinishedRuns([json.loads(line) for line in file.read_text().splitlines()], grid)
+    return FinishedRuns(read_records(file, grids.name_record), grid)

@@ -12,7 +12,9 @@ import numpy as np
 from nemo_disco.evaluation.statistics import Estimate, accuracy_efficiency_score
 
 from . import grid as grids
-from .runs import FinishedRuns, Record
+from .candidates import list_candidates
+from .results_file import Record
+from .runs import FinishedRuns
 from .statistics import collect_shares, estimate_difference, estimate_mean
 
 LAST = 4  # the final steps of training, over which its figures are averaged
@@ -48,14 +50,14 @@ def tabulate_parts(runs: FinishedRuns) -> str:
 
 def tabulate_tuning(runs: FinishedRuns) -> str:
     """The table of Pass@1 by method and learning rate; the chosen rate is bold."""
-    rates = [float(rate) for rate in runs.grid["tuning"]["learning_rates"]]
+    candidates = list_candidates(runs.grid["tuning"])
     rows = []
     for method, label in runs.method_labels().items():
         scores = {r["learning_rate"]: grids.pass_at_1(r) for r in runs.select(grids.TUNING, method)}
-        best = grids.choose_learning_rate(method, runs.records, len(rates))
-        cells = [f"{scores[rate]:.3f}" if rate in scores else "" for rate in rates]
-        rows.append((label, *(f"**{c}**" if rate == best else c for rate, c in zip(rates, cells, strict=True))))
-    return format_table(("method", *(f"{rate:g}" for rate in rates)), rows)
+        best = grids.choose_candidate(method, runs.records, len(candidates))
+        cells = {c: f"{scores[c.learning_rate]:.3f}" if c.learning_rate in scores else "" for c in candidates}
+        rows.append((label, *(f"**{text}**" if c == best else text for c, text in cells.items())))
+    return format_table(("method", *(f"{c.learning_rate:g}" for c in candidates)), rows)
 
 
 def tabulate_main(runs: FinishedRuns) -> str:

@@ -12,10 +12,22 @@ from dataclasses import dataclass
 
 from tools.quickstart import task
 
-FEWEST_NUMBERS, MOST_NUMBERS = 3, 5
 SMALLEST, LARGEST = 2, 9
-SKIP = 0.25  # the chance that a step adds two numbers at once
-REPEAT = 0.3  # the chance that the last step is written twice
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How many numbers a sum has, and in which styles its worked solutions are written.
+
+    skip: the chance that a step adds two numbers at once. repeat_each: the chance of each step to be written twice.
+    repeat_last: the chance that the last step is written once more.
+    """
+
+    fewest_numbers: int = 3
+    most_numbers: int = 5
+    skip: float = 0.25
+    repeat_each: float = 0.0
+    repeat_last: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,7 @@ class Problem(task.Problem):
     """A sum of one-digit numbers and a worked solution, whose style is drawn at random from the seed `style`."""
 
     style: int = 0
+    settings: TaskSettings = TaskSettings()
 
     @property
     def question(self) -> str:
@@ -34,21 +47,24 @@ class Problem(task.Problem):
         rng = random.Random(self.style)
         total, remaining, lines = self.numbers[0], list(self.numbers[1:]), []
         while remaining:
-            count = 2 if len(remaining) > 1 and rng.random() < SKIP else 1
+            count = 2 if len(remaining) > 1 and rng.random() < self.settings.skip else 1
             terms, remaining = remaining[:count], remaining[count:]
             lines.append(f"{'+'.join(map(str, [total, *terms]))}={total + sum(terms)}")
             total += sum(terms)
-        if rng.random() < REPEAT:
+            if self.settings.repeat_each and rng.random() < self.settings.repeat_each:
+                lines.append(lines[-1])
+        if rng.random() < self.settings.repeat_last:
             lines.append(lines[-1])
         return "\n".join([*lines, "</think>", f"\\boxed{{{self.answer}}}"])
 
 
-def draw_problems(seed: int) -> Iterator[Problem]:
+def draw_problems(seed: int, settings: TaskSettings) -> Iterator[Problem]:
     """Endless random problems, in which the same numbers may come again."""
     rng = random.Random(seed)
     while True:
-        count = rng.randint(FEWEST_NUMBERS, MOST_NUMBERS)
-        yield Problem(tuple(rng.randint(SMALLEST, LARGEST) for _ in range(count)), "", rng.getrandbits(32))
+        count = rng.randint(settings.fewest_numbers, settings.most_numbers)
+        numbers = tuple(rng.randint(SMALLEST, LARGEST) for _ in range(count))
+        yield Problem(numbers, "", rng.getrandbits(32), settings)
 
 
 def skip_repeated(problems: Iterator[Problem]) -> Iterator[Problem]:

@@ -1,49 +1,48 @@
-"""The queue of the study's runs: several at once, paused while a given file exists, and resumable.
+"""The queue of a grid's runs: several at once, paused while a given file exists, and resumable.
 
-A finished run has one JSON file in WORK/results and is not run again. Tuned learning rates come from these files.
+A finished run has one record in the results file, which is committed, and is not run again. Tuned candidates come from
+these records.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import grid as grids
-from . import prepare, processes
-from . import record as records
+from . import prepare, processes, results_file
+from . import record as run_records
+from .candidates import Candidate
 from .grid import PlannedRun
+from .results_file import Record
 
 POLL_S = 0.5  # seconds between two looks at the processes and the pause file
 
 
 class RunQueue:
-    """The runs of a grid that have no result in a work directory yet; `run` runs all of them."""
+    """The runs of a grid that have no record in a results file yet; `run` runs all of them."""
 
-    def __init__(self, work: Path, grid: Mapping[str, Any], pause: Path, jobs: int) -> None:
+    def __init__(self, work: Path, grid: Mapping[str, Any], results: Path, pause: Path, jobs: int) -> None:
         """pause: while this file exists, no run starts and running ones are stopped. jobs: the most runs at once."""
-        self.work, self.grid, self.pause, self.jobs = work, grid, pause, jobs
-        self.results, self.logs, self.runs = (work / name for name in ("results", "logs", "runs"))
-        for directory in (self.results, self.logs, self.runs):
+        self.work, self.grid, self.results, self.pause, self.jobs = work, grid, results, pause, jobs
+        self.logs, self.runs = work / "logs", work / "runs"
+        for directory in (self.logs, self.runs):
             directory.mkdir(parents=True, exist_ok=True)
-        self.waiting = [run for run in grids.list_runs(grid) if not self.result_file(run).exists()]
+        finished = {grids.name_record(r) for r in self._read_records()}
+        self.waiting = [run for run in grids.list_runs(grid) if run.name not in finished]
         self.running: list[processes.RunProcess] = []
         self.failed: list[str] = []
-
-    def result_file(self, run: PlannedRun) -> Path:
-        return self.results / f"{run.name}.json"
 
     def run(self) -> None:
         """Run all waiting runs. If this ends early, for example by a signal, the running ones are killed.
 
-        Raises RuntimeError if runs failed, or cannot start since the tuning of their learning rate failed.
+        Raises RuntimeError if runs failed, or cannot start since the tuning of their method failed.
         """
         processes.import_everything()
         try:
@@ -64,26 +63,26 @@ class RunQueue:
             raise RuntimeError(f"these runs failed or could not start; the logs are in {self.logs}: {names}")
 
     def _start_next(self) -> bool:
-        """Start the first waiting run whose learning rate is known. Returns False if there is none."""
-        tuning = self._read_tuning_records()
-        # A result may have been copied into the work directory in the meantime.
-        self.waiting = [run for run in self.waiting if not self.result_file(run).exists()]
+        """Start the first waiting run whose candidate is known. Returns False if there is none."""
+        records = self._read_records()
         for run in self.waiting:
-            rate = run.learning_rate
-            if rate is None:
-                rate = self._choose_learning_rate(run.tuned_method, tuning)
-            if rate is not None:
+            candidate = self._choose_candidate(run, records)
+            if candidate is not None:
                 self.waiting.remove(run)
-                job = partial(execute_run, run, self.work, rate, self.result_file(run), self.runs / run.name)
+                weights = {r["start"] for r in records if "start" in r and r["seed"] == run.seed}
+                job = partial(execute_run, run, self.grid, candidate, self.work, self.results, weights)
                 self.running.append(processes.fork_run(run.name, job, self.logs / f"{run.name}.log"))
                 return True
         return False
 
-    def _read_tuning_records(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in self.results.glob(f"{grids.TUNING}.*.json")]
+    def _read_records(self) -> list[Record]:
+        return results_file.read_records(self.results, grids.name_record)
 
-    def _choose_learning_rate(self, method: str, tuning: Sequence[dict[str, Any]]) -> float | None:
-        return grids.choose_learning_rate(method, tuning, len(self.grid["tuning"]["learning_rates"]))
+    def _choose_candidate(self, run: PlannedRun, records: Sequence[Record]) -> Candidate | None:
+        if run.part == grids.BASE:
+            return Candidate(0.0)
+        count = len(grids.list_method_candidates(self.grid, run.tuned_method))
+        return run.candidate or grids.choose_candidate(run.tuned_method, records, count)
 
     def _collect_ended(self) -> None:
         """Remove the processes that have ended from `running`, note failed ones, and print a line for each."""
@@ -100,18 +99,34 @@ class RunQueue:
                 print(f"{now} {process.name} is finished; {len(self.waiting)} runs wait", flush=True)
 
 
-def execute_run(run: PlannedRun, work: Path, learning_rate: float, result: Path, directory: Path) -> None:
-    """Train and evaluate in the run directory `directory`, write the record to `result`, and remove the directory."""
+def execute_run(
+    run: PlannedRun,
+    grid: Mapping[str, Any],
+    candidate: Candidate,
+    work: Path,
+    results: Path,
+    weights: Collection[str],
+) -> None:
+    """Train and evaluate in a directory of WORK/runs, append the record to `results`, and remove the directory.
+
+    weights: the digests of the starts in the records of the same seed. Raises RuntimeError if the start has another.
+    """
+    setup, directory = prepare.Setup.from_grid(grid), work / "runs" / run.name
+    start = prepare.prepare_start(work, setup, setup.start_seed(run.seed))
+    digest = prepare.identify_start(start)
+    if weights and digest not in weights:
+        raise RuntimeError(
+            f"{start} has other weights than the start of the finished runs of seed {run.seed}, as happens on another "
+            f"machine; remove the records of this seed from {results}, and they are repeated"
+        )
     shutil.rmtree(directory, ignore_errors=True)
     began = time.monotonic(), time.process_time()
-    record: dict[str, Any] = {"part": run.part, "method": run.method, "of": run.tuned_method, "seed": run.seed}
-    record["learning_rate"] = learning_rate
-    record |= _train_and_evaluate(run, run.arguments(work, learning_rate), directory)
+    record: Record = {"part": run.part, "method": run.method, "of": run.tuned_method, "seed": run.seed}
+    record |= {"learning_rate": candidate.learning_rate, "beta": candidate.beta, "start": digest}
+    record |= _train_and_evaluate(run, run.arguments(work, start, candidate), directory)
     wall, processor = (now - then for now, then in zip((time.monotonic(), time.process_time()), began, strict=True))
-    record |= {"seconds": round(wall, 1), "processor_seconds": round(processor, 1), "version": read_commit()}
-    temporary = result.with_suffix(".part")
-    temporary.write_text(json.dumps(record))
-    temporary.rename(result)
+    record |= {"seconds": round(wall, 1), "processor_seconds": round(processor, 1)}
+    results_file.append_record(results, record | {"version": results_file.read_commit()})
     shutil.rmtree(directory)
 
 
@@ -126,24 +141,18 @@ def _train_and_evaluate(run: PlannedRun, arguments: list[str], directory: Path) 
     results: dict[str, Any] = {}
     if run.part != grids.BASE:
         code = cli.main(["train", *arguments, f"exp_manager.explicit_log_dir={directory}"])
-        results["curve"] = records.read_curves(directory)
+        results["curve"] = run_records.read_curves(directory)
         if code:
             # A policy that diverged is a result; its curve ends there.
             return results | {"failed": f"training ended with code {code}"}
         arguments = [*arguments, f"model.path={directory / 'export'}"]
     if cli.main(["evaluate", *arguments, f"exp_manager.explicit_log_dir={directory / 'after'}"]):
         raise RuntimeError(f"the evaluation of {run.name} failed; the lines above say why")
-    return results | {"evaluation": records.read_evaluation(directory / "after" / "evaluation")}
+    return results | {"evaluation": run_records.read_evaluation(directory / "after" / "evaluation")}
 
 
-def read_commit() -> str:
-    """The short name of the repository's present commit; "" outside a git checkout."""
-    command = ["git", "-C", str(grids.HERE), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def run_study(work: Path, grid: Mapping[str, Any], pause: Path, jobs: int) -> None:
-    """Prepare the work directory if that is not done yet, and run all runs of the grid that have no result."""
+def run_grid(work: Path, grid: Mapping[str, Any], results: Path, pause: Path, jobs: int) -> None:
+    """Prepare the questions if that is not done yet, and run all runs of the grid that have no record in `results`."""
     work.mkdir(parents=True, exist_ok=True)
-    prepare.prepare_inputs(work)
-    RunQueue(work, grid, pause, jobs).run()
+    prepare.prepare_questions(work, prepare.Setup.from_grid(grid))
+    RunQueue(work, grid, results, pause, jobs).run()

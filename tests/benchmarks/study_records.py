@@ -21,15 +21,16 @@ def make_record(run: grids.PlannedRun, accuracy: float, length: float = 30.0) ->
         "method": run.method,
         "of": run.tuned_method,
         "seed": run.seed,
-        "learning_rate": run.learning_rate or 1e-3,
+        "learning_rate": run.candidate.learning_rate if run.candidate else 1e-3,
+        "beta": run.candidate.beta if run.candidate else None,
+        "start": f"start of seed {run.seed}",
         "evaluation": {"set": "test", "samples": SAMPLES, "correct": correct, "length": [length] * QUESTIONS},
         "processor_seconds": 20.0,
         "version": "0000000",
     }
     if run.part == grids.BASE:
         return record
-    names = (*CURVES, "all_wrong", "all_right")
-    return record | {"curve": {name: [0.1 + 0.01 * step for step in range(STEPS)] for name in names}}
+    return record | {"curve": {name: [0.1 + 0.01 * step for step in range(STEPS)] for name in CURVES}}
 
 
 def make_all_records(grid: Mapping[str, Any], accuracies: Mapping[str, float]) -> list[dict[str, Any]]:

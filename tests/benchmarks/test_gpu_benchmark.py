@@ -48,6 +48,7 @@ def test_a_section_finds_what_those_before_it_measured(tmp_path: Path, monkeypat
     assert results["floors"]["matrix_flops"] > 0
     assert results["over_floors"]["log_probs.tiled.forward_backward_s"]["times_measured_floor"] > 0
     assert results["log_probs"]["tiled"]["error_against_float32"] < 1e-2
+    assert results["log_probs"]["likely_tokens"]["kl_error_against_float32"] < 0.1
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
 
 
@@ -123,7 +124,7 @@ def test_every_section_runs(tmp_path: Path) -> None:
     assert {name: results[name].get("error") for name in section.SECTIONS} == dict.fromkeys(section.SECTIONS)
     assert results["correctness"]["passed"], results["correctness"]["within_bounds"]
     for part in ("log_probs", "attention", "decode"):
-        variants = {name for name, value in results[part].items() if isinstance(value, dict)}
+        variants = {n for n, value in results[part].items() if isinstance(value, dict) and n != "likely_tokens"}
         assert {(name, results["correctness"]["ways"][f"{part}.{name}"]["right"]) for name in variants} == {
             (name, True) for name in variants
         }
