@@ -16,6 +16,7 @@ from torch import Tensor
 from nemo_disco.data.packing import round_up
 from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.attention import PackedSequences
+from nemo_disco.policy.likely_tokens import LikelyTokens
 from nemo_disco.policy.parallel import Ranks
 
 
@@ -24,7 +25,7 @@ class MicroBatch:
     """S tokens of packed sequences, n of which predict a response token.
 
     input_ids, position_ids [1, S]; rows [n]: positions whose next token is a response token; targets [n]: that token;
-    index [n]: its index among the T response tokens of the rollouts.
+    index [n]: its index among the T response tokens of the rollouts; old [n]: the likely tokens there to compare with.
     """
 
     input_ids: Tensor
@@ -33,6 +34,7 @@ class MicroBatch:
     rows: Tensor
     targets: Tensor
     index: Tensor
+    old: LikelyTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ def build_micro_batch(
     device: torch.device,
     context_rank: int = 0,
     context_size: int = 1,
+    old: LikelyTokens | None = None,
 ) -> MicroBatch:
     """Pack the responses with these indices, shortest first (neighbours share an attention call), with padding.
 
-    Under context parallelism: this rank's share of the tokens. Does not wait for the device.
+    Under context parallelism: this rank's share of the tokens. old [T]: in host memory. Does not wait for the device.
     """
     unpadded = sequence_lengths(rollouts)
     order = sorted(responses, key=lambda i: (unpadded[i], i))
@@ -93,7 +96,8 @@ def build_micro_batch(
     if local is not None:
         ids, positions, targets, index = ids[local], positions[local], targets[local], index[local]
     rows = (index >= 0).nonzero()[:, 0]
-    batch = MicroBatch(ids[None], positions[None], sequences, rows, targets[rows], index[rows])
+    likely = None if old is None else old.select(index[rows])
+    batch = MicroBatch(ids[None], positions[None], sequences, rows, targets[rows], index[rows], likely)
     return batch if device.type == "cpu" else _send(batch, device)
 
 

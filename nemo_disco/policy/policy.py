@@ -150,12 +150,12 @@ class Policy:
                 ids[index] = packed[:, :likely_tokens].to(torch.int32)
                 likely_log_probs[index] = packed[:, likely_tokens:].to(precision)
 
-        asked = {"entropies": entropies, "likely_tokens": likely_tokens, "old": old}
+        asked = {"entropies": entropies, "likely_tokens": likely_tokens}
         if "forward" in self.unscaled:  # Transformer Engine updates its scales only in passes with gradients enabled
             self.unscaled.remove("forward")
-            self._schedule(rollouts, lambda *_, **__: None, asked, forward_only=True)
+            self._schedule(rollouts, lambda *_, **__: None, asked, old, forward_only=True)
         with torch.no_grad():
-            self._schedule(rollouts, collect, asked, forward_only=True)
+            self._schedule(rollouts, collect, asked, old, forward_only=True)
         by_token = iter(self.share(out))
         return TargetValues(
             next(by_token),
@@ -214,8 +214,8 @@ class Policy:
                 chunk.force_all_reduce = everywhere
             if self.optimizer is not None:
                 self.optimizer.megatron.zero_grad()
-            asked = {"entropies": entropies, "old": old}
-            self._schedule(rollouts, loss, asked, forward_only=False, force_all_reduce=everywhere)
+            asked = {"entropies": entropies}
+            self._schedule(rollouts, loss, asked, old, forward_only=False, force_all_reduce=everywhere)
         self.unscaled.clear()
 
     def step(self) -> StepResult:
@@ -331,16 +331,18 @@ class Policy:
         rollouts: Rollouts,
         use: Callable[..., Any],
         asked: Mapping[str, Any],
+        old: LikelyTokens | None,
         *,
         forward_only: bool,
         **options: Any,
     ) -> None:
         """Run megatron's pipeline schedule on this rank's micro-batches; the last stage calls `use(batch, output)`.
 
-        asked: the fields of Targets that say what is computed; `old` is that of all T tokens.
+        asked: fields of Targets that say what is computed. old [T, K]: as for target_values.
         """
         ranks = self.ranks
-        build = partial(build_micro_batch, rollouts, padding=self._padding, device=self.device)
+        old = old if any(chunk.post_process for chunk in self.model.chunks) else None  # the last stage reads it
+        build = partial(build_micro_batch, rollouts, padding=self._padding, device=self.device, old=old)
         batches = [
             build(responses, context_rank=ranks.context, context_size=ranks.context_size)
             for responses in self.plan(rollouts)[ranks.data]
@@ -348,9 +350,7 @@ class Policy:
 
         def forward(batches: Iterator[MicroBatch], network: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
-            old = asked["old"]
-            here = {"old": None if old is None else old.select(batch.index).to(self.device)}
-            targets = Targets(batch.rows, batch.targets, self.temperature, **{**asked, **here})
+            targets = Targets(batch.rows, batch.targets, self.temperature, **asked, old=batch.old)
             inputs = batch.input_ids, batch.position_ids, None
             return network(*inputs, packed_seq_params=batch.sequences, labels=targets), partial(use, batch)
 

@@ -84,8 +84,9 @@ class SAPO(SeparableObjective):
     def token_values(self, tokens: Tokens) -> Tensor:
         tau = torch.full_like(tokens.weights, self.tau_negative)
         tau = tau.masked_fill(tokens.weights > 0, self.tau_positive)
+        ratios = (tokens.log_probs - tokens.old_log_probs).exp()
         # exp(log sigmoid): sigmoid's own gradient, p (1 - p), loses its digits where p is nearly 1.
-        gates = logsigmoid(tau * (tokens.log_probs - tokens.old_log_probs).expm1()).exp()
+        gates = logsigmoid(tau * (ratios - 1)).exp()
         return tokens.weights * gates * 4 / tau
 
 
@@ -147,6 +148,6 @@ class DivergenceRegularized(SeparableObjective):
         return centered_by_limit(batch)
 
     def token_values(self, tokens: Tokens) -> Tensor:
-        changes = (tokens.log_probs - tokens.old_log_probs).expm1()
+        ratios = (tokens.log_probs - tokens.old_log_probs).exp()
         curvature = tokens.weights.abs() * tokens.old_log_probs.exp() / (2 * self.divergence_limit)
-        return tokens.weights * (1 + changes) - curvature * changes.square()
+        return tokens.weights * ratios - curvature * (ratios - 1).square()
