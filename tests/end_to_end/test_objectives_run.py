@@ -26,7 +26,10 @@ KINDS = {
     "grpo against a reference": ("algorithm=grpo", "algorithm.kl_coefficient=0.01"),
     **{
         name: (f"algorithm={name}",)
-        for name in ("grpo", "grpo_er", "grpo_rw", "dr_grpo", "dapo", "trpa", "gpg", "rloo")
+        for name in (
+            *("grpo", "grpo_er", "grpo_rw", "dr_grpo", "dapo", "trpa", "gpg", "rloo"),
+            *("gspo", "cispo", "sapo", "dppo", "divergence_regularized", "maxrl", "conspo"),
+        )
     },
 }
 
