@@ -188,7 +188,7 @@ class Trainer:
             clipped = {"grad_norm/clipped": float(0 < clip < update.grad_norm)}
             history.append(result.metrics | {"grad_norm": update.grad_norm, "lr": update.lr} | clipped)
             last = responses
-        kl_after = {} if last is None else self._measure_kl(rollouts, last, old)
+        kl_after = self._measure_kl(rollouts, last, old)
         seconds = recorded_seconds()
         speed = self.throughput.metrics(seconds["train"], seconds["log_probs"] + seconds["train"])
         summary = summarize_step(rollouts, old, history, step=self.step, skipped=self.divergence.skipped)
@@ -241,22 +241,25 @@ class Trainer:
 
     # --- parts ---
 
-    def _measure_kl(self, rollouts: Rollouts, last: Tensor, old: OldValues) -> dict[str, float]:
+    def _measure_kl(self, rollouts: Rollouts, last: Tensor | None, old: OldValues) -> dict[str, float]:
         """Measure the KL of the step's last update, and set a dual constraint's multiplier by it. A collective.
 
-        last: indices of the responses of the last mini-batch that was applied. Measured on at most a quarter of the
-        step's questions, so that it costs little where a step is one mini-batch too.
+        last: indices of the responses of the last mini-batch that was applied; None: the KL is not a number. Measured
+        on at most a quarter of the step's questions, so that it costs little where a step is one mini-batch too.
         """
-        questions = list(dict.fromkeys(rollouts.question_ids[last].tolist()))
-        limit = max(1, len(set(rollouts.question_ids.tolist())) // 4)
-        part = last[torch.isin(rollouts.question_ids[last], torch.tensor(questions[:limit]))]
-        with span("log_probs"):
-            kl = measure_kl(self.policy, rollouts.select(part), old.select(rollouts.token_index(part)))
+        kl = float("nan") if last is None else self._kl_after(rollouts, last, old)
         constraint = self.objective.constraint
         self.objective = replace(self.objective, constraint=constraint.ascend(kl))
         return {"policy/kl_after": kl} | (
             {"constraint/kl_after_over_delta": kl / delta} if (delta := constraint.limit) else {}
         )
+
+    def _kl_after(self, rollouts: Rollouts, last: Tensor, old: OldValues) -> float:
+        questions = list(dict.fromkeys(rollouts.question_ids[last].tolist()))
+        limit = max(1, len(set(rollouts.question_ids.tolist())) // 4)
+        part = last[torch.isin(rollouts.question_ids[last], torch.tensor(questions[:limit]))]
+        with span("log_probs"):
+            return measure_kl(self.policy, rollouts.select(part), old.select(rollouts.token_index(part)))
 
     def _profile_step(self) -> AbstractContextManager[None]:
         if self.step + 1 not in self.exp_manager.profile_steps:
