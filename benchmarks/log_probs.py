@@ -22,11 +22,12 @@ from common import resident_bytes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nemo_disco.algorithms.objectives import Constraint
 from nemo_disco.policy.likely_tokens import LikelyTokens, find_likely_tokens, token_divergences
 from nemo_disco.policy.log_probs import token_log_probs
 
 TEMPERATURE = 0.6
-LIKELY = 16  # tokens that the constraint's estimator top_k compares by default
+LIKELY = Constraint().top_k  # tokens that the constraint's estimator top_k compares by default
 CHUNK_LOGITS = 2**24  # logits in a chunk of the variant `checkpointed`
 
 

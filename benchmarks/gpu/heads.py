@@ -3,6 +3,7 @@ the KL over the old policy's likely tokens (constraint.estimator=top_k)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,11 +20,12 @@ from setting import (
     reset_peak,
 )
 
+from nemo_disco.algorithms.objectives import Constraint
 from nemo_disco.policy import log_probs
 from nemo_disco.policy.likely_tokens import LikelyTokens, find_likely_tokens, token_divergences
 from nemo_disco.policy.log_probs import token_log_probs
 
-LIKELY = 16  # tokens that the constraint's estimator top_k compares by default
+LIKELY = Constraint().top_k  # tokens that the constraint's estimator top_k compares by default
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -34,16 +36,20 @@ def run(setting: Setting) -> dict[str, Any]:
     targets = torch.randint(v, (n,), device=DEVICE)
     results: dict[str, Any] = {"tokens": n, "vocabulary": v, "hidden": h}
     for name, variant in make_variants().items():
-        try:
-            with variant:
-                results[name] = _measure(setting, hidden, weight, targets)
-        except Exception as error:  # a failure is this variant's result; the others still run
-            results[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        results[name] = _result_or_error(variant, _measure, setting, hidden, weight, targets)
+    likely = _result_or_error(nullcontext(), _measure_likely_tokens, setting, hidden, weight, targets)
+    return results | {"likely_tokens": likely}
+
+
+def _result_or_error(
+    variant: AbstractContextManager[None], measure: Callable[..., dict[str, Any]], *arguments: Any
+) -> dict[str, Any]:
+    """The result of a measurement in a variant's context. A failure is its result too, so that the others still run."""
     try:
-        results["likely_tokens"] = _measure_likely_tokens(setting, hidden, weight, targets)
-    except Exception as error:  # the variants' results stay
-        results["likely_tokens"] = {"error": f"{type(error).__name__}: {error}"[:1000]}
-    return results
+        with variant:
+            return measure(*arguments)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def _measure_likely_tokens(

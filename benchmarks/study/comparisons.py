@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def decision(self) -> str:
-        """What the interval says about the hypothesis that the difference is above 0."""
+        """Verdict of the interval on the hypothesis that the difference is above 0."""
         if self.difference is None:
             return "not run"
         if len(self.per_start) < 2:

@@ -118,7 +118,7 @@ def _noise_floor(policy: Policy, objective: Objective, rollouts: Rollouts, old_l
         rows = torch.arange(start, len(rollouts), 2)
         if len(rows):
             recomputed[rollouts.token_index(rows).to(recomputed.device)] = policy.log_probs(rollouts.select(rows))[0]
-    return noise_floor(objective, old_log_probs, recomputed)["policy/noise_floor"]
+    return noise_floor(objective, old_log_probs, recomputed)
 
 
 def _add_noise(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:

@@ -111,7 +111,7 @@ def accumulate_gradient(
             rollouts, linear, entropies=out.entropy_weights is not None, old=compared, everywhere=everywhere
         )
         pass2_log_probs = policy.share(pass2_log_probs) if first else pass2_log_probs
-    noise = noise_floor(objective, old.log_probs, pass2_log_probs) if first else {}
+    noise = {"policy/noise_floor": noise_floor(objective, old.log_probs, pass2_log_probs)} if first else {}
     return MiniBatchResult(out.metrics | noise, present.log_probs, out.token_weights)
 
 
@@ -143,13 +143,13 @@ def _mini_batch(policy: Policy, rollouts: Rollouts, old: OldValues, present: Tar
     )
 
 
-def noise_floor(objective: Objective, old_log_probs: Tensor, recomputed: Tensor) -> dict[str, float]:
+def noise_floor(objective: Objective, old_log_probs: Tensor, recomputed: Tensor) -> float:
     """|KL_hat| that rounding makes at theta = theta_old, by k1 if the constraint's estimator is that, else by k3.
 
     recomputed [T]: the same policy's log-probs, a second time. Rounding errors average out in k1, but not in k3.
     """
     estimator = "k1" if objective.constraint.estimator == K1 else "k3"
-    return {"policy/noise_floor": abs(mismatch(recomputed, old_log_probs)[f"mismatch/kl_{estimator}"])}
+    return abs(mismatch(recomputed, old_log_probs)[f"mismatch/kl_{estimator}"])
 
 
 def _one_pass(
@@ -179,5 +179,5 @@ def _one_pass(
     if not bool(computed.isfinite().all()):
         raise NonFiniteError(f"objective {objective.name}: the policy's log-probs are not finite")
     out = objective(replace(batch, **dict(zip(fields, computed, strict=True))))
-    noise = noise_floor(objective, batch.old_log_probs, computed[0]) if first else {}
+    noise = {"policy/noise_floor": noise_floor(objective, batch.old_log_probs, computed[0])} if first else {}
     return MiniBatchResult(out.metrics | noise, computed[0], out.token_weights)

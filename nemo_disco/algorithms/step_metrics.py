@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from nemo_disco.algorithms.mismatch import mismatch, worst_tokens
 from nemo_disco.algorithms.step import OldValues
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.evaluation.statistics import pass_chance
 
 # Names in every line of metrics.jsonl whose values come from mini-batches that were applied.
 MINI_BATCH_METRICS = (
@@ -80,7 +80,7 @@ def group_metrics(rollouts: Rollouts) -> dict[str, float]:
     }
     k = 2
     while k <= size.max():
-        shares = [1 - comb(n - c, k) / comb(n, k) for n, c in zip(size.tolist(), right.tolist(), strict=True) if n >= k]
+        shares = [pass_chance(n, c, k) for n, c in zip(size.tolist(), right.tolist(), strict=True) if n >= k]
         metrics[f"groups/pass@{k}"] = float(np.mean(shares))
         k *= 2
     return metrics

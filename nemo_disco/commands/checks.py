@@ -17,7 +17,6 @@ from nemo_disco.runtime.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from nemo_disco.algorithms import Objective
-    from nemo_disco.algorithms.objectives import Constraint
 
 
 def check_objective(config: RunConfig) -> Objective:
@@ -39,15 +38,6 @@ def check_objective(config: RunConfig) -> Objective:
             "one that has: algorithm=grpo algorithm.kl_coefficient=1e-3"
         )
     return objective
-
-
-def check_likely_tokens(constraint: Constraint, vocabulary: int) -> None:
-    """Raises UserError if the constraint compares more likely tokens than there are tokens."""
-    if constraint.likely_tokens > vocabulary:
-        raise UserError(
-            f"algorithm.constraint.top_k={constraint.likely_tokens}: the model has {vocabulary} tokens; with that many "
-            "the KL is exact, and a small number such as 16 comes close"
-        )
 
 
 def check_files(config: RunConfig, command: str, first_rank: bool = True) -> None:

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from nemo_disco import checkpoint
 from nemo_disco.algorithms.objectives import Objective, build_objective
 from nemo_disco.algorithms.step import PROVIDED
-from nemo_disco.commands.checks import check_likely_tokens
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import encode_prompts
 from nemo_disco.data.question_order import QuestionOrder
 from nemo_disco.data.questions import load_questions
 from nemo_disco.data.tokenizer import stop_token_ids, vocabulary_size
+from nemo_disco.estimate.trust_region import check_likely_tokens
 from nemo_disco.evaluation.result import file_stem
 from nemo_disco.generation.build import build_engine
 from nemo_disco.generation.engine import Engine
@@ -141,9 +141,11 @@ def read_prompts(
     return PromptSet(name, [p.question for p in prompts], [p.token_ids for p in prompts], tokenizer)
 
 
-def check_vocabulary(config: RunConfig, objective: Objective, tokenizer: Any) -> None:
+def check_compared_tokens(config: RunConfig, objective: Objective, tokenizer: Any) -> None:
     """Raises UserError if the objective's constraint compares more tokens than the model has."""
-    check_likely_tokens(objective.constraint, min(vocabulary_size(tokenizer), read_shape(config.model.path).vocab))
+    check_likely_tokens(
+        objective.constraint.likely_tokens, min(vocabulary_size(tokenizer), read_shape(config.model.path).vocab)
+    )
 
 
 def read_evaluation_sets(config: RunConfig, tokenizer: Any) -> list[PromptSet]:

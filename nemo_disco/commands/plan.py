@@ -20,25 +20,8 @@ def main(options: argparse.Namespace) -> int:
     config = compose(options.config_name, options.overrides, options.config_path)
     world_size = config.trainer.devices * config.trainer.num_nodes
     check_consistency(config, world_size)
-    print_plan(config, world_size, find_workload(config), _constraint_advice(config))
+    print_plan(config, world_size, find_workload(config))
     return 0
-
-
-def _constraint_advice(config: RunConfig) -> str | None:
-    """A line on the estimator and delta of the constraint, if the objective has a threshold. Raises UserError if the
-    estimator compares more tokens than the model has."""
-    from nemo_disco.commands.checks import check_likely_tokens, check_objective
-    from nemo_disco.estimate.trust_region import advise
-    from nemo_disco.models.shape import find_shape
-
-    constraint = check_objective(config).constraint
-    shape, _ = find_shape(config.model.path)
-    if shape is not None:
-        check_likely_tokens(constraint, shape.vocab)
-    if constraint.limit is None:
-        return None
-    responses = config.algorithm.mini_batch_questions * config.generation.responses_per_question
-    return advise(constraint.estimator, constraint.limit, responses * config.generation.longest_response)
 
 
 def find_workload(config: RunConfig) -> Workload:
@@ -46,6 +29,7 @@ def find_workload(config: RunConfig) -> Workload:
     from nemo_disco.commands.checks import check_objective
 
     objective = check_objective(config)
+    constraint = objective.constraint
     return Workload(
         questions=config.data.questions_per_step,
         mini_batch_questions=config.algorithm.mini_batch_questions,
@@ -59,5 +43,7 @@ def find_workload(config: RunConfig) -> Workload:
         engine=config.generation.engine,
         two_passes=not objective.separable,
         reference="reference_log_probs" in objective.needs,
-        likely_tokens=objective.constraint.likely_tokens,
+        likely_tokens=constraint.likely_tokens,
+        estimator=constraint.estimator,
+        delta=constraint.limit,
     )

@@ -46,7 +46,7 @@ def main(config: RunConfig) -> int:
         # Every input is read and checked before the policy is built.
         _check_may_resume(run, config)
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        components.check_vocabulary(config, objective, tokenizer)
+        components.check_compared_tokens(config, objective, tokenizer)
         data = config.data
         prompts = components.read_prompts("train", data.train_files, config, tokenizer, data.train_weights)
         weights = [q.weight for q in prompts.questions]

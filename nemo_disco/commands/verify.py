@@ -22,7 +22,7 @@ def main(config: RunConfig) -> int:
     dtype = getattr(torch, config.verify.dtype) if config.verify.dtype else None
     with components.process_groups(config):
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        components.check_vocabulary(config, objective, tokenizer)
+        components.check_compared_tokens(config, objective, tokenizer)
         prompts = components.read_prompts("train", config.data.train_files, config, tokenizer)
         per_step = config.algorithm.mini_batch_questions
         order = QuestionOrder(len(prompts), per_step, config.seed, config.data.shuffle)

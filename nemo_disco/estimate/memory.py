@@ -36,6 +36,8 @@ class Workload:
     two_passes: bool = True  # the objective is not separable: all mini-batches but the first take a pass for log-probs
     reference: bool = False  # the objective needs a second, frozen policy
     likely_tokens: int = 0  # tokens whose log-probs the constraint compares at each place (its estimator top_k)
+    estimator: str = ""  # of the constraint's KL
+    delta: float | None = None  # the constraint's limit on the KL, in nats per token; None: it has none
 
     @property
     def full_length(self) -> int:

@@ -12,6 +12,7 @@ from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.layouts import CACHE, USABLE, Candidate, assess, candidates, check_shape, recommend
 from nemo_disco.estimate.memory import Layout, Memory, Workload, host_memory
 from nemo_disco.estimate.timing import ASSUMED
+from nemo_disco.estimate.trust_region import advise, check_likely_tokens
 from nemo_disco.models.shape import ModelShape, find_shape
 from nemo_disco.runtime.host import total_memory
 
@@ -20,27 +21,24 @@ _MOST_NODES = 128
 _GIB = 2**30
 
 
-def print_plan(
-    config: RunConfig,
-    world_size: int,
-    work: Workload,
-    note_on_constraint: str | None = None,
-    console: Console | None = None,
-) -> None:
+def print_plan(config: RunConfig, world_size: int, work: Workload, console: Console | None = None) -> None:
     """Print the plan of a run. work: that of one of its steps. Imports torch.
 
-    Raises UserError for a damaged model directory, and for a model that does not fit the layout.
+    Raises UserError for a damaged model directory, and for a model that does not fit the layout or has fewer tokens
+    than the constraint compares.
     """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)  # a file has no width, and no cell may be cut
     layout = Layout.from_config(config.model, world_size)
     console.print(_batch_table(config, work, layout))
-    if note_on_constraint is not None:
-        console.print(note_on_constraint, soft_wrap=True, highlight=False)
+    if work.delta is not None:
+        tokens = work.mini_batch_questions * work.group * work.response_limit
+        console.print(advise(work.estimator, work.delta, tokens), soft_wrap=True, highlight=False)
     shape, note = find_shape(config.model.path)
     if shape is not None:
         check_shape(config, shape)
+        check_likely_tokens(work.likely_tokens, shape.vocab)
         gigabytes, source = _gpu_memory(config)
         configured = assess(work, shape, layout, gigabytes * _GIB, config.trainer.devices)
         layouts = candidates(config, work, shape, gigabytes * _GIB)

@@ -48,9 +48,14 @@ def pass_at_k(correct: ArrayLike, k: int) -> Vector:
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {n} samples a question: k must be between 1 and {n}")
     counts, inverse = np.unique(matrix.sum(axis=1).astype(np.int64), return_inverse=True)
-    # Exact integers: the binomials overflow floats already at usual values of n.
-    chances: Vector = np.array([1.0 - math.comb(n - c, k) / math.comb(n, k) for c in counts.tolist()])[inverse]
+    chances: Vector = np.array([pass_chance(n, c, k) for c in counts.tolist()])[inverse]
     return chances
+
+
+def pass_chance(n: int, c: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): `pass_at_k` of one question with c correct samples of n."""
+    # Exact integers: the binomials overflow floats already at usual values of n.
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def maj_at_k(correct: ArrayLike, votes: ArrayLike) -> Vector:

@@ -31,9 +31,6 @@ class LikelyTokens:
         index = index.to(self.ids.device)
         return LikelyTokens(self.ids[index], self.log_probs[index], self.complete)
 
-    def to(self, device: torch.device) -> LikelyTokens:
-        return LikelyTokens(self.ids.to(device), self.log_probs.to(device), self.complete)
-
 
 @torch.no_grad()
 def find_likely_tokens(
@@ -64,8 +61,8 @@ def find_likely_tokens(
     if tp_group is not None and dist.get_world_size(tp_group) > 1 and len(hidden):
         shards = [torch.empty_like(x) for x in (values, ids) for _ in range(dist.get_world_size(tp_group))]
         ranks = len(shards) // 2
-        dist.all_gather(shards[:ranks], values.clone(), group=tp_group)
-        dist.all_gather(shards[ranks:], ids.clone(), group=tp_group)
+        dist.all_gather(shards[:ranks], values, group=tp_group)
+        dist.all_gather(shards[ranks:], ids, group=tp_group)
         order = torch.cat(shards[:ranks], 1).topk(count, 1).indices
         ids = torch.cat(shards[ranks:], 1).gather(1, order)
     return ids

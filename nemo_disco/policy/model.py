@@ -57,6 +57,12 @@ class TargetValues:
             rows += [self.likely.ids.T.to(self.log_probs.dtype), self.likely.log_probs.T]
         return torch.cat(rows)
 
+    @classmethod
+    def from_rows(cls, rows: Tensor, *, entropies: bool, divergences: bool) -> TargetValues:
+        """The first fields of `pack`'s tensor: log-probs, and entropies and divergences if they are in it."""
+        by_token = iter(rows)
+        return cls(next(by_token), next(by_token) if entropies else None, next(by_token) if divergences else None)
+
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
     """GPTModel on packed micro-batches. Full logits never exist.

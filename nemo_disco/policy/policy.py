@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -150,23 +151,17 @@ class Policy:
                 ids[index] = packed[:, :likely_tokens].to(torch.int32)
                 likely_log_probs[index] = packed[:, likely_tokens:].to(precision)
 
-        asked = {"entropies": entropies, "likely_tokens": likely_tokens}
+        target_fields = {"entropies": entropies, "likely_tokens": likely_tokens}
         if "forward" in self.unscaled:  # Transformer Engine updates its scales only in passes with gradients enabled
             self.unscaled.remove("forward")
-            self._schedule(rollouts, lambda *_, **__: None, asked, old, forward_only=True)
+            self._schedule(rollouts, lambda *_, **__: None, target_fields, old, forward_only=True)
         with torch.no_grad():
-            self._schedule(rollouts, collect, asked, old, forward_only=True)
-        by_token = iter(self.share(out))
-        return TargetValues(
-            next(by_token),
-            next(by_token) if entropies else None,
-            next(by_token) if old is not None else None,
-            LikelyTokens(
-                self._share_on_host(ids), self._share_on_host(likely_log_probs), likely_tokens == self.vocabulary
-            )
-            if likely_tokens
-            else None,
-        )
+            self._schedule(rollouts, collect, target_fields, old, forward_only=True)
+        values = TargetValues.from_rows(self.share(out), entropies=entropies, divergences=old is not None)
+        if not likely_tokens:
+            return values
+        shared = self._share_on_host(ids), self._share_on_host(likely_log_probs)
+        return replace(values, likely=LikelyTokens(*shared, complete=likely_tokens == self.vocabulary))
 
     def share(self, values: Tensor) -> Tensor:
         """Sum over all ranks of vectors in which each last pipeline stage has written the elements of its own tokens.
@@ -199,10 +194,7 @@ class Policy:
         """
 
         def loss(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            by_token = iter(output)
-            values = TargetValues(
-                next(by_token), next(by_token) if entropies else None, next(by_token) if old is not None else None
-            )
+            values = TargetValues.from_rows(output, entropies=entropies, divergences=old is not None)
             total = token_loss(batch.index, values).sum()
             return total, torch.zeros((), dtype=torch.int, device=output.device), {}
 
@@ -214,8 +206,8 @@ class Policy:
                 chunk.force_all_reduce = everywhere
             if self.optimizer is not None:
                 self.optimizer.megatron.zero_grad()
-            asked = {"entropies": entropies}
-            self._schedule(rollouts, loss, asked, old, forward_only=False, force_all_reduce=everywhere)
+            target_fields = {"entropies": entropies}
+            self._schedule(rollouts, loss, target_fields, old, forward_only=False, force_all_reduce=everywhere)
         self.unscaled.clear()
 
     def step(self) -> StepResult:
@@ -330,7 +322,7 @@ class Policy:
         self,
         rollouts: Rollouts,
         use: Callable[..., Any],
-        asked: Mapping[str, Any],
+        target_fields: Mapping[str, Any],
         old: LikelyTokens | None,
         *,
         forward_only: bool,
@@ -338,7 +330,7 @@ class Policy:
     ) -> None:
         """Run megatron's pipeline schedule on this rank's micro-batches; the last stage calls `use(batch, output)`.
 
-        asked: fields of Targets that say what is computed. old [T, K]: as for target_values.
+        target_fields: those of Targets that say what is computed. old [T, K]: as for target_values.
         """
         ranks = self.ranks
         old = old if any(chunk.post_process for chunk in self.model.chunks) else None  # the last stage reads it
@@ -350,7 +342,7 @@ class Policy:
 
         def forward(batches: Iterator[MicroBatch], network: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
-            targets = Targets(batch.rows, batch.targets, self.temperature, **asked, old=batch.old)
+            targets = Targets(batch.rows, batch.targets, self.temperature, **target_fields, old=batch.old)
             inputs = batch.input_ids, batch.position_ids, None
             return network(*inputs, packed_seq_params=batch.sequences, labels=targets), partial(use, batch)
 

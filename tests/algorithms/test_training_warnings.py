@@ -50,9 +50,9 @@ def warnings_of(
     return {number: new for number, new in lines.items() if new}
 
 
-def only_warning(found: dict[int, list[str]]) -> tuple[int, str]:
+def only_warning(lines_by_step: dict[int, list[str]]) -> tuple[int, str]:
     """Step and text of a run's one warning."""
-    [(step, [line])] = found.items()
+    [(step, [line])] = lines_by_step.items()
     return step, line
 
 
@@ -194,15 +194,15 @@ FAULTY = [
 def test_a_run_that_is_resumed_gives_the_same_warnings(every: int) -> None:
     expected = warnings_of(FAULTY, K1)
     assert sum(map(len, expected.values())) == 6
-    found: dict[int, list[str]] = {}
+    lines_by_step: dict[int, list[str]] = {}
     warnings = TrainingWarnings(require_think=True)
     for start in range(0, len(FAULTY), every):
         state = json.loads(json.dumps(warnings.state_dict(), allow_nan=False))
         warnings = TrainingWarnings(require_think=True)
         warnings.load_state_dict(state)
         life = warnings_of(FAULTY[start : start + every], K1, warnings)
-        found |= {start + step: lines for step, lines in life.items()}
-    assert found == expected
+        lines_by_step |= {start + step: lines for step, lines in life.items()}
+    assert lines_by_step == expected
 
 
 def test_a_checkpoint_without_a_state_begins_anew() -> None:

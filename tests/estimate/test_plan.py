@@ -18,7 +18,7 @@ from nemo_disco.runtime.errors import UserError
 def render_plan(config, world_size):
     """The plan as text."""
     console = Console(file=io.StringIO(), width=140)
-    print_plan(config, world_size, find_workload(config), console=console)
+    print_plan(config, world_size, find_workload(config), console)
     return console.file.getvalue()
 
 

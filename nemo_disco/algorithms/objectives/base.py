@@ -129,12 +129,15 @@ class Objective(ParameterSet, ABC):
             kl = self.constraint_kl(batch)
             penalty = self.constraint.penalty(kl)
             loss = penalty - value
-            pulls = torch.autograd.grad(penalty, leaves, retain_graph=True, materialize_grads=True)
+            active, pulls = self.constraint.active(float(kl.detach())), None
+            if active:
+                pulls = torch.autograd.grad(penalty, leaves, retain_graph=True, materialize_grads=True)
             gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
         self._check_finite(batch, loss, *gradients)
-        weights, pull = dict(zip(names, gradients, strict=True)), dict(zip(names, pulls, strict=True))
-        active = self.constraint.active(float(kl.detach()))
-        ratio = {"constraint/gradient_ratio": _gradient_ratio(batch, weights, pull)} if active else {}
+        weights, ratio = dict(zip(names, gradients, strict=True)), {}
+        if pulls is not None:
+            pull = dict(zip(names, pulls, strict=True))
+            ratio["constraint/gradient_ratio"] = _gradient_ratio(batch, weights, pull)
         return ObjectiveOutput(
             loss=loss.detach(),
             token_weights=weights["log_probs"],
