@@ -1,6 +1,6 @@
 """Speed of sampling on one core: the engines against transformers' `generate`, on the same prompts of unequal lengths.
 
-    OMP_NUM_THREADS=1 python benchmarks/generation.py [--vllm PYTHON] [--limit 128 --repeats 5] [--output FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/generation.py [--vllm PYTHON] [--before CHECKOUT] [--repeats 5] [--output FILE]
 
 All sample from the same model in float32 at temperature 1, with all prompts in one request; the prompts of a group are
 equal, as in training. There are two experiments: responses that stop early (their mean length is a third of the limit),
@@ -130,8 +130,10 @@ def compare(args: argparse.Namespace, *, ends: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         model = make_model(Path(work), args.limit, ends=ends, hidden=args.hidden)
         command = [sys.executable, *sys.argv, f"--model={model}"]
-        sides = [side for side in SIDES if side != "vllm" or args.vllm]
-        turns_by_side = take_turns({side: [*command, f"--side={side}"] for side in sides}, args.repeats)
+        commands = {side: [*command, f"--side={side}"] for side in SIDES if side != "vllm" or args.vllm}
+        if args.before:
+            commands = {"before": ["env", f"PYTHONPATH={args.before.resolve()}", *commands["megatron"]], **commands}
+        turns_by_side = take_turns(commands, args.repeats)
     for turn in (turn for turns in turns_by_side.values() for turn in turns):
         turn["seconds_a_token"] = turn["seconds"] / turn["tokens"]
         turn["wall_seconds_a_token"] = turn["wall_seconds"] / turn["tokens"]
@@ -155,6 +157,9 @@ def summarize(args: argparse.Namespace, turns_by_side: TurnsBySide) -> dict[str,
             for side, turns in turns_by_side.items()
         },
         "times_transformers": speedups("seconds_a_token"),
+        "times_before": median_ratio(turns_by_side["before"], turns_by_side["megatron"], "seconds_a_token")
+        if "before" in turns_by_side
+        else None,
         "times_transformers_by_the_wall_clock": speedups("wall_seconds_a_token"),
         "runs": turns_by_side,
     }
@@ -169,6 +174,8 @@ def print_result(title: str, result: dict[str, Any]) -> None:
             speed += f", {result['times_transformers'][side]:.2f} x transformers ({wall:.2f} by the wall clock)"
         start = ", ".join(f"{name} {s:.1f} s" for name, s in result["start_seconds"][side].items())
         print(f"  {side:13}{speed}; {start}")
+    if result["times_before"] is not None:
+        print(f"  megatron is {result['times_before']:.3f} x as fast as the other checkout's")
     print("  tensorrt_llm  not run: it needs a GPU")
 
 
@@ -181,6 +188,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter that has vLLM; without it vLLM is left out")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="whose megatron engine takes turns as well")
     parser.add_argument("--side", choices=SIDES, help="used by the benchmark itself")
     parser.add_argument("--model", type=Path, help="used by the benchmark itself")
     args = parser.parse_args()

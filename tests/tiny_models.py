@@ -16,7 +16,9 @@ from nemo_disco.generation.engine import Response
 
 VOCABULARY = 130  # not a multiple of 4, so that it is padded at TP 4
 # The model families that the README lists, each with tied and with untied embeddings.
-FAMILIES = [f"{name}-{tying}" for name in ("qwen2", "qwen3", "llama", "mistral") for tying in ("tied", "untied")]
+FAMILIES = [
+    f"{name}-{tying}" for name in ("qwen2", "qwen3", "llama", "mistral", "smollm3") for tying in ("tied", "untied")
+]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -24,6 +26,27 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+# Networks that a config.json chooses within a family: windows, biases, activations and ropes.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mistral-window": {"sliding_window": 11, "hidden_act": "gelu", "rope_parameters": YARN},
+    "smollm3-window": {"use_sliding_window": True, "sliding_window": 9, "no_rope_layers": [1, 0, 1, 0]},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    "qwen3-biases": {"attention_bias": True, "hidden_act": "relu", "rope_parameters": LONG_ROPE},
+    "llama-biases": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    },
 }
 
 
@@ -47,9 +70,14 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
     } | changes
     torch.manual_seed(seed)
     if architecture == "llama":
-        model = LlamaForCausalLM(LlamaConfig(rope_parameters=LLAMA3_ROPE, **shape))
+        model = LlamaForCausalLM(LlamaConfig(**({"rope_parameters": LLAMA3_ROPE} | shape)))
     else:
-        defaults = {"qwen2": {}, "qwen3": {"head_dim": 16}, "mistral": {"sliding_window": None}}[architecture]
+        defaults = {
+            "qwen2": {},
+            "qwen3": {"head_dim": 16},
+            "mistral": {"sliding_window": None},
+            "smollm3": {"pad_token_id": None},
+        }[architecture]
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(defaults | shape)))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,9 +90,9 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
 
 
 def save_family(directory: Path, family: str, **changes: Any) -> Path:
-    """Save a model of one of FAMILIES, as `save_model` does. Returns the directory."""
+    """Save a model of one of FAMILIES or VARIANTS, as `save_model` does. Returns the directory."""
     architecture, tying = family.split("-")
-    return save_model(directory, architecture, tied=tying == "tied", **changes)
+    return save_model(directory, architecture, tied=tying == "tied", **(VARIANTS.get(family, {}) | changes))
 
 
 def load_transformers_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:

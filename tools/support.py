@@ -115,6 +115,11 @@ FEATURES = (
         "decode.in_place.tokens_per_second",
         "the same code without graphs",
     ),
+    Feature(
+        "Sliding windows, biases, activations and ropes that a config.json chooses",
+        ("policy/test_networks.py", "generation/test_megatron_engine.py", "distributed/test_layouts.py"),
+        shows="against transformers, in float64",
+    ),
     Feature("A 1.5B training step, 8k packed", key="train_1p5b_8k.tokens_per_second"),
     Feature("A 7B forward and backward pass, 8k packed", key="train_7b_8k.tokens_per_second"),
     Feature("A whole DisCO step at 1.5B on one device", key="step.seconds.step"),
@@ -247,9 +252,9 @@ def render_architecture(name: str, results: Iterable[Mapping[str, Any]]) -> str:
 
 @cache
 def find_architectures(test: str) -> frozenset[str]:
-    """The architectures among a test file's text constants, and those of tests/tiny_models.py if it uses FAMILIES."""
+    """The architectures among a test file's text constants, and those of tests/tiny_models.py if it uses its lists."""
     source = (ROOT / "tests" / test).read_text()
-    shared = (ROOT / "tests" / "tiny_models.py").read_text() if "FAMILIES" in source else ""
+    shared = (ROOT / "tests" / "tiny_models.py").read_text() if "FAMILIES" in source or "VARIANTS" in source else ""
     constants = [n.value for text in (source, shared) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
     return frozenset(str(value).split("-")[0] for value in constants) & frozenset(REAL_MODELS)
 

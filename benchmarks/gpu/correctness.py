@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import variant_errors
 from setting import (
     CUDA,
@@ -33,7 +34,7 @@ from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron.engine import MegatronEngine
 from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.shape import ModelShape
-from nemo_disco.policy import layers
+from nemo_disco.policy import modules
 
 Gradients = dict[str, Tensor]
 MODEL = ModelShape(4, 512, 1408, 8, 2, 64, 8192, tied=False, architecture=ARCHITECTURES["qwen2"], max_positions=4096)
@@ -145,8 +146,8 @@ def _gradient_error(actual: Gradients, expected: Gradients) -> float:
 def _activation_error() -> float:
     """Relative error of the compiled SwiGLU against plain code; 0 on a CPU, where it is not compiled."""
     x = torch.randn(64, 1, 256, device=DEVICE, dtype=torch.bfloat16)
-    plain = layers.swiglu.__wrapped__  # type: ignore[attr-defined]
-    return relative_error(layers.swiglu(x), plain(x))
+    plain = modules.gated.__wrapped__  # type: ignore[attr-defined]
+    return relative_error(modules.gated(x, F.silu), plain(x, F.silu))
 
 
 def _sampling_error(path: Path, budget: int) -> float:

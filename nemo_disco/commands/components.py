@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nemo_disco import checkpoint
 from nemo_disco.algorithms.objectives import Objective, build_objective
 from nemo_disco.algorithms.step import PROVIDED
+from nemo_disco.config.consistency import longest_sequence
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.data.chat import encode_prompts
 from nemo_disco.data.question_order import QuestionOrder
@@ -88,7 +89,7 @@ def build_components(
         config.generation,
         policy,
         stop_token_ids(tokenizer, config.model.path),
-        max_length=config.data.max_prompt_length + config.generation.longest_response,
+        max_length=longest_sequence(config)[0],
         logs=RunDirectory(config.exp_manager.explicit_log_dir).path / "engines",
     )
     try:
@@ -117,6 +118,7 @@ def build_policy(
         trainable=trainable,
         read_weights=read_weights,
         vocabulary=vocabulary_size(tokenizer),
+        longest=longest_sequence(config)[0],
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.shape import model_shape
 from nemo_disco.runtime.errors import UserError
 
@@ -22,6 +23,7 @@ _SCALINGS = {
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "old_context_len",
 }
+_CHOICES = ("attention_bias", "mlp_bias", "hidden_act")  # fields that choose another network of a family
 _FIDDLE = "fiddle._src.config"
 
 
@@ -37,13 +39,21 @@ class _Call:
 def write_context(directory: Path, config: Mapping[str, Any]) -> None:
     """Write io.json beside the tokenizer's directory, nemo_tokenizer/. config: as from read_hf_config.
 
-    Raises UserError for a rope that NeMo's classes do not have.
+    Raises UserError for a rope that NeMo's classes do not have, and for a network that is not the one they build.
     """
     shape, rope = model_shape(config), config["rope_parameters"]
     name, kinds, scaling = shape.architecture.nemo, shape.architecture.nemo_configs, rope["rope_type"]
+    if name is None:
+        raise UserError(f"config.json: NeMo 2.0 has no class for model_type {config['model_type']!r}")
     if scaling not in kinds:
         raise UserError(f"config.json: NeMo 2.0 has no rope of type {scaling!r} for {name}; its model would be another")
+    if shape.window is not None:
+        raise UserError(f"config.json: sliding_window={shape.window} is not written for NeMo 2.0")
+    if shape.architecture != ARCHITECTURES[config["model_type"]]:
+        chosen = ", ".join(f"{name}={config[name]}" for name in _CHOICES if name in config)
+        raise UserError(f"config.json: {chosen}: not written for NeMo 2.0, whose {name} is another network")
     sizes = shape.megatron_sizes() | {
+        "window_size": None,  # its Mistral has a window if nothing is said
         "vocab_size": shape.vocab,
         "seq_length": shape.max_positions,
         "rotary_base": rope["rope_theta"],

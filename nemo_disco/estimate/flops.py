@@ -31,14 +31,22 @@ DATASHEET = {
 def forward_flops(shape: ModelShape, lengths: Iterable[int], predicted: int) -> int:
     """FLOPs of a forward pass over packed sequences of these lengths, with the output layer at `predicted` positions.
 
-    Attention is causal: token i attends to i tokens, so a sequence of n has n (n + 1) / 2 pairs, each with a
-    multiply-add in q k^T and one in p v for every element of a query. Padding does not count.
+    Attention is causal: token i attends to i tokens, or to the last w of them in a layer with a sliding window of w.
+    Each pair has a multiply-add in q k^T and one in p v for every element of a query. Padding does not count.
     """
     lengths = list(lengths)
-    pairs = sum(n * (n + 1) // 2 for n in lengths)
-    attention = 4 * shape.layers * shape.query_width * pairs
+    windowed = sum(shape.windowed)
+    pairs = (shape.layers - windowed) * sum(_pairs(n, n) for n in lengths)
+    pairs += windowed * sum(_pairs(n, shape.window or n) for n in lengths)
+    attention = 4 * shape.query_width * pairs
     matrices = shape.layers * shape.matrix_parameters * sum(lengths) + shape.vocab * shape.hidden * predicted
     return 2 * matrices + attention
+
+
+def _pairs(length: int, window: int) -> int:
+    """Pairs of a token and one that it attends to, in a sequence of that many tokens."""
+    whole = min(length, window)
+    return whole * (whole + 1) // 2 + (length - whole) * window
 
 
 def peak_flops(device: str) -> float | None:

@@ -80,10 +80,13 @@ def step_seconds(work: Workload, shape: ModelShape, layout: Layout, cache_bytes:
 
 def _forward(work: Workload, shape: ModelShape, layout: Layout, tokens: float, mean: float) -> tuple[float, float]:
     """Seconds of a rank's share of a forward pass over all tokens: matrix products, with 2 FLOPs per weight, and causal
-    attention, with 2 n query_width FLOPs per layer for each of n tokens."""
+    attention, with 2 n query_width FLOPs per layer for each of n tokens, at most 4 w in a layer whose window has w
+    tokens."""
     peak = (PEAK if work.precision == "bf16" else PEAK_32) * layout.ranks
     matrices = 2 * tokens * (shape.layers * shape.matrix_parameters + shape.embedding_parameters)
-    attention = 2 * tokens * SQUARES * mean * shape.query_width * shape.layers
+    span, windowed = SQUARES * mean, sum(shape.windowed)
+    spans = (shape.layers - windowed) * span + windowed * min(span, 2 * (shape.window or span))
+    attention = 2 * tokens * spans * shape.query_width
     return matrices / (MATRICES * peak), attention / (ATTENTION * peak)
 
 

@@ -7,8 +7,8 @@ model_type. Must not import torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 Sizes = tuple[str, ...]
 
@@ -37,6 +37,10 @@ def _norm(name: str, part: str, size: str = "hidden", local_name: str | None = N
     return Weight(name, (part,), ((size,),), local_name=local_name)
 
 
+def _bias(module: str, *parts: str, size: str, split: int | None = None) -> Weight:
+    return Weight(f"{module}.bias", parts, ((size,),) * len(parts), split=split)
+
+
 def _qkv(kind: str, *columns: str) -> Weight:
     parts = tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv")
     sizes = tuple((rows, *columns) for rows in ("query_width", "kv_width", "kv_width"))
@@ -58,55 +62,95 @@ LAYER = {
     "projection": Weight(
         "self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), (("hidden", "query_width"),), split=1
     ),
+    "projection_bias": _bias("self_attention.linear_proj", "self_attn.o_proj.bias", size="hidden"),
     "mlp_norm": _norm(
         "mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", local_name="pre_mlp_layernorm.weight"
     ),
     "gate_up": Weight(
         "mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), (("ffn", "hidden"),) * 2, split=0
     ),
+    "gate_up_bias": _bias("mlp.linear_fc1", "mlp.gate_proj.bias", "mlp.up_proj.bias", size="ffn", split=0),
     "down": Weight("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), (("hidden", "ffn"),), split=1),
+    "down_bias": _bias("mlp.linear_fc2", "mlp.down_proj.bias", size="hidden"),
 }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Properties that all networks of one model_type share.
+    """Properties that all networks of one model_type share, and those that a config.json chooses.
 
+    switches: a field of config.json, and the properties that are true where it is true. activation: a hidden_act.
     absent: values of the fields that a config.json leaves out; rope_theta: the base of rope's angles if it is left out.
-    null_head_dim: a config.json may say `"head_dim": null`, for hidden_size / num_attention_heads. window_switch: its
-    sliding_window counts only where use_sliding_window is true.
-    nemo: NeMo 2.0's name of the model; nemo_configs: NeMo's configuration class for each type of rope that it has.
+    null_head_dim: a config.json may say `"head_dim": null`, for hidden_size / num_attention_heads.
+    window: where its sliding_window counts; `switch`: only if use_sliding_window is true.
+    ropeless_layers: some layers, by no_rope_layers or no_rope_layer_interval, have no rope.
+    nemo: NeMo 2.0's name of the model, None if it has none; nemo_configs: NeMo's configuration class for each type of
+    rope that it has.
     """
 
     model_type: str
-    nemo: str
+    nemo: str | None
     nemo_configs: Mapping[str, str] = field(hash=False)
     qkv_bias: bool = False
+    projection_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     norm: str = "RMSNorm"
     activation: str = "silu"
     absent: Mapping[str, Any] = field(default_factory=dict, hash=False)
     rope_theta: float = 10000.0
     null_head_dim: bool = True
-    window_switch: bool = False
+    window: Literal["never", "always", "switch"] = "never"
+    ropeless_layers: bool = False
 
     @property
     def layer(self) -> dict[str, Weight]:
         """The weights of a layer by their role, in the order of a forward pass."""
-        has = {"qkv_bias": self.qkv_bias, "query_norm": self.qk_norm, "key_norm": self.qk_norm}
+        has = {
+            "qkv_bias": self.qkv_bias,
+            "projection_bias": self.projection_bias,
+            "query_norm": self.qk_norm,
+            "key_norm": self.qk_norm,
+            "gate_up_bias": self.mlp_bias,
+            "down_bias": self.mlp_bias,
+        }
         return {role: weight for role, weight in LAYER.items() if has.get(role, True)}
 
+    def chosen(self, config: Mapping[str, Any]) -> Architecture:
+        """The architecture of the network that has this config: its switches and its activation are set."""
+        values: dict[str, Any] = {"activation": ACTIVATIONS[config.get("hidden_act", self.activation)]}
+        for key, names in self.switches.items():
+            values |= dict.fromkeys(names, bool(config.get(key)))
+        return replace(self, **values)
 
-_QWEN: dict[str, Any] = {"null_head_dim": False, "window_switch": True}
+
+# hidden_act of config.json -> the activation of the MLP's gate.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_ATTENTION_BIAS = {"attention_bias": ("qkv_bias", "projection_bias")}
+_QWEN: dict[str, Any] = {"null_head_dim": False, "window": "switch"}
 ARCHITECTURES = {
     a.model_type: a
     for a in (
-        Architecture("llama", "Llama", {"default": "LlamaConfig", "llama3": "Llama31Config"}),
+        Architecture(
+            "llama",
+            "Llama",
+            {"default": "LlamaConfig", "llama3": "Llama31Config"},
+            switches={**_ATTENTION_BIAS, "mlp_bias": ("mlp_bias",)},
+        ),
         Architecture(
             "mistral",
             "Mistral",
             {"default": "MistralConfig7B"},  # NeMo has no Mistral without a size
             absent={"num_key_value_heads": 8, "sliding_window": 4096},
+            window="always",
         ),
         Architecture(
             "qwen2", "Qwen2", {"default": "Qwen2Config"}, qkv_bias=True, absent={"num_key_value_heads": 32}, **_QWEN
@@ -116,8 +160,19 @@ ARCHITECTURES = {
             "Qwen3",
             {"default": "Qwen3Config"},
             qk_norm=True,
+            switches=_ATTENTION_BIAS,
             absent={"num_key_value_heads": 32, "head_dim": 128},
             **_QWEN,
+        ),
+        Architecture(
+            "smollm3",
+            None,
+            {},
+            switches={**_ATTENTION_BIAS, "mlp_bias": ("mlp_bias",)},
+            absent={"num_key_value_heads": 4, "tie_word_embeddings": True},
+            rope_theta=2000000.0,
+            window="switch",
+            ropeless_layers=True,
         ),
     )
 }

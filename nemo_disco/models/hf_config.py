@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.models.architecture import ARCHITECTURES, Architecture
+from nemo_disco.models.architecture import ACTIVATIONS, ARCHITECTURES, Architecture
 from nemo_disco.models.directory import explain
 from nemo_disco.models.rope import read_rope
 from nemo_disco.runtime.errors import UserError
@@ -24,11 +26,12 @@ _SIZES = (
     "num_key_value_heads", "max_position_embeddings",
 )  # fmt: skip
 _LARGEST_SIZE, _MOST_LAYERS = 2**31 - 1, 10_000  # beyond these transformers runs out of memory or never returns
+_KINDS = ("full_attention", "sliding_attention")  # of a layer, without and with a sliding window
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 READ_FIELDS = frozenset(_SIZES) | {
     "model_type", "architectures", "auto_map", "head_dim", "rms_norm_eps", "tie_word_embeddings", "dtype",
     "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
-    "layer_types",
+    "layer_types", "max_window_layers", "no_rope_layers", "no_rope_layer_interval",
 }  # fmt: skip
 
 _HARMLESS = {
@@ -48,16 +51,14 @@ _HARMLESS = {
         output_attentions tie_last_hidden_states torchscript use_bfloat16 tf_legacy_loss pretraining_tp
         attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
         _experts_implementation_internal experts_implementation _flash_attn_2_enabled gradient_checkpointing""",
-    "first layer with a sliding window; sliding_window itself is checked": "max_window_layers",
 }
 HARMLESS = {name: reason for reason, names in _HARMLESS.items() for name in names.split()}
 
 _UNQUANTIZED = "quantized weights are not read here: give the directory of the unquantized model (bf16)"
 # Values of a field with which the network is the one built here, and a hint for any other value.
 BUILT_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu", "swish"), ""),
+    "hidden_act": (tuple(ACTIVATIONS), ""),
     "attention_dropout": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
-    "mlp_bias": ((False, None), ""),
     "partial_rotary_factor": ((1, None), ""),
     "rope_interleaved": ((False, None), ""),
     "use_mrope": ((False, None), ""),
@@ -118,7 +119,9 @@ def _check(config: dict[str, Any]) -> dict[str, Any]:
     """Check a config, and return it with the values of absent fields. Raises UserError if its network is not built."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UserError(f"model_type {_text(kind)} is not built; known: {', '.join(sorted(ARCHITECTURES))}")
+        nearest = get_close_matches(str(kind), ARCHITECTURES, n=1)
+        hint = f"; the nearest that is: {nearest[0]}" if nearest else ""
+        raise UserError(f"model_type {_text(kind)} is not built; known: {', '.join(sorted(ARCHITECTURES))}{hint}")
     architecture = ARCHITECTURES[kind]
     _check_identity(config, kind)
     _check_fields(config, architecture)
@@ -148,7 +151,9 @@ def _check_identity(config: dict[str, Any], kind: str) -> None:
 
 def _check_fields(config: dict[str, Any], architecture: Architecture) -> None:
     """Raises UserError for an unknown field, and for a value that makes another network than the one built here."""
-    built = BUILT_VALUES | {"attention_bias": ((True,) if architecture.qkv_bias else (False, None), "")}
+    built = BUILT_VALUES | dict.fromkeys(("attention_bias", "mlp_bias"), ((False, None), ""))
+    built |= {"attention_bias": ((True,), "")} if architecture.qkv_bias else {}
+    built |= dict.fromkeys(architecture.switches, ((True, False), ""))
     unknown = [name for name in config if name not in READ_FIELDS and name not in HARMLESS and name not in built]
     if unknown:
         named = ", ".join(f"{_text(name, quote=False)}={_text(config[name])}" for name in unknown[:3])
@@ -183,24 +188,82 @@ def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
 
 
 def _check_attention(config: dict[str, Any], architecture: Architecture) -> None:
-    """Raises UserError if attention has a sliding window; behind a switch, only if it is on and some layer uses it."""
-    window, uses = config.get("sliding_window"), config.get("use_sliding_window", False)
-    layers = config["num_hidden_layers"]
+    """Raises UserError for a sliding window that the architecture lacks, or that two fields contradict."""
+    window, uses = config.get("sliding_window"), config.get("use_sliding_window")
     if uses not in (True, False, None):
         raise UserError(f"use_sliding_window={_text(uses)} is neither true nor false")
-    kinds = config.get("layer_types")
-    if kinds is not None and kinds != ["full_attention"] * layers:
+    if window is not None and not _is_size(window, _LARGEST_SIZE):
+        raise UserError(f"sliding_window={_text(window)} is neither null nor a whole number of at least 1")
+    if window is not None and architecture.window == "never":
+        raise UserError(f"sliding_window={_text(window)} is not built: this model_type has none; set it to null")
+    if window is not None and architecture.window == "always" and uses is False:
         raise UserError(
-            f"layer_types={_text(kinds)} is not built, only 'full_attention' for each of num_hidden_layers={layers}"
+            f"use_sliding_window=false and sliding_window={window}: transformers reads the second alone for this "
+            "model_type; set sliding_window to null, or remove use_sliding_window"
         )
-    if architecture.window_switch and (not uses or kinds is not None or config.get("max_window_layers", 28) >= layers):
+    first, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
+    if architecture.window == "switch" and (not isinstance(first, int) or isinstance(first, bool) or first < 0):
+        raise UserError(f"max_window_layers={_text(first)} is not a whole number of at least 0")
+    _check_ropeless(config, architecture)
+    kinds = config.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _KINDS for kind in kinds)
+    ):
+        raise UserError(
+            f"layer_types={_text(kinds)} is not {' or '.join(map(repr, _KINDS))} for each of num_hidden_layers={layers}"
+        )
+    built = [_KINDS[on] for on in windowed_layers(config)]
+    if kinds is not None and kinds != built:
+        raise UserError(f"layer_types={_text(kinds)} contradicts sliding_window={_text(window)}")
+
+
+def windowed_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """For each layer, whether its attention has the sliding window of the config, as read_hf_config returns it."""
+    layers: int = config["num_hidden_layers"]
+    kinds = config.get("layer_types")
+    architecture = ARCHITECTURES[config["model_type"]]
+    if config.get("sliding_window") is None:
+        return (False,) * layers
+    if architecture.window != "switch":
+        return (architecture.window == "always",) * layers
+    if not config.get("use_sliding_window"):
+        return (False,) * layers
+    if kinds is not None:
+        return tuple(kind == _KINDS[True] for kind in kinds)
+    if architecture.ropeless_layers:
+        return ropeless_layers(config)
+    return tuple(layer >= config.get("max_window_layers", 28) for layer in range(layers))
+
+
+def _check_ropeless(config: dict[str, Any], architecture: Architecture) -> None:
+    """Raises UserError for layers without rope that are not described, or that the architecture lacks."""
+    layers, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval", 4)
+    if not architecture.ropeless_layers:
+        for name in ("no_rope_layers", "no_rope_layer_interval"):
+            if config.get(name) is not None:
+                raise UserError(f"{name}={_text(config[name])} is not built: this model_type has rope in every layer")
         return
-    if window is None:
-        return
-    raise UserError(
-        f"sliding_window={_text(window)} is not built: attention here sees the whole sequence; set it to null if no "
-        "sequence of yours is longer"
-    )
+    count = config["num_hidden_layers"]
+    if layers is None and not _is_size(interval, _LARGEST_SIZE):
+        raise UserError(f"no_rope_layer_interval={_text(interval)} is not a whole number of at least 1")
+    if layers is not None and (
+        not isinstance(layers, list) or len(layers) != count or not all(_is_digit(layer) for layer in layers)
+    ):
+        raise UserError(f"no_rope_layers={_text(layers)} is not 0 or 1 for each of num_hidden_layers={count}")
+
+
+def _is_digit(value: Any) -> bool:
+    return value in (0, 1) and not isinstance(value, bool)
+
+
+def ropeless_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """For each layer, whether its queries and keys are not rotated, by the config, as read_hf_config returns it."""
+    count: int = config["num_hidden_layers"]
+    if not ARCHITECTURES[config["model_type"]].ropeless_layers:
+        return (False,) * count
+    if (layers := config.get("no_rope_layers")) is not None:
+        return tuple(not rotated for rotated in layers)
+    return tuple((layer + 1) % config.get("no_rope_layer_interval", 4) == 0 for layer in range(count))
 
 
 def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Reader of the rotary position embedding (rope) of a config.json, under transformers 4's names, 5's, or both.
 
-The angles are computed by transformers, so that a scaling is the same as there.
+The angles are computed by transformers, so that a scaling is the same as there. Two kinds depend there on the longest
+sequence of a call. Of `dynamic`, only lengths up to max_position_embeddings are trained on, where it is the default
+rope. `longrope` has one set of angles in a whole run: that for long sequences, if the run's longest one is longer than
+original_max_position_embeddings. vLLM does the same: a cached key could not change while a response grows.
 """
 
 from __future__ import annotations
@@ -11,11 +14,17 @@ from typing import Any
 
 from nemo_disco.runtime.errors import UserError
 
-# The kinds of rope that are built, each with its parameters: those that change the angles alone (attention factor 1).
+# The kinds of rope that are built, each with the parameters that it needs, and those that it may have.
 SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 }
 
 
@@ -25,7 +34,7 @@ class Rope:
 
     kind: str
     theta: float
-    scaling: dict[str, float]
+    scaling: dict[str, Any]
 
     def spellings(self) -> dict[str, Any]:
         """The fields of config.json: rope_theta and rope_scaling of transformers 4, rope_parameters of 5."""
@@ -53,11 +62,25 @@ def read_rope(config: dict[str, Any], default_theta: float) -> Rope:
     return next(iter(ropes.values()), None) or _read("rope_theta", {}, theta, default_theta)
 
 
-def inverse_frequencies(hf_config: Any) -> Any:
-    """[head_dim / 2] angles per position, float32, of a transformers config."""
+@dataclass(frozen=True)
+class Angles:
+    """The angles by which rope rotates: inv_freq [r / 2] a position, a float32 tensor, for the first r numbers of a
+    head. factor: of the rotated queries and keys."""
+
+    inv_freq: Any
+    factor: float = 1.0
+
+
+def read_angles(hf_config: Any, longest: int = 0) -> Angles:
+    """The angles of a transformers config. longest: tokens of the longest sequence of the run, for longrope."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    return LlamaRotaryEmbedding(hf_config).inv_freq
+    kind = hf_config.rope_parameters["rope_type"]
+    if kind == "longrope":
+        return Angles(*ROPE_INIT_FUNCTIONS[kind](hf_config, None, seq_len=longest))
+    rope = LlamaRotaryEmbedding(hf_config)
+    return Angles(rope.inv_freq, rope.attention_scaling)
 
 
 def _read(name: str, value: Any, theta: float | None, default_theta: float) -> Rope:
@@ -70,7 +93,10 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
     kind = kinds.pop() if kinds else "default"
     if kind not in SCALINGS:
         raise UserError(f"rope_type {kind!r} is not built; known: {', '.join(SCALINGS)}")
-    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALINGS[kind]}
+    if "attn_factor" in value and kind == "yarn":
+        raise UserError(_explain_attn_factor(name, value))
+    optional = OPTIONAL.get(kind, ())
+    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALINGS[kind], *optional}
     if unknown := sorted(map(str, value.keys() - allowed)):
         raise UserError(f"{name}: {unknown[0]}={value[unknown[0]]!r} is not built for rope_type {kind!r}")
     if value.get("partial_rotary_factor", 1) != 1:
@@ -79,8 +105,32 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
     if inner is not None and theta is not None and inner != theta:
         raise UserError(f"{name}: rope_theta={inner!r} there and {theta!r} beside it contradict")
     base = inner if inner is not None else theta if theta is not None else default_theta
-    scaling = {key: _positive(f"{name}: {key}", value.get(key)) for key in SCALINGS[kind]}
+    keys = [*SCALINGS[kind], *(key for key in optional if value.get(key) is not None)]
+    scaling = {key: _read_parameter(f"{name}: {key}", key, value.get(key)) for key in keys}
     return Rope(kind, _positive("rope_theta", base), scaling)
+
+
+def _read_parameter(name: str, key: str, value: Any) -> Any:
+    """The value of a rope's parameter. Raises UserError if it is not one that the parameter may have."""
+    if key == "truncate":
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={value!r} is neither true nor false")
+        return value
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, list):
+            raise UserError(f"{name}={value!r} is not a list of numbers")
+        return [_positive(f"{name}[{i}]", number) for i, number in enumerate(value)]
+    return _positive(name, value)
+
+
+def _explain_attn_factor(name: str, value: dict[str, Any]) -> str:
+    """A line on attn_factor of yarn, which some published models have, and which no library here reads."""
+    factor, own = (_positive(f"{name}: {key}", value.get(key)) for key in ("factor", "attn_factor"))
+    product = own * (1 + 0.1 * math.log(max(factor, 1)))
+    return (
+        f"{name}: attn_factor={own!r} is ignored by transformers and by vLLM; to obey it write "
+        f"attention_factor={product:.6g} instead, to ignore it as they do remove it"
+    )
 
 
 def _positive(name: str, value: Any) -> float:

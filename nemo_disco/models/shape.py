@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_disco.models.architecture import ARCHITECTURES, EMBEDDING, FINAL_NORM, OUTPUT, Architecture, Sizes, Weight
 from nemo_disco.models.directory import explain
-from nemo_disco.models.hf_config import read_hf_config
+from nemo_disco.models.hf_config import read_hf_config, ropeless_layers, windowed_layers
 
 Shape = tuple[int, ...]
 
@@ -46,7 +46,11 @@ class ModelWeight:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder: `head_dim` numbers per head, `max_positions` tokens, `ffn` the width of the MLP."""
+    """Sizes of a decoder: `head_dim` numbers per head, `max_positions` tokens, `ffn` the width of the MLP.
+
+    window: how many tokens a token sees, itself included, in the layers that `windowed` marks; None: in no layer.
+    ropeless: marks the layers without rope; empty: none.
+    """
 
     layers: int
     hidden: int
@@ -59,6 +63,9 @@ class ModelShape:
     architecture: Architecture
     max_positions: int
     norm_eps: float = 1e-6
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
+    ropeless: tuple[bool, ...] = ()
 
     @property
     def query_width(self) -> int:
@@ -103,6 +110,14 @@ class ModelShape:
             "layernorm_epsilon": self.norm_eps,
         }
 
+    def megatron_layers(self) -> dict[str, Any]:
+        """What layers differ in, by the names of megatron-core's TransformerConfig."""
+        ropeless = [int(without) for without in self.ropeless] or None
+        if self.window is None:
+            return {"window_size": None, "no_rope_freq": ropeless}
+        windowed = [int(on) for on in self.windowed]
+        return {"window_size": (self.window - 1, 0), "window_attn_skip_freq": windowed, "no_rope_freq": ropeless}
+
     def _weight(self, weight: Weight, layer: int | None = None) -> ModelWeight:
         megatron_prefix, hf_prefix = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
         sizes = [self._shape(axes) for axes in weight.sizes]
@@ -121,7 +136,9 @@ class ModelShape:
     def identity(self, hf_config: Any) -> dict[str, Any]:
         """The model in a checkpoint's record, as plain JSON. hf_config: transformers' config."""
         kind = ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
-        return {name: getattr(hf_config, name) for name in kind} | self.megatron_sizes()
+        window = {} if self.window is None else {"window": self.window, "windowed": list(self.windowed)}
+        ropeless = {"ropeless": list(self.ropeless)} if self.ropeless else {}
+        return {name: getattr(hf_config, name) for name in kind} | self.megatron_sizes() | window | ropeless
 
     # --- numbers of parameters ---
 
@@ -131,8 +148,8 @@ class ModelShape:
         return self._count(self.architecture.layer.values())
 
     @property
-    def norm_parameters(self) -> int:
-        """Parameters of one layer's norms, which are whole on every tensor-parallel rank."""
+    def whole_parameters(self) -> int:
+        """Parameters of one layer that are whole on every tensor-parallel rank: norms, and some biases."""
         return self._count(weight for weight in self.architecture.layer.values() if weight.split is None)
 
     @property
@@ -202,6 +219,8 @@ def read_shape(path: str | Path) -> ModelShape:
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape of the model that has this config, as read_hf_config returns it."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    architecture = ARCHITECTURES[config["model_type"]]
+    windowed, ropeless = windowed_layers(config), ropeless_layers(config)
     return ModelShape(
         layers=config["num_hidden_layers"],
         hidden=hidden,
@@ -211,7 +230,10 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         head_dim=config.get("head_dim") or hidden // heads,
         vocab=config["vocab_size"],
         tied=config["tie_word_embeddings"],
-        architecture=ARCHITECTURES[config["model_type"]],
+        architecture=architecture.chosen(config),
         max_positions=config["max_position_embeddings"],
         norm_eps=config["rms_norm_eps"],
+        window=config["sliding_window"] if any(windowed) else None,
+        windowed=windowed if any(windowed) else (),
+        ropeless=ropeless if any(ropeless) else (),
     )

@@ -1,7 +1,8 @@
 """Core attention for megatron-core's local layer spec: causal attention inside each sequence of a packed micro-batch.
 
 For models without Transformer Engine: torch's flash kernel in half precision on CUDA (not run), else SDPA. Queries and
-keys arrive with rope applied.
+keys arrive with rope applied. In a layer with a sliding window of w tokens, a token attends to itself and to the w - 1
+tokens before it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -172,12 +174,33 @@ def has_flash_kernel(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
 
 
+def layer_window(config: Any, layer: int) -> int | None:
+    """How many tokens a token of layer `layer` (from 1) attends to, itself included; None for all before it."""
+    if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer):
+        return int(config.window_size[0]) + 1
+    return None
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] True where a query attends to a key; the last query and the last key are the same token."""
+    distance = torch.arange(queries, device=device)[:, None] + (keys - queries) - torch.arange(keys, device=device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
 class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
     """softmax(q k^T * scale) v, causal inside each sequence. query [S, 1, heads, d]; key, value [S, 1, groups, d]."""
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = layer_window(config, layer_number)
         self.context_group = pg_collection.cp
 
     def forward(
@@ -211,14 +234,15 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         """Attention by torch's flash kernel for ragged sequences, whose mask is aligned to the last query and key."""
         sizes = packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
-        out = varlen_attn(query, key, value, *sizes, scale=self.scale, window_size=(-1, 0), **_GROUPED)
+        before = -1 if self.window is None else self.window - 1
+        out = varlen_attn(query, key, value, *sizes, scale=self.scale, window_size=(before, 0), **_GROUPED)
         return cast(Tensor, out)
 
     def _by_length(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, long_from: int) -> Tensor:
         """Attention of the shorter sequences, which come first, in one packed call, and of the others one by one."""
         lengths = packed.lengths
         count = next((i for i, n in enumerate(lengths) if n >= long_from), len(lengths))
-        if packed.keys is not None or count == len(lengths):
+        if packed.keys is not None or count == len(lengths) or self.window is not None:
             return self._flash(query, key, value, packed)
         sizes = [sum(lengths[:count]), *lengths[count:]]
         parts = list(zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True))
@@ -257,7 +281,12 @@ class PackedCausalAttention(MegatronModule):  # type: ignore[misc]
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of [batch, length, heads, d] by SDPA; its causal mask is aligned to the last query and key."""
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        mask = None if q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
+        queries, keys = q.shape[2], k.shape[2]
+        mask: Tensor | None = None
+        if self.window is not None and self.window < keys:
+            mask = causal_mask(queries, keys, self.window, q.device)
+        elif queries != keys:
+            mask = causal_lower_right(queries, keys)
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped

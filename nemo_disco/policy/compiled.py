@@ -11,7 +11,6 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,10 +29,3 @@ def compiled(function: Function) -> Function:
         return choose()(*args, **kwargs)
 
     return call  # type: ignore[return-value]
-
-
-@cache
-def compile_rope() -> None:
-    """Make megatron's rope a compiled function, one kernel, if CUDA is available."""
-    if torch.cuda.is_available():
-        rope_utils._apply_rotary_pos_emb_bshd = compiled(rope_utils._apply_rotary_pos_emb_bshd)

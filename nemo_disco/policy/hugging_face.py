@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemo_disco.data.packing import round_up
 from nemo_disco.models.architecture import EMBEDDING, OUTPUT
-from nemo_disco.models.rope import inverse_frequencies
+from nemo_disco.models.rope import read_angles
 from nemo_disco.models.shape import ModelShape, ModelWeight
 from nemo_disco.models.weight_layout import shard, unshard
 from nemo_disco.policy.layers import layer_spec
@@ -57,12 +57,13 @@ class HuggingFaceModel:
         config: TransformerConfig,
         transformer_engine: bool = False,
         vocabulary: int | None = None,
+        longest: int = 0,
     ) -> None:
         """hf_config: transformers' config of the model. vocabulary: how many rows of the output are tokens (None: all).
-        Weights are not initialised."""
+        longest: tokens of the longest sequence, for read_angles. Weights are not initialised."""
         self.shape, self.config, self.transformer_engine = shape, config, transformer_engine
         self.vocabulary = shape.vocab if vocabulary is None else vocabulary
-        self._inv_freq = inverse_frequencies(hf_config)
+        self._angles = read_angles(hf_config, longest)
         self._weights = {w.full_name(key): w for w in shape.weights() for key in (w.key, w.local_key)}
         if shape.tied:  # the last pipeline stage has a copy of the embedding
             self._weights[OUTPUT.name] = self._weights[EMBEDDING.name]
@@ -74,9 +75,9 @@ class HuggingFaceModel:
         edge = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
         return PolicyModel(
             true_vocab_size=self.vocabulary,
-            inv_freq=self._inv_freq,
+            angles=self._angles,
             config=self.config,
-            transformer_layer_spec=layer_spec(self.config, self.transformer_engine, vp_stage),
+            transformer_layer_spec=layer_spec(self.config, self.shape.architecture, self.transformer_engine, vp_stage),
             vocab_size=round_up(self.shape.vocab, parallel_state.get_tensor_model_parallel_world_size()),
             max_sequence_length=self.shape.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(**edge),

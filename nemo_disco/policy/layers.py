@@ -17,8 +17,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from nemo_disco.config.schema import ModelConfig
+from nemo_disco.models.architecture import Architecture
 from nemo_disco.policy.attention import PackedCausalAttention
-from nemo_disco.policy.compiled import compile_rope, compiled
+from nemo_disco.policy.modules import (
+    ColumnLinear,
+    GatedActivation,
+    PolicyAttention,
+    PolicyLayer,
+    PolicyMLP,
+    RMSNorm,
+    RowLinear,
+    with_bias,
+)
 from nemo_disco.runtime.errors import UserError
 
 
@@ -36,64 +46,40 @@ def uses_transformer_engine(config: ModelConfig) -> bool:
     return available if config.transformer_engine is None else config.transformer_engine
 
 
-def layer_spec(config: Any, transformer_engine: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def layer_spec(
+    config: Any, architecture: Architecture, transformer_engine: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers."""
     layer, norm = _transformer_engine_layer(config) if transformer_engine else _local_layer(config)
-    # megatron's own version would launch a dropout kernel, though dropout is 0.
-    layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
-    if not config.bias_activation_fusion:
-        assert config.activation_func is F.silu, "SwiGLU is the only activation that is built"
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    layer.module, layer.submodules.self_attention.module = PolicyLayer, PolicyAttention
+    attention.linear_proj = with_bias(attention.linear_proj, architecture.projection_bias)
+    mlp.linear_fc1, mlp.linear_fc2 = (with_bias(x, architecture.mlp_bias) for x in (mlp.linear_fc1, mlp.linear_fc2))
+    if config.bias_activation_fusion:
+        if config.activation_func is not F.silu:
+            raise UserError(
+                "model.bias_activation_fusion=true: megatron-core's fused activation is SwiGLU, and this model's "
+                f"hidden_act is {architecture.activation}; set it to false"
+            )
+    else:
         # Despite its name, this is how megatron's MLP takes any module as its activation.
         config.use_te_activation_func = True
-        layer.submodules.mlp.submodules.activation_func = SwiGLU
+        mlp.activation_func = GatedActivation
+        layer.submodules.mlp = PolicyMLP.of(mlp)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
-
-
-def residual_add(training: bool, fused: bool) -> Any:  # noqa: ARG001 - megatron's signature
-    """Replacement for megatron's bias-dropout-add, without bias and dropout."""
-    return lambda x_with_bias, residual, _: residual + x_with_bias[0]
-
-
-@compiled
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up [..., f]. x [..., 2 f]: gate and up, one after the other."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-class SwiGLU(torch.nn.Module):
-    """The MLP's activation, as one kernel on CUDA that keeps only its input for backward."""
-
-    def __init__(self, config: Any) -> None:  # noqa: ARG002 - megatron's signature
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x)
-
-    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Empty: there is no state."""
-        return {}
 
 
 # --- local ---
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with megatron's constructor and its mark for summing gradients under sequence parallelism, which
-    megatron's own local norm does not support."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
-    compile_rope()
     layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     attention.core_attention = PackedCausalAttention
+    attention.linear_qkv = mlp.linear_fc1 = ColumnLinear
+    attention.linear_proj = mlp.linear_fc2 = RowLinear
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer, RMSNorm
@@ -105,6 +91,11 @@ def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
 def _transformer_engine_layer(config: Any) -> tuple[ModuleSpec, type]:
     from megatron.core.extensions.transformer_engine import TENorm
 
+    if config.window_size is not None and config.context_parallel_size > 1:
+        raise UserError(
+            f"model.context_parallel_size={config.context_parallel_size}: Transformer Engine's attention has no "
+            "sliding window there; set it to 1, or model.transformer_engine to false"
+        )
     layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer.submodules.self_attention.submodules.core_attention = _transformer_engine_attention()
     return layer, TENorm

@@ -14,8 +14,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
+from nemo_disco.models.rope import Angles
 from nemo_disco.policy.likely_tokens import LikelyTokens, find_likely_tokens, token_divergences
 from nemo_disco.policy.log_probs import token_log_probs
+from nemo_disco.policy.rope import Rope, no_rope
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,27 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
     the last pipeline stage TargetValues.pack, [rows, n]; on the others the hidden states [S, 1, h].
     """
 
-    def __init__(self, *, true_vocab_size: int, inv_freq: Tensor, **kwargs: Any) -> None:
-        """true_vocab_size: rows of the output that are tokens, not padding. inv_freq [d/2]: rope's angles per position,
-        float32, as transformers computes them."""
+    def __init__(self, *, true_vocab_size: int, angles: Angles, **kwargs: Any) -> None:
+        """true_vocab_size: rows of the output that are tokens, not padding. angles: rope's."""
         super().__init__(position_embedding_type="rope", **kwargs)
         self.true_vocab_size = true_vocab_size
-        self.inv_freq = inv_freq.to(torch.cuda.current_device())
+        here, fused = torch.device(torch.cuda.current_device()), self.config.apply_rope_fusion
+        self.rope = Rope(angles, self.config.params_dtype, here, fused=fused)
+        ropeless = self.config.no_rope_freq or [0] * self.config.num_layers
+        for layer in self.decoder.layers:
+            layer.self_attention.rope = no_rope if ropeless[layer.layer_number - 1] else self.rope
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[S, 1, h] the embeddings of tokens [1, S]."""
+        x: Tensor = self.embedding(input_ids=tokens, position_ids=None)
+        return x
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **_: Any
     ) -> tuple[Tensor | None, ...]:
         if decoder_input is None and self.pre_process:
-            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        return decoder_input, self.rope_angles(position_ids[0]), None, None, None, None
-
-    def rope_angles(self, positions: Tensor) -> Tensor:
-        """Rope's angles [S, 1, 1, d] at these positions [S], float32."""
-        angles = torch.outer(positions.float(), self.inv_freq)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+            decoder_input = self.embed(input_ids)
+        return decoder_input, self.rope.at(position_ids[0]), None, None, None, None
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, **kwargs: Any) -> Any:
         """Load as megatron does, except that Transformer Engine's own state (FP8 scales, computed anew in a step) may

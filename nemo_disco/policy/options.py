@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from nemo_disco.models.shape import ModelShape
 _FP8 = {"delayed": ("hybrid", "delayed"), "current": ("hybrid", "tensorwise"), "blockwise": ("e4m3", "blockwise")}
 # Steps over which delayed scaling takes the maximum: Transformer Engine's own default.
 _AMAX_HISTORY = 1024
-_ACTIVATIONS = {"silu": F.silu}
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,6 +37,7 @@ def transformer_config(
     full = config.activations_checkpoint_granularity == "full"
     return TransformerConfig(
         **shape.megatron_sizes(),
+        **shape.megatron_layers(),
         normalization=shape.architecture.norm,
         qk_layernorm=shape.architecture.qk_norm,
         activation_func=_ACTIVATIONS[shape.architecture.activation],

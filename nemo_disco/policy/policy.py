@@ -59,11 +59,13 @@ class Policy:
         with_optimizer: bool = True,
         read_weights: bool = True,
         vocabulary: int | None = None,
+        longest: int = 0,
     ) -> None:
         """parallel.start must have run. temperature: log-probs are those of the logits divided by it. clip_grad: the
         largest gradient norm, 0 for any. trainable: with gradients; with_optimizer: with `step` too.
         read_weights: read them from config.path (if False, a checkpoint must be loaded). vocabulary: number of token
         ids; rows of the output weight beyond them have probability 0 and no gradient (None: all rows are tokens).
+        longest: tokens of the run's longest sequence, by which rope's type `longrope` chooses its angles.
 
         Raises UserError for a missing or damaged model directory, or one that does not fit.
         """
@@ -79,7 +81,8 @@ class Policy:
         with SafetensorReader(config.path) if read_weights else nullcontext() as reader:
             if reader is not None:
                 reader.check(self.shape.tensors(), self.shape.tied)
-            self.model = HuggingFaceModel(self.shape, self.hf_config, network, self.transformer_engine, self.vocabulary)
+            parts = self.shape, self.hf_config, network
+            self.model = HuggingFaceModel(*parts, self.transformer_engine, self.vocabulary, longest)
             if reader is not None:
                 self.model.load(reader.read_finite)
         self.network: list[Any] = [chunk.to(self.device) for chunk in self.model.chunks]

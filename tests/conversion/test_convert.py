@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, model_config, save_model
+from tiny_models import VARIANTS, VOCABULARY, model_config, save_family, save_model
 
 from nemo_disco import checkpoint
 from nemo_disco.conversion import convert
@@ -30,13 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.convert import hf_to_megatron, hf_to_nemo, megatron_to_hf, nemo_to_hf
 
-MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("llama", False), ("mistral", False)]
+MODELS = ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-untied", "mistral-untied"]
 
 
-@pytest.fixture(params=MODELS, ids=lambda m: f"{m[0]}{'-tied' if m[1] else ''}")
+@pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    architecture, tied = request.param
-    return add_other_files(save_model(tmp_path / "model", architecture, tied=tied))
+    return add_other_files(save_family(tmp_path / "model", request.param))
 
 
 @pytest.fixture(autouse=True)
@@ -233,6 +232,18 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_refused(tmp_path: Path)
     data.write_bytes(data.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"__0_0\.distcp has \d+ bytes"):
         convert.megatron_to_hf(megatron, tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_network_that_config_json_chooses_comes_back_from_megatron_and_nemo_refuses_it(
+    variant: str, tmp_path: Path
+) -> None:
+    source = add_other_files(save_family(tmp_path / "model", variant))
+    megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
+    back, expected = weights(convert.megatron_to_hf(megatron, tmp_path / "back", source)), weights(source)
+    assert back.keys() == expected.keys() and all(torch.equal(back[n], expected[n]) for n in expected)
+    with pytest.raises(UserError, match=r"NeMo 2\.0"):
+        convert.hf_to_nemo(source, tmp_path / "nemo")
 
 
 class Attack:

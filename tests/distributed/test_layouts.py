@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_models import (
     FAMILIES,
+    VARIANTS,
     VOCABULARY,
     limit_vocabulary,
     load_transformers_model,
@@ -247,11 +248,11 @@ def test_a_representative_set(run_on_ranks: Callable[..., list[Any]], model: str
 
 
 def test_every_family(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    """The families that the representative set leaves out, in one launch, with a vocabulary smaller than the output
-    weight; the log-probs are compared with those of transformers."""
-    rest = [family for family in FAMILIES if family not in ("qwen2-tied", "llama-untied")]
+    """The families that the representative set leaves out and the variants, in one launch, with a vocabulary smaller
+    than the output weight; the log-probs are compared with those of transformers."""
+    rest = [family for family in (*FAMILIES, *VARIANTS) if family not in ("qwen2-tied", "llama-untied")]
     models = [str(save_family(tmp_path / family, family)) for family in rest]
-    layouts = [make_layout(), make_layout(tp=2, sp=True), make_layout(pp=2)]
+    layouts = [make_layout(), make_layout(tp=2, sp=True), make_layout(pp=2), make_layout(cp=2)]
     rollouts = limit_vocabulary(random_rollouts(questions=8, group=4), TOKENS)
     for family, path, results in zip(rest, models, run_on_ranks(2, measure_models, models, layouts)[0], strict=True):
         with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +37,14 @@ def test_flops_are_torchs_count_but_for_the_half_of_attention_that_is_masked() -
     expected = forward_flops(SHAPE, [n], predicted=n) + masked
     assert forward.get_total_flops() == expected
     assert forward.get_total_flops() + backward.get_total_flops() == TRAINING * expected
+
+
+def test_a_sliding_window_leaves_out_the_pairs_that_it_hides() -> None:
+    window, lengths = 7, [3, 7, 20]
+    shape = replace(SHAPE, window=window, windowed=(False, True, True))
+    hidden = sum(max(0, i + 1 - window) for n in lengths for i in range(n))
+    saved = 4 * shape.query_width * 2 * hidden
+    assert forward_flops(SHAPE, lengths, predicted=1) - forward_flops(shape, lengths, predicted=1) == saved
 
 
 def test_packed_sequences_cost_what_each_costs_alone() -> None:

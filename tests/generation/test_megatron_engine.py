@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from response_values import as_tuples, token_lists
 from tiny_models import (
     FAMILIES,
+    VARIANTS,
     VOCABULARY,
     load_transformers_model,
     model_config,
@@ -33,7 +35,7 @@ from nemo_disco.runtime.errors import UserError
 STOP = [1, 7]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *VARIANTS])
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -219,29 +221,39 @@ def test_attention_masks_are_aligned_and_cudnn_is_off(
 
 
 def _add_bias(model: Any) -> None:
-    model.decoder.layers[2].self_attention.linear_proj.bias = torch.nn.Parameter(torch.zeros(64))
+    projection = model.decoder.layers[2].self_attention.linear_proj
+    projection.bias = torch.nn.Parameter(torch.linspace(-2, 2, 64))
 
 
-def _add_module(model: Any) -> None:
-    model.decoder.layers[1].mlp.router = torch.nn.Identity()
-
-
-def _set_window(model: Any) -> None:
-    model.config.window_size = (128, 0)
+def _wrap_mlp(model: Any) -> None:
+    mlp = model.decoder.layers[1].mlp
+    mlp.register_forward_hook(lambda _module, _input, output: (-3 * output[0], output[1]))
 
 
 @one_family
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        (_add_bias, r"the parameter decoder\.layers\.2\.self_attention\.linear_proj\.bias"),
-        (_add_module, r"the module decoder\.layers\.1\.mlp\.router"),
-        (_set_window, r"window_size=\(128, 0\)"),
-    ],
-)
-def test_a_network_with_a_part_that_is_not_decoded_is_refused_by_name(
-    engine: MegatronEngine, change: Callable[[Any], None], part: str
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("change", [_add_bias, _wrap_mlp])
+def test_the_network_that_is_sampled_from_is_the_policys_whatever_it_computes(
+    engine: MegatronEngine, change: Callable[[Any], None], in_place: bool
 ) -> None:
+    engine.in_place = in_place
+    requests, sampling = prompts(copies=2), SamplingParams(0.6, 30)
+    before = engine.generate(requests, range(12), sampling)
     change(engine.policy.model.chunks[0])
+    responses = engine.generate(requests, range(12), sampling)
+    assert token_lists(responses) != token_lists(before)
+    rollouts = to_rollouts(requests, responses)
+    log_probs, _ = engine.policy.log_probs(rollouts)
+    torch.testing.assert_close(log_probs, rollouts.generation_log_probs, rtol=0, atol=1e-4)
+
+
+@one_family
+@pytest.mark.parametrize("part", ["softmax_type=learnable", "TransformerLayer"])
+def test_attention_that_is_not_decoded_is_refused_by_name(engine: MegatronEngine, part: str) -> None:
+    model = engine.policy.model.chunks[0]
+    if part == "TransformerLayer":
+        model.decoder.layers[2].__class__ = TransformerLayer
+    else:
+        model.config.softmax_type = "learnable"
     with pytest.raises(UserError, match=f"does not compute {part} of this network"):
         MegatronEngine(engine.policy, STOP)

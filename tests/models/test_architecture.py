@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from real_configs import REAL_CONFIGS
-from tiny_models import FAMILIES, model_config, save_family
+from tiny_models import FAMILIES, VARIANTS, model_config, save_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import nemo_disco
@@ -26,7 +26,7 @@ from nemo_disco.policy.policy import Policy
 PACKAGE = Path(nemo_disco.__file__).parent
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, *VARIANTS])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return save_family(tmp_path, request.param)
 
@@ -64,7 +64,9 @@ def test_names_and_shapes_are_transformers(directory: Path) -> None:
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     layer = {name: p for name, p in model.named_parameters() if name.startswith("model.layers.1.")}
     assert shape.layer_parameters == sum(p.numel() for p in layer.values())
-    assert shape.norm_parameters == sum(p.numel() for name, p in layer.items() if "norm" in name)
+    assert shape.whole_parameters == sum(
+        p.numel() for name, p in layer.items() if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias"))
+    )
     assert shape.matrix_parameters == sum(p.numel() for p in layer.values() if p.dim() == 2)
 
 

@@ -21,6 +21,14 @@ from nemo_disco.runtime.errors import UserError
 
 LLAMA3 = REAL_CONFIGS["Llama-3.1-8B-Instruct"]["rope_scaling"]
 QWEN2, LLAMA, MISTRAL = (REAL_CONFIGS[n] for n in ("Qwen2.5-0.5B", "Llama-3.1-8B-Instruct", "Mistral-7B-Instruct-v0.3"))
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 32,
+    "long_factor": [2.0] * 32,
+    "original_max_position_embeddings": 8192,
+}
+SMOLLM3 = REAL_CONFIGS["SmolLM3-3B"]
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -129,21 +137,27 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
 @pytest.mark.parametrize(
     ("base", "changes", "complaint"),
     [
-        (LLAMA, {"attention_bias": True}, "attention_bias=true is not built"),
-        (REAL_CONFIGS["Qwen3-0.6B"], {"attention_bias": True}, "attention_bias=true is not built"),
+        (LLAMA, {"attention_bias": "yes"}, 'attention_bias="yes" is not built, only true or false'),
+        (MISTRAL, {"attention_bias": True}, "attention_bias=true is not built"),
         (QWEN2, {"attention_bias": False}, "attention_bias=false is not built"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias=true is not built"),
-        (LLAMA, {"hidden_act": "gelu"}, 'hidden_act="gelu" is not built, only "silu"'),
-        (LLAMA, {"hidden_act": "gelu_pytorch_tanh"}, 'hidden_act="gelu_pytorch_tanh" is not built'),
+        (QWEN2, {"mlp_bias": True}, "mlp_bias=true is not built"),
+        (QWEN2, {"model_type": "qwen3_moe"}, 'model_type "qwen3_moe" is not built; .*; the nearest that is: qwen3$'),
+        (QWEN2, {"no_rope_layers": [1] * 24}, "no_rope_layers=.* is not built: this model_type has rope in every"),
+        (SMOLLM3, {"no_rope_layers": [1] * 35}, "no_rope_layers=.* is not 0 or 1 for each of num_hidden_layers=36"),
+        (SMOLLM3, {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is not"),
+        (LLAMA, {"hidden_act": "relu2"}, 'hidden_act="relu2" is not built, only "silu"'),
         (QWEN2, {"attention_dropout": 0.1}, "attention_dropout=0.1 is not built"),
         (QWEN2, {"use_mrope": True}, "use_mrope=true is not built"),
         (LLAMA, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config=.*unquantized model"),
         (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*unquantized model"),
         (LLAMA, {"quantization": {"group_size": 64, "bits": 4}}, "quantization=.*unquantized model"),
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": 20}, "sliding_window=32768 is not built"),
-        (MISTRAL, {"sliding_window": 4096}, "sliding_window=4096 is not built"),
-        (MISTRAL, {"sliding_window": 4096, "use_sliding_window": False}, "sliding_window=4096 is not built"),
-        (QWEN2, {"layer_types": ["sliding_attention"] * 24}, "layer_types=.* is not built"),
+        (LLAMA, {"sliding_window": 4096}, "sliding_window=4096 is not built: this model_type has none"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window=0 is neither null nor a whole number"),
+        (MISTRAL, {"sliding_window": 4096, "use_sliding_window": False}, "set sliding_window to null"),
+        (MISTRAL, {"layer_types": ["sliding_attention"] * 32}, "layer_types=.* contradicts sliding_window=null"),
+        (QWEN2, {"layer_types": ["sliding_attention"] * 24}, "layer_types=.* contradicts sliding_window=32768"),
+        (QWEN2, {"layer_types": ["chunked_attention"] * 24}, "layer_types=.* is not 'full_attention' or"),
+        (QWEN2, {"max_window_layers": -1}, "max_window_layers=-1 is not a whole number of at least 0"),
         (QWEN2, {"layer_types": ["full_attention"] * 23}, "num_hidden_layers=24"),
         (QWEN2, {"architectures": ["Qwen2ForSequenceClassification"]}, "architectures=.* is not built"),
         (QWEN2, {"auto_map": {"AutoModelForCausalLM": "modeling_x.Mine"}}, "auto_map=.* code of the model's own"),
@@ -158,8 +172,12 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
         (QWEN2, {"head_dim": None}, "head_dim=null is not a whole number"),
         (QWEN2, {"rms_norm_eps": float("nan")}, "rms_norm_eps=NaN is not a number above 0"),
         (QWEN2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not built"),
-        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not built"),
-        (QWEN2, {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic' is not built"),
+        (QWEN2, {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_type 'ntk' is not built"),
+        (QWEN2, {"rope_scaling": YARN | {"attn_factor": 0.878}}, "attn_factor=0.878 .* attention_factor=0.9997"),
+        (QWEN2, {"rope_scaling": YARN | {"truncate": 1}}, "truncate=1 is neither true nor false"),
+        (QWEN2, {"rope_scaling": LONG | {"long_factor": 2.0}}, "long_factor=2.0 is not a list of numbers"),
+        (QWEN2, {"rope_scaling": LONG | {"short_factor": [1.0, 0]}}, r"short_factor\[1\]=0 is not a number above 0"),
+        (QWEN2, {"rope_scaling": LONG | {"factor": 4.0}}, "factor=4.0 is not built for rope_type 'longrope'"),
         (QWEN2, {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "x": 1}}, "rope_scaling: x=1 is not built"),
         (QWEN2, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor=None is not a number"),
         (QWEN2, {"rope_theta": -1}, "rope_theta=-1 is not a number above 0"),
@@ -181,6 +199,12 @@ def test_a_network_that_is_not_built_is_refused_by_field_and_value(
     ("base", "changes"),
     [
         (QWEN2, {"use_sliding_window": True, "sliding_window": None}),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 20}),
+        (SMOLLM3, {"no_rope_layers": None, "use_sliding_window": True, "sliding_window": 512}),
+        (MISTRAL, {"sliding_window": 4096}),
+        (LLAMA, {"mlp_bias": True, "attention_bias": True, "hidden_act": "gelu_new"}),
+        (QWEN2, {"rope_scaling": YARN | {"attention_factor": 1.5, "truncate": False}}),
+        (QWEN2, {"rope_scaling": LONG}),
         (QWEN2, {"use_sliding_window": True, "max_window_layers": 24}),
         (QWEN2, {"use_sliding_window": True, "layer_types": ["full_attention"] * 24}),
         (QWEN2, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -189,7 +213,7 @@ def test_a_network_that_is_not_built_is_refused_by_field_and_value(
         (LLAMA, {"num_key_value_heads": None, "head_dim": None, "quantization_config": None}),
     ],
 )  # fmt: skip
-def test_values_that_change_nothing_are_accepted(
+def test_values_that_are_built_are_read_as_transformers_reads_them(
     base: dict[str, Any], changes: dict[str, Any], write_config: Callable[..., Path]
 ) -> None:
     config = {k: v for k, v in (base | changes).items() if k != "rope_theta" or v is not None}

@@ -16,7 +16,7 @@ from training import train
 from nemo_disco import checkpoint
 from nemo_disco.generation.engine import SamplingParams
 from nemo_disco.generation.megatron.engine import MegatronEngine
-from nemo_disco.policy import hugging_face, layers, parallel
+from nemo_disco.policy import hugging_face, layers, modules, parallel
 from nemo_disco.policy import policy as policy_module
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
@@ -107,7 +107,7 @@ def test_the_activation_is_one_function_of_the_first_matrix(model_path: Path) ->
     x = torch.randn(5, 1, 64)
     gate, up = (x @ mlp.linear_fc1.weight.T).chunk(2, -1)
     expected = (gate * gate.sigmoid() * up) @ mlp.linear_fc2.weight.T
-    assert isinstance(mlp.activation_func, layers.SwiGLU)
+    assert isinstance(mlp.activation_func, modules.GatedActivation)
     torch.testing.assert_close(mlp(x)[0], expected)
 
 

@@ -29,7 +29,8 @@ TEMPERATURE = 0.6
 
 
 @pytest.fixture(
-    scope="module", params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "llama-tied", "llama-untied", "mistral-untied"]
+    scope="module",
+    params=["qwen2-tied", "qwen2-untied", "qwen3-tied", "llama-tied", "llama-untied", "mistral-untied", "smollm3-tied"],
 )
 def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture, tying = request.param.split("-")
@@ -126,6 +127,7 @@ def test_exported_weights_equal_the_loaded_ones_bit_for_bit(model_path: Path, tm
         "qwen3",
         "llama",
         "mistral",
+        "smollm3",
     )
 
 
@@ -191,11 +193,11 @@ def copy_and_damage(directory: Path, source: Path, edit: str) -> Path:
         ("no weights", "no *.safetensors file of the model"),
         ("truncated", "damaged safetensors file"),
         ("not JSON", "not valid JSON"),
-        ("architecture", 'model_type "gpt2" is not built; known: llama, mistral, qwen2, qwen3'),
+        ("architecture", 'model_type "gpt2" is not built; known: llama, mistral, qwen2, qwen3, smollm3'),
         ("layers", "missing model.layers.4."),
-        ("contradiction", "only 'full_attention' for each of num_hidden_layers=5"),
+        ("contradiction", "or 'sliding_attention' for each of num_hidden_layers=5"),
         ("width", "has shape (128, 64), config.json says (96, 64)"),
-        ("rope", "rope_type 'yarn' is not built"),
+        ("rope", "high_freq_factor=4.0 is not built for rope_type 'yarn'"),
     ],
 )
 def test_a_broken_model_directory_is_refused(qwen2: Path, tmp_path: Path, edit: str, message: str) -> None:

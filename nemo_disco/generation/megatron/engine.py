@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemo_disco.data.packing import round_up
 from nemo_disco.generation.engine import Deliver, Response, SamplingParams
-from nemo_disco.generation.megatron.decoder import GROWTH, Cache, Decoder
+from nemo_disco.generation.megatron.cache import GROWTH, Cache
+from nemo_disco.generation.megatron.decoder import Decoder
 from nemo_disco.generation.megatron.in_place import InPlaceDecoding
 from nemo_disco.generation.megatron.token_sampling import sample, uniforms
 from nemo_disco.generation.megatron.wave import COMPACT_BELOW, Rows, WaveResponses
@@ -61,7 +62,7 @@ class MegatronEngine:
         questions = [list(group) for _, group in groupby(range(len(prompts)), key=lambda i: tuple(prompts[i]))]
         requests = [i for group in questions[self._group.rank() :: self._group.size()] for i in group]
         responses: dict[int, Response] = {}
-        with torch.inference_mode():
+        with self.decoder.decoding():
             for wave in self._waves(requests, prompts, sampling):
                 callback = deliver if self._delivers else None
                 responses.update(self._decode_wave(wave, prompts, seeds, sampling, callback))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nemo_disco.generation.engine import SamplingParams
-from nemo_disco.generation.megatron.decoder import Cache, Decoder
+from nemo_disco.generation.megatron.cache import Cache
+from nemo_disco.generation.megatron.decoder import Decoder
 from nemo_disco.generation.megatron.token_sampling import sample, uniforms
 from nemo_disco.generation.megatron.wave import COMPACT_BELOW, Rows, WaveResponses
 

@@ -1,0 +1,200 @@
+"""The forward pass of a layer and of its modules, the same for training and for decoding: megatron-core's modules,
+without the parts of their forward passes that serve no model here.
+
+Whether attention is over a packed micro-batch or over a cache of keys and values is decided by the object that is
+passed as packed_seq_params.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from nemo_disco.policy.attention import layer_window
+from nemo_disco.policy.compiled import compiled
+
+Output = tuple[Tensor, Tensor | None]  # a linear layer's output, and its bias if that is still to be added
+
+
+class CachedAttention(PackedSeqParams, ABC):  # type: ignore[misc]
+    """Attention of a decoding step: passed through the network in place of a packed micro-batch's sequences."""
+
+    @abstractmethod
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """Output [S, 1, heads d] of layer `layer` (from 1), whose queries are [S, 1, heads, d] and whose new keys and
+        values [S, 1, groups, d]. window: how many tokens a token sees, itself included; None for all."""
+
+
+class PolicyLayer(TransformerLayer):  # type: ignore[misc]
+    """A megatron layer: attention and MLP, each after its norm and added to its input."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: Any, **__: Any) -> Any:
+        """(output [S, 1, h], None), as megatron's block expects it. rotary_pos_emb: of Rope.at."""
+        x = hidden_states
+        x = _add(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, packed_seq_params))
+        return _add(x, self.mlp(self.pre_mlp_layernorm(x))), None
+
+
+def _add(x: Tensor, output: Output) -> Tensor:
+    """x + output, with the output's bias. There is no dropout."""
+    added, bias = output
+    return x + (added if bias is None else added + bias)
+
+
+class PolicyAttention(SelfAttention):  # type: ignore[misc]
+    """Self-attention over a packed micro-batch, or over the cache of a decoding step."""
+
+    rope: Callable[[Tensor, Tensor], Tensor]  # the model's Rope, or no_rope; set by PolicyModel
+
+    def forward(self, hidden_states: Tensor, rotation: Tensor, sequences: PackedSeqParams) -> Output:
+        """The output [S, 1, h], and a bias. rotation: of Rope.at."""
+        qkv, queries = self._by_group(self.linear_qkv(hidden_states)[0])
+        if self.q_layernorm is None:
+            query, key = torch.split(self.rope(qkv[..., : queries + 1, :], rotation), [queries, 1], dim=3)
+        else:
+            query, key, _ = torch.split(qkv, [queries, 1, 1], dim=3)
+            query, key = self.rope(self.q_layernorm(query), rotation), self.rope(self.k_layernorm(key), rotation)
+        query, key, value = query.flatten(2, 3), key.flatten(2, 3), qkv[..., -1, :]
+        if isinstance(sequences, CachedAttention):
+            scale = self.config.softmax_scale or self.config.kv_channels**-0.5
+            window = layer_window(self.config, self.layer_number)
+            context = sequences.attend(self.layer_number, query, key, value, scale=scale, window=window)
+        elif self.checkpoint_core_attention and self.training:
+            options = {"attn_mask_type": self.attn_mask_type, "packed_seq_params": sequences}
+            context = self._checkpointed_attention_forward(query, key, value, None, **options)
+        else:
+            options = {"attn_mask_type": self.attn_mask_type, "attention_bias": None, "packed_seq_params": sequences}
+            context = self.core_attention(query, key, value, None, **options)
+        output: Output = self.linear_proj(context)
+        return output
+
+    def _by_group(self, qkv: Tensor) -> tuple[Tensor, int]:
+        """qkv [S, 1, (heads + 2 groups) d] as [S, 1, groups, queries + 2, d], and the number of queries of a group,
+        which are followed by its key and its value, as in megatron's weight."""
+        groups = self.num_query_groups_per_partition
+        queries = self.num_attention_heads_per_partition // groups
+        return qkv.view(*qkv.shape[:2], groups, queries + 2, self.hidden_size_per_attention_head), queries
+
+
+class PolicyMLP(MLP):  # type: ignore[misc]
+    """megatron's MLP: a matrix of gates and values, their activation, and a matrix back."""
+
+    @classmethod
+    def of(cls, submodules: Any) -> type:
+        """The class with its submodules: in a ModuleSpec, megatron warns of an MLP that is not its own."""
+
+        class Bound(cls):  # type: ignore[misc, valid-type]
+            def __init__(self, config: Any) -> None:
+                super().__init__(config, submodules)
+
+        return Bound
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Output:
+        """The output [S, 1, h], and a bias."""
+        x, bias = self.linear_fc1(hidden_states)
+        output: Output = self.linear_fc2(self.activation_func(x if bias is None else x + bias))
+        return output
+
+
+@contextmanager
+def sequence_parallel_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Context in which the chunks' modules take and return all tokens on every tensor-parallel rank."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    owners: list[Any] = [*modules, *{id(config): config for config in (m.config for m in chunks)}.values()]
+    names = ("sequence_parallel", "reduce_scatter_embeddings")
+    on = [(owner, name) for owner in owners for name in names if getattr(owner, name, None) is True]
+    try:
+        for owner, name in on:
+            setattr(owner, name, False)
+        yield
+    finally:
+        for owner, name in on:
+            setattr(owner, name, True)
+
+
+# --- modules of the local layers ---
+
+
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """megatron's linear layer whose rows are split. Without gradients it is the matrix product alone: megatron's
+    autograd functions cost more than the product of a small batch."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Output:
+        """x [S, 1, h] -> [S, 1, this rank's rows]."""
+        if torch.is_grad_enabled() or self.sequence_parallel:
+            output: Output = super().forward(x, *args, **kwargs)
+            return output
+        product = torch.matmul(x, self.weight.t())
+        if self.bias is None or self.skip_bias_add:
+            return product, self.bias
+        return product.add_(self.bias), None
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """megatron's linear layer whose columns are split; see ColumnLinear."""
+
+    def forward(self, x: Tensor) -> Output:
+        """x [S, 1, this rank's columns] -> [S, 1, h]."""
+        if torch.is_grad_enabled() or self.sequence_parallel:
+            output: Output = super().forward(x)
+            return output
+        product = torch.matmul(x, self.weight.t())
+        if self.tp_group.size() > 1:
+            product = reduce_from_tensor_model_parallel_region(product, group=self.tp_group)
+        if self.bias is None or self.skip_bias_add:
+            return product, self.bias
+        return product.add_(self.bias), None
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with megatron's constructor and its mark for summing gradients under sequence parallelism, which
+    megatron's own local norm does not support."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def with_bias(linear: type, bias: bool) -> type:
+    """The class of a linear layer that has a bias or none, whatever megatron's setting for all of them says."""
+
+    class Linear(linear):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": bias})
+
+    return Linear
+
+
+@compiled
+def gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) * up [..., f]. x [..., 2 f]: gate and up, one after the other."""
+    gate, up = x.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+class GatedActivation(torch.nn.Module):
+    """The MLP's activation, as one kernel on CUDA that keeps only its input for backward."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.activation = config.activation_func
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated(x, self.activation)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Empty: there is no state."""
+        return {}
