@@ -268,7 +268,14 @@ def ropeless_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
 
 def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The fields whose names differ between transformers 4 and 5, under both names."""
-    both: dict[str, Any] = read_rope(config, architecture.rope_theta).spellings()
+    rope = read_rope(config, architecture.rope_theta)
+    pairs = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    for name in ("short_factor", "long_factor"):
+        if name in rope.scaling and len(rope.scaling[name]) != pairs:
+            raise UserError(
+                f"{name} has {len(rope.scaling[name])} numbers, not one for each of {pairs} pairs of a head"
+            )
+    both: dict[str, Any] = rope.spellings()
     dtypes = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
     for name, value in dtypes.items():
         if value not in _DTYPES:

@@ -175,6 +175,7 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
         (QWEN2, {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_type 'ntk' is not built"),
         (QWEN2, {"rope_scaling": YARN | {"attn_factor": 0.878}}, "attn_factor=0.878 .* attention_factor=0.9997"),
         (QWEN2, {"rope_scaling": YARN | {"truncate": 1}}, "truncate=1 is neither true nor false"),
+        (QWEN2, {"rope_scaling": LONG | {"long_factor": [2.0] * 8}}, "long_factor has 8 numbers, not one for each of"),
         (QWEN2, {"rope_scaling": LONG | {"long_factor": 2.0}}, "long_factor=2.0 is not a list of numbers"),
         (QWEN2, {"rope_scaling": LONG | {"short_factor": [1.0, 0]}}, r"short_factor\[1\]=0 is not a number above 0"),
         (QWEN2, {"rope_scaling": LONG | {"factor": 4.0}}, "factor=4.0 is not built for rope_type 'longrope'"),
