@@ -1,4 +1,4 @@
-"""torch.compile for the element-wise parts of the local layers on CUDA (not run); on a CPU they run as they are.
+"""torch.compile for the element-wise parts of the layers on CUDA (not run); on a CPU they run as they are.
 
 Compiled code rounds where plain code does, so that the policy computes what the model on disk does: fused activations
 and rope with other rounding are known to disturb DeepSeek-R1-Distill-Qwen.
