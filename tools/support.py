@@ -128,7 +128,7 @@ FEATURES = (
     Feature(
         "Exports and conversions read by transformers 4",
         ("transformers4/test_exports.py",),
-        shows="logits of transformers 4.57, with every kind of rope",
+        shows="logits of transformers 4.57, with the ropes default, linear and llama3",
     ),
     Feature("A run, killed and resumed", ("end_to_end/test_resume.py",)),
     Feature("float64 (nemo-disco verify)", ("end_to_end/test_verify_run.py",)),

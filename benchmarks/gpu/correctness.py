@@ -144,7 +144,7 @@ def _gradient_error(actual: Gradients, expected: Gradients) -> float:
 
 
 def _activation_error() -> float:
-    """Relative error of the compiled SwiGLU against plain code; 0 on a CPU, where it is not compiled."""
+    """Relative error of the compiled activation against plain code; 0 on a CPU, where it is not compiled."""
     x = torch.randn(64, 1, 256, device=DEVICE, dtype=torch.bfloat16)
     plain = modules.gated.__wrapped__  # type: ignore[attr-defined]
     return relative_error(modules.gated(x, F.silu), plain(x, F.silu))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_disco.algorithms.agreement import Agreement, describe_token
 from nemo_disco.algorithms.mismatch import noise_warning, worst_tokens
+from nemo_disco.algorithms.network_check import compare_with_transformers
 from nemo_disco.algorithms.objectives import Objective
 from nemo_disco.algorithms.step import PROVIDED, OldValues, accumulate_gradient, noise_floor
 from nemo_disco.config.schema import VerifyConfig
@@ -39,9 +40,11 @@ def verify_mini_batch(
     verify.save_gradients.
 
     sample: makes the rollouts of the mini-batch, a collective. seed: of the perturbation.
-    Returns the lines to print, the same on every rank. Raises UserError if engine and trainer disagree. A collective.
+    Returns the lines to print, the same on every rank. Raises UserError if engine and trainer disagree, or the network
+    and transformers' (verify.reference). A collective.
     """
     rollouts = _read_or_sample(config.rollouts, policy, objective, sample)
+    network = compare_with_transformers(policy, rollouts) if config.reference else None
     old = OldValues.compute(policy, objective, rollouts, reference=None)
     old_log_probs = old.log_probs
     difference = agreement.require_agreement(rollouts, old_log_probs)
@@ -60,6 +63,7 @@ def verify_mini_batch(
     lines = [
         f"responses           {len(rollouts)} to {len(set(rollouts.question_ids.tolist()))} questions, "
         f"{int(rollouts.response_lengths.sum())} response tokens",
+        *([f"transformers        {network}"] if network else []),
         f"reward/mean         {float(rollouts.rewards.mean()):.4f}",
         *_mismatch_lines(agreement.tokenizer, rollouts, old_log_probs, difference),
         f"noise floor         {noise:.3e}  (KL_hat at theta = theta_old)",

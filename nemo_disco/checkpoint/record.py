@@ -15,6 +15,7 @@ import torch
 
 import nemo_disco
 from nemo_disco.checkpoint import files
+from nemo_disco.models.rope import has_long_angles
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 
@@ -46,7 +47,9 @@ def identity(policy: Policy, step: int) -> dict[str, Any]:
 
 
 def _model(policy: Policy) -> dict[str, Any]:
-    return cast(dict[str, Any], json.loads(json.dumps(policy.shape.identity(policy.hf_config))))  # as after reading
+    model = policy.shape.identity(policy.hf_config)
+    model["long angles of longrope"] = has_long_angles(policy.hf_config, policy.longest) or None
+    return cast(dict[str, Any], json.loads(json.dumps(model)))  # as after reading
 
 
 def _dtype(policy: Policy) -> str:

@@ -191,6 +191,7 @@ class VerifyConfig(Section):
     dtype: Literal["float32", "float64", "bfloat16"] | None  # null is trainer.precision
     rollouts: PathText | None  # read if the file exists, else written
     save_gradients: PathText | None  # safetensors file for one mini-batch's gradient, by Hugging Face names
+    reference: Literal["transformers"] | None  # compare the network with transformers', module by module
     perturb: NonNegativeFloat  # scale of the seeded noise on theta after the old log-probs
     max_mismatch: PositiveFloat  # limit of the mean exp|trainer - engine| of the sampled tokens' log-probs
     max_kl: PositiveFloat | None  # limit of their KL (k3), nats per token; null: by precision (agreement.py)

@@ -213,8 +213,7 @@ def _saved_by_layer(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool
     # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
     swiglu = itemsize * (3 if cuda else 4) * shape.ffn
     split = (attention + _head_norms(shape, layout, itemsize, cuda) + swiglu) // tensor
-    rope = itemsize * 4 * shape.head_dim  # sine and cosine, for queries and for keys
-    return 2 * _norm(shape, layout, itemsize, cuda) + split + rope
+    return 2 * _norm(shape, layout, itemsize, cuda) + split
 
 
 def _head_norms(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool) -> int:

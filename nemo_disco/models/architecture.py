@@ -135,6 +135,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 _ATTENTION_BIAS = {"attention_bias": ("qkv_bias", "projection_bias")}
+_WINDOW = {"sliding_window": 4096}
 _QWEN: dict[str, Any] = {"null_head_dim": False, "window": "switch"}
 ARCHITECTURES = {
     a.model_type: a
@@ -149,11 +150,16 @@ ARCHITECTURES = {
             "mistral",
             "Mistral",
             {"default": "MistralConfig7B"},  # NeMo has no Mistral without a size
-            absent={"num_key_value_heads": 8, "sliding_window": 4096},
+            absent={"num_key_value_heads": 8, **_WINDOW},
             window="always",
         ),
         Architecture(
-            "qwen2", "Qwen2", {"default": "Qwen2Config"}, qkv_bias=True, absent={"num_key_value_heads": 32}, **_QWEN
+            "qwen2",
+            "Qwen2",
+            {"default": "Qwen2Config"},
+            qkv_bias=True,
+            absent={"num_key_value_heads": 32, **_WINDOW},
+            **_QWEN,
         ),
         Architecture(
             "qwen3",
@@ -161,7 +167,7 @@ ARCHITECTURES = {
             {"default": "Qwen3Config"},
             qk_norm=True,
             switches=_ATTENTION_BIAS,
-            absent={"num_key_value_heads": 32, "head_dim": 128},
+            absent={"num_key_value_heads": 32, "head_dim": 128, **_WINDOW},
             **_QWEN,
         ),
         Architecture(
@@ -171,6 +177,7 @@ ARCHITECTURES = {
             switches={**_ATTENTION_BIAS, "mlp_bias": ("mlp_bias",)},
             absent={"num_key_value_heads": 4, "tie_word_embeddings": True},
             rope_theta=2000000.0,
+            null_head_dim=False,
             window="switch",
             ropeless_layers=True,
         ),

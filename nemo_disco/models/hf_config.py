@@ -181,6 +181,9 @@ def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
         raise UserError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     if config.get("head_dim") is None and hidden % heads:
         raise UserError(f"num_attention_heads={heads} does not divide hidden_size={hidden}, and there is no head_dim")
+    head_dim = config.get("head_dim") or hidden // heads
+    if head_dim % 2:
+        raise UserError(f"a head has {head_dim} numbers, and rope rotates pairs of them")
     if not _is_number(config["rms_norm_eps"]) or config["rms_norm_eps"] <= 0:
         raise UserError(f"rms_norm_eps={_text(config['rms_norm_eps'])} is not a number above 0")
     if not isinstance(config["tie_word_embeddings"], bool):

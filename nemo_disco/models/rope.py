@@ -23,6 +23,7 @@ SCALINGS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
+_LARGEST = 1e30  # of any parameter
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 }
@@ -53,6 +54,9 @@ def read_rope(config: dict[str, Any], default_theta: float) -> Rope:
     """
     theta = config.get("rope_theta")
     fields = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
+    spelled = [config, *(value for value in fields.values() if isinstance(value, dict))]
+    if any("rope_theta" in value and value["rope_theta"] is None for value in spelled):
+        raise UserError("rope_theta=null is not a number above 0; give one, or remove the field")
     ropes = {name: _read(name, value, theta, default_theta) for name, value in fields.items()}
     if len(ropes) == 2 and ropes["rope_parameters"] != ropes["rope_scaling"]:
         raise UserError(
@@ -64,11 +68,17 @@ def read_rope(config: dict[str, Any], default_theta: float) -> Rope:
 
 @dataclass(frozen=True)
 class Angles:
-    """The angles by which rope rotates: inv_freq [r / 2] a position, a float32 tensor, for the first r numbers of a
-    head. factor: of the rotated queries and keys."""
+    """The angles by which rope rotates: inv_freq [head_dim / 2] a position, a float32 tensor. factor: of the rotated
+    queries and keys."""
 
     inv_freq: Any
     factor: float = 1.0
+
+
+def has_long_angles(hf_config: Any, longest: int) -> bool:
+    """Whether the angles are longrope's for sequences longer than original_max_position_embeddings."""
+    rope = hf_config.rope_parameters
+    return bool(rope["rope_type"] == "longrope" and longest > rope["original_max_position_embeddings"])
 
 
 def read_angles(hf_config: Any, longest: int = 0) -> Angles:
@@ -87,7 +97,10 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
     """The rope of one field. theta: the rope_theta beside it, if any. Raises UserError."""
     if not isinstance(value, dict):
         raise UserError(f"{name}={value!r} is not an object with a rope_type")
-    kinds = {value[key] for key in ("rope_type", "type") if isinstance(value.get(key), str)}
+    named = [value[key] for key in ("rope_type", "type") if key in value]
+    if wrong := [kind for kind in named if not isinstance(kind, str)]:
+        raise UserError(f"{name}: rope_type {wrong[0]!r} is not a text")
+    kinds = set(named)
     if len(kinds) > 1:
         raise UserError(f"{name}: rope_type={value['rope_type']!r} and type={value['type']!r} contradict")
     kind = kinds.pop() if kinds else "default"
@@ -105,9 +118,13 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
     if inner is not None and theta is not None and inner != theta:
         raise UserError(f"{name}: rope_theta={inner!r} there and {theta!r} beside it contradict")
     base = inner if inner is not None else theta if theta is not None else default_theta
+    if value.get("truncate", True) is None:
+        raise UserError(f"{name}: truncate=None is neither true nor false")
     keys = [*SCALINGS[kind], *(key for key in optional if value.get(key) is not None)]
     scaling = {key: _read_parameter(f"{name}: {key}", key, value.get(key)) for key in keys}
-    return Rope(kind, _positive("rope_theta", base), scaling)
+    if _positive("rope_theta", base) == 1 or scaling.get("original_max_position_embeddings") == 1:
+        raise UserError(f"{name}: rope_theta={base!r} and original_max_position_embeddings must be above 1")
+    return Rope(kind, base, scaling)
 
 
 def _read_parameter(name: str, key: str, value: Any) -> Any:
@@ -135,6 +152,6 @@ def _explain_attn_factor(name: str, value: dict[str, Any]) -> str:
 
 def _positive(name: str, value: Any) -> float:
     """The value, which must be a number above 0. Raises UserError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
         raise UserError(f"{name}={value!r} is not a number above 0")
     return value

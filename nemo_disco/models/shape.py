@@ -134,11 +134,22 @@ class ModelShape:
         return tuple(getattr(self, size) for size in sizes)
 
     def identity(self, hf_config: Any) -> dict[str, Any]:
-        """The model in a checkpoint's record, as plain JSON. hf_config: transformers' config."""
+        """The model in a checkpoint's record, as plain JSON. hf_config: transformers' config.
+
+        What a record of an earlier version does not have is None for the networks that it could be of.
+        """
         kind = ("model_type", "vocab_size", "tie_word_embeddings", "rope_parameters")
-        window = {} if self.window is None else {"window": self.window, "windowed": list(self.windowed)}
-        ropeless = {"ropeless": list(self.ropeless)} if self.ropeless else {}
-        return {name: getattr(hf_config, name) for name in kind} | self.megatron_sizes() | window | ropeless
+        activation = self.architecture.activation
+        return (
+            {name: getattr(hf_config, name) for name in kind}
+            | self.megatron_sizes()
+            | {
+                "window": self.window,
+                "windowed": list(self.windowed) or None,
+                "ropeless": list(self.ropeless) or None,
+                "activation": None if activation == "silu" else activation,
+            }
+        )
 
     # --- numbers of parameters ---
 

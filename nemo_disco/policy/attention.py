@@ -63,8 +63,7 @@ class Bucket:
 class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """The sequences of one micro-batch, back to back, shortest first (padding last), so that neighbours share a bucket.
 
-    The format stays "sbhd" with a batch of one: megatron then applies rope to the micro-batch as a whole (the model
-    passes each token's own angle) instead of slicing it sequence by sequence.
+    The format stays "sbhd" with a batch of one: rope is applied to the whole micro-batch, by each token's position.
 
     cu_seqlens_q, cu_seqlens_kv [pieces + 1] int32, max_seqlen_q, max_seqlen_kv: offsets and longest length of the
     pieces (without context parallelism: the sequences), in the form of the flash kernels' arguments.

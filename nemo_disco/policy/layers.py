@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -55,13 +54,7 @@ def layer_spec(
     layer.module, layer.submodules.self_attention.module = PolicyLayer, PolicyAttention
     attention.linear_proj = with_bias(attention.linear_proj, architecture.projection_bias)
     mlp.linear_fc1, mlp.linear_fc2 = (with_bias(x, architecture.mlp_bias) for x in (mlp.linear_fc1, mlp.linear_fc2))
-    if config.bias_activation_fusion:
-        if config.activation_func is not F.silu:
-            raise UserError(
-                "model.bias_activation_fusion=true: megatron-core's fused activation is SwiGLU, and this model's "
-                f"hidden_act is {architecture.activation}; set it to false"
-            )
-    else:
+    if not config.bias_activation_fusion:
         # Despite its name, this is how megatron's MLP takes any module as its activation.
         config.use_te_activation_func = True
         mlp.activation_func = GatedActivation
@@ -104,7 +97,7 @@ def _transformer_engine_layer(config: Any) -> tuple[ModuleSpec, type]:
 def _transformer_engine_attention() -> type:
     """Transformer Engine's attention on packed sequences ("thd"), with context parallelism.
 
-    Inputs and output stay [S, 1, ...]: megatron applies rope to the micro-batch as a whole, by each token's position.
+    Inputs and output stay [S, 1, ...]; queries and keys arrive with rope applied.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

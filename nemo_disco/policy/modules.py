@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -61,13 +62,10 @@ class PolicyAttention(SelfAttention):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, rotation: Tensor, sequences: PackedSeqParams) -> Output:
         """The output [S, 1, h], and a bias. rotation: of Rope.at."""
-        qkv, queries = self._by_group(self.linear_qkv(hidden_states)[0])
-        if self.q_layernorm is None:
-            query, key = torch.split(self.rope(qkv[..., : queries + 1, :], rotation), [queries, 1], dim=3)
-        else:
-            query, key, _ = torch.split(qkv, [queries, 1, 1], dim=3)
-            query, key = self.rope(self.q_layernorm(query), rotation), self.rope(self.k_layernorm(key), rotation)
-        query, key, value = query.flatten(2, 3), key.flatten(2, 3), qkv[..., -1, :]
+        query, key, value = self._split(self.linear_qkv(hidden_states)[0])
+        if not isinstance(self.q_layernorm, IdentityOp):
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key = self.rope(query, rotation).flatten(2, 3), self.rope(key, rotation).flatten(2, 3)
         if isinstance(sequences, CachedAttention):
             scale = self.config.softmax_scale or self.config.kv_channels**-0.5
             window = layer_window(self.config, self.layer_number)
@@ -81,12 +79,14 @@ class PolicyAttention(SelfAttention):  # type: ignore[misc]
         output: Output = self.linear_proj(context)
         return output
 
-    def _by_group(self, qkv: Tensor) -> tuple[Tensor, int]:
-        """qkv [S, 1, (heads + 2 groups) d] as [S, 1, groups, queries + 2, d], and the number of queries of a group,
-        which are followed by its key and its value, as in megatron's weight."""
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of qkv [S, 1, (heads + 2 groups) d]: queries [S, 1, groups, heads / groups, d], keys [S, 1, groups, 1,
+        d] and values [S, 1, groups, d]. A group's queries, key and value are side by side, as in megatron's weight."""
         groups = self.num_query_groups_per_partition
         queries = self.num_attention_heads_per_partition // groups
-        return qkv.view(*qkv.shape[:2], groups, queries + 2, self.hidden_size_per_attention_head), queries
+        by_group = qkv.view(*qkv.shape[:2], groups, queries + 2, self.hidden_size_per_attention_head)
+        query, key, value = torch.split(by_group, [queries, 1, 1], dim=3)
+        return query, key, value.squeeze(3)
 
 
 class PolicyMLP(MLP):  # type: ignore[misc]
@@ -144,7 +144,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
-    """megatron's linear layer whose columns are split; see ColumnLinear."""
+    """megatron's linear layer whose columns are split; see ColumnLinear. Its bias is the caller's to add."""
 
     def forward(self, x: Tensor) -> Output:
         """x [S, 1, this rank's columns] -> [S, 1, h]."""
@@ -154,9 +154,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         product = torch.matmul(x, self.weight.t())
         if self.tp_group.size() > 1:
             product = reduce_from_tensor_model_parallel_region(product, group=self.tp_group)
-        if self.bias is None or self.skip_bias_add:
-            return product, self.bias
-        return product.add_(self.bias), None
+        return product, self.bias
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_disco.config.schema import ModelConfig, OptimConfig
 from nemo_disco.models.shape import ModelShape
+from nemo_disco.runtime.errors import UserError
 
 # model.fp8 -> Transformer Engine's number format and megatron's name of the recipe.
 _FP8 = {"delayed": ("hybrid", "delayed"), "current": ("hybrid", "tensorwise"), "blockwise": ("e4m3", "blockwise")}
@@ -32,15 +33,22 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's description of the network, this run's parallelism and its kernels.
 
-    finalize: the function that reduces gradients after the last micro-batch.
+    finalize: the function that reduces gradients after the last micro-batch. Raises UserError for a fused activation
+    that megatron-core does not have.
     """
     full = config.activations_checkpoint_granularity == "full"
+    activation = shape.architecture.activation
+    if config.bias_activation_fusion and activation != "silu":
+        raise UserError(
+            "model.bias_activation_fusion=true: megatron-core's fused activation is SwiGLU, and this model's "
+            f"hidden_act is {activation}; set it to false"
+        )
     return TransformerConfig(
         **shape.megatron_sizes(),
         **shape.megatron_layers(),
         normalization=shape.architecture.norm,
         qk_layernorm=shape.architecture.qk_norm,
-        activation_func=_ACTIVATIONS[shape.architecture.activation],
+        activation_func=_ACTIVATIONS[activation],
         gated_linear_unit=True,
         add_bias_linear=False,
         hidden_dropout=0.0,  # the old and the new log-probs must differ by the weights alone
@@ -62,7 +70,7 @@ def transformer_config(
         calculate_per_token_loss=True,  # sums, never means: the loss carries its own denominators
         finalize_model_grads_func=finalize,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=False,  # there are no biases and no dropout
+        bias_dropout_fusion=False,  # PolicyLayer adds the residual
         apply_rope_fusion=config.apply_rope_fusion,
         bias_activation_fusion=config.bias_activation_fusion,
         # Adds a matrix product straight into main_grad; the kernel is apex's.

@@ -69,7 +69,7 @@ class Policy:
 
         Raises UserError for a missing or damaged model directory, or one that does not fit.
         """
-        self.config, self.temperature = config, temperature
+        self.config, self.temperature, self.longest = config, temperature, longest
         self.ranks, self.device = Ranks.here(), device()
         self._padding = Padding.for_layout(self.ranks, config.sequence_parallel, config.fp8_tokens)
         self.transformer_engine = uses_transformer_engine(config)
@@ -259,8 +259,8 @@ class Policy:
 
         Forward passes gather weights while they compute. Call this before the weights are read in any other way.
         """
-        for ddp in self.network if self.optimizer is not None else ():
-            for buckets in ddp.bucket_groups if ddp.use_forward_hook else ():
+        for ddp in self.network:
+            for buckets in ddp.bucket_groups if getattr(ddp, "use_forward_hook", False) else ():
                 buckets.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def has_finite_weights(self) -> bool:

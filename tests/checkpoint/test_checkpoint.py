@@ -194,6 +194,25 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints: Path, tmp_path: P
         checkpoint.load_latest(build(other), checkpoints)
 
 
+@pytest.mark.parametrize(
+    ("saved", "other", "complaint"),
+    [
+        ({"sliding_window": 7}, {"sliding_window": None}, "window is 7 there and None here"),
+        ({"hidden_act": "gelu"}, {"hidden_act": "silu"}, "activation is gelu there and None here"),
+    ],
+)
+def test_a_checkpoint_of_a_network_with_the_same_tensors_is_refused(
+    saved: dict[str, Any], other: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    written = save_model(tmp_path / "saved", "mistral", tied=True, **saved)
+    policy = build(written)
+    checkpoint.save(policy, tmp_path / "checkpoints", 1, {}, keep=1)
+    with pytest.raises(UserError, match=complaint):
+        checkpoint.load_latest(
+            build(save_model(tmp_path / "other", "mistral", tied=True, **other)), tmp_path / "checkpoints"
+        )
+
+
 def test_a_checkpoint_of_a_run_that_had_diverged_is_refused(model: Path, tmp_path: Path) -> None:
     policy = build(model)
     with torch.no_grad():

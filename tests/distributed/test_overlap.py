@@ -75,3 +75,17 @@ def test_two_processes(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -
 def test_four_processes(run_on_ranks: Callable[..., list[Any]], tmp_path: Path, dtype: torch.dtype) -> None:
     models = [str(save_model(tmp_path / str(tied), "qwen2", tied=tied)) for tied in (True, False)]
     run_on_ranks(4, compare, models, FOUR, dtype)
+
+
+def generate_one(model: str) -> list[list[int]]:
+    config = model_config(Path(model))
+    parallel.start(config)
+    policy = Policy(config, dtype=torch.float64, with_optimizer=False)
+    assert any(ddp.use_forward_hook for ddp in policy.network)
+    return [r.tokens.tolist() for r in MegatronEngine(policy, [1]).generate([[5, 6]], [1], SamplingParams(1.0, 8))]
+
+
+def test_a_rank_without_a_question_waits_for_no_weights(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """A policy without an optimizer, as in verify, has forward hooks that gather weights; one rank calls none."""
+    first, second = run_on_ranks(2, generate_one, str(save_model(tmp_path / "model", "qwen2", tied=True)))
+    assert first == second and len(first) == 1

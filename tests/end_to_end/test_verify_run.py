@@ -59,7 +59,8 @@ def test_every_layout_has_the_same_gradient(layout, one_process, commands, tmp_p
     directory, first = one_process
     ranks, overrides = LAYOUTS[layout]
     files = (f"verify.rollouts={directory}/rollouts", f"verify.save_gradients={tmp_path}/gradients")
-    result = commands("verify", *EXACT, *overrides, *files, ranks=ranks).ok()
+    result = commands("verify", *EXACT, *overrides, *files, "verify.reference=transformers", ranks=ranks).ok()
+    assert re.search(r"^transformers +\d+ modules agree; largest relative difference \d", result.out, re.MULTILINE)
     actual, expected = load_file(tmp_path / "gradients"), load_file(directory / "gradients")
     assert {g.dtype for g in actual.values()} == {torch.float64}
     whole, worst = relative_differences(actual, expected)

@@ -17,6 +17,7 @@ from nemo_disco.config.compose import compose
 from nemo_disco.estimate.plan import print_plan
 from nemo_disco.models.architecture import ARCHITECTURES
 from nemo_disco.models.hf_config import BUILT_VALUES, HARMLESS, READ_FIELDS, read_hf_config
+from nemo_disco.models.shape import read_shape
 from nemo_disco.runtime.errors import UserError
 
 LLAMA3 = REAL_CONFIGS["Llama-3.1-8B-Instruct"]["rope_scaling"]
@@ -28,7 +29,7 @@ LONG = {
     "long_factor": [2.0] * 32,
     "original_max_position_embeddings": 8192,
 }
-SMOLLM3 = REAL_CONFIGS["SmolLM3-3B"]
+QWEN3, SMOLLM3 = REAL_CONFIGS["Qwen3-0.6B"], REAL_CONFIGS["SmolLM3-3B"]
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -182,6 +183,13 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
         (QWEN2, {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "x": 1}}, "rope_scaling: x=1 is not built"),
         (QWEN2, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor=None is not a number"),
         (QWEN2, {"rope_theta": -1}, "rope_theta=-1 is not a number above 0"),
+        (QWEN2, {"rope_theta": None}, "rope_theta=null is not a number above 0"),
+        (QWEN2, {"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2.0}}, "rope_type None is not a text"),
+        (QWEN2, {"rope_scaling": YARN | {"truncate": None}}, "truncate=None is neither true nor false"),
+        (QWEN2, {"rope_scaling": YARN, "rope_theta": 1}, "rope_theta=1 .* must be above 1"),
+        (QWEN2, {"rope_scaling": YARN | {"factor": 10**400}}, "factor=10+ is not a number above 0"),
+        (QWEN3, {"head_dim": 5}, "a head has 5 numbers, and rope rotates pairs of them"),
+        (SMOLLM3, {"head_dim": None}, "head_dim=null is not a whole number"),
         (LLAMA, {"rope_parameters": LLAMA3 | {"factor": 4.0}}, "contradict"),
         (LLAMA, {"rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}, "contradict"),
         (LLAMA, {"rope_scaling": LLAMA3 | {"type": "linear"}}, "contradict"),
@@ -232,3 +240,25 @@ def test_the_plan_refuses_a_field_that_is_not_known_too(write_config: Callable[.
     config = compose("quickstart", [f"model.path={write_config(QWEN2 | {'logit_scale': 2.0})}"])
     with pytest.raises(UserError, match=r"logit_scale=2\.0: not a field that is known"):
         print_plan(config, 1, find_workload(config))
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B", "SmolLM3-3B", "Mistral-7B-Instruct-v0.3"])
+@pytest.mark.parametrize("window", ["left out", None, 100])
+def test_windows_and_layers_without_rope_are_transformers(
+    name: str, window: int | str | None, write_config: Callable[..., Path]
+) -> None:
+    from transformers import AutoConfig
+
+    config = REAL_CONFIGS[name] | {"use_sliding_window": True, "max_window_layers": 4, "sliding_window": window}
+    config.pop("layer_types", None)
+    if window == "left out":
+        config.pop("sliding_window")
+    expected, shape = AutoConfig.from_pretrained(write_config(config)), read_shape(write_config(config))
+    layers, all_full = expected.num_hidden_layers, ["full_attention"] * expected.num_hidden_layers
+    kinds = getattr(expected, "layer_types", None) or (
+        ["sliding_attention"] * layers if expected.sliding_window else all_full
+    )
+    assert (shape.windowed or (False,) * layers) == tuple(kind == "sliding_attention" for kind in kinds)
+    assert shape.window == (expected.sliding_window if kinds != all_full else None)
+    rotated = getattr(expected, "no_rope_layers", [1] * layers)
+    assert (shape.ropeless or (False,) * layers) == tuple(not on for on in rotated)
