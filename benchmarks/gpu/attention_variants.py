@@ -58,7 +58,8 @@ def make_inputs(shape: ModelShape, lengths: list[int]) -> tuple[Any, PackedSeque
         for n in heads
     ]
     grad = torch.randn(sum(lengths), 1, shape.query_width, generator=generator, device=DEVICE).bfloat16()
-    core = PackedCausalAttention(SimpleNamespace(kv_channels=shape.head_dim), pg_collection=SimpleNamespace(cp=None))
+    config = SimpleNamespace(kv_channels=shape.head_dim, window_size=None, window_attn_skip_freq=None)
+    core = PackedCausalAttention(config, layer_number=1, pg_collection=SimpleNamespace(cp=None))
     return core, _on_device(PackedSequences.from_lengths(lengths)), qkv, grad
 
 

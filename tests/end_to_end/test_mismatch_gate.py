@@ -67,17 +67,18 @@ def test_a_separate_engine_that_disagrees_is_refused_before_anything_is_trained_
 FAULTY = """
 from typing import ClassVar
 from nemo_disco.algorithms.objectives.disco import DisCO
-from nemo_disco.generation.megatron import decoder
+from nemo_disco.generation.megatron.cache import DecodingStep
 
 class Faulty(DisCO):
     name: ClassVar[str] = "faulty"
 
-decoder._rotate = lambda x, rope: x
+attend = DecodingStep.attend
+DecodingStep.attend = lambda *args, scale, **options: attend(*args, scale=2 * scale, **options)
 """
 
 
 def test_a_fault_of_the_embedded_engine_stops_the_first_step_of_training(commands, tmp_path):
-    """The module of the objective removes rope from the decoder."""
+    """The module of the objective doubles the scale of attention over the cache."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     environment = {"PYTHONPATH": str(tmp_path)}
     settings = ("algorithm.name=faulty:Faulty", run_directory(tmp_path / "run"))

@@ -121,11 +121,11 @@ def test_transformers_4_and_5_read_the_same_tokenizer(tmp_path: Path) -> None:
         assert record["prompt"] == tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
 
 
-def test_yarn_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_unknown_rope_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = save_model(tmp_path / "model", "qwen2", tied=False)
     fields = json.loads((source / "config.json").read_text())
-    fields["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    fields["rope_parameters"] |= {"rope_type": "ntk"}
     (source / "config.json").write_text(json.dumps(fields))
     for writer in WRITERS:
-        with pytest.raises(UserError, match="rope_type 'yarn' is not built"):
+        with pytest.raises(UserError, match="rope_type 'ntk' is not built"):
             write(source, tmp_path / "out", writer)
