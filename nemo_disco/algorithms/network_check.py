@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_disco.data.rollouts import Rollouts
@@ -75,12 +74,8 @@ def _keep(outputs: Outputs, name: str) -> Callable[[Any, Any, Any], None]:
 
 def _policy_outputs(policy: Policy, tokens: Tensor) -> Outputs:
     """The outputs of the policy's modules, of all pipeline stages. A collective."""
-    groups = (
-        parallel_state.get_tensor_model_parallel_group(),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
     policy.gather_weights()
-    decoder = Decoder(policy.model.chunks, policy.ranks, *groups)
+    decoder = Decoder(policy)
     outputs: Outputs = {}
     modules: dict[str, Any] = {}
     for chunk in policy.model.chunks:
@@ -101,7 +96,7 @@ def _policy_outputs(policy: Policy, tokens: Tensor) -> Outputs:
             hook.remove()
     if logits is not None:
         outputs[_module(OUTPUT.parts[0])] = logits.cpu()
-    stages = on_every_rank(lambda: outputs, groups[1])
+    stages = on_every_rank(lambda: outputs, decoder.pipeline_group)
     return {name: value for stage in stages for name, value in stage.items()}
 
 

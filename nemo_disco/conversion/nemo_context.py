@@ -50,7 +50,7 @@ def write_context(directory: Path, config: Mapping[str, Any]) -> None:
     if shape.window is not None:
         raise UserError(f"config.json: sliding_window={shape.window} is not written for NeMo 2.0")
     if shape.architecture != ARCHITECTURES[config["model_type"]]:
-        chosen = ", ".join(f"{name}={config[name]}" for name in _CHOICES if name in config)
+        chosen = ", ".join(f"{key}={config[key]}" for key in _CHOICES if key in config)
         raise UserError(f"config.json: {chosen}: not written for NeMo 2.0, whose {name} is another network")
     sizes = shape.megatron_sizes() | {
         "window_size": None,  # its Mistral has a window if nothing is said

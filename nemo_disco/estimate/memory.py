@@ -187,8 +187,8 @@ def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
     layers = shape.layers // layout.pipeline
     # One stage: embedding and output layer, which may be one. Several: either end has one of the two, or its copy.
     embeddings = shape.embedding_parameters * (2 if layout.pipeline == 1 and not shape.tied else 1)
-    norms = shape.whole_parameters
-    return (layers * (shape.layer_parameters - norms) + embeddings) // layout.tensor + layers * norms + shape.hidden
+    whole = shape.whole_parameters
+    return (layers * (shape.layer_parameters - whole) + embeddings) // layout.tensor + layers * whole + shape.hidden
 
 
 def _in_flight(work: Workload, layout: Layout, stage: int) -> float:

@@ -181,13 +181,18 @@ def _check_sizes(config: dict[str, Any], architecture: Architecture) -> None:
         raise UserError(f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     if config.get("head_dim") is None and hidden % heads:
         raise UserError(f"num_attention_heads={heads} does not divide hidden_size={hidden}, and there is no head_dim")
-    head_dim = config.get("head_dim") or hidden // heads
-    if head_dim % 2:
-        raise UserError(f"a head has {head_dim} numbers, and rope rotates pairs of them")
+    if head_dim(config) % 2:
+        raise UserError(f"a head has {head_dim(config)} numbers, and rope rotates pairs of them")
     if not _is_number(config["rms_norm_eps"]) or config["rms_norm_eps"] <= 0:
         raise UserError(f"rms_norm_eps={_text(config['rms_norm_eps'])} is not a number above 0")
     if not isinstance(config["tie_word_embeddings"], bool):
         raise UserError(f"tie_word_embeddings={_text(config['tie_word_embeddings'])} is neither true nor false")
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Numbers of a head, by the config, as read_hf_config returns it."""
+    size: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return size
 
 
 def _check_attention(config: dict[str, Any], architecture: Architecture) -> None:
@@ -272,7 +277,7 @@ def ropeless_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
 def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The fields whose names differ between transformers 4 and 5, under both names."""
     rope = read_rope(config, architecture.rope_theta)
-    pairs = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+    pairs = head_dim(config) // 2
     for name in ("short_factor", "long_factor"):
         if name in rope.scaling and len(rope.scaling[name]) != pairs:
             raise UserError(

@@ -23,10 +23,10 @@ SCALINGS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
-_LARGEST = 1e30  # of any parameter
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 }
+_LARGEST = 1e30  # of any parameter
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,8 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
     if inner is not None and theta is not None and inner != theta:
         raise UserError(f"{name}: rope_theta={inner!r} there and {theta!r} beside it contradict")
     base = inner if inner is not None else theta if theta is not None else default_theta
-    if value.get("truncate", True) is None:
-        raise UserError(f"{name}: truncate=None is neither true nor false")
-    keys = [*SCALINGS[kind], *(key for key in optional if value.get(key) is not None)]
+    # To transformers null is as good as left out, but for `truncate`.
+    keys = [*SCALINGS[kind], *(k for k in optional if k in value and (value[k] is not None or k == "truncate"))]
     scaling = {key: _read_parameter(f"{name}: {key}", key, value.get(key)) for key in keys}
     if _positive("rope_theta", base) == 1 or scaling.get("original_max_position_embeddings") == 1:
         raise UserError(f"{name}: rope_theta={base!r} and original_max_position_embeddings must be above 1")

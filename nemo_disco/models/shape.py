@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_disco.models.architecture import ARCHITECTURES, EMBEDDING, FINAL_NORM, OUTPUT, Architecture, Sizes, Weight
 from nemo_disco.models.directory import explain
-from nemo_disco.models.hf_config import read_hf_config, ropeless_layers, windowed_layers
+from nemo_disco.models.hf_config import head_dim, read_hf_config, ropeless_layers, windowed_layers
 
 Shape = tuple[int, ...]
 
@@ -111,7 +111,7 @@ class ModelShape:
         }
 
     def megatron_layers(self) -> dict[str, Any]:
-        """What layers differ in, by the names of megatron-core's TransformerConfig."""
+        """The properties that differ between layers, by the names of megatron-core's TransformerConfig."""
         ropeless = [int(without) for without in self.ropeless] or None
         if self.window is None:
             return {"window_size": None, "no_rope_freq": ropeless}
@@ -229,16 +229,15 @@ def read_shape(path: str | Path) -> ModelShape:
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape of the model that has this config, as read_hf_config returns it."""
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
     architecture = ARCHITECTURES[config["model_type"]]
     windowed, ropeless = windowed_layers(config), ropeless_layers(config)
     return ModelShape(
         layers=config["num_hidden_layers"],
-        hidden=hidden,
+        hidden=config["hidden_size"],
         ffn=config["intermediate_size"],
-        heads=heads,
+        heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or hidden // heads,
+        head_dim=head_dim(config),
         vocab=config["vocab_size"],
         tied=config["tie_word_embeddings"],
         architecture=architecture.chosen(config),

@@ -28,7 +28,7 @@ from nemo_disco.policy.compiled import compiled
 Output = tuple[Tensor, Tensor | None]  # a linear layer's output, and its bias if that is still to be added
 
 
-class CachedAttention(PackedSeqParams, ABC):  # type: ignore[misc]
+class CachedAttention(ABC):
     """Attention of a decoding step: passed through the network in place of a packed micro-batch's sequences."""
 
     @abstractmethod
@@ -60,22 +60,24 @@ class PolicyAttention(SelfAttention):  # type: ignore[misc]
 
     rope: Callable[[Tensor, Tensor], Tensor]  # the model's Rope, or no_rope; set by PolicyModel
 
-    def forward(self, hidden_states: Tensor, rotation: Tensor, sequences: PackedSeqParams) -> Output:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = self.config.softmax_scale or self.config.kv_channels**-0.5
+        self.window = layer_window(self.config, self.layer_number)
+
+    def forward(self, hidden_states: Tensor, rotation: Tensor, sequences: PackedSeqParams | CachedAttention) -> Output:
         """The output [S, 1, h], and a bias. rotation: of Rope.at."""
         query, key, value = self._split(self.linear_qkv(hidden_states)[0])
         if not isinstance(self.q_layernorm, IdentityOp):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         query, key = self.rope(query, rotation).flatten(2, 3), self.rope(key, rotation).flatten(2, 3)
         if isinstance(sequences, CachedAttention):
-            scale = self.config.softmax_scale or self.config.kv_channels**-0.5
-            window = layer_window(self.config, self.layer_number)
-            context = sequences.attend(self.layer_number, query, key, value, scale=scale, window=window)
-        elif self.checkpoint_core_attention and self.training:
-            options = {"attn_mask_type": self.attn_mask_type, "packed_seq_params": sequences}
-            context = self._checkpointed_attention_forward(query, key, value, None, **options)
+            context = sequences.attend(self.layer_number, query, key, value, scale=self.scale, window=self.window)
         else:
+            recomputed = self.checkpoint_core_attention and self.training
+            attend = self._checkpointed_attention_forward if recomputed else self.core_attention
             options = {"attn_mask_type": self.attn_mask_type, "attention_bias": None, "packed_seq_params": sequences}
-            context = self.core_attention(query, key, value, None, **options)
+            context = attend(query, key, value, None, **options)
         output: Output = self.linear_proj(context)
         return output
 

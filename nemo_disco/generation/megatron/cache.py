@@ -54,11 +54,11 @@ class DecodingStep(CachedAttention):
     cache, and no shape depends on start.
     """
 
-    qkv_format: str = "sbhd"
-    cache: Cache = field(kw_only=True)
-    rows: int = field(kw_only=True)
-    start: int | Tensor = field(kw_only=True)
-    mask: Tensor | None = field(kw_only=True)
+    cache: Cache
+    rows: int
+    start: int | Tensor
+    mask: Tensor | None
+    _windowed: dict[int, Tensor] = field(default_factory=dict)  # masks by window, the same in all layers that have it
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
@@ -94,14 +94,19 @@ class DecodingStep(CachedAttention):
         mask, width = self.mask, keys.shape[2]
         if window is None or window >= width:
             return keys, values, mask
-        if isinstance(self.start, Tensor):  # mask is not None
-            assert mask is not None
-            behind = torch.arange(width, device=keys.device) <= self.start - window
-            return keys, values, mask.masked_fill(behind, float("-inf"))
-        if tokens == 1:
+        if tokens == 1 and not isinstance(self.start, Tensor):
             first = width - window
             return keys[:, :, first:], values[:, :, first:], None if mask is None else mask[..., first:]
-        hidden = ~causal_mask(tokens, width, window, keys.device)
+        if window not in self._windowed:
+            self._windowed[window] = self._window_mask(window, tokens, keys)
+        return keys, values, self._windowed[window]
+
+    def _window_mask(self, window: int, tokens: int, keys: Tensor) -> Tensor:
+        """The mask of `tokens` queries, in which what lies before their windows is hidden too."""
+        width, mask = keys.shape[2], self.mask
+        if isinstance(self.start, Tensor):
+            hidden = torch.arange(width, device=keys.device) <= self.start - window
+        else:
+            hidden = ~causal_mask(tokens, width, window, keys.device)
         mask = torch.zeros(tokens, width, dtype=keys.dtype, device=keys.device) if mask is None else mask
-        # A row of padding alone would have no finite place: each token attends to itself.
-        return keys, values, mask.masked_fill(hidden, float("-inf"))
+        return mask.masked_fill(hidden, float("-inf"))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_disco.generation.megatron.cache import Cache, DecodingStep
 from nemo_disco.policy.model import PolicyModel
 from nemo_disco.policy.modules import PolicyAttention, PolicyLayer, sequence_parallel_off
-from nemo_disco.policy.parallel import Ranks
+from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 
 # Without cuDNN, which SDPA prefers on Hopper: it builds a plan (tens of milliseconds) for each new number of keys, and
@@ -30,15 +30,15 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 class Decoder:
     """Forward pass of the layers of this rank, in the order in which the whole model runs them."""
 
-    def __init__(self, chunks: Sequence[PolicyModel], ranks: Ranks, tensor_group: Any, pipeline_group: Any) -> None:
+    def __init__(self, policy: Policy) -> None:
         """Raises UserError for a network with attention that the cache does not compute."""
-        _check(chunks)
-        self.chunks, self.ranks = chunks, ranks
-        self.tensor_group = tensor_group if tensor_group.size() > 1 else None
-        self.pipeline_group = pipeline_group
-        config = chunks[0].config
+        _check(policy.model.chunks)
+        self.chunks, self.ranks = policy.model.chunks, policy.ranks
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        config = self.chunks[0].config
         self.head_size = config.kv_channels
-        self.groups = config.num_query_groups // ranks.tensor_size
+        self.groups = config.num_query_groups // self.ranks.tensor_size
         self.hidden = config.hidden_size
         self.dtype: torch.dtype = config.params_dtype
 
@@ -74,7 +74,7 @@ class Decoder:
 
     def _logits(self, chunk: PolicyModel, x: Tensor) -> Tensor:
         logits = F.linear(chunk.decoder.final_layernorm(x), chunk.output_weight())
-        if self.tensor_group is not None:
+        if self.ranks.tensor_size > 1:
             shards = [torch.empty_like(logits) for _ in range(self.ranks.tensor_size)]
             dist.all_gather(shards, logits.contiguous(), group=self.tensor_group)
             logits = torch.cat(shards, dim=-1)

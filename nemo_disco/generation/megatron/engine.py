@@ -38,12 +38,7 @@ class MegatronEngine:
         self.policy = policy
         self.stop = torch.tensor(sorted(set(stop_token_ids)), device=policy.device)
         self.version = 0
-        self.decoder = Decoder(
-            policy.model.chunks,
-            policy.ranks,
-            parallel_state.get_tensor_model_parallel_group(),
-            parallel_state.get_pipeline_model_parallel_group(),
-        )
+        self.decoder = Decoder(policy)
         self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         ranks = policy.ranks
         self._delivers = ranks.tensor == 0 and ranks.pipeline == ranks.pipeline_size - 1
