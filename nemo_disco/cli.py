@@ -31,7 +31,8 @@ group (algorithm=grpo), --config-name recipe/NAME starts from a recipe of the pa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for bad input (one line on stderr), 130 for an interrupt."""
+    """Run one command. Returns the exit code: 0, 2 for bad input and 3 for a run that diverged (one
+    line on stderr), 130 for an interrupt."""
     launch.die_with_launcher()
     streams.guard()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _print_error(error: UserError) -> int:
     if not launch.report(error):
         print(f"error: {error}", file=sys.stderr)
-    return 2
+    return error.exit_code
 
 
 def _dispatch(arguments: list[str]) -> Any:

@@ -81,15 +81,20 @@ def report_families(values: Mapping[Key, Shares], families: Sequence[Family[Key]
 
 Differences of avg@16 on the test questions, paired by start and question, with 95% bootstrap intervals over both. A
 hypothesis says that the difference is above 0: it holds if the whole interval is, "the opposite" if it is below 0.
-Of {len(decided)} comparisons {decided.count("holds")} hold, for {decided.count("the opposite")} the opposite does, and
-the others are not decided. The intervals are not corrected for their number. p, which decides nothing, is of the exact
-sign-flip test over starts.
+{_count(decided)}
+The intervals are not corrected for their number. p, which decides nothing, is of the exact sign-flip test over starts.
 """
     ]
     for family, table in zip(families, tables, strict=True):
         title = f"### {family.hypothesis}" if family.hypothesis else "## Other comparisons\n\nDescribed, not decided."
         parts.append(f"{title}\n\n{_tabulate(table, decisions=bool(family.hypothesis))}")
     return "\n".join(parts)
+
+
+def _count(decisions: Sequence[str]) -> str:
+    """A sentence with the number of comparisons of each verdict."""
+    counts = [f'{decisions.count(verdict)} say "{verdict}"' for verdict in dict.fromkeys(decisions)]
+    return f"Of {len(decisions)} comparisons {', '.join(counts)}."
 
 
 def _tabulate(comparisons: Sequence[Comparison], *, decisions: bool) -> str:

@@ -113,16 +113,19 @@ def _list_variants(methods: Mapping[str, Any], section: Mapping[str, Any]) -> li
     ]
 
 
-def choose_candidate(method: str, records: Sequence[Record], count: int) -> Candidate | None:
+def choose_candidate(method: str, records: Sequence[Record], candidates: Sequence[Candidate]) -> Candidate | None:
     """The candidate of a method's tuning runs with the highest Pass@1; of equals, the smaller learning rate and beta.
 
-    None until all `count` tuning runs of the method are among the records.
+    None until the tuning runs of all candidates are among the records. Other candidates' runs do not count.
     """
-    tuning = [r for r in records if r["part"] == TUNING and r["method"] == method]
-    if len(tuning) < count:
+    runs = {
+        Candidate(float(r["learning_rate"]), r.get("beta")): pass_at_1(r)
+        for r in records
+        if r["part"] == TUNING and r["method"] == method
+    }
+    if not runs.keys() >= set(candidates):
         return None
-    best = max(tuning, key=lambda r: (pass_at_1(r), -r["learning_rate"], -(r.get("beta") or 0.0)))
-    return Candidate(float(best["learning_rate"]), best.get("beta"))
+    return max(candidates, key=lambda c: (runs[c], -c.learning_rate, -(c.beta or 0.0)))
 
 
 def pass_at_1(record: Record) -> float:

@@ -23,16 +23,23 @@ from .tables import WITHOUT_PENALTY, format_difference, format_estimate, format_
 
 LAST = 10  # steps at the end of training, over which figures are averaged
 
+FEW = 6  # starts, below which a bootstrap over them is much too narrow: no sign-flip test of them is below .05
+
 LIMITS = """## What this does not say
 
 - **Nothing about models of billions of parameters**, nor about the papers' figures. The policy has 0.1M parameters, the
-  task is sums of a few one-digit numbers, and a mini-batch has about 2,000 tokens.
+  task is sums of a few one-digit numbers, and a mini-batch has a few thousand tokens.
 - **Nothing about other settings**: one delta, one estimator, four updates a step, groups of 8, and few candidates in
   the tuning, at one start. A method that needs another rate or beta than these is undersold.
-- A method without a constraint has more rates to choose from and no beta, so that all methods have as many tuning runs;
-  the candidates themselves cannot be the same.
 - All starts are asked the same training and test questions; they differ by random weights and by the supervised data.
 - Intervals over so few starts are somewhat narrow. "Not decided" is not "equal".
+"""
+UNEQUAL = """- A method without a constraint has more rates to choose from and no beta, so that all methods have as many
+  tuning runs; the candidates themselves cannot be the same.
+"""
+INHERITED = """- The length methods were not tuned: they take the rate of GRPO or of DisCO.
+- Four settings had been seen on the test questions, at another start, when the number of steps and ALP's strengths were
+  chosen (hypotheses.md).
 """
 
 
@@ -47,7 +54,8 @@ def write_report(grid: grids.Grid, out: Path) -> Path:
     if grids.LENGTH in grid:
         sections.append(_report_lengths(runs))
     path = out / "report.md"
-    path.write_text("\n".join([*sections, LIMITS]))
+    limits = LIMITS + ("comparisons" in grid) * UNEQUAL + (grids.LENGTH in grid) * INHERITED
+    path.write_text("\n".join([*sections, limits]))
     return path
 
 
@@ -63,12 +71,14 @@ def _report_overview(runs: FinishedRuns) -> str:
     missing = planned - {grids.name_record(r) for r in runs.records}
     cut = "Nothing was cut."
     if missing:
-        cut = f"**{len(missing)} of the {len(planned)} planned runs are missing**; the tables have the complete starts."
+        cut = f"**{len(missing)} of the {len(planned)} planned runs are missing**: {_describe_cut(runs)}."
     seconds = [r["processor_seconds"] for r in runs.records if r["part"] != grids.BASE] or [0.0]
     commits = ", ".join(sorted({r["version"] for r in runs.records}))
     failed = [grids.name_record(r) for r in runs.records if "failed" in r]
-    failures = f"Training failed, and counts as accuracy 0: {', '.join(failed)}." if failed else "No training failed."
-    starts = ", ".join(f"{grids.pass_at_1(r):.1%}" for r in runs.select(grids.BASE, "warm_start"))
+    failures = (
+        f"The policy diverged, which counts as accuracy 0: {', '.join(failed)}." if failed else "No run diverged."
+    )
+    starts = ", ".join(f"{grids.pass_at_1(r):.1%} ({r['seed']})" for r in runs.select(grids.BASE, "warm_start"))
     return f"""# {runs.grid["title"]}
 
 The hypotheses, the measures and the sizes were fixed before the runs
@@ -76,15 +86,30 @@ The hypotheses, the measures and the sizes were fixed before the runs
 
 {len(runs.records)} runs with a median of {np.median(seconds):.0f} processor seconds, {sum(seconds) / 3600:.1f} hours
 together (commits of the code: {commits}). {cut} {failures}
-avg@16 of the starts, the one for tuning last: {starts}.
+avg@16 of the starts (in brackets their seeds, of which {runs.grid["tuning"]["seed"]} is for tuning alone): {starts}.
 """
+
+
+def _describe_cut(runs: FinishedRuns) -> str:
+    """How many starts of each part are complete, and which ones are left out of the tables although they have runs."""
+    finished, parts = {grids.name_record(r) for r in runs.records}, []
+    for part in (grids.TUNING, grids.MAIN, grids.LENGTH):
+        starts: dict[int, list[bool]] = {}
+        for run in grids.list_runs(runs.grid):
+            if run.part == part:
+                starts.setdefault(run.seed, []).append(run.name in finished)
+        if starts and not all(all(there) for there in starts.values()):
+            text = f"{part}: {sum(all(there) for there in starts.values())} of {len(starts)} starts are complete"
+            left = [f"{s} ({sum(t)} of {len(t)} runs)" for s, t in starts.items() if any(t) and not all(t)]
+            parts.append(text + (f", and left out is the start of seed {', '.join(left)}" if left else ""))
+    return "; ".join(parts)
 
 
 def _report_tuning(runs: FinishedRuns) -> str:
     rows = []
     for method, label in runs.method_labels().items():
         candidates = grids.list_method_candidates(runs.grid, method)
-        best = grids.choose_candidate(method, runs.records, len(candidates))
+        best = grids.choose_candidate(method, runs.records, candidates)
         scores = {
             Candidate(r["learning_rate"], r["beta"]): grids.pass_at_1(r) for r in runs.select(grids.TUNING, method)
         }
@@ -100,8 +125,7 @@ avg@16 on the development questions, at a start that is for this alone; the cand
 
 def _report_methods(runs: FinishedRuns) -> str:
     rows = []
-    for method, label in runs.method_labels().items():
-        records = runs.select(grids.MAIN, method)
+    for label, records in _records_by_label(runs).items():
         if not records:
             continue
         shares = _collect_shares(records)
@@ -110,19 +134,21 @@ def _report_methods(runs: FinishedRuns) -> str:
         rows.append(
             (
                 *(label, f"{records[0]['learning_rate']:g}", "" if beta is None else f"{beta:g}", str(len(records))),
-                *(format_estimate(estimate_mean(shares)), f"{estimate_mean(solved).value:.3f}"),
-                *(_format_end(records, name) for name in ("never_solved", "all_wrong", "entropy", "length")),
+                *(format_estimate(estimate_mean(shares)), format_estimate(estimate_mean(solved))),
+                _format_end(records, "never_solved", last=1),
+                *(_format_end(records, name) for name in ("all_wrong", "entropy", "length")),
                 *(_format_mean(records, name) for name in ("kl_after", "active")),
             )
         )
     head = ("method", "lr", "beta", "starts", "avg@16", "pass@16", "never solved", "0% right", "entropy", "length")
     return f"""## Methods
 
-avg@16 and pass@16 are of the test questions, with 95% bootstrap intervals over starts and questions. "Never solved" is
-the share of the training questions asked that never had a right response; "0% right", the share of a step's groups
-without a right response, the entropy in nats and the length in tokens are means of the last {LAST} steps. "KL after" is
-KL(old || policy) per token after a step's last update (k3), and "active" the share of updates with a penalty, both as
-means over all steps.
+avg@16 and pass@16 are of the test questions, with 95% bootstrap intervals over starts and questions (over questions
+alone where there is one start). "Never solved" is the share of the training questions asked that never had a right
+response, at the end of training; "0% right", the share of a step's groups without a right response, the entropy in nats
+and the length in tokens are means of the last {LAST} steps. "KL after" is KL(old || policy) per token after a step's
+last update (k3), and "active" the share of updates with a penalty, both as means over all steps. These columns leave
+out the runs whose policy diverged.
 
 {format_table((*head, "KL after", "active"), rows)}"""
 
@@ -136,7 +162,10 @@ def _report_comparisons(runs: FinishedRuns) -> str:
     ]
     means = {m: {start: f"{shares.mean():.2f}" for start, shares in values[m].items()} for m in labels}
     rows = [(label, *(means[m].get(start, "") for start in starts)) for m, label in labels.items()]
-    return f"""{report_families(values, families)}
+    few = ""
+    if 1 < (count := len(runs.select(grids.MAIN, next(iter(labels))))) < FEW:
+        few = f"\n**With {count} starts the intervals are too narrow, and p is {2 / 2**count:g} at least.**\n"
+    return f"""{report_families(values, families)}{few}
 ## Every start
 
 avg@16 by start.
@@ -150,33 +179,49 @@ def _report_lengths(runs: FinishedRuns) -> str:
     return f"""## Accuracy against length
 
 On the test questions; the starts' responses have {length:.1f} tokens. Differences are to the same method without its
-length penalty, which the last column names, paired by start and question; a start without both is left out, and so is a
-run whose training failed. AES is the accuracy-efficiency score. Described without a decision: three strengths a method,
-and none of them was chosen on other questions.
+length penalty, which the last column names, paired by start and question. A run whose policy diverged counts with
+accuracy 0 and has no length. AES is the accuracy-efficiency score over the starts that both have. Described without a
+decision: three strengths a method, and none of them was chosen on other questions.
 
 {_tabulate_lengths(runs)}"""
 
 
 def _tabulate_lengths(runs: FinishedRuns) -> str:
-    methods = {label: runs.select(grids.MAIN, m) for m, label in runs.method_labels().items()}
-    for v in runs.grid[grids.LENGTH]["variants"]:
-        methods[v["label"]] = runs.select(grids.LENGTH, f"{v['of']}.{v['name']}")
-    rows = []
+    methods, rows = _records_by_label(runs), []
     for label, records in sorted(methods.items()):
-        if not (accuracies := collect_shares(records)):
+        if not records:
             continue
-        lengths, against = _collect_lengths(records), WITHOUT_PENALTY.get(label.split()[0], "")
-        reference = methods.get(against, [])
-        cells = ["", "", ""]
-        if difference := estimate_difference(accuracies, collect_shares(reference)):
-            shorter = estimate_difference(lengths, _collect_lengths(reference))
-            means = _mean(_collect_lengths(reference)), _mean(collect_shares(reference))
-            score = accuracy_efficiency_score(_mean(lengths), _mean(accuracies), means)
-            cells = [format_difference(difference), format_difference(shorter), f"{score:+.2f}"]
-        accuracy, change = format_estimate(estimate_mean(accuracies)), cells[0]
-        rows.append((label, str(len(accuracies)), accuracy, change, f"{_mean(lengths):.1f}", *cells[1:], against))
+        accuracies, lengths = _collect_shares(records), _collect_lengths(records)
+        against = WITHOUT_PENALTY.get(label.split()[0], "")
+        others = methods.get(against, [])
+        difference = estimate_difference(accuracies, _collect_shares(others))
+        shorter = estimate_difference(lengths, _collect_lengths(others))
+        cells = [format_difference(difference), format_difference(shorter), _score(records, others)]
+        length = f"{_mean(lengths):.1f}" if lengths else ""
+        accuracy = format_estimate(estimate_mean(accuracies))
+        rows.append((label, str(len(accuracies)), accuracy, cells[0], length, *cells[1:], against))
     head = ("method", "starts", "avg@16", "difference", "length", "difference, tokens", "AES", "against")
     return format_table(head, rows)
+
+
+def _records_by_label(runs: FinishedRuns) -> dict[str, list[Record]]:
+    """The records of every method and, in a grid with lengths, of every setting of a length method, by label."""
+    records = {label: runs.select(grids.MAIN, method) for method, label in runs.method_labels().items()}
+    for v in runs.grid.get(grids.LENGTH, {"variants": ()})["variants"]:
+        records[v["label"]] = runs.select(grids.LENGTH, f"{v['of']}.{v['name']}")
+    return records
+
+
+def _score(records: Sequence[Record], others: Sequence[Record]) -> str:
+    """The accuracy-efficiency score of a method against another, over the starts at which neither diverged."""
+    both = {r["seed"] for r in records if "failed" not in r} & {r["seed"] for r in others if "failed" not in r}
+    if not both:
+        return ""
+    (accuracy, length), reference = (
+        (_mean(collect_shares(common)), _mean(_collect_lengths(common)))
+        for common in ([r for r in some if r["seed"] in both] for some in (records, others))
+    )
+    return f"{accuracy_efficiency_score(length, accuracy, reference[::-1]):+.2f}"
 
 
 def _collect_lengths(records: Sequence[Record]) -> Shares:
@@ -199,8 +244,8 @@ def _collect_shares(records: Sequence[Record]) -> Shares:
     }
 
 
-def _format_end(records: Sequence[Record], name: str) -> str:
-    values = [np.nanmean(r["curve"][name][-LAST:]) for r in records if "failed" not in r]
+def _format_end(records: Sequence[Record], name: str, last: int = LAST) -> str:
+    values = [np.nanmean(r["curve"][name][-last:]) for r in records if "failed" not in r]
     return f"{np.mean(values):.3g}" if values else ""
 
 

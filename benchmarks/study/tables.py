@@ -54,7 +54,7 @@ def tabulate_tuning(runs: FinishedRuns) -> str:
     rows = []
     for method, label in runs.method_labels().items():
         scores = {r["learning_rate"]: grids.pass_at_1(r) for r in runs.select(grids.TUNING, method)}
-        best = grids.choose_candidate(method, runs.records, len(candidates))
+        best = grids.choose_candidate(method, runs.records, candidates)
         cells = {c: f"{scores[c.learning_rate]:.3f}" if c.learning_rate in scores else "" for c in candidates}
         rows.append((label, *(f"**{text}**" if c == best else text for c, text in cells.items())))
     return format_table(("method", *(f"{c.learning_rate:g}" for c in candidates)), rows)

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.runtime.errors import DivergedError
+
 from . import grid as grids
 from . import prepare, processes, results_file
 from . import record as run_records
@@ -81,8 +83,8 @@ class RunQueue:
     def _choose_candidate(self, run: PlannedRun, records: Sequence[Record]) -> Candidate | None:
         if run.part == grids.BASE:
             return Candidate(0.0)
-        count = len(grids.list_method_candidates(self.grid, run.tuned_method))
-        return run.candidate or grids.choose_candidate(run.tuned_method, records, count)
+        candidates = grids.list_method_candidates(self.grid, run.tuned_method)
+        return run.candidate or grids.choose_candidate(run.tuned_method, records, candidates)
 
     def _collect_ended(self) -> None:
         """Remove the processes that have ended from `running`, note failed ones, and print a line for each."""
@@ -133,18 +135,19 @@ def execute_run(
 def _train_and_evaluate(run: PlannedRun, arguments: list[str], directory: Path) -> dict[str, Any]:
     """Run `nemo-disco train` and `nemo-disco evaluate` in this process, and return the record's results.
 
-    They are `curve` and `evaluation`; instead of the latter there is `failed`, the reason, if training ended with an
-    error, as it does when the policy diverges. A run of BASE is not trained and has no curve.
+    They are `curve` and `evaluation`; instead of the latter there is `failed`, the reason, if the policy diverged. A
+    run of BASE is not trained and has no curve. Raises RuntimeError if a command failed for another reason.
     """
     from nemo_disco import cli
 
     results: dict[str, Any] = {}
     if run.part != grids.BASE:
         code = cli.main(["train", *arguments, f"exp_manager.explicit_log_dir={directory}"])
+        if code not in (0, DivergedError.exit_code):
+            raise RuntimeError(f"the training of {run.name} failed; the lines above say why")
         results["curve"] = run_records.read_curves(directory)
-        if code:
-            # A policy that diverged is a result; its curve ends there.
-            return results | {"failed": f"training ended with code {code}"}
+        if code:  # a policy that diverged is a result; its curve ends there
+            return results | {"failed": "the policy diverged"}
         arguments = [*arguments, f"model.path={directory / 'export'}"]
     if cli.main(["evaluate", *arguments, f"exp_manager.explicit_log_dir={directory / 'after'}"]):
         raise RuntimeError(f"the evaluation of {run.name} failed; the lines above say why")

@@ -37,7 +37,7 @@ from nemo_disco.policy.policy import Policy
 from nemo_disco.policy.reference import Reference
 from nemo_disco.rollout.collector import Collector, RolloutBatch
 from nemo_disco.runtime.collectives import on_first_rank
-from nemo_disco.runtime.errors import UserError
+from nemo_disco.runtime.errors import DivergedError
 from nemo_disco.runtime.sinks import strict_metrics
 from nemo_disco.runtime.spans import profile_block, record_spans, recorded_seconds, span
 from nemo_disco.runtime.stop_signals import StoppedError, StopRequest
@@ -65,6 +65,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.writer = CheckpointWriter()
         self.step = self.saved = 0
+        self.first_beta = self.objective.constraint.strength  # with which a dual constraint begins
         self.divergence = Divergence(self.policy)
         self.solved_questions = SolvedQuestions()
         self.best = BestWeights(self.journal.run, self.journal.log)
@@ -217,7 +218,7 @@ class Trainer:
         return {
             "step": self.step,
             "best": self.best.record,
-            "multiplier": self.objective.constraint.strength,
+            "dual": {"began": self.first_beta, "beta": self.objective.constraint.strength},
             "questions": self.solved_questions.state_dict(),
             "warnings": self.warnings.state_dict(),
             "unfinished": None if self.unfinished is None else strict_metrics(self.unfinished),
@@ -234,10 +235,10 @@ class Trainer:
         self.unfinished = state.get("unfinished")
         self.solved_questions.load_state_dict(state.get("questions", {}))
         self.warnings.load_state_dict(state.get("warnings", {}))
-        constraint = self.objective.constraint.with_multiplier(
-            state.get("multiplier", self.objective.constraint.strength)
-        )
-        self.objective = replace(self.objective, constraint=constraint)
+        dual = state.get("dual", {})
+        if dual.get("began") == self.first_beta:  # else the settings have another beta now, which is where it begins
+            constraint = self.objective.constraint.with_multiplier(dual["beta"])
+            self.objective = replace(self.objective, constraint=constraint)
 
     # --- parts ---
 
@@ -343,12 +344,12 @@ class Trainer:
         self.journal.log(f"asked to stop by {self.stop.signal_name}: {progress}; the same command continues the run")
 
     def _refuse_faulty_weights(self) -> None:
-        """Raises UserError if the weights, which are about to be kept, have a fault. A collective."""
+        """Raises DivergedError if the weights, which are about to be kept, have a fault. A collective."""
         if fault := self.divergence.find_fault():
             raise self._divergence_error(self.step, fault)
 
     def _skip(self, reason: str) -> None:
-        """Count a mini-batch that is not applied. Raises UserError after MAX_SKIPPED in a row."""
+        """Count a mini-batch that is not applied. Raises DivergedError after MAX_SKIPPED in a row."""
         ends = self.divergence.skip()
         self.journal.log(
             f"step {self.step + 1}: a mini-batch was skipped ({self.divergence.skipped} so far): {reason}; nothing is "
@@ -359,7 +360,7 @@ class Trainer:
                 self.step + 1, f"{MAX_SKIPPED} mini-batches in a row had no finite gradient ({reason})"
             )
 
-    def _divergence_error(self, step: int, reason: str) -> UserError:
+    def _divergence_error(self, step: int, reason: str) -> DivergedError:
         """The error that ends a run that has diverged. A collective."""
         self.writer.wait()
         last = checkpoint.latest(self.journal.run.checkpoints)
@@ -369,7 +370,7 @@ class Trainer:
             advice = f"the last checkpoint, {last}, is from before that and was kept"
         else:
             advice = f"none was applied since {last}: if that one is at fault, remove it to resume from an earlier one"
-        return UserError(f"step {step}: {reason}; {advice}; lower model.optim.lr, then start again")
+        return DivergedError(f"step {step}: {reason}; {advice}; lower model.optim.lr, then start again")
 
     def _must_stop(self) -> bool:
         """True if any rank was signalled or cannot save: all must leave the loop after the same step. A collective."""

@@ -14,7 +14,7 @@ from nemo_disco.runtime.errors import UserError
 # k1 is of use where its standard error at KL = delta is below this share of delta.
 _USEFUL = 1 / 3
 _TAILS = 4
-# The authors' delta, for their mini-batches of a million tokens; and the one that was best at thousands of tokens.
+# The authors' delta, for their mini-batches of a million tokens; and that of our studies, at up to thousands of tokens.
 _AUTHORS_DELTA, _SMALL_DELTA = 1e-4, 1e-3
 
 

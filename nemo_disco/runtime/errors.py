@@ -1,4 +1,4 @@
-"""UserError, the exception for mistakes that a user can correct."""
+"""UserError, the exception for mistakes that a user can correct, and DivergedError, for a run that cannot go on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ class UserError(Exception):
     It is always one printable line: line ends, control characters and lone surrogates are escaped.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, MAX_MESSAGE))
+
+
+class DivergedError(UserError):
+    """The policy has diverged, which no new start of the same run mends: the command line exits with 3."""
+
+    exit_code = 3
 
 
 def printable(text: str, max_length: int) -> str:

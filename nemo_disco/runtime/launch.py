@@ -130,6 +130,7 @@ def report(error: BaseException) -> bool:
         return False
     kind = "user" if isinstance(error, UserError) else type(error).__name__
     record = {"time": time.time(), "kind": kind, "message": one_line(error)}
+    record |= {"exit_code": error.exit_code} if isinstance(error, UserError) else {}
     path = Path(directory) / os.environ["RANK"]
     try:
         path.with_suffix(".part").write_text(json.dumps(record))
@@ -232,7 +233,7 @@ def _exit_code(exits: dict[int, _Exit], signals: list[signal.Signals], directory
     code, report = failures[first].code if first in failures else 1, reports.get(first)
     if report is not None and report["kind"] == "user":
         print(f"error: {report['message']}", file=sys.stderr)
-        return 2
+        return int(report["exit_code"])
     if -code in signals:
         return 128 - code
     if code < 0:

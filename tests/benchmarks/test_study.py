@@ -68,10 +68,12 @@ def test_the_chosen_candidate_is_the_best_of_all_or_none_yet() -> None:
     tuning = [run for run in grids.list_runs(GRID) if run.part == grids.TUNING and run.method == "grpo"]
     accuracies = (0.2, 0.8, 0.5)
     records = [make_record(run, accuracy) for run, accuracy in zip(tuning, accuracies, strict=True)]
-    assert grids.choose_candidate("grpo", records[:2], 3) is None
-    assert grids.choose_candidate("grpo", records, 3) == tuning[1].candidate
+    candidates = [run.candidate for run in tuning]
+    assert grids.choose_candidate("grpo", records[:2], candidates) is None
+    assert grids.choose_candidate("grpo", records, candidates) == tuning[1].candidate
+    assert grids.choose_candidate("grpo", records, candidates[2:]) == tuning[2].candidate, "of those in the grid alone"
     records[1]["failed"] = "diverged"
-    assert grids.choose_candidate("grpo", records, 3) == tuning[2].candidate
+    assert grids.choose_candidate("grpo", records, candidates) == tuning[2].candidate
 
 
 def test_each_method_of_a_grid_with_hypotheses_has_as_many_tuning_runs() -> None:
@@ -249,7 +251,8 @@ def test_the_report_of_the_hypotheses_decides_by_start_and_shows_every_method(tm
     failed["failed"] = "training ended with code 2"
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     page = hypotheses_report.write_report(grid, tmp_path).read_text()
-    assert "Nothing was cut" in page and "counts as accuracy 0: main.grpo.seed_3" in page
+    assert "Nothing was cut" in page and "which counts as accuracy 0: main.grpo.seed_3" in page
+    assert "(3)" in page, "each start is named by its seed"
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if line.startswith("| ")}
     assert rows["GRPO constrained - GRPO"].endswith("| holds |")
     assert rows["DisCO log-L constrained - GRPO constrained"].endswith("| not decided |")
@@ -257,9 +260,27 @@ def test_the_report_of_the_hypotheses_decides_by_start_and_shows_every_method(tm
     cut = records[:-1]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in cut))
     page = hypotheses_report.write_report(grid, tmp_path).read_text()
-    assert "1 of the" in page
+    assert "main: 7 of 8 starts are complete, and left out is the start of seed 8 (5 of 6 runs)." in page
     [row] = [line for line in page.splitlines() if line.startswith("| GRPO constrained - GRPO |")]
     assert " | 7 | " in row, "a start that lacks a method is not compared"
+
+
+@pytest.mark.parametrize("starts", [0, 1, 2])
+def test_a_report_of_few_starts_says_how_little_they_decide(starts: int, tmp_path: Path) -> None:
+    grid = ARMS["hard_start"]
+    accuracies = {"grpo_k3": 0.8, "grpo": 0.3}
+    records = [r for r in make_all_records(grid, accuracies) if r["seed"] in (101, *range(1, starts + 1))]
+    for record in records:
+        if record["method"] == "disco_lratio":
+            record["failed"] = "the policy diverged"
+            del record["evaluation"]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    page = hypotheses_report.write_report(grid, tmp_path).read_text()
+    assert f"main: {starts} of 8 starts are complete." in page
+    [row] = [line for line in page.splitlines() if line.startswith("| GRPO constrained - GRPO |")]
+    assert row.endswith(("| not run |", "| one start: not decided |", "| holds |")[starts])
+    assert ("**With 2 starts the intervals are too narrow, and p is 0.5 at least.**" in page) == (starts == 2)
+    assert "main.disco_lratio.seed_1" in page or not starts
 
 
 def test_the_report_of_lengths_compares_each_method_with_the_one_without_a_penalty(tmp_path: Path) -> None:
@@ -270,8 +291,9 @@ def test_the_report_of_lengths_compares_each_method_with_the_one_without_a_penal
             record["evaluation"]["length"] = [20.0] * len(record["evaluation"]["length"])
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     page = hypotheses_report.write_report(grid, tmp_path).read_text()
-    [row] = [line for line in page.splitlines() if line.startswith("| DRPO 0.1 |")]
+    *_, row = [line for line in page.splitlines() if line.startswith("| DRPO 0.1 |")]
     assert "-10.000 [-10.000, -10.000]" in row and row.endswith("| DisCO log-L |")
+    assert sum(line.startswith("| DRPO 0.1 |") for line in page.splitlines()) == 2, "its entropy and KL are shown too"
 
 
 def test_an_interval_decides_on_a_hypothesis_and_the_sign_flip_test_is_exact() -> None:

@@ -63,7 +63,7 @@ def test_mini_batches_are_skipped_counted_and_reported(ranks, train, tmp_path):
 def test_three_in_a_row_end_the_run_and_the_last_checkpoint_goes_on(train, tmp_path):
     run = tmp_path / "run"
     result = train(run, "3,4,5")
-    assert result.code == 2
+    assert result.code == 3
     errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in result.err
     assert "step 3: 3 mini-batches in a row had no finite gradient" in errors[0]
@@ -81,7 +81,7 @@ def test_a_checkpoint_from_which_nothing_can_be_applied_is_suspected(train, tmp_
     run = tmp_path / "run"
     train(run, "", "trainer.max_steps=1").ok()
     again = train(run, "0,1,2")
-    assert again.code == 2
+    assert again.code == 3
     assert f"none was applied since {run}/checkpoints/step_1: if that one is at fault, remove it" in again.err
 
 
@@ -110,7 +110,7 @@ def test_an_update_that_spoils_the_weights_costs_no_checkpoint(questions, rate, 
     before = modification_times(run, "checkpoints", "best", "export")
     assert any(name.startswith("checkpoints/step_2/") for name in before)
     diverged = commands("train", *often, *some, "trainer.max_steps=8", f"model.optim.lr={rate}")
-    assert diverged.code == 2 and "Traceback" not in diverged.err
+    assert diverged.code == 3 and "Traceback" not in diverged.err
     assert f"the last checkpoint, {run}/checkpoints/step_2, is from before that and was kept" in diverged.err
     assert modification_times(run, "checkpoints", "best", "export") == before
     assert "resumed from step 2" in commands("train", *often, *some, "trainer.max_steps=3").ok().err
@@ -137,7 +137,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(command, bad, commands,
 
 def test_before_the_first_checkpoint_the_error_says_that_there_is_none(train, tmp_path):
     result = train(tmp_path / "run", "0,1,2", "exp_manager.checkpoint_every_n_steps=9")
-    assert result.code == 2
+    assert result.code == 3
     assert "there is no checkpoint yet" in result.err
 
 

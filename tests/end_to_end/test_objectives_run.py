@@ -69,6 +69,13 @@ def test_a_dual_constraint_goes_on_with_its_multiplier_after_a_resume(commands, 
         excess = min(1.0, line["constraint/kl_after_over_delta"] - 1)
         assert following == pytest.approx(line["constraint/beta"] * math.exp(0.1 * excess), rel=1e-9)
         assert line["policy/kl_after"] > 0 and 0 <= line["groups/never_solved"] <= 1
+    # Another beta is where it goes on from, and a constraint that was not dual leaves nothing behind.
+    hinge, limit = "algorithm.constraint.kind=squared_hinge", "trainer.max_steps={}".format
+    commands("train", *settings, "algorithm.constraint.beta=5", limit(5), run_directory(tmp_path / "one")).ok()
+    assert read_metrics(tmp_path / "one")[-1]["constraint/beta"] == 5.0
+    commands("train", *settings, hinge, limit(5), run_directory(tmp_path / "two")).ok()
+    commands("train", *settings, limit(6), run_directory(tmp_path / "two")).ok()
+    assert read_metrics(tmp_path / "two")[-1]["constraint/beta"] == 1.0
 
 
 def test_more_likely_tokens_than_the_model_has_are_refused(commands, tmp_path):

@@ -118,11 +118,11 @@ def _report_cells(grid: Grid, records: Sequence[Record]) -> str:
     head = ("cell", "lr", "beta", "starts", "avg@16", "pass@16", "never solved", "0% right", "entropy", "KL after")
     return f"""## Cells
 
-avg@16 and pass@16 are of the test questions, with 95% bootstrap intervals over starts and questions. "Never solved" is
-the share of the training questions without a right response in the whole training; "0% right", the share of a step's
+avg@16, with its 95% bootstrap interval over starts and questions, and pass@16 are of the test questions. "Never solved"
+is the share of the training questions without a right response in the whole training; "0% right", the share of a step's
 groups without a right response, and the entropy in nats are of the last tenth of the training. "KL after" is the exact
 KL(old || policy) per token after a step's last update, and "active" the share of updates with a penalty, both as means
-over all steps.
+over all steps. The last four leave out the runs that diverged.
 
 {format_table((*head, "active"), rows)}"""
 

@@ -106,8 +106,11 @@ class Constraint(ParameterSet):
         return self.delta if self.kind in (SQUARED_HINGE, DUAL) else None
 
     def token_terms(self, log_probs: Tensor, old_log_probs: Tensor, divergences: Tensor | None) -> Tensor:
-        """Each token's term, whose mean over the mini-batch is KL_hat. All of one shape; divergences: for top_k."""
-        if self.likely_tokens and divergences is not None:
+        """Each token's term, whose mean over the mini-batch is KL_hat. All of one shape; divergences: for top_k, which
+        raises ValueError without them."""
+        if self.likely_tokens:
+            if divergences is None:
+                raise ValueError("constraint: the estimator top_k needs the divergences of the mini-batch's tokens")
             return divergences
         return old_log_probs - log_probs if self.estimator == K1 else k3(old_log_probs, log_probs)
 

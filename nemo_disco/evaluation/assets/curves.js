@@ -11,7 +11,7 @@ const CURVES = [
   {
     key: "constraint/kl_after_over_delta",
     title: "KL after the step / δ",
-    help: "the run warns above 2",
+    help: "the run warns if it stays above 2",
     fromZero: true,
     rules: [{ y: 1, label: "δ" }],
   },
