@@ -118,14 +118,16 @@ def choose_candidate(method: str, records: Sequence[Record], candidates: Sequenc
 
     None until the tuning runs of all candidates are among the records. Other candidates' runs do not count.
     """
-    runs = {
-        Candidate(float(r["learning_rate"]), r.get("beta")): pass_at_1(r)
-        for r in records
-        if r["part"] == TUNING and r["method"] == method
-    }
-    if not runs.keys() >= set(candidates):
+    scores = score_candidates(method, records)
+    if not scores.keys() >= set(candidates):
         return None
-    return max(candidates, key=lambda c: (runs[c], -c.learning_rate, -(c.beta or 0.0)))
+    return max(candidates, key=lambda c: (scores[c], -c.learning_rate, -(c.beta or 0.0)))
+
+
+def score_candidates(method: str, records: Sequence[Record]) -> dict[Candidate, float]:
+    """Pass@1 of each of a method's tuning runs."""
+    tuning = [r for r in records if r["part"] == TUNING and r["method"] == method]
+    return {Candidate(float(r["learning_rate"]), r.get("beta")): pass_at_1(r) for r in tuning}
 
 
 def pass_at_1(record: Record) -> float:

@@ -6,7 +6,7 @@ that are missing, and ends with what it does not say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy as np
 from nemo_disco.evaluation.statistics import accuracy_efficiency_score
 
 from . import grid as grids
-from .candidates import Candidate
 from .comparisons import Family, report_families
 from .results_file import Record
 from .runs import FinishedRuns, read_runs
@@ -22,7 +21,6 @@ from .statistics import Shares, collect_shares, estimate_difference, estimate_me
 from .tables import WITHOUT_PENALTY, format_difference, format_estimate, format_table
 
 LAST = 10  # steps at the end of training, over which figures are averaged
-
 FEW = 6  # starts, below which a bootstrap over them is much too narrow: no sign-flip test of them is below .05
 
 LIMITS = """## What this does not say
@@ -61,17 +59,25 @@ def write_report(grid: grids.Grid, out: Path) -> Path:
 
 def select_complete_starts(runs: FinishedRuns) -> FinishedRuns:
     """The runs without those of a part at a start that lacks one of the part's planned runs."""
-    finished = {grids.name_record(r) for r in runs.records}
-    incomplete = {(run.part, run.seed) for run in grids.list_runs(runs.grid) if run.name not in finished}
+    incomplete = {place for place, finished in _list_finished(runs).items() if not all(finished)}
     return FinishedRuns([r for r in runs.records if (r["part"], r["seed"]) not in incomplete], runs.grid)
 
 
+def _list_finished(runs: FinishedRuns) -> dict[tuple[str, int], list[bool]]:
+    """(part, seed of the start) -> whether each of its planned runs is finished."""
+    names = {grids.name_record(r) for r in runs.records}
+    finished: dict[tuple[str, int], list[bool]] = {}
+    for run in grids.list_runs(runs.grid):
+        finished.setdefault((run.part, run.seed), []).append(run.name in names)
+    return finished
+
+
 def _report_overview(runs: FinishedRuns) -> str:
-    planned = {run.name for run in grids.list_runs(runs.grid)}
-    missing = planned - {grids.name_record(r) for r in runs.records}
+    finished = _list_finished(runs)
+    every = [run for of_start in finished.values() for run in of_start]
     cut = "Nothing was cut."
-    if missing:
-        cut = f"**{len(missing)} of the {len(planned)} planned runs are missing**: {_describe_cut(runs)}."
+    if missing := every.count(False):
+        cut = f"**{missing} of the {len(every)} planned runs are missing**: {_describe_cut(finished)}."
     seconds = [r["processor_seconds"] for r in runs.records if r["part"] != grids.BASE] or [0.0]
     commits = ", ".join(sorted({r["version"] for r in runs.records}))
     failed = [grids.name_record(r) for r in runs.records if "failed" in r]
@@ -90,17 +96,16 @@ avg@16 of the starts (in brackets their seeds, of which {runs.grid["tuning"]["se
 """
 
 
-def _describe_cut(runs: FinishedRuns) -> str:
-    """How many starts of each part are complete, and which ones are left out of the tables although they have runs."""
-    finished, parts = {grids.name_record(r) for r in runs.records}, []
+def _describe_cut(finished: Mapping[tuple[str, int], Sequence[bool]]) -> str:
+    """How many starts of each part are complete, and which ones are left out of the tables although they have runs.
+    finished: of _list_finished."""
+    parts = []
     for part in (grids.TUNING, grids.MAIN, grids.LENGTH):
-        starts: dict[int, list[bool]] = {}
-        for run in grids.list_runs(runs.grid):
-            if run.part == part:
-                starts.setdefault(run.seed, []).append(run.name in finished)
-        if starts and not all(all(there) for there in starts.values()):
-            text = f"{part}: {sum(all(there) for there in starts.values())} of {len(starts)} starts are complete"
-            left = [f"{s} ({sum(t)} of {len(t)} runs)" for s, t in starts.items() if any(t) and not all(t)]
+        starts = {seed: runs for (of_part, seed), runs in finished.items() if of_part == part}
+        complete = sum(map(all, starts.values()))
+        if complete < len(starts):
+            left = [f"{seed} ({sum(r)} of {len(r)} runs)" for seed, r in starts.items() if any(r) and not all(r)]
+            text = f"{part}: {complete} of {len(starts)} starts are complete"
             parts.append(text + (f", and left out is the start of seed {', '.join(left)}" if left else ""))
     return "; ".join(parts)
 
@@ -110,9 +115,7 @@ def _report_tuning(runs: FinishedRuns) -> str:
     for method, label in runs.method_labels().items():
         candidates = grids.list_method_candidates(runs.grid, method)
         best = grids.choose_candidate(method, runs.records, candidates)
-        scores = {
-            Candidate(r["learning_rate"], r["beta"]): grids.pass_at_1(r) for r in runs.select(grids.TUNING, method)
-        }
+        scores = grids.score_candidates(method, runs.records)
         texts = [f"{c}: {scores[c]:.3f}" if c in scores else "" for c in candidates]
         rows.append((label, *(f"**{t}**" if c == best else t for c, t in zip(candidates, texts, strict=True))))
     columns = [f"candidate {i + 1}" for i in range(max(len(row) for row in rows) - 1)]

@@ -53,9 +53,9 @@ def tabulate_tuning(runs: FinishedRuns) -> str:
     candidates = list_candidates(runs.grid["tuning"])
     rows = []
     for method, label in runs.method_labels().items():
-        scores = {r["learning_rate"]: grids.pass_at_1(r) for r in runs.select(grids.TUNING, method)}
+        scores = grids.score_candidates(method, runs.records)
         best = grids.choose_candidate(method, runs.records, candidates)
-        cells = {c: f"{scores[c.learning_rate]:.3f}" if c.learning_rate in scores else "" for c in candidates}
+        cells = {c: f"{scores[c]:.3f}" if c in scores else "" for c in candidates}
         rows.append((label, *(f"**{text}**" if c == best else text for c, text in cells.items())))
     return format_table(("method", *(f"{c.learning_rate:g}" for c in candidates)), rows)
 
