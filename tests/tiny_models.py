@@ -17,7 +17,9 @@ from nemo_disco.generation.engine import Response
 VOCABULARY = 130  # not a multiple of 4, so that it is padded at TP 4
 # The model families that the README lists, each with tied and with untied embeddings.
 FAMILIES = [
-    f"{name}-{tying}" for name in ("qwen2", "qwen3", "llama", "mistral", "smollm3") for tying in ("tied", "untied")
+    f"{name}-{tying}"
+    for name in ("qwen2", "qwen3", "llama", "mistral", "smollm3", "qwen3_moe", "mixtral")
+    for tying in ("tied", "untied")
 ]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -77,6 +79,14 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
             "qwen3": {"head_dim": 16},
             "mistral": {"sliding_window": None},
             "smollm3": {"pad_token_id": None},
+            "qwen3_moe": {
+                "head_dim": 16,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 48,
+                "norm_topk_prob": tied,
+            },
+            "mixtral": {"num_local_experts": 4},
         }[architecture]
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **(defaults | shape)))
     with torch.no_grad():
@@ -98,17 +108,50 @@ def save_family(directory: Path, family: str, **changes: Any) -> Path:
 def load_transformers_model(directory: Path, dtype: torch.dtype = torch.float64) -> Any:
     """transformers' model of the directory, which computes everything in `dtype`.
 
-    Its own RMSNorm computes in float32 even in a float64 model, and is replaced.
+    Its own norms and routers compute in float32 even in a float64 model, and are replaced.
     """
 
     def rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    def router(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(x.reshape(-1, self.hidden_dim), self.weight)
+        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        if getattr(self, "norm_topk_prob", True):
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, chosen
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager")
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = rms_norm.__get__(module)
+        if type(module).__name__.endswith("TopKRouter"):
+            module.forward = router.__get__(module)
     return model
+
+
+# By family: where the experts are in a file, and the names there of an expert's gate, up and down.
+EXPERTS = {
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+}
+
+
+def by_file_name(tensors: dict[str, torch.Tensor], architecture: str) -> dict[str, torch.Tensor]:
+    """transformers' tensors under the names in a model's file, where each expert has matrices of its own."""
+    if architecture not in EXPERTS:
+        return tensors
+    place, (gate, up, down) = EXPERTS[architecture]
+    result = {}
+    for name, tensor in tensors.items():
+        layer, experts, kind = name.partition("mlp.experts.")
+        if not experts:
+            result[name.replace("mlp.gate.", f"{place}.gate.")] = tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            parts = {gate: matrix.chunk(2)[0], up: matrix.chunk(2)[1]} if kind == "gate_up_proj" else {down: matrix}
+            result |= {f"{layer}{place}.experts.{expert}.{part}.weight": value for part, value in parts.items()}
+    return result
 
 
 def model_config(path: Path, **changes: Any) -> ModelConfig:
@@ -119,6 +162,9 @@ def model_config(path: Path, **changes: Any) -> ModelConfig:
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
+        "moe_router_replay": "trainer",
         "sequence_parallel": False,
         "activations_checkpoint_granularity": None,
         "token_budget": 256,

@@ -23,6 +23,8 @@ class Weight:
     groups: an attribute of ModelShape: how many groups of rows the tensor has, each with its rows of every part in
     turn; None: one group, so that the parts follow one another.
     local_name: megatron-core's own name where its norms are modules of their own, not fused into the linear layer.
+    expert: every expert of the layer has such a tensor; `{expert}` in local_name, grouped_name and parts is its number.
+    grouped_name: megatron-core's name where one module computes all experts.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Weight:
     split: int | None = None
     groups: str | None = None
     local_name: str | None = None
+    expert: bool = False
+    grouped_name: str | None = None
 
 
 def _norm(name: str, part: str, size: str = "hidden", local_name: str | None = None) -> Weight:
@@ -76,14 +80,56 @@ LAYER = {
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Names of what a family has in place of an MLP: a router, and experts of which it chooses a few for each token.
+
+    count: the field of config.json with their number, under all its names. width: the field with the width of one.
+    router, gate, up, down: the modules' names in Hugging Face's files, with {expert} for the number of one.
+    """
+
+    count: tuple[str, ...]
+    width: str
+    router: str
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Their weights by role, as in LAYER. In a checkpoint megatron-core stacks experts, as it stacks layers."""
+        wide, narrow = ("ffn", "hidden"), ("hidden", "ffn")
+        return {
+            "mlp_norm": _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+            "router": Weight("mlp.router.weight", (f"{self.router}.weight",), (("experts", "hidden"),)),
+            "gate_up": self._expert("linear_fc1", 0, wide, self.gate, self.up),
+            "down": self._expert("linear_fc2", 1, narrow, self.down),
+        }
+
+    @staticmethod
+    def _expert(module: str, split: int, sizes: Sizes, *parts: str) -> Weight:
+        return Weight(
+            f"mlp.experts.experts.{module}.weight",
+            tuple(f"{part}.weight" for part in parts),
+            (sizes,) * len(parts),
+            split=split,
+            local_name=f"mlp.experts.local_experts.{{expert}}.{module}.weight",
+            expert=True,
+            grouped_name=f"mlp.experts.{module}.weight{{expert}}",
+        )
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Properties that all networks of one model_type share, and those that a config.json chooses.
 
     switches: a field of config.json, and the properties that are true where it is true. activation: a hidden_act.
     absent: values of the fields that a config.json leaves out; rope_theta: the base of rope's angles if it is left out.
     null_head_dim: a config.json may say `"head_dim": null`, for hidden_size / num_attention_heads.
-    window: where its sliding_window counts; `switch`: only if use_sliding_window is true.
+    window: where its sliding_window counts; `switch`: only if use_sliding_window is true; `unbuilt`: the same, and then
+    the network is not built here.
     ropeless_layers: some layers, by no_rope_layers or no_rope_layer_interval, have no rope.
+    experts: the names of the experts that its layers have in place of an MLP; None: an MLP. normalised_routing: the
+    weights of a token's chosen experts are divided by their sum.
     nemo: NeMo 2.0's name of the model, None if it has none; nemo_configs: NeMo's configuration class for each type of
     rope that it has.
     """
@@ -101,8 +147,10 @@ class Architecture:
     absent: Mapping[str, Any] = field(default_factory=dict, hash=False)
     rope_theta: float = 10000.0
     null_head_dim: bool = True
-    window: Literal["never", "always", "switch"] = "never"
+    window: Literal["never", "always", "switch", "unbuilt"] = "never"
     ropeless_layers: bool = False
+    experts: Experts | None = field(default=None, hash=False)
+    normalised_routing: bool = True
 
     @property
     def layer(self) -> dict[str, Weight]:
@@ -115,7 +163,11 @@ class Architecture:
             "gate_up_bias": self.mlp_bias,
             "down_bias": self.mlp_bias,
         }
-        return {role: weight for role, weight in LAYER.items() if has.get(role, True)}
+        roles = {role: weight for role, weight in LAYER.items() if has.get(role, True)}
+        if self.experts is None:
+            return roles
+        mlp = ("mlp_norm", "gate_up", "down")
+        return {role: weight for role, weight in roles.items() if role not in mlp} | self.experts.weights
 
     def chosen(self, config: Mapping[str, Any]) -> Architecture:
         """The architecture of the network that has this config: its switches and its activation are set."""
@@ -180,6 +232,50 @@ ARCHITECTURES = {
             null_head_dim=False,
             window="switch",
             ropeless_layers=True,
+        ),
+        Architecture(
+            "qwen3_moe",
+            None,
+            {},
+            qk_norm=True,
+            switches={**_ATTENTION_BIAS, "norm_topk_prob": ("normalised_routing",)},
+            absent={
+                "num_key_value_heads": 4,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+            },
+            null_head_dim=False,
+            window="unbuilt",
+            experts=Experts(
+                count=("num_experts", "num_local_experts"),
+                width="moe_intermediate_size",
+                router="mlp.gate",
+                gate="mlp.experts.{expert}.gate_proj",
+                up="mlp.experts.{expert}.up_proj",
+                down="mlp.experts.{expert}.down_proj",
+            ),
+        ),
+        Architecture(
+            "mixtral",
+            None,
+            {},
+            absent={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            rope_theta=1e6,
+            window="always",
+            experts=Experts(
+                count=("num_local_experts",),
+                width="intermediate_size",
+                router="block_sparse_moe.gate",
+                gate="block_sparse_moe.experts.{expert}.w1",
+                up="block_sparse_moe.experts.{expert}.w3",
+                down="block_sparse_moe.experts.{expert}.w2",
+            ),
         ),
     )
 }

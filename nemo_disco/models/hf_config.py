@@ -46,7 +46,7 @@ _HARMLESS = {
         num_return_sequences output_scores return_dict_in_generate remove_invalid_values
         exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""",
     "initialization of new weights; losses and labels of other tasks": """initializer_range neftune_noise_alpha
-        finetuning_task task_specific_params problem_type id2label label2id num_labels""",
+        finetuning_task task_specific_params problem_type id2label label2id num_labels router_aux_loss_coef""",
     "outputs and kernels of a forward pass, which change no value": """use_cache return_dict output_hidden_states
         output_attentions tie_last_hidden_states torchscript use_bfloat16 tf_legacy_loss pretraining_tp
         attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
@@ -65,6 +65,10 @@ BUILT_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((None,), _UNQUANTIZED),
     "quantization": ((None,), _UNQUANTIZED),
     "compression_config": ((None,), _UNQUANTIZED),
+    "decoder_sparse_step": ((1,), "all layers have experts, or none"),
+    "mlp_only_layers": (([], None), "all layers have experts, or none"),
+    "output_router_logits": ((False, None), "the auxiliary loss of the router is not computed: set it to false"),
+    "router_jitter_noise": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
     "is_encoder_decoder": ((False,), ""),
     "add_cross_attention": ((False,), ""),
     "cross_attention_hidden_size": ((None,), ""),
@@ -125,18 +129,20 @@ def _check(config: dict[str, Any]) -> dict[str, Any]:
     architecture = ARCHITECTURES[kind]
     _check_identity(config, kind)
     _check_fields(config, architecture)
-    config = {**_ABSENT, **architecture.absent, **config}
+    config = {**_ABSENT, **architecture.absent, **config, **_expert_count(config, architecture)}
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config.get("num_attention_heads")
     _check_sizes(config, architecture)
     _check_attention(config, architecture)
+    _check_experts(config, architecture)
     return config | _spellings(config, architecture)
 
 
 def _check_identity(config: dict[str, Any], kind: str) -> None:
     """Raises UserError unless the network is transformers' own decoder with a language-model head."""
-    names = config.get("architectures") or [f"{kind}ForCausalLM"]
-    if not isinstance(names, list) or not all(str(name).lower() == f"{kind}forcausallm" for name in names):
+    decoder = f"{kind.replace('_', '')}forcausallm"
+    names = config.get("architectures") or [decoder]
+    if not isinstance(names, list) or not all(str(name).lower() == decoder for name in names):
         raise UserError(
             f"architectures={_text(names)} is not built for model_type {kind!r}, only a decoder with a language-model "
             "head (...ForCausalLM)"
@@ -154,7 +160,8 @@ def _check_fields(config: dict[str, Any], architecture: Architecture) -> None:
     built = BUILT_VALUES | dict.fromkeys(("attention_bias", "mlp_bias"), ((False, None), ""))
     built |= {"attention_bias": ((True,), "")} if architecture.qkv_bias else {}
     built |= dict.fromkeys(architecture.switches, ((True, False), ""))
-    unknown = [name for name in config if name not in READ_FIELDS and name not in HARMLESS and name not in built]
+    known = READ_FIELDS | HARMLESS.keys() | built.keys() | set(_expert_fields(architecture))
+    unknown = [name for name in config if name not in known]
     if unknown:
         named = ", ".join(f"{_text(name, quote=False)}={_text(config[name])}" for name in unknown[:3])
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -204,6 +211,10 @@ def _check_attention(config: dict[str, Any], architecture: Architecture) -> None
         raise UserError(f"sliding_window={_text(window)} is neither null nor a whole number of at least 1")
     if window is not None and architecture.window == "never":
         raise UserError(f"sliding_window={_text(window)} is not built: this model_type has none; set it to null")
+    if uses and architecture.window == "unbuilt":
+        raise UserError(
+            "use_sliding_window=true is not built for this model_type; set it to false if it was not trained so"
+        )
     if window is not None and architecture.window == "always" and uses is False:
         raise UserError(
             f"use_sliding_window=false and sliding_window={window}: transformers reads the second alone for this "
@@ -223,6 +234,32 @@ def _check_attention(config: dict[str, Any], architecture: Architecture) -> None
     built = [_KINDS[on] for on in windowed_layers(config)]
     if kinds is not None and kinds != built:
         raise UserError(f"layer_types={_text(kinds)} contradicts sliding_window={_text(window)}")
+
+
+def _expert_fields(architecture: Architecture) -> tuple[str, ...]:
+    """The fields of config.json that describe the experts of an architecture."""
+    experts = architecture.experts
+    return () if experts is None else (*experts.count, experts.width, "num_experts_per_tok")
+
+
+def _expert_count(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The number of experts under all its names, if a name is in the config. Raises UserError if they contradict."""
+    names = () if architecture.experts is None else architecture.experts.count
+    values = [config[name] for name in names if name in config]
+    if any(value != values[0] for value in values):
+        raise UserError(" and ".join(f"{name}={_text(config[name])}" for name in names) + " contradict")
+    return dict.fromkeys(names, values[0]) if values else {}
+
+
+def _check_experts(config: dict[str, Any], architecture: Architecture) -> None:
+    """Raises UserError for numbers of experts, or a width, that no layer can have."""
+    for name in _expert_fields(architecture):
+        if name in config and not _is_size(config[name], _LARGEST_SIZE):
+            raise UserError(f"{name}={_text(config[name])} is not a whole number of at least 1")
+    if architecture.experts is not None:
+        name = architecture.experts.count[0]
+        if config["num_experts_per_tok"] > config[name]:
+            raise UserError(f"num_experts_per_tok={config['num_experts_per_tok']} is more than {name}={config[name]}")
 
 
 def windowed_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:

@@ -5,6 +5,7 @@ Reads one JSON file; must not import torch or transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -22,14 +23,19 @@ Shape = tuple[int, ...]
 class ModelWeight:
     """A weight of one model, whole: not cut by tensor parallelism.
 
-    layer: from 0; None: the weight is no layer's. key: megatron-core's name in a checkpoint, which stacks the layers;
-    local_key: that of its own layers, where it differs. parts: name and shape of each Hugging Face tensor. split: as in
-    Weight; groups: how many groups of rows alternate between the parts.
+    layer, expert: from 0; None: the weight is no layer's, or no expert's. key: megatron-core's name in a checkpoint,
+    which stacks the layers, and in them the experts; row: its place there; rows: how many there are. local_key: the
+    name in its own layers, where it differs; grouped_key: where one module computes all experts. parts: name and shape
+    of each Hugging Face tensor. split: as in Weight; groups: how many groups of rows alternate between the parts.
     """
 
     layer: int | None
+    expert: int | None
     key: str
     local_key: str
+    grouped_key: str
+    row: tuple[int, ...]
+    rows: tuple[int, ...]
     parts: tuple[tuple[str, Shape], ...]
     split: int | None
     groups: int
@@ -40,14 +46,16 @@ class ModelWeight:
         return (sum(shape[0] for _, shape in self.parts), *self.parts[0][1][1:])
 
     def full_name(self, key: str) -> str:
-        """megatron-core's name of the parameter in the whole model, from `key` or `local_key`."""
-        return key if self.layer is None else key.replace("decoder.layers.", f"decoder.layers.{self.layer}.")
+        """megatron-core's name of the parameter in the whole model, from one of the keys."""
+        name = key if self.layer is None else key.replace("decoder.layers.", f"decoder.layers.{self.layer}.")
+        return name.replace("{expert}", str(self.expert))
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder: `head_dim` numbers per head, `max_positions` tokens, `ffn` the width of the MLP.
 
+    experts: of each layer, of which a token goes through experts_per_token, each `ffn` wide; 0: layers have an MLP.
     window: how many tokens a token sees, itself included, in the layers that `windowed` marks; None: in no layer.
     ropeless: marks the layers without rope; empty: none.
     """
@@ -63,6 +71,8 @@ class ModelShape:
     architecture: Architecture
     max_positions: int
     norm_eps: float = 1e-6
+    experts: int = 0
+    experts_per_token: int = 0
     window: int | None = None
     windowed: tuple[bool, ...] = ()
     ropeless: tuple[bool, ...] = ()
@@ -81,7 +91,8 @@ class ModelShape:
         yield self._weight(EMBEDDING)
         for layer in range(self.layers):
             for weight in self.architecture.layer.values():
-                yield self._weight(weight, layer)
+                for expert in range(self.experts) if weight.expert else [None]:
+                    yield self._weight(weight, layer, expert)
         yield self._weight(FINAL_NORM)
         if not self.tied:
             yield self._weight(OUTPUT)
@@ -110,6 +121,16 @@ class ModelShape:
             "layernorm_epsilon": self.norm_eps,
         }
 
+    def megatron_experts(self) -> dict[str, Any]:
+        """The properties of the experts, by the names of megatron-core's TransformerConfig; empty without experts."""
+        if not self.experts:
+            return {}
+        return {
+            "num_moe_experts": self.experts,
+            "moe_router_topk": self.experts_per_token,
+            "moe_ffn_hidden_size": self.ffn,
+        }
+
     def megatron_layers(self) -> dict[str, Any]:
         """The properties that differ between layers, by the names of megatron-core's TransformerConfig."""
         ropeless = [int(without) for without in self.ropeless] or None
@@ -118,14 +139,20 @@ class ModelShape:
         windowed = [int(on) for on in self.windowed]
         return {"window_size": (self.window - 1, 0), "window_attn_skip_freq": windowed, "no_rope_freq": ropeless}
 
-    def _weight(self, weight: Weight, layer: int | None = None) -> ModelWeight:
+    def _weight(self, weight: Weight, layer: int | None = None, expert: int | None = None) -> ModelWeight:
         megatron_prefix, hf_prefix = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
-        sizes = [self._shape(axes) for axes in weight.sizes]
+        names = [hf_prefix + part.replace("{expert}", str(expert)) for part in weight.parts]
+        stacks = [(n, size) for n, size in ((layer, self.layers), (expert, self.experts)) if n is not None]
+        local_name = weight.local_name or weight.name
         return ModelWeight(
             layer,
+            expert,
             key=megatron_prefix + weight.name,
-            local_key=megatron_prefix + (weight.local_name or weight.name),
-            parts=tuple((hf_prefix + name, shape) for name, shape in zip(weight.parts, sizes, strict=True)),
+            local_key=megatron_prefix + local_name,
+            grouped_key=megatron_prefix + (weight.grouped_name or local_name),
+            row=tuple(number for number, _ in stacks),
+            rows=tuple(size for _, size in stacks),
+            parts=tuple(zip(names, map(self._shape, weight.sizes), strict=True)),
             split=weight.split,
             groups=1 if weight.groups is None else getattr(self, weight.groups),
         )
@@ -148,6 +175,8 @@ class ModelShape:
                 "windowed": list(self.windowed) or None,
                 "ropeless": list(self.ropeless) or None,
                 "activation": None if activation == "silu" else activation,
+                **self.megatron_experts(),
+                **({"normalised_routing": self.architecture.normalised_routing} if self.experts else {}),
             }
         )
 
@@ -160,16 +189,24 @@ class ModelShape:
 
     @property
     def whole_parameters(self) -> int:
-        """Parameters of one layer that are whole on every tensor-parallel rank: norms, and some biases."""
+        """Parameters of one layer that are whole on every tensor-parallel rank: norms, some biases and routers."""
         return self._count(weight for weight in self.architecture.layer.values() if weight.split is None)
 
     @property
-    def matrix_parameters(self) -> int:
-        """Parameters of one layer's matrices, which multiply every token: no biases, no norms."""
-        return self._count(weight for weight in self.architecture.layer.values() if len(weight.sizes[0]) == 2)
+    def expert_parameters(self) -> int:
+        """Parameters of all experts of one layer; 0 without experts."""
+        return self._count(weight for weight in self.architecture.layer.values() if weight.expert)
 
-    def _count(self, weights: Iterable[Weight]) -> int:
-        return sum(prod(self._shape(sizes)) for weight in weights for sizes in weight.sizes)
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters of one layer's matrices that multiply a token: no biases, no norms, only its own experts."""
+        matrices = [weight for weight in self.architecture.layer.values() if len(weight.sizes[0]) == 2]
+        return self._count(matrices, experts=self.experts_per_token)
+
+    def _count(self, weights: Iterable[Weight], experts: int | None = None) -> int:
+        """Parameters of a layer's weights. experts: so many of a weight that every expert has; None: all."""
+        copies = self.experts if experts is None else experts
+        return sum((copies if w.expert else 1) * prod(self._shape(sizes)) for w in weights for sizes in w.sizes)
 
     @property
     def embedding_parameters(self) -> int:
@@ -182,19 +219,45 @@ class ModelShape:
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings + self.hidden
 
+    @property
+    def active_parameters(self) -> int:
+        """The parameters that a token goes through: of the experts only its own."""
+        if not self.experts:
+            return self.parameters
+        idle = self.expert_parameters * (self.experts - self.experts_per_token) // self.experts
+        return self.parameters - self.layers * idle
+
 
 # Published shapes of the papers' models and of larger ones of their family, so that `plan` works without their files.
 # NAMES_BY_SIZE: their names by size (32b).
 _DISTILL: dict[str, Any] = {"tied": False, "max_positions": 131072}
 _QWEN2, _LLAMA = ({**_DISTILL, "architecture": ARCHITECTURES[name]} for name in ("qwen2", "llama"))
+_QWEN3_MOE: dict[str, Any] = {
+    "tied": False,
+    "architecture": ARCHITECTURES["qwen3_moe"],
+    "max_positions": 40960,
+    "experts": 128,
+    "experts_per_token": 8,
+}
+_MIXTRAL: dict[str, Any] = {
+    "tied": False,
+    "architecture": ARCHITECTURES["mixtral"],
+    "max_positions": 32768,
+    "experts": 8,
+    "experts_per_token": 2,
+}
 PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-1.5B": ModelShape(28, 1536, 8960, 12, 2, 128, 151936, **_QWEN2),
     "DeepSeek-R1-Distill-Qwen-7B": ModelShape(28, 3584, 18944, 28, 4, 128, 152064, **_QWEN2),
     "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, **_LLAMA),
     "DeepSeek-R1-Distill-Qwen-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064, **_QWEN2),
     "DeepSeek-R1-Distill-Llama-70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, **_LLAMA),
+    "Qwen3-30B-A3B": ModelShape(48, 2048, 768, 32, 4, 128, 151936, **_QWEN3_MOE),
+    "Qwen3-235B-A22B": ModelShape(94, 4096, 1536, 64, 4, 128, 151936, **_QWEN3_MOE),
+    "Mixtral-8x7B": ModelShape(32, 4096, 14336, 32, 8, 128, 32000, **_MIXTRAL),
 }
-NAMES_BY_SIZE = {name.rpartition("-")[2].lower(): name for name in PUBLISHED}
+_SIZE = re.compile(r"-(\d[\d.x]*b)", re.IGNORECASE)
+NAMES_BY_SIZE = {_SIZE.findall(name)[0].lower(): name for name in PUBLISHED}
 
 
 def published_name(shape: ModelShape) -> str | None:
@@ -230,11 +293,12 @@ def read_shape(path: str | Path) -> ModelShape:
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape of the model that has this config, as read_hf_config returns it."""
     architecture = ARCHITECTURES[config["model_type"]]
+    experts = architecture.experts
     windowed, ropeless = windowed_layers(config), ropeless_layers(config)
     return ModelShape(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
+        ffn=config["intermediate_size" if experts is None else experts.width],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
         head_dim=head_dim(config),
@@ -243,6 +307,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         architecture=architecture.chosen(config),
         max_positions=config["max_position_embeddings"],
         norm_eps=config["rms_norm_eps"],
+        experts=0 if experts is None else config[experts.count[0]],
+        experts_per_token=0 if experts is None else config["num_experts_per_tok"],
         window=config["sliding_window"] if any(windowed) else None,
         windowed=windowed if any(windowed) else (),
         ropeless=ropeless if any(ropeless) else (),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from real_configs import REAL_CONFIGS
-from tiny_models import FAMILIES, VARIANTS, model_config, save_family
+from tiny_models import FAMILIES, VARIANTS, by_file_name, model_config, save_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import nemo_disco
@@ -55,19 +55,24 @@ def test_every_architecture_is_among_the_tested_ones() -> None:
 def test_names_and_shapes_are_transformers(directory: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    kind = model.config.model_type
+    expected = {name: tuple(tensor.shape) for name, tensor in by_file_name(model.state_dict(), kind).items()}
     shape = read_shape(directory)
     assert shape.tied == (model.lm_head.weight is model.model.embed_tokens.weight)
     if shape.tied:
         expected.pop("lm_head.weight")
     assert shape.tensors() == expected
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    layer = {name: p for name, p in model.named_parameters() if name.startswith("model.layers.1.")}
+    layer = by_file_name({n: p for n, p in model.named_parameters() if n.startswith("model.layers.1.")}, kind)
     assert shape.layer_parameters == sum(p.numel() for p in layer.values())
-    assert shape.whole_parameters == sum(
-        p.numel() for name, p in layer.items() if "norm" in name or name.endswith(("o_proj.bias", "down_proj.bias"))
+    whole = ("o_proj.bias", "down_proj.bias", ".gate.weight")
+    assert shape.whole_parameters == sum(p.numel() for n, p in layer.items() if "norm" in n or n.endswith(whole))
+    idle = [f".experts.{expert}." for expert in range(shape.experts_per_token, shape.experts)]
+    active = {name: p for name, p in layer.items() if not any(part in name for part in idle)}
+    assert shape.matrix_parameters == sum(p.numel() for p in active.values() if p.dim() == 2)
+    assert shape.parameters - shape.active_parameters == shape.layers * sum(
+        p.numel() for name, p in layer.items() if name not in active
     )
-    assert shape.matrix_parameters == sum(p.numel() for p in layer.values() if p.dim() == 2)
 
 
 def test_names_shapes_and_cuts_are_megatrons(directory: Path) -> None:

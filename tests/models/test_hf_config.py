@@ -142,7 +142,7 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
         (MISTRAL, {"attention_bias": True}, "attention_bias=true is not built"),
         (QWEN2, {"attention_bias": False}, "attention_bias=false is not built"),
         (QWEN2, {"mlp_bias": True}, "mlp_bias=true is not built"),
-        (QWEN2, {"model_type": "qwen3_moe"}, 'model_type "qwen3_moe" is not built; .*; the nearest that is: qwen3$'),
+        (QWEN2, {"model_type": "qwen3_moee"}, '"qwen3_moee" is not built; .*; the nearest that is: qwen3_moe$'),
         (QWEN2, {"no_rope_layers": [1] * 24}, "no_rope_layers=.* is not built: this model_type has rope in every"),
         (SMOLLM3, {"no_rope_layers": [1] * 35}, "no_rope_layers=.* is not 0 or 1 for each of num_hidden_layers=36"),
         (SMOLLM3, {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0 is not"),
