@@ -48,7 +48,7 @@ def verify_mini_batch(
     old = OldValues.compute(policy, objective, rollouts, reference=None)
     old_log_probs = old.log_probs
     difference = agreement.require_agreement(rollouts, old_log_probs)
-    noise = _noise_floor(policy, objective, rollouts, old_log_probs)
+    noise = _noise_floor(policy, objective, rollouts, old)
     if config.perturb > 0:
         with SafetensorReader(policy.config.path) as reader:
             policy.load(_add_noise(reader.read, config.perturb, seed))
@@ -114,15 +114,16 @@ def _mismatch_lines(
     ]
 
 
-def _noise_floor(policy: Policy, objective: Objective, rollouts: Rollouts, old_log_probs: Tensor) -> float:
+def _noise_floor(policy: Policy, objective: Objective, rollouts: Rollouts, old: OldValues) -> float:
     """|KL_hat| of the policy against itself, from log-probs computed again in other micro-batches: the KL that rounding
     alone makes at theta = theta_old. A collective."""
-    recomputed = torch.empty_like(old_log_probs)
+    recomputed = torch.empty_like(old.log_probs)
     for start in (0, 1):
         rows = torch.arange(start, len(rollouts), 2)
         if len(rows):
-            recomputed[rollouts.token_index(rows).to(recomputed.device)] = policy.log_probs(rollouts.select(rows))[0]
-    return noise_floor(objective, old_log_probs, recomputed)
+            values = policy.target_values(rollouts.select(rows), routes=old.select(rollouts, rows).routes)
+            recomputed[rollouts.token_index(rows).to(recomputed.device)] = values.log_probs
+    return noise_floor(objective, old.log_probs, recomputed)
 
 
 def _add_noise(read: Callable[[str], Tensor], scale: float, seed: int) -> Callable[[str], Tensor]:

@@ -105,8 +105,10 @@ def _transformers_outputs(policy: Policy, tokens: Tensor) -> Outputs:
     from transformers import AutoModelForCausalLM
 
     config = policy.config
+    # Its faster ways to compute experts know no float64.
+    plain = {"experts_implementation": "eager"} if policy.shape.experts else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        config.path, dtype=policy.dtype, local_files_only=True, trust_remote_code=config.trust_remote_code
+        config.path, dtype=policy.dtype, local_files_only=True, trust_remote_code=config.trust_remote_code, **plain
     )
     outputs: Outputs = {}
     names = [name for layer in range(policy.shape.layers) for name in _names(layer)]

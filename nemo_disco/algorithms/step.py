@@ -19,6 +19,7 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.likely_tokens import LikelyTokens
 from nemo_disco.policy.model import TargetValues
 from nemo_disco.policy.policy import Policy
+from nemo_disco.policy.routes import Routes
 from nemo_disco.runtime.spans import span
 
 # The optional fields of MiniBatch that every step provides; an objective declares further ones itself, as columns.
@@ -31,28 +32,35 @@ PROVIDED = frozenset(
 class OldValues:
     """Values of the T response tokens from before the step: log_probs [T], entropies [T] and the likeliest tokens
     [T, K] of the policy that the step begins with, reference_log_probs [T] of the reference; all but the first only
-    where the objective needs them."""
+    where the objective needs them. routes: the experts of all tokens, prompts included, which the policy replays."""
 
     log_probs: Tensor
     entropies: Tensor | None = None
     reference_log_probs: Tensor | None = None
     likely: LikelyTokens | None = None
+    routes: Routes | None = None
 
     @classmethod
     def compute(cls, policy: Policy, objective: Objective, rollouts: Rollouts, reference: Tensor | None) -> OldValues:
         """Those of the policy's present weights. reference [T]: the reference's log-probs. A collective."""
-        values = policy.target_values(rollouts, entropies=True, likely_tokens=objective.constraint.likely_tokens)
-        return cls(values.log_probs, values.entropies, reference, values.likely)
+        values = policy.target_values(
+            rollouts,
+            entropies=True,
+            likely_tokens=objective.constraint.likely_tokens,
+            routes="record" if policy.replays_routes else None,
+        )
+        return cls(values.log_probs, values.entropies, reference, values.likely, values.routes)
 
-    def select(self, index: Tensor) -> OldValues:
-        """The values of the tokens at index [n], positions among the T tokens."""
-        index = index.to(self.log_probs.device)
+    def select(self, rollouts: Rollouts, responses: Tensor) -> OldValues:
+        """The values of some of the rollouts' responses."""
+        index = rollouts.token_index(responses).to(self.log_probs.device)
         entropies, reference = self.entropies, self.reference_log_probs
         return OldValues(
             self.log_probs[index],
             None if entropies is None else entropies[index],
             None if reference is None else reference[index],
             None if self.likely is None else self.likely.select(index),
+            None if self.routes is None else self.routes.select(rollouts, responses),
         )
 
 
@@ -91,7 +99,7 @@ def accumulate_gradient(
             same = None if old.likely is None else torch.zeros_like(old.log_probs)
             present = TargetValues(old.log_probs, old.entropies, same)
         else:
-            present = policy.target_values(rollouts, entropies=needs_entropies, old=old.likely)
+            present = policy.target_values(rollouts, entropies=needs_entropies, old=old.likely, routes=old.routes)
     out = objective(_mini_batch(policy, rollouts, old, present))
 
     pass2_log_probs = torch.zeros(len(old.log_probs) if first else 0, dtype=torch.float64, device=policy.device)
@@ -107,21 +115,30 @@ def accumulate_gradient(
 
     compared = old.likely if out.divergence_weights is not None else None
     with span("train"):
-        policy.accumulate(
-            rollouts, linear, entropies=out.entropy_weights is not None, old=compared, everywhere=everywhere
+        changed = policy.accumulate(
+            rollouts,
+            linear,
+            entropies=out.entropy_weights is not None,
+            old=compared,
+            routes=old.routes,
+            everywhere=everywhere,
         )
         pass2_log_probs = policy.share(pass2_log_probs) if first else pass2_log_probs
     noise = {"policy/noise_floor": noise_floor(objective, old.log_probs, pass2_log_probs)} if first else {}
-    return MiniBatchResult(out.metrics | noise, present.log_probs, out.token_weights)
+    return MiniBatchResult(out.metrics | noise | _changed(changed), present.log_probs, out.token_weights)
 
 
 def measure_kl(policy: Policy, rollouts: Rollouts, old: OldValues) -> float:
     """KL(old || policy) of the present weights on some rollouts, in nats a token: over old's likely tokens if it has
     them (the constraint's estimator is top_k), else by k3. old: the values of their tokens. A collective."""
-    present = policy.target_values(rollouts, old=old.likely)
+    present = policy.target_values(rollouts, old=old.likely, routes=old.routes)
     if present.divergences is not None:
         return float(present.divergences.double().mean())
     return mismatch(present.log_probs, old.log_probs)["mismatch/kl_k3"]
+
+
+def _changed(share: float | None) -> dict[str, float]:
+    return {} if share is None else {"experts/changed": share}
 
 
 def _mini_batch(policy: Policy, rollouts: Rollouts, old: OldValues, present: TargetValues) -> MiniBatch:
@@ -174,10 +191,17 @@ def _one_pass(
         return token_loss(index, values.log_probs, values.entropies, values.divergences)
 
     with span("train"):
-        policy.accumulate(rollouts, loss, entropies="entropies" in fields, old=old.likely, everywhere=everywhere)
+        changed = policy.accumulate(
+            rollouts,
+            loss,
+            entropies="entropies" in fields,
+            old=old.likely,
+            routes=old.routes,
+            everywhere=everywhere,
+        )
         computed = policy.share(computed)
     if not bool(computed.isfinite().all()):
         raise NonFiniteError(f"objective {objective.name}: the policy's log-probs are not finite")
     out = objective(replace(batch, **dict(zip(fields, computed, strict=True))))
     noise = {"policy/noise_floor": noise_floor(objective, batch.old_log_probs, computed[0])} if first else {}
-    return MiniBatchResult(out.metrics | noise, computed[0], out.token_weights)
+    return MiniBatchResult(out.metrics | noise | _changed(changed), computed[0], out.token_weights)

@@ -46,6 +46,7 @@ def summarize_step(
     names = {name for metrics in history for name in metrics}
     metrics = {name: float(np.mean([m[name] for m in history if name in m])) for name in sorted(names)}
     metrics |= {name: value for name, value in history[-1].items() if name.startswith(_LAST)}
+    metrics |= {} if old.routes is None else {"experts/changed": metrics.get("experts/changed", float("nan"))}
     assert old.entropies is not None
     staleness = step - rollouts.weight_versions
     return metrics | {

@@ -169,7 +169,7 @@ class Trainer:
         last = None
         for responses in self._mini_batches(rollouts):
             part = rollouts.select(responses)
-            old_part = old.select(rollouts.token_index(responses))
+            old_part = old.select(rollouts, responses)
             self.divergence.begin(part, old_part.log_probs)
             try:
                 result = accumulate_gradient(self.policy, self.objective, part, old_part, first=not history)
@@ -260,7 +260,7 @@ class Trainer:
         limit = max(1, len(set(rollouts.question_ids.tolist())) // 4)
         part = last[torch.isin(rollouts.question_ids[last], torch.tensor(questions[:limit]))]
         with span("log_probs"):
-            return measure_kl(self.policy, rollouts.select(part), old.select(rollouts.token_index(part)))
+            return measure_kl(self.policy, rollouts.select(part), old.select(rollouts, part))
 
     def _profile_step(self) -> AbstractContextManager[None]:
         if self.step + 1 not in self.exp_manager.profile_steps:

@@ -37,6 +37,8 @@ def identity(policy: Policy, step: int) -> dict[str, Any]:
             "pipeline_model_parallel_size": ranks.pipeline_size,
             "virtual_pipeline_model_parallel_size": config.virtual_pipeline_model_parallel_size,
             "context_parallel_size": ranks.context_size,
+            "expert_model_parallel_size": config.expert_model_parallel_size,
+            "expert_tensor_parallel_size": config.expert_tensor_parallel_size,
             "sequence_parallel": config.sequence_parallel,
             "data_parallel_size": ranks.data_size,
         },

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 
-from nemo_disco.config.schema import GenerationConfig, RunConfig
+from nemo_disco.config.schema import GenerationConfig, ModelConfig, RunConfig
 from nemo_disco.runtime.errors import UserError
 
 MAX_SUGGESTIONS = 16  # numbers that would work, in one message
@@ -55,6 +55,7 @@ def _check_processes(config: RunConfig, world_size: int) -> None:
             f"{world_size} (trainer.devices x trainer.num_nodes); "
             f"would work: {format_numbers([n for n in (below, above) if n])}"
         )
+    _check_expert_layout(model, world_size)
     if model.sequence_parallel and tensor == 1:
         raise UserError(
             "model.sequence_parallel=true splits activations over the tensor-parallel ranks: it needs "
@@ -63,6 +64,28 @@ def _check_processes(config: RunConfig, world_size: int) -> None:
     if virtual is not None and pipeline == 1:
         raise UserError(
             f"model.virtual_pipeline_model_parallel_size={virtual} needs model.pipeline_model_parallel_size above 1"
+        )
+
+
+def _check_expert_layout(model: ModelConfig, world_size: int) -> None:
+    """Raises UserError for a split of experts that the processes or the tensor-parallel groups do not allow."""
+    tensor, experts = model.tensor_model_parallel_size, model.expert_model_parallel_size
+    split, pipeline = model.expert_tensor_parallel_size or tensor, model.pipeline_model_parallel_size
+    if tensor % split:
+        raise UserError(
+            f"model.expert_tensor_parallel_size={split} does not divide model.tensor_model_parallel_size={tensor}; "
+            f"would work: {format_numbers(divisors(tensor))}"
+        )
+    if world_size % (size := split * experts * pipeline):
+        raise UserError(
+            f"EP {experts} x ETP {split} x PP {pipeline} needs a multiple of {size} processes, but there are "
+            f"{world_size} (trainer.devices x trainer.num_nodes); would work: "
+            f"model.expert_model_parallel_size={format_numbers(divisors(world_size // (split * pipeline)))}"
+        )
+    if split * experts % tensor and tensor % (split * experts):  # ranks that sample together would exchange apart
+        raise UserError(
+            f"EP {experts} x ETP {split} and TP {tensor}: one must divide the other; would work: "
+            f"model.expert_model_parallel_size={tensor} or a multiple"
         )
 
 

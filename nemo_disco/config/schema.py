@@ -73,6 +73,9 @@ class ModelConfig(Section):
     pipeline_model_parallel_size: PositiveInt
     virtual_pipeline_model_parallel_size: PositiveInt | None
     context_parallel_size: PositiveInt
+    expert_model_parallel_size: PositiveInt
+    expert_tensor_parallel_size: PositiveInt | None  # null: as tensor_model_parallel_size
+    moe_router_replay: Literal["none", "trainer"]  # trainer: mini-batches take the experts of the old log-probs' pass
     sequence_parallel: bool
     activations_checkpoint_granularity: Literal["selective", "full"] | None
     token_budget: PositiveInt  # tokens (prompts, responses and padding) in one micro-batch

@@ -101,12 +101,16 @@ class Rollouts:
         """Indices of the response tokens of `responses` (in that order) in a vector over all T response tokens."""
         return _ranges(self.response_offsets, responses)
 
+    def sequence_index(self, responses: Sequence[int] | Tensor) -> Tensor:
+        """Indices of all tokens of `responses` (in that order), prompts included, in `tokens`."""
+        return _ranges(self.token_offsets, responses)
+
     def select(self, responses: Sequence[int] | Tensor) -> Rollouts:
         """The rollouts of some responses only, in the order given."""
         index = torch.as_tensor(responses, dtype=torch.int64)
         return replace(
             self,
-            tokens=self.tokens[_ranges(self.token_offsets, index)],
+            tokens=self.tokens[self.sequence_index(index)],
             generation_log_probs=self.generation_log_probs[_ranges(self.response_offsets, index)],
             columns={name: values[index] for name, values in self.columns.items()},
             **{name: getattr(self, name)[index] for name in PER_RESPONSE},

@@ -27,6 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from nemo_disco.data.packing import round_up
+from nemo_disco.policy.routes import TokenRoutes
 
 # Grouped queries need no argument in torch 2.11's flash kernel; later versions have one.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -73,6 +74,8 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     r-th and the r-th from the end (equal work under causal attention). local [S / CP]: index of this rank's tokens in
     the whole micro-batch. keys: for each piece in turn, index of the keys that it attends to in the concatenated shares
     of all ranks; the last of them are the piece's own. piece_sizes: number of queries and of keys of each.
+
+    routes: of this rank's tokens, where experts are recorded or given.
     """
 
     qkv_format: str = "sbhd"
@@ -82,6 +85,7 @@ class PackedSequences(PackedSeqParams):  # type: ignore[misc]
     local: Tensor | None = None
     keys: Tensor | None = None
     buckets: tuple[Bucket, ...] = ()
+    routes: TokenRoutes | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], context_rank: int = 0, context_size: int = 1) -> PackedSequences:

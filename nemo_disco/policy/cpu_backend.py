@@ -10,9 +10,11 @@ import ctypes
 import importlib
 import os
 import types
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # The modules whose calls of tensor factories pass device="cuda" or pin_memory=True.
 _CUDA_LITERALS = (
@@ -59,6 +61,7 @@ def enable() -> None:
     for module in _CUDA_LITERALS:
         importlib.import_module(f"megatron.core.{module}").torch = _CpuTorch()  # type: ignore[attr-defined]
     _use_cpu_random_state()
+    _exchange_unequal_shares()
 
 
 def return_freed_memory(weight_bytes: int) -> None:
@@ -87,7 +90,12 @@ def _replace_cuda_calls() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *_args, **_kwargs: self  # tied embeddings under PP, slicing under CP
     stream = types.SimpleNamespace(wait_stream=lambda *_: None, wait_event=lambda *_: None, synchronize=lambda *_: None)
-    cuda.current_stream = lambda *_args, **_kwargs: stream
+    stream.record_event = lambda *_: stream
+    cuda.current_stream = cuda.Stream = lambda *_args, **_kwargs: stream
+    cuda.stream = lambda *_: nullcontext()
+    # The dispatcher of experts makes lists of its counts only when it copies them from a GPU.
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _to_host
 
     type_of = torch.Tensor.type
 
@@ -98,6 +106,35 @@ def _replace_cuda_calls() -> None:
         return type_of(self, dtype, *args, **kwargs)
 
     tensor.type = cuda_type
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: ARG001
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _exchange_unequal_shares() -> None:
+    """Replace megatron-core's gather and reduce-scatter of shares of unequal sizes, as those of tokens for experts are,
+    which gloo refuses."""
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(x: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> Any:
+        if group.size() == 1 or sizes is None or len(set(sizes)) == 1:
+            return gather_equal(x, group, sizes, *rest)
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        shares = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shares, padded, group=group)
+        return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
+
+    def scatter(x: torch.Tensor, group: Any, sizes: list[int] | None = None, *rest: Any) -> Any:
+        if group.size() == 1 or sizes is None:
+            return scatter_equal(x, group, sizes, *rest)
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return torch.split(total, sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
 
 
 def _use_cpu_random_state() -> None:

@@ -28,13 +28,17 @@ from nemo_disco.policy.model import PolicyModel
 from nemo_disco.runtime.collectives import on_every_rank
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
+# The number of an expert in the name of its parameter: of a module of its own, or of one module for all experts.
+_EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.weight)\d+$")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One megatron parameter: its pipeline stage, chunk, name in the chunk, name in the model, and shape on a rank."""
+    """One megatron parameter: its pipeline stage, the expert-parallel rank that has it (None: all have it), its chunk,
+    name in the chunk, name in the model, and shape on a rank."""
 
     stage: int
+    owner: int | None
     chunk: int
     local_name: str
     name: str
@@ -64,7 +68,7 @@ class HuggingFaceModel:
         self.shape, self.config, self.transformer_engine = shape, config, transformer_engine
         self.vocabulary = shape.vocab if vocabulary is None else vocabulary
         self._angles = read_angles(hf_config, longest)
-        self._weights = {w.full_name(key): w for w in shape.weights() for key in (w.key, w.local_key)}
+        self._weights = {w.full_name(key): w for w in shape.weights() for key in (w.key, w.local_key, w.grouped_key)}
         if shape.tied:  # the last pipeline stage has a copy of the embedding
             self._weights[OUTPUT.name] = self._weights[EMBEDDING.name]
         stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
@@ -89,22 +93,27 @@ class HuggingFaceModel:
     def _all_entries(self) -> list[_Entry]:
         """The parameters of all pipeline stages, without a tied output layer. A collective."""
         stage = parallel_state.get_pipeline_model_parallel_rank()
+        rank = parallel_state.get_expert_model_parallel_rank()
+        owner = {name: None if weight.expert is None else rank for name, weight in self._weights.items()}
         mine = [
-            _Entry(stage, index, local_name, name, tuple(parameter.shape))
+            _Entry(stage, owner[name], index, local_name, name, tuple(parameter.shape))
             for index, chunk in enumerate(self.chunks)
             for local_name, name, parameter in _parameters(chunk)
             if not (self.shape.tied and name == OUTPUT.name)
         ]
-        stages = on_every_rank(lambda: mine, parallel_state.get_pipeline_model_parallel_group())
+        experts = on_every_rank(lambda: mine, parallel_state.get_expert_model_parallel_group())
+        order = {name: number for number, name in enumerate(self._weights)}
+        ours = sorted({entry for entries in experts for entry in entries}, key=lambda entry: order[entry.name])
+        stages = on_every_rank(lambda: ours, parallel_state.get_pipeline_model_parallel_group())
         return [entry for entries in stages for entry in entries]
 
     def load(self, read: Callable[[str], Tensor]) -> None:
         """Fill every parameter from `read(name)`, the full tensor of a Hugging Face name."""
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        size = parallel_state.get_tensor_model_parallel_world_size()
         for _, name, parameter in (entry for chunk in self.chunks for entry in _parameters(chunk)):
             weight = self._weights[name]
-            tensor = shard(weight, [read(part) for part, _ in weight.parts], rank, size).to(self.config.params_dtype)
+            group = _tensor_group(weight)
+            parts = [read(part) for part, _ in weight.parts]
+            tensor = shard(weight, parts, group.rank(), group.size()).to(self.config.params_dtype)
             with torch.no_grad():
                 parameter.copy_(tensor)
             if hasattr(parameter, "_high_precision_init_val"):
@@ -122,12 +131,17 @@ class HuggingFaceModel:
         A collective: every rank of the model must run the iterator to its end.
         """
         pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-        stage = parallel_state.get_pipeline_model_parallel_rank()
+        expert_group = parallel_state.get_expert_model_parallel_group()
         parameters = [dict(chunk.named_parameters()) for chunk in self.chunks]
+        dtype = select(next(self.chunks[0].parameters())).dtype
         for entry in self._entries:
-            tensor = select(parameters[entry.chunk][entry.local_name]) if entry.stage == stage else None
+            here = entry.stage == pipeline_group.rank()
+            owned = here and entry.owner in (None, expert_group.rank())
+            tensor = select(parameters[entry.chunk][entry.local_name]) if owned else None
+            if here and entry.owner is not None and expert_group.size() > 1:
+                tensor = _broadcast(tensor, entry.shape, dtype, expert_group, entry.owner)
             if pipeline_group.size() > 1:
-                tensor = _broadcast(tensor, entry, pipeline_group)
+                tensor = _broadcast(tensor, entry.shape, dtype, pipeline_group, entry.stage)
             assert tensor is not None
             weight = self._weights[entry.name]
             yield from unshard(weight, _gather(weight, tensor))
@@ -135,13 +149,23 @@ class HuggingFaceModel:
 
 def _parameters(chunk: PolicyModel) -> Iterator[tuple[str, str, Tensor]]:
     """Name in the chunk, name in the whole model, and tensor of each parameter."""
+    group = parallel_state.get_expert_model_parallel_group()
+    first = group.rank() * (chunk.config.num_moe_experts or 0) // group.size()  # of this rank's experts
     for name, parameter in chunk.named_parameters():
-        yield name, _LAYER.sub(lambda m: str(chunk.decoder.layers[int(m[0])].layer_number - 1), name), parameter
+        whole = _LAYER.sub(lambda m: str(chunk.decoder.layers[int(m[0])].layer_number - 1), name)
+        yield name, _EXPERT.sub(lambda m: str(first + int(m[0])), whole), parameter
+
+
+def _tensor_group(weight: ModelWeight) -> Any:
+    """The group of ranks among which tensor parallelism splits the weight."""
+    if weight.expert is None:
+        return parallel_state.get_tensor_model_parallel_group()
+    return parallel_state.get_expert_tensor_parallel_group()
 
 
 def _gather(weight: ModelWeight, tensor: Tensor) -> list[Tensor]:
     """The shards of all tensor-parallel ranks, or the tensor alone if it is whole on each rank."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = _tensor_group(weight)
     if weight.split is None or group.size() == 1:
         return [tensor]
     shards = [torch.empty_like(tensor) for _ in range(group.size())]
@@ -149,13 +173,10 @@ def _gather(weight: ModelWeight, tensor: Tensor) -> list[Tensor]:
     return shards
 
 
-def _broadcast(tensor: Tensor | None, entry: _Entry, group: Any) -> Tensor:
-    """The tensor of the entry's pipeline stage (None on the others), on every stage."""
-    source = dist.get_global_rank(group, entry.stage)
-    kind: list[Any] = [None if tensor is None else tensor.dtype]
-    dist.broadcast_object_list(kind, src=source, group=group)
+def _broadcast(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, group: Any, rank: int) -> Tensor:
+    """The tensor that one rank of the group has (None on the others), on all of them."""
     if tensor is None:
-        tensor = torch.empty(entry.shape, dtype=kind[0], device=torch.cuda.current_device())
+        tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     tensor = tensor.contiguous()
-    dist.broadcast(tensor, src=source, group=group)
+    dist.broadcast(tensor, src=dist.get_global_rank(group, rank), group=group)
     return tensor

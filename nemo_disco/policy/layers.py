@@ -6,6 +6,7 @@ Transformer Engine: not run.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from nemo_disco.config.schema import ModelConfig
 from nemo_disco.models.architecture import Architecture
 from nemo_disco.policy.attention import PackedCausalAttention
+from nemo_disco.policy.experts import PolicyExperts, PolicyRouter
 from nemo_disco.policy.modules import (
     ColumnLinear,
     GatedActivation,
@@ -27,6 +29,7 @@ from nemo_disco.policy.modules import (
     RMSNorm,
     RowLinear,
     with_bias,
+    with_submodules,
 )
 from nemo_disco.runtime.errors import UserError
 
@@ -53,12 +56,16 @@ def layer_spec(
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     layer.module, layer.submodules.self_attention.module = PolicyLayer, PolicyAttention
     attention.linear_proj = with_bias(attention.linear_proj, architecture.projection_bias)
+    if architecture.experts is not None:
+        mlp.router = partial(PolicyRouter, normalised=architecture.normalised_routing)
+        layer.submodules.mlp, mlp = with_submodules(PolicyExperts, mlp), mlp.experts.submodules
     mlp.linear_fc1, mlp.linear_fc2 = (with_bias(x, architecture.mlp_bias) for x in (mlp.linear_fc1, mlp.linear_fc2))
     if not config.bias_activation_fusion:
         # Despite its name, this is how megatron's MLP takes any module as its activation.
         config.use_te_activation_func = True
         mlp.activation_func = GatedActivation
-        layer.submodules.mlp = PolicyMLP.of(mlp)
+        if architecture.experts is None:
+            layer.submodules.mlp = with_submodules(PolicyMLP, mlp)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
@@ -67,9 +74,14 @@ def layer_spec(
 
 
 def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
-    layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    if config.num_moe_experts is not None:
+        mlp = mlp.experts.submodules
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")  # Transformer Engine fuses it not either
     attention.core_attention = PackedCausalAttention
     attention.linear_qkv = mlp.linear_fc1 = ColumnLinear
     attention.linear_proj = mlp.linear_fc2 = RowLinear
@@ -89,7 +101,11 @@ def _transformer_engine_layer(config: Any) -> tuple[ModuleSpec, type]:
             f"model.context_parallel_size={config.context_parallel_size}: Transformer Engine's attention has no "
             "sliding window there; set it to 1, or model.transformer_engine to false"
         )
-    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.num_moe_experts is not None,
+        qk_layernorm=config.qk_layernorm,
+    )
     layer.submodules.self_attention.submodules.core_attention = _transformer_engine_attention()
     return layer, TENorm
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from nemo_disco.data.rollouts import Rollouts
 from nemo_disco.policy.attention import PackedSequences
 from nemo_disco.policy.likely_tokens import LikelyTokens
 from nemo_disco.policy.parallel import Ranks
+from nemo_disco.policy.routes import Routes, TokenRoutes
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ def build_micro_batch(
     context_rank: int = 0,
     context_size: int = 1,
     old: LikelyTokens | None = None,
+    tensor_share: tuple[int, int] = (0, 1),
+    routes: Routes | Literal["record"] | None = None,
 ) -> MicroBatch:
     """Pack the responses with these indices, shortest first (neighbours share an attention call), with padding.
 
     Under context parallelism: this rank's share of the tokens. old [T]: in host memory. Does not wait for the device.
+    routes: of all tokens of the rollouts, which the routers take; or they are recorded. tensor_share: this rank among
+    those that share the tokens under sequence parallelism, and their number, for the routes.
     """
     unpadded = sequence_lengths(rollouts)
     order = sorted(responses, key=lambda i: (unpadded[i], i))
@@ -80,12 +85,13 @@ def build_micro_batch(
     total = max(round_up(sum(lengths), padding.micro_batch), padding.micro_batch)
     if total > sum(lengths):
         lengths.append(total - sum(lengths))  # one more sequence, which predicts nothing
-    ids, targets, index = (torch.zeros(total, dtype=torch.int64) for _ in range(3))
-    index -= 1
+    ids, targets = (torch.zeros(total, dtype=torch.int64) for _ in range(2))
+    index, places = (torch.full((total,), -1) for _ in range(2))
     start = 0
     for i, length in zip(order, lengths, strict=False):
         first, n = int(rollouts.token_offsets[i]), unpadded[i]
         ids[start : start + n] = rollouts.tokens[first : first + n]
+        places[start : start + n] = torch.arange(first, first + n)
         response = slice(start + int(rollouts.prompt_lengths[i]) - 1, start + n)
         targets[response] = rollouts.response(i)
         index[response] = torch.arange(int(rollouts.response_offsets[i]), int(rollouts.response_offsets[i + 1]))
@@ -94,7 +100,10 @@ def build_micro_batch(
     sequences = PackedSequences.from_lengths(lengths, context_rank, context_size)
     local = sequences.local
     if local is not None:
-        ids, positions, targets, index = ids[local], positions[local], targets[local], index[local]
+        ids, positions, targets, index, places = (x[local] for x in (ids, positions, targets, index, places))
+    if routes is not None:
+        rank, size = tensor_share
+        sequences.routes = TokenRoutes.of(places.chunk(size)[rank], None if routes == "record" else routes)
     rows = (index >= 0).nonzero()[:, 0]
     likely = None if old is None else old.select(index[rows])
     batch = MicroBatch(ids[None], positions[None], sequences, rows, targets[rows], index[rows], likely)
@@ -108,6 +117,8 @@ def _send(value: Any, device: torch.device) -> Any:
         return value.pin_memory().to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_send(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _send(item, device) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _send(getattr(value, field.name), device) for field in fields(value)})
     return value

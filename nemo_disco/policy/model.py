@@ -18,6 +18,7 @@ from nemo_disco.models.rope import Angles
 from nemo_disco.policy.likely_tokens import LikelyTokens, find_likely_tokens, token_divergences
 from nemo_disco.policy.log_probs import token_log_probs
 from nemo_disco.policy.rope import Rope, no_rope
+from nemo_disco.policy.routes import Routes
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,17 @@ class Targets:
 
 @dataclass(frozen=True)
 class TargetValues:
-    """Values at n response tokens: log-probs, entropies and divergences [n] each, and the likeliest tokens [n, K].
+    """Values at n response tokens: log-probs, entropies and divergences [n] each, and the likeliest tokens [n, K]; and
+    the experts that all tokens of the rollouts went through.
 
-    The last three are None where `Targets` did not ask for them.
+    All but the first are None where they were not asked for.
     """
 
     log_probs: Tensor
     entropies: Tensor | None = None
     divergences: Tensor | None = None
     likely: LikelyTokens | None = None
+    routes: Routes | None = None
 
     def pack(self) -> Tensor:
         """[rows, n] of one dtype, the only form that a pipeline stage can return: a row of each present field, then K

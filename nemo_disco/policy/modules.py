@@ -46,7 +46,7 @@ class PolicyLayer(TransformerLayer):  # type: ignore[misc]
         """(output [S, 1, h], None), as megatron's block expects it. rotary_pos_emb: of Rope.at."""
         x = hidden_states
         x = _add(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, packed_seq_params))
-        return _add(x, self.mlp(self.pre_mlp_layernorm(x))), None
+        return _add(x, self.mlp(self.pre_mlp_layernorm(x), sequences=packed_seq_params)), None
 
 
 def _add(x: Tensor, output: Output) -> Tensor:
@@ -94,21 +94,21 @@ class PolicyAttention(SelfAttention):  # type: ignore[misc]
 class PolicyMLP(MLP):  # type: ignore[misc]
     """megatron's MLP: a matrix of gates and values, their activation, and a matrix back."""
 
-    @classmethod
-    def of(cls, submodules: Any) -> type:
-        """The class with its submodules: in a ModuleSpec, megatron warns of an MLP that is not its own."""
-
-        class Bound(cls):  # type: ignore[misc, valid-type]
-            def __init__(self, config: Any) -> None:
-                super().__init__(config, submodules)
-
-        return Bound
-
     def forward(self, hidden_states: Tensor, **_: Any) -> Output:
         """The output [S, 1, h], and a bias."""
         x, bias = self.linear_fc1(hidden_states)
         output: Output = self.linear_fc2(self.activation_func(x if bias is None else x + bias))
         return output
+
+
+def with_submodules(module: type, submodules: Any) -> type:
+    """The class of an MLP with its submodules: in a ModuleSpec, megatron warns of an MLP that is not its own."""
+
+    class Bound(module):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config, submodules)
+
+    return Bound
 
 
 @contextmanager
@@ -154,7 +154,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
             output: Output = super().forward(x)
             return output
         product = torch.matmul(x, self.weight.t())
-        if self.tp_group.size() > 1:
+        if self.tp_group.size() > 1 and not self.explicit_expert_comm:  # of experts, the dispatcher adds up
             product = reduce_from_tensor_model_parallel_region(product, group=self.tp_group)
         return product, self.bias
 

@@ -33,22 +33,18 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's description of the network, this run's parallelism and its kernels.
 
-    finalize: the function that reduces gradients after the last micro-batch. Raises UserError for a fused activation
-    that megatron-core does not have.
+    finalize: the function that reduces gradients after the last micro-batch. Raises UserError for a setting that this
+    network cannot have.
     """
+    _check(shape, config)
     full = config.activations_checkpoint_granularity == "full"
-    activation = shape.architecture.activation
-    if config.bias_activation_fusion and activation != "silu":
-        raise UserError(
-            "model.bias_activation_fusion=true: megatron-core's fused activation is SwiGLU, and this model's "
-            f"hidden_act is {activation}; set it to false"
-        )
     return TransformerConfig(
         **shape.megatron_sizes(),
         **shape.megatron_layers(),
+        **shape.megatron_experts(),
         normalization=shape.architecture.norm,
         qk_layernorm=shape.architecture.qk_norm,
-        activation_func=_ACTIVATIONS[activation],
+        activation_func=_ACTIVATIONS[shape.architecture.activation],
         gated_linear_unit=True,
         add_bias_linear=False,
         hidden_dropout=0.0,  # the old and the new log-probs must differ by the weights alone
@@ -62,7 +58,11 @@ def transformer_config(
         context_parallel_size=config.context_parallel_size,
         sequence_parallel=config.sequence_parallel,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # unused; megatron refuses its default with variable lengths
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        moe_token_dispatcher_type="alltoall",  # its default is refused with variable lengths, without experts too
+        moe_router_load_balancing_type="none",
+        moe_router_pre_softmax=True,  # PolicyRouter decides; megatron refuses one expert a token with False
         recompute_granularity=config.activations_checkpoint_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
@@ -81,6 +81,22 @@ def transformer_config(
         batch_p2p_comm=False,
         **_fp8_options(config),
     )
+
+
+def _check(shape: ModelShape, config: ModelConfig) -> None:
+    """Raises UserError for a fused activation or FP8 scaling that this network cannot have."""
+    activation = shape.architecture.activation
+    if config.bias_activation_fusion and activation != "silu":
+        raise UserError(
+            "model.bias_activation_fusion=true: megatron-core's fused activation is SwiGLU, and this model's "
+            f"hidden_act is {activation}; set it to false"
+        )
+    if shape.experts and config.fp8 == "delayed":
+        raise UserError(
+            "model.fp8=delayed: with experts its scales are not in a checkpoint; would work: current or blockwise"
+        )
+    # Without sequence parallelism each tensor-parallel rank would send the same tokens (layouts.check_shape).
+    assert not shape.experts or config.tensor_model_parallel_size == 1 or config.sequence_parallel
 
 
 def _fp8_options(config: ModelConfig) -> dict[str, Any]:

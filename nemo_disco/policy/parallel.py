@@ -55,6 +55,8 @@ def start(model: ModelConfig, seed: int = 0) -> None:
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
         "context_parallel_size": model.context_parallel_size,
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "expert_tensor_parallel_size": model.expert_tensor_parallel_size,
     }
     if layout != _layout or not parallel_state.model_parallel_is_initialized():
         _end_groups()

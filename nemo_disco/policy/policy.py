@@ -12,10 +12,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -36,6 +37,7 @@ from nemo_disco.policy.model import Targets, TargetValues
 from nemo_disco.policy.optimizer import Optimizer, StepResult
 from nemo_disco.policy.options import data_parallel_config, optimizer_config, transformer_config
 from nemo_disco.policy.parallel import Ranks, device
+from nemo_disco.policy.routes import Routes, changed_share
 from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.files import atomic_directory
 
@@ -103,6 +105,11 @@ class Policy:
         """CUDA's name of the device; "cpu" without CUDA."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
+    @property
+    def replays_routes(self) -> bool:
+        """True if the experts that the old policy chose are given to later passes (model.moe_router_replay)."""
+        return self.shape.experts > 0 and self.config.moe_router_replay == "trainer"
+
     def _wrap_in_ddp(self, index: int, chunk: Any, dtype: torch.dtype) -> DistributedDataParallel:
         overlap = self.ranks.data_size * self.ranks.context_size > 1
         ddp = DistributedDataParallel(
@@ -135,11 +142,13 @@ class Policy:
         entropies: bool = False,
         likely_tokens: int = 0,
         old: LikelyTokens | None = None,
+        routes: Routes | Literal["record"] | None = None,
     ) -> TargetValues:
         """The values of all T response tokens under the present weights, on every rank: log-probs [T], and as asked for
         (`Targets`) entropies [T], divergences [T], and the likeliest tokens [T, K], in host memory. A collective.
 
-        old [T, K]: of the policy that the present one is compared with. float32, or float64 for a float64 model.
+        old [T, K]: of the policy that the present one is compared with. routes: the experts that all tokens take, or
+        "record", to return those that they took. float32, or float64 for a float64 model.
         """
         rows, total = 1 + entropies + (old is not None), int(rollouts.response_lengths.sum())
         precision = torch.float64 if self.dtype is torch.float64 else torch.float32
@@ -157,10 +166,13 @@ class Policy:
         target_fields = {"entropies": entropies, "likely_tokens": likely_tokens}
         if "forward" in self.unscaled:  # Transformer Engine updates its scales only in passes with gradients enabled
             self.unscaled.remove("forward")
-            self._schedule(rollouts, lambda *_, **__: None, target_fields, old, forward_only=True)
+            self._schedule(rollouts, lambda *_, **__: None, target_fields, old, None, forward_only=True)
         with torch.no_grad():
-            self._schedule(rollouts, collect, target_fields, old, forward_only=True)
+            batches = self._schedule(rollouts, collect, target_fields, old, routes, forward_only=True)
         values = TargetValues.from_rows(self.share(out), entropies=entropies, divergences=old is not None)
+        if routes == "record":
+            group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            values = replace(values, routes=Routes.gather(batches, len(rollouts.tokens), group))
         if not likely_tokens:
             return values
         shared = self._share_on_host(ids), self._share_on_host(likely_log_probs)
@@ -187,11 +199,13 @@ class Policy:
         *,
         entropies: bool = False,
         old: LikelyTokens | None = None,
+        routes: Routes | None = None,
         everywhere: bool = False,
-    ) -> None:
+    ) -> float | None:
         """Forward and backward of the sum over all T tokens of `token_loss`, replacing the gradient.
 
         token_loss gets the log-probs, and with `entropies` and `old` (as for target_values) entropies and divergences.
+        routes: the experts that all tokens take. Returns the share of them that the routers would change, or None.
         Afterwards main_grad is reduced over data parallelism for the shard that this rank's optimizer owns;
         everywhere=True reduces it whole on every rank (to be exported).
         """
@@ -210,8 +224,11 @@ class Policy:
             if self.optimizer is not None:
                 self.optimizer.megatron.zero_grad()
             target_fields = {"entropies": entropies}
-            self._schedule(rollouts, loss, target_fields, old, forward_only=False, force_all_reduce=everywhere)
+            batches = self._schedule(
+                rollouts, loss, target_fields, old, routes, forward_only=False, force_all_reduce=everywhere
+            )
         self.unscaled.clear()
+        return None if routes is None else changed_share(batches)
 
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradient. A gradient that is not finite is not applied."""
@@ -260,7 +277,9 @@ class Policy:
         Forward passes gather weights while they compute. Call this before the weights are read in any other way.
         """
         for ddp in self.network:
-            for buckets in ddp.bucket_groups if getattr(ddp, "use_forward_hook", False) else ():
+            if not getattr(ddp, "use_forward_hook", False):
+                continue
+            for buckets in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
                 buckets.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def has_finite_weights(self) -> bool:
@@ -327,17 +346,28 @@ class Policy:
         use: Callable[..., Any],
         target_fields: Mapping[str, Any],
         old: LikelyTokens | None,
+        routes: Routes | Literal["record"] | None,
         *,
         forward_only: bool,
         **options: Any,
-    ) -> None:
+    ) -> list[MicroBatch]:
         """Run megatron's pipeline schedule on this rank's micro-batches; the last stage calls `use(batch, output)`.
+        Returns them.
 
-        target_fields: those of Targets that say what is computed. old [T, K]: as for target_values.
+        target_fields: those of Targets that say what is computed. old [T, K], routes: as for target_values.
         """
         ranks = self.ranks
         old = old if any(chunk.post_process for chunk in self.model.chunks) else None  # the last stage reads it
-        build = partial(build_micro_batch, rollouts, padding=self._padding, device=self.device, old=old)
+        share = (ranks.tensor, ranks.tensor_size) if self.config.sequence_parallel else (0, 1)
+        build = partial(
+            build_micro_batch,
+            rollouts,
+            padding=self._padding,
+            device=self.device,
+            old=old,
+            routes=routes,
+            tensor_share=share,
+        )
         batches = [
             build(responses, context_rank=ranks.context, context_size=ranks.context_size)
             for responses in self.plan(rollouts)[ranks.data]
@@ -360,6 +390,7 @@ class Policy:
             collect_non_loss_data=forward_only,
             **options,
         )
+        return batches
 
 
 def _finalize_sums(model: list[Any], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -22,16 +22,24 @@ from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.collectives import is_first_rank
 from nemo_disco.runtime.errors import UserError
 
-Layout = tuple[int, int, int | None, int]  # TP, PP, VPP, CP; the rest is DP
+Layout = tuple[int | None, ...]  # TP, PP, VPP, CP, and of a model with experts EP and ETP; the rest is DP
 ONE: list[Layout] = [(1, 1, None, 1)]
 TWO: list[Layout] = [(2, 1, None, 1), (1, 2, None, 1), (1, 1, None, 2)]  # CP shards the optimizer as DP does
 # TP 4 pads the vocabulary of 131.
 FOUR: list[Layout] = [(1, 1, None, 1), (4, 1, None, 1), (2, 2, None, 1), (1, 2, 2, 1), (2, 1, None, 2)]
+EXPERTS_TWO: list[Layout] = [
+    (1, 1, None, 1, 2, None),
+    (2, 1, None, 1, 1, None),
+    (2, 1, None, 1, 2, 1),
+    (1, 2, None, 1, 1, None),
+]
 TOLERANCE = 1e-5
 
 
 def build(model: str, layout: Layout, dtype: torch.dtype) -> Policy:
-    tensor, pipeline, virtual, context = layout
+    tensor, pipeline, virtual, context, *experts = layout
+    assert tensor is not None
+    expert_sizes = dict(zip(("expert_model_parallel_size", "expert_tensor_parallel_size"), experts, strict=False))
     config = model_config(
         Path(model),
         tensor_model_parallel_size=tensor,
@@ -39,13 +47,14 @@ def build(model: str, layout: Layout, dtype: torch.dtype) -> Policy:
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=context,
         sequence_parallel=tensor > 1,
+        **expert_sizes,
     )
     parallel.start(config)
     return Policy(config, dtype=dtype, total_optimizer_steps=10)
 
 
 def layout_name(world_size: int, layout: Layout) -> str:
-    return f"world{world_size}_tp{layout[0]}_pp{layout[1]}_vpp{layout[2]}_cp{layout[3]}"
+    return f"world{world_size}_" + "_".join(map(str, layout))
 
 
 def write(model: str, root: str, world_size: int, layouts: list[Layout], dtype: torch.dtype) -> dict[str, Any]:
@@ -135,6 +144,16 @@ def test_one_and_two_processes(run_on_ranks: Callable[..., list[Any]], model: st
         outcome |= one_process
     compare(saved_figures, run_on_ranks(2, read, model, root, 2, TWO, torch.float32), same_layouts=len(TWO))
     compare([one_process | saved_figures[0]], [read(model, root, 1, ONE, torch.float32)], same_layouts=1)
+
+
+def test_experts_on_one_and_two_processes(run_on_ranks: Callable[..., list[Any]], tmp_path: Path, root: str) -> None:
+    model = str(save_model(tmp_path / "model", "qwen3_moe", tied=True))
+    saved_figures = run_on_ranks(2, write, model, root, 2, EXPERTS_TWO, torch.float32)
+    one_process = write(model, root, 1, ONE, torch.float32)
+    for outcome in saved_figures:
+        outcome |= one_process
+    resumed = run_on_ranks(2, read, model, root, 2, EXPERTS_TWO, torch.float32)
+    compare(saved_figures, resumed, same_layouts=len(EXPERTS_TWO))
 
 
 @pytest.mark.slow

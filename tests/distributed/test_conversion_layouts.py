@@ -16,13 +16,18 @@ from nemo_disco.conversion import convert
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 
-LAYOUTS = [
-    {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-    {"tensor_model_parallel_size": 4},  # pads the vocabulary
-]
+LAYOUTS = {
+    "TP2xPP2": ("qwen2", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "TP4": ("qwen2", {"tensor_model_parallel_size": 4}),  # pads the vocabulary
+    "EP2xPP2": ("qwen3_moe", {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "EP2xTP2": (
+        "mixtral",
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+}
 
 
-def load_save_and_export(source: Path, megatron: Path, run: Path, layout: dict[str, int]) -> bool:
+def load_save_and_export(source: Path, megatron: Path, run: Path, layout: dict[str, Any]) -> bool:
     """Load the checkpoint `megatron`, save a policy of the source's weights into `run`, and export the loaded policy.
 
     Returns whether the loaded weights equal the source's bit for bit.
@@ -38,11 +43,10 @@ def load_save_and_export(source: Path, megatron: Path, run: Path, layout: dict[s
     return equal and not expected
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["TP2xPP2", "TP4"])
-def test_conversion_at_any_layout(
-    layout: dict[str, int], tmp_path: Path, run_on_ranks: Callable[..., list[Any]]
-) -> None:
-    source = save_model(tmp_path / "model", "qwen2", tied=False)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_conversion_at_any_layout(name: str, tmp_path: Path, run_on_ranks: Callable[..., list[Any]]) -> None:
+    architecture, layout = LAYOUTS[name]
+    source = save_model(tmp_path / "model", architecture, tied=False)
     megatron = convert.hf_to_megatron(source, tmp_path / "megatron")
     assert run_on_ranks(4, load_save_and_export, source, megatron, tmp_path / "checkpoints", layout) == [True] * 4
     converted = convert.megatron_to_hf(tmp_path / "checkpoints/step_1", tmp_path / "back", source)

@@ -50,9 +50,18 @@ BF16_COSINE = {"k1": 0.999, "k3": 0.998, "top_k": 0.998}
 
 
 def make_layout(
-    tp: int = 1, pp: int = 1, cp: int = 1, sp: bool = False, vpp: int | None = None, budget: int = 256
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    sp: bool = False,
+    vpp: int | None = None,
+    budget: int = 256,
+    ep: int = 1,
+    etp: int | None = None,
 ) -> Layout:
     return {
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "context_parallel_size": cp,
@@ -250,7 +259,7 @@ def test_a_representative_set(run_on_ranks: Callable[..., list[Any]], model: str
 def test_every_family(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     """The families that the representative set leaves out and the variants, in one launch, with a vocabulary smaller
     than the output weight; the log-probs are compared with those of transformers."""
-    rest = ["qwen2-untied", "qwen3-tied", "llama-tied", "mistral-untied", *VARIANTS]
+    rest = ["qwen2-untied", "qwen3-tied", "llama-tied", "mistral-untied", "qwen3_moe-tied", "mixtral-untied", *VARIANTS]
     assert {name.split("-")[0] for name in rest} == {name.split("-")[0] for name in FAMILIES}
     models = [str(save_family(tmp_path / family, family)) for family in rest]
     layouts = [make_layout(), make_layout(tp=2, sp=True), make_layout(pp=2), make_layout(cp=2)]
@@ -262,6 +271,34 @@ def test_every_family(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) ->
         for changes, result in zip(layouts, results, strict=True):
             assert_same(result, results[0], 1e-9, f"{family}, {changes}")
             assert max(token for response in result["responses"] for token in response) < TOKENS
+
+
+EXPERT_LAYOUTS = {
+    1: [make_layout(), make_layout(budget=96)],
+    2: [
+        make_layout(ep=2),
+        make_layout(ep=2, budget=96),
+        make_layout(cp=2, ep=2),
+        make_layout(tp=2, sp=True),
+        make_layout(tp=2, sp=True, etp=1),
+        make_layout(tp=2, sp=True, ep=2, etp=1),
+    ],
+    4: [
+        make_layout(ep=4),
+        make_layout(ep=2),
+        make_layout(tp=2, sp=True, ep=2),
+        make_layout(tp=2, sp=True, ep=4, etp=1),
+        make_layout(pp=2, ep=2),
+        make_layout(pp=2, vpp=2, ep=2),
+        make_layout(tp=2, cp=2, sp=True, ep=2, etp=1),
+    ],
+}
+
+
+def test_experts_at_every_kind_of_layout(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    model = str(save_family(tmp_path, "qwen3_moe-untied"))
+    every = [torch.float64, torch.float32]
+    check(run_on_ranks, model, EXPERT_LAYOUTS, {1: every, 2: every, 4: [torch.float64]})
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 import flash
 import pytest
 import torch
+from dense import assert_as_dense_autograd
 from tiny_models import (
     LONG_ROPE,
     VARIANTS,
@@ -41,18 +42,7 @@ def test_log_probs_and_gradient_are_those_of_dense_autograd(
     if kernel == "flash":
         flash.install_stand_in(monkeypatch)
     policy, rollouts = build(save_family(tmp_path, variant)), random_rollouts()
-    model = load_transformers_model(tmp_path)
-    expected = transformers_log_probs(model, rollouts, 0.6)
-    # rope's angles are float32 in both, and here the cosines are applied in another order
-    torch.testing.assert_close(policy.log_probs(rollouts)[0], expected.detach(), rtol=0, atol=1e-9)
-    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    (expected @ weights).backward()
-    policy.accumulate(rollouts, lambda index, values: weights[index] * values.log_probs, everywhere=True)
-    gradients = dict(policy.named_gradients())
-    parameters = {name: p for name, p in model.named_parameters() if name in gradients}
-    assert parameters.keys() == gradients.keys()
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-9)
+    assert_as_dense_autograd(policy, tmp_path, rollouts)
 
 
 @pytest.mark.parametrize("longest", [128, 129])

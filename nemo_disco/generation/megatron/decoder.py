@@ -36,10 +36,13 @@ class Decoder:
         self.chunks, self.ranks = policy.model.chunks, policy.ranks
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        # The ranks that exchange tokens for experts, if more than those that decode the same rows in any case.
+        exchange = parallel_state.get_expert_tensor_and_model_parallel_group()
+        self._exchange_group = exchange if policy.shape.experts and exchange.size() > self.ranks.tensor_size else None
         config = self.chunks[0].config
         self.head_size = config.kv_channels
         self.groups = config.num_query_groups // self.ranks.tensor_size
-        self.hidden = config.hidden_size
+        self.hidden, self.device = config.hidden_size, policy.device
         self.dtype: torch.dtype = config.params_dtype
 
     def new_cache(self, rows: int) -> Cache:
@@ -57,8 +60,31 @@ class Decoder:
     ) -> Tensor | None:
         """Logits [B, V] after the last of tokens [B, t], on the last pipeline stage; None on the others.
 
-        positions [B, t]: for rope. start, mask: see DecodingStep.
+        positions [B, t]: for rope. start, mask: see DecodingStep. Ranks that exchange tokens for experts take part in
+        each other's passes: when this rank has no more of its own, call `follow`.
         """
+        self._vote(True)
+        return self._forward(tokens, positions, cache, start, mask)
+
+    def follow(self) -> None:
+        """Take part in the passes of other ranks, with a token of no use, until all are in `follow`."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        while self._vote(False):
+            cache = self.new_cache(1)
+            cache.reserve(1, 1)
+            self._forward(token, token, cache, 0, None)
+
+    def _vote(self, decodes: bool) -> bool:
+        """True if a rank of the exchange still decodes. A collective of them."""
+        if self._exchange_group is None:
+            return False
+        votes = torch.tensor(int(decodes), device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._exchange_group)
+        return not decodes and bool(votes)  # read, which waits for the device, only where the answer is not known
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, cache: Cache, start: int | Tensor, mask: Tensor | None
+    ) -> Tensor | None:
         rows = len(tokens)
         step = DecodingStep(cache=cache, rows=rows, start=start, mask=mask)
         rotation = self.chunks[0].rope.at(positions.flatten())

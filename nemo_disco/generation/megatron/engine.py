@@ -42,7 +42,9 @@ class MegatronEngine:
         self._group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         ranks = policy.ranks
         self._delivers = ranks.tensor == 0 and ranks.pipeline == ranks.pipeline_size - 1
-        self.in_place = policy.device.type == "cuda" and ranks.tensor_size == ranks.pipeline_size == 1
+        # The number of tokens for each expert is read on the host, which a CUDA graph cannot do.
+        alone = ranks.tensor_size == ranks.pipeline_size == 1 and not policy.shape.experts
+        self.in_place = policy.device.type == "cuda" and alone
 
     def generate(
         self,
@@ -61,6 +63,7 @@ class MegatronEngine:
             for wave in self._waves(requests, prompts, sampling):
                 callback = deliver if self._delivers else None
                 responses.update(self._decode_wave(wave, prompts, seeds, sampling, callback))
+            self.decoder.follow()
         return self._gather(responses, len(prompts))
 
     def update_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], version: int) -> None:  # noqa: ARG002
