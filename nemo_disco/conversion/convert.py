@@ -57,10 +57,11 @@ def hf_to_nemo(source: Path, out: Path) -> Path:
     """
     config = read_hf_config(source)
     with _new_directory(out) as work:
-        (work / "weights").mkdir()
+        for part in ("weights", "context"):
+            (work / part).mkdir()
+        write_context(work / "context", config)  # first, since it may refuse
         _write_weights(source, work / "weights", model_shape(config), nemo=True)
         copy_companions(source, work / "context" / TOKENIZER, config)
-        write_context(work / "context", config)
     return out
 
 
@@ -87,7 +88,7 @@ def _write_weights(source: Path, work: Path, shape: ModelShape, nemo: bool = Fal
             parts = [reader.read(name) for name, _ in weight.parts]
             if len({part.dtype for part in parts}) > 1:
                 raise UserError(f"{source}: {', '.join(n for n, _ in weight.parts)} are of different types")
-            writer.add(prefix + weight.key, shard(weight, parts), weight.layer, shape.layers)
+            writer.add(prefix + weight.key, shard(weight, parts), weight.row, weight.rows)
             del parts
         for module, layer, layers in shape.modules_with_fp8_state() if nemo else ():
             writer.add_empty_state(prefix + module, layer, layers)
@@ -98,8 +99,8 @@ def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> 
     config = read_hf_config(model)
     shape, reader = model_shape(config), TorchDistReader(weights)
     places = [(weight, *_place(reader, weight)) for weight in shape.weights()]
-    expected = {key: weight.shape if row is None else (shape.layers, *weight.shape) for weight, key, row in places}
-    stored = {name: reader.shape(name) for name in reader.names()}
+    expected = {key: (*weight.rows[len(weight.rows) - len(row) :], *weight.shape) for weight, key, row in places}
+    stored = {name: reader.shape(name) for name in reader.names}
     for name in {EMBEDDING.name, OUTPUT.name} & stored.keys() & expected.keys():
         if stored[name][0] >= shape.vocab:  # rows that pad the vocabulary
             stored[name] = (shape.vocab, *stored[name][1:])
@@ -117,12 +118,14 @@ def _to_hf(weights: Path, model: Path, out: Path, dtype: torch.dtype | None) -> 
     return out
 
 
-def _place(reader: TorchDistReader, weight: ModelWeight) -> tuple[str, int | None]:
-    """Key and row (None: the whole tensor) of a weight, by the naming that the checkpoint uses."""
-    keys = (weight.key, weight.local_key)
-    numbered = [(weight.full_name(key), None) for key in keys]
-    places = [*((key, weight.layer) for key in keys), *numbered]
-    return next((place for place in places if place[0] in reader.names()), places[0])
+def _place(reader: TorchDistReader, weight: ModelWeight) -> tuple[str, tuple[int, ...]]:
+    """Key and row (empty: the whole tensor) of a weight, by the naming that the checkpoint uses."""
+    keys = (weight.key, weight.local_key, weight.grouped_key)
+    # With the layers numbered, a checkpoint may still stack the experts of each.
+    experts = weight.row[1:]
+    numbered = [(weight.full_name(key), () if "{expert}" in key else experts) for key in keys]
+    places: list[tuple[str, tuple[int, ...]]] = [*((key, weight.row) for key in keys), *numbered]
+    return next((place for place in places if place[0] in reader.names), places[0])
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def write_context(directory: Path, config: Mapping[str, Any]) -> None:
     shape, rope = model_shape(config), config["rope_parameters"]
     name, kinds, scaling = shape.architecture.nemo, shape.architecture.nemo_configs, rope["rope_type"]
     if name is None:
-        raise UserError(f"config.json: NeMo 2.0 has no class for model_type {config['model_type']!r}")
+        raise UserError(f"config.json: model_type {config['model_type']!r} is not written for NeMo 2.0")
     if scaling not in kinds:
         raise UserError(f"config.json: NeMo 2.0 has no rope of type {scaling!r} for {name}; its model would be another")
     if shape.window is not None:

@@ -11,7 +11,9 @@ import json
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,15 @@ _ADMITTED = {
 }
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of a stored tensor: its first element's place and its size there, and where in the files it is."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    info: _StorageInfo
+
+
 class TorchDistReader:
     """Reads the tensors of a checkpoint directory by name, without `prefix`, which all names of the model share."""
 
@@ -71,18 +82,21 @@ class TorchDistReader:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(("optimizer.", "chained_", "rng"))
         }
-        self._pieces: dict[str, list[tuple[Sequence[int], _StorageInfo]]] = defaultdict(list)
+        self._pieces: dict[str, list[_Piece]] = defaultdict(list)
+        sizes = {key: {tuple(c.offsets): tuple(c.sizes) for c in entry.chunks} for key, entry in self._tensors.items()}
         for index, info in metadata.storage_data.items():
             if index.fqn in self._tensors:
                 offset = tuple(index.offset or [0] * len(self._tensors[index.fqn].size))
-                if offset not in {tuple(chunk.offsets) for chunk in self._tensors[index.fqn].chunks}:
+                if offset not in sizes[index.fqn]:
                     raise FileError(directory / METADATA, f"damaged: no size for the piece of {index.fqn} at {offset}")
-                self._pieces[index.fqn].append((offset, info))
+                self._pieces[index.fqn].append(_Piece(offset, sizes[index.fqn][offset], info))
+        self._by_row: dict[tuple[str, int], dict[tuple[int, ...], list[_Piece]]] = {}
         self.prefix = next((k.removesuffix(EMBEDDING.name) for k in self._tensors if k.endswith(EMBEDDING.name)), "")
 
-    def names(self) -> set[str]:
+    @cached_property
+    def names(self) -> frozenset[str]:
         """Names of the model's tensors, not of the optimizer's."""
-        return {key.removeprefix(self.prefix) for key in self._tensors}
+        return frozenset(key.removeprefix(self.prefix) for key in self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[self.prefix + name].size)
@@ -91,51 +105,60 @@ class TorchDistReader:
         dtype: torch.dtype = self._tensors[self.prefix + name].properties.dtype
         return dtype
 
-    def read(self, name: str, layer: int | None = None) -> Tensor:
-        """A tensor, or one layer of a stacked tensor. Needs the memory of the result and of one piece.
+    def read(self, name: str, row: tuple[int, ...] = ()) -> Tensor:
+        """A tensor, or one row of a stacked tensor: its place in the first dimensions. Needs the memory of the result
+        and of one piece.
 
         Raises UserError if pieces are missing or damaged.
         """
         key = self.prefix + name
-        entry = self._tensors[key]
-        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
-        pieces = [(o, i) for o, i in self._pieces[key] if layer is None or o[0] <= layer < o[0] + sizes[tuple(o)][0]]
-        shape = tuple(entry.size) if layer is None else tuple(entry.size)[1:]
-        if len(pieces) == 1 and sizes[tuple(pieces[0][0])] == tuple(entry.size if layer is None else (1, *shape)):
-            return self._piece(pieces[0][1], entry, sizes[tuple(pieces[0][0])]).view(shape)
+        entry, stacks = self._tensors[key], len(row)
+        pieces = self._pieces_of(key, row)
+        shape = tuple(entry.size)[stacks:]
+        if len(pieces) == 1 and pieces[0].size == (*(1,) * stacks, *shape):
+            return self._read(pieces[0], entry).view(shape)
         whole = torch.empty(shape, dtype=entry.properties.dtype)
         filled = 0
-        for offset, info in pieces:
-            piece = self._piece(info, entry, sizes[tuple(offset)])
-            if layer is not None:
-                piece, offset = piece[layer - offset[0]], offset[1:]
-            place = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
-            whole[place].copy_(piece)
-            filled += piece.numel()
+        for piece in pieces:
+            part = self._read(piece, entry)[tuple(r - o for r, o in zip(row, piece.offset, strict=False))]
+            place = tuple(slice(o, o + n) for o, n in zip(piece.offset[stacks:], part.shape, strict=True))
+            whole[place].copy_(part)
+            filled += part.numel()
         if filled != whole.numel():
             raise UserError(f"{self.directory}: pieces of {key} are missing ({filled} of {whole.numel()} numbers)")
         return whole
 
-    def _piece(self, info: _StorageInfo, entry: TensorStorageMetadata, size: Sequence[int]) -> Tensor:
+    def _pieces_of(self, key: str, row: tuple[int, ...]) -> list[_Piece]:
+        """The pieces that a row of a stacked tensor is in."""
+        index = self._by_row.setdefault((key, len(row)), {})
+        if not index:
+            for piece in self._pieces[key]:
+                spans = [range(o, o + n) for o, n in zip(piece.offset, piece.size, strict=True)]
+                for place in product(*spans[: len(row)]):
+                    index.setdefault(place, []).append(piece)
+        return index.get(row, [])
+
+    def _read(self, piece: _Piece, entry: TensorStorageMetadata) -> Tensor:
+        info = piece.info
         if Path(info.relative_path).name != info.relative_path or "\0" in info.relative_path:
             raise UserError(f"{self.directory / METADATA} points at {info.relative_path!r}, outside the checkpoint")
         file = self.directory / info.relative_path
         try:
             with open_file(file) as stream:
-                piece: Any = _Slice(stream, info.offset, info.length)
-                tensor = torch.load(piece, weights_only=True, map_location="cpu")
+                part: Any = _Slice(stream, info.offset, info.length)
+                tensor = torch.load(part, weights_only=True, map_location="cpu")
         except UserError:
             raise
         except Exception as error:  # torch raises many kinds for a damaged archive
             reason = one_line(error, 100) or type(error).__name__
             raise FileError(file, f"damaged ({reason})") from error
-        if not isinstance(tensor, Tensor) or tensor.dtype != entry.properties.dtype or tensor.shape != tuple(size):
+        if not isinstance(tensor, Tensor) or tensor.dtype != entry.properties.dtype or tensor.shape != piece.size:
             raise FileError(file, "damaged: a piece of a tensor does not have the size and type in the metadata")
         return tensor
 
 
 class TorchDistWriter:
-    """Writes tensors one after another into one file, a piece for each layer; `close` writes the metadata."""
+    """Writes tensors one after another into one file, a piece for each row of a stack; `close` writes the metadata."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._name = directory, "__0_0.distcp"
@@ -144,14 +167,13 @@ class TorchDistWriter:
         self._states: dict[str, BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def add(self, key: str, tensor: Tensor, layer: int | None = None, layers: int = 0) -> None:
-        """Write a tensor. layer: its row in the tensor `key`, which stacks all `layers`; None: it is `key` itself."""
-        piece = tensor.detach() if layer is None else tensor.detach()[None]
-        size = piece.shape if layer is None else torch.Size((layers, *tensor.shape))
-        offset = torch.Size([layer or 0, *[0] * (piece.dim() - 1)])
+    def add(self, key: str, tensor: Tensor, row: tuple[int, ...] = (), rows: tuple[int, ...] = ()) -> None:
+        """Write a tensor. row: its place in the tensor `key`, which stacks `rows` of them; (): it is `key` itself."""
+        piece = tensor.detach()[(None,) * len(row)]
+        size, offset = torch.Size((*rows, *tensor.shape)), torch.Size((*row, *[0] * tensor.dim()))
         entry = self._tensors.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=piece.dtype), size, []))
         if entry.properties.dtype != piece.dtype:
-            raise UserError(f"{key}: layers of different types, {entry.properties.dtype} and {piece.dtype}")
+            raise UserError(f"{key}: rows of different types, {entry.properties.dtype} and {piece.dtype}")
         # Its own storage: torch.save would write all of the storage that a view looks into.
         own = piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone()
         self._places[MetadataIndex(key, offset, len(entry.chunks))] = self._save(own)

@@ -179,7 +179,7 @@ def test_padded_rows_of_the_vocabulary_are_left_out(tmp_path: Path) -> None:
     # A checkpoint as megatron writes it at TP 4: the vocabulary is padded by two rows.
     (tmp_path / "padded").mkdir()
     writer = TorchDistWriter(tmp_path / "padded")
-    for name in sorted(reader.names()):
+    for name in sorted(reader.names):
         tensor = reader.read(name)
         vocabulary = name in ("output_layer.weight", "embedding.word_embeddings.weight")
         writer.add(f"module.{name}", torch.cat([tensor, tensor.new_zeros(2, 64)]) if vocabulary else tensor)
