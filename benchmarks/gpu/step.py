@@ -66,7 +66,7 @@ def _train(policy: Any, rollouts: Rollouts) -> None:
     """Run the training part of a step as algorithms/trainer.py does. The span log_probs includes pass 1."""
     objective = build_objective({"name": "disco"})
     with span("log_probs"):
-        old = OldValues(*policy.log_probs(rollouts, entropies=True))
+        old = OldValues.compute(policy, objective, rollouts, reference=None)
     rollouts = with_generation_log_probs(rollouts, old.log_probs)
     questions = rollouts.question_ids.unique()
     for i, ids in enumerate(questions.chunk(Setting.MINI_BATCHES)):
@@ -75,7 +75,7 @@ def _train(policy: Any, rollouts: Rollouts) -> None:
             policy,
             objective,
             rollouts.select(responses),
-            old.select(rollouts.token_index(responses)),
+            old.select(rollouts, responses),
             first=i == 0,
         )
         with span("train"):

@@ -11,7 +11,7 @@ from itertools import product
 from math import gcd
 
 from nemo_disco.config.consistency import check_layout, divisors, format_numbers, longest_sequence
-from nemo_disco.config.schema import RunConfig
+from nemo_disco.config.schema import ModelConfig, RunConfig
 from nemo_disco.estimate.memory import Layout, Memory, Workload, cache_per_response, estimate_memory
 from nemo_disco.estimate.timing import Seconds, step_seconds
 from nemo_disco.models.shape import ModelShape
@@ -93,6 +93,7 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
             f"{key}={stages} does not divide the model's {shape.layers} layers; "
             f"would work: {format_numbers(divisors(shape.layers))}"
         )
+    _check_experts(model, shape)
     split = config.generation.tensor_parallel_size
     if gcd(shape.heads, shape.kv_heads) % split:
         raise UserError(
@@ -105,13 +106,39 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         raise UserError(f"{sum_of} tokens, but the model has {shape.max_positions} positions; lower one of them")
 
 
+def _check_experts(model: ModelConfig, shape: ModelShape) -> None:
+    """Raises UserError if the layout does not suit the model's experts, or it has none and the layout splits them."""
+    size, split = model.expert_model_parallel_size, model.expert_tensor_parallel_size
+    if not shape.experts:
+        for key, value in (("expert_model_parallel_size", size), ("expert_tensor_parallel_size", split)):
+            if value not in (None, 1):
+                raise UserError(f"model.{key}={value}: this model has no experts; leave it out")
+        return
+    if shape.experts % size:
+        raise UserError(
+            f"model.expert_model_parallel_size={size} does not divide the model's {shape.experts} experts; "
+            f"would work: {format_numbers(divisors(shape.experts, size))}"
+        )
+    if split is not None and shape.ffn % split:
+        raise UserError(
+            f"model.expert_tensor_parallel_size={split} does not divide the width of an expert, {shape.ffn}"
+        )
+    if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        raise UserError(
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} with experts needs "
+            "model.sequence_parallel=true: else every tensor-parallel rank would send the same tokens to them"
+        )
+
+
 def _legal_layouts(config: RunConfig, shape: ModelShape, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Layouts that pass a run's checks: TP within a node and with SP, CP up to 8, and 1, 2 or 4 virtual stages."""
+    """Layouts that pass a run's checks: TP within a node and with SP, CP up to 8, 1, 2 or 4 virtual stages, and
+    whole experts."""
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    for tensor, pipeline, context, virtual in product(sizes, sizes, sizes, (1, 2, 4)):
+    expert_sizes = [n for n in sizes if shape.experts % n == 0] if shape.experts else [1]
+    for tensor, pipeline, context, virtual, expert in product(sizes, sizes, sizes, (1, 2, 4), expert_sizes):
         if tensor > gpus_per_node or world_size % (tensor * pipeline * context) or context > 8:
             continue
-        variant = _with_layout(config, tensor, pipeline, context, virtual)
+        variant = _with_layout(config, tensor, pipeline, context, virtual, expert if shape.experts else None)
         try:
             check_layout(variant, world_size)
             check_shape(variant, shape)
@@ -120,8 +147,13 @@ def _legal_layouts(config: RunConfig, shape: ModelShape, world_size: int, gpus_p
         yield Layout.from_config(variant.model, world_size)
 
 
-def _with_layout(config: RunConfig, tensor: int, pipeline: int, context: int, virtual: int) -> RunConfig:
+def _with_layout(
+    config: RunConfig, tensor: int, pipeline: int, context: int, virtual: int, expert: int | None
+) -> RunConfig:
+    """expert: ranks among which experts are split; None: the model has none."""
     changes = {
+        "expert_model_parallel_size": expert or 1,
+        "expert_tensor_parallel_size": None if expert is None else 1,
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,

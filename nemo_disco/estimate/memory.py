@@ -47,7 +47,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups, and the recomputation in backward (None, selective, full)."""
+    """Sizes of the parallel groups, and the recomputation in backward (None, selective, full).
+
+    expert: ranks among which a layer's experts are split, and expert_tensor those among which each expert is.
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -56,6 +59,8 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     recompute: str | None = None
+    expert: int = 1
+    expert_tensor: int = 1
 
     @classmethod
     def from_config(cls, model: ModelConfig, world_size: int) -> Layout:
@@ -69,6 +74,8 @@ class Layout:
             data=world_size // (tensor * pipeline * context),
             sequence_parallel=model.sequence_parallel,
             recompute=model.activations_checkpoint_granularity,
+            expert=model.expert_model_parallel_size,
+            expert_tensor=model.expert_tensor_parallel_size or tensor,
         )
 
     @property
@@ -85,12 +92,18 @@ class Layout:
         """Ranks that share the distributed optimizer's state, and that sample different questions."""
         return self.data * self.context
 
+    @property
+    def expert_shares(self) -> int:
+        """Ranks that share the distributed optimizer's state of the experts."""
+        return self.ranks // (self.pipeline * self.expert * self.expert_tensor)
+
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank, by part. activations: kept for backward. log_probs: buffers of log-probs and final norm.
     layer: of one layer's backward, once log_probs is freed, with its recomputed activations if any. kv_cache: of all
-    the rank's responses at once, at full length. likely_tokens: of the old policy, in host memory."""
+    the rank's responses at once, at full length. likely_tokens, routes: of the
+    old policy, in host memory."""
 
     weights: int
     gradients: int
@@ -101,6 +114,7 @@ class Memory:
     layer: int
     kv_cache: int
     likely_tokens: int
+    routes: int
 
     @property
     def training(self) -> int:
@@ -121,7 +135,7 @@ def host_memory(memory: Memory, *, offload: bool, cuda: bool) -> int:
     before there are activations.
     """
     on_host = memory.optimizer * (2 if offload and cuda else 1)
-    return LIBRARIES[cuda] + on_host + memory.likely_tokens + (0 if cuda else memory.training)
+    return LIBRARIES[cuda] + on_host + memory.likely_tokens + memory.routes + (0 if cuda else memory.training)
 
 
 def estimate_memory(work: Workload, shape: ModelShape, layout: Layout, *, cuda: bool = True) -> Memory:
@@ -152,7 +166,8 @@ def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int,
     weight, gradient, optimizer = BYTES[work.precision]
     if work.moments_dtype == "bfloat16":
         optimizer -= 4
-    parameters = _stage_parameters(shape, layout)
+    dense, experts = _stage_parameters(shape, layout)
+    parameters = dense + experts
     tokens = work.token_budget // layout.context
     # Without CUDA's kernels torch materializes the mask of context parallelism: over half of the sequence per query.
     mask = 0 if cuda or layout.context == 1 else work.full_length * (2 * layout.context + 1) // (4 * layout.context)
@@ -169,26 +184,37 @@ def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int,
     return Memory(
         weights=parameters * weight,
         gradients=parameters * gradient,
-        optimizer=parameters * optimizer // layout.shares,
+        optimizer=dense * optimizer // layout.shares + experts * optimizer // layout.expert_shares,
         reference=parameters * weight if work.reference else 0,
         activations=int(tokens * shape.layers // layout.pipeline * _in_flight(work, layout, stage) * saved),
         log_probs=head + responses * work.response_limit * _VECTORS,
-        # The gradients of SwiGLU's two inputs, and of the layer's input, which is gathered anew under SP.
-        layer=tokens * weight * (2 * shape.ffn // layout.tensor + 2 * shape.hidden)
-        + (tokens * layer if layout.recompute == "full" else 0),
+        layer=tokens * weight * _gradient_width(shape, layout) + (tokens * layer if layout.recompute == "full" else 0),
         kv_cache=responses_per_rank(work, layout) * cache_per_response(work, shape, layout),
         # Ids of 4 bytes and log-probs, of all responses of a step on every rank.
         likely_tokens=responses * work.response_limit * work.likely_tokens * (4 + max(weight, 4)),
+        # A byte for each token, layer and chosen expert, unless model.moe_router_replay is none.
+        routes=responses * work.full_length * shape.layers // layout.pipeline * shape.experts_per_token,
     )
 
 
-def _stage_parameters(shape: ModelShape, layout: Layout) -> int:
-    """Parameters of the first or last stage on one tensor-parallel rank, which has whole norms."""
+def _gradient_width(shape: ModelShape, layout: Layout) -> int:
+    """Numbers per token of a layer's gradients in backward: of SwiGLU's two inputs and of the layer's input, which is
+    gathered anew under SP; of each copy of a token that goes to an expert, where one expert is computed at a time."""
+    if not shape.experts:
+        return 2 * shape.ffn // layout.tensor + 2 * shape.hidden
+    copies = shape.experts_per_token * layout.expert_tensor
+    return 2 * shape.hidden + 2 * copies * shape.hidden // _shards(layout)
+
+
+def _stage_parameters(shape: ModelShape, layout: Layout) -> tuple[int, int]:
+    """Parameters of the first or last stage on one rank, without and of the experts; norms and routers are whole."""
     layers = shape.layers // layout.pipeline
     # One stage: embedding and output layer, which may be one. Several: either end has one of the two, or its copy.
     embeddings = shape.embedding_parameters * (2 if layout.pipeline == 1 and not shape.tied else 1)
-    whole = shape.whole_parameters
-    return (layers * (shape.layer_parameters - whole) + embeddings) // layout.tensor + layers * whole + shape.hidden
+    whole, experts = shape.whole_parameters, shape.expert_parameters
+    split = layers * (shape.layer_parameters - whole - experts) + embeddings
+    dense = split // layout.tensor + layers * whole + shape.hidden
+    return dense, layers * experts // (layout.expert * layout.expert_tensor)
 
 
 def _in_flight(work: Workload, layout: Layout, stage: int) -> float:
@@ -212,8 +238,19 @@ def _saved_by_layer(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool
         attention -= itemsize * query + 4 * shape.heads
     # SwiGLU: gate and up together, and their product; without the one kernel on CUDA silu(gate) too.
     swiglu = itemsize * (3 if cuda else 4) * shape.ffn
-    split = (attention + _head_norms(shape, layout, itemsize, cuda) + swiglu) // tensor
-    return 2 * _norm(shape, layout, itemsize, cuda) + split
+    mlp = _experts(shape, layout, itemsize, swiglu) if shape.experts else swiglu // tensor
+    split = (attention + _head_norms(shape, layout, itemsize, cuda)) // tensor
+    return 2 * _norm(shape, layout, itemsize, cuda) + split + mlp
+
+
+def _experts(shape: ModelShape, layout: Layout, itemsize: int, swiglu: int) -> int:
+    """Bytes per token that autograd keeps for a layer's router and experts, if all experts get equally many tokens: the
+    router's logits, probabilities and weights, and for each copy of a token the experts' input, what SwiGLU keeps
+    (swiglu bytes of a whole expert) and its product times the token's weight. The ranks that share an expert have the
+    same copies."""
+    router = 4 * max(itemsize, 4) * shape.experts
+    copy = itemsize * shape.hidden * layout.expert_tensor + swiglu + itemsize * shape.ffn
+    return (router + shape.experts_per_token * copy) // _shards(layout)
 
 
 def _head_norms(shape: ModelShape, layout: Layout, itemsize: int, cuda: bool) -> int:

@@ -111,7 +111,9 @@ def _batch_table(config: RunConfig, work: Workload, layout: Layout) -> Table:
 
 
 def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table:
-    table = Table("memory per rank (estimate)", "GiB", title=f"{shape.parameters:,} parameters", title_justify="left")
+    active = f", of which a token goes through {shape.active_parameters:,}" if shape.experts else ""
+    title = f"{shape.parameters:,} parameters{active}"
+    table = Table("memory per rank (estimate)", "GiB", title=title, title_justify="left")
     table.columns[1].justify = "right"
     recomputed = config.model.activations_checkpoint_granularity
     for name, size, ends in (
@@ -135,7 +137,7 @@ def _layout_table(layouts: list[Candidate], configured: Candidate, best: Candida
     layout = configured.layout
     title = f"layouts on {layout.ranks} GPUs of {gigabytes:g} GB; seconds per step, estimated"
     table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0))
-    for name in ("TP", "PP", "VPP", "CP", "DP"):
+    for name in ("TP", "PP", "VPP", "CP", "DP", "EP"):
         table.add_column(name, justify="right")
     table.add_column("recompute")
     for name in ("GiB", "waves", "generate", "old lp", "pass 1", "train", "refit", "step", "comm."):
@@ -152,7 +154,8 @@ def _layout_table(layouts: list[Candidate], configured: Candidate, best: Candida
 
 def _cells(c: Candidate) -> list[str]:
     layout, t = c.layout, c.seconds
-    sizes = (layout.tensor, layout.pipeline, layout.virtual if layout.virtual > 1 else "", layout.context, layout.data)
+    virtual, expert = (size if size > 1 else "" for size in (layout.virtual, layout.expert))
+    sizes = (layout.tensor, layout.pipeline, virtual, layout.context, layout.data, expert)
     waves = str(c.waves) if c.waves else "none"
     cells = [*map(str, sizes), layout.recompute or "none", f"{c.memory.training / _GIB:.1f}", waves]
     if c.waves:
@@ -178,11 +181,13 @@ def _advice(
         while (nodes := 2 * nodes) <= _MOST_NODES:
             more = config.model_copy(update={"trainer": config.trainer.model_copy(update={"num_nodes": nodes})})
             if (fits := recommend(candidates(more, work, shape, gpu))) is not None:
-                return f"No layout fits: {need}. Would work: trainer.num_nodes={nodes} with {_keys(fits.layout)}."
+                return (
+                    f"No layout fits: {need}. Would work: trainer.num_nodes={nodes} with {_keys(fits.layout, shape)}."
+                )
         return f"No layout fits: {need}. Would work: GPUs with more memory, shorter responses or a lower token budget."
     if best == configured:
         return f"Recommended: the configured layout. {_explain(layouts, best)}"
-    return f"Recommended: {_keys(best.layout)}. {_explain(layouts, best)}"
+    return f"Recommended: {_keys(best.layout, shape)}. {_explain(layouts, best)}"
 
 
 def _explain(layouts: list[Candidate], best: Candidate) -> str:
@@ -201,10 +206,11 @@ def _explain(layouts: list[Candidate], best: Candidate) -> str:
 
 def _name(layout: Layout) -> str:
     virtual = f" (VPP {layout.virtual})" if layout.virtual > 1 else ""
-    return f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP {layout.data}"
+    experts = f", EP {layout.expert}" if layout.expert > 1 else ""
+    return f"TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP {layout.data}{experts}"
 
 
-def _keys(layout: Layout) -> str:
+def _keys(layout: Layout, shape: ModelShape) -> str:
     """The command-line overrides that choose a layout."""
     virtual = layout.virtual if layout.virtual > 1 else "null"
     values = {
@@ -215,6 +221,9 @@ def _keys(layout: Layout) -> str:
         "context_parallel_size": layout.context,
         "activations_checkpoint_granularity": layout.recompute or "null",
     }
+    if shape.experts:
+        values["expert_model_parallel_size"] = layout.expert
+        values["expert_tensor_parallel_size"] = layout.expert_tensor
     return " ".join(f"model.{key}={value}" for key, value in values.items())
 
 

@@ -94,20 +94,37 @@ def _exchange(work: Workload, shape: ModelShape, layout: Layout, tokens: float, 
     """Seconds of TP and CP communication in a rank's forward pass over all its tokens."""
     itemsize, layers = BYTES[work.precision][0], shape.layers // layout.pipeline
     local = tokens / layout.data / layout.context
-    # Attention and MLP: an all-reduce each (under SP a gather and a scatter), twice the hidden states.
-    tensor = 4 * shape.hidden * (layout.tensor - 1) / layout.tensor / _link(layout.tensor, gpus_per_node)
+    # Attention and MLP: an all-reduce each (under SP a gather and a scatter), twice the hidden states. Experts: none.
+    tensor = (
+        (2 if shape.experts else 4)
+        * shape.hidden
+        * (layout.tensor - 1)
+        / layout.tensor
+        / _link(layout.tensor, gpus_per_node)
+    )
+    # Each copy of a token to its expert and back; the ranks that share an expert all need it.
+    split = layout.expert * layout.expert_tensor
+    copies = 2 * shape.experts_per_token * shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    experts = (
+        copies * layout.expert_tensor * (split - 1) / split / _link(split, gpus_per_node) if shape.experts else 0.0
+    )
     # The keys and values of the other context-parallel ranks.
     ranks = layout.tensor * layout.context
     context = 2 * shape.kv_width / layout.tensor * (layout.context - 1) / _link(ranks, gpus_per_node)
-    return local * layers * itemsize * (tensor + context)
+    return local * layers * itemsize * (tensor + experts + context)
 
 
 def _gradients(work: Workload, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
     """Seconds per mini-batch to reduce the gradients and to gather the new weights."""
     weight, gradient, _ = BYTES[work.precision]
-    parameters = shape.parameters / layout.tensor / layout.pipeline
-    volume = parameters * (weight + gradient) * (layout.shares - 1) / layout.shares
-    return volume / _link(layout.tensor * layout.shares, gpus_per_node)
+    experts = shape.layers * shape.expert_parameters
+    parts = [(shape.parameters - experts, layout.tensor, layout.shares)]
+    parts += [(experts, layout.expert * layout.expert_tensor, layout.expert_shares)] * bool(experts)
+    seconds = 0.0
+    for parameters, split, shares in parts:
+        volume = parameters / split / layout.pipeline * (weight + gradient) * (shares - 1) / shares
+        seconds += volume / _link(split * shares, gpus_per_node)
+    return seconds
 
 
 def _generate(
@@ -122,15 +139,20 @@ def _generate(
     rows = responses_per_rank(work, layout)
     waves = -(-rows // max(1, int(cache_bytes // cache_per_response(work, shape, layout))))
     limit, prompt = work.response_limit, work.prompt_limit * MEAN_LENGTH
-    weights = itemsize * shape.parameters / layout.tensor / (HBM * BANDWIDTH)
+    experts = shape.layers * shape.expert_parameters
+    weights = itemsize * (shape.parameters - experts) / layout.tensor / (HBM * BANDWIDTH)
+    weights += itemsize * experts / (layout.expert * layout.expert_tensor) / (HBM * BANDWIDTH)
     # A response's cache is read once at every length from the prompt's to its own.
     tokens_read = rows * SQUARES * mean**2 / 2
     bytes_per_token = cache_per_response(work, shape, layout) * layout.pipeline / work.full_length
     cache = tokens_read * bytes_per_token / (HBM * BANDWIDTH)
-    decoded = 2 * rows * mean * shape.parameters / layout.tensor / (PEAK * MATRICES)
+    # While it samples, every tensor-parallel rank sends all rows to the experts.
+    active = shape.experts_per_token * experts / max(1, shape.experts)
+    multiplied = (shape.active_parameters - active) / layout.tensor + active
+    decoded = 2 * rows * mean * multiplied / (PEAK * MATRICES)
     start = shape.layers * LAUNCH if work.engine == "megatron" else 0.0
     reduces = 2 * shape.layers * ALL_REDUCE if layout.tensor > 1 else 0.0
-    prefill = 2 * rows * prompt * shape.parameters / layout.tensor / (PEAK * MATRICES)
+    prefill = 2 * rows * prompt * multiplied / (PEAK * MATRICES)
     steps = waves * limit
     # Bound by bandwidth or by arithmetic.
     reading = max(steps * weights + cache, decoded)
