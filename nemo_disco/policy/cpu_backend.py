@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import types
 from contextlib import nullcontext
 from typing import Any
 
@@ -89,9 +88,8 @@ def _replace_cuda_calls() -> None:
     cuda.synchronize = lambda *_args, **_kwargs: None
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *_args, **_kwargs: self  # tied embeddings under PP, slicing under CP
-    stream = types.SimpleNamespace(wait_stream=lambda *_: None, wait_event=lambda *_: None, synchronize=lambda *_: None)
-    stream.record_event = lambda *_: stream
-    cuda.current_stream = cuda.Stream = lambda *_args, **_kwargs: stream
+    cuda.Stream = _NoStream  # a class: other libraries name it in annotations
+    cuda.current_stream = lambda *_args, **_kwargs: _NoStream()
     cuda.stream = lambda *_: nullcontext()
     # The dispatcher of experts makes lists of its counts only when it copies them from a GPU.
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
@@ -106,6 +104,25 @@ def _replace_cuda_calls() -> None:
         return type_of(self, dtype, *args, **kwargs)
 
     tensor.type = cuda_type
+
+
+class _NoStream:
+    """A CPU has no streams: there is nothing to wait for."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, _stream: Any) -> None:
+        pass
+
+    def wait_event(self, _event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, _event: Any = None) -> _NoStream:
+        return self
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: ARG001
