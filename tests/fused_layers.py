@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
+from nemo_disco.models.architecture import Architecture
 from nemo_disco.policy import layers
 
 
@@ -186,14 +187,16 @@ class NormLinear(ColumnParallelLinear):  # type: ignore[misc]
         return GradientRounding.apply(out, of_gradient), bias  # type: ignore[no-untyped-call]
 
 
-def fused_layer(config: Any) -> tuple[Any, type]:
+def fused_layer(config: Any, architecture: Architecture) -> tuple[Any, type]:
     """Replacement of layers._transformer_engine_layer: (the layer's specification, the class of the final norm).
 
     The layer's own norms do nothing, since its linear layers are NormLinear.
     """
-    layer, norm = layers._local_layer(config)
+    layer, norm = layers._local_layer(config, architecture)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
-    layer.submodules.self_attention.submodules.linear_qkv = NormLinear
-    layer.submodules.mlp.submodules.linear_fc1 = NormLinear
+    if "attention_norm" in architecture.norms:
+        layer.submodules.self_attention.submodules.linear_qkv = NormLinear
+    if "mlp_norm" in architecture.norms:
+        layer.submodules.mlp.submodules.linear_fc1 = NormLinear
     layer.submodules.sharded_state_dict_keys_map = {}
     return layer, norm

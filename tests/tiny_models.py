@@ -18,7 +18,7 @@ VOCABULARY = 130  # not a multiple of 4, so that it is padded at TP 4
 # The model families that the README lists, each with tied and with untied embeddings.
 FAMILIES = [
     f"{name}-{tying}"
-    for name in ("qwen2", "qwen3", "llama", "mistral", "smollm3", "qwen3_moe", "mixtral")
+    for name in ("qwen2", "qwen3", "llama", "mistral", "smollm3", "phi3", "olmo2", "qwen3_moe", "mixtral")
     for tying in ("tied", "untied")
 ]
 LLAMA3_ROPE = {
@@ -35,6 +35,14 @@ LONG_ROPE: dict[str, Any] = {
     "original_max_position_embeddings": 128,
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
+}
+# Of heads of 8 numbers, 6 are rotated.
+PARTIAL_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [2.0, 2.5, 3.0],
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 # Networks that a config.json chooses within a family: windows, biases, activations and ropes.
@@ -79,6 +87,8 @@ def save_model(directory: Path, architecture: str, *, tied: bool, seed: int = 0,
             "qwen3": {"head_dim": 16},
             "mistral": {"sliding_window": None},
             "smollm3": {"pad_token_id": None},
+            "phi3": {"pad_token_id": None, "original_max_position_embeddings": 128, "rope_parameters": PARTIAL_ROPE},
+            "olmo2": {"pad_token_id": None},
             "qwen3_moe": {
                 "head_dim": 16,
                 "num_experts": 4,

@@ -31,7 +31,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 READ_FIELDS = frozenset(_SIZES) | {
     "model_type", "architectures", "auto_map", "head_dim", "rms_norm_eps", "tie_word_embeddings", "dtype",
     "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
-    "layer_types", "max_window_layers", "no_rope_layers", "no_rope_layer_interval",
+    "layer_types", "max_window_layers", "no_rope_layers", "no_rope_layer_interval", "partial_rotary_factor",
 }  # fmt: skip
 
 _HARMLESS = {
@@ -59,7 +59,11 @@ _UNQUANTIZED = "quantized weights are not read here: give the directory of the u
 BUILT_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (tuple(ACTIVATIONS), ""),
     "attention_dropout": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
-    "partial_rotary_factor": ((1, None), ""),
+    "embd_pdrop": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
+    "resid_pdrop": ((0, None), "the old and the new log-probs must differ by the weights alone: set it to 0.0"),
+    "lm_head_bias": ((False, None), ""),
+    "full_attn_mod": ((1,), ""),
+    "interpolate_factor": ((1,), ""),
     "rope_interleaved": ((False, None), ""),
     "use_mrope": ((False, None), ""),
     "quantization_config": ((None,), _UNQUANTIZED),
@@ -148,7 +152,8 @@ def _check_identity(config: dict[str, Any], kind: str) -> None:
             "head (...ForCausalLM)"
         )
     code = config.get("auto_map", {})
-    if not isinstance(code, dict) or code.keys() - {"AutoTokenizer"}:
+    known = ARCHITECTURES[kind].published_code
+    if not isinstance(code, dict) or any(k != "AutoTokenizer" and v not in known for k, v in code.items()):
         raise UserError(
             f"auto_map={_text(code)} names code of the model's own, and the network built here is transformers' "
             f"{kind}; remove the entry if the two are the same network"
@@ -160,7 +165,9 @@ def _check_fields(config: dict[str, Any], architecture: Architecture) -> None:
     built = BUILT_VALUES | dict.fromkeys(("attention_bias", "mlp_bias"), ((False, None), ""))
     built |= {"attention_bias": ((True,), "")} if architecture.qkv_bias else {}
     built |= dict.fromkeys(architecture.switches, ((True, False), ""))
-    known = READ_FIELDS | HARMLESS.keys() | built.keys() | set(_expert_fields(architecture))
+    known = (
+        READ_FIELDS | HARMLESS.keys() | built.keys() | architecture.absent.keys() | set(_expert_fields(architecture))
+    )
     unknown = [name for name in config if name not in known]
     if unknown:
         named = ", ".join(f"{_text(name, quote=False)}={_text(config[name])}" for name in unknown[:3])
@@ -313,13 +320,17 @@ def ropeless_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
 
 def _spellings(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The fields whose names differ between transformers 4 and 5, under both names."""
-    rope = read_rope(config, architecture.rope_theta)
-    pairs = head_dim(config) // 2
+    rope = read_rope(config, architecture.rope_theta, partial=architecture.partial_rope)
+    pairs = int(head_dim(config) * rope.partial) // 2
     for name in ("short_factor", "long_factor"):
         if name in rope.scaling and len(rope.scaling[name]) != pairs:
             raise UserError(
                 f"{name} has {len(rope.scaling[name])} numbers, not one for each of {pairs} pairs of a head"
             )
+    if int(head_dim(config) * rope.partial) % 2:
+        raise UserError(
+            f"partial_rotary_factor={rope.partial} of {head_dim(config)} numbers are not pairs, as rope needs"
+        )
     both: dict[str, Any] = rope.spellings()
     dtypes = {name: config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
     for name, value in dtypes.items():

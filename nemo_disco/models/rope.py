@@ -9,7 +9,7 @@ original_max_position_embeddings. vLLM does the same: a cached key could not cha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_disco.runtime.errors import UserError
@@ -31,24 +31,28 @@ _LARGEST = 1e30  # of any parameter
 
 @dataclass(frozen=True)
 class Rope:
-    """A model's rope. kind: a key of SCALINGS; theta: the base of the angles; scaling: the parameters of the kind."""
+    """A model's rope. kind: a key of SCALINGS; theta: the base of the angles; scaling: the parameters of the kind;
+    partial: the share of each head, from its beginning, that is rotated."""
 
     kind: str
     theta: float
     scaling: dict[str, Any]
+    partial: float = 1.0
 
     def spellings(self) -> dict[str, Any]:
         """The fields of config.json: rope_theta and rope_scaling of transformers 4, rope_parameters of 5."""
         scaling = {"rope_type": self.kind, **self.scaling}
+        partial = {} if self.partial == 1 else {"partial_rotary_factor": self.partial}
         return {
             "rope_theta": self.theta,
             "rope_scaling": None if self.kind == "default" else scaling,
-            "rope_parameters": {"rope_theta": self.theta, **scaling},
+            "rope_parameters": {"rope_theta": self.theta, **scaling, **partial},
+            **partial,
         }
 
 
-def read_rope(config: dict[str, Any], default_theta: float) -> Rope:
-    """The rope of a config.json. default_theta: the base if it names none.
+def read_rope(config: dict[str, Any], default_theta: float, *, partial: bool = False) -> Rope:
+    """The rope of a config.json. default_theta: the base if it names none. partial: it may rotate a part of each head.
 
     Raises UserError for a scaling that is not built, and for two spellings that contradict each other.
     """
@@ -57,19 +61,48 @@ def read_rope(config: dict[str, Any], default_theta: float) -> Rope:
     spelled = [config, *(value for value in fields.values() if isinstance(value, dict))]
     if any("rope_theta" in value and value["rope_theta"] is None for value in spelled):
         raise UserError("rope_theta=null is not a number above 0; give one, or remove the field")
+    fields = {name: _with_length(name, value, config) for name, value in fields.items()}
     ropes = {name: _read(name, value, theta, default_theta) for name, value in fields.items()}
     if len(ropes) == 2 and ropes["rope_parameters"] != ropes["rope_scaling"]:
         raise UserError(
             f"rope_parameters={fields['rope_parameters']} and rope_scaling={fields['rope_scaling']} (with "
             f"rope_theta={theta}) contradict; remove the one that is wrong"
         )
-    return next(iter(ropes.values()), None) or _read("rope_theta", {}, theta, default_theta)
+    rope = next(iter(ropes.values()), None) or _read("rope_theta", {}, theta, default_theta)
+    return replace(rope, partial=_read_partial(spelled, partial))
+
+
+def _with_length(name: str, value: Any, config: dict[str, Any]) -> Any:
+    """A field with the original_max_position_embeddings that Phi-3 has beside it. Raises UserError if they differ."""
+    key = "original_max_position_embeddings"
+    if (
+        config.get(key) is None
+        or not isinstance(value, dict)
+        or value.get("rope_type", value.get("type")) != "longrope"
+    ):
+        return value
+    if value.get(key, config[key]) != config[key]:
+        raise UserError(f"{name}: {key}={value[key]!r} there and {config[key]!r} beside it contradict")
+    return {**value, key: config[key]}
+
+
+def _read_partial(spelled: list[dict[str, Any]], allowed: bool) -> float:
+    """The share of each head that is rotated, from the objects that may name it. Raises UserError."""
+    given = [value["partial_rotary_factor"] for value in spelled if value.get("partial_rotary_factor") is not None]
+    for factor in given:
+        if factor != given[0]:
+            raise UserError(f"partial_rotary_factor={given[0]!r} and {factor!r} contradict")
+        if factor != 1 and not allowed:
+            raise UserError(f"partial_rotary_factor={factor!r} is not built for this model_type, only 1")
+        if _positive("partial_rotary_factor", factor) > 1:
+            raise UserError(f"partial_rotary_factor={factor!r} is more than 1")
+    return given[0] if given else 1.0
 
 
 @dataclass(frozen=True)
 class Angles:
-    """The angles by which rope rotates: inv_freq [head_dim / 2] a position, a float32 tensor. factor: of the rotated
-    queries and keys."""
+    """The angles by which rope rotates: inv_freq [rotated / 2] a position, a float32 tensor, where `rotated` numbers of
+    a head are rotated, its first ones. factor: of the rotated queries and keys."""
 
     inv_freq: Any
     factor: float = 1.0
@@ -84,12 +117,12 @@ def has_long_angles(hf_config: Any, longest: int) -> bool:
 def read_angles(hf_config: Any, longest: int = 0) -> Angles:
     """The angles of a transformers config. longest: tokens of the longest sequence of the run, for longrope."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding  # others know no partial_rotary_factor
 
     kind = hf_config.rope_parameters["rope_type"]
     if kind == "longrope":
         return Angles(*ROPE_INIT_FUNCTIONS[kind](hf_config, None, seq_len=longest))
-    rope = LlamaRotaryEmbedding(hf_config)
+    rope = Phi3RotaryEmbedding(hf_config)
     return Angles(rope.inv_freq, rope.attention_scaling)
 
 
@@ -112,8 +145,6 @@ def _read(name: str, value: Any, theta: float | None, default_theta: float) -> R
     allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALINGS[kind], *optional}
     if unknown := sorted(map(str, value.keys() - allowed)):
         raise UserError(f"{name}: {unknown[0]}={value[unknown[0]]!r} is not built for rope_type {kind!r}")
-    if value.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"{name}: partial_rotary_factor={value['partial_rotary_factor']!r} is not built, only 1")
     inner = value.get("rope_theta")
     if inner is not None and theta is not None and inner != theta:
         raise UserError(f"{name}: rope_theta={inner!r} there and {theta!r} beside it contradict")

@@ -26,7 +26,8 @@ class ModelWeight:
     layer, expert: from 0; None: the weight is no layer's, or no expert's. key: megatron-core's name in a checkpoint,
     which stacks the layers, and in them the experts; row: its place there; rows: how many there are. local_key: the
     name in its own layers, where it differs; grouped_key: where one module computes all experts. parts: name and shape
-    of each Hugging Face tensor. split: as in Weight; groups: how many groups of rows alternate between the parts.
+    of each Hugging Face tensor. split: as in Weight. blocks: rows of what it consists of, the parts or, if it has one
+    part that is fused, the blocks of that; groups: how many groups of rows alternate between the blocks.
     """
 
     layer: int | None
@@ -38,6 +39,7 @@ class ModelWeight:
     rows: tuple[int, ...]
     parts: tuple[tuple[str, Shape], ...]
     split: int | None
+    blocks: tuple[int, ...]
     groups: int
 
     @property
@@ -142,6 +144,10 @@ class ModelShape:
     def _weight(self, weight: Weight, layer: int | None = None, expert: int | None = None) -> ModelWeight:
         megatron_prefix, hf_prefix = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
         names = [hf_prefix + part.replace("{expert}", str(expert)) for part in weight.parts]
+        shapes = [self._shape(sizes) for sizes in weight.sizes]
+        blocks = tuple(shape[0] for shape in shapes)
+        if weight.fused:
+            shapes = [(sum(blocks), *shapes[0][1:])]
         stacks = [(n, size) for n, size in ((layer, self.layers), (expert, self.experts)) if n is not None]
         local_name = weight.local_name or weight.name
         return ModelWeight(
@@ -152,8 +158,9 @@ class ModelShape:
             grouped_key=megatron_prefix + (weight.grouped_name or local_name),
             row=tuple(number for number, _ in stacks),
             rows=tuple(size for _, size in stacks),
-            parts=tuple(zip(names, map(self._shape, weight.sizes), strict=True)),
+            parts=tuple(zip(names, shapes, strict=True)),
             split=weight.split,
+            blocks=blocks,
             groups=1 if weight.groups is None else getattr(self, weight.groups),
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
@@ -25,12 +26,13 @@ from nemo_disco.policy.modules import (
     GatedActivation,
     PolicyAttention,
     PolicyLayer,
+    PolicyLayerSubmodules,
     PolicyMLP,
-    RMSNorm,
     RowLinear,
     with_bias,
     with_submodules,
 )
+from nemo_disco.policy.norms import RMSNorm, wide_norm
 from nemo_disco.runtime.errors import UserError
 
 
@@ -52,9 +54,14 @@ def layer_spec(
     config: Any, architecture: Architecture, transformer_engine: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The specification of this pipeline stage's layers."""
-    layer, norm = _transformer_engine_layer(config) if transformer_engine else _local_layer(config)
+    layer, norm = (_transformer_engine_layer if transformer_engine else _local_layer)(config, architecture)
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     layer.module, layer.submodules.self_attention.module = PolicyLayer, PolicyAttention
+    output_norms = {role: norm for role in ("attention_output_norm", "mlp_output_norm") if role in architecture.norms}
+    layer.submodules = PolicyLayerSubmodules(**vars(layer.submodules), **output_norms)
+    if architecture.wide_qk_norm:
+        attention.q_layernorm = wide_norm(config.num_attention_heads)
+        attention.k_layernorm = wide_norm(config.num_query_groups)
     attention.linear_proj = with_bias(attention.linear_proj, architecture.projection_bias)
     if architecture.experts is not None:
         mlp.router = partial(PolicyRouter, normalised=architecture.normalised_routing)
@@ -73,11 +80,12 @@ def layer_spec(
 # --- local ---
 
 
-def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
+def _local_layer(config: Any, architecture: Architecture) -> tuple[ModuleSpec, type]:
     layer = gpt_layer_specs.get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.input_layernorm = RMSNorm if "attention_norm" in architecture.norms else IdentityOp
+    layer.submodules.pre_mlp_layernorm = RMSNorm if "mlp_norm" in architecture.norms else IdentityOp
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     if config.num_moe_experts is not None:
         mlp = mlp.experts.submodules
@@ -93,8 +101,8 @@ def _local_layer(config: Any) -> tuple[ModuleSpec, type]:
 # --- Transformer Engine ---
 
 
-def _transformer_engine_layer(config: Any) -> tuple[ModuleSpec, type]:
-    from megatron.core.extensions.transformer_engine import TENorm
+def _transformer_engine_layer(config: Any, architecture: Architecture) -> tuple[ModuleSpec, type]:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     if config.window_size is not None and config.context_parallel_size > 1:
         raise UserError(
@@ -106,7 +114,12 @@ def _transformer_engine_layer(config: Any) -> tuple[ModuleSpec, type]:
         moe_grouped_gemm=config.num_moe_experts is not None,
         qk_layernorm=config.qk_layernorm,
     )
-    layer.submodules.self_attention.submodules.core_attention = _transformer_engine_attention()
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention.core_attention = _transformer_engine_attention()
+    if "attention_norm" not in architecture.norms:  # with it, it is part of the linear layer
+        attention.linear_qkv = TEColumnParallelLinear
+    if "mlp_norm" not in architecture.norms:
+        mlp.linear_fc1 = TEColumnParallelLinear
     return layer, TENorm
 
 

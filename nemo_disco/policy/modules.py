@@ -10,16 +10,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from nemo_disco.policy.attention import layer_window
@@ -39,20 +43,35 @@ class CachedAttention(ABC):
         values [S, 1, groups, d]. window: how many tokens a token sees, itself included; None for all."""
 
 
+@dataclass
+class PolicyLayerSubmodules(TransformerLayerSubmodules):  # type: ignore[misc]
+    """megatron's, with norms of what attention and the MLP return."""
+
+    attention_output_norm: Any = IdentityOp
+    mlp_output_norm: Any = IdentityOp
+
+
 class PolicyLayer(TransformerLayer):  # type: ignore[misc]
-    """A megatron layer: attention and MLP, each after its norm and added to its input."""
+    """A megatron layer: attention and MLP, each with a norm before it, after it or both, and added to its input."""
+
+    def __init__(self, config: Any, submodules: PolicyLayerSubmodules, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.attention_output_norm = build_module(submodules.attention_output_norm, **sizes)
+        self.mlp_output_norm = build_module(submodules.mlp_output_norm, **sizes)
 
     def forward(self, hidden_states: Tensor, *_: Any, rotary_pos_emb: Tensor, packed_seq_params: Any, **__: Any) -> Any:
         """(output [S, 1, h], None), as megatron's block expects it. rotary_pos_emb: of Rope.at."""
         x = hidden_states
-        x = _add(x, self.self_attention(self.input_layernorm(x), rotary_pos_emb, packed_seq_params))
-        return _add(x, self.mlp(self.pre_mlp_layernorm(x), sequences=packed_seq_params)), None
+        attention = self.self_attention(self.input_layernorm(x), rotary_pos_emb, packed_seq_params)
+        x = x + self.attention_output_norm(_with_bias(attention))  # there is no dropout
+        mlp = self.mlp(self.pre_mlp_layernorm(x), sequences=packed_seq_params)
+        return x + self.mlp_output_norm(_with_bias(mlp)), None
 
 
-def _add(x: Tensor, output: Output) -> Tensor:
-    """x + output, with the output's bias. There is no dropout."""
-    added, bias = output
-    return x + (added if bias is None else added + bias)
+def _with_bias(output: Output) -> Tensor:
+    value, bias = output
+    return value if bias is None else value + bias
 
 
 class PolicyAttention(SelfAttention):  # type: ignore[misc]
@@ -157,15 +176,6 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         if self.tp_group.size() > 1 and not self.explicit_expert_comm:  # of experts, the dispatcher adds up
             product = reduce_from_tensor_model_parallel_region(product, group=self.tp_group)
         return product, self.bias
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with megatron's constructor and its mark for summing gradients under sequence parallelism, which
-    megatron's own local norm does not support."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def with_bias(linear: type, bias: bool) -> type:

@@ -43,7 +43,8 @@ def transformer_config(
         **shape.megatron_layers(),
         **shape.megatron_experts(),
         normalization=shape.architecture.norm,
-        qk_layernorm=shape.architecture.qk_norm,
+        # With it megatron sums the gradients of these norms over tensor-parallel ranks, which share a wide one.
+        qk_layernorm=shape.architecture.qk_norm and not shape.architecture.wide_qk_norm,
         activation_func=_ACTIVATIONS[shape.architecture.activation],
         gated_linear_unit=True,
         add_bias_linear=False,

@@ -27,8 +27,8 @@ class Rope:
         self.inv_freq, self.factor, self.dtype, self.fused = angles.inv_freq.to(device), angles.factor, dtype, fused
 
     def at(self, positions: Tensor) -> Tensor:
-        """[S, 1, 1, 2 d] for positions [S]: the factors of the d numbers of a head, and those of the numbers that they
-        are rotated with; the angles [S, 1, 1, d], float32, if fused."""
+        """[S, 1, 1, 2 r] for positions [S]: the factors of the r numbers of a head that are rotated, and those of the
+        numbers that they are rotated with; the angles [S, 1, 1, r], float32, if fused."""
         half = torch.outer(positions.float(), self.inv_freq)
         if self.fused:
             return torch.cat([half, half], dim=-1)[:, None, None]
@@ -50,7 +50,10 @@ def no_rope(x: Tensor, rotation: Tensor) -> Tensor:  # noqa: ARG001 - Rope's sig
 
 @compiled
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x [S, 1, groups, heads, d], each head rotated by rotation [S, 1, 1, 1, 2 d]."""
+    """x [S, 1, groups, heads, d], the first r numbers of each head rotated by rotation [S, 1, 1, 1, 2 r]."""
     own, other = rotation.chunk(2, dim=-1)
+    rest = x[..., own.shape[-1] :]
+    x = x[..., : own.shape[-1]]
     first, second = x.chunk(2, dim=-1)
-    return x * own + torch.cat([second, first], dim=-1) * other
+    rotated = x * own + torch.cat([second, first], dim=-1) * other
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

@@ -259,7 +259,17 @@ def test_a_representative_set(run_on_ranks: Callable[..., list[Any]], model: str
 def test_every_family(run_on_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     """The families that the representative set leaves out and the variants, in one launch, with a vocabulary smaller
     than the output weight; the log-probs are compared with those of transformers."""
-    rest = ["qwen2-untied", "qwen3-tied", "llama-tied", "mistral-untied", "qwen3_moe-tied", "mixtral-untied", *VARIANTS]
+    rest = [
+        "qwen2-untied",
+        "qwen3-tied",
+        "llama-tied",
+        "mistral-untied",
+        "phi3-tied",
+        "olmo2-untied",
+        "qwen3_moe-tied",
+        "mixtral-untied",
+        *VARIANTS,
+    ]
     assert {name.split("-")[0] for name in rest} == {name.split("-")[0] for name in FAMILIES}
     models = [str(save_family(tmp_path / family, family)) for family in rest]
     layouts = [make_layout(), make_layout(tp=2, sp=True), make_layout(pp=2), make_layout(cp=2)]

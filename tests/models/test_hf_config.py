@@ -30,6 +30,7 @@ LONG = {
     "original_max_position_embeddings": 8192,
 }
 QWEN3, SMOLLM3 = REAL_CONFIGS["Qwen3-0.6B"], REAL_CONFIGS["SmolLM3-3B"]
+PHI4 = REAL_CONFIGS["Phi-4-mini-instruct"]
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -53,8 +54,9 @@ def assert_transformers_reads(directory: Path, config: dict[str, Any]) -> None:
 
     network = AutoConfig.from_pretrained(directory)
     assert {name: getattr(network, name) for name in SIZES} == {name: config[name] for name in SIZES}
-    # `type` is the older name of rope_type.
-    rope = {name: value for name, value in network.rope_parameters.items() if name != "type"}
+    # `type` is the older name of rope_type, and Phi-3's config names a rotation of whole heads too.
+    whole = {"type": network.rope_parameters.get("type"), "partial_rotary_factor": 1}
+    rope = {name: value for name, value in network.rope_parameters.items() if whole.get(name) != value}
     assert rope == config["rope_parameters"]
     head_dim = getattr(network, "head_dim", None)
     assert head_dim in (None, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
@@ -69,7 +71,8 @@ def test_published_models_are_read_as_transformers_reads_them(name: str, write_c
     assert config.items() >= {k: v for k, v in REAL_CONFIGS[name].items() if k != "rope_scaling"}.items()
     assert config["torch_dtype"] == config["dtype"]
     rope = config["rope_scaling"] or {"rope_type": "default"}
-    assert rope | {"rope_theta": config["rope_theta"]} == config["rope_parameters"]
+    beside = {k: config[k] for k in ("rope_theta", "partial_rotary_factor") if k in config}
+    assert rope | beside == config["rope_parameters"]
     assert_transformers_reads(write_config(config), config)  # both spellings in one file
     assert read_hf_config(write_config(config)) == config
 
@@ -188,6 +191,13 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
         (QWEN2, {"rope_scaling": YARN | {"truncate": None}}, "truncate=None is neither true nor false"),
         (QWEN2, {"rope_scaling": YARN, "rope_theta": 1}, "rope_theta=1 .* must be above 1"),
         (QWEN2, {"rope_scaling": YARN | {"factor": 10**400}}, "factor=10+ is not a number above 0"),
+        (PHI4, {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is more than 1"),
+        (PHI4, {"partial_rotary_factor": 0.25}, "short_factor has 48 numbers, not one for each of 16 pairs of a head"),
+        (PHI4, {"rope_parameters": {"partial_rotary_factor": 1}, "rope_scaling": None}, "0.75 and 1 contradict"),
+        (PHI4, {"rope_scaling": LONG}, "=8192 there and 4096 beside it contradict"),
+        (PHI4, {"resid_pdrop": 0.1}, "resid_pdrop=0.1 is not built"),
+        (PHI4, {"auto_map": {"AutoModel": "modeling_phi3.Other"}}, "auto_map=.* code of the model's own"),
+        (LLAMA, {"original_max_position_embeddings": 4096}, "original_max_position_embeddings=4096: not a field"),
         (QWEN3, {"head_dim": 5}, "a head has 5 numbers, and rope rotates pairs of them"),
         (SMOLLM3, {"head_dim": None}, "head_dim=null is not a whole number"),
         (LLAMA, {"rope_parameters": LLAMA3 | {"factor": 4.0}}, "contradict"),

@@ -193,7 +193,10 @@ def copy_and_damage(directory: Path, source: Path, edit: str) -> Path:
         ("no weights", "no *.safetensors file of the model"),
         ("truncated", "damaged safetensors file"),
         ("not JSON", "not valid JSON"),
-        ("architecture", '"gpt2" is not built; known: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3'),
+        (
+            "architecture",
+            '"gpt2" is not built; known: llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3',
+        ),
         ("layers", "missing model.layers.4."),
         ("contradiction", "or 'sliding_attention' for each of num_hidden_layers=5"),
         ("width", "has shape (128, 64), config.json says (96, 64)"),
