@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nemo_disco.models.architecture import UNBUILT
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "gpu" / "results"
 PAGE = ROOT / "docs" / "support.md"
@@ -167,14 +169,14 @@ FEATURES = (
     Feature("Mismatch gate", ("algorithms/test_mismatch.py", "end_to_end/test_mismatch_gate.py")),
 )
 
-# Columns of the second table, which are tested for each architecture, and the test file of each column.
+# Columns of the second table, which are tested for each architecture, and the test files of each column.
 COLUMNS = {
-    "log-probs and gradient equal transformers'": "policy/test_policy.py",
-    "TP, SP, PP": "distributed/test_layouts.py",
-    "engine megatron": "generation/test_megatron_engine.py",
-    "engine vllm": "vllm_engine/test_vllm_families.py",
-    "conversion": "conversion/test_convert.py",
-    "export read by transformers 4": "transformers4/test_exports.py",
+    "log-probs and gradient equal transformers'": ("policy/test_policy.py", "policy/test_experts.py"),
+    "TP, SP, PP": ("distributed/test_layouts.py",),
+    "engine megatron": ("generation/test_megatron_engine.py",),
+    "engine vllm": ("vllm_engine/test_vllm_families.py",),
+    "conversion": ("conversion/test_convert.py",),
+    "export read by transformers 4": ("transformers4/test_exports.py",),
 }
 # Figures of benchmarks/gpu that one architecture leaves.
 GPU_FIGURES = {"qwen2": "train_1p5b_8k.tokens_per_second", "qwen3": "train_qwen3_0p6b_16k.tokens_per_second"}
@@ -222,6 +224,12 @@ def render_page(results: Iterable[Mapping[str, Any]]) -> str:
             "| --- " * (len(COLUMNS) + 3) + "|",
             *(render_architecture(name, results) for name in sorted(REAL_MODELS)),
             "",
+            "## Families that are refused",
+            "",
+            "| architecture | why |",
+            "| --- | --- |",
+            *(f"| `{name}` | {reason} |" for name, reason in sorted(UNBUILT.items())),
+            "",
         ]
     )
 
@@ -239,13 +247,11 @@ def describe_tests(feature: Feature) -> str:
 
 
 def render_architecture(name: str, results: Iterable[Mapping[str, Any]]) -> str:
-    """A row of the second table. A column counts only if its test file names the architecture among its cases."""
-    cells = [
-        ", ".join(f"`{command}`" for command in sorted(find_commands(file)))
-        if name in find_architectures(file)
-        else NOT_RUN
-        for file in COLUMNS.values()
-    ]
+    """A row of the second table. A test file counts only if it names the architecture among its cases."""
+    cells = []
+    for files in COLUMNS.values():
+        commands = {command for file in files if name in find_architectures(file) for command in find_commands(file)}
+        cells.append(", ".join(f"`{command}`" for command in sorted(commands)) or NOT_RUN)
     gpu = describe_gpu_run(Feature(name, key=GPU_FIGURES.get(name)), results, several=False)
     return f"| `{name}` | {'; '.join(REAL_MODELS[name])} | {' | '.join(cells)} | {gpu} |"
 

@@ -209,6 +209,15 @@ class Architecture:
         return replace(self, **values)
 
 
+# Known families that are not built, and why.
+UNBUILT = {
+    "deepseek_v3": "it has latent attention, which neither the packed attention nor the cache of decoding computes; "
+    "megatron-core 0.16 computes it on packed sequences with Transformer Engine alone",
+    "gemma3": "it reads images, and its layers have two ropes, where megatron-core 0.16 has one",
+    "gemma3_text": "its layers have two ropes, where megatron-core 0.16 has one",
+    "gpt_oss": "its attention has sinks, which torch's kernels do not compute, and megatron-core 0.16 on packed "
+    "sequences with Transformer Engine alone",
+}
 # hidden_act of config.json -> the activation of the MLP's gate.
 ACTIVATIONS = {
     "silu": "silu",

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from nemo_disco.models.architecture import ACTIVATIONS, ARCHITECTURES, Architecture
+from nemo_disco.models.architecture import ACTIVATIONS, ARCHITECTURES, UNBUILT, Architecture
 from nemo_disco.models.directory import explain
 from nemo_disco.models.rope import read_rope
 from nemo_disco.runtime.errors import UserError
@@ -126,6 +126,8 @@ def load_hf_config(path: str | Path, trust_remote_code: bool = False) -> Any:
 def _check(config: dict[str, Any]) -> dict[str, Any]:
     """Check a config, and return it with the values of absent fields. Raises UserError if its network is not built."""
     kind = config.get("model_type")
+    if isinstance(kind, str) and kind in UNBUILT:
+        raise UserError(f"model_type {_text(kind)} is not built: {UNBUILT[kind]}")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         nearest = get_close_matches(str(kind), ARCHITECTURES, n=1)
         hint = f"; the nearest that is: {nearest[0]}" if nearest else ""

@@ -48,10 +48,11 @@ class WideRMSNorm(torch.nn.Module):
             squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
         return (exact * torch.rsqrt(squares / self.width + self.eps) * self.weight).to(x.dtype).view_as(x)
 
-    def sharded_state_dict(self, prefix: str = "", offsets: Any = (), _metadata: Any = None) -> Any:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """The weight of all ranks, of which each has a share."""
         state = self.state_dict(keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, offsets, tp_group=self.group)
+        groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
 
 
 def wide_norm(heads: int) -> type:

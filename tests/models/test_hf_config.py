@@ -191,6 +191,8 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
         (QWEN2, {"rope_scaling": YARN | {"truncate": None}}, "truncate=None is neither true nor false"),
         (QWEN2, {"rope_scaling": YARN, "rope_theta": 1}, "rope_theta=1 .* must be above 1"),
         (QWEN2, {"rope_scaling": YARN | {"factor": 10**400}}, "factor=10+ is not a number above 0"),
+        (QWEN2, {"model_type": "gpt_oss"}, 'model_type "gpt_oss" is not built: its attention has sinks'),
+        (QWEN2, {"model_type": ["qwen2"]}, 'model_type .* is not built; known: llama'),
         (PHI4, {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is more than 1"),
         (PHI4, {"partial_rotary_factor": 0.25}, "short_factor has 48 numbers, not one for each of 16 pairs of a head"),
         (PHI4, {"rope_parameters": {"partial_rotary_factor": 1}, "rope_scaling": None}, "0.75 and 1 contradict"),

@@ -22,7 +22,7 @@ from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
 from nemo_disco.runtime.errors import UserError
 
-FAMILIES = (
+CASES = (
     "qwen3_moe-tied",
     "qwen3_moe-untied",
     "mixtral-tied",
@@ -37,7 +37,7 @@ def build(directory: Path, **changes: Any) -> Policy:
 
 
 @pytest.mark.parametrize("granularity", [None, "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_log_probs_and_gradient_are_those_of_dense_autograd(
     family: str, granularity: str | None, tmp_path: Path
 ) -> None:

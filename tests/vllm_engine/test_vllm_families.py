@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LONG_ROPE, VARIANTS, model_config, save_family, to_rollouts
+from tiny_models import FAMILIES, LONG_ROPE, PARTIAL_ROPE, VARIANTS, model_config, save_family, to_rollouts
 from vllm_process import SHAPE, start_vllm
 
 from nemo_disco.generation.engine import SamplingParams
@@ -25,6 +25,9 @@ NETWORKS["qwen3-biases"] |= {
     "attention_bias": False,
     "rope_parameters": LONG_ROPE | {name: [*LONG_ROPE[name], *[9.0] * 8] for name in ("short_factor", "long_factor")},
 }
+FACTORS = [1.0 + i for i in range(12)]  # of heads of 32 numbers 24 are rotated
+for name in ("phi3-tied", "phi3-untied"):
+    NETWORKS[name] = {"rope_parameters": PARTIAL_ROPE | {"short_factor": FACTORS, "long_factor": FACTORS[::-1]}}
 LONGEST = 200  # with it the angles of longrope are the long ones
 
 
