@@ -108,7 +108,7 @@ def check(
     """Check that measured and estimated peaks agree within 15%. questions: of a mini-batch; two fill a micro-batch."""
     sizes = {"vocab_size": 4096, "max_position_embeddings": 1024, "num_attention_heads": 8}
     model = str(save_model(directory / "model", architecture, tied=False, **(sizes | shape)))
-    small = str(save_model(directory / "small", "qwen2", tied=False, **(sizes | {"hidden_size": 64})))
+    small = str(save_model(directory / "small", architecture, tied=False, **(sizes | {"hidden_size": 64})))
     dtype = {"32": torch.float32, "bf16": torch.bfloat16}[precision]
     ranks = run_on_new_ranks(world_size, measure, small, model, layouts, dtype, questions)
     for changes, *peaks in zip(layouts, *ranks, strict=True):
@@ -154,3 +154,27 @@ def test_bfloat16(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) ->
 def test_norms_of_queries_and_keys(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     check(run_on_new_ranks, tmp_path, WIDE_HEADS, 1, [{}, FULL, SELECTIVE], "bf16", architecture="qwen3")
     check(run_on_new_ranks, tmp_path, WIDE_HEADS, 2, [TP, SP, CP], architecture="qwen3")
+
+
+EXPERTS = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "num_experts": 8,
+}
+EP = {"expert_model_parallel_size": 2}
+ETP1 = SP | {"expert_tensor_parallel_size": 1}
+
+
+def test_experts(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    check(run_on_new_ranks, tmp_path, EXPERTS, 1, [{}], questions=2, architecture="qwen3_moe")
+
+
+@pytest.mark.slow
+def test_experts_on_two_and_four_processes(run_on_new_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    two = [EP, EP | FULL, EP | CP, SP, ETP1, ETP1 | EP]
+    check(run_on_new_ranks, tmp_path / "two", EXPERTS, 2, two, architecture="qwen3_moe")
+    four = [{"expert_model_parallel_size": 4}, EP | PP, EP | ETP1]
+    check(run_on_new_ranks, tmp_path / "four", EXPERTS, 4, four, questions=8, architecture="qwen3_moe")
