@@ -11,7 +11,7 @@ from rich.table import Table
 from nemo_disco.config.schema import RunConfig
 from nemo_disco.estimate.layouts import CACHE, USABLE, Candidate, assess, candidates, check_shape, recommend
 from nemo_disco.estimate.memory import Layout, Memory, Workload, host_memory
-from nemo_disco.estimate.timing import ASSUMED
+from nemo_disco.estimate.timing import ASSUMED, MEAN_LENGTH, expert_exchange
 from nemo_disco.estimate.trust_region import advise, check_likely_tokens
 from nemo_disco.models.shape import ModelShape, find_shape
 from nemo_disco.runtime.host import total_memory
@@ -47,6 +47,7 @@ def print_plan(config: RunConfig, world_size: int, work: Workload, console: Cons
         console.print(_layout_table(layouts, configured, best, gigabytes))
         for line in (
             _advice(config, work, shape, layouts, configured, best),
+            *_expert_lines(work, shape, layout),
             f"Memory: GPUs of {gigabytes:g} GB ({source}), of which {USABLE:.0%} is assumed usable; keys and values "
             f"get {CACHE:.0%} of what weights and optimizer state leave (model.optim.offload moves the latter away).",
             _host_line(config, configured.memory),
@@ -54,6 +55,15 @@ def print_plan(config: RunConfig, world_size: int, work: Workload, console: Cons
         ):
             console.print(line, soft_wrap=True, highlight=False)
     console.print(note, soft_wrap=True)
+
+
+def _expert_lines(work: Workload, shape: ModelShape, layout: Layout) -> list[str]:
+    """A line on what the experts of the configured layout exchange, if there are any and ranks share them."""
+    tokens = MEAN_LENGTH * work.questions * work.group * work.full_length
+    sent = expert_exchange(work, shape, layout, tokens) / _GIB
+    ranks = f"EP {layout.expert} x ETP {layout.expert_tensor}, as configured"
+    line = f"Experts: {ranks}: a rank sends {sent:.1f} GiB to others in each pass over a step's tokens, on average."
+    return [line] if sent else []
 
 
 def _host_line(config: RunConfig, memory: Memory) -> str:
@@ -111,7 +121,7 @@ def _batch_table(config: RunConfig, work: Workload, layout: Layout) -> Table:
 
 
 def _memory_table(config: RunConfig, shape: ModelShape, memory: Memory) -> Table:
-    active = f", of which a token goes through {shape.active_parameters:,}" if shape.experts else ""
+    active = f", {shape.active_parameters:,} active" if shape.experts else ""
     title = f"{shape.parameters:,} parameters{active}"
     table = Table("memory per rank (estimate)", "GiB", title=title, title_justify="left")
     table.columns[1].justify = "right"

@@ -102,16 +102,20 @@ def _exchange(work: Workload, shape: ModelShape, layout: Layout, tokens: float, 
         / layout.tensor
         / _link(layout.tensor, gpus_per_node)
     )
-    # Each copy of a token to its expert and back; the ranks that share an expert all need it.
-    split = layout.expert * layout.expert_tensor
-    copies = 2 * shape.experts_per_token * shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
-    experts = (
-        copies * layout.expert_tensor * (split - 1) / split / _link(split, gpus_per_node) if shape.experts else 0.0
-    )
+    experts = expert_exchange(work, shape, layout, tokens) / _link(layout.expert * layout.expert_tensor, gpus_per_node)
     # The keys and values of the other context-parallel ranks.
     ranks = layout.tensor * layout.context
     context = 2 * shape.kv_width / layout.tensor * (layout.context - 1) / _link(ranks, gpus_per_node)
-    return local * layers * itemsize * (tensor + experts + context)
+    return local * layers * itemsize * (tensor + context) + experts
+
+
+def expert_exchange(work: Workload, shape: ModelShape, layout: Layout, tokens: float) -> float:
+    """Bytes that a rank sends to others in a forward pass over all its tokens: each copy of a token to its expert and
+    back; the ranks that share an expert all need it."""
+    split = layout.expert * layout.expert_tensor
+    local = tokens / layout.data / layout.context / (layout.tensor if layout.sequence_parallel else 1)
+    copies = 2 * shape.experts_per_token * layout.expert_tensor * local * (split - 1) / split
+    return copies * shape.hidden * BYTES[work.precision][0] * shape.layers / layout.pipeline
 
 
 def _gradients(work: Workload, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:

@@ -155,7 +155,7 @@ def _check_identity(config: dict[str, Any], kind: str) -> None:
         )
     code = config.get("auto_map", {})
     known = ARCHITECTURES[kind].published_code
-    if not isinstance(code, dict) or any(k != "AutoTokenizer" and v not in known for k, v in code.items()):
+    if not isinstance(code, dict) or any(k != "AutoTokenizer" and str(v) not in known for k, v in code.items()):
         raise UserError(
             f"auto_map={_text(code)} names code of the model's own, and the network built here is transformers' "
             f"{kind}; remove the entry if the two are the same network"

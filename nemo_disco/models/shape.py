@@ -259,12 +259,17 @@ PUBLISHED = {
     "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, **_LLAMA),
     "DeepSeek-R1-Distill-Qwen-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064, **_QWEN2),
     "DeepSeek-R1-Distill-Llama-70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, **_LLAMA),
+    "Qwen3-8B": ModelShape(
+        36, 4096, 12288, 32, 8, 128, 151936, tied=False, architecture=ARCHITECTURES["qwen3"], max_positions=40960
+    ),
     "Qwen3-30B-A3B": ModelShape(48, 2048, 768, 32, 4, 128, 151936, **_QWEN3_MOE),
     "Qwen3-235B-A22B": ModelShape(94, 4096, 1536, 64, 4, 128, 151936, **_QWEN3_MOE),
     "Mixtral-8x7B": ModelShape(32, 4096, 14336, 32, 8, 128, 32000, **_MIXTRAL),
 }
 _SIZE = re.compile(r"-(\d[\d.x]*b)", re.IGNORECASE)
-NAMES_BY_SIZE = {_SIZE.findall(name)[0].lower(): name for name in PUBLISHED}
+NAMES_BY_SIZE: dict[str, str] = {}
+for _name in PUBLISHED:  # of two models of one size, the paper's
+    NAMES_BY_SIZE.setdefault(_SIZE.findall(_name)[0].lower(), _name)
 
 
 def published_name(shape: ModelShape) -> str | None:

@@ -55,7 +55,10 @@ def test_every_layout_listed_is_legal_and_the_fitting_come_first(size):
     assert steps == sorted(steps)
 
 
-@pytest.mark.parametrize(("size", "nodes"), [("1.5b", 1), ("7b", 1), ("8b", 1), ("32b", 4), ("70b", 8)])
+@pytest.mark.parametrize(
+    ("size", "nodes"),
+    [("1.5b", 1), ("7b", 1), ("8b", 1), ("32b", 4), ("70b", 8), ("30b", 2), ("8x7b", 4), ("235b", 16)],
+)
 def test_each_size_has_a_layout_on_nodes_of_eight_80_gb_gpus(size, nodes):
     layouts = candidates(compose_recipe(nodes=nodes), recipe_workload(), published_shape(size), 80 * GIB)
     best = recommend(layouts)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from nemo_disco.estimate.flops import TRAINING, forward_flops, peak_flops
 from nemo_disco.models.architecture import ARCHITECTURES
@@ -37,6 +37,27 @@ def test_flops_are_torchs_count_but_for_the_half_of_attention_that_is_masked() -
     expected = forward_flops(SHAPE, [n], predicted=n) + masked
     assert forward.get_total_flops() == expected
     assert forward.get_total_flops() + backward.get_total_flops() == TRAINING * expected
+
+
+def test_a_token_costs_its_own_experts_alone() -> None:
+    shape = replace(SHAPE, architecture=ARCHITECTURES["mixtral"], experts=4, experts_per_token=2)
+    config = MixtralConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.experts_per_token,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    model, n = MixtralForCausalLM(config), 48
+    with FlopCounterMode(display=False) as forward:
+        model(torch.arange(n)[None])
+    masked = 4 * shape.layers * shape.query_width * (n * n - n * (n + 1) // 2)
+    assert forward.get_total_flops() == forward_flops(shape, [n], predicted=n) + masked
 
 
 def test_a_sliding_window_leaves_out_the_pairs_that_it_hides() -> None:

@@ -10,6 +10,7 @@ from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate_memory, host_memory
 from nemo_disco.estimate.plan import batch_sizes, print_plan
+from nemo_disco.estimate.timing import MEAN_LENGTH
 from nemo_disco.estimate.trust_region import advise, k1_error, k3_error
 from nemo_disco.models.shape import PUBLISHED, find_shape, read_shape
 from nemo_disco.runtime.errors import UserError
@@ -34,6 +35,10 @@ def estimate_rank(config, shape, world_size=8):
         ("DeepSeek-R1-Distill-Llama-8B", 8_030_261_248),
         ("DeepSeek-R1-Distill-Qwen-32B", 32_763_876_352),
         ("DeepSeek-R1-Distill-Llama-70B", 70_553_706_496),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Qwen3-235B-A22B", 235_093_634_560),
+        ("Mixtral-8x7B", 46_702_792_704),
     ],
 )
 def test_the_papers_models_have_their_published_sizes(name, published):
@@ -161,6 +166,16 @@ def test_the_plan_recommends_a_layout_and_states_its_assumptions():
     assert "layouts on 32 GPUs of 80 GB" in text and "configured" in text and "recommended" in text
     assert "Recommended: model.tensor_model_parallel_size=" in text
     assert "estimated, not measured. Assumed: an H100 SXM" in text
+
+
+def test_the_plan_counts_what_experts_exchange():
+    """By hand: 7 of 8 copies of a token go to another rank and come back, in bf16, at half the full length."""
+    text = render_plan(compose("recipe/disco_qwen3_30b_a3b", ["model.path=Qwen3-30B-A3B"]), 16)
+    tokens = 128 * 8 * (1024 + 8192) * MEAN_LENGTH / 16
+    sent = 48 * 2 * 8 * 7 / 8 * 2048 * 2 * tokens / 2**30
+    assert f"EP 8 x ETP 1, as configured: a rank sends {sent:.1f} GiB to others" in text
+    assert "30,532,122,624 parameters, 3,353,032,704 active" in text
+    assert "Experts:" not in render_plan(compose("recipe/disco_logl_7b"), 8)
 
 
 def test_the_plan_says_how_many_nodes_a_model_needs():

@@ -193,6 +193,7 @@ def test_any_value_of_a_known_field_is_accepted_or_refused_in_one_line(
         (QWEN2, {"rope_scaling": YARN | {"factor": 10**400}}, "factor=10+ is not a number above 0"),
         (QWEN2, {"model_type": "gpt_oss"}, 'model_type "gpt_oss" is not built: its attention has sinks'),
         (QWEN2, {"model_type": ["qwen2"]}, 'model_type .* is not built; known: llama'),
+        (QWEN3, {"rope_scaling": YARN | {"attn_factor": 0.8782488562869419}}, "write attention_factor=1 instead"),
         (PHI4, {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is more than 1"),
         (PHI4, {"partial_rotary_factor": 0.25}, "short_factor has 48 numbers, not one for each of 16 pairs of a head"),
         (PHI4, {"rope_parameters": {"partial_rotary_factor": 1}, "rope_scaling": None}, "0.75 and 1 contradict"),
