@@ -44,9 +44,10 @@ test-slurm: env
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq slurm-wlm munge shellcheck; fi
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-# Write docs/support.md from the tests and from the results of GPU runs.
+# Write docs/support.md and docs/families.md from the tests, the descriptions of models and the results of GPU runs.
 support: env
 	$(BIN)/python -m tools.support
+	$(BIN)/python -m tools.families
 
 # The documentation site, in site/: any warning and any broken link is an error, and neither step uses the network.
 docs: .venv-docs/.installed

@@ -129,10 +129,14 @@ def compare(args: argparse.Namespace, *, ends: bool) -> dict[str, Any]:
     """Run one experiment and return its results. ends: whether responses stop early (see make_model)."""
     with tempfile.TemporaryDirectory() as work:
         model = make_model(Path(work), args.limit, ends=ends, hidden=args.hidden)
-        command = [sys.executable, *sys.argv, f"--model={model}"]
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], f"--model={model}"]
         commands = {side: [*command, f"--side={side}"] for side in SIDES if side != "vllm" or args.vllm}
         if args.before:
-            commands = {"before": ["env", f"PYTHONPATH={args.before.resolve()}", *commands["megatron"]], **commands}
+            checkout = args.before.resolve()  # whose conf/ is read from the working directory
+            commands = {
+                "before": ["env", "-C", str(checkout), f"PYTHONPATH={checkout}", *commands["megatron"]],
+                **commands,
+            }
         turns_by_side = take_turns(commands, args.repeats)
     for turn in (turn for turns in turns_by_side.values() for turn in turns):
         turn["seconds_a_token"] = turn["seconds"] / turn["tokens"]

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import support
+from tools import families, support
 from tools.support import NOT_RUN, Feature
 
 DECODE = Feature("decoding", key="decode.plain.tokens_per_second")
@@ -26,6 +26,12 @@ def test_the_page_is_current() -> None:
     written = support.PAGE.read_text()
     assert written == support.render_page(support.read_results(support.RESULTS)), (
         "docs/support.md is out of date; `make support` writes it"
+    )
+
+
+def test_the_cards_are_current() -> None:
+    assert families.PAGE.read_text() == families.render_page(), (
+        "docs/families.md is out of date; `make support` writes it"
     )
 
 

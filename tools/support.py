@@ -247,13 +247,17 @@ def describe_tests(feature: Feature) -> str:
 
 
 def render_architecture(name: str, results: Iterable[Mapping[str, Any]]) -> str:
-    """A row of the second table. A test file counts only if it names the architecture among its cases."""
-    cells = []
-    for files in COLUMNS.values():
-        commands = {command for file in files if name in find_architectures(file) for command in find_commands(file)}
-        cells.append(", ".join(f"`{command}`" for command in sorted(commands)) or NOT_RUN)
+    """A row of the second table."""
+    cells = [describe_column(name, column) for column in COLUMNS]
     gpu = describe_gpu_run(Feature(name, key=GPU_FIGURES.get(name)), results, several=False)
     return f"| `{name}` | {'; '.join(REAL_MODELS[name])} | {' | '.join(cells)} | {gpu} |"
+
+
+def describe_column(name: str, column: str) -> str:
+    """The commands that run a column's tests of an architecture. A test file counts only if it names it."""
+    files = [file for file in COLUMNS[column] if name in find_architectures(file)]
+    commands = sorted({command for file in files for command in find_commands(file)})
+    return ", ".join(f"`{command}`" for command in commands) or NOT_RUN
 
 
 @cache

@@ -52,8 +52,8 @@ def no_rope(x: Tensor, rotation: Tensor) -> Tensor:  # noqa: ARG001 - Rope's sig
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """x [S, 1, groups, heads, d], the first r numbers of each head rotated by rotation [S, 1, 1, 1, 2 r]."""
     own, other = rotation.chunk(2, dim=-1)
-    rest = x[..., own.shape[-1] :]
-    x = x[..., : own.shape[-1]]
+    rotated = own.shape[-1]
+    if rotated < x.shape[-1]:
+        return torch.cat([rotate(x[..., :rotated], rotation), x[..., rotated:]], dim=-1)
     first, second = x.chunk(2, dim=-1)
-    rotated = x * own + torch.cat([second, first], dim=-1) * other
-    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+    return x * own + torch.cat([second, first], dim=-1) * other
