@@ -86,10 +86,7 @@ class PolicyAttention(SelfAttention):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, rotation: Tensor, sequences: PackedSeqParams | CachedAttention) -> Output:
         """The output [S, 1, h], and a bias. rotation: of Rope.at."""
-        query, key, value = self._split(self.linear_qkv(hidden_states)[0])
-        if not isinstance(self.q_layernorm, IdentityOp):
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = self.rope(query, rotation).flatten(2, 3), self.rope(key, rotation).flatten(2, 3)
+        query, key, value = self._rotated(self.linear_qkv(hidden_states)[0], rotation)
         if isinstance(sequences, CachedAttention):
             context = sequences.attend(self.layer_number, query, key, value, scale=self.scale, window=self.window)
         else:
@@ -100,14 +97,21 @@ class PolicyAttention(SelfAttention):  # type: ignore[misc]
         output: Output = self.linear_proj(context)
         return output
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of qkv [S, 1, (heads + 2 groups) d]: queries [S, 1, groups, heads / groups, d], keys [S, 1, groups, 1,
-        d] and values [S, 1, groups, d]. A group's queries, key and value are side by side, as in megatron's weight."""
+    def _rotated(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [S, 1, heads, d], keys and values [S, 1, groups, d] of qkv [S, 1, (heads + 2 groups) d], in which a
+        group's queries, key and value are side by side, as in megatron's weight."""
         groups = self.num_query_groups_per_partition
         queries = self.num_attention_heads_per_partition // groups
         by_group = qkv.view(*qkv.shape[:2], groups, queries + 2, self.hidden_size_per_attention_head)
-        query, key, value = torch.split(by_group, [queries, 1, 1], dim=3)
-        return query, key, value.squeeze(3)
+        both, value = by_group[..., :-1, :], by_group[..., -1, :]
+        normed = not isinstance(self.q_layernorm, IdentityOp)
+        if not (normed or torch.is_grad_enabled()):  # faster for few tokens; for backward it would keep them twice
+            query, key = torch.split(self.rope(both, rotation), [queries, 1], dim=3)
+            return query.flatten(2, 3), key.flatten(2, 3), value
+        query, key = torch.split(both, [queries, 1], dim=3)
+        if normed:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return self.rope(query, rotation).flatten(2, 3), self.rope(key, rotation).flatten(2, 3), value
 
 
 class PolicyMLP(MLP):  # type: ignore[misc]
