@@ -62,7 +62,10 @@ def _expert_lines(work: Workload, shape: ModelShape, layout: Layout) -> list[str
     tokens = MEAN_LENGTH * work.questions * work.group * work.full_length
     sent = expert_exchange(work, shape, layout, tokens) / _GIB
     ranks = f"EP {layout.expert} x ETP {layout.expert_tensor}, as configured"
-    line = f"Experts: {ranks}: a rank sends {sent:.1f} GiB to others in each pass over a step's tokens, on average."
+    line = (
+        f"Experts: {ranks}: a rank sends {sent:.1f} GiB to others in each pass over a step's tokens, on average. "
+        "Memory and time are of experts that all get equally many tokens."
+    )
     return [line] if sent else []
 
 

@@ -122,6 +122,20 @@ def test_activations_of_a_layer_by_hand():
     assert full.layer == plain.layer + 36864 * layer
 
 
+def test_a_layer_of_experts_by_hand():
+    """bf16 on CUDA, per token: the router's float32 logits, scores, weights and their scatter; for each of 8 copies the
+    expert's input, SwiGLU's inputs and product, and that times the token's weight. In backward all experts at once."""
+    shape, tokens = PUBLISHED["Qwen3-30B-A3B"], 36864
+    norms_and_attention = 2 * (4 * 2048 + 4 * 4096 + 3 * 512 + 4096 + 512) + 4 * 32
+    layer = norms_and_attention + 4 * 4 * 128 + 8 * 2 * (2048 + 4 * 768)
+    gradients = 2 * (2 * 2048 + 8 * (2 * 2048 + 2 * 768))
+    plain = ["model.activations_checkpoint_granularity=null", "model.tensor_model_parallel_size=1"]
+    config = compose("recipe/disco_qwen3_30b_a3b", [*plain, "model.sequence_parallel=false"])
+    memory = estimate_rank(config, shape, world_size=16)
+    assert memory.activations == tokens * 48 * layer
+    assert memory.layer == tokens * gradients
+
+
 def test_the_first_stage_of_a_pipeline_is_the_fullest():
     """The first stage keeps a micro-batch for itself and one for each later stage, so the activations of as many layers
     as without a pipeline. Virtual stages keep PP - 1 more micro-batches of a virtual stage (arXiv 2104.04473).
