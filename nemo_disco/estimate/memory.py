@@ -172,7 +172,8 @@ def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int,
     # Without CUDA's kernels torch materializes the mask of context parallelism: over half of the sequence per query.
     mask = 0 if cuda or layout.context == 1 else work.full_length * (2 * layout.context + 1) // (4 * layout.context)
     layer = _saved_by_layer(shape, layout, weight, cuda, mask)
-    saved = weight * shape.hidden // _shards(layout) if layout.recompute == "full" else layer  # its input alone, or all
+    recomputed = layout.recompute == "full"
+    saved = weight * shape.hidden // _shards(layout) if recomputed else layer  # its input alone, or all
     head = 0
     if stage == layout.pipeline - 1:
         wide = max(weight, 4)
@@ -188,7 +189,8 @@ def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int,
         reference=parameters * weight if work.reference else 0,
         activations=int(tokens * shape.layers // layout.pipeline * _in_flight(work, layout, stage) * saved),
         log_probs=head + responses * work.response_limit * _VECTORS,
-        layer=tokens * weight * _gradient_width(shape, layout) + (tokens * layer if layout.recompute == "full" else 0),
+        layer=tokens * weight * _gradient_width(shape, layout, cuda)
+        + (tokens * layer if layout.recompute == "full" else 0),
         kv_cache=responses_per_rank(work, layout) * cache_per_response(work, shape, layout),
         # Ids of 4 bytes and log-probs, of all responses of a step on every rank.
         likely_tokens=responses * work.response_limit * work.likely_tokens * (4 + max(weight, 4)),
@@ -197,13 +199,14 @@ def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int,
     )
 
 
-def _gradient_width(shape: ModelShape, layout: Layout) -> int:
+def _gradient_width(shape: ModelShape, layout: Layout, cuda: bool) -> int:
     """Numbers per token of a layer's gradients in backward: of SwiGLU's two inputs and of the layer's input, which is
-    gathered anew under SP; of each copy of a token that goes to an expert, where one expert is computed at a time."""
+    gathered anew under SP. With experts these are of each copy of a token that goes to one: SwiGLU's only on CUDA,
+    where one module computes all experts at once; else they are computed one at a time."""
     if not shape.experts:
         return 2 * shape.ffn // layout.tensor + 2 * shape.hidden
-    copies = shape.experts_per_token * layout.expert_tensor
-    return 2 * shape.hidden + 2 * copies * shape.hidden // _shards(layout)
+    copy = 2 * shape.hidden * layout.expert_tensor + (2 * shape.ffn if cuda else 0)
+    return 2 * shape.hidden + shape.experts_per_token * copy // _shards(layout)
 
 
 def _stage_parameters(shape: ModelShape, layout: Layout) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from nemo_disco.estimate.memory import Layout, Memory, Workload, host_memory
 from nemo_disco.estimate.timing import ASSUMED, MEAN_LENGTH, expert_exchange
 from nemo_disco.estimate.trust_region import advise, check_likely_tokens
 from nemo_disco.models.shape import ModelShape, find_shape
+from nemo_disco.models.unbuilt import find_unbuilt
 from nemo_disco.runtime.host import total_memory
 
 SHOWN, WIDTH = 8, 140  # layouts, columns
@@ -24,18 +25,20 @@ _GIB = 2**30
 def print_plan(config: RunConfig, world_size: int, work: Workload, console: Console | None = None) -> None:
     """Print the plan of a run. work: that of one of its steps. Imports torch.
 
-    Raises UserError for a damaged model directory, and for a model that does not fit the layout or has fewer tokens
-    than the constraint compares.
+    Raises UserError for a damaged model directory, for a model that has no estimate here, and for one that does not fit
+    the layout or has fewer tokens than the constraint compares.
     """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)  # a file has no width, and no cell may be cut
     layout = Layout.from_config(config.model, world_size)
+    if (unbuilt := find_unbuilt(config.model.path)) is not None:
+        console.print(unbuilt[1], soft_wrap=True, highlight=False)
     console.print(_batch_table(config, work, layout))
     if work.delta is not None:
         tokens = work.mini_batch_questions * work.group * work.response_limit
         console.print(advise(work.estimator, work.delta, tokens), soft_wrap=True, highlight=False)
-    shape, note = find_shape(config.model.path)
+    shape, note = unbuilt or find_shape(config.model.path)
     if shape is not None:
         check_shape(config, shape)
         check_likely_tokens(work.likely_tokens, shape.vocab)
@@ -54,7 +57,8 @@ def print_plan(config: RunConfig, world_size: int, work: Workload, console: Cons
             f"Time: estimated, not measured. Assumed: {ASSUMED}.",
         ):
             console.print(line, soft_wrap=True, highlight=False)
-    console.print(note, soft_wrap=True)
+    if unbuilt is None:
+        console.print(note, soft_wrap=True)
 
 
 def _expert_lines(work: Workload, shape: ModelShape, layout: Layout) -> list[str]:
@@ -62,7 +66,10 @@ def _expert_lines(work: Workload, shape: ModelShape, layout: Layout) -> list[str
     tokens = MEAN_LENGTH * work.questions * work.group * work.full_length
     sent = expert_exchange(work, shape, layout, tokens) / _GIB
     ranks = f"EP {layout.expert} x ETP {layout.expert_tensor}, as configured"
-    line = f"Experts: {ranks}: a rank sends {sent:.1f} GiB to others in each pass over a step's tokens, on average."
+    line = (
+        f"Experts: {ranks}: a rank sends {sent:.1f} GiB to others in each pass over a step's tokens, on average. "
+        "Memory and time are of experts that all get equally many tokens."
+    )
     return [line] if sent else []
 
 

@@ -17,7 +17,7 @@ HBM, NVLINK, NETWORK = 3.35e12, 450e9, 50e9
 # Assumed shares of these peaks that are reached.
 MATRICES, ATTENTION, BANDWIDTH, LINKS = 0.4, 0.25, 0.6, 0.7
 LAUNCH = 100e-6  # seconds per layer and decoded token to launch the embedded engine's kernels
-ALL_REDUCE = 20e-6  # seconds per small all-reduce within a node
+COLLECTIVE = 20e-6  # seconds per small all-reduce or all-to-all within a node
 MEAN_LENGTH = 1 / 3  # of the longest prompt and response
 SQUARES = 1.6  # mean of squared lengths over the squared mean: exponential, cut at three times the mean
 
@@ -66,7 +66,7 @@ def step_seconds(work: Workload, shape: ModelShape, layout: Layout, cache_bytes:
     train = one_pass + backward * bubble + reduce
     passes = 1 + work.reference
     pass1 = one_pass * (mini_batches - 1) / mini_batches if work.two_passes else 0.0
-    generate, decoding = _generate(work, shape, layout, mean, cache_bytes)
+    generate, decoding = _generate(work, shape, layout, mean, cache_bytes, gpus_per_node)
     communication = exchange * (passes + 1 + 1.5 + (layout.recompute == "full")) + reduce + decoding
     return Seconds(
         generate=generate,
@@ -112,10 +112,15 @@ def _exchange(work: Workload, shape: ModelShape, layout: Layout, tokens: float, 
 def expert_exchange(work: Workload, shape: ModelShape, layout: Layout, tokens: float) -> float:
     """Bytes that a rank sends to others in a forward pass over all its tokens: each copy of a token to its expert and
     back; the ranks that share an expert all need it."""
-    split = layout.expert * layout.expert_tensor
     local = tokens / layout.data / layout.context / (layout.tensor if layout.sequence_parallel else 1)
-    copies = 2 * shape.experts_per_token * layout.expert_tensor * local * (split - 1) / split
-    return copies * shape.hidden * BYTES[work.precision][0] * shape.layers / layout.pipeline
+    return local * _copies(work, shape, layout) * shape.layers / layout.pipeline
+
+
+def _copies(work: Workload, shape: ModelShape, layout: Layout) -> float:
+    """Bytes that a rank sends to others for one of its tokens in one layer with experts."""
+    split = layout.expert * layout.expert_tensor
+    copies = 2 * shape.experts_per_token * layout.expert_tensor * (split - 1) / split
+    return copies * shape.hidden * BYTES[work.precision][0]
 
 
 def _gradients(work: Workload, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:
@@ -132,9 +137,9 @@ def _gradients(work: Workload, shape: ModelShape, layout: Layout, gpus_per_node:
 
 
 def _generate(
-    work: Workload, shape: ModelShape, layout: Layout, mean: float, cache_bytes: float
+    work: Workload, shape: ModelShape, layout: Layout, mean: float, cache_bytes: float, gpus_per_node: int
 ) -> tuple[float, float]:
-    """Seconds to sample a rank's responses, in as many waves as the cache needs, and those of its all-reduces.
+    """Seconds to sample a rank's responses, in as many waves as the cache needs, and those of its communication.
 
     Decoding a token reads the stage's weights once for all rows, and each row's keys and values; pipeline stages take
     turns. Prefill is a forward pass.
@@ -155,12 +160,16 @@ def _generate(
     multiplied = (shape.active_parameters - active) / layout.tensor + active
     decoded = 2 * rows * mean * multiplied / (PEAK * MATRICES)
     start = shape.layers * LAUNCH if work.engine == "megatron" else 0.0
-    reduces = 2 * shape.layers * ALL_REDUCE if layout.tensor > 1 else 0.0
+    # A layer's all-reduces of attention and the MLP, or of attention and the experts' two all-to-alls.
+    split = layout.expert * layout.expert_tensor
+    collectives = (layout.tensor > 1) * (1 if shape.experts else 2) + (2 if shape.experts and split > 1 else 0)
+    waiting = waves * limit * shape.layers * collectives * COLLECTIVE
+    waiting += rows * mean * shape.layers * _copies(work, shape, layout) / _link(split, gpus_per_node)
     prefill = 2 * rows * prompt * multiplied / (PEAK * MATRICES)
     steps = waves * limit
     # Bound by bandwidth or by arithmetic.
     reading = max(steps * weights + cache, decoded)
-    return reading + prefill + steps * (start + reduces), steps * reduces
+    return reading + prefill + steps * start + waiting, waiting
 
 
 def _refit(work: Workload, shape: ModelShape, layout: Layout, gpus_per_node: int) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,9 @@ class ModelShape:
 # NAMES_BY_SIZE: their names by size (32b).
 _DISTILL: dict[str, Any] = {"tied": False, "max_positions": 131072}
 _QWEN2, _LLAMA = ({**_DISTILL, "architecture": ARCHITECTURES[name]} for name in ("qwen2", "llama"))
+_QWEN3_8B = ModelShape(
+    36, 4096, 12288, 32, 8, 128, 151936, tied=False, architecture=ARCHITECTURES["qwen3"], max_positions=40960
+)
 _QWEN3_MOE: dict[str, Any] = {
     "tied": False,
     "architecture": ARCHITECTURES["qwen3_moe"],
@@ -259,9 +262,8 @@ PUBLISHED = {
     "DeepSeek-R1-Distill-Llama-8B": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, **_LLAMA),
     "DeepSeek-R1-Distill-Qwen-32B": ModelShape(64, 5120, 27648, 40, 8, 128, 152064, **_QWEN2),
     "DeepSeek-R1-Distill-Llama-70B": ModelShape(80, 8192, 28672, 64, 8, 128, 128256, **_LLAMA),
-    "Qwen3-8B": ModelShape(
-        36, 4096, 12288, 32, 8, 128, 151936, tied=False, architecture=ARCHITECTURES["qwen3"], max_positions=40960
-    ),
+    "Qwen3-8B": _QWEN3_8B,
+    "DeepSeek-R1-0528-Qwen3-8B": replace(_QWEN3_8B, max_positions=131072),
     "Qwen3-30B-A3B": ModelShape(48, 2048, 768, 32, 4, 128, 151936, **_QWEN3_MOE),
     "Qwen3-235B-A22B": ModelShape(94, 4096, 1536, 64, 4, 128, 151936, **_QWEN3_MOE),
     "Mixtral-8x7B": ModelShape(32, 4096, 14336, 32, 8, 128, 32000, **_MIXTRAL),

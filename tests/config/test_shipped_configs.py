@@ -1,5 +1,7 @@
 """Every configuration in conf/ composes, is consistent and names an existing objective; recipes follow their papers."""
 
+import re
+
 import pytest
 
 from nemo_disco.commands.checks import check_objective
@@ -15,6 +17,13 @@ CHOICES = [(group, choice) for group in ("algorithm", "data", "evaluation", "mod
            for choice in paths.group_choices([CONF], group) if choice != "base"]  # fmt: skip
 # Choices that are an objective with settings of its constraint: choice -> the objective.
 PRESETS = {"authors": "disco", "disco_small": "disco", "grpo_constrained": "grpo"}
+# The recipes that choose a preset: (recipe, preset).
+PRESET_RECIPES = [
+    (path.stem, preset)
+    for path in sorted((CONF / "recipe").glob("*.yaml"))
+    for preset in re.findall(r"override /algorithm: (\w+)", path.read_text())
+    if preset in PRESETS
+]
 # The authors' tau, by score.
 TAU = {"log_likelihood": 10.0, "likelihood_ratio": 1.0}
 
@@ -48,6 +57,13 @@ def test_a_preset_has_its_constraint(choice, estimator, delta):
     constraint = check_objective(compose(overrides=[f"algorithm={choice}", *REQUIRED])).constraint
     assert (constraint.kind, constraint.strength, constraint.convention) == ("squared_hinge", 1e3, "paper")
     assert (constraint.estimator, constraint.delta) == (estimator, delta)
+
+
+@pytest.mark.parametrize(("recipe", "preset"), PRESET_RECIPES)
+def test_a_recipe_has_the_constraint_of_the_preset_that_it_names(recipe, preset):
+    """A value that a recipe inherits would win over the preset's, silently."""
+    constraint = check_objective(compose(overrides=[f"algorithm={preset}", *REQUIRED])).constraint
+    assert check_objective(compose(f"recipe/{recipe}")).constraint == constraint
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b", "llama_8b"])

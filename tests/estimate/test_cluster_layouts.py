@@ -9,6 +9,7 @@ from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
 from nemo_disco.estimate.layouts import USABLE, assess, candidates, recommend
 from nemo_disco.estimate.memory import Layout
+from nemo_disco.estimate.timing import step_seconds
 from nemo_disco.models.shape import NAMES_BY_SIZE, PUBLISHED
 
 GIB = 2**30
@@ -124,6 +125,20 @@ def test_decoding_is_bound_by_bandwidth():
 )
 def test_a_layout_with_more_work_takes_longer(slower, faster, part):
     assert getattr(estimate_seconds(slower), part) > getattr(estimate_seconds(faster), part)
+
+
+@pytest.mark.parametrize(("expert", "link"), [(8, 0.7 * 450e9), (32, 0.7 * 50e9)])
+def test_experts_exchange_tokens_while_sampling_too(expert, link):
+    """By hand: a rank's share of the decoded tokens, 8 copies of each in each layer, there and back in bf16; and two
+    all-to-alls of 20 us a layer for each of 8192 tokens of the longest response. Sampling is all that differs."""
+    shape, layout = published_shape("30b"), Layout(data=32, expert=expert)
+    decoded, latency = 32 * 9216 / 3, 8192 * 48 * 2 * 20e-6
+    expected = decoded * 48 * 8 * 2 * 2048 * 2 * (expert - 1) / expert / link + latency
+    work = recipe_workload()
+    exchanged = step_seconds(work, shape, layout, 400 * GIB, 8).generate
+    free = step_seconds(work, shape, replace(layout, expert=1), 400 * GIB, 8).generate
+    read = 8192 * 2 * 48 * shape.expert_parameters * (1 - 1 / expert) / (0.6 * 3.35e12)  # fewer weights a rank
+    assert exchanged - free == pytest.approx(expected - read, rel=1e-6)
 
 
 def test_an_objectives_extra_passes_take_time():

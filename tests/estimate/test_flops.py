@@ -16,8 +16,19 @@ from nemo_disco.models.shape import PUBLISHED, ModelShape
 SHAPE = ModelShape(3, 64, 96, 8, 2, 8, 130, tied=False, architecture=ARCHITECTURES["qwen2"], max_positions=256)
 
 
-def test_flops_are_torchs_count_but_for_the_half_of_attention_that_is_masked() -> None:
+def assert_torch_counts(shape: ModelShape, model: torch.nn.Module, n: int = 48) -> None:
     """torch counts n^2 pairs a sequence where causal attention has n (n + 1) / 2."""
+    with FlopCounterMode(display=False) as forward:
+        loss = model(torch.arange(n)[None]).logits.sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    masked = 4 * shape.layers * shape.query_width * (n * n - n * (n + 1) // 2)
+    expected = forward_flops(shape, [n], predicted=n) + masked
+    assert forward.get_total_flops() == expected
+    assert forward.get_total_flops() + backward.get_total_flops() == TRAINING * expected
+
+
+def test_flops_are_torchs_count_but_for_the_half_of_attention_that_is_masked() -> None:
     config = Qwen2Config(
         vocab_size=SHAPE.vocab,
         hidden_size=SHAPE.hidden,
@@ -28,15 +39,7 @@ def test_flops_are_torchs_count_but_for_the_half_of_attention_that_is_masked() -
         tie_word_embeddings=False,
         attn_implementation="eager",
     )
-    model, n = Qwen2ForCausalLM(config), 48
-    with FlopCounterMode(display=False) as forward:
-        loss = model(torch.arange(n)[None]).logits.sum()
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    masked = 4 * SHAPE.layers * SHAPE.query_width * (n * n - n * (n + 1) // 2)
-    expected = forward_flops(SHAPE, [n], predicted=n) + masked
-    assert forward.get_total_flops() == expected
-    assert forward.get_total_flops() + backward.get_total_flops() == TRAINING * expected
+    assert_torch_counts(SHAPE, Qwen2ForCausalLM(config))
 
 
 def test_a_token_costs_its_own_experts_alone() -> None:
@@ -53,11 +56,7 @@ def test_a_token_costs_its_own_experts_alone() -> None:
         attn_implementation="eager",
         experts_implementation="eager",
     )
-    model, n = MixtralForCausalLM(config), 48
-    with FlopCounterMode(display=False) as forward:
-        model(torch.arange(n)[None])
-    masked = 4 * shape.layers * shape.query_width * (n * n - n * (n + 1) // 2)
-    assert forward.get_total_flops() == forward_flops(shape, [n], predicted=n) + masked
+    assert_torch_counts(shape, MixtralForCausalLM(config))
 
 
 def test_a_sliding_window_leaves_out_the_pairs_that_it_hides() -> None:

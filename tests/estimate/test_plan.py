@@ -1,18 +1,22 @@
 """The plan: parameter counts are the published ones, memory is as computed by hand, and its text names the choices."""
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from nemo_disco.commands.plan import find_workload
 from nemo_disco.config.compose import compose
+from nemo_disco.config.consistency import check_consistency
 from nemo_disco.estimate.memory import LIBRARIES, Layout, estimate_memory, host_memory
 from nemo_disco.estimate.plan import batch_sizes, print_plan
 from nemo_disco.estimate.timing import MEAN_LENGTH
 from nemo_disco.estimate.trust_region import advise, k1_error, k3_error
 from nemo_disco.models.shape import PUBLISHED, find_shape, read_shape
+from nemo_disco.models.unbuilt import find_unbuilt
 from nemo_disco.runtime.errors import UserError
 
 
@@ -36,6 +40,7 @@ def estimate_rank(config, shape, world_size=8):
         ("DeepSeek-R1-Distill-Qwen-32B", 32_763_876_352),
         ("DeepSeek-R1-Distill-Llama-70B", 70_553_706_496),
         ("Qwen3-8B", 8_190_735_360),
+        ("DeepSeek-R1-0528-Qwen3-8B", 8_190_735_360),
         ("Qwen3-30B-A3B", 30_532_122_624),
         ("Qwen3-235B-A22B", 235_093_634_560),
         ("Mixtral-8x7B", 46_702_792_704),
@@ -122,6 +127,20 @@ def test_activations_of_a_layer_by_hand():
     assert full.layer == plain.layer + 36864 * layer
 
 
+def test_a_layer_of_experts_by_hand():
+    """bf16 on CUDA, per token: the router's float32 logits, scores, weights and their scatter; for each of 8 copies the
+    expert's input, SwiGLU's inputs and product, and that times the token's weight. In backward all experts at once."""
+    shape, tokens = PUBLISHED["Qwen3-30B-A3B"], 36864
+    norms_and_attention = 2 * (4 * 2048 + 4 * 4096 + 3 * 512 + 4096 + 512) + 4 * 32
+    layer = norms_and_attention + 4 * 4 * 128 + 8 * 2 * (2048 + 4 * 768)
+    gradients = 2 * (2 * 2048 + 8 * (2 * 2048 + 2 * 768))
+    plain = ["model.activations_checkpoint_granularity=null", "model.tensor_model_parallel_size=1"]
+    config = compose("recipe/disco_qwen3_30b_a3b", [*plain, "model.sequence_parallel=false"])
+    memory = estimate_rank(config, shape, world_size=16)
+    assert memory.activations == tokens * 48 * layer
+    assert memory.layer == tokens * gradients
+
+
 def test_the_first_stage_of_a_pipeline_is_the_fullest():
     """The first stage keeps a micro-batch for itself and one for each later stage, so the activations of as many layers
     as without a pipeline. Virtual stages keep PP - 1 more micro-batches of a virtual stage (arXiv 2104.04473).
@@ -176,6 +195,47 @@ def test_the_plan_counts_what_experts_exchange():
     assert f"EP 8 x ETP 1, as configured: a rank sends {sent:.1f} GiB to others" in text
     assert "30,532,122,624 parameters, 3,353,032,704 active" in text
     assert "Experts:" not in render_plan(compose("recipe/disco_logl_7b"), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "active"),  # OpenAI's model card, in billions; active: without the embedding
+    [("gpt-oss-20b", 20.91, 3.61), ("gpt-oss-120b", 116.83, 5.13)],
+)
+def test_a_published_model_that_is_not_built_has_its_published_size(name, parameters, active):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    shape, _ = find_unbuilt(f"openai/{name}")
+    config = GptOssConfig(num_hidden_layers=shape.layers, num_local_experts=shape.experts)
+    with torch.device("meta"):
+        assert shape.parameters == sum(p.numel() for p in GptOssForCausalLM(config).parameters())
+    assert [kind == "sliding_attention" for kind in config.layer_types] == list(shape.windowed)
+    assert shape.parameters / 1e9 == pytest.approx(parameters, abs=0.01)
+    assert (shape.active_parameters - shape.embedding_parameters) / 1e9 == pytest.approx(active, abs=0.01)
+
+
+def test_the_plan_of_a_model_that_is_not_built_says_so_first(tmp_path, monkeypatch):
+    overrides = ["model.path=openai/gpt-oss-120b", "trainer.num_nodes=4"]
+    text = render_plan(compose("recipe/disco_qwen3_30b_a3b", overrides), 32)
+    assert text.startswith("gpt-oss-120b cannot be trained here yet: its attention has sinks")
+    assert "116,829,156,672 parameters" in text and "Recommended: model." in text
+    with pytest.raises(UserError, match="DeepSeek-V3 cannot be trained here yet: it has latent attention"):
+        render_plan(compose("recipe/disco_qwen3_30b_a3b", ["model.path=DeepSeek-V3"]), 16)
+    # A directory is read, whatever its name.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt-oss-20b").mkdir()
+    (tmp_path / "gpt-oss-20b" / "config.json").write_text('{"model_type": "gpt_oss"}')
+    with pytest.raises(UserError, match='model_type "gpt_oss" is not built'):
+        render_plan(compose("recipe/disco_qwen3_30b_a3b", ["model.path=gpt-oss-20b"]), 16)
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("Qwen3-30B-A3B", 2), ("Mixtral-8x7B", 4), ("Qwen3-235B-A22B", 16)])
+def test_the_recommended_keys_are_a_consistent_configuration(name, nodes):
+    base = [f"model.path={name}", f"trainer.num_nodes={nodes}"]
+    text = render_plan(compose("recipe/disco_qwen3_30b_a3b", base), 8 * nodes)
+    (keys,) = re.findall(r"Recommended: (model\.[^.]\S*(?: model\.\S+[^.\s])+)", text)
+    config = compose("recipe/disco_qwen3_30b_a3b", base + keys.split())
+    check_consistency(config, 8 * nodes)
+    assert "Recommended: the configured layout" in render_plan(config, 8 * nodes)
 
 
 def test_the_plan_says_how_many_nodes_a_model_needs():
