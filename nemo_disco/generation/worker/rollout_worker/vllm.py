@@ -197,6 +197,12 @@ def _vllm_begin(worker: Any) -> None:
     worker.refit_assembly, worker.refit_waiting = Assembly(), []
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(worker.get_model())
+    if worker.device.type == "cpu":
+        # Experts are packed for the CPU only where their kernel is built (UnquantizedFusedMoEMethod._setup_kernel): with
+        # the old kernel, unpacked weights would silently take the place of packed ones.
+        for layer in worker.get_model().modules():
+            if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+                layer.quant_method.moe_kernel = None
 
 
 def _vllm_load(worker: Any, slot: int, pieces: list[Any]) -> dict[str, str]:
