@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,6 +38,7 @@ def response_tokens(weights: dict[str, str], prompt: Sequence[int], seed: int, l
 class FakeEngine:
     """The worker's engine, on one rank and without a GPU. settings["options"] may have:
 
+    routes: returns these [layers, K] experts of every token: the token's id modulo 4.
     unbuildable: the message of an error on construction. slow: seconds of delay after each response.
     settings_file: gets a line of JSON with the settings and the process id of each process. keep: a file that gets the
     weights after each refit. notes: a file that gets a line for each operation.
@@ -67,7 +69,11 @@ class FakeEngine:
                 self._fault("generate", i)
             tokens = response_tokens(self.weights, prompt, seed, sampling["max_tokens"])
             truncated = len(tokens) == sampling["max_tokens"]
-            deliver(i, tokens, [-0.5] * len(tokens), "length" if truncated else "stop")
+            routes = None
+            if "routes" in self.options:
+                read = np.array([*prompt, *tokens][:-1], np.uint8) % 4
+                routes = np.broadcast_to(read[:, None, None], (len(read), *self.options["routes"]))
+            deliver(i, tokens, [-0.5] * len(tokens), "length" if truncated else "stop", routes)
             time.sleep(self.options.get("slow", 0))
             heartbeat()
 

@@ -73,7 +73,8 @@ class Agreement:
             return
         prompts = prompts.select(range(min(_PROBE_PROMPTS, len(prompts))))
         # The whole distribution: under top-p some engines' log-probs are of the truncated one.
-        sampling = SamplingParams(temperature, min(_PROBE_TOKENS, self.generation.longest_response))
+        limit = min(_PROBE_TOKENS, self.generation.longest_response)
+        sampling = SamplingParams(temperature, limit, routes=self.policy.config.moe_router_replay == "engine")
         responses = engine.generate(prompts.prompts, range(len(prompts)), sampling)
         rollouts = pack_responses(prompts, responses, sampling.max_response_length)
         engine.sleep()  # as in a training step: an engine on the training GPUs leaves the policy no room beside it
@@ -151,10 +152,10 @@ class Agreement:
         )
 
     def _log_probs(self, rollouts: Rollouts, temperature: float) -> Tensor:
-        """[T] the policy's log-probs at another temperature. A collective."""
+        """[T] the policy's log-probs at another temperature, over the experts that a step would take. A collective."""
         before, self.policy.temperature = self.policy.temperature, temperature
         try:
-            return self.policy.log_probs(rollouts)[0]
+            return self.policy.target_values(rollouts, routes=self.policy.router_replay(rollouts)).log_probs
         finally:
             self.policy.temperature = before
 

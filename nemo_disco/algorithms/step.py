@@ -43,13 +43,12 @@ class OldValues:
     @classmethod
     def compute(cls, policy: Policy, objective: Objective, rollouts: Rollouts, reference: Tensor | None) -> OldValues:
         """Those of the policy's present weights. reference [T]: the reference's log-probs. A collective."""
+        routes = policy.router_replay(rollouts)
         values = policy.target_values(
-            rollouts,
-            entropies=True,
-            likely_tokens=objective.constraint.likely_tokens,
-            routes="record" if policy.replays_routes else None,
+            rollouts, entropies=True, likely_tokens=objective.constraint.likely_tokens, routes=routes
         )
-        return cls(values.log_probs, values.entropies, reference, values.likely, values.routes)
+        routes = values.routes if routes == "record" else routes
+        return cls(values.log_probs, values.entropies, reference, values.likely, routes)
 
     def select(self, rollouts: Rollouts, responses: Tensor) -> OldValues:
         """The values of some of the rollouts' responses."""

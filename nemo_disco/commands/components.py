@@ -195,6 +195,7 @@ def build_collector(
         signals=objective.signals(),
         dynamic_sampling_rounds=dynamic_sampling_rounds,
         restart_if_changed=config.data.if_changed == "restart",
+        routes=config.model.moe_router_replay == "engine",
     )
 
 

@@ -43,6 +43,7 @@ def find_workload(config: RunConfig) -> Workload:
         engine=config.generation.engine,
         two_passes=not objective.separable,
         reference="reference_log_probs" in objective.needs,
+        engine_routes=config.model.moe_router_replay == "engine",
         likely_tokens=constraint.likely_tokens,
         estimator=constraint.estimator,
         delta=constraint.limit,

@@ -164,6 +164,11 @@ def _check_optimizer(config: RunConfig) -> None:
 
 def _check_engine(config: RunConfig) -> None:
     generation = config.generation
+    if config.model.moe_router_replay == "engine" and generation.engine != "vllm":
+        raise UserError(
+            f"model.moe_router_replay=engine: generation={generation.engine} does not return its experts; would work: "
+            "generation=vllm, or model.moe_router_replay=trainer"
+        )
     if generation.engine == "megatron":
         for key, reason in _EXTERNAL_ENGINES_ONLY.items():
             if (value := getattr(generation, key)) not in (None, 1, [], {}):

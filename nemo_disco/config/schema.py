@@ -75,7 +75,8 @@ class ModelConfig(Section):
     context_parallel_size: PositiveInt
     expert_model_parallel_size: PositiveInt
     expert_tensor_parallel_size: PositiveInt | None  # null: as tensor_model_parallel_size
-    moe_router_replay: Literal["none", "trainer"]  # trainer: mini-batches take the experts of the old log-probs' pass
+    # A step's passes take the experts of the old log-probs' pass (trainer) or of the engine's (engine, by vllm).
+    moe_router_replay: Literal["none", "trainer", "engine"]
     sequence_parallel: bool
     activations_checkpoint_granularity: Literal["selective", "full"] | None
     token_budget: PositiveInt  # tokens (prompts, responses and padding) in one micro-batch

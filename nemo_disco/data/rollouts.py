@@ -43,6 +43,8 @@ class Rollouts:
     weight_versions [N] int64: the policy version that sampled the response.
     max_response_length: the length limit under which they were sampled, in tokens.
     columns: further signals by name, [N] each, which an objective declares and reads (Objective.needs).
+    routes [S, layers, K]: the experts of each token in the engine's pass, uint8 for up to 256 experts, else int16; 0
+    for a response's last token, which the engine does not read. None where the engine was not asked for them.
 
     Raises ValueError for lengths that do not fit.
     """
@@ -58,6 +60,7 @@ class Rollouts:
     weight_versions: Tensor
     max_response_length: int
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    routes: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.prompt_lengths)
@@ -67,6 +70,8 @@ class Rollouts:
         total = int((self.prompt_lengths + self.response_lengths).sum())
         if len(self.tokens) != total:
             raise ValueError(f"rollouts: {len(self.tokens)} tokens, but the lengths add up to {total}")
+        if self.routes is not None and len(self.routes) != total:
+            raise ValueError(f"rollouts: routes of {len(self.routes)} tokens for {total} tokens")
         if len(self.generation_log_probs) != int(self.response_lengths.sum()):
             tokens = int(self.response_lengths.sum())
             raise ValueError(f"rollouts: {len(self.generation_log_probs)} log-probs for {tokens} response tokens")
@@ -108,9 +113,11 @@ class Rollouts:
     def select(self, responses: Sequence[int] | Tensor) -> Rollouts:
         """The rollouts of some responses only, in the order given."""
         index = torch.as_tensor(responses, dtype=torch.int64)
+        sequence = self.sequence_index(index)
         return replace(
             self,
-            tokens=self.tokens[self.sequence_index(index)],
+            tokens=self.tokens[sequence],
+            routes=None if self.routes is None else self.routes[sequence],
             generation_log_probs=self.generation_log_probs[_ranges(self.response_offsets, index)],
             columns={name: values[index] for name, values in self.columns.items()},
             **{name: getattr(self, name)[index] for name in PER_RESPONSE},
@@ -118,8 +125,8 @@ class Rollouts:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """The responses of all parts, in order; the parts have the same limit and columns."""
-        names = [f.name for f in fields(cls) if f.name not in ("max_response_length", "columns")]
+        """The responses of all parts, in order; the parts have the same limit and columns, and routes all or none."""
+        names = [f.name for f in fields(cls) if isinstance(getattr(parts[0], f.name), Tensor)]
         return cls(
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
             max_response_length=parts[0].max_response_length,
@@ -136,10 +143,11 @@ class Rollouts:
         truncated: Sequence[bool],
         weight_versions: Sequence[int] | None = None,
         max_response_length: int | None = None,
+        routes: Sequence[NDArray[np.uint8 | np.int16]] | None = None,
     ) -> Rollouts:
         """Rollouts of N prompts and responses as token ids; rewards are 0 until `with_rewards`.
 
-        weight_versions: None for 0. max_response_length: None for the longest response's.
+        weight_versions: None for 0. max_response_length: None for the longest response's. routes: as in Response.
         """
         n, lengths = len(prompts), [len(response) for response in responses]
         parts = [part for pair in zip(prompts, responses, strict=True) for part in pair]
@@ -154,6 +162,7 @@ class Rollouts:
             truncated=torch.tensor(truncated, dtype=torch.bool),
             weight_versions=torch.tensor(weight_versions or [0] * n, dtype=torch.int64),
             max_response_length=max_response_length or max([1, *lengths]),
+            routes=None if routes is None else _with_last_tokens(routes),
         )
 
     def with_rewards(self, rewards: Sequence[float], threshold: float = 0.5) -> Rollouts:
@@ -212,20 +221,23 @@ def _refuse_impossible(tensors: dict[str, Tensor], vocabulary: int | None) -> No
     dtypes = {"generation_log_probs": torch.float32, "rewards": torch.float64}
     dtypes |= {"correct": torch.bool, "truncated": torch.bool}
     least = dict.fromkeys(("prompt_lengths", "max_response_length"), 1) | dict.fromkeys(
-        ("tokens", "response_lengths"), 0
+        ("tokens", "response_lengths", "routes"), 0
     )
     for name, tensor in tensors.items():
         dtype = tensor.dtype if name.startswith(_COLUMN) else dtypes.get(name, torch.int64)
-        if tensor.dtype != dtype or tensor.dim() != 1:
-            raise ValueError(f"{name} is {tensor.dtype} of {tensor.dim()} dimensions, not {dtype} of one")
+        dimensions = 1
+        if name == "routes":
+            dtype, dimensions = torch.uint8 if tensor.dtype == torch.uint8 else torch.int16, 3
+        if tensor.dtype != dtype or tensor.dim() != dimensions:
+            raise ValueError(f"{name} is {tensor.dtype} of {tensor.dim()} dimensions, not {dtype} of {dimensions}")
         bad = ~tensor.isfinite()
         if name in least:
             bad |= tensor < least[name]
         if name == "tokens" and vocabulary is not None:
             bad |= tensor >= vocabulary
         if bad.any():
-            at = int(bad.nonzero()[0])
-            raise ValueError(f"{name}[{at}] is {tensor[at].item():g}")
+            at = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(f"{name}[{', '.join(map(str, at))}] is {tensor[at].item():g}")
     if not len(tensors["generation_log_probs"]):
         raise ValueError("no response in it has a token")
 
@@ -233,6 +245,12 @@ def _refuse_impossible(tensors: dict[str, Tensor], vocabulary: int | None) -> No
 def _joined(parts: Sequence[Any], dtype: torch.dtype) -> Tensor:
     arrays = [np.asarray(part) for part in parts if len(part)]
     return torch.as_tensor(np.concatenate(arrays) if arrays else [], dtype=dtype)
+
+
+def _with_last_tokens(routes: Sequence[NDArray[np.uint8 | np.int16]]) -> Tensor:
+    """[S, layers, K] the routes of all tokens: those given, and 0 for the last token of each response."""
+    last = np.zeros_like(routes[0][:1])
+    return torch.from_numpy(np.concatenate([part for rows in routes for part in (rows, last)]))
 
 
 def _offsets(lengths: Tensor) -> Tensor:

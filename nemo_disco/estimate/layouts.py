@@ -113,6 +113,8 @@ def _check_experts(model: ModelConfig, shape: ModelShape) -> None:
         for key, value in (("expert_model_parallel_size", size), ("expert_tensor_parallel_size", split)):
             if value not in (None, 1):
                 raise UserError(f"model.{key}={value}: this model has no experts; leave it out")
+        if model.moe_router_replay == "engine":
+            raise UserError("model.moe_router_replay=engine: this model has no experts; leave it out")
         return
     if shape.experts % size:
         raise UserError(

@@ -35,6 +35,7 @@ class Workload:
     engine: str
     two_passes: bool = True  # the objective is not separable: all mini-batches but the first take a pass for log-probs
     reference: bool = False  # the objective needs a second, frozen policy
+    engine_routes: bool = False  # the experts of the engine's pass are replayed
     likely_tokens: int = 0  # tokens whose log-probs the constraint compares at each place (its estimator top_k)
     estimator: str = ""  # of the constraint's KL
     delta: float | None = None  # the constraint's limit on the KL, in nats per token; None: it has none
@@ -194,8 +195,12 @@ def _stage_memory(work: Workload, shape: ModelShape, layout: Layout, stage: int,
         kv_cache=responses_per_rank(work, layout) * cache_per_response(work, shape, layout),
         # Ids of 4 bytes and log-probs, of all responses of a step on every rank.
         likely_tokens=responses * work.response_limit * work.likely_tokens * (4 + max(weight, 4)),
-        # A byte for each token, layer and chosen expert, unless model.moe_router_replay is none.
-        routes=responses * work.full_length * shape.layers // layout.pipeline * shape.experts_per_token,
+        # A byte for each token, layer and chosen expert, unless model.moe_router_replay is none. The engine's are of
+        # all layers, in the responses and in the rollouts.
+        routes=responses
+        * work.full_length
+        * (2 * shape.layers if work.engine_routes else shape.layers // layout.pipeline)
+        * shape.experts_per_token,
     )
 
 

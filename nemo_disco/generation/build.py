@@ -48,6 +48,7 @@ def build_engine(
         "tensor_parallel_size": config.tensor_parallel_size,
         "trust_remote_code": policy.config.trust_remote_code,
         "quantization": config.quantization,
+        "routes": policy.config.moe_router_replay == "engine",
         "sleeps": config.colocated and not config.nodes,
         "options": config.options,
     }

@@ -17,12 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling parameters of a request. Temperature 0 is greedy; top_k 0 and top_p 1.0 keep the whole vocabulary."""
+    """Sampling parameters of a request. Temperature 0 is greedy; top_k 0 and top_p 1.0 keep the whole vocabulary.
+    routes: return the experts of each token too."""
 
     temperature: float
     max_response_length: int
     top_p: float = 1.0
     top_k: int = 0
+    routes: bool = False
 
 
 @dataclass(frozen=True, eq=False)  # `==` of arrays is an array
@@ -31,12 +33,15 @@ class Response:
 
     log_probs [n]: of the full distribution on logits / temperature (before top-k and top-p; at temperature 0, of the
     plain logits). weight_version: the step after which the weights that sampled it were put into the engine.
+    routes [p + n - 1, layers, K]: the experts of the tokens that the engine's pass read, the p of the prompt included
+    and the last of the response not; uint8 for up to 256 experts, else int16. None where they were not asked for.
     """
 
     tokens: NDArray[np.int64]
     log_probs: NDArray[np.float32]
     finish_reason: Literal["stop", "length"]
     weight_version: int
+    routes: NDArray[np.uint8 | np.int16] | None = None
 
 
 # Called with (index of the prompt, response) when a response is complete, on exactly one rank.

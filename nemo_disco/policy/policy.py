@@ -105,10 +105,11 @@ class Policy:
         """CUDA's name of the device; "cpu" without CUDA."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    @property
-    def replays_routes(self) -> bool:
-        """True if the experts that the old policy chose are given to later passes (model.moe_router_replay)."""
-        return self.shape.experts > 0 and self.config.moe_router_replay == "trainer"
+    def router_replay(self, rollouts: Rollouts) -> Routes | Literal["record"] | None:
+        """The routes of a step's old log-probs (model.moe_router_replay): the engine's, or to be recorded, or None."""
+        if (kind := self.config.moe_router_replay) == "engine":
+            return Routes.of_engine(rollouts, self.shape, self.model.chunks)
+        return "record" if kind == "trainer" and self.shape.experts else None
 
     def _wrap_in_ddp(self, index: int, chunk: Any, dtype: torch.dtype) -> DistributedDataParallel:
         overlap = self.ranks.data_size * self.ranks.context_size > 1

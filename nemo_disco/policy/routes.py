@@ -1,8 +1,8 @@
 """Router replay: the experts that one pass chose for each token, used again by later passes over the same tokens.
 
 Rounding can turn the choice between two experts with nearly equal scores, and then log-probs differ although no weight
-has changed. The old policy's choices are recorded, and every pass of the step's mini-batches takes them (arXiv
-2510.11370); the weights of the chosen experts come from the present router.
+has changed. Every pass of the step's mini-batches takes the choices of the old log-probs' pass, which are its own and
+recorded, or those of the engine (arXiv 2510.11370); the weights of the chosen experts come from the present router.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_disco.data.rollouts import Rollouts
+from nemo_disco.models.shape import ModelShape
+from nemo_disco.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,23 @@ class Routes:
         """Those of the tokens of some of the rollouts' responses, in the order given."""
         index = rollouts.sequence_index(responses)
         return Routes({layer: chosen[index] for layer, chosen in self.chosen.items()})
+
+    @classmethod
+    def of_engine(cls, rollouts: Rollouts, shape: ModelShape, chunks: Iterable[Any]) -> Routes:
+        """Those of the engine's pass over the rollouts, in the layers of the model's chunks on this rank (PolicyModel).
+        Raises UserError if the rollouts have none, or another model's."""
+        routes, fault = rollouts.routes, ""
+        if routes is None:
+            fault = "the rollouts have no experts of an engine's pass; sample them anew with this setting"
+        elif routes.shape[1:] != (shape.layers, shape.experts_per_token) or int(routes.max()) >= shape.experts:
+            fault = (
+                f"the rollouts have {routes.size(2)} of at least {int(routes.max()) + 1} experts in {routes.size(1)} "
+                f"layers, the model {shape.experts_per_token} of {shape.experts} in {shape.layers}"
+            )
+        if routes is None or fault:
+            raise UserError(f"model.moe_router_replay=engine: {fault}")
+        layers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+        return cls({layer: routes[:, layer - 1] for layer in layers})
 
     @classmethod
     def gather(cls, batches: Iterable[Any], tokens: int, group: dist.ProcessGroup) -> Routes:

@@ -81,6 +81,7 @@ class Collector:
 
     log: prints a line for the user. dynamic_sampling_rounds: at most so many further requests a step.
     restart_if_changed: begin the questions anew if a checkpoint has other ones (data.if_changed=restart).
+    routes: ask the engine for the experts of each token too (model.moe_router_replay=engine).
     """
 
     generation: GenerationConfig
@@ -95,6 +96,7 @@ class Collector:
     signals: Sequence[Signal] = ()
     dynamic_sampling_rounds: int = 0
     restart_if_changed: bool = False
+    routes: bool = False
     _ahead: _Ahead | None = None
 
     def request_ahead(self, step: int) -> None:
@@ -166,7 +168,7 @@ class Collector:
         prompts = self.prompts.select(indices, copies=g.responses_per_question)
         sequence = np.random.SeedSequence((self.seed, step), spawn_key=(sampling_round,) if sampling_round else ())
         seeds = [int(s) for s in sequence.generate_state(len(prompts), np.uint64) >> 1]
-        sampling = SamplingParams(g.temperature, g.response_limit(step), g.top_p, g.top_k)
+        sampling = SamplingParams(g.temperature, g.response_limit(step), g.top_p, g.top_k, self.routes)
         return _Request(prompts, seeds, sampling, EarlyGrading(self.grader, prompts))
 
     def _sample(self, indices: Sequence[int], step: int, sampling_round: int) -> RolloutBatch:

@@ -61,6 +61,7 @@ class ResponseTexts(Sequence[str]):
 
 def pack_responses(prompts: PromptSet, responses: Sequence[Response], max_response_length: int) -> Rollouts:
     """Rollouts of one response a prompt, not rewarded yet. max_response_length: the request's limit, in tokens."""
+    routes = [r.routes for r in responses if r.routes is not None]
     return Rollouts.pack(
         prompts.prompts,
         [r.tokens for r in responses],
@@ -69,4 +70,5 @@ def pack_responses(prompts: PromptSet, responses: Sequence[Response], max_respon
         [r.finish_reason == "length" for r in responses],
         [r.weight_version for r in responses],
         max_response_length,
+        routes=routes or None,
     )

@@ -25,6 +25,7 @@ CONTRADICTIONS = [
     (["generation.responses_per_question=1"], 2, "disco compares the responses of a question", "would work: 2 or more"),
     (["generation.quantization=fp8"], 2, "quantization=fp8: not for generation=megatron", "leave it out"),
     (["generation.replicas=2"], 2, "replicas=2: not for generation=megatron", "leave it out"),
+    (["model.moe_router_replay=engine"], 2, "generation=megatron does not return its experts", "generation=vllm, or"),
     (["generation=vllm", "generation.top_p=0.9"], 2, "generation.top_p=0.9, generation.top_k=0", "top_p=1.0"),
     (["generation=vllm", "generation.python=null"], 2, "generation.python", "docs/engines.md"),
     (["generation=tensorrt_llm", "trainer.precision=64"], 2, "tensorrt_llm has no float64", "32, bf16"),
@@ -105,6 +106,7 @@ def test_an_objective_that_cannot_be_built_is_refused_before_the_model_is_read(o
             ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=4"],
             "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size=8 does not divide",
         ),
+        (["model.moe_router_replay=engine"], "moe_router_replay=engine: this model has no experts; leave it out$"),
         (["generation.max_response_length=400"], "data.max_prompt_length=128 .* = 528 tokens, but .* 512 positions"),
     ],
 )

@@ -28,7 +28,7 @@ def equal(a, b):
     names = [name for name in Rollouts.__annotations__ if name not in ("max_response_length", "columns")]
     pairs = [(getattr(a, name), getattr(b, name)) for name in names]
     pairs += [(a.columns[name], b.columns[name]) for name in a.columns]
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
+    return all(x is y or (torch.equal(x, y) and x.dtype == y.dtype) for x, y in pairs)
 
 
 def test_packed_rollouts_return_their_parts(rollouts):
@@ -106,6 +106,27 @@ def test_saved_rollouts_are_loaded_unchanged(rollouts, tmp_path):
     loaded = Rollouts.load(tmp_path / "r.safetensors")
     assert equal(loaded, graded)
     assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_the_engines_routes_stay_with_their_tokens(dtype, tmp_path):
+    """Two layers, of which a token of id n goes through expert n of the one and n + 1 of the other."""
+    ids = [np.array([*p, *r][:-1], dtype) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    routes = [np.stack([x, x + 1], 1)[..., None] for x in ids]
+    ones = [1] * 4
+    packed = Rollouts.pack(PROMPTS, RESPONSES, LOG_PROBS, ones, [False] * 4, routes=routes)
+    packed.select([3, 1, 0]).save(tmp_path / "r.safetensors")
+    joined = Rollouts.concatenate([packed, Rollouts.load(tmp_path / "r.safetensors")])
+    assert len(joined) == 7 and joined.routes.dtype == torch.from_numpy(ids[0]).dtype
+    last = torch.zeros(len(joined.tokens), dtype=torch.bool)
+    last[joined.token_offsets[1:] - 1] = True
+    expected = torch.stack([joined.tokens, joined.tokens + 1], 1)[..., None].masked_fill(last[:, None, None], 0)
+    assert torch.equal(joined.routes.long(), expected)
+    with pytest.raises(ValueError, match="routes of 13 tokens for 14 tokens"):
+        replace(packed, routes=packed.routes[1:])
+    save_file(load_file(tmp_path / "r.safetensors") | {"routes": torch.zeros(9, 2)}, tmp_path / "r.safetensors")
+    with pytest.raises(UserError, match=r"routes is torch.float32 of 2 dimensions, not torch.int16 of 3"):
+        Rollouts.load(tmp_path / "r.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])

@@ -7,9 +7,11 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from arithmetic import PROMPTS, SAMPLING, SEEDS, come_from, sample
@@ -47,6 +49,29 @@ def test_two_replicas_sample_from_the_newest_weights(
     engine.wake()
     engine.update_weights(tensors.items, 2)
     assert come_from(sample(engine), tensors, 2)
+
+
+def test_routes_are_returned_where_they_are_asked_for(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start(2, routes=[3, 2])
+    engine.update_weights(tensors.items, 0)
+    assert all(r.routes is None for r in sample(engine))
+    responses = engine.generate(PROMPTS, SEEDS, replace(SAMPLING, routes=True))
+    assert come_from(responses, tensors, 0)
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        assert response.routes is not None and response.routes.dtype == np.uint8
+        read = np.array([*prompt, *response.tokens][:-1]) % 4
+        assert (response.routes == read[:, None, None]).all() and response.routes.shape[1:] == (3, 2)
+
+
+def test_an_engine_that_returns_no_routes_is_refused_by_the_setting(
+    start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]
+) -> None:
+    engine = start()
+    engine.update_weights(tensors.items, 0)
+    with pytest.raises(UserError, match=r"experts of 0 of the \d+ tokens .* model.moe_router_replay=engine"):
+        engine.generate(PROMPTS, SEEDS, replace(SAMPLING, routes=True))
 
 
 def test_many_small_buckets_are_one_refit(start: Callable[..., ExternalEngine], tensors: dict[str, Tensor]) -> None:

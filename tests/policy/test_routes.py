@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import by_file_name, load_transformers_model, model_config, random_rollouts, save_family
 
@@ -12,6 +14,7 @@ from nemo_disco.algorithms import build_objective
 from nemo_disco.algorithms.step import OldValues, accumulate_gradient, measure_kl
 from nemo_disco.policy import parallel
 from nemo_disco.policy.policy import Policy
+from nemo_disco.runtime.errors import UserError
 
 DELTA = 1e-4
 
@@ -80,3 +83,32 @@ def test_replaying_the_policys_own_routes_changes_nothing(tmp_path: Path) -> Non
     assert torch.equal(values.log_probs, replayed.log_probs)
     changed = policy.accumulate(rollouts, lambda _index, v: v.log_probs, routes=values.routes, everywhere=True)
     assert changed == 0
+
+
+def test_the_engines_routes_are_those_of_the_old_log_probs_and_of_the_mini_batches(tmp_path: Path) -> None:
+    """The engine's are those of other routers, as if its rounding had turned choices round."""
+    torch.manual_seed(0)
+    weights, rollouts = close_routers(tmp_path), random_rollouts()
+    policy = build(tmp_path, moe_router_replay="engine")
+    policy.load(weights.__getitem__)
+    routes = policy.target_values(rollouts, routes="record").routes
+    assert routes is not None
+    noise = {name: w + 1e-6 * torch.randn_like(w) * name.endswith("mlp.gate.weight") for name, w in weights.items()}
+    policy.load(noise.__getitem__)
+    objective = build_objective({"name": "disco", "constraint": {"kind": "squared_hinge", "delta": DELTA}})
+    with pytest.raises(UserError, match=r"model.moe_router_replay=engine: the rollouts have no experts"):
+        OldValues.compute(policy, objective, rollouts, reference=None)
+
+    stacked = torch.stack([routes.chosen[layer] for layer in sorted(routes.chosen)], 1)
+    stacked[rollouts.token_offsets[1:] - 1] = 3  # of the last tokens, which no pass reads
+    sampled = replace(rollouts, routes=stacked)
+    old = OldValues.compute(policy, objective, sampled, reference=None)
+    assert torch.equal(old.log_probs, policy.target_values(rollouts, routes=routes).log_probs)
+    assert not torch.equal(old.log_probs, policy.log_probs(rollouts)[0])
+    assert abs(measure_kl(policy, sampled, old)) < 1e-9
+    some = torch.tensor([5, 2, 7])
+    result = accumulate_gradient(policy, objective, sampled.select(some), old.select(sampled, some))
+    assert 0.1 < result.metrics["experts/changed"] < 0.9
+
+    with pytest.raises(UserError, match=r"1 of at least 5 experts in 4 layers, the model 1 of 4 in 4"):
+        OldValues.compute(policy, objective, replace(sampled, routes=stacked + 1), reference=None)

@@ -28,6 +28,7 @@ def start_vllm(model: Path, policy: Policy, logs: Path, **changes: Any) -> Exter
         "tensor_parallel_size": 1,
         "trust_remote_code": False,
         "quantization": None,
+        "routes": False,
         "sleeps": False,
         "options": {"kv_cache_memory_bytes": 1 << 26},
     } | changes

@@ -23,7 +23,7 @@ from torch import Tensor
 from nemo_disco.generation.engine import Deliver, PendingResponses, Response, SamplingParams
 from nemo_disco.generation.external.refit import refit
 from nemo_disco.generation.external.replica import SILENCE_S, Replica, ReplicaLostError
-from nemo_disco.generation.worker.rollout_worker.wire import RefusedError
+from nemo_disco.generation.worker.rollout_worker.wire import RefusedError, product
 from nemo_disco.runtime.collectives import on_every_rank
 from nemo_disco.runtime.errors import UserError
 
@@ -257,14 +257,24 @@ class ExternalEngine:
         if "done" in message:
             return True
         count, index = message["tokens"], message["response"]
-        if not 0 <= index < len(share) or len(payload) != 8 * count:
+        *shape, width = message.get("routes", [0, 0])
+        if not 0 <= index < len(share) or len(payload) != 8 * count + product(shape) * width:
             raise ReplicaLostError(
                 f"{replica.name} answered prompt {index} of {len(share)} with {count} tokens in {len(payload)} bytes"
             )
         tokens = np.frombuffer(payload, np.int32, count).astype(np.int64)
-        log_probs = np.frombuffer(payload, np.float32, offset=4 * count).copy()  # a view would keep the payload
+        log_probs = np.frombuffer(payload, np.float32, count, 4 * count).copy()  # a view would keep the payload
+        routes = None
+        if request.sampling.routes:
+            read = len(request.prompts[share[index]]) + count - 1
+            if len(shape) != 3 or shape[0] != read or width not in (1, 2):
+                raise ReplicaLostError(
+                    f"{replica.name} returned the experts of {shape[0]} of the {read} tokens that it read for a "
+                    "response; model.moe_router_replay=engine needs them all"
+                )
+            routes = np.frombuffer(payload, (np.uint8, np.int16)[width - 1], offset=8 * count).reshape(shape).copy()
         reason: Literal["stop", "length"] = "stop" if message["reason"] == "stop" else "length"
-        response = Response(tokens, log_probs, reason, message["version"])
+        response = Response(tokens, log_probs, reason, message["version"], routes)
         request.add(share[index], response)
         return False
 
@@ -282,5 +292,6 @@ def _send_request(replica: Replica, share: Sequence[int], request: _Request) -> 
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_response_length,
         },
+        "routes": sampling.routes,
     }
     replica.send(message, tokens.tobytes())

@@ -98,9 +98,15 @@ class Server:
         ends = list(accumulate(message["lengths"]))
         prompts = [tokens[end - length : end] for end, length in zip(ends, message["lengths"], strict=True)]
 
-        def deliver(index: int, tokens: Sequence[int], log_probs: Sequence[float], reason: str) -> None:
+        def deliver(
+            index: int, tokens: Sequence[int], log_probs: Sequence[float], reason: str, routes: Any = None
+        ) -> None:
             header = {"response": index, "tokens": len(tokens), "reason": reason, "version": version}
-            self.channel.send(header, array("i", tokens).tobytes() + array("f", log_probs).tobytes())
+            payload = array("i", tokens).tobytes() + array("f", log_probs).tobytes()
+            if message["routes"] and routes is not None:  # an array [tokens, layers, K]
+                header["routes"] = [*routes.shape, routes.itemsize]
+                payload += routes.tobytes()
+            self.channel.send(header, payload)
 
         self.engine.generate(prompts, message["seeds"], message["sampling"], deliver, self._heartbeat)
         return {"done": len(prompts), "version": version}

@@ -14,6 +14,7 @@ import torch
 
 from .cuda import Broadcast, IpcMemory
 from .tensors import Assembly
+from .vllm_routes import RouteRecorder
 from .wire import RefusedError, map_staging, product
 
 _CPU_CACHE_BYTES = 2 << 30
@@ -35,7 +36,7 @@ class WorkerEngine:
 
         self.import_seconds = time.monotonic() - start
         self.gpu, self.stop = current_platform.is_cuda(), settings["stop_token_ids"]
-        self.joined = False
+        self.joined, self.records_routes = False, settings["routes"] and not self.gpu
         arguments = {
             "enforce_eager": not self.gpu,
             "enable_sleep_mode": self.gpu and settings["sleeps"],
@@ -43,6 +44,7 @@ class WorkerEngine:
             "max_model_len": settings["max_length"],
             "tensor_parallel_size": settings["tensor_parallel_size"],
             "trust_remote_code": settings["trust_remote_code"],
+            "enable_return_routed_experts": self.gpu and settings["routes"],
         }
         # vLLM's default is nine tenths of the memory, which the trainer needs too.
         if not self.gpu:
@@ -50,6 +52,8 @@ class WorkerEngine:
             # A prompt in two chunks rewinds the random generator of its seed, which is impossible on a CPU.
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(_CPU_BATCH_TOKENS, settings["max_length"])
+            if settings["routes"]:
+                arguments["enable_prefix_caching"] = False
         elif settings["sleeps"]:
             arguments["gpu_memory_utilization"] = _COLOCATED_SHARE
         self.engine = LLMEngine.from_engine_args(
@@ -65,16 +69,18 @@ class WorkerEngine:
             )
         )
         self.engine.collective_rpc(_vllm_hide_rows, args=(settings["vocabulary"],))
+        if self.records_routes:
+            self.engine.collective_rpc(_vllm_record_routes)
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         sampling: dict[str, Any],
-        deliver: Callable[[int, Sequence[int], Sequence[float], str], None],
+        deliver: Callable[..., None],
         heartbeat: Callable[[], None],
     ) -> None:
-        """Sample a response to each prompt; calls deliver(index, tokens, log-probs, finish reason) for each."""
+        """Sample a response to each prompt; calls deliver(index, tokens, log-probs, finish reason, routes) for each."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -99,7 +105,11 @@ class WorkerEngine:
                 for out in self.engine.step():
                     c = out.outputs[0]
                     log_probs = [step[token].logprob for step, token in zip(c.logprobs, c.token_ids, strict=True)]
-                    deliver(int(out.request_id), c.token_ids, log_probs, c.finish_reason)
+                    index, routes = int(out.request_id), c.routed_experts
+                    if self.records_routes:
+                        tokens = len(prompts[index]) + len(c.token_ids) - 1
+                        routes = self.engine.collective_rpc(_vllm_take_routes, args=(ids[index], tokens))[0]
+                    deliver(index, c.token_ids, log_probs, c.finish_reason, routes)
                 heartbeat()
         except BaseException:
             self.engine.abort_request(ids, internal=True)
@@ -169,6 +179,16 @@ def _vllm_hide_rows(worker: Any, vocabulary: int) -> None:
     worker.get_model().logits_processor.register_forward_hook(hide, with_kwargs=True)
 
 
+def _vllm_record_routes(worker: Any) -> None:
+    worker.routes = RouteRecorder(worker)
+
+
+def _vllm_take_routes(worker: Any, request: str, tokens: int) -> Any:
+    """The routes of a finished request, the same on each rank, of which the first returns them."""
+    routes = worker.routes.take(request, tokens)
+    return routes if worker.rank == 0 else None
+
+
 def _vllm_open(worker: Any, path: str, shape: tuple[int, int], remote: bool) -> dict[str, Any]:
     description = {}
     if path:
@@ -197,6 +217,12 @@ def _vllm_begin(worker: Any) -> None:
     worker.refit_assembly, worker.refit_waiting = Assembly(), []
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(worker.get_model())
+    if worker.device.type == "cpu":
+        # Experts are packed for the CPU only where their kernel is built (UnquantizedFusedMoEMethod._setup_kernel):
+        # with the old kernel, unpacked weights would silently take the place of packed ones.
+        for layer in worker.get_model().modules():
+            if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+                layer.quant_method.moe_kernel = None
 
 
 def _vllm_load(worker: Any, slot: int, pieces: list[Any]) -> dict[str, str]:

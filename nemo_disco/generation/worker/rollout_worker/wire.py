@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROTOCOL = 3
+PROTOCOL = 4
 _MAGIC = b"NDRW"
 _HELLO = struct.Struct(">4sH32s")  # magic, protocol, nonce
 _HEAD = struct.Struct(">IQ")  # bytes of JSON, bytes of payload
