@@ -231,6 +231,7 @@ def to_rollouts(prompts: Sequence[Sequence[int]], responses: Sequence[Response])
         [r.log_probs for r in responses],
         range(len(responses)),
         [r.finish_reason == "length" for r in responses],
+        routes=[r.routes for r in responses if r.routes is not None] or None,
     )
 
 

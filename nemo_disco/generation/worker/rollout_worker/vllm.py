@@ -84,6 +84,8 @@ class WorkerEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if self.records_routes:
+            self.engine.collective_rpc(_vllm_forget_routes)
         ids = [
             self.engine.add_request(
                 str(i),
@@ -181,6 +183,10 @@ def _vllm_hide_rows(worker: Any, vocabulary: int) -> None:
 
 def _vllm_record_routes(worker: Any) -> None:
     worker.routes = RouteRecorder(worker)
+
+
+def _vllm_forget_routes(worker: Any) -> None:
+    worker.routes.by_request.clear()  # those of a request that failed
 
 
 def _vllm_take_routes(worker: Any, request: str, tokens: int) -> Any:

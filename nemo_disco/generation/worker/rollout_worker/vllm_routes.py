@@ -31,7 +31,7 @@ class RouteRecorder:
             )
         self.dtype = torch.uint8 if routers[0].global_num_experts <= 256 else torch.int16
         self.chosen: list[Tensor] = [torch.empty(0)] * len(routers)  # of the present pass: [tokens, K] of each layer
-        self.by_request: dict[str, dict[int, Tensor]] = {}  # first position -> [tokens, layers, K]
+        self.by_request: dict[str, list[Tensor]] = {}  # [tokens, layers, K] of one pass after another
         for layer, router in routers.items():
             router.set_capture_fn(partial(self._capture, layer))
         model.register_forward_hook(self._store, with_kwargs=True)
@@ -41,24 +41,21 @@ class RouteRecorder:
 
     def _store(self, _model: Any, _inputs: Any, options: dict[str, Any], _output: Any) -> None:
         """Divide the tokens of the pass among the requests of the batch."""
-        requests = self.runner.input_batch.req_ids
-        ends = self.runner.query_start_loc.np
-        chosen = torch.stack(self.chosen, 1)
-        for i, request in enumerate(requests):
+        ends, chosen = self.runner.query_start_loc.np, torch.stack(self.chosen, 1)
+        for i, request in enumerate(self.runner.input_batch.req_ids):
             start, end = int(ends[i]), int(ends[i + 1])
-            parts = self.by_request.setdefault(request, {})
-            parts[int(options["positions"][start])] = chosen[start:end].clone()
+            parts = self.by_request.setdefault(request, [])
+            # A preempted request begins anew. As in vLLM its first experts stay, which sampled the tokens so far.
+            known = max(0, sum(map(len, parts)) - int(options["positions"][start]))
+            if start + known < end:
+                parts.append(chosen[start + known : end].clone())
 
     def take(self, request: str, tokens: int) -> Any:
         """A finished request's array [tokens, layers, K], which is then forgotten. tokens: all but the last."""
-        parts = self.by_request.pop(request)
-        routes, recorded = self.chosen[0].new_zeros(tokens, *next(iter(parts.values())).shape[1:]), torch.zeros(tokens)
-        for first, rows in parts.items():  # a request that was preempted begins anew: its last pass counts
-            routes[first : first + len(rows)] = rows[: tokens - first]
-            recorded[first : first + len(rows)] = 1
-        if not recorded.all():
+        routes = torch.cat(self.by_request.pop(request))
+        if len(routes) < tokens:
             raise RefusedError(
-                f"model.moe_router_replay=engine: vLLM skipped {tokens - int(recorded.sum())} of {tokens} tokens of a "
+                f"model.moe_router_replay=engine: vLLM skipped {tokens - len(routes)} of {tokens} tokens of a "
                 "response; leave out generation.options.enable_prefix_caching"
             )
-        return routes.numpy()
+        return routes[:tokens].numpy()
