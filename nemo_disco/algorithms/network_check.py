@@ -30,8 +30,13 @@ def compare_with_transformers(policy: Policy, rollouts: Rollouts) -> str:
     """Compare all modules on the rollouts' longest sequence, and return a line with the largest difference.
 
     Needs the memory of transformers' model on the first rank's host. Raises UserError that names the first module that
-    differs. A collective.
+    differs, and for experts in bfloat16. A collective.
     """
+    if policy.shape.experts and policy.dtype is torch.bfloat16:
+        raise UserError(
+            "verify.reference=transformers: in bfloat16 rounding sends tokens to other experts, which would count as a "
+            "wrong module; set verify.dtype=float32 or float64"
+        )
     lengths = rollouts.prompt_lengths + rollouts.response_lengths
     longest = int(lengths.argmax())
     tokens = torch.cat([rollouts.prompt(longest), rollouts.response(longest)])[:TOKENS]

@@ -22,9 +22,16 @@ def build(directory: Path, dtype: torch.dtype = torch.float64, longest: int = 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["qwen2-tied", *VARIANTS])
+@pytest.mark.parametrize(
+    "variant", ["qwen2-tied", "phi3-tied", "olmo2-untied", "qwen3_moe-tied", "mixtral-tied", *VARIANTS]
+)
 def test_every_network_agrees(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    line = compare_with_transformers(build(save_family(tmp_path, variant), dtype), random_rollouts())
+    policy = build(save_family(tmp_path, variant), dtype)
+    if policy.shape.experts and dtype is torch.bfloat16:
+        with pytest.raises(UserError, match="rounding sends tokens to other experts.*; set verify.dtype=float32"):
+            compare_with_transformers(policy, random_rollouts())
+        return
+    line = compare_with_transformers(policy, random_rollouts())
     assert line.startswith("11 modules agree; largest relative difference")
 
 
