@@ -28,7 +28,7 @@ def build(directory: Path, dtype: torch.dtype = torch.float64, longest: int = 0)
 def test_every_network_agrees(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     policy = build(save_family(tmp_path, variant), dtype)
     if policy.shape.experts and dtype is torch.bfloat16:
-        with pytest.raises(UserError, match="rounding sends tokens to other experts.*; set verify.dtype=float32"):
+        with pytest.raises(UserError, match=r"rounding sends tokens to other experts.*; set verify.dtype=float32"):
             compare_with_transformers(policy, random_rollouts())
         return
     line = compare_with_transformers(policy, random_rollouts())
