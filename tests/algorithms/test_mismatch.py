@@ -108,7 +108,9 @@ def test_a_quantised_engine_is_named_where_the_difference_is_small(cause: str, t
 
 def test_the_first_step_refuses_and_each_later_one_warns_in_one_line(trainer: torch.Tensor) -> None:
     warnings: list[str] = []
-    policy = Mock(temperature=0.6, dtype=torch.float32, **{"log_probs.return_value": (at_temperature_1(trainer), None)})
+    policy = Mock(
+        temperature=0.6, dtype=torch.float32, **{"target_values.return_value.log_probs": at_temperature_1(trainer)}
+    )
     agreement = build_agreement(compose("quickstart"), policy)
 
     def check(step: int, scale: float, version: int | None = None, policy_log_probs: torch.Tensor = trainer) -> None:
@@ -151,7 +153,7 @@ def test_the_limits_follow_the_settings_and_the_precision_and_are_explained(
     limit: part of the message about the limit that is exceeded; None if none is.
     """
     config = compose("quickstart", [*overrides, *["generation.python=python"] * bool(overrides[1:])])
-    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (at_temperature_1(trainer), None)})
+    policy = Mock(temperature=0.6, dtype=dtype, **{"target_values.return_value.log_probs": at_temperature_1(trainer)})
     agreement = build_agreement(config, policy)
     rollouts = make_rollouts(trainer + noise(trainer, 0.055))
     rollouts = replace(rollouts, weight_versions=torch.zeros_like(rollouts.weight_versions))
@@ -164,7 +166,7 @@ def test_the_limits_follow_the_settings_and_the_precision_and_are_explained(
 def test_a_kl_like_that_of_a_missing_norm_is_refused_in_every_precision(
     dtype: torch.dtype, trainer: torch.Tensor
 ) -> None:
-    policy = Mock(temperature=0.6, dtype=dtype, **{"log_probs.return_value": (at_temperature_1(trainer), None)})
+    policy = Mock(temperature=0.6, dtype=dtype, **{"target_values.return_value.log_probs": at_temperature_1(trainer)})
     config = compose("quickstart", ["verify.max_mismatch=1e9"])
     agreement = build_agreement(config, policy)
     rollouts = make_rollouts(trainer + noise(trainer, 0.4))
